@@ -1,0 +1,116 @@
+# slam: `make help` says what there is to make and what to set.
+#
+# Objects and test programs lie in build/<compiler>[-minimal][-sanitize]-<settings>/, a folder for every combination of
+# settings, compiler version, processor and libraries installed, so that nothing is mixed; the programs are linked at the top.
+# What is installed is tried once for each such folder (test/detect) and kept in its config.mk.
+
+MAKEFLAGS += --no-builtin-rules
+PROGRAMS := $(basename $(wildcard train.c tokenize.c dpo.c eval.c))
+all: $(PROGRAMS)
+
+# The C++ compiler (for nvcc) is the sibling of the C compiler unless one is named: gcc-12 -> g++-12, clang -> clang++.
+ifeq ($(origin CXX),default)
+CXX := $(patsubst cc,c++,$(subst gcc,g++,$(subst clang,clang++,$(CC))))
+endif
+CLANG_FORMAT ?= $(or $(shell command -v clang-format-14),clang-format)
+FUZZ_CC ?= $(or $(shell command -v clang clang-19 clang-16 clang-14 | head -n 1),clang)
+GNUPLOT ?= gnuplot
+RUNS ?= runs/*
+quote = '$(subst ','\'',$(1))'
+
+define HELP
+Programs    make            builds train, tokenize, eval and dpo; `make train` (and so on) builds one
+Checks      make test       builds and runs all tests; the last line is `N passed, N failed`
+            make house      lists the sections of slam.h and which others each one uses
+            make format-check    says what clang-format would change; `make format` changes it
+            make fuzz       builds the fuzz targets of test/fuzz with clang into build/fuzz
+Figures     make bench      measures training steps beside PyTorch's and keeps them in test/results
+                            (BENCH="..." are its options)
+            make plot       draws the loss curves of RUNS (default: every folder in runs/) into loss.png;
+                            PLOT=- draws them on the terminal
+Else        make clean      removes everything that was built
+
+Variables   MINIMAL=1       nothing but the compiler: no OpenMP, no BLAS, no CUDA
+            SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA
+            BLAS=openblas   CPU matrix products by own (default on x86-64), openblas or accelerate
+            WITHOUT="..."   leaves some of openmp, blas, cuda out
+            CC CXX NVCC CUDA_HOME CUDA_ARCH    compilers (NVCC=/path/to/nvcc), toolkit folder, e.g. CUDA_ARCH=sm_90
+            CFLAGS LDFLAGS  replace the default -O3 -march=native; are added when linking
+endef
+export HELP
+help:
+	@printf '%s\n' "$$HELP"
+
+# ---- what is installed ----
+
+# All that decides what test/detect will find, hashed: a change of any of it means another folder.
+ifneq ($(filter-out help fuzz house plot format format-check clean,$(or $(MAKECMDGOALS),all)),)
+override WITHOUT := $(sort $(WITHOUT) $(if $(MINIMAL),openmp blas cuda) $(if $(SANITIZE),cuda))
+SETTINGS := $(foreach v,CC CXX NVCC CUDA_HOME CUDA_ARCH BLAS CFLAGS LDFLAGS WITHOUT SANITIZE,$(v)=$(call quote,$($(v))))
+B := build/$(notdir $(firstword $(CC)))$(if $(MINIMAL),-minimal)$(if $(SANITIZE),-sanitize)-$(shell \
+	{ echo $(call quote,$(SETTINGS)); $(CC) --version; command -v nvcc && command -v python3; ls -d /usr/local/cuda/bin/nvcc \
+	/dev/nvidia0 /usr/lib*/libopenblas.so* /usr/lib*/*/libopenblas.so*; grep -m 1 -E '^(flags|Features)' /proc/cpuinfo; \
+	} 2>/dev/null | cksum | cut -d ' ' -f 1)
+include $(B)/config.mk
+endif
+
+$(B)/config.mk: test/detect
+	@mkdir -p $(B)
+	@B=$(B) $(SETTINGS) sh test/detect >$@.new && mv $@.new $@
+
+# ---- programs ----
+
+COMPILE := $(CC) -Wall -Wextra $(FLAGS)
+SLAM := $(if $(CUDA),$(CUDA),$(COMPILE) -x c)
+LINK := $(if $(CUDA),$(CXX),$(CC)) $(FLAGS)
+
+# Names the folder that the programs at the top come from; changes, and has them linked again, when the settings do.
+build/current: FORCE | $(B)/config.mk
+	@mkdir -p $(B)
+	@echo $(B) | cmp -s - $@ || { echo 'slam: $(FOUND)'; echo $(B) >$@; }
+
+$(B)/slam.o: slam.cu slam.h $(B)/config.mk | build/current
+	$(SLAM) -c $< -o $@
+$(B)/%.o: %.c slam.h $(B)/config.mk | build/current
+	$(COMPILE) -c $< -o $@
+$(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
+	$(LINK) $(filter %.o,$^) -o $@ $(LIBS)
+
+# ---- tests, measurements ----
+
+# Each of these programs holds all of slam.h, so that it reaches what is static there.
+TESTS := $(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c))
+$(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h $(B)/config.mk | build/current
+	$(COMPILE) $< -o $@ $(LIBS)
+test: $(PROGRAMS) $(TESTS)
+	@$(SETTINGS) B=$(B) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(TESTS)
+bench: $(B)/bench
+	$< $(BENCH)
+
+FUZZ_TARGETS := $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/*.c))
+fuzz: $(FUZZ_TARGETS)
+	@echo 'fuzz: run one with e.g. build/fuzz/$(notdir $(firstword $^)) -max_total_time=600 CORPUS_FOLDER'
+build/fuzz/%: test/fuzz/%.c slam.h
+	@mkdir -p $(@D)
+	@command -v $(FUZZ_CC) >/dev/null || { echo 'fuzz: $(FUZZ_CC) not found: install clang' >&2; exit 1; }
+	$(FUZZ_CC) -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ -lm
+
+# ---- what needs no build ----
+
+house:
+	@test/house
+plot:
+	@command -v $(GNUPLOT) >/dev/null || { echo 'plot: gnuplot not found: apt install gnuplot-nox (macOS: brew install gnuplot)' >&2; exit 1; }
+	@$(GNUPLOT) -e "runs='$(patsubst %/log.jsonl,%,$(wildcard $(addsuffix /log.jsonl,$(RUNS))))'; out='$(or $(PLOT),loss.png)'" test/plot.gp
+
+SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/fuzz/*.c)
+format:
+	$(CLANG_FORMAT) -i $(SOURCES)
+format-check:
+	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
+clean:
+	rm -rf build train tokenize dpo eval
+
+FORCE:
+.PHONY: all help test bench fuzz house plot format format-check clean FORCE
+.DELETE_ON_ERROR:

@@ -1,0 +1,7895 @@
+/* slam.h - train speech language models, in one file
+
+   A speech language model is a language model over units: speech goes through a feature extractor, every frame becomes the
+   number of its nearest centroid, and a transformer learns which number comes next. This file holds all of it: audio to
+   units, units to packed batches, a Qwen-style transformer forward and backward, AdamW, checkpoints that Hugging Face loads,
+   evaluation. The recipe is Slam's (Maimon, Elmakies and Adi 2025, arXiv 2502.15814).
+
+   Copy slam.h and slam.cu; add slam.cu to your build (nvcc -c slam.cu, or cc -x c -c slam.cu where there is no nvcc);
+   include slam.h where you call it.
+
+   Load a model and score a sequence of tokens (1 opens and closes a document, unit u is token u + 2):
+
+       slam_ops *ops = slam_cpu(0);                          // 0 threads: as many as there are cores
+       slam_model *m = slam_model_load(ops, "runs/train/latest");
+       if (!m) { fprintf(stderr, "%s\n", slam_error()); return 1; }
+       double nll = slam_model_nll(m, tokens, n);            // nats a token, mean over tokens[1..n-1]
+       slam_model_free(m);
+       slam_ops_free(ops);
+
+   CONTENTS (search for a number with its dot and name)
+      1. BASE         errors, memory, clock, RNG, threads, files
+      2. FORMATS      JSON, safetensors, npy, token shards, JSONL units, WAV
+      3. OPS          the list of operations (`slam_ops`) with each one's mathematics
+      4. OPS ON THE CPU     the plain loops: read these first
+      5. OPS ON CUDA  the same operations on a GPU
+      7. MODEL        Qwen2 forward and backward, generation step, written ONCE against `slam_ops`
+      8. OPTIMISER    optimiser, schedules, gradient clipping
+      9. DATA         documents, pieces, packing, shuffling, mixing
+     10. SPEECH      resampler, MFCC, k-means, units, token files from audio files
+     12. SCORING     scoring, test sets, n-grams, generation
+     13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
+     14. RUN         what the programs share: flags, the training loop, log, progress, signals
+   BUILD SWITCHES
+     SLAM_IMPLEMENTATION   this unit holds the definitions (slam.cu sets it)
+     SLAM_OPENBLAS         CPU matrix products by OpenBLAS (link with -lopenblas)
+     SLAM_ACCELERATE       CPU matrix products by Apple's Accelerate (link with -framework Accelerate)
+     -fopenmp              loops are dealt to threads; without it there is one
+
+   Functions that can fail return 0 or NULL and leave a sentence for slam_error(): nothing exits, nothing prints.
+   A slam_ops and what was made with it belong to one thread at a time. MIT licence. */
+#ifndef SLAM_H
+#define SLAM_H
+#if defined(SLAM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE // before the first system header: fsync, mmap, fileno under -std=c11
+#endif
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------
+   1. BASE
+   ------------------------------------------------------------------------------------------ */
+#define SLAM_VERSION "0.1.0"
+
+/* The sentence that explains the last failure in this thread: what was read, what was found, what was expected. */
+const char *slam_error(void);
+
+/* Seconds on a clock that only goes forward. */
+double slam_clock(void);
+
+/* ------------------------------------------------------------------------------------------
+   3. OPS          every operation that a model needs: its mathematics, stated once
+
+   (N,C) is a matrix of N rows in row order. `slam_act` is an activation or a weight that takes part in products: float on
+   the CPU, bf16 or float on CUDA (`bytes_per_act`); statistics, losses and gradients of parameters are float everywhere.
+   "=" overwrites, "+=" adds: gradients of parameters add up over micro-batches.
+   Letters: B batch, T time, C channels, V vocabulary, NH heads, KVH key/value heads, HS head size, F MLP width, N = B T.
+   All pointers are memory of the device, from `alloc`. An operation that fails is remembered: `finish` tells.
+   ------------------------------------------------------------------------------------------ */
+typedef struct slam_act slam_act;
+typedef struct slam_ops slam_ops;
+
+/* What attention needs to know of a batch, besides the numbers in q, k and v. */
+typedef struct slam_window {
+    int B, T, NH, KVH, HS;
+    const int *doc_start; /* (B,T)   query i sees key j iff doc_start[i] <= j <= i ...                                   */
+    const int *hole;      /* (B,T,2) ... and not first <= j < end, the hole of i; NULL: no holes                           */
+    const float *rope;    /* (T,HS)  for each position HS/2 cosines, then HS/2 sines; position = i - doc_start[i] - (end - first) */
+} slam_window;
+
+/* AdamW's numbers for one step (Loshchilov and Hutter 2019; as torch.optim.AdamW). */
+typedef struct slam_adamw {
+    double lr, beta1, beta2, eps, weight_decay;
+    double clip; /* the gradient is scaled to this norm where its own is larger; 0: never */
+    long step;   /* which update this is, from 1: beta^step corrects the moments' bias */
+} slam_adamw;
+
+struct slam_ops {
+    const char *name;     /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int bytes_per_act;    /* 4: float, 2: bf16 */
+    int threads;          /* CPU threads that the loops use */
+    size_t memory;        /* bytes that the device has in all */
+
+    /* Memory of the device: zeroed, aligned to 256 bytes; NULL and slam_error() where there is no room. */
+    void *(*alloc)(slam_ops *, size_t bytes);
+    void (*release)(slam_ops *, void *p);
+    void (*upload)(slam_ops *, void *to, const void *host, size_t bytes);
+    void (*download)(slam_ops *, void *host, const void *from, size_t bytes); /* waits for what was asked before */
+    void (*zero)(slam_ops *, void *p, size_t bytes);
+    /* Waits for all that was asked. 0 and slam_error() where something failed since the last finish. */
+    int (*finish)(slam_ops *);
+    void (*close)(slam_ops *);
+
+    /* out = (n) rounded from in (n) */
+    void (*to_act)(slam_ops *, slam_act *out, const float *in, size_t n);
+    /* out = (n) from in (n) */
+    void (*to_float)(slam_ops *, float *out, const slam_act *in, size_t n);
+
+    /* Embedding      x_i = table[tokens_i]            dtable_v += sum over i with tokens_i = v of dx_i
+       x = (N,C)  from  tokens (N)  table (V,C);       dtable += (V,C)  from  dx (N,C) */
+    void (*embedding_forward)(slam_ops *, slam_act *x, const int *tokens, const slam_act *table, int N, int C);
+    void (*embedding_backward)(slam_ops *, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V);
+
+    /* Residual and RMSNorm (Zhang and Sennrich 2019)
+           s = x + delta
+           r_i = 1 / sqrt(mean_c s_ic^2 + eps)              y_ic = w_c r_i s_ic
+           ds_ic += r_i (w_c dy_ic - s_ic r_i^2 mean_k(w_k dy_ik s_ik))
+           dw_c  += sum_i dy_ic r_i s_ic
+       s = (N,C)  y = (N,C)  r = (N)  from  x (N,C)  delta (N,C)  w (C); delta NULL: s is x and is not written.
+       ds adds: it comes in holding the gradient that reaches s along the residual stream, and leaves as that of x and of delta. */
+    void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *r, const slam_act *x, const slam_act *delta,
+                            const slam_act *w, float eps, int N, int C);
+    void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s, const slam_act *w,
+                             const float *r, int N, int C);
+
+    /* Linear layer
+           out_io = sum_c x_ic w_oc + b_o
+           dx_ic  = sum_o dout_io w_oc
+           dw_oc += sum_i dout_io x_ic                      db_o += sum_i dout_io
+       out = (N,OC)  from  x (N,C)  w (OC,C)  b (OC) or NULL */
+    void (*matmul_forward)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC);
+    void (*matmul_backward_input)(slam_ops *, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC);
+    void (*matmul_backward_weight)(slam_ops *, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC);
+
+    /* Attention, causal within a document, with rotary positions (Vaswani et al. 2017; Su et al. 2021; grouped queries:
+       Ainslie et al. 2023). A row of qkv holds NH query heads, then KVH key heads, then KVH value heads, each of HS numbers;
+       query head h reads key/value head g = h KVH / NH (rounded down). With R_p the rotation by the angles of position p, which
+       turns the pair (c, c + HS/2):
+           q'_i = R_i q_i    k'_j = R_j k_j
+           s_ij = q'_i . k'_j / sqrt(HS)   for the j that i sees    lse_i = log sum_j exp(s_ij)
+           p_ij = exp(s_ij - lse_i)                                 out_i = sum_j p_ij v_j
+           dv_j  = sum_i p_ij dout_i       D_i = dout_i . out_i     ds_ij = p_ij (dout_i . v_j - D_i)
+           dq'_i = sum_j ds_ij k'_j / sqrt(HS)    dk'_j = sum_i ds_ij q'_i / sqrt(HS)    dq = R^-1 dq'    dk = R^-1 dk'
+       with sums over i in dk and dv also running over the query heads of a group.
+       out = (B,T,NH HS)  lse = (B,NH,T)  from  qkv (B,T,(NH + 2 KVH) HS), which the forward pass may leave rotated or not: the
+       backward pass wants the same buffer.  dqkv = (B,T,(NH + 2 KVH) HS)  D = (B,NH,T), scratch. */
+    void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_window *);
+    void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
+                               const slam_act *qkv, const slam_window *);
+
+    /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
+           dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))    du = dh g sigmoid(g)
+       h = (N,F)  from  gate_up (N,2F);  dgate_up = (N,2F)  from  dh (N,F); dgate_up may be gate_up itself */
+    void (*swiglu_forward)(slam_ops *, slam_act *h, const slam_act *gate_up, int N, int F);
+    void (*swiglu_backward)(slam_ops *, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F);
+
+    /* Cross-entropy, loss and gradient in one pass
+           loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale (softmax(z_i)_v - [v = target_i])
+       loss = (N), 0 where target is -1;  logits (N,V) become dz where scale is not 0 (rows without a target become 0) */
+    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, float scale, int N, int V);
+
+    /* out[0] += sum of x,  out[0] += sum of squares of x; x (n), added in an order that depends on n alone */
+    void (*sum)(slam_ops *, double *out, const float *x, size_t n);
+    void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
+
+    /* AdamW, one update of n parameters
+           g' = g min(1, clip / (norm + 1e-6))     m = beta1 m + (1 - beta1) g'      v = beta2 v + (1 - beta2) g'^2
+           w = w (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+       w, m, v (n) are changed in place; w_act (n) = w rounded, and may be w. `stats` holds the sum of the losses and the
+       squared norm of the whole gradient: where either is not finite nothing is changed. */
+    void (*adamw)(slam_ops *, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
+                  const slam_adamw *, size_t n);
+};
+
+/* NULL and slam_error() where there is no memory, no such device, or no CUDA in this build. threads 0: one a core. */
+slam_ops *slam_cpu(int threads);
+slam_ops *slam_cuda(int device);
+void slam_ops_free(slam_ops *);
+
+/* ------------------------------------------------------------------------------------------
+   7. MODEL        Qwen2 and Llama-type transformers: forward, backward, Hugging Face's files
+   ------------------------------------------------------------------------------------------ */
+typedef struct slam_config {
+    int V, C, L, NH, KVH, HS, F; /* vocabulary, channels, layers, heads, key/value heads, head size, MLP width */
+    int T;                       /* max_position_embeddings */
+    int tied, qkv_bias;          /* lm_head is embed_tokens; q, k, v have biases (Qwen2) or not (Llama) */
+    double eps;                  /* of RMSNorm */
+    double init_std;             /* standard deviation of a new model's matrices (initializer_range) */
+    double rope_theta;           /* base of the rotary angles */
+} slam_config;
+
+/* "tiny", "slam" (Qwen2.5-0.5B's shape, RECIPE 4) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). V as it says; callers set it. */
+int slam_config_read(slam_config *, const char *name_or_path);
+size_t slam_config_parameters(const slam_config *);
+/* FLOP of forward and backward a token at context T: 6 for each parameter that multiplies, and attention's products. */
+double slam_config_flops(const slam_config *, int T);
+
+/* Bytes of device memory by kind. */
+typedef struct slam_memory {
+    double weights, gradients, optimiser, activations, logits, total;
+} slam_memory;
+slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int train);
+
+/* A batch of B rows of T tokens on the host: token, next token (-1: none), first index of the token's piece in its row (DESIGN of the
+   document mask: see slam_window), holes (B,T,2) or NULL. */
+typedef struct slam_batch {
+    int B, T;
+    int *tokens, *targets, *doc_start, *hole;
+} slam_batch;
+
+typedef struct slam_model slam_model;
+slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed);         /* matrices normal(0, init_std), norms 1, biases 0 */
+slam_model *slam_model_load(slam_ops *, const char *folder);                        /* Hugging Face or SlamKit folder */
+slam_model *slam_model_twist(slam_ops *, const char *folder, int V);                /* a text model, its vocabulary cut to the first V rows (Hassid et al. 2023) */
+enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
+int slam_model_save(slam_model *, const char *folder, int format);                  /* config.json, generation_config.json, model.safetensors (F32) into an existing folder */
+void slam_model_free(slam_model *);
+const slam_config *slam_model_config(const slam_model *);
+/* The recipe starts from a text model but takes another base for the rotary angles (RECIPE 4). */
+void slam_model_set_rope_theta(slam_model *, double rope_theta);
+
+/* Plans and allocates room for batches of up to B rows of up to T tokens; train: with what backward needs. May be called again. */
+int slam_model_plan(slam_model *, int B, int T, int train);
+/* Forward: loss of every token (B,T) on the host, 0 where there is no target. */
+int slam_model_losses(slam_model *, const slam_batch *, float *losses);
+/* Forward: logits (B,T,V) on the host. */
+int slam_model_logits(slam_model *, const slam_batch *, float *logits);
+/* Forward and backward: adds scale * d(sum of losses) to the gradients and the sum of losses to the step's statistics.
+   after_layer (may be NULL) is called when the gradients of layer l (L: the head and final norm; -1: the embedding) are complete. */
+int slam_model_backward(slam_model *, const slam_batch *, float scale, void (*after_layer)(void *context, int l), void *context);
+/* Mean loss of tokens[1..n-1] given what stands before each, in windows of the config's T; negative and slam_error() on failure. */
+double slam_model_nll(slam_model *, const int *tokens, int n);
+
+/* ------------------------------------------------------------------------------------------
+   8. OPTIMISER    AdamW, schedules, clipping
+   ------------------------------------------------------------------------------------------ */
+enum { SLAM_COSINE, SLAM_INVERSE_SQRT, SLAM_LINEAR, SLAM_CONSTANT };
+/* Learning rate of update `step` (from 0) of `steps`, as Hugging Face's schedules: linear warm-up from 0, then the curve; cosine ends at lr_min. */
+double slam_schedule(int kind, long step, long steps, long warmup, double lr, double lr_min);
+
+typedef struct slam_optimiser slam_optimiser;
+slam_optimiser *slam_optimiser_new(slam_model *, const slam_adamw *settings); /* lr and step of settings are not used */
+void slam_optimiser_free(slam_optimiser *);
+typedef struct slam_step {
+    double loss_sum, grad_norm; /* sum of the losses since the last step; norm of the gradient before clipping */
+    int skipped;                /* 1: loss or norm was not finite and nothing was changed */
+} slam_step;
+/* One update with learning rate lr; gradients and statistics are zero afterwards. */
+int slam_optimiser_step(slam_optimiser *, double lr, slam_step *);
+long slam_optimiser_updates(const slam_optimiser *); /* finished updates: Adam's step count */
+
+/* ------------------------------------------------------------------------------------------
+   9. DATA         documents -> pieces -> packed rows
+   ------------------------------------------------------------------------------------------ */
+typedef struct slam_data slam_data; /* the pieces of one or more sources, cut to a context; belongs to one thread */
+
+/* Collects sources. context: the longest piece, and the length of a row; at least 2. */
+slam_data *slam_data_new(int context);
+void slam_data_free(slam_data *);
+/* Adds a source: a file or glob of token shards (.bin) or SlamKit JSONL (.jsonl), drawn `weight` times an epoch (2: each piece twice; 0.5: half of
+   them, other ones every epoch). All files of one call are one source. After a failure there is nothing to do but to free. */
+int slam_data_add(slam_data *, const char *pattern, double weight);
+/* What the data say about the vocabulary (the shards' header word 3; two that differ are an error of slam_data_add); 0: nothing. Fingerprint of the
+   quantiser (word 4) likewise. */
+int slam_data_vocabulary(const slam_data *, int *V);
+uint32_t slam_data_fingerprint(const slam_data *);
+/* Cuts and checks: every token must be < V (else the sentence names file and position), documents are `1 u.. 1` (`1 1`, without a unit, is passed over).
+   Moves round(fraction * documents) of each source, at least one where it has two, chosen by seed, into *held_out: a slam_data of its own with the same
+   sources, each of weight 1; the files are shared and either may be freed first (NULL with fraction 0). Call once, after the last add. */
+int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
+typedef struct slam_data_size { uint64_t documents, pieces, tokens, targets, rows; double fill; } slam_data_size;
+int slam_data_sources(const slam_data *);
+const char *slam_data_source_name(const slam_data *, int source);
+/* Of one source, or of all with -1: the documents there are, and what epoch 0 draws of them by weight: pieces, their tokens and targets, the rows they
+   make and the fill (share of positions that are real tokens). Packs an epoch without reading a token: 10 million pieces a second. */
+int slam_data_measure(const slam_data *, int source, uint64_t seed, slam_data_size *);
+
+typedef struct slam_rows slam_rows; /* a stream of packed rows of `context` tokens; the data must outlive it */
+/* shuffle 1: each epoch draws by weight, in an order of its own that hangs on seed and epoch alone. shuffle 0: every piece once, in file order as far as
+   packing allows, whatever the weights (evaluation). source -1: all. */
+slam_rows *slam_rows_new(const slam_data *, int source, uint64_t seed, int shuffle);
+void slam_rows_free(slam_rows *);
+/* Writes the next row (context numbers each; padding is token 0, target -1, a piece of its own) and returns its real tokens (> 0), its targets in
+   *n_targets; 0: an epoch has ended (the next call begins the next one); -1: error. */
+int slam_rows_next(slam_rows *, int *tokens, int *targets, int *doc_start, int *n_targets);
+/* Where the stream stands: epochs finished and rows given of the current one; seek goes there from anywhere (what a resumed run needs), fails where the
+   epoch has fewer rows. */
+void slam_rows_tell(const slam_rows *, uint64_t *epoch, uint64_t *row);
+int slam_rows_seek(slam_rows *, uint64_t epoch, uint64_t row);
+
+/* ------------------------------------------------------------------------------------------
+   10. SPEECH      audio -> features -> units
+   ------------------------------------------------------------------------------------------ */
+/* What makes audio into units: km.json says it, beside the centroids in km.npy. */
+enum { SLAM_MFCC };
+typedef struct slam_speech_settings {
+    int features;  /* SLAM_MFCC: 13 cepstra with their first and second differences, 39 numbers a frame */
+    int rate;      /* frames a second: 25 (windows of 64 ms) or 50 (of 32 ms) */
+    int normalize; /* each file's waveform to zero mean and unit variance first */
+    int dedup;     /* neighbouring frames of the same unit become one unit with a duration */
+} slam_speech_settings;
+void slam_speech_defaults(slam_speech_settings *); /* MFCC, 25, not normalised, deduplicated */
+
+/* A sinc under a Kaiser window (Kaiser and Schafer 1980), one set of taps for each of the phases of 16000 / rate: level up to 0.9 of the
+   lower Nyquist frequency, 100 dB down from there on. Output k is the input at time k / 16000; there are ceil(16000 n / rate) of
+   them, and beyond both ends the input counts as 0. rate: 1000..768000. One table serves any number of threads. */
+typedef struct slam_resampler slam_resampler;
+slam_resampler *slam_resampler_new(int rate);
+void slam_resampler_free(slam_resampler *);
+size_t slam_resampler_length(const slam_resampler *, size_t n);
+void slam_resample(const slam_resampler *, float *out, const float *in, size_t n);
+
+/* 16 kHz samples in [-1,1] -> features (frames, width). Frame t is the window that begins at sample t 16000 / rate; the last one reaches
+   past the end, where the signal counts as 0, so that every sample is in some frame: 1 frame for up to a window, none for no samples.
+   The numbers are python_speech_features' (mfcc, then delta with N = 2, twice). */
+typedef struct slam_speech slam_speech;
+slam_speech *slam_speech_new(const slam_speech_settings *);
+void slam_speech_free(slam_speech *);
+int slam_speech_width(const slam_speech *);
+size_t slam_speech_frames(const slam_speech *, size_t n);
+int slam_speech_features(const slam_speech *, float *out, const float *sample, size_t n);
+
+/* k-means: k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), then full passes (Lloyd 1982) until the inertia
+   stands still. The same seed gives the same centroids (K, D) whatever the number of threads. */
+typedef struct slam_kmeans_report {
+    size_t frames;
+    double inertia; /* mean squared distance of a frame to its centroid */
+    int passes;     /* full passes at the end */
+    int reseeded;   /* how often a centroid without frames was put onto the frame furthest from its own */
+    int dead;       /* centroids without frames in the end: there are fewer different frames than centroids */
+} slam_kmeans_report;
+int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_kmeans_report *);
+
+/* Units of one piece of audio. */
+typedef struct slam_units {
+    int *unit, *duration; /* (n), duration in frames */
+    size_t n, frames, samples; /* samples at 16 kHz */
+} slam_units;
+void slam_units_free(slam_units *);
+
+/* Features and centroids: what turns audio into units 0..K-1. */
+typedef struct slam_quantiser slam_quantiser;
+slam_quantiser *slam_quantiser_new(const slam_speech_settings *, const float *centroids, int K);
+/* KM.npy (K, D) with the settings of KM.json; `otherwise` where there is no such file. */
+slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise);
+int slam_quantiser_save(const slam_quantiser *, const char *path, const slam_kmeans_report *); /* KM.npy and KM.json; the report may be NULL */
+void slam_quantiser_free(slam_quantiser *);
+const slam_speech_settings *slam_quantiser_settings(const slam_quantiser *);
+int slam_quantiser_count(const slam_quantiser *);            /* K */
+uint32_t slam_quantiser_fingerprint(const slam_quantiser *); /* a hash of settings and centroids, never 0: word 4 of a shard's header */
+/* The nearest centroid of each frame by squared distance, the first of those that tie; distance (n) may be NULL. */
+void slam_quantiser_nearest(const slam_quantiser *, const float *frames, size_t n, int *unit, float *distance);
+int slam_quantiser_units(const slam_quantiser *, const float *sample, size_t n, slam_units *); /* of 16 kHz samples */
+int slam_quantiser_file(const slam_quantiser *, const char *path, slam_units *);               /* of an audio file of any rate */
+
+/* A list of strings in memory of its own. */
+typedef struct slam_list {
+    char **at;
+    size_t n, capacity;
+} slam_list;
+int slam_list_add(slam_list *, const char *item); /* a copy of item */
+void slam_list_free(slam_list *);
+
+/* Adds the paths of audio files: of files as they are, of folders (searched to the bottom in the order of their names, each once; what ends in
+   .wav) and of manifests (@LIST: a file or folder a line, as seen from the current folder). */
+int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
+
+/* How far a long job is, told from time to time; returning 0 stops it in good order. With `failed` set: that file is left out, because. */
+typedef struct slam_speech_progress {
+    const char *stage;
+    size_t done, of;       /* files, or passes */
+    double seconds;        /* of audio that were heard since the job started */
+    const char *failed, *because;
+} slam_speech_progress;
+typedef int slam_speech_watch(void *context, const slam_speech_progress *);
+
+/* Fits K centroids to at most `frames` frames, drawn evenly from the files in an order of the seed's (enough files for 8 x frames). */
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_list *files, int K, size_t frames, uint64_t seed,
+                                   slam_speech_watch *, void *context, slam_kmeans_report *);
+
+/* All files' units into OUT.bin (token shards: when one would pass shard_tokens it becomes OUT-00001.bin and so on, and the last is OUT.bin)
+   or OUT.jsonl (SlamKit features; audio_repr: SlamKit tokens), in the order of the files. Files that fail are listed in OUT.failed.
+   OUT.bin.partial and OUT.bin.journal hold what is done so far: the same call goes on from there, to the same bytes. */
+typedef struct slam_tokenize_report {
+    size_t files, failed, earlier; /* files done or failed, with those of earlier calls */
+    uint64_t samples, frames, units, tokens;
+    int shards, stopped;           /* stopped: by the watch */
+} slam_tokenize_report;
+int slam_tokenize(const slam_quantiser *, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens, slam_speech_watch *,
+                  void *context, slam_tokenize_report *);
+
+/* ------------------------------------------------------------------------------------------
+   12. SCORING     perplexity and n-grams
+   ------------------------------------------------------------------------------------------ */
+/* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of them: a loss of 0).
+   B rows at a time: the caller has planned the model for B rows of the data's context. */
+int slam_score_data(slam_model *, const slam_data *, int source, int B, double *nll, uint64_t *targets);
+/* Cross-entropies (nats a token, orders 1..5) on the same targets of interpolated Witten-Bell n-gram models (Witten and Bell 1991) counted on `train`,
+   every piece once; contexts do not cross pieces. Memory goes with the test data, one pass over the training data:
+       p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))      p_0 = 1/V      T(h): how many different words follow h */
+int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
+
+/* ------------------------------------------------------------------------------------------
+   14. RUN, flags: the command line of a program as one table
+   ------------------------------------------------------------------------------------------ */
+/* What a flag's value is and where it goes: SWITCH int (no value), INT int, LONG long (1e9 is one), REAL double, TEXT char *,
+   CHOICE char * (one of argument's words a|b|c), LIST slam_list (each use adds an item), TIME double (seconds; written SS, MM:SS or HH:MM:SS). */
+enum { SLAM_SWITCH, SLAM_INT, SLAM_LONG, SLAM_REAL, SLAM_TEXT, SLAM_CHOICE, SLAM_LIST, SLAM_TIME };
+typedef struct slam_flag {
+    const char *name; /* without its dashes; NULL: only opens the group that `help` names */
+    int type;
+    void *to;
+    const char *argument; /* how the value is called in the help; NULL for a switch */
+    const char *fallback; /* the value without the flag: "8", or for two ways to call the program "8 | 16"; "-": none */
+    const char *help;
+    double min, max;      /* of a number; both 0: any */
+    int given, set;       /* how often it stood on the command line; 1: it has a value */
+} slam_flag;
+typedef struct slam_flags {
+    const char *program, *usage, *about; /* "train", "[options] [DATA...]", a paragraph */
+    slam_flag *at;
+    int n;
+    slam_list rest; /* what is no flag */
+} slam_flags;
+
+/* 1: go on; 0: wrong, slam_error() says how; 2: --help or --version, which was printed. Every program has those two, -h, and
+   -o for --out. `--flag value` and `--flag=value` are the same; all after `--` is no flag. */
+int slam_flags_parse(slam_flags *, int argc, char **argv);
+/* Gives every flag without a value its fallback: the part before " | " for column 0, after it for column 1. */
+int slam_flags_defaults(slam_flags *, int column);
+void slam_flags_free(slam_flags *);
+int slam_flags_given(const slam_flags *, const char *name);
+/* As the command line would, without counting as given; a list's items each end with a newline. */
+int slam_flags_set(slam_flags *, const char *name, const char *value);
+/* The value as slam_flags_set reads it, in memory of the caller's; NULL on failure, "" where there is none. */
+char *slam_flags_text(const slam_flags *, const char *name);
+/* `program: error: ` and slam_error(), then how the program is called, on stderr. */
+void slam_flags_usage(const slam_flags *);
+
+/* How many threads parallel loops use, from here on; 0: one a core. Returns the number. */
+int slam_threads(int threads);
+
+/* One line on stdout that is written over, where that is a terminal; plain lines, ten seconds apart, where it is not. */
+typedef struct slam_progress {
+    double began, shown;
+    int terminal;
+} slam_progress;
+void slam_progress_begin(slam_progress *);
+/* `what` may take 50 columns; the time left goes by done / of. Called as often as one likes: it shows what there is time to read. */
+void slam_progress_show(slam_progress *, double done, double of, const char *what);
+void slam_progress_clear(slam_progress *); /* before other output, and in the end */
+
+/* ------------------------------------------------------------------------------------------
+   13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
+   ------------------------------------------------------------------------------------------ */
+
+/* The settings of a run, each by its flag's name and as the command line spells it; a list has a newline after each item. */
+typedef struct slam_setting {
+    char *name, *value;
+} slam_setting;
+typedef struct slam_settings {
+    slam_setting *at;
+    size_t n, capacity;
+} slam_settings;
+const char *slam_settings_get(const slam_settings *, const char *name); /* NULL: there is no such setting */
+int slam_settings_set(slam_settings *, const char *name, const char *value);
+void slam_settings_free(slam_settings *);
+
+/* Where a run stands, besides its model and optimiser: trainer.json. */
+typedef struct slam_trainer {
+    long step, steps;        /* finished updates; how many there will be, which fixes the schedule */
+    long skipped;            /* updates that were left out because loss or gradient was not finite */
+    uint64_t tokens;         /* real tokens seen */
+    uint64_t epoch, row;     /* where the stream of batches stands */
+    double seconds;          /* that the run took so far, over all its parts */
+    double best_loss;        /* the lowest val_loss that belongs to a checkpoint, ... */
+    long best_step;          /* ... and its step; 0: none */
+    uint64_t data;           /* what the batches are made of, as a hash */
+    uint32_t units;          /* fingerprint of the units (km.json), from the shards */
+    slam_settings settings;
+} slam_trainer;
+int slam_trainer_read(slam_trainer *, const char *folder); /* folder/trainer.json */
+void slam_trainer_free(slam_trainer *);
+
+/* The optimiser's moments and its count of updates, as FOLDER/optimizer.safetensors. */
+int slam_optimiser_save(slam_optimiser *, const char *folder);
+int slam_optimiser_load(slam_optimiser *, const char *folder);
+
+/* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and removes older ones
+   but for the `keep` newest (0: all) and the best. On failure what was there before is still there and complete. */
+int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
+/* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
+int slam_checkpoint_find(const char *run, char **folder);
+/* Removes what a kill may have left half written and mends the links. */
+int slam_checkpoint_mend(const char *run);
+
+/* ------------------------------------------------------------------------------------------
+   14. RUN         what the programs share. This section prints: progress and step lines, on stdout.
+   ------------------------------------------------------------------------------------------ */
+
+/* A program's own sentence for slam_error(); returns 0. */
+int slam_refuse(const char *format, ...);
+
+/* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one ends the program at once. */
+void slam_signals_catch(void);
+int slam_signals_stop(void); /* 1 once one has come */
+
+/* device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "f32" or "bf16"; threads 0: one a core. `note` gets why auto took the CPU, or "". */
+slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]);
+
+/* 950, 12.3k, 1.40M, 2.81B;  0:32, 12:03:04 */
+const char *slam_spell_count(char s[32], double n);
+const char *slam_spell_time(char s[32], double seconds);
+
+/* Paths, in memory of the caller's; NULL and slam_error() on failure. */
+char *slam_path_beside(const char *argv0, const char *name); /* NAME beside the running program */
+char *slam_path_absolute(const char *path);                  /* where there is no such file yet, or a glob: the folder's path made absolute */
+char *slam_run_new(const char *name);                        /* makes runs/NAME, or runs/NAME-2 and so on: the first that is free */
+int slam_run_claim(const char *folder);                      /* an error where the folder holds a run */
+char *slam_run_newest(const char *name);                     /* of runs/NAME, runs/NAME-2, ...; NULL name: of all that hold a checkpoint */
+char *slam_run_model(const char *path);                      /* a model folder as it is, a run's newest checkpoint; NULL: of the newest run */
+
+/* Keeps the value of every flag but of those named in `without` (words parted by spaces). */
+int slam_settings_keep(slam_settings *, const slam_flags *, const char *without);
+/* Gives the flags the values that a run was begun with. One that was given on the command line and says another is an error, unless it may change,
+   or may grow and does; "auto" contradicts nothing. `without`: flags that are no settings. */
+int slam_settings_recall(const slam_settings *, slam_flags *, const char *without, const char *may_change, const char *may_grow);
+
+/* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them. Recall: given ones must
+   be the run's, none given become the run's; `paths` gets what to open. */
+int slam_settings_keep_paths(slam_settings *, const char *name, const slam_list *given);
+int slam_settings_recall_paths(const slam_settings *, const char *name, slam_list *given, slam_list *paths);
+/* What --resume goes on with: the folder `out`, NULL: the newest of runs/NAME...; its newest checkpoint, NULL: none yet; how it stands, steps 0: nothing is
+   there yet. */
+int slam_run_find(const char *name, const char *out, char **folder, char **checkpoint, slam_trainer *);
+
+/* What is trained on: train has rows of units, dpo has pairs. */
+typedef struct slam_task {
+    void *context;
+    /* Takes the next global batch: its real tokens, and of how many terms the step's loss is the mean (targets; pairs). */
+    int (*next)(void *context, uint64_t *tokens, uint64_t *terms);
+    /* Forward and backward over it, whose loss is the sum of the terms' losses / terms. */
+    int (*accumulate)(void *context, uint64_t terms);
+    /* Validation: losses[0] of all, losses[1 + s] of source s where there are several. NULL: nothing to validate on. */
+    int (*evaluate)(void *context, double *losses);
+    int sources;
+    const char *(*source_name)(void *context, int source);
+    /* More members of a step's object in the log, as `, "margin": 0.5`; NULL: none. */
+    const char *(*members)(void *context);
+    /* Where the batches stand; seek goes there from anywhere. */
+    void (*tell)(void *context, uint64_t *epoch, uint64_t *row);
+    int (*seek)(void *context, uint64_t epoch, uint64_t row);
+} slam_task;
+
+/* Pre-training: rows of `data`, micro rows at a time; val NULL: no validation; its sources go by val_names. */
+typedef struct slam_pretraining slam_pretraining;
+slam_pretraining *slam_pretraining_new(slam_model *, const slam_data *data, const slam_data *val, const slam_list *val_names, int context,
+                                        int batch, int micro, uint64_t seed);
+void slam_pretraining_free(slam_pretraining *);
+slam_task slam_pretraining_task(slam_pretraining *);
+/* How many steps of `batch` rows it takes to see that many tokens. */
+int slam_steps_for_tokens(const slam_data *, int context, int batch, uint64_t seed, uint64_t tokens, long *steps);
+/* A hash of the data's size (slam_data_measure of all) and of its first rows: tells one data set from another. */
+int slam_data_hash(const slam_data *, const slam_data_size *, int context, uint64_t seed, uint64_t *hash);
+
+/* Rows that a device holds at once: goes by its memory in all, so that it is the same every time. */
+int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T);
+
+enum { SLAM_ENDED_LIMIT, SLAM_ENDED_TIME, SLAM_ENDED_SIGNAL };
+/* A training run: what it is made of, how it goes, where it stands. */
+typedef struct slam_run {
+    const char *folder;     /* log.jsonl and the checkpoints */
+    slam_ops *ops;
+    slam_model *model;
+    slam_optimiser *optimiser; /* made by slam_run_begin */
+    slam_adamw adamw;
+    slam_task task;
+    slam_trainer trainer;
+    double began;           /* slam_clock() when the program started */
+    uint64_t max_tokens;    /* limits; 0: none */
+    double max_seconds;
+    double lr, min_lr;
+    int schedule;
+    long warmup;
+    double warmup_share;    /* at least this part of all steps */
+    long eval_every, save_every, log_every;
+    int keep, format;
+    int context, micro;     /* tokens of a row and rows at once, for the peak and the share of it */
+
+    /* what slam_run_train leaves */
+    int ended;
+    double val_loss;        /* the last evaluation's, ... */
+    long val_step;          /* ... of this step; 0: there was none */
+    long saved_step;
+    double before, val_seconds, save_seconds; /* seconds of the run's earlier parts, of the last evaluation and checkpoint */
+    int lock;               /* the folder's, which keeps a second process out; 0: none */
+} slam_run;
+
+/* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into max_seconds as well;
+   no more than trainer.steps where that is not 0. Before slam_run_begin. */
+int slam_run_time(slam_run *);
+/* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder, cuts the log. */
+int slam_run_begin(slam_run *, const char *checkpoint);
+/* Writes trainer.json of a run that has no checkpoint yet, so that it can be resumed from its start. */
+int slam_run_note(const slam_run *);
+/* Trains until a limit or a signal, evaluating, logging and saving. */
+int slam_run_train(slam_run *);
+void slam_run_end(slam_run *); /* frees the optimiser and the settings */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* SLAM_H */
+
+#ifdef SLAM_IMPLEMENTATION
+/* ==========================================================================================
+   1. BASE         errors, memory, clock, RNG, threads, files
+   What every other section stands on: a failure is a sentence, memory is asked for politely,
+   random numbers depend on a seed and nothing else, files are mapped, listed and replaced whole.
+   may use: nothing
+   ========================================================================================== */
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#define SLAM_PRAGMA(text) _Pragma(#text)
+#else
+#define SLAM_PRAGMA(text)
+#endif
+/* A loop whose iterations write to different places, dealt to the threads in equal runs of neighbours. */
+#define SLAM_PARALLEL_FOR SLAM_PRAGMA(omp parallel for schedule(static))
+
+#ifdef __cplusplus
+#define SLAM_THREAD_LOCAL thread_local
+#else
+#define SLAM_THREAD_LOCAL _Thread_local
+#endif
+#ifdef __GNUC__
+#define SLAM_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define SLAM_PRINTF(text, first)
+#endif
+/* A struct that begins empty: `text t = SLAM_ZERO;` (each language warns about the other's way to say it) */
+// clang-format off
+#ifdef __cplusplus
+#define SLAM_ZERO {}
+#else
+#define SLAM_ZERO {0}
+#endif
+// clang-format on
+
+/* ---- errors ---- */
+
+static SLAM_THREAD_LOCAL char error_text[1024];
+const char *slam_error(void) { return error_text; }
+
+/* Leaves the sentence and returns 0, the library's "it failed": `return fail("...")`. */
+static int SLAM_PRINTF(1, 2) fail(const char *format, ...) {
+    char text[sizeof error_text]; // apart, because an argument may be the sentence that stands there
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    memcpy(error_text, text, sizeof text);
+    return 0;
+}
+
+/* ---- memory ---- */
+
+/* n zeroed elements of `size` bytes; NULL and the sentence where there is no room. */
+static void *mem_new(size_t n, size_t size) {
+    void *p = NULL;
+    if (n == 0) n = 1;
+    if (size == 0) size = 1;
+    if (n <= SIZE_MAX / 2 / size) p = calloc(n, size);
+    if (!p) fail("out of memory: %.1f MB were asked for", (double)n * (double)size / 1e6);
+    return p;
+}
+
+/* Room for `need` elements of `size` bytes in *p, which holds *capacity; grows by half at least, so that adding one at a time
+   costs constant time each. Returns 0 and leaves *p as it was where there is no room. */
+static int mem_grow(void **p, size_t *capacity, size_t need, size_t size) {
+    if (need <= *capacity) return 1;
+    size_t more = *capacity + *capacity / 2 + 16;
+    if (more < need) more = need;
+    void *grown = more <= SIZE_MAX / 2 / size ? realloc(*p, more * size) : NULL;
+    if (!grown) return fail("out of memory: %.1f MB were asked for", (double)more * (double)size / 1e6);
+    *p = grown;
+    *capacity = more;
+    return 1;
+}
+
+static char *text_copy(const char *text) {
+    char *copy = (char *)mem_new(strlen(text) + 1, 1);
+    if (copy) memcpy(copy, text, strlen(text));
+    return copy;
+}
+
+/* Text that grows as it is added to. When memory ends `failed` is set and stays; at[n] is always 0 once something was added. */
+typedef struct text {
+    char *at;
+    size_t n, capacity;
+    int failed;
+} text;
+
+static void text_add_bytes(text *t, const char *bytes, size_t n) {
+    if (t->failed) return;
+    if (!mem_grow((void **)&t->at, &t->capacity, t->n + n + 1, 1)) {
+        t->failed = 1;
+        return;
+    }
+    memcpy(t->at + t->n, bytes, n);
+    t->n += n;
+    t->at[t->n] = 0;
+}
+
+static void SLAM_PRINTF(2, 3) text_add(text *t, const char *format, ...) {
+    char small[512], *big = NULL;
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(small, sizeof small, format, args);
+    va_end(args);
+    if (n >= (int)sizeof small) {
+        big = (char *)mem_new((size_t)n + 1, 1);
+        if (!big) {
+            t->failed = 1;
+            return;
+        }
+        va_start(args, format);
+        vsnprintf(big, (size_t)n + 1, format, args);
+        va_end(args);
+    }
+    if (n > 0) text_add_bytes(t, big ? big : small, (size_t)n);
+    free(big);
+}
+
+static void text_free(text *t) {
+    free(t->at);
+    memset(t, 0, sizeof *t);
+}
+
+/* ---- clock ---- */
+
+double slam_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* ---- random numbers ---- */
+
+/* SplitMix64 (Steele, Lea and Flood 2014): the n-th number is a hash of state + n * gamma. The state is all there is, so a
+   stream can be named by mixing numbers into it and never depends on who drew before. */
+static uint64_t rng_next(uint64_t *state) {
+    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* The state of a stream of its own for (seed, a, b): e.g. seed, epoch, source. */
+static uint64_t rng_stream(uint64_t seed, uint64_t a, uint64_t b) {
+    uint64_t s = seed;
+    s = rng_next(&s) ^ a;
+    s = rng_next(&s) ^ b;
+    return rng_next(&s);
+}
+
+/* uniform in [0, n), without bias (Lemire 2019) */
+static uint64_t rng_below(uint64_t *state, uint64_t n) {
+    uint64_t limit = (uint64_t)-1 - (uint64_t)-1 % n, x;
+    do x = rng_next(state);
+    while (x >= limit);
+    return x % n;
+}
+
+/* uniform in [0, 1), 53 bits */
+static double rng_uniform(uint64_t *state) { return (double)(rng_next(state) >> 11) * 0x1p-53; }
+
+/* standard normal, by Box and Muller (1958) */
+static double rng_normal(uint64_t *state) {
+    double u = 1 - rng_uniform(state), v = rng_uniform(state);
+    return sqrt(-2 * log(u)) * cos(2 * 3.14159265358979323846 * v);
+}
+
+/* FNV-1a, 64 bits (Fowler, Noll and Vo): continue with the last result, begin with HASH_START. */
+#define HASH_START 0xcbf29ce484222325u
+static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ p[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* ---- threads ---- */
+
+/* How many threads parallel loops use; 0 asks for one a core. Returns what was set. */
+static int threads_set(int threads) {
+#ifdef _OPENMP
+    if (threads > 0) omp_set_num_threads(threads);
+    return omp_get_max_threads();
+#else
+    (void)threads;
+    return 1;
+#endif
+}
+
+static int threads_count(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+/* which of them this one is, from 0 */
+static int thread_index(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* ---- files ---- */
+
+/* "a/b" in memory of its own */
+static char *path_join(const char *folder, const char *name) {
+    text t = SLAM_ZERO;
+    size_t n = strlen(folder);
+    text_add(&t, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    if (t.failed) text_free(&t);
+    return t.at;
+}
+
+/* the part after the last slash */
+static const char *path_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static int path_is_file(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+}
+
+static int path_is_folder(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+}
+
+static int path_ends(const char *path, const char *end) {
+    size_t n = strlen(path), m = strlen(end);
+    return n >= m && strcmp(path + n - m, end) == 0;
+}
+
+/* Makes the folder and those above it; one that is there already is fine. */
+static int make_folders(const char *path) {
+    char *p = text_copy(path);
+    if (!p) return 0;
+    for (char *s = p + 1; *s; s++)
+        if (*s == '/') {
+            *s = 0;
+            mkdir(p, 0777);
+            *s = '/';
+        }
+    free(p);
+    if (mkdir(path, 0777) != 0 && !path_is_folder(path)) return fail("%s: cannot make this folder: %s", path, strerror(errno));
+    return 1;
+}
+
+/* A list of names in memory of its own. */
+typedef struct names {
+    char **at;
+    size_t n, capacity;
+} names;
+
+static int names_add(names *list, const char *name) {
+    char *copy = text_copy(name);
+    if (!copy || !mem_grow((void **)&list->at, &list->capacity, list->n + 1, sizeof *list->at)) {
+        free(copy);
+        return 0;
+    }
+    list->at[list->n++] = copy;
+    return 1;
+}
+
+static void names_free(names *list) {
+    for (size_t i = 0; i < list->n; i++) free(list->at[i]);
+    free(list->at);
+    memset(list, 0, sizeof *list);
+}
+
+static int names_compare(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+/* The names in a folder in the order of their bytes, without "." and "..". */
+static int folder_list(const char *path, names *list) {
+    DIR *folder = opendir(path);
+    if (!folder) return fail("%s: cannot list this folder: %s", path, strerror(errno));
+    size_t first = list->n;
+    int ok = 1;
+    for (struct dirent *e; ok && (e = readdir(folder));)
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) ok = names_add(list, e->d_name);
+    closedir(folder);
+    if (ok && list->n > first) qsort(list->at + first, list->n - first, sizeof *list->at, names_compare);
+    return ok;
+}
+
+/* Removes a folder of files and all below it; links are removed, not followed. */
+static int remove_tree(const char *path) {
+    struct stat s;
+    if (lstat(path, &s) != 0) return errno == ENOENT ? 1 : fail("%s: %s", path, strerror(errno));
+    if (!S_ISDIR(s.st_mode)) return unlink(path) == 0 ? 1 : fail("%s: cannot be removed: %s", path, strerror(errno));
+    names list = SLAM_ZERO;
+    int ok = folder_list(path, &list);
+    for (size_t i = 0; ok && i < list.n; i++) {
+        char *below = path_join(path, list.at[i]);
+        ok = below && remove_tree(below);
+        free(below);
+    }
+    names_free(&list);
+    if (ok && rmdir(path) != 0) return fail("%s: cannot be removed: %s", path, strerror(errno));
+    return ok;
+}
+
+/* A whole file as read-only memory, mapped where that is possible and read where it is not (a pipe). */
+typedef struct file_map {
+    const unsigned char *data;
+    size_t size;
+    int mapped;
+} file_map;
+
+static int map_read_pipe(file_map *map, const char *path, int fd) {
+    text t = SLAM_ZERO;
+    char block[65536];
+    ssize_t n;
+    while ((n = read(fd, block, sizeof block)) > 0) text_add_bytes(&t, block, (size_t)n);
+    if (n < 0 || t.failed) {
+        if (n < 0) fail("%s: %s", path, strerror(errno));
+        text_free(&t);
+        return 0;
+    }
+    map->data = (const unsigned char *)t.at;
+    map->size = t.n;
+    return 1;
+}
+
+static int map_open(file_map *map, const char *path) {
+    memset(map, 0, sizeof *map);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    int ok = fstat(fd, &s) == 0;
+    if (!ok) {
+        fail("%s: %s", path, strerror(errno));
+    } else if (S_ISDIR(s.st_mode)) {
+        ok = fail("%s: is a folder, expected a file", path);
+    } else if (!S_ISREG(s.st_mode)) {
+        ok = map_read_pipe(map, path, fd);
+    } else if (s.st_size > 0) {
+        void *p = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        ok = p != MAP_FAILED;
+        if (!ok) fail("%s: cannot be mapped: %s", path, strerror(errno));
+        if (ok) {
+            map->data = (const unsigned char *)p;
+            map->size = (size_t)s.st_size;
+            map->mapped = 1;
+        }
+    }
+    close(fd);
+    return ok;
+}
+
+static void map_close(file_map *map) {
+    if (map->mapped) munmap((void *)(uintptr_t)map->data, map->size);
+    else free((void *)(uintptr_t)map->data);
+    memset(map, 0, sizeof *map);
+}
+
+/* Ends a file that was being written: flushed, on the disk, closed. A full disk shows itself here at the latest. */
+static int file_finish(FILE *f, const char *path) {
+    int ok = !ferror(f);
+    ok = fflush(f) == 0 && ok;
+    ok = fsync(fileno(f)) == 0 && ok;
+    int why = errno;
+    ok = fclose(f) == 0 && ok;
+    return ok ? 1 : fail("%s: cannot be written: %s", path, strerror(why ? why : EIO));
+}
+
+/* What was renamed or made in a folder is on the disk only when the folder itself is. */
+static int folder_sync(const char *path) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return fail("%s: %s", path, strerror(errno));
+    int ok = fsync(fd) == 0 || errno == EINVAL; // some file systems cannot sync a folder, and say so
+    close(fd);
+    return ok ? 1 : fail("%s: cannot be synced: %s", path, strerror(errno));
+}
+
+/* Writes a whole file: into PATH.part first, synced, then renamed, so that PATH is never half written. */
+static int file_write(const char *path, const void *data, size_t n) {
+    text part = SLAM_ZERO;
+    text_add(&part, "%s.part", path);
+    if (part.failed) return 0;
+    FILE *f = fopen(part.at, "wb");
+    int ok = f != NULL;
+    if (!ok) fail("%s: cannot be written: %s", path, strerror(errno));
+    if (ok) {
+        fwrite(data, 1, n, f);
+        ok = file_finish(f, path);
+    }
+    if (ok && rename(part.at, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
+    if (!ok && f) unlink(part.at);
+    text_free(&part);
+    return ok;
+}
+
+/* ==========================================================================================
+   2. FORMATS      JSON, safetensors, npy, token shards, JSONL units, WAV
+   Readers and writers of files that others made or will read. Whatever a file holds, a reader returns what it says or
+   a sentence: every length is held against what is there before it is used. Files are little-endian, as are the machines.
+   may use: 1 base
+   ========================================================================================== */
+
+/* ---- JSON (RFC 8259) ---- */
+
+typedef enum json_type { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } json_type;
+typedef struct json {
+    json_type type;
+    double number;
+    const char *string;        // unescaped UTF-8; of a number: as the file spells it
+    size_t n;                  // bytes of string, or members
+    const char *key;           // of a member of an object
+    struct json *first, *next; // first member, next one of the same array or object
+} json;
+
+/* A parsed text: its root, the nodes in blocks (the first of each only points to the block before), all strings in one piece. */
+typedef struct json_tree {
+    json root, *block;
+    char *strings;
+} json_tree;
+
+typedef struct json_reader {
+    const char *text, *at, *end, *what;
+    json_tree *tree;
+    char *strings;     // where the next string goes
+    size_t used, room; // nodes of the newest block
+    int depth;
+} json_reader;
+
+#define JSON_DEPTH 64
+#define JSON_SIZE  100000000 // the largest header that the safetensors library takes, and more than any other JSON file needs
+
+/* Bytes of the UTF-8 character that begins at s, of which n > 0 are there; 0 where it is none (RFC 3629). */
+static size_t utf8_length(const char *at, size_t n) {
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
+    const unsigned char *s = (const unsigned char *)at;
+    if (s[0] < 0x80) return 1;
+    const size_t length = s[0] >= 0xf0 ? 4 : s[0] >= 0xe0 ? 3 : 2;
+    if (s[0] < 0xc2 || s[0] > 0xf4 || length > n) return 0;
+    uint32_t code = s[0] & (0xffu >> (length + 1));
+    for (size_t k = 1; k < length; k++) {
+        if ((s[k] & 0xc0) != 0x80) return 0;
+        code = code << 6 | (s[k] & 0x3fu);
+    }
+    return code >= least[length] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? length : 0;
+}
+
+/* Writes the character as UTF-8 and returns its bytes. */
+static size_t utf8_put(char *out, uint32_t code) {
+    const size_t length = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t k = length; k-- > 1; code >>= 6) out[k] = (char)(0x80 | (code & 0x3f));
+    out[0] = (char)(length == 1 ? code : (0xf00u >> length & 0xf0) | code);
+    return length;
+}
+
+/* "what: line 3, byte 14: sentence"; the line where there are several */
+static int SLAM_PRINTF(2, 3) json_fail(const json_reader *r, const char *format, ...) {
+    char sentence[300], line[32] = "";
+    size_t lines = 1;
+    const char *start = r->text;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    for (const char *p = r->text; p < r->at; p++)
+        if (*p == '\n') {
+            lines++;
+            start = p + 1;
+        }
+    if (lines > 1) snprintf(line, sizeof line, "line %zu, ", lines);
+    return fail("%s: %sbyte %zu: %s", r->what, line, (size_t)(r->at - start) + 1, sentence);
+}
+
+static int json_expected(const json_reader *r, const char *expected) {
+    if (r->at == r->end) return json_fail(r, "found the end, expected %s", expected);
+    if (*r->at > ' ' && *r->at < 127) return json_fail(r, "found '%c', expected %s", *r->at, expected);
+    return json_fail(r, "found byte 0x%02x, expected %s", (unsigned char)*r->at, expected);
+}
+
+/* The next character that is not white space; -1 at the end. */
+static int json_peek(json_reader *r) {
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
+    return r->at < r->end ? (unsigned char)*r->at : -1;
+}
+
+static json *json_new(json_reader *r) {
+    if (r->used == r->room) {
+        const size_t rest = (size_t)(r->end - r->at) / 4 + 16; // numbers of a few digits, so that one block holds most lines
+        json *block = (json *)mem_new(rest < 16384 ? rest : 16384, sizeof *block);
+        if (!block) return NULL;
+        block->next = r->tree->block;
+        r->tree->block = block;
+        r->used = 1;
+        r->room = rest < 16384 ? rest : 16384;
+    }
+    return &r->tree->block[r->used++];
+}
+
+/* \uXXXX, of which the backslash is read; two of them for a character beyond the 16 bits. */
+static int json_unicode(json_reader *r, uint32_t *code) {
+    uint32_t unit[2] = {0, 0};
+    for (int u = 0; u < 2; u++) {
+        if (r->at == r->end || *r->at != 'u') return json_expected(r, "the second half of a surrogate pair");
+        r->at++;
+        for (int k = 0; k < 4; k++, r->at++) {
+            const int c = r->at < r->end ? (unsigned char)*r->at : 0;
+            if (!isxdigit(c)) return json_expected(r, "four hexadecimal digits");
+            unit[u] = unit[u] << 4 | (uint32_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+        }
+        if (u == 0 && (unit[0] < 0xd800 || unit[0] > 0xdfff)) {
+            *code = unit[0];
+            return unit[0] ? 1 : json_fail(r, "the character \\u0000, which no name or path can hold");
+        }
+        if (u == 0 && (r->at == r->end || *r->at++ != '\\')) return json_fail(r, "half of a surrogate pair");
+    }
+    if (unit[0] > 0xdbff || unit[1] < 0xdc00 || unit[1] > 0xdfff) return json_fail(r, "half of a surrogate pair");
+    *code = 0x10000 + ((unit[0] & 0x3ff) << 10) + (unit[1] & 0x3ff);
+    return 1;
+}
+
+static int json_escape(json_reader *r, char **out) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    uint32_t code = 0;
+    r->at++;
+    const char *found = r->at < r->end && *r->at ? strchr(names, *r->at) : NULL;
+    if (found) {
+        *(*out)++ = meant[found - names];
+        r->at++;
+        return 1;
+    }
+    if (r->at == r->end || *r->at != 'u') return json_expected(r, "one of \"\\/bfnrtu after a backslash");
+    if (!json_unicode(r, &code)) return 0;
+    *out += utf8_put(*out, code);
+    return 1;
+}
+
+/* The string whose opening quote is next. Unescaped it is never longer than it stands there. */
+static int json_string(json_reader *r, const char **string, size_t *n) {
+    char *out = r->strings;
+    r->at++;
+    for (;;) {
+        const char *run = r->at;
+        while (r->at < r->end && (signed char)*r->at >= ' ' && *r->at != '"' && *r->at != '\\') r->at++;
+        memcpy(out, run, (size_t)(r->at - run));
+        out += r->at - run;
+        if (r->at == r->end) return json_expected(r, "the closing quote of a string");
+        if (*r->at == '"') break;
+        if (*r->at == '\\') {
+            if (!json_escape(r, &out)) return 0;
+            continue;
+        }
+        const size_t length = utf8_length(r->at, (size_t)(r->end - r->at));
+        if (length == 0) return json_fail(r, "byte 0x%02x is not UTF-8 here", (unsigned char)*r->at);
+        if (length == 1) return json_fail(r, "a bare control character 0x%02x in a string", (unsigned char)*r->at);
+        memcpy(out, r->at, length);
+        out += length;
+        r->at += length;
+    }
+    r->at++;
+    *string = r->strings;
+    *n = (size_t)(out - r->strings);
+    *out++ = 0;
+    r->strings = out;
+    return 1;
+}
+
+static int json_digits(json_reader *r) {
+    if (r->at == r->end || (unsigned)(*r->at - '0') > 9) return json_expected(r, "a digit");
+    while (r->at < r->end && (unsigned)(*r->at - '0') <= 9) r->at++;
+    return 1;
+}
+
+/* The double nearest to a number as JSON spells it. Whole numbers below 2^53 times or over a power of ten that is itself exact
+   need one rounding (Clinger 1990); others go to strtod as digits and an exponent, without the point that depends on the locale. */
+static double number_from_text(const char *s) {
+    static const double ten[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+    char plain[1100], *p = plain;
+    const int negative = *s == '-';
+    long exponent = 0;
+    uint64_t whole = 0;
+    int point = 0;
+    for (s += negative; (unsigned)(*s - '0') <= 9 || *s == '.'; s++) {
+        if (*s == '.') {
+            point = 1;
+        } else {
+            if (whole < (uint64_t)1 << 54) whole = whole * 10 + (uint64_t)(*s - '0');
+            exponent -= point;
+            *p++ = *s;
+        }
+    }
+    if (*s) {
+        const long spelled = strtol(s + 1, NULL, 10);
+        exponent += spelled > 100000 ? 100000 : spelled < -100000 ? -100000 : spelled;
+    }
+    double x;
+    if (whole <= (uint64_t)1 << 53 && labs(exponent) <= 22) {
+        x = exponent < 0 ? (double)whole / ten[-exponent] : (double)whole * ten[exponent];
+    } else {
+        snprintf(p, 24, "e%ld", exponent);
+        x = strtod(plain, NULL);
+    }
+    return negative ? -x : x;
+}
+
+static int json_read_number(json_reader *r, json *j) {
+    const char *start = r->at;
+    r->at += *r->at == '-';
+    if (r->at < r->end && *r->at == '0') r->at++; // nothing may follow a leading zero
+    else if (!json_digits(r)) return 0;
+    if (r->at < r->end && *r->at == '.') {
+        r->at++;
+        if (!json_digits(r)) return 0;
+    }
+    if (r->at < r->end && (*r->at == 'e' || *r->at == 'E')) {
+        r->at++;
+        if (r->at < r->end && (*r->at == '+' || *r->at == '-')) r->at++;
+        if (!json_digits(r)) return 0;
+    }
+    j->type = JSON_NUMBER;
+    j->n = (size_t)(r->at - start);
+    j->string = r->strings;
+    if (j->n > 1000) return json_fail(r, "a number of %zu characters, at most 1000 are read", j->n);
+    memcpy(r->strings, start, j->n);
+    r->strings[j->n] = 0;
+    r->strings += j->n + 1;
+    j->number = number_from_text(j->string);
+    return isfinite(j->number) ? 1 : json_fail(r, "the number %.40s is beyond a double", j->string);
+}
+
+static int json_compare_keys(const void *a, const void *b) { return strcmp((*(json *const *)a)->key, (*(json *const *)b)->key); }
+
+/* Equal keys are found by sorting, so that an object of a million members costs no more than reading it. */
+static int json_keys_differ(const json_reader *r, const json *object) {
+    const json *few[16], **sorted = few;
+    size_t n = 0;
+    int ok = 1;
+    if (object->n > 16) sorted = (const json **)mem_new(object->n, sizeof *sorted);
+    if (!sorted) return 0;
+    for (const json *j = object->first; j; j = j->next) sorted[n++] = j;
+    qsort((void *)sorted, n, sizeof *sorted, json_compare_keys);
+    for (size_t i = 1; ok && i < n; i++)
+        if (strcmp(sorted[i - 1]->key, sorted[i]->key) == 0)
+            ok = json_fail(r, "the key '%.100s' stands twice in an object", sorted[i]->key);
+    if (sorted != few) free((void *)sorted);
+    return ok;
+}
+
+static int json_value(json_reader *r, json *j);
+
+/* The members of an array or object, of which the opening bracket is next. */
+static int json_members(json_reader *r, json *j, char close) {
+    json **link = &j->first;
+    size_t length;
+    j->type = close == '}' ? JSON_OBJECT : JSON_ARRAY;
+    if (++r->depth > JSON_DEPTH) return json_fail(r, "nested deeper than %d", JSON_DEPTH);
+    r->at++;
+    int next = json_peek(r);
+    while (next != close) {
+        json *member = json_new(r);
+        if (!member) return 0;
+        if (close == '}') {
+            if (json_peek(r) != '"') return json_expected(r, "a key in quotes");
+            if (!json_string(r, &member->key, &length)) return 0;
+            if (json_peek(r) != ':') return json_expected(r, "':' after a key");
+            r->at++;
+        }
+        if (!json_value(r, member)) return 0;
+        *link = member;
+        link = &member->next;
+        j->n++;
+        next = json_peek(r);
+        if (next == close) break;
+        if (next != ',') return json_expected(r, close == '}' ? "',' or '}'" : "',' or ']'");
+        r->at++;
+        if (json_peek(r) == close) return json_expected(r, "another member after ','");
+    }
+    r->at++;
+    r->depth--;
+    return close == ']' || json_keys_differ(r, j);
+}
+
+static int json_value(json_reader *r, json *j) {
+    static const char *const words[] = {"null", "false", "true"}; // in the order of json_type
+    const int c = json_peek(r);
+    if (c == '{') return json_members(r, j, '}');
+    if (c == '[') return json_members(r, j, ']');
+    if (c == '"') {
+        j->type = JSON_STRING;
+        return json_string(r, &j->string, &j->n);
+    }
+    if (c == '-' || (c >= '0' && c <= '9')) return json_read_number(r, j);
+    for (int w = 0; w < 3; w++) {
+        const size_t n = strlen(words[w]);
+        if ((size_t)(r->end - r->at) >= n && memcmp(r->at, words[w], n) == 0) {
+            j->type = (json_type)w;
+            r->at += n;
+            return 1;
+        }
+    }
+    return json_expected(r, "a value");
+}
+
+static void json_free(json *root) {
+    json_tree *tree = (json_tree *)(void *)root; // a tree begins with its root
+    if (!tree) return;
+    for (json *block = tree->block, *before; block; block = before) {
+        before = block->next;
+        free(block);
+    }
+    free(tree->strings);
+    free(tree);
+}
+
+/* The value that n bytes of text spell, to be freed with json_free; NULL and a sentence that begins with `what`. Strict: UTF-8, no
+   key twice in an object, no number beyond a double, nothing after the end; and no \u0000, so that strings are C's. */
+static json *json_parse(const char *text, size_t n, const char *what) {
+    json_reader r = SLAM_ZERO;
+    r.text = r.at = n ? text : ""; // an empty file is mapped nowhere
+    r.end = r.text + n;
+    r.what = what;
+    if (n > JSON_SIZE) {
+        fail("%s: %zu bytes of JSON, at most %d are read", what, n, JSON_SIZE);
+        return NULL;
+    }
+    r.tree = (json_tree *)mem_new(1, sizeof *r.tree);
+    if (!r.tree) return NULL;
+    // a string loses its quotes and gains a zero; a number only gains one, where what ends it stood
+    r.strings = r.tree->strings = (char *)malloc(n + 1);
+    int ok = r.strings ? 1 : fail("%s: out of memory", what);
+    ok = ok && json_value(&r, &r.tree->root);
+    if (ok && json_peek(&r) >= 0) ok = json_expected(&r, "nothing more");
+    if (ok) return &r.tree->root;
+    json_free(&r.tree->root);
+    return NULL;
+}
+
+static json *json_read(const char *path) {
+    file_map map;
+    if (!map_open(&map, path)) return NULL;
+    json *root = json_parse((const char *)map.data, map.size, path);
+    map_close(&map);
+    return root;
+}
+
+/* The member of that name; NULL where there is none or `object` is none. */
+static const json *json_get(const json *object, const char *key) {
+    if (!object || object->type != JSON_OBJECT) return NULL;
+    for (const json *j = object->first; j; j = j->next)
+        if (strcmp(j->key, key) == 0) return j;
+    return NULL;
+}
+
+static const char *json_describe(const json *j) {
+    static const char *const names[] = {"null", "false", "true", "", "a string", "an array", "an object"};
+    return j->type == JSON_NUMBER ? j->string : names[j->type];
+}
+
+/* A whole number in [min, max] (both within 2^53), a number in [min, max], true or false. Absent or null: 1, and *out stays as it
+   was. 0 and the sentence where the member is of another kind or out of range. */
+static int json_int(const json *object, const char *key, const char *what, long min, long max, long *out) {
+    const json *j = json_get(object, key);
+    if (!j || j->type == JSON_NULL) return 1;
+    if (j->type != JSON_NUMBER || fabs(j->number) > 0x1p53 || j->number != floor(j->number) || j->number < (double)min ||
+        j->number > (double)max)
+        return fail("%s: '%s' is %.60s, expected a whole number from %ld to %ld", what, key, json_describe(j), min, max);
+    *out = (long)j->number;
+    return 1;
+}
+
+static int json_real(const json *object, const char *key, const char *what, double min, double max, double *out) {
+    const json *j = json_get(object, key);
+    if (!j || j->type == JSON_NULL) return 1;
+    if (j->type != JSON_NUMBER || j->number < min || j->number > max)
+        return fail("%s: '%s' is %.60s, expected a number from %g to %g", what, key, json_describe(j), min, max);
+    *out = j->number;
+    return 1;
+}
+
+static int json_flag(const json *object, const char *key, const char *what, int *out) {
+    const json *j = json_get(object, key);
+    if (!j || j->type == JSON_NULL) return 1;
+    if (j->type != JSON_TRUE && j->type != JSON_FALSE)
+        return fail("%s: '%s' is %.60s, expected true or false", what, key, json_describe(j));
+    *out = j->type == JSON_TRUE;
+    return 1;
+}
+
+/* The member's string; `fallback` where it is absent or no string. */
+static const char *json_text(const json *object, const char *key, const char *fallback) {
+    const json *j = json_get(object, key);
+    return j && j->type == JSON_STRING ? j->string : fallback;
+}
+
+/* A JSON string in quotes. Bytes that are not UTF-8 (a file's name may hold any) become U+FFFD. */
+static void text_add_json(text *t, const char *utf8) {
+    size_t n = strlen(utf8);
+    text_add_bytes(t, "\"", 1);
+    while (n > 0) {
+        const size_t length = utf8_length(utf8, n);
+        if (*utf8 == '"' || *utf8 == '\\') {
+            text_add_bytes(t, "\\", 1);
+            text_add_bytes(t, utf8, 1);
+        } else if (*utf8 == '\n') text_add_bytes(t, "\\n", 2);
+        else if (*utf8 == '\t') text_add_bytes(t, "\\t", 2);
+        else if (length == 1 && *utf8 < ' ') text_add(t, "\\u%04x", (unsigned)*utf8);
+        else if (length == 0) text_add_bytes(t, "\xef\xbf\xbd", 3);
+        else text_add_bytes(t, utf8, length);
+        utf8 += length ? length : 1;
+        n -= length ? length : 1;
+    }
+    text_add_bytes(t, "\"", 1);
+}
+
+/* The shortest spelling that reads back as the same double; null where it is not finite, for which JSON has no word. */
+static void text_add_number(text *t, double x) {
+    char spelled[40], digits[20];
+    if (!isfinite(x)) {
+        text_add(t, "null");
+        return;
+    }
+    // 15 digits survive the way through a double (not a subnormal one), so trailing zeros of 15 can go; 17 tell any two apart
+    for (int precision = fabs(x) < 0x1p-1022 ? 1 : 15; precision <= 17; precision++) {
+        snprintf(spelled, sizeof spelled, "%.*e", precision - 1, fabs(x));
+        if (strtod(spelled, NULL) == fabs(x)) break;
+    }
+    int n = 0;
+    const char *p = spelled;
+    for (; *p != 'e'; p++)
+        if (*p >= '0' && *p <= '9') digits[n++] = *p; // the point between them depends on the locale
+    const int exponent = atoi(p + 1);
+    while (n > 1 && digits[n - 1] == '0') n--;
+    if (signbit(x)) text_add_bytes(t, "-", 1);
+    if (exponent < -5 || exponent > 15) {
+        text_add(t, "%.1s%s%.*se%d", digits, n > 1 ? "." : "", n - 1, digits + 1, exponent);
+    } else if (exponent < 0) {
+        text_add(t, "0.%.*s%.*s", -exponent - 1, "00000", n, digits);
+    } else if (n <= exponent + 1) {
+        text_add(t, "%.*s%.*s", n, digits, exponent + 1 - n, "0000000000000000");
+    } else {
+        text_add(t, "%.*s.%.*s", exponent + 1, digits, n - exponent - 1, digits + exponent + 1);
+    }
+}
+
+/* ---- files written as PATH.part and renamed when whole ---- */
+
+/* Opens PATH.part and leaves its name in memory of its own; NULL and the sentence. */
+static FILE *part_open(const char *path, char **part) {
+    text name = SLAM_ZERO;
+    text_add(&name, "%s.part", path);
+    FILE *f = name.failed ? NULL : fopen(name.at, "wb");
+    if (!f && !name.failed) fail("%s: cannot be written: %s", path, strerror(errno));
+    if (!f) text_free(&name);
+    *part = name.at;
+    return f;
+}
+
+/* Syncs, closes and renames, or, where not `ok`, removes. Frees `part`. */
+static int part_close(FILE *f, const char *path, char *part, int ok) {
+    if (ok) ok = file_finish(f, path);
+    else fclose(f);
+    if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
+    if (!ok) unlink(part);
+    free(part);
+    return ok;
+}
+
+static int part_write(FILE *f, const char *path, const void *data, size_t n) {
+    return n == 0 || fwrite(data, 1, n, f) == n ? 1 : fail("%s: cannot be written: %s", path, strerror(errno));
+}
+
+/* ---- safetensors ----
+   8 bytes: n, the header's length. n bytes: the header, a JSON object, blanks at its end allowed:
+       {"__metadata__": {"format": "pt", ...}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]}, ...}
+   Then the data in row order; offsets count from their first byte; tensors neither overlap nor leave gaps.
+   A large model is several such files and model.safetensors.index.json, {"weight_map": {"NAME": "FILE", ...}}. */
+
+enum { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_F64, DTYPE_I32, DTYPE_I64, DTYPE_U8 }; // then those that are only passed over
+static const struct {
+    const char *name;
+    unsigned bytes;
+} dtypes[] = {{"F32", 4}, {"F16", 2},     {"BF16", 2},    {"F64", 8},     {"I32", 4}, {"I64", 8},
+              {"U8", 1},  {"I8", 1},      {"BOOL", 1},    {"I16", 2},     {"U16", 2}, {"U32", 4},
+              {"U64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"C64", 8}};
+
+typedef struct tensor {
+    const char *name;
+    int dtype, rank;
+    size_t shape[8], count;
+    const unsigned char *data; // maybe unaligned
+    const char *file;
+} tensor;
+
+typedef struct tensor_file {
+    char *path;
+    file_map map;
+    json *header; // names of tensors point into it
+} tensor_file;
+
+typedef struct tensors {
+    tensor_file *file;
+    tensor *list;
+    const tensor **by_name;
+    size_t files, file_capacity, n, capacity;
+} tensors;
+
+static void tensors_close(tensors *t) {
+    if (!t) return;
+    for (size_t i = 0; i < t->files; i++) {
+        map_close(&t->file[i].map);
+        json_free(t->file[i].header);
+        free(t->file[i].path);
+    }
+    free(t->file);
+    free(t->list);
+    free((void *)t->by_name);
+    free(t);
+}
+
+/* A whole number of at most 2^53 */
+static int json_size(const json *j, size_t *out) {
+    if (!j || j->type != JSON_NUMBER || !(j->number >= 0 && j->number <= 0x1p53) || j->number != floor(j->number)) return 0;
+    *out = (size_t)j->number;
+    return 1;
+}
+
+/* One entry of a header; `data` are the `size` bytes behind the header. */
+static int tensor_from_json(tensor *t, const json *entry, const unsigned char *data, size_t size, const char *path) {
+    const json *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    const char *dtype = json_text(entry, "dtype", NULL);
+    const int known = (int)(sizeof dtypes / sizeof *dtypes);
+    size_t begin, end;
+    t->name = entry->key;
+    t->file = path;
+    if (!dtype) return fail("%s: tensor '%s' has no dtype", path, t->name);
+    while (t->dtype < known && strcmp(dtypes[t->dtype].name, dtype)) t->dtype++;
+    if (t->dtype == known) return fail("%s: tensor '%s' has the unknown dtype '%.40s'", path, t->name, dtype);
+    if (!shape || shape->type != JSON_ARRAY) return fail("%s: tensor '%s' has no shape", path, t->name);
+    if (shape->n > 8) return fail("%s: tensor '%s' has %zu dimensions, expected at most 8", path, t->name, shape->n);
+    t->count = 1;
+    for (const json *j = shape->first; j; j = j->next) {
+        size_t length = 0;
+        if (!json_size(j, &length)) return fail("%s: tensor '%s' has a dimension of %.40s", path, t->name, json_describe(j));
+        if (length && t->count > ((size_t)1 << 56) / length)
+            return fail("%s: tensor '%s' has a shape beyond any memory", path, t->name);
+        t->shape[t->rank++] = length;
+        t->count *= length;
+    }
+    if (!offsets || offsets->type != JSON_ARRAY || offsets->n != 2 || !json_size(offsets->first, &begin) ||
+        !json_size(offsets->first->next, &end))
+        return fail("%s: tensor '%s' has no data_offsets of two whole numbers", path, t->name);
+    if (begin > end || end > size)
+        return fail("%s: tensor '%s' lies at %zu to %zu, expected within the file's %zu bytes of data", path, t->name, begin, end,
+                    size);
+    if (end - begin != t->count * dtypes[t->dtype].bytes)
+        return fail("%s: tensor '%s' has %zu bytes, expected %zu numbers of %s", path, t->name, end - begin, t->count, dtype);
+    t->data = data + begin;
+    return 1;
+}
+
+static size_t tensor_bytes(const tensor *t) { return t->count * dtypes[t->dtype].bytes; }
+
+static int tensor_compare_places(const void *a, const void *b) {
+    const tensor *x = *(const tensor *const *)a, *y = *(const tensor *const *)b;
+    if (x->data != y->data) return x->data < y->data ? -1 : 1;
+    return tensor_bytes(x) < tensor_bytes(y) ? -1 : tensor_bytes(x) > tensor_bytes(y);
+}
+
+static int tensor_compare_names(const void *a, const void *b) {
+    return strcmp((*(const tensor *const *)a)->name, (*(const tensor *const *)b)->name);
+}
+
+/* The n tensors of one file lie one behind the other and fill its data. */
+static int tensors_fill(const tensor *list, size_t n, const unsigned char *data, size_t size, const char *path) {
+    const tensor **sorted = (const tensor **)mem_new(n, sizeof *sorted);
+    size_t at = 0;
+    int ok = sorted != NULL;
+    for (size_t i = 0; ok && i < n; i++) sorted[i] = &list[i];
+    if (ok) qsort((void *)sorted, n, sizeof *sorted, tensor_compare_places);
+    for (size_t i = 0; ok && i < n; i++) {
+        const size_t begin = (size_t)(sorted[i]->data - data);
+        if (begin != at)
+            ok = fail("%s: tensor '%s' begins at byte %zu of the data, expected %zu: %s", path, sorted[i]->name, begin, at,
+                      begin < at ? "it overlaps another" : "there is a gap before it");
+        at = begin + tensor_bytes(sorted[i]);
+    }
+    if (ok && at != size) ok = fail("%s: its tensors end at byte %zu of %zu bytes of data", path, at, size);
+    free((void *)sorted);
+    return ok;
+}
+
+/* Reads the header of the newest file, whose bytes are there. */
+static int tensors_parse(tensors *t) {
+    tensor_file *file = &t->file[t->files - 1];
+    const char *path = file->path;
+    const size_t first = t->n, size = file->map.size;
+    uint64_t n;
+    if (size < 8) return fail("%s: %zu bytes, which is no safetensors file", path, size);
+    memcpy(&n, file->map.data, 8);
+    if (n > JSON_SIZE)
+        return fail("%s: a header of %llu bytes, expected at most %d; is this a safetensors file?", path, (unsigned long long)n,
+                    JSON_SIZE);
+    if (n > size - 8)
+        return fail("%s: a header of %llu bytes, but only %zu follow: the file is cut short", path, (unsigned long long)n,
+                    size - 8);
+    if (n == 0 || file->map.data[8] != '{') return fail("%s: its header does not begin with '{'", path);
+    file->header = json_parse((const char *)file->map.data + 8, (size_t)n, path);
+    if (!file->header) return 0;
+    const unsigned char *data = file->map.data + 8 + n;
+    if (!mem_grow((void **)&t->list, &t->capacity, t->n + file->header->n + 1, sizeof *t->list)) return 0;
+    for (const json *j = file->header->first; j; j = j->next) {
+        if (strcmp(j->key, "__metadata__") == 0) {
+            if (j->type != JSON_OBJECT) return fail("%s: __metadata__ is %.60s, expected an object", path, json_describe(j));
+            for (const json *m = j->first; m; m = m->next)
+                if (m->type != JSON_STRING)
+                    return fail("%s: __metadata__ '%s' is %.60s, expected a string", path, m->key, json_describe(m));
+        } else {
+            memset(&t->list[t->n], 0, sizeof *t->list);
+            if (!tensor_from_json(&t->list[t->n], j, data, size - 8 - (size_t)n, path)) return 0;
+            t->n++;
+        }
+    }
+    return tensors_fill(t->list + first, t->n - first, data, size - 8 - (size_t)n, path);
+}
+
+/* Takes the bytes of one file over, also where it fails. */
+static int tensors_add(tensors *t, const char *path, file_map *map) {
+    char *copy = text_copy(path);
+    if (!copy || !mem_grow((void **)&t->file, &t->file_capacity, t->files + 1, sizeof *t->file)) {
+        free(copy);
+        map_close(map);
+        return 0;
+    }
+    tensor_file *file = &t->file[t->files++];
+    file->path = copy;
+    file->map = *map;
+    file->header = NULL;
+    return tensors_parse(t);
+}
+
+static int tensors_add_path(tensors *t, const char *path) {
+    file_map map;
+    return map_open(&map, path) && tensors_add(t, path, &map);
+}
+
+/* Sorts by name, when all files are there; the same name in two of them is an error. */
+static int tensors_sort(tensors *t) {
+    t->by_name = (const tensor **)mem_new(t->n, sizeof *t->by_name);
+    if (!t->by_name) return 0;
+    for (size_t i = 0; i < t->n; i++) t->by_name[i] = &t->list[i];
+    qsort((void *)t->by_name, t->n, sizeof *t->by_name, tensor_compare_names);
+    for (size_t i = 1; i < t->n; i++) {
+        const tensor *a = t->by_name[i - 1], *b = t->by_name[i];
+        if (strcmp(a->name, b->name) == 0) return fail("%s: tensor '%s' is also in %s", a->file, a->name, b->file);
+    }
+    return 1;
+}
+
+static size_t tensors_count(const tensors *t) { return t->n; }
+static const tensor *tensors_at(const tensors *t, size_t i) { return &t->list[i]; }
+
+static const tensor *tensors_find(const tensors *t, const char *name) {
+    tensor wanted = SLAM_ZERO;
+    const tensor *key = &wanted;
+    wanted.name = name;
+    const void *found = bsearch(&key, t->by_name, t->n, sizeof *t->by_name, tensor_compare_names);
+    return found ? *(const tensor *const *)found : NULL;
+}
+
+/* What the (first) file's __metadata__ says of `key`, or NULL. */
+static const char *tensors_metadata(const tensors *t, const char *key) {
+    return t->files ? json_text(json_get(t->file[0].header, "__metadata__"), key, NULL) : NULL;
+}
+
+/* Opens the file that an entry of the index names, if it is not open yet. It lies beside the index: nothing leads out of the folder. */
+static int tensors_add_shard(tensors *t, const char *folder, const json *entry, const char *index) {
+    if (entry->type != JSON_STRING)
+        return fail("%s: tensor '%s' is in %.60s, expected a file's name", index, entry->key, json_describe(entry));
+    if (!entry->n || strchr(entry->string, '/') || strcmp(entry->string, ".") == 0 || strcmp(entry->string, "..") == 0)
+        return fail("%s: tensor '%s' is in '%s', expected a file in the same folder", index, entry->key, entry->string);
+    for (size_t i = t->files; i-- > 0;)
+        if (strcmp(path_name(t->file[i].path), entry->string) == 0) return 1;
+    char *path = path_join(folder, entry->string);
+    int ok = path != NULL;
+    if (ok && !path_is_file(path)) ok = fail("%s: the shard '%s' that it names is not there", index, entry->string);
+    ok = ok && tensors_add_path(t, path);
+    free(path);
+    return ok;
+}
+
+static int tensors_add_index(tensors *t, const char *folder, const char *index) {
+    json *root = json_read(index);
+    const json *map = json_get(root, "weight_map");
+    int ok = root != NULL;
+    if (ok && (!map || map->type != JSON_OBJECT)) ok = fail("%s: no weight_map, which names the file of each tensor", index);
+    for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) ok = tensors_add_shard(t, folder, j, index);
+    ok = ok && tensors_sort(t);
+    for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
+        const tensor *found = tensors_find(t, j->key);
+        if (!found || strcmp(path_name(found->file), j->string))
+            ok = fail("%s: tensor '%s' is not in '%s', where it should be", index, j->key, j->string);
+    }
+    json_free(root);
+    return ok;
+}
+
+static int tensors_add_folder(tensors *t, const char *folder) {
+    char *single = path_join(folder, "model.safetensors"), *index = path_join(folder, "model.safetensors.index.json");
+    char *pickled = path_join(folder, "pytorch_model.bin");
+    int ok = single && index && pickled;
+    if (ok && path_is_file(single)) ok = tensors_add_path(t, single) && tensors_sort(t);
+    else if (ok && path_is_file(index)) ok = tensors_add_index(t, folder, index);
+    else if (ok && path_is_file(pickled))
+        ok = fail(
+            "%s: only pytorch_model.bin is here, which can hold programs and is not read; convert it, in this folder, by python3 -c \"import torch, "
+            "safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', "
+            "map_location='cpu', weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\"",
+            folder);
+    else if (ok) ok = fail("%s: neither model.safetensors nor model.safetensors.index.json is in this folder", folder);
+    free(single);
+    free(index);
+    free(pickled);
+    return ok;
+}
+
+/* The tensors of a model's folder, or of one .safetensors file; NULL and the sentence where something is wrong with any of them. */
+static tensors *tensors_open(const char *path) {
+    tensors *t = (tensors *)mem_new(1, sizeof *t);
+    if (!t) return NULL;
+    if (path_is_folder(path) ? tensors_add_folder(t, path) : tensors_add_path(t, path) && tensors_sort(t)) return t;
+    tensors_close(t);
+    return NULL;
+}
+
+static void text_add_shape(text *t, int rank, const size_t *shape) {
+    text_add(t, "(");
+    for (int k = 0; k < rank; k++) text_add(t, "%s%zu", k ? "," : "", shape[k]);
+    text_add(t, ")");
+}
+
+/* Whether the shape is (a) or (a,b), as `rank` says. */
+static int tensor_shape_is(const tensor *t, int rank, size_t a, size_t b) {
+    const size_t shape[2] = {a, b};
+    text found = SLAM_ZERO, expected = SLAM_ZERO;
+    if (t->rank == rank && (rank < 1 || t->shape[0] == a) && (rank < 2 || t->shape[1] == b)) return 1;
+    text_add_shape(&found, t->rank, t->shape);
+    text_add_shape(&expected, rank, shape);
+    if (!found.failed && !expected.failed)
+        fail("%s: tensor '%s' has shape %s, expected %s", t->file, t->name, found.at, expected.at);
+    text_free(&found);
+    text_free(&expected);
+    return 0;
+}
+
+static float float_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* IEEE half: sign, 5 bits of exponent (bias 15), 10 of fraction; exact as a float. */
+static float float_from_f16(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+    if (exponent == 31) return float_from_bits(sign | 0x7f800000 | fraction << 13);
+    return float_from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* n numbers from `first` on, as floats. bfloat16 is the upper half of a float; a double beyond a float's range becomes infinite. */
+static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
+    const unsigned char *data = t->data;
+    uint16_t half;
+    double x;
+    if (t->dtype > DTYPE_F64)
+        return fail("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtypes[t->dtype].name);
+    if (first > t->count || n > t->count - first)
+        return fail("%s: tensor '%s' has %zu numbers, not %zu from %zu on", t->file, t->name, t->count, n, first);
+    if (n == 0) return 1;
+    data += first * dtypes[t->dtype].bytes;
+    if (t->dtype == DTYPE_F32) memcpy(out, data, n * sizeof *out);
+    for (size_t i = 0; t->dtype == DTYPE_F16 && i < n; i++) {
+        memcpy(&half, data + 2 * i, sizeof half);
+        out[i] = float_from_f16(half);
+    }
+    for (size_t i = 0; t->dtype == DTYPE_BF16 && i < n; i++) {
+        memcpy(&half, data + 2 * i, sizeof half);
+        out[i] = float_from_bits((uint32_t)half << 16);
+    }
+    for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
+        memcpy(&x, data + 8 * i, sizeof x);
+        out[i] = (float)x;
+    }
+    return 1;
+}
+
+/* A tensor to be written as it lies in memory. */
+typedef struct tensor_out {
+    const char *name;
+    int rank;
+    size_t shape[4];
+    int dtype;
+    const void *data;
+} tensor_out;
+
+static size_t tensor_out_bytes(const tensor_out *t) {
+    size_t bytes = dtypes[t->dtype].bytes;
+    for (int k = 0; k < t->rank; k++) bytes *= t->shape[k];
+    return bytes;
+}
+
+/* Writes n tensors in the order given. metadata: key, value, ..., NULL, or NULL; "format": "pt" is always there, as Hugging Face wants. */
+static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
+    text header = SLAM_ZERO;
+    uint64_t begin = 0;
+    char *part;
+    text_add(&header, "{\"__metadata__\":{\"format\":\"pt\"");
+    for (; metadata && metadata[0]; metadata += 2) {
+        text_add(&header, ",");
+        text_add_json(&header, metadata[0]);
+        text_add(&header, ":");
+        text_add_json(&header, metadata[1]);
+    }
+    text_add(&header, "}");
+    for (size_t i = 0; i < n; i++) {
+        text_add(&header, ",");
+        text_add_json(&header, list[i].name);
+        text_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[list[i].dtype].name);
+        for (int k = 0; k < list[i].rank; k++) text_add(&header, "%s%zu", k ? "," : "", list[i].shape[k]);
+        text_add(&header, "],\"data_offsets\":[%llu,", (unsigned long long)begin);
+        begin += tensor_out_bytes(&list[i]);
+        text_add(&header, "%llu]}", (unsigned long long)begin);
+    }
+    text_add(&header, "}");
+    while (header.n % 8 && !header.failed) text_add_bytes(&header, " ", 1);
+    FILE *f = header.failed ? NULL : part_open(path, &part);
+    if (!f) {
+        text_free(&header);
+        return 0;
+    }
+    const uint64_t length = header.n;
+    int ok = part_write(f, path, &length, 8) && part_write(f, path, header.at, header.n);
+    for (size_t i = 0; ok && i < n; i++) ok = part_write(f, path, list[i].data, tensor_out_bytes(&list[i]));
+    text_free(&header);
+    return part_close(f, path, part, ok);
+}
+
+/* ---- npy (NumPy's format, versions 1 to 3) ----
+   "\x93NUMPY", major, minor, the header's length (16 bits; 32 from version 2 on), the header, a Python dictionary:
+       {'descr': '<f4', 'fortran_order': False, 'shape': (100, 39), }
+   filled with blanks and ended by a newline so that the data, which follow in row order, begin at a multiple of 64. */
+
+typedef struct npy_header {
+    size_t bytes, shape[2];
+    int rank;
+} npy_header;
+
+/* The next character that is not blank. */
+static char npy_peek(const char **at) {
+    while (**at == ' ' || **at == '\n') ++*at;
+    return **at;
+}
+
+/* Passes over blanks and then `word`, if it stands there. */
+static int npy_take(const char **at, const char *word) {
+    npy_peek(at);
+    const size_t n = strlen(word);
+    if (strncmp(*at, word, n)) return 0;
+    *at += n;
+    return 1;
+}
+
+/* (rows, cols): digits, each number followed by a comma or the end. Lengths beyond the second are counted, not kept. */
+static int npy_shape(const char **at, npy_header *h) {
+    if (!npy_take(at, "(")) return 0;
+    while (!npy_take(at, ")")) {
+        size_t length = 0, digits = 0;
+        for (; (unsigned)(**at - '0') <= 9; ++*at, digits++) length = length * 10 + (size_t)(**at - '0');
+        if (digits == 0 || digits > 18) return 0;
+        if (h->rank < 2) h->shape[h->rank] = length;
+        h->rank++;
+        if (!npy_take(at, ",") && npy_peek(at) != ')') return 0;
+    }
+    return 1;
+}
+
+static int npy_refuse_type(const char *type, const char *path) {
+    const int n = (int)strcspn(type, ",}");
+    return fail("%s: numbers of type %.*s, expected '<f4' or '<f8' (save it with .astype('float32'))", path, n < 30 ? n : 30, type);
+}
+
+static int npy_parse_header(const char *at, npy_header *h, const char *path) {
+    int fortran = -1;
+    h->rank = -1;
+    int ok = npy_take(&at, "{");
+    while (ok && !npy_take(&at, "}")) {
+        if (npy_take(&at, "'descr'") && npy_take(&at, ":")) {
+            if (npy_take(&at, "'<f4'")) h->bytes = 4;
+            else if (npy_take(&at, "'<f8'")) h->bytes = 8;
+            else return npy_refuse_type(at, path);
+        } else if (npy_take(&at, "'fortran_order'") && npy_take(&at, ":")) {
+            fortran = npy_take(&at, "True") ? 1 : npy_take(&at, "False") ? 0 : -1;
+            ok = fortran >= 0;
+        } else if (npy_take(&at, "'shape'") && npy_take(&at, ":")) {
+            h->rank = 0;
+            ok = npy_shape(&at, h);
+        } else ok = 0;
+        if (ok && !npy_take(&at, ",")) ok = npy_peek(&at) == '}';
+    }
+    ok = ok && npy_peek(&at) == 0;
+    if (!ok || !h->bytes || fortran < 0 || h->rank < 0)
+        return fail("%s: its header is not {'descr': ..., 'fortran_order': ..., 'shape': ...}", path);
+    if (fortran) return fail("%s: it is in column order, expected row order (save it with numpy.ascontiguousarray)", path);
+    if (h->rank != 2) return fail("%s: %d dimensions, expected 2", path, h->rank);
+    return 1;
+}
+
+static int npy_parse(const unsigned char *bytes, size_t size, const char *path, float **data, size_t *rows, size_t *cols) {
+    npy_header h = SLAM_ZERO;
+    uint32_t length = 0;
+    if (size < 12 || memcmp(bytes, "\x93NUMPY", 6)) return fail("%s: not a .npy file", path);
+    if (bytes[6] < 1 || bytes[6] > 3) return fail("%s: .npy version %d, expected 1 to 3", path, bytes[6]);
+    const size_t start = bytes[6] == 1 ? 10 : 12;
+    memcpy(&length, bytes + 8, start - 8);
+    if (length > size - start)
+        return fail("%s: a header of %u bytes, but only %zu follow: the file is cut short", path, length, size - start);
+    if (length > 65535) return fail("%s: a header of %u bytes, expected a short one", path, length);
+    char *header = (char *)mem_new((size_t)length + 1, 1);
+    if (!header) return 0;
+    memcpy(header, bytes + start, length);
+    int ok = strlen(header) == length ? npy_parse_header(header, &h, path) : fail("%s: a zero byte in its header", path);
+    free(header);
+    if (!ok) return 0;
+    const size_t there = size - start - length, limit = ((size_t)1 << 56) / h.bytes;
+    if ((h.shape[1] && h.shape[0] > limit / h.shape[1]) || h.shape[0] * h.shape[1] * h.bytes != there)
+        return fail("%s: %zu bytes of data, expected %zu x %zu numbers of %zu", path, there, h.shape[0], h.shape[1], h.bytes);
+    const size_t n = h.shape[0] * h.shape[1];
+    float *out = (float *)mem_new(n, sizeof *out);
+    for (size_t i = 0; out && i < n; i++) {
+        double wide;
+        const unsigned char *from = bytes + start + length + i * h.bytes;
+        if (h.bytes == 4) memcpy(&out[i], from, 4);
+        if (h.bytes == 8) {
+            memcpy(&wide, from, 8);
+            out[i] = (float)wide;
+        }
+        if (!isfinite(out[i])) {
+            fail("%s: row %zu holds %g, expected finite numbers", path, i / h.shape[1], (double)out[i]);
+            free(out);
+            return 0;
+        }
+    }
+    if (!out) return 0;
+    *data = out;
+    *rows = h.shape[0];
+    *cols = h.shape[1];
+    return 1;
+}
+
+/* A matrix of finite float32 or float64, as floats in memory of its own. */
+static int npy_read(const char *path, float **data, size_t *rows, size_t *cols) {
+    file_map map;
+    if (!map_open(&map, path)) return 0;
+    const int ok = npy_parse(map.data, map.size, path, data, rows, cols);
+    map_close(&map);
+    return ok;
+}
+
+static int npy_write(const char *path, const float *data, size_t rows, size_t cols) {
+    char header[128], *part;
+    memset(header, ' ', sizeof header);
+    memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10); // 0x76: 118 more to make 128
+    const int n =
+        snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", rows, cols);
+    header[10 + n] = ' ';
+    header[127] = '\n';
+    FILE *f = part_open(path, &part);
+    if (!f) return 0;
+    const int ok = part_write(f, path, header, sizeof header) && part_write(f, path, data, rows * cols * sizeof *data);
+    return part_close(f, path, part, ok);
+}
+
+/* ---- token shards (llm.c's) ----
+   256 int32: 20240520, version 1, count of tokens, then V and the quantiser's fingerprint (both 0 where unsaid; llm.c leaves them 0),
+   zeros; then the tokens, uint16. */
+
+enum { SHARD_MAGIC = 20240520, SHARD_VERSION = 1, SHARD_HEADER = 1024 };
+
+typedef struct shard {
+    file_map map;
+    const uint16_t *tokens;
+    size_t n;
+    int V;                // 0: unsaid
+    uint32_t fingerprint; // 0: unsaid
+    char *path;
+} shard;
+
+static void shard_close(shard *s) {
+    map_close(&s->map);
+    free(s->path);
+    memset(s, 0, sizeof *s);
+}
+
+static int shard_parse(shard *s) {
+    int32_t header[5];
+    if (s->map.size < SHARD_HEADER)
+        return fail("%s: %zu bytes, expected a header of %d and tokens", s->path, s->map.size, SHARD_HEADER);
+    memcpy(header, s->map.data, sizeof header);
+    if (header[0] != SHARD_MAGIC)
+        return fail("%s: not a token shard: it begins with %d, expected %d", s->path, header[0], SHARD_MAGIC);
+    if (header[1] != SHARD_VERSION) return fail("%s: token shard of version %d, expected %d", s->path, header[1], SHARD_VERSION);
+    const size_t bytes = s->map.size - SHARD_HEADER;
+    if (header[2] < 0 || bytes != 2 * (size_t)header[2])
+        return fail("%s: its header says %d tokens, but %zu bytes follow, expected 2 a token", s->path, header[2], bytes);
+    if (header[3] < 0 || header[3] > 65536) return fail("%s: a vocabulary of %d, expected at most 65536", s->path, header[3]);
+    s->tokens = (const uint16_t *)(const void *)(s->map.data + SHARD_HEADER);
+    s->n = (size_t)header[2];
+    s->V = header[3];
+    s->fingerprint = (uint32_t)header[4];
+    return 1;
+}
+
+static int shard_open(shard *s, const char *path) {
+    memset(s, 0, sizeof *s);
+    s->path = text_copy(path);
+    if (s->path && map_open(&s->map, path) && shard_parse(s)) return 1;
+    shard_close(s);
+    return 0;
+}
+
+typedef struct shard_writer {
+    FILE *file;
+    char *path, *part;
+    size_t n;
+    int V;
+    uint32_t fingerprint;
+} shard_writer;
+
+static int shard_header(shard_writer *w) {
+    int32_t header[256] = {SHARD_MAGIC, SHARD_VERSION, (int32_t)w->n, w->V, 0};
+    memcpy(&header[4], &w->fingerprint, 4);
+    return part_write(w->file, w->path, header, sizeof header);
+}
+
+/* What was written so far goes away; nothing stands at the path that did not before. */
+static void shard_abandon(shard_writer *w) {
+    if (w->file) part_close(w->file, w->path, w->part, 0);
+    free(w->path);
+    memset(w, 0, sizeof *w);
+}
+
+static int shard_begin(shard_writer *w, const char *path, int V, uint32_t fingerprint) {
+    memset(w, 0, sizeof *w);
+    w->V = V;
+    w->fingerprint = fingerprint;
+    w->path = text_copy(path);
+    w->file = w->path ? part_open(path, &w->part) : NULL;
+    if (w->file && shard_header(w)) return 1;
+    shard_abandon(w);
+    return 0;
+}
+
+static int shard_add(shard_writer *w, const uint16_t *tokens, size_t n) {
+    if (n > INT32_MAX - w->n) return fail("%s: more than %d tokens, which one shard can hold", w->path, INT32_MAX);
+    w->n += n;
+    return part_write(w->file, w->path, tokens, n * sizeof *tokens);
+}
+
+/* The shard appears at its path, whole; or not at all, and 0. */
+static int shard_end(shard_writer *w) {
+    const int ok = fflush(w->file) == 0 && fseek(w->file, 0, SEEK_SET) == 0;
+    if (!ok) fail("%s: cannot be written: %s", w->path, strerror(errno));
+    const int done = part_close(w->file, w->path, w->part, ok && shard_header(w));
+    w->file = NULL;
+    shard_abandon(w);
+    return done;
+}
+
+/* ---- units (SlamKit's JSON lines) ----
+   features:   {"units": [3, 49, 7], "duration": [1, 2, 1], "file_name": "a.wav"}
+   tokens:     {"file_name": "a.wav", "audio_repr": "<Un3><Un49><Un7>"} */
+
+typedef struct units {
+    char *name; // file_name, "" where the line has none
+    int *unit;
+    int *duration; // in frames; NULL where the line has none
+    size_t n;
+    int *duration_room; // the rest: memory that is used again for the next line
+    size_t unit_capacity, duration_capacity, name_capacity;
+} units;
+
+static void units_free(units *u) {
+    free(u->name);
+    free(u->unit);
+    free(u->duration_room);
+    memset(u, 0, sizeof *u);
+}
+
+/* The whole numbers of an array. */
+static int units_numbers(const json *array, const char *what, const char *key, int **out, size_t *capacity) {
+    size_t n = 0;
+    if (array->type != JSON_ARRAY) return fail("%s: '%s' is %.60s, expected an array", what, key, json_describe(array));
+    if (!mem_grow((void **)out, capacity, array->n, sizeof **out)) return 0;
+    for (const json *j = array->first; j; j = j->next) {
+        if (j->type != JSON_NUMBER || !(j->number >= 0 && j->number <= INT_MAX) || j->number != (int)j->number)
+            return fail("%s: number %zu of '%s' is %.60s, expected a whole number from 0", what, n + 1, key, json_describe(j));
+        (*out)[n++] = (int)j->number;
+    }
+    return 1;
+}
+
+/* "<Un3><Un49>" */
+static int units_spelled(const json *spelled, const char *what, units *u) {
+    const char *p = spelled->string;
+    if (!mem_grow((void **)&u->unit, &u->unit_capacity, spelled->n / 5, sizeof *u->unit)) return 0; // "<Un3>" is the shortest
+    for (u->n = 0; *p; u->n++) {
+        long unit = 0;
+        const char *digits = p + 3;
+        int ok = strncmp(p, "<Un", 3) == 0;
+        if (ok)
+            for (p = digits; (unsigned)(*p - '0') <= 9 && p - digits < 9; p++) unit = unit * 10 + (*p - '0');
+        if (!ok || p == digits || *p++ != '>')
+            return fail("%s: unit %zu is spelled '%.20s', expected <Un and a number and >", what, u->n + 1, ok ? digits - 3 : p);
+        u->unit[u->n] = (int)unit;
+    }
+    return 1;
+}
+
+/* The units of an object of either kind, or of a string of the second kind. `what` begins the sentence of an error. */
+static int units_from_json(const json *value, const char *what, units *u) {
+    const json *list = json_get(value, "units"), *duration = json_get(value, "duration"), *spelled = json_get(value, "audio_repr");
+    const char *name = json_text(value, "file_name", "");
+    u->n = 0;
+    u->duration = NULL;
+    if (!mem_grow((void **)&u->name, &u->name_capacity, strlen(name) + 1, 1)) return 0;
+    memcpy(u->name, name, strlen(name) + 1);
+    if (value->type == JSON_STRING) spelled = value;
+    if (!list && !spelled)
+        return fail("%s: found %s without 'units' or 'audio_repr'", what,
+                    value->type == JSON_OBJECT ? "an object" : json_describe(value));
+    if (!list) {
+        if (spelled->type != JSON_STRING) return fail("%s: 'audio_repr' is %.60s, expected a string", what, json_describe(spelled));
+        return units_spelled(spelled, what, u);
+    }
+    if (!units_numbers(list, what, "units", &u->unit, &u->unit_capacity)) return 0;
+    u->n = list->n;
+    if (!duration || duration->type == JSON_NULL) return 1;
+    if (!units_numbers(duration, what, "duration", &u->duration_room, &u->duration_capacity)) return 0;
+    if (duration->n != list->n) return fail("%s: %zu durations for %zu units", what, duration->n, list->n);
+    u->duration = u->duration_room;
+    return 1;
+}
+
+/* Reads a file line by line, holding one line (and what was read ahead) at a time. */
+typedef struct units_reader {
+    int file;
+    char *path, *what;
+    char *buffer;
+    size_t start, end, capacity; // of what was read and not yet used
+    size_t line;                 // number of the line that was read last, from 1
+} units_reader;
+
+#define UNITS_LINE 64000000 // bytes of a line; units of some hundred hours
+
+static int units_open(units_reader *r, const char *path) {
+    memset(r, 0, sizeof *r);
+    r->file = open(path, O_RDONLY | O_CLOEXEC);
+    if (r->file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    r->path = text_copy(path);
+    r->what = (char *)mem_new(strlen(path) + 32, 1);
+    if (r->path && r->what && mem_grow((void **)&r->buffer, &r->capacity, 1 << 18, 1)) return 1;
+    close(r->file);
+    free(r->path);
+    free(r->what);
+    memset(r, 0, sizeof *r);
+    return 0;
+}
+
+static void units_close(units_reader *r) {
+    if (r->path) close(r->file);
+    free(r->path);
+    free(r->what);
+    free(r->buffer);
+    memset(r, 0, sizeof *r);
+}
+
+/* Reads more behind buffer[end]; the number of bytes, 0 at the file's end, -1 and the sentence. */
+static ssize_t units_fill(units_reader *r) {
+    if (r->start > 0) {
+        memmove(r->buffer, r->buffer + r->start, r->end - r->start);
+        r->end -= r->start;
+        r->start = 0;
+    }
+    if (r->end > UNITS_LINE) {
+        fail("%s:%zu: a line of more than %d bytes", r->path, r->line + 1, UNITS_LINE);
+        return -1;
+    }
+    if (!mem_grow((void **)&r->buffer, &r->capacity, r->end + 65536, 1)) return -1;
+    ssize_t got;
+    do got = read(r->file, r->buffer + r->end, r->capacity - r->end);
+    while (got < 0 && errno == EINTR);
+    if (got < 0) fail("%s: %s", r->path, strerror(errno));
+    if (got > 0) r->end += (size_t)got;
+    return got;
+}
+
+/* The next line, without its end: 1, 0 at the file's end, -1 and the sentence. */
+static int units_line(units_reader *r, const char **line, size_t *n) {
+    size_t searched = 0;
+    for (;;) {
+        const size_t there = r->end - r->start;
+        char *from = r->buffer + r->start;
+        const char *newline = there > searched ? (const char *)memchr(from + searched, '\n', there - searched) : NULL;
+        ssize_t got = newline ? 1 : units_fill(r);
+        if (got < 0) return -1;
+        if (got > 0 && !newline) {
+            searched = there;
+            continue;
+        }
+        if (!newline && there == 0) return 0;
+        *line = r->buffer + r->start;
+        *n = newline ? (size_t)(newline - *line) : there;
+        r->start += newline ? *n + 1 : there;
+        r->line++;
+        return 1;
+    }
+}
+
+/* The next line that is not empty: 1, 0 at the file's end, -1 and a sentence that begins with file:line. */
+static int units_next(units_reader *r, units *u) {
+    const char *line;
+    size_t n;
+    int got;
+    while ((got = units_line(r, &line, &n)) > 0) {
+        size_t blank = 0;
+        while (blank < n && (line[blank] == ' ' || line[blank] == '\t' || line[blank] == '\r')) blank++;
+        if (blank < n) break;
+    }
+    if (got <= 0) return got;
+    snprintf(r->what, strlen(r->path) + 32, "%s:%zu", r->path, r->line);
+    json *root = json_parse(line, n, r->what);
+    const int ok = root && units_from_json(root, r->what, u);
+    json_free(root);
+    return ok ? 1 : -1;
+}
+
+static void text_add_ints(text *t, const int *x, size_t n) {
+    text_add_bytes(t, "[", 1);
+    for (size_t i = 0; i < n; i++) {
+        char digits[16];
+        size_t at = sizeof digits;
+        unsigned rest = x[i] < 0 ? 0u - (unsigned)x[i] : (unsigned)x[i];
+        do digits[--at] = (char)('0' + rest % 10);
+        while (rest /= 10);
+        if (x[i] < 0) digits[--at] = '-';
+        if (i) text_add_bytes(t, ", ", 2);
+        text_add_bytes(t, digits + at, sizeof digits - at);
+    }
+    text_add_bytes(t, "]", 1);
+}
+
+/* A line of SlamKit features, with its newline. */
+static void text_add_units(text *t, const units *u) {
+    text_add(t, "{\"units\": ");
+    text_add_ints(t, u->unit, u->n);
+    if (u->duration) {
+        text_add(t, ", \"duration\": ");
+        text_add_ints(t, u->duration, u->n);
+    }
+    text_add(t, ", \"file_name\": ");
+    text_add_json(t, u->name ? u->name : "");
+    text_add(t, "}\n");
+}
+
+/* ---- WAV ----
+   "RIFF", size, "WAVE", then chunks: four letters, size (32 bits), that many bytes, one more where the size is odd. Of them
+       fmt:  format (1 PCM, 3 float, 0xfffe: as bytes 24, 25 say), channels, rate (32 bits), bytes a second (32 bits), bytes of a frame,
+             bits of a sample                                                             (16 bits where nothing else is said)
+       data: frames of one sample for each channel: unsigned bytes, or signed 16, 24, 32 bits, or float32, float64
+   The size that stands behind RIFF is not needed, and many writers get it wrong. */
+
+typedef struct audio {
+    float *sample; // one channel: the mean of the file's; full scale is 1
+    size_t n;
+    int rate;
+} audio;
+
+static void audio_free(audio *a) {
+    free(a->sample);
+    memset(a, 0, sizeof *a);
+}
+
+typedef struct wav_format {
+    unsigned format, channels, rate, frame, bits;
+    const unsigned char *data;
+    size_t size;
+} wav_format;
+
+static unsigned load16(const unsigned char *p) { return (unsigned)(p[0] | p[1] << 8); }
+static uint32_t load32(const unsigned char *p) { return load16(p) | (uint32_t)load16(p + 2) << 16; }
+
+static int wav_format_read(wav_format *w, const unsigned char *p, size_t n, const char *name) {
+    if (n < 16) return fail("%s: a fmt chunk of %zu bytes, expected at least 16", name, n);
+    w->format = load16(p);
+    w->channels = load16(p + 2);
+    w->rate = load32(p + 4);
+    w->frame = load16(p + 12);
+    w->bits = load16(p + 14);
+    if (w->format == 0xfffe) {
+        if (n < 40) return fail("%s: an extensible fmt chunk of %zu bytes, expected 40", name, n);
+        w->format = load16(p + 24);
+    }
+    const int known = w->format == 1 ? w->bits == 8 || w->bits == 16 || w->bits == 24 || w->bits == 32
+                                     : w->format == 3 && (w->bits == 32 || w->bits == 64);
+    if (w->format != 1 && w->format != 3) return fail("%s: WAV format %u, expected 1 (PCM) or 3 (float)", name, w->format);
+    if (!known) return fail("%s: %u bits a sample, expected %s", name, w->bits, w->format == 1 ? "8, 16, 24 or 32" : "32 or 64");
+    if (w->channels == 0) return fail("%s: no channels, expected at least 1", name);
+    // a rate below speech would let a small file grow without bound when it is resampled; the upper end is the highest that is sold
+    if (w->rate < 1000 || w->rate > 768000) return fail("%s: %u samples a second, expected 1000 to 768000", name, w->rate);
+    if (w->frame != w->channels * w->bits / 8)
+        return fail("%s: frames of %u bytes, expected %u channels of %u bits", name, w->frame, w->channels, w->bits);
+    return 1;
+}
+
+/* Finds format and data. A program that writes into a pipe cannot know how much data will come, and puts 0, 0x7ffff000 or more,
+   or 0xffffffff: then all to the end is data. */
+static int wav_chunks(wav_format *w, const unsigned char *bytes, size_t size, const char *name) {
+    if (size < 12 || memcmp(bytes, "RIFF", 4) || memcmp(bytes + 8, "WAVE", 4)) return fail("%s: not a WAV file", name);
+    for (size_t at = 12; size - at >= 8;) {
+        const unsigned char *chunk = bytes + at;
+        const size_t rest = size - at - 8;
+        size_t n = load32(chunk + 4);
+        if (memcmp(chunk, "data", 4) == 0) {
+            const int piped = n == 0 || n >= 0x7ffff000;
+            if (w->channels == 0) return fail("%s: its data come before its format", name);
+            if (!piped && n > rest)
+                return fail("%s: its header says %zu bytes of data, but only %zu follow: the file is cut short", name, n, rest);
+            if (!piped && n % w->frame) return fail("%s: %zu bytes of data, expected a multiple of %u", name, n, w->frame);
+            w->data = chunk + 8;
+            w->size = piped && (n > rest || n == 0) ? rest : n;
+            return w->size >= w->frame ? 1 : fail("%s: it holds no audio", name);
+        }
+        if (n > rest)
+            return fail("%s: a chunk of %zu bytes at byte %zu, but only %zu follow: the file is damaged or cut short", name, n, at,
+                        rest);
+        if (memcmp(chunk, "fmt ", 4) == 0 && !wav_format_read(w, chunk + 8, n, name)) return 0;
+        n += n & 1;
+        at += 8 + (n < rest ? n : rest);
+    }
+    return fail("%s: it holds no data", name);
+}
+
+/* One sample on the scale of -1 to 1 */
+static double wav_sample(const unsigned char *p, unsigned format, unsigned bits) {
+    double wide; // only float64 is left at the end
+    if (bits == 8) return (p[0] - 128) / 128.0;
+    if (bits == 16) return (int16_t)load16(p) / 32768.0;
+    if (bits == 24) return (int32_t)(load16(p) << 8 | (uint32_t)p[2] << 24) / 2147483648.0;
+    if (format == 1) return (int32_t)load32(p) / 2147483648.0;
+    if (bits == 32) return (double)float_from_bits(load32(p));
+    memcpy(&wide, p, 8);
+    return wide;
+}
+
+/* The audio in `size` bytes of a WAV file; `name` begins the sentence of an error. */
+static int wav_parse(const unsigned char *bytes, size_t size, const char *name, audio *a) {
+    wav_format w = SLAM_ZERO;
+    memset(a, 0, sizeof *a);
+    if (!wav_chunks(&w, bytes, size, name)) return 0;
+    a->n = w.size / w.frame;
+    a->rate = (int)w.rate;
+    a->sample = (float *)mem_new(a->n, sizeof *a->sample);
+    for (size_t i = 0; a->sample && i < a->n; i++) {
+        const unsigned char *frame = w.data + i * w.frame;
+        double sum = 0;
+        for (unsigned c = 0; c < w.channels; c++) sum += wav_sample(frame + c * (w.bits / 8), w.format, w.bits);
+        const double mean = sum / w.channels;
+        // float files may go beyond full scale, some to that of 16-bit numbers; what is further out is no audio (nor is NaN)
+        if (!(fabs(mean) <= 1e6)) {
+            fail("%s: sample %zu is %g, expected about -1 to 1", name, i, mean);
+            audio_free(a);
+            return 0;
+        }
+        a->sample[i] = (float)mean;
+    }
+    return a->sample != NULL;
+}
+
+static int wav_read(const char *path, audio *a) {
+    file_map map;
+    memset(a, 0, sizeof *a);
+    if (!map_open(&map, path)) return 0;
+    const int ok = wav_parse(map.data, map.size, path, a);
+    map_close(&map);
+    return ok;
+}
+/* ==========================================================================================
+   3. OPS          the list of operations (`slam_ops`) with each one's mathematics
+   The list itself stands above, among the public declarations: a struct of function pointers that
+   slam_cpu() and slam_cuda() fill. Here is only what both backends and their callers share.
+   may use: 1 base
+   ========================================================================================== */
+
+void slam_ops_free(slam_ops *ops) {
+    if (ops) ops->close(ops);
+}
+
+/* ==========================================================================================
+   4. OPS ON THE CPU     the plain loops: read these first
+   Every operation of section 3 in float, in its order. Loops are dealt to threads so that each
+   number has one writer and every sum an order that does not depend on timing.
+   may use: 1 base, 3 ops
+   ========================================================================================== */
+/* ---- matrix products ----
+   C (M,N) = A (M,K) B (K,N), M N K multiplications, each with an addition. A core begins two vector instructions a cycle that do
+   both for 16 numbers (AVX-512), but can fetch no more than two vectors a cycle, from the nearest cache: the plain three loops,
+   which fetch two numbers for every product, wait for memory nearly all of their time. So what was fetched must be used often:
+
+   registers   a tile of C, TILE_ROWS x TILE_COLUMNS, stays in registers while k runs. A step of k fetches two vectors of B's row
+               and TILE_ROWS numbers of A's column for 2 TILE_ROWS vector products: then the arithmetic is what is waited for.
+   L1, 32 kB   holds the TILE_ROWS rows of A (16 kB), for all tiles beside each other;
+   L2, 512 kB  holds a block of B, BLOCK_K x BLOCK_COLUMNS, for all rows of A.
+
+   Both are copied ("packed") to lie in the order in which the tile reads them, whatever their transposes and leading dimensions
+   were, so that every fetch is of neighbours. This costs each number of A a move per BLOCK_COLUMNS products, and B one per M.
+   (Goto and van de Geijn 2008 give the reasons; there A's block is in L2 and B's panel in L1.)
+
+   Each number of C is one chain of sums over k in ascending order, begun anew at multiples of a length that K alone decides:
+   neither the number of threads nor the place in a tile changes a bit of it. */
+
+#ifdef SLAM_OPENBLAS
+#include <cblas.h>
+
+/* Threads are ours (matmul_parallel): a second pool of them would fight over the cores. OpenBLAS may tell OpenMP as well. */
+static void gemm_start(void) {
+    const int threads = threads_count();
+    openblas_set_num_threads(1);
+    threads_set(threads);
+}
+
+static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C, size_t ldc) {
+    cblas_sgemm(CblasRowMajor, transA ? CblasTrans : CblasNoTrans, transB ? CblasTrans : CblasNoTrans, M, N, K, 1, A, (int)lda, B, (int)ldb, beta, C,
+                (int)ldc);
+}
+enum { TILE_COLUMNS = 32 };
+
+#else
+
+/* The widest vector of this processor, and the tile that fills its registers: two vectors for each row, two of B, one of A. */
+#if defined __AVX512F__
+#define GEMM_VECTOR 64
+#elif defined __AVX__
+#define GEMM_VECTOR 32
+#else
+#define GEMM_VECTOR 16
+#endif
+#if defined __AVX512F__ || defined __aarch64__ // 32 registers, elsewhere 16
+#define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
+enum { TILE_ROWS = 14, A_STRIDE = 16 };
+#else
+#define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+enum { TILE_ROWS = 6, A_STRIDE = 8 };
+#endif
+enum { LANE = GEMM_VECTOR / 4, TILE_COLUMNS = 2 * LANE, BLOCK_K = 256, BLOCK_COLUMNS = 16 * TILE_COLUMNS };
+
+typedef float gemm_vector __attribute__((vector_size(GEMM_VECTOR)));
+typedef float gemm_four __attribute__((vector_size(16)));
+
+static SLAM_THREAD_LOCAL float packed_a[BLOCK_K * A_STRIDE] __attribute__((aligned(64)));
+static SLAM_THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((aligned(64)));
+
+/* `gcc -std=c11` keeps products and sums apart, half as fast, unless it is told that it may fuse them. */
+#if defined __GNUC__ && !defined __clang__ && !defined __cplusplus
+#define GEMM_FUSED __attribute__((optimize("fp-contract=fast")))
+#else
+#define GEMM_FUSED
+#endif
+
+/* C (rows, TILE_COLUMNS) = a b + beta C. The accumulators are single variables, as compilers keep an array in memory; what
+   concerns rows beyond `rows`, a constant wherever this is inlined, disappears. */
+static inline __attribute__((always_inline)) GEMM_FUSED void gemm_tile(const int rows, int K, const float *a, const float *b, float beta, float *C,
+                                                                       size_t ldc) {
+    gemm_vector x, y;
+#define GEMM_CLEAR(i) gemm_vector p##i = SLAM_ZERO, q##i = SLAM_ZERO;
+#define GEMM_STEP(i) \
+    if (i < rows) p##i += a[i] * x, q##i += a[i] * y;
+#define GEMM_STORE(i) \
+    if (i < rows) { \
+        if (beta != 0) { \
+            memcpy(&x, C + i * ldc, sizeof x); \
+            memcpy(&y, C + i * ldc + LANE, sizeof y); \
+            p##i += x, q##i += y; \
+        } \
+        memcpy(C + i * ldc, &p##i, sizeof x); \
+        memcpy(C + i * ldc + LANE, &q##i, sizeof y); \
+    }
+    GEMM_ROWS(GEMM_CLEAR)
+    for (int k = 0; k < K; k++, a += A_STRIDE, b += TILE_COLUMNS) {
+        memcpy(&x, b, sizeof x);
+        memcpy(&y, b + LANE, sizeof y);
+        GEMM_ROWS(GEMM_STEP)
+    }
+    GEMM_ROWS(GEMM_STORE)
+}
+
+#define GEMM_TILE(i) \
+    static GEMM_FUSED void gemm_tile_##i(int K, const float *a, const float *b, float beta, float *C, size_t ldc) { gemm_tile(i + 1, K, a, b, beta, C, ldc); }
+#define GEMM_NAME(i) gemm_tile_##i,
+GEMM_ROWS(GEMM_TILE)
+static void (*const gemm_tiles[])(int K, const float *a, const float *b, float beta, float *C, size_t ldc) = {GEMM_ROWS(GEMM_NAME)};
+
+#if defined __clang__ || __GNUC__ >= 12
+#define GEMM_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define GEMM_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){i, j, k, l})
+#endif
+
+/* out (4,4), rows `stride` apart = the transpose of the four rows */
+static inline void gemm_turn(float *out, int stride, const float *r0, const float *r1, const float *r2, const float *r3) {
+    gemm_four a, b, c, d, e, f, g, h;
+    memcpy(&a, r0, 16), memcpy(&b, r1, 16), memcpy(&c, r2, 16), memcpy(&d, r3, 16);
+    e = GEMM_PICK(a, b, 0, 4, 1, 5), f = GEMM_PICK(a, b, 2, 6, 3, 7);
+    g = GEMM_PICK(c, d, 0, 4, 1, 5), h = GEMM_PICK(c, d, 2, 6, 3, 7);
+    a = GEMM_PICK(e, g, 0, 1, 4, 5), b = GEMM_PICK(e, g, 2, 3, 6, 7);
+    c = GEMM_PICK(f, h, 0, 1, 4, 5), d = GEMM_PICK(f, h, 2, 3, 6, 7);
+    memcpy(out, &a, 16), memcpy(out + stride, &b, 16), memcpy(out + 2 * stride, &c, 16), memcpy(out + 3 * stride, &d, 16);
+}
+
+/* out_ki (K, stride) = in_ik where k runs along the rows of `in`, in_ki where i does; i < width. Numbers beyond the width are
+   copies or left as they were: what is computed of them is not kept. */
+static void gemm_pack(float *out, int stride, const float *in, size_t ld, int along_k, int width, int K) {
+    if (along_k) {
+        for (int i = 0; i < width; i += 4) {
+            const int last = width - 1 - i;
+            const float *r0 = in + i * ld, *r1 = r0 + (last < 1 ? last : 1) * ld, *r2 = r0 + (last < 2 ? last : 2) * ld, *r3 = r0 + (last < 3 ? last : 3) * ld;
+            int k = 0;
+            for (; k + 4 <= K; k += 4) gemm_turn(out + k * stride + i, stride, r0 + k, r1 + k, r2 + k, r3 + k);
+            for (; k < K; k++) {
+                float *o = out + k * stride + i;
+                o[0] = r0[k], o[1] = r1[k], o[2] = r2[k], o[3] = r3[k];
+            }
+        }
+        return;
+    }
+    for (int k = 0; k < K; k++, out += stride, in += ld) {
+        if (width < 4)
+            for (int i = 0; i < width; i++) out[i] = in[i];
+        else
+            for (int i = 0; i < width; i += 4) {
+                const int at = i + 4 < width ? i : width - 4;
+                memcpy(out + at, in + at, 16);
+            }
+    }
+}
+#endif
+
+/* Where the i-th of `parts` nearly equal parts of n begins, in whole units. */
+static int gemm_cut(int n, int unit, int parts, int i) {
+    const int units = n / unit + (n % unit != 0);
+    const long long at = (long long)units * i / parts * unit;
+    return at < n ? (int)at : n;
+}
+
+#ifndef SLAM_OPENBLAS
+static void gemm_start(void) {}
+
+static int gemm_parts(int n, int most) { return n > most ? (n - 1) / most + 1 : 1; }
+
+static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C, size_t ldc) {
+    const int m_parts = gemm_parts(M, TILE_ROWS), n_parts = gemm_parts(N, BLOCK_COLUMNS), k_parts = gemm_parts(K, BLOCK_K);
+    for (int nb = 0; nb < n_parts; nb++)
+        for (int kb = 0; kb < k_parts; kb++) {
+            const int n0 = gemm_cut(N, TILE_COLUMNS, n_parts, nb), n1 = gemm_cut(N, TILE_COLUMNS, n_parts, nb + 1);
+            const int k0 = gemm_cut(K, 1, k_parts, kb), depth = gemm_cut(K, 1, k_parts, kb + 1) - k0;
+            const float keep = kb ? 1 : beta;
+            for (int n = n0; n < n1; n += TILE_COLUMNS)
+                gemm_pack(packed_b + (size_t)(n - n0) * depth, TILE_COLUMNS, transB ? B + n * ldb + k0 : B + k0 * ldb + n, ldb, transB,
+                          n1 - n < TILE_COLUMNS ? n1 - n : TILE_COLUMNS, depth);
+            for (int mb = 0; mb < m_parts; mb++) {
+                const int m0 = gemm_cut(M, 1, m_parts, mb), rows = gemm_cut(M, 1, m_parts, mb + 1) - m0;
+                if (rows == 0) continue;
+                gemm_pack(packed_a, A_STRIDE, transA ? A + k0 * lda + m0 : A + m0 * lda + k0, lda, !transA, rows, depth);
+                for (int n = n0; n < n1; n += TILE_COLUMNS) {
+                    float *c = C + m0 * ldc + n, edge[TILE_ROWS * TILE_COLUMNS];
+                    const float *b = packed_b + (size_t)(n - n0) * depth;
+                    if (n1 - n >= TILE_COLUMNS) {
+                        gemm_tiles[rows - 1](depth, packed_a, b, keep, c, ldc);
+                        continue;
+                    }
+                    gemm_tiles[rows - 1](depth, packed_a, b, 0, edge, TILE_COLUMNS);
+                    for (int i = 0; i < rows; i++)
+                        for (int j = 0; j < n1 - n; j++) c[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (keep != 0 ? c[i * ldc + j] : 0);
+                }
+            }
+        }
+}
+#endif
+
+/* The same by `threads` threads, each with a rectangle of C of its own. Of the grids of p x q rectangles, the one whose largest
+   takes least: its products, and packing its rows and columns. */
+static void matmul_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta,
+                            float *C, size_t ldc) {
+    int rows = 1, columns = 1;
+    double least = HUGE_VAL;
+    for (int p = 1; p <= threads; p++) {
+        const int q = threads / p;
+        const double m = ceil((double)M / p), n = ceil((double)N / TILE_COLUMNS / q) * TILE_COLUMNS, cost = m * n + 16 * (m + n);
+        if (cost < least) least = cost, rows = p, columns = q;
+    }
+    SLAM_PARALLEL_FOR
+    for (int t = 0; t < rows * columns; t++) {
+        const int m0 = gemm_cut(M, 1, rows, t / columns), m1 = gemm_cut(M, 1, rows, t / columns + 1);
+        const int n0 = gemm_cut(N, TILE_COLUMNS, columns, t % columns), n1 = gemm_cut(N, TILE_COLUMNS, columns, t % columns + 1);
+        if (m0 == m1 || n0 == n1) continue;
+        gemm(transA, transB, m1 - m0, n1 - n0, K, transA ? A + m0 : A + m0 * lda, lda, transB ? B + n0 * ldb : B + n0, ldb, beta, C + m0 * ldc + n0, ldc);
+    }
+}
+typedef struct cpu_ops {
+    slam_ops ops; // first, so that a slam_ops pointer is also one to this
+    char name[64];
+    float *scratch; // attention's, grown to the largest that was asked for
+    size_t scratch_n;
+    int failed; // memory ended within an operation
+} cpu_ops;
+
+static float *cpu_scratch(slam_ops *ops, size_t n) {
+    cpu_ops *cpu = (cpu_ops *)ops;
+    if (n > cpu->scratch_n) {
+        ops->release(ops, cpu->scratch);
+        cpu->scratch = (float *)ops->alloc(ops, n * sizeof(float));
+        cpu->scratch_n = cpu->scratch ? n : 0;
+        if (!cpu->scratch) cpu->failed = 1;
+    }
+    return cpu->scratch;
+}
+
+/* ---- memory ---- */
+
+/* Large blocks begin on a 2 MB boundary and ask for large pages: a step walks through gigabytes, and a page table of 4 kB
+   pages costs it several per cent. What calloc returned stands in front of the block. */
+static void *cpu_alloc(slam_ops *ops, size_t bytes) {
+    (void)ops;
+    const size_t align = bytes >= (4u << 20) ? 2u << 20 : 256;
+    char *raw = bytes < SIZE_MAX / 2 ? (char *)mem_new(bytes + align + sizeof(void *), 1) : NULL;
+    if (!raw) {
+        fail("out of memory: %.1f MB were asked for", (double)bytes / 1e6);
+        return NULL;
+    }
+    char *p = (char *)(((uintptr_t)raw + sizeof(void *) + align - 1) / align * align);
+    ((void **)p)[-1] = raw;
+#ifdef MADV_HUGEPAGE
+    if (align > 256) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+
+static void cpu_release(slam_ops *ops, void *p) {
+    (void)ops;
+    if (p) free(((void **)p)[-1]);
+}
+
+static void cpu_copy(slam_ops *ops, void *to, const void *from, size_t bytes) {
+    (void)ops;
+    memcpy(to, from, bytes);
+}
+
+static void cpu_zero(slam_ops *ops, void *p, size_t bytes) {
+    (void)ops;
+    memset(p, 0, bytes);
+}
+
+static int cpu_finish(slam_ops *ops) {
+    cpu_ops *cpu = (cpu_ops *)ops;
+    if (!cpu->failed) return 1;
+    cpu->failed = 0;
+    return fail("out of memory within an operation on the CPU");
+}
+
+static void cpu_close(slam_ops *ops) {
+    cpu_release(ops, ((cpu_ops *)ops)->scratch);
+    free(ops);
+}
+
+static void cpu_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) { cpu_copy(ops, out, in, n * sizeof(float)); }
+static void cpu_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) { cpu_copy(ops, out, in, n * sizeof(float)); }
+
+/* ---- what several operations need ----
+   A sum of floats may not be reordered by the compiler, so a plain loop adds one number at a time. These add LANES at a time,
+   in an order that is written down: lane k takes the numbers k, k + LANES, ...; then the lanes are added pairwise. */
+
+enum { LANES = 16 };
+
+static float lanes_sum(float *lane) {
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int k = 0; k < n; k++) lane[k] += lane[k + n];
+    return lane[0];
+}
+
+static float dot(const float *a, const float *b, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += a[c + k] * b[c + k];
+    for (int k = 0; c + k < n; k++) lane[k] += a[c + k] * b[c + k];
+    return lanes_sum(lane);
+}
+
+static float dot3(const float *a, const float *b, const float *w, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += a[c + k] * b[c + k] * w[c + k];
+    for (int k = 0; c + k < n; k++) lane[k] += a[c + k] * b[c + k] * w[c + k];
+    return lanes_sum(lane);
+}
+
+static float row_max(const float *x, int n) {
+    float lane[LANES], max = x[0];
+    for (int k = 0; k < LANES; k++) lane[k] = x[0];
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] = x[c + k] > lane[k] ? x[c + k] : lane[k];
+    for (; c < n; c++) max = x[c] > max ? x[c] : max;
+    for (int k = 0; k < LANES; k++) max = lane[k] > max ? lane[k] : max;
+    return max;
+}
+
+/* e^x within 2 units in the last place for x in [-87, 88], where it stays in range; the compiler can turn a loop over it into
+   vector instructions, which it cannot with the C library's.  x = n log 2 + r, |r| <= log(2)/2:  e^x = 2^n e^r, with e^r by the
+   polynomial of Cephes' expf (Moshier 1989). Adding and taking away 1.5 * 2^23 rounds to a whole number. NaN stays NaN. */
+static inline float exp_float(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // log 2 in two parts, the first exact in few bits
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union {
+        int32_t i;
+        float f;
+    } two_n; // 2^n, by its exponent bits
+    two_n.i = ((int32_t)(n == n ? n : 0) + 127) << 23;
+    return p * two_n.f;
+}
+
+/* out_c = exp(x_c scale - shift), and their sum */
+static float row_exp(float *out, const float *x, float scale, float shift, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) {
+            out[c + k] = exp_float(x[c + k] * scale - shift);
+            lane[k] += out[c + k];
+        }
+    for (int k = 0; c + k < n; k++) {
+        out[c + k] = exp_float(x[c + k] * scale - shift);
+        lane[k] += out[c + k];
+    }
+    return lanes_sum(lane);
+}
+
+static float row_exp_sum(const float *x, float shift, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += exp_float(x[c + k] - shift);
+    for (int k = 0; c + k < n; k++) lane[k] += exp_float(x[c + k] - shift);
+    return lanes_sum(lane);
+}
+
+/* Sums over the rows of a matrix are dealt to threads by blocks of columns: each sum has one owner and runs down the rows. */
+enum { COLUMNS = 64 };
+static int column_block(int first, int C) { return first + COLUMNS < C ? COLUMNS : C - first; }
+
+/* ---- embedding ---- */
+
+static void cpu_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens, const slam_act *table, int N, int C) {
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) memcpy((float *)x + (size_t)i * C, (const float *)table + (size_t)tokens[i] * C, (size_t)C * sizeof(float));
+}
+
+static void cpu_embedding_backward(slam_ops *ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V) {
+    (void)ops, (void)V;
+    SLAM_PARALLEL_FOR
+    for (int first = 0; first < C; first += COLUMNS) {
+        const int n = column_block(first, C);
+        for (int i = 0; i < N; i++) {
+            float *d = dtable + (size_t)tokens[i] * C + first;
+            const float *dxi = (const float *)dx + (size_t)i * C + first;
+            for (int c = 0; c < n; c++) d[c] += dxi[c];
+        }
+    }
+}
+
+/* ---- residual and RMSNorm ---- */
+
+static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float *r, const slam_act *x_, const slam_act *delta_, const slam_act *w_,
+                                float eps, int N, int C) {
+    const float *w = (const float *)w_;
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const float *s = (const float *)x_ + (size_t)i * C;
+        float *y = (float *)y_ + (size_t)i * C;
+        if (delta_) {
+            const float *x = s, *delta = (const float *)delta_ + (size_t)i * C;
+            float *sum = (float *)s_ + (size_t)i * C;
+            for (int c = 0; c < C; c++) sum[c] = x[c] + delta[c];
+            s = sum;
+        }
+        r[i] = 1 / sqrtf(dot(s, s, C) / (float)C + eps);
+        for (int c = 0; c < C; c++) y[c] = w[c] * (r[i] * s[c]);
+    }
+}
+
+static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_, const slam_act *w_, const float *r,
+                                 int N, int C) {
+    const float *DY = (const float *)dy_, *S = (const float *)s_, *w = (const float *)w_;
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const float *dy = DY + (size_t)i * C, *s = S + (size_t)i * C;
+        float *ds = (float *)ds_ + (size_t)i * C;
+        const float mean = dot3(dy, s, w, C) * r[i] * r[i] / (float)C;
+        for (int c = 0; c < C; c++) ds[c] += r[i] * (w[c] * dy[c] - s[c] * mean);
+    }
+    SLAM_PARALLEL_FOR
+    for (int first = 0; first < C; first += COLUMNS) {
+        const int n = column_block(first, C);
+        for (int i = 0; i < N; i++) {
+            const float *dy = DY + (size_t)i * C + first, *s = S + (size_t)i * C + first;
+            for (int c = 0; c < n; c++) dw[first + c] += dy[c] * r[i] * s[c];
+        }
+    }
+}
+
+/* ---- linear layer ---- */
+
+static void cpu_matmul_forward(slam_ops *ops, slam_act *out_, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC) {
+    float *out = (float *)out_;
+    if (b) {
+        SLAM_PARALLEL_FOR
+        for (int i = 0; i < N; i++) memcpy(out + (size_t)i * OC, b, (size_t)OC * sizeof(float));
+    }
+    matmul_parallel(ops->threads, 0, 1, N, OC, C, (const float *)x, C, (const float *)w, C, b ? 1.0f : 0.0f, out, OC);
+}
+
+static void cpu_matmul_backward_input(slam_ops *ops, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC) {
+    matmul_parallel(ops->threads, 0, 0, N, C, OC, (const float *)dout, OC, (const float *)w, C, 0.0f, (float *)dx, C);
+}
+
+static void cpu_matmul_backward_weight(slam_ops *ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC) {
+    matmul_parallel(ops->threads, 1, 0, OC, C, N, (const float *)dout, OC, (const float *)x, C, 1.0f, dw, C);
+    if (!db) return;
+    SLAM_PARALLEL_FOR
+    for (int first = 0; first < OC; first += COLUMNS) {
+        const int n = column_block(first, OC);
+        for (int i = 0; i < N; i++)
+            for (int c = 0; c < n; c++) db[first + c] += ((const float *)dout)[(size_t)i * OC + first + c];
+    }
+}
+
+/* ---- attention ----
+   A tile is QUERIES queries of one head against all keys that any of them sees: s, the softmax and the products with v are
+   small matrix products and a loop, and no (T,T) matrix ever stands in memory, only (QUERIES, keys). */
+
+enum { QUERIES = 64 };
+
+typedef struct tile {
+    int i, n;        // its queries: rows i .. i + n - 1
+    int first, keys; // its keys: rows first .. first + keys - 1
+} tile;
+
+static tile tile_of(const int *doc_start, int index, int T) {
+    tile t;
+    t.i = index * QUERIES;
+    t.n = T - t.i < QUERIES ? T - t.i : QUERIES;
+    t.first = t.i;
+    for (int q = t.i; q < t.i + t.n; q++) t.first = doc_start[q] < t.first ? doc_start[q] : t.first;
+    t.keys = t.i + t.n - t.first;
+    return t;
+}
+
+/* The keys that query i of a row sees: two runs [a,b) and [c,d) on either side of its hole; b = a where it has none. */
+typedef struct runs {
+    int a, b, c, d;
+} runs;
+
+static runs visible(const slam_window *win, size_t row, int i) {
+    const int start = win->doc_start[row + i], *hole = win->hole ? win->hole + 2 * (row + i) : NULL;
+    runs see = {start, start, start, i + 1};
+    if (hole && hole[1] > hole[0]) {
+        see.b = hole[0];
+        see.c = hole[1];
+    }
+    return see;
+}
+
+/* Row of a tile: x_j = exp(x_j scale - shift) where the query sees key j, 0 elsewhere; returns the sum. x begins at key `first`. */
+static float softmax_row(float *x, tile t, runs see, float scale, float shift) {
+    x -= t.first;
+    for (int j = t.first; j < see.a; j++) x[j] = 0;
+    float sum = row_exp(x + see.a, x + see.a, scale, shift, see.b - see.a);
+    for (int j = see.b; j < see.c; j++) x[j] = 0;
+    sum += row_exp(x + see.c, x + see.c, scale, shift, see.d - see.c);
+    for (int j = see.d; j < t.first + t.keys; j++) x[j] = 0;
+    return sum;
+}
+
+static int position(const slam_window *win, size_t row, int i) {
+    const int *hole = win->hole ? win->hole + 2 * (row + i) : NULL;
+    return i - win->doc_start[row + i] - (hole ? hole[1] - hole[0] : 0);
+}
+
+/* Turns `heads` heads of x by the angles of a position (R_p), or back with sign -1 (R^-1 is its transpose). */
+static void rotate(float *x, int heads, int HS, const float *rope, float sign) {
+    const float *cosine = rope, *sine = rope + HS / 2;
+    for (int h = 0; h < heads; h++, x += HS)
+        for (int c = 0; c < HS / 2; c++) {
+            const float x0 = x[c], x1 = x[c + HS / 2], s = sign * sine[c];
+            x[c] = x0 * cosine[c] - x1 * s;
+            x[c + HS / 2] = x1 * cosine[c] + x0 * s;
+        }
+}
+
+/* One tile of one head. q, k, v, out point at the head's first row in this row of the batch; s (QUERIES, keys) is scratch. */
+static void attention_tile_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *s, const slam_window *win, size_t row,
+                                   tile t) {
+    const int HS = win->HS;
+    const size_t W = (size_t)(win->NH + 2 * win->KVH) * HS, O = (size_t)win->NH * HS;
+    const float scale = 1 / sqrtf((float)HS);
+    float sum[QUERIES];
+    gemm(0, 1, t.n, t.keys, HS, q + t.i * W, W, k + t.first * W, W, 0, s, t.keys);
+    for (int i = 0; i < t.n; i++) {
+        float *x = s + (size_t)i * t.keys;
+        const runs see = visible(win, row, t.i + i);
+        float max = row_max(x + see.c - t.first, see.d - see.c);
+        if (see.b > see.a) {
+            const float before = row_max(x + see.a - t.first, see.b - see.a);
+            max = before > max ? before : max;
+        }
+        sum[i] = softmax_row(x, t, see, scale, max * scale);
+        lse[t.i + i] = max * scale + logf(sum[i]);
+    }
+    gemm(0, 0, t.n, HS, t.keys, s, t.keys, v + t.first * W, W, 0, out + t.i * O, O);
+    for (int i = 0; i < t.n; i++)
+        for (int c = 0; c < HS; c++) out[(t.i + i) * O + c] /= sum[i];
+}
+
+static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv_, const slam_window *win) {
+    const int T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS, tiles = (T + QUERIES - 1) / QUERIES;
+    float *qkv = (float *)qkv_, *scratch = cpu_scratch(ops, (size_t)ops->threads * QUERIES * T);
+    if (!scratch) return;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < win->B * T; i++) rotate(qkv + (size_t)i * W, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, 1);
+    /* late tiles see the most keys and come first, so that no thread is left alone with one */
+    SLAM_PRAGMA(omp parallel for schedule(dynamic))
+    for (int task = 0; task < win->B * NH * tiles; task++) {
+        const int h = task % NH, b = task / NH % win->B;
+        const size_t row = (size_t)b * T;
+        const tile t = tile_of(win->doc_start + row, tiles - 1 - task / NH / win->B, T);
+        const float *q = qkv + row * W + h * HS, *k = qkv + row * W + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
+        attention_tile_forward((float *)out + row * NH * HS + h * HS, lse + ((size_t)b * NH + h) * T, q, k, v,
+                               scratch + (size_t)thread_index() * QUERIES * T, win, row, t);
+    }
+}
+
+/* One tile of one head: dq = (its rows), dk and dv (T,HS) += ; p and ds (QUERIES, keys) are scratch. */
+static void attention_tile_backward(float *dq, float *dk, float *dv, const float *dout, const float *D, const float *lse, const float *q, const float *k,
+                                    const float *v, float *p, float *ds, const slam_window *win, size_t row, tile t) {
+    const int HS = win->HS;
+    const size_t W = (size_t)(win->NH + 2 * win->KVH) * HS, O = (size_t)win->NH * HS;
+    const float scale = 1 / sqrtf((float)HS);
+    gemm(0, 1, t.n, t.keys, HS, q + t.i * W, W, k + t.first * W, W, 0, p, t.keys);
+    gemm(0, 1, t.n, t.keys, HS, dout + t.i * O, O, v + t.first * W, W, 0, ds, t.keys);
+    for (int i = 0; i < t.n; i++) {
+        float *pi = p + (size_t)i * t.keys, *dsi = ds + (size_t)i * t.keys;
+        softmax_row(pi, t, visible(win, row, t.i + i), scale, lse[t.i + i]);
+        for (int j = 0; j < t.keys; j++) dsi[j] = pi[j] * (dsi[j] - D[t.i + i]) * scale;
+    }
+    gemm(0, 0, t.n, HS, t.keys, ds, t.keys, k + t.first * W, W, 0, dq + t.i * W, W);
+    gemm(1, 0, t.keys, HS, t.n, ds, t.keys, q + t.i * W, W, 1, dk + (size_t)t.first * HS, HS);
+    gemm(1, 0, t.keys, HS, t.n, p, t.keys, dout + t.i * O, O, 1, dv + (size_t)t.first * HS, HS);
+}
+
+/* A task is one head of one row, all its tiles; dk and dv of each query head stand apart until those of a group are added in order. */
+static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, const slam_act *dout_, const slam_act *out_, const float *lse,
+                                   const slam_act *qkv_, const slam_window *win) {
+    const int B = win->B, T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS;
+    const size_t head = (size_t)T * HS, work = (size_t)QUERIES * T;
+    const float *qkv = (const float *)qkv_, *dout = (const float *)dout_, *out = (const float *)out_;
+    float *dqkv = (float *)dqkv_, *scratch = cpu_scratch(ops, 2 * ops->threads * work + 2 * B * NH * head);
+    if (!scratch) return;
+    float *dkv = scratch + 2 * ops->threads * work; // (B,NH,2,T,HS)
+    SLAM_PRAGMA(omp parallel for schedule(dynamic))
+    for (int task = 0; task < B * NH; task++) {
+        const int b = task / NH, h = task % NH;
+        const size_t row = (size_t)b * T;
+        const float *q = qkv + row * W + h * HS, *k = qkv + row * W + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
+        float *dk = dkv + 2 * task * head, *p = scratch + 2 * thread_index() * work, *Dh = D + (size_t)task * T;
+        memset(dk, 0, 2 * head * sizeof(float));
+        for (int i = 0; i < T; i++) Dh[i] = dot(dout + ((row + i) * NH + h) * HS, out + ((row + i) * NH + h) * HS, HS);
+        for (int index = 0; index * QUERIES < T; index++)
+            attention_tile_backward(dqkv + row * W + h * HS, dk, dk + head, dout + (row * NH + h) * HS, Dh, lse + (size_t)task * T, q, k, v, p,
+                                    p + work, win, row, tile_of(win->doc_start + row, index, T));
+    }
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < B * T; i++) {
+        float *d = dqkv + (size_t)i * W;
+        memset(d + NH * HS, 0, (size_t)(2 * KVH * HS) * sizeof(float));
+        for (int h = 0; h < NH; h++) {
+            const float *dk = dkv + 2 * ((size_t)(i / T) * NH + h) * head + (size_t)(i % T) * HS, *dv = dk + head;
+            float *to = d + (NH + h * KVH / NH) * HS;
+            for (int c = 0; c < HS; c++) to[c] += dk[c];
+            for (int c = 0; c < HS; c++) to[KVH * HS + c] += dv[c];
+        }
+        rotate(d, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, -1);
+    }
+}
+
+/* ---- SwiGLU ---- */
+
+static void cpu_swiglu_forward(slam_ops *ops, slam_act *h_, const slam_act *gate_up, int N, int F) {
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const float *g = (const float *)gate_up + (size_t)i * 2 * F, *u = g + F;
+        float *h = (float *)h_ + (size_t)i * F;
+        for (int c = 0; c < F; c++) h[c] = g[c] / (1 + exp_float(-g[c])) * u[c];
+    }
+}
+
+static void cpu_swiglu_backward(slam_ops *ops, slam_act *dgate_up, const slam_act *dh_, const slam_act *gate_up, int N, int F) {
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const float *g = (const float *)gate_up + (size_t)i * 2 * F, *u = g + F, *dh = (const float *)dh_ + (size_t)i * F;
+        float *dg = (float *)dgate_up + (size_t)i * 2 * F, *du = dg + F;
+        for (int c = 0; c < F; c++) {
+            const float gc = g[c], uc = u[c], sigmoid = 1 / (1 + exp_float(-gc));
+            dg[c] = dh[c] * uc * sigmoid * (1 + gc * (1 - sigmoid));
+            du[c] = dh[c] * gc * sigmoid;
+        }
+    }
+}
+
+/* ---- cross-entropy ---- */
+
+static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, float scale, int N, int V) {
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        float *z = (float *)logits + (size_t)i * V;
+        const int target = targets[i];
+        loss[i] = 0;
+        if (target < 0) {
+            if (scale != 0) memset(z, 0, (size_t)V * sizeof(float));
+            continue;
+        }
+        const float max = row_max(z, V), z_target = z[target];
+        float sum;
+        if (scale != 0) {
+            sum = row_exp(z, z, 1, max, V);
+            for (int v = 0; v < V; v++) z[v] *= scale / sum;
+            z[target] -= scale;
+        } else {
+            sum = row_exp_sum(z, max, V);
+        }
+        loss[i] = logf(sum) - (z_target - max);
+    }
+}
+
+/* ---- sums ----
+   in SUM_PARTS runs, whatever the number of threads, each in double; the runs are added in order */
+
+enum { SUM_PARTS = 256 };
+
+static void sum_parts(double *out, const float *x, size_t n, int squares) {
+    double part[SUM_PARTS];
+    SLAM_PARALLEL_FOR
+    for (int k = 0; k < SUM_PARTS; k++) {
+        const size_t end = n / SUM_PARTS * (k + 1) + (k + 1 == SUM_PARTS ? n % SUM_PARTS : 0);
+        size_t i = n / SUM_PARTS * k;
+        double lane[8] = SLAM_ZERO, rest = 0;
+        for (; i + 8 <= end; i += 8)
+            for (int l = 0; l < 8; l++) lane[l] += squares ? (double)x[i + l] * x[i + l] : (double)x[i + l];
+        for (; i < end; i++) rest += squares ? (double)x[i] * x[i] : (double)x[i];
+        part[k] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7])) + rest;
+    }
+    for (int k = 0; k < SUM_PARTS; k++) *out += part[k];
+}
+
+static void cpu_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+    (void)ops;
+    sum_parts(out, x, n, 0);
+}
+
+static void cpu_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) {
+    (void)ops;
+    sum_parts(out, x, n, 1);
+}
+
+/* ---- AdamW ---- */
+
+static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats, const slam_adamw *h, size_t n) {
+    if (!isfinite(stats[0]) || !isfinite(stats[1])) return;
+    const double clip = h->clip > 0 ? h->clip / (sqrt(stats[1]) + 1e-6) : 1;
+    const float scale = clip < 1 ? (float)clip : 1, decay = (float)(1 - h->lr * h->weight_decay), eps = (float)h->eps;
+    const float beta2 = (float)h->beta2, rest1 = (float)(1 - h->beta1), rest2 = (float)(1 - h->beta2);
+    const float step_size = (float)(h->lr / (1 - pow(h->beta1, (double)h->step))), root = (float)sqrt(1 - pow(h->beta2, (double)h->step));
+    SLAM_PARALLEL_FOR
+    for (size_t i = 0; i < n; i++) {
+        const float gi = g[i] * scale;
+        m[i] += rest1 * (gi - m[i]);
+        v[i] = beta2 * v[i] + rest2 * gi * gi;
+        w[i] = w[i] * decay - step_size * m[i] / (sqrtf(v[i]) / root + eps);
+    }
+    if ((void *)w_act != (void *)w) cpu_to_act(ops, w_act, w, n);
+}
+
+/* ---- the backend ---- */
+
+slam_ops *slam_cpu(int threads) {
+    cpu_ops *cpu = (cpu_ops *)mem_new(1, sizeof *cpu);
+    if (!cpu) return NULL;
+    slam_ops *ops = &cpu->ops;
+    ops->threads = threads_set(threads);
+    gemm_start();
+    snprintf(cpu->name, sizeof cpu->name, "cpu, %d thread%s", ops->threads, ops->threads == 1 ? "" : "s");
+    ops->name = cpu->name;
+    ops->bytes_per_act = sizeof(float);
+    ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    ops->alloc = cpu_alloc;
+    ops->release = cpu_release;
+    ops->upload = cpu_copy;
+    ops->download = cpu_copy;
+    ops->zero = cpu_zero;
+    ops->finish = cpu_finish;
+    ops->close = cpu_close;
+    ops->to_act = cpu_to_act;
+    ops->to_float = cpu_to_float;
+    ops->embedding_forward = cpu_embedding_forward;
+    ops->embedding_backward = cpu_embedding_backward;
+    ops->rmsnorm_forward = cpu_rmsnorm_forward;
+    ops->rmsnorm_backward = cpu_rmsnorm_backward;
+    ops->matmul_forward = cpu_matmul_forward;
+    ops->matmul_backward_input = cpu_matmul_backward_input;
+    ops->matmul_backward_weight = cpu_matmul_backward_weight;
+    ops->attention_forward = cpu_attention_forward;
+    ops->attention_backward = cpu_attention_backward;
+    ops->swiglu_forward = cpu_swiglu_forward;
+    ops->swiglu_backward = cpu_swiglu_backward;
+    ops->crossentropy = cpu_crossentropy;
+    ops->sum = cpu_sum;
+    ops->sum_squares = cpu_sum_squares;
+    ops->adamw = cpu_adamw;
+    return ops;
+}
+
+/* ==========================================================================================
+   5. OPS ON CUDA  the same operations on a GPU
+   This version computes on the CPU alone: slam_cuda() says so, and callers fall back.
+   may use: 1 base, 3 ops
+   ========================================================================================== */
+
+slam_ops *slam_cuda(int device) {
+    fail("cuda:%d: version " SLAM_VERSION " has no operations for CUDA", device);
+    return NULL;
+}
+
+/* ==========================================================================================
+   7. MODEL        Qwen2 forward and backward, generation step, written ONCE against `slam_ops`
+   The configuration, where each weight and activation lies in memory, Hugging Face's files, and
+   the passes. Nothing here knows a backend.
+   may use: 1 base, 2 formats, 3 ops
+   ========================================================================================== */
+
+/* ---- configuration ---- */
+
+static const slam_config config_tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000};
+static const slam_config config_slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000};
+
+/* What is asked for by name in a config and is not built here is refused by that name. */
+static int config_refuse(const json *c, const char *path) {
+    const char *type = json_text(c, "model_type", ""), *act = json_text(c, "hidden_act", "silu");
+    const json *scaling = json_get(c, "rope_scaling"), *rope = json_get(c, "rope_parameters"), *layers = json_get(c, "layer_types");
+    int sliding = 0, bias = 0;
+    double rotary = 1;
+    if (strcmp(type, "qwen2") && strcmp(type, "llama")) return fail("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    if (strcmp(act, "silu")) return fail("%s: hidden_act is '%s', expected 'silu'", path, act);
+    if (scaling && scaling->type == JSON_OBJECT) {
+        const char *kind = json_text(scaling, "rope_type", json_text(scaling, "type", ""));
+        if (strcmp(kind, "default")) return fail("%s: rope_scaling '%s' is not supported, expected none", path, kind);
+    }
+    const char *kind = json_text(rope, "rope_type", "default");
+    if (strcmp(kind, "default")) return fail("%s: rope_parameters has rope_type '%s', expected 'default'", path, kind);
+    if (!json_flag(c, "use_sliding_window", path, &sliding)) return 0;
+    for (const json *l = layers ? layers->first : NULL; l; l = l->next)
+        if (l->type != JSON_STRING || strcmp(l->string, "full_attention")) sliding = 1;
+    if (sliding) return fail("%s: asks for a sliding window, expected full attention in every layer", path);
+    if (!json_flag(c, "attention_bias", path, &bias)) return 0;
+    if (bias) return fail("%s: attention_bias is true, expected biases on q, k, v only (Qwen2) or none (Llama)", path);
+    if (!json_flag(c, "mlp_bias", path, &bias)) return 0;
+    if (bias) return fail("%s: mlp_bias is true, expected an MLP without biases", path);
+    if (!json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) || !json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary)) return 0;
+    if (rotary != 1) return fail("%s: partial_rotary_factor is %g, expected 1", path, rotary);
+    return 1;
+}
+
+/* A whole number that has to be there. */
+static int config_int(const json *c, const char *key, const char *path, long max, int *out) {
+    long n = 0;
+    if (!json_int(c, key, path, 1, max, &n)) return 0;
+    if (n == 0) return fail("%s: '%s' is missing", path, key);
+    *out = (int)n;
+    return 1;
+}
+
+static int config_from_json(slam_config *config, const json *root, const char *path) {
+    const json *base = json_get(root, "base_config"), *c = base ? base : root; // SlamKit keeps the transformer's settings apart
+    slam_config k = {0, 0, 0, 0, 0, 0, 0, 2048, 0, 0, 1e-6, 0.02, 10000};
+    long kv = 0, head = 0, T = k.T;
+    if (!c || c->type != JSON_OBJECT) return fail("%s: no JSON object with a model's configuration", path);
+    if (!config_refuse(c, path)) return 0;
+    k.qkv_bias = strcmp(json_text(c, "model_type", ""), "qwen2") == 0;
+    if (!config_int(c, "vocab_size", path, 1 << 20, &k.V) || !config_int(c, "hidden_size", path, 1 << 16, &k.C) ||
+        !config_int(c, "num_hidden_layers", path, 1 << 10, &k.L) || !config_int(c, "num_attention_heads", path, 1 << 10, &k.NH) ||
+        !config_int(c, "intermediate_size", path, 1 << 20, &k.F))
+        return 0;
+    if (base && json_get(root, "vocab_size") && !config_int(root, "vocab_size", path, 1 << 20, &k.V)) return 0;
+    if (!json_int(c, "num_key_value_heads", path, 1, 1 << 10, &kv) || !json_int(c, "head_dim", path, 2, 1 << 12, &head) ||
+        !json_int(c, "max_position_embeddings", path, 1, 1 << 28, &T))
+        return 0;
+    k.KVH = kv ? (int)kv : k.NH;
+    k.T = (int)T;
+    if (k.NH % k.KVH) return fail("%s: %d attention heads over %d key/value heads, expected a multiple", path, k.NH, k.KVH);
+    if (!head && k.C % k.NH) return fail("%s: hidden_size %d over %d heads, expected a multiple", path, k.C, k.NH);
+    k.HS = head ? (int)head : k.C / k.NH;
+    if (k.HS % 2) return fail("%s: head size is %d, expected an even one (rotary positions turn pairs)", path, k.HS);
+    if (!json_flag(c, "tie_word_embeddings", path, &k.tied) || !json_real(c, "rms_norm_eps", path, 1e-12, 1, &k.eps) ||
+        !json_real(c, "initializer_range", path, 0, 10, &k.init_std) || !json_real(c, "rope_theta", path, 1, 1e12, &k.rope_theta) ||
+        !json_real(json_get(c, "rope_parameters"), "rope_theta", path, 1, 1e12, &k.rope_theta))
+        return 0;
+    *config = k;
+    return 1;
+}
+
+int slam_config_read(slam_config *config, const char *name_or_path) {
+    if (!strcmp(name_or_path, "tiny") || !strcmp(name_or_path, "slam")) {
+        *config = name_or_path[0] == 't' ? config_tiny : config_slam;
+        return 1;
+    }
+    json *root = json_read(name_or_path);
+    int ok = root && config_from_json(config, root, name_or_path);
+    json_free(root);
+    return ok;
+}
+
+/* ---- weights ----
+   All weights are one array, so that the optimiser is a loop over it: first the matrices, which weight decay concerns, then the
+   vectors. q, k and v are rows of one matrix, gate and up of another: one product computes them together, and since they are
+   neighbours Hugging Face's tensors are simply its parts. Blocks begin at multiples of 256 numbers. */
+
+typedef struct weights_layout {
+    size_t embed, head;                    // (V,C); head is embed where they are tied
+    size_t layer, layer_size;              // the first layer's matrices; layer l is layer_size * l further
+    size_t qkv, out, gate_up, down;        // within it: (W,C) (C,O) (2F,C) (C,F)   W = (NH + 2 KVH) HS, O = NH HS
+    size_t vectors, vectors_size;          // the first layer's vectors, likewise
+    size_t attention_norm, mlp_norm, bias; // within it: (C) (C) (W)
+    size_t norm;                           // (C)
+    size_t matrices, total;                // numbers in the first part, in both
+} weights_layout;
+
+static size_t place(size_t *end, size_t n) {
+    const size_t at = *end;
+    *end += (n + 255) / 256 * 256;
+    return at;
+}
+
+static weights_layout weights_of(const slam_config *c) {
+    weights_layout w;
+    const size_t V = c->V, C = c->C, L = c->L, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS;
+    size_t end = 0, within = 0;
+    w.embed = place(&end, V * C);
+    w.head = c->tied ? w.embed : place(&end, V * C);
+    w.qkv = place(&within, W * C);
+    w.out = place(&within, C * O);
+    w.gate_up = place(&within, 2 * F * C);
+    w.down = place(&within, C * F);
+    w.layer_size = within;
+    w.layer = place(&end, L * within);
+    w.matrices = end;
+    within = 0;
+    w.attention_norm = place(&within, C);
+    w.mlp_norm = place(&within, C);
+    w.bias = place(&within, c->qkv_bias ? W : 0);
+    w.vectors_size = within;
+    w.vectors = place(&end, L * within);
+    w.norm = place(&end, C);
+    w.total = end;
+    return w;
+}
+
+/* A tensor by Hugging Face's name: (rows, cols), or (cols) where rows is 0; `at` in the array of weights. */
+typedef struct parameter {
+    char name[80];
+    size_t rows, cols, at;
+} parameter;
+
+static parameter *parameter_add(parameter *p, size_t rows, size_t cols, size_t at, const char *format, int l) {
+    snprintf(p->name, sizeof p->name, format, l);
+    p->rows = rows;
+    p->cols = cols;
+    p->at = at;
+    return p + 1;
+}
+
+/* All of a model's tensors in memory of their own, in the file's order; NULL where there is no room. */
+static parameter *parameters_of(const slam_config *c, size_t *n) {
+    const weights_layout w = weights_of(c);
+    const size_t C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
+    parameter *list = (parameter *)mem_new(3 + 12 * (size_t)c->L, sizeof *list), *p = list;
+    if (!list) return NULL;
+    p = parameter_add(p, c->V, C, w.embed, "model.embed_tokens.weight", 0);
+    for (int l = 0; l < c->L; l++) {
+        const size_t m = w.layer + l * w.layer_size, v = w.vectors + l * w.vectors_size;
+        p = parameter_add(p, 0, C, v + w.attention_norm, "model.layers.%d.input_layernorm.weight", l);
+        p = parameter_add(p, O, C, m + w.qkv, "model.layers.%d.self_attn.q_proj.weight", l);
+        p = parameter_add(p, K, C, m + w.qkv + O * C, "model.layers.%d.self_attn.k_proj.weight", l);
+        p = parameter_add(p, K, C, m + w.qkv + (O + K) * C, "model.layers.%d.self_attn.v_proj.weight", l);
+        if (c->qkv_bias) {
+            p = parameter_add(p, 0, O, v + w.bias, "model.layers.%d.self_attn.q_proj.bias", l);
+            p = parameter_add(p, 0, K, v + w.bias + O, "model.layers.%d.self_attn.k_proj.bias", l);
+            p = parameter_add(p, 0, K, v + w.bias + O + K, "model.layers.%d.self_attn.v_proj.bias", l);
+        }
+        p = parameter_add(p, C, O, m + w.out, "model.layers.%d.self_attn.o_proj.weight", l);
+        p = parameter_add(p, 0, C, v + w.mlp_norm, "model.layers.%d.post_attention_layernorm.weight", l);
+        p = parameter_add(p, F, C, m + w.gate_up, "model.layers.%d.mlp.gate_proj.weight", l);
+        p = parameter_add(p, F, C, m + w.gate_up + F * C, "model.layers.%d.mlp.up_proj.weight", l);
+        p = parameter_add(p, C, F, m + w.down, "model.layers.%d.mlp.down_proj.weight", l);
+    }
+    p = parameter_add(p, 0, C, w.norm, "model.norm.weight", 0);
+    if (!c->tied) p = parameter_add(p, c->V, C, w.head, "lm_head.weight", 0);
+    *n = (size_t)(p - list);
+    return list;
+}
+
+static size_t parameter_size(const parameter *p) { return (p->rows ? p->rows : 1) * p->cols; }
+
+/* ---- activations ----
+   One arena, planned from the configuration. What backward needs is kept for every layer; without training the layers share
+   one place. N = B T. */
+
+typedef struct activations_layout {
+    size_t layer, layer_size;                              // the first layer's block in bytes; layer l is layer_size * l further
+    size_t residual, attention_in, attention_r;            // within it: the stream before attention (N,C), normed (N,C), 1/rms (N)
+    size_t qkv, attention, lse;                            //            (N,W) (N,O) (B,NH,T)
+    size_t residual_mid, mlp_in, mlp_r;                    //            the stream before the MLP, likewise
+    size_t gate_up, swiglu;                                //            (N,2F) (N,F)
+    size_t delta;                                          // what a sub-layer adds to the stream (N,C)
+    size_t residual_end, head_in, head_r;                  // the stream after the last layer, likewise
+    size_t losses, logits;                                 // (N) (head_rows,V)
+    size_t dresidual, dnormed, dwide, dqkv, D;             // backward: (N,C) (N,C) (N,max(F,O)) (N,W) (B,NH,T)
+    size_t tokens, targets, doc_start, hole, rope;         // (N) (N) (N) (N,2) (T,HS)
+    size_t total;                                          // bytes
+    int head_rows;                                         // rows of logits that stand in memory at once
+} activations_layout;
+
+/* The head works on runs of rows, so that a large vocabulary does not ask for N V numbers at once. */
+enum { HEAD_BYTES = 64 << 20 };
+
+static activations_layout activations_of(const slam_config *c, size_t act, int B, int T, int train) {
+    activations_layout a;
+    const size_t N = (size_t)B * T, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS, H = N * c->NH;
+    const size_t f = sizeof(float), i = sizeof(int);
+    size_t end = 0, within = 0;
+    a.residual = place(&within, N * C * act);
+    a.attention_in = place(&within, N * C * act);
+    a.attention_r = place(&within, N * f);
+    a.qkv = place(&within, N * W * act);
+    a.attention = place(&within, N * O * act);
+    a.lse = place(&within, H * f);
+    a.residual_mid = place(&within, N * C * act);
+    a.mlp_in = place(&within, N * C * act);
+    a.mlp_r = place(&within, N * f);
+    a.gate_up = place(&within, 2 * N * F * act);
+    a.swiglu = place(&within, N * F * act);
+    a.layer_size = train ? within : 0;
+    a.layer = place(&end, train ? c->L * within : within);
+    a.delta = place(&end, N * C * act);
+    a.residual_end = place(&end, N * C * act);
+    a.head_in = place(&end, N * C * act);
+    a.head_r = place(&end, N * f);
+    a.losses = place(&end, N * f);
+    const size_t rows = HEAD_BYTES / ((size_t)c->V * act);
+    a.head_rows = rows < 1 ? 1 : rows < N ? (int)rows : (int)N;
+    a.logits = place(&end, a.head_rows * c->V * act);
+    a.dresidual = place(&end, train ? N * C * act : 0);
+    a.dnormed = place(&end, train ? N * C * act : 0);
+    a.dwide = place(&end, train ? N * (F > O ? F : O) * act : 0);
+    a.dqkv = place(&end, train ? N * W * act : 0);
+    a.D = place(&end, train ? H * f : 0);
+    a.tokens = place(&end, N * i);
+    a.targets = place(&end, N * i);
+    a.doc_start = place(&end, N * i);
+    a.hole = place(&end, 2 * N * i);
+    a.rope = place(&end, (size_t)T * c->HS * f);
+    a.total = end;
+    return a;
+}
+
+size_t slam_config_parameters(const slam_config *c) {
+    const size_t C = c->C, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS;
+    return (c->tied ? 1 : 2) * (size_t)c->V * C + c->L * (W * C + C * O + 3 * F * C + 2 * C + (c->qkv_bias ? W : 0)) + C;
+}
+
+double slam_config_flops(const slam_config *c, int T) {
+    const double C = c->C, F = c->F, O = (double)c->NH * c->HS, W = O + 2.0 * c->KVH * c->HS;
+    return 6 * (c->V * C + c->L * (W * C + C * O + 3 * F * C)) + 6.0 * c->L * T * O;
+}
+
+slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, int T, int train) {
+    slam_memory m;
+    const double n = (double)weights_of(c).total;
+    const activations_layout a = activations_of(c, bytes_per_act, B, T, train);
+    m.weights = n * (bytes_per_act == 4 ? 4 : 4 + bytes_per_act);
+    m.gradients = train ? 4 * n : 0;
+    m.optimiser = train ? 8 * n : 0;
+    m.logits = (double)a.head_rows * c->V * bytes_per_act;
+    m.activations = (double)a.total - m.logits;
+    m.total = m.weights + m.gradients + m.optimiser + m.logits + m.activations;
+    return m;
+}
+
+/* ---- a model ---- */
+
+struct slam_model {
+    slam_ops *ops;
+    slam_config config;
+    weights_layout w;
+    slam_act *weights; // (w.total), what products read
+    float *master;     // (w.total), what the optimiser changes; the same memory where an activation is a float
+    float *gradients;  // (w.total), from the first plan that trains
+    double *stats;     // sum of the losses since the last step, squared norm of the gradient
+    activations_layout a;
+    char *arena;
+    int B, T, train; // what the arena was planned for
+};
+
+static slam_act *act_at(const slam_model *m, size_t bytes) { return (slam_act *)(m->arena + bytes); }
+static slam_act *act_in(const slam_model *m, int l, size_t within) { return act_at(m, m->a.layer + l * m->a.layer_size + within); }
+static float *float_at(const slam_model *m, size_t bytes) { return (float *)(m->arena + bytes); }
+static float *float_in(const slam_model *m, int l, size_t within) { return (float *)act_in(m, l, within); }
+static int *int_at(const slam_model *m, size_t bytes) { return (int *)(m->arena + bytes); }
+static slam_act *weight_at(const slam_model *m, size_t at) { return (slam_act *)((char *)m->weights + at * m->ops->bytes_per_act); }
+static size_t matrix_of(const slam_model *m, int l, size_t within) { return m->w.layer + l * m->w.layer_size + within; }
+static size_t vector_of(const slam_model *m, int l, size_t within) { return m->w.vectors + l * m->w.vectors_size + within; }
+
+const slam_config *slam_model_config(const slam_model *m) { return &m->config; }
+
+void slam_model_free(slam_model *m) {
+    if (!m) return;
+    m->ops->release(m->ops, m->arena);
+    m->ops->release(m->ops, m->stats);
+    m->ops->release(m->ops, m->gradients);
+    if ((void *)m->master != (void *)m->weights) m->ops->release(m->ops, m->master);
+    m->ops->release(m->ops, m->weights);
+    free(m);
+}
+
+/* A model whose weights are all zero. */
+static slam_model *model_empty(slam_ops *ops, const slam_config *config) {
+    slam_model *m = (slam_model *)mem_new(1, sizeof *m);
+    if (!m) return NULL;
+    m->ops = ops;
+    m->config = *config;
+    m->w = weights_of(config);
+    m->weights = (slam_act *)ops->alloc(ops, m->w.total * ops->bytes_per_act);
+    m->master = ops->bytes_per_act == sizeof(float) ? (float *)m->weights : (float *)ops->alloc(ops, m->w.total * sizeof(float));
+    m->stats = (double *)ops->alloc(ops, 2 * sizeof(double));
+    if (m->weights && m->master && m->stats) return m;
+    slam_model_free(m);
+    return NULL;
+}
+
+static void weights_changed(slam_model *m) {
+    if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->w.total);
+}
+
+/* Each row has a random stream of its own, so that the weights depend on the seed and not on the number of threads. */
+slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t seed) {
+    size_t n = 0, largest = 0;
+    slam_model *m = model_empty(ops, config);
+    parameter *list = m ? parameters_of(config, &n) : NULL;
+    for (size_t k = 0; list && k < n; k++) largest = parameter_size(&list[k]) > largest ? parameter_size(&list[k]) : largest;
+    float *host = list ? (float *)mem_new(largest, sizeof *host) : NULL;
+    for (size_t k = 0; host && k < n; k++) {
+        const parameter p = list[k];
+        const int is_norm = strstr(p.name, "norm.weight") != NULL;
+        SLAM_PARALLEL_FOR
+        for (size_t i = 0; i < (p.rows ? p.rows : 1); i++) {
+            uint64_t stream = rng_stream(seed, k, i);
+            for (size_t c = 0; c < p.cols; c++) host[i * p.cols + c] = p.rows ? (float)(config->init_std * rng_normal(&stream)) : is_norm ? 1.0f : 0.0f;
+        }
+        ops->upload(ops, m->master + p.at, host, parameter_size(&p) * sizeof(float));
+    }
+    const int ok = host != NULL;
+    free(host);
+    free(list);
+    if (!ok) {
+        slam_model_free(m);
+        return NULL;
+    }
+    weights_changed(m);
+    return m;
+}
+
+void slam_model_set_rope_theta(slam_model *m, double rope_theta) {
+    m->config.rope_theta = rope_theta;
+    m->B = m->T = 0; // the table in the arena is the old one's: the next pass plans again
+}
+
+/* ---- Hugging Face's files ---- */
+
+/* Tensors that files hold and a model does not need. */
+static int tensor_is_extra(const slam_config *c, const char *name) {
+    return path_ends(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
+}
+
+static int is_vocabulary(const char *name) { return !strcmp(name, "model.embed_tokens.weight") || !strcmp(name, "lm_head.weight"); }
+
+/* Pairs every parameter with the file's tensor of its name and shape, and sees that the file holds nothing else. `cut` allows a
+   vocabulary with more rows than the model's. A file's claims are checked here, before any memory is asked for on their account. */
+static int weights_match(const parameter *list, size_t n, const tensor **match, const slam_config *c, const tensors *file, const char *folder, int cut) {
+    const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : "";
+    for (size_t k = 0; k < n; k++) {
+        const parameter *p = &list[k];
+        char name[96];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const tensor *t = match[k] = tensors_find(file, name);
+        if (!t) return fail("%s: tensor '%s' is missing", folder, name);
+        const int more = cut && is_vocabulary(p->name) && t->rank == 2 && t->shape[0] > p->rows;
+        if (!(p->rows ? tensor_shape_is(t, 2, more ? t->shape[0] : p->rows, p->cols) : tensor_shape_is(t, 1, p->cols, 0))) return 0;
+    }
+    for (size_t k = 0; k < tensors_count(file); k++) {
+        const tensor *t = tensors_at(file, k);
+        const char *name = t->name + (strncmp(t->name, prefix, strlen(prefix)) ? 0 : strlen(prefix));
+        size_t i = 0;
+        while (i < n && match[i] != t) i++;
+        if (i == n && !tensor_is_extra(c, name)) return fail("%s: tensor '%s' is not part of this model", t->file, t->name);
+    }
+    return 1;
+}
+
+static int weights_load(slam_model *m, const parameter *list, size_t n, const tensor *const *match) {
+    for (size_t k = 0; k < n; k++) {
+        const size_t count = parameter_size(&list[k]);
+        float *host = (float *)mem_new(count, sizeof *host);
+        int ok = host && tensor_floats(match[k], host, 0, count);
+        for (size_t i = 0; ok && i < count; i++)
+            if (!isfinite(host[i])) ok = fail("%s: tensor '%s' holds a number that is not finite", match[k]->file, match[k]->name);
+        if (ok) m->ops->upload(m->ops, m->master + list[k].at, host, count * sizeof *host);
+        free(host);
+        if (!ok) return 0;
+    }
+    weights_changed(m);
+    return 1;
+}
+
+/* V 0: the vocabulary as it is; otherwise its first V rows. */
+static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
+    slam_config config;
+    slam_model *m = NULL;
+    size_t n = 0;
+    char *path = path_join(folder, "config.json");
+    int ok = path && slam_config_read(&config, path);
+    if (ok && V > config.V) ok = fail("%s: vocab_size is %d, expected at least %d to cut it to", path, config.V, V);
+    if (ok && V) config.V = V;
+    tensors *file = ok ? tensors_open(folder) : NULL;
+    parameter *list = file ? parameters_of(&config, &n) : NULL;
+    const tensor **match = list ? (const tensor **)mem_new(n, sizeof *match) : NULL;
+    ok = match && weights_match(list, n, match, &config, file, folder, V != 0) && (m = model_empty(ops, &config)) != NULL &&
+         weights_load(m, list, n, match);
+    free((void *)match);
+    free(list);
+    tensors_close(file);
+    free(path);
+    if (ok) return m;
+    slam_model_free(m);
+    return NULL;
+}
+
+slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
+slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
+
+/* The configuration as Transformers 4 and 5 both read it: the rotary base and the type of numbers stand in either's spelling. */
+static void config_add_transformer(text *t, const slam_config *c, const char *indent) {
+    const char *q = c->qkv_bias ? "qwen2" : "llama";
+    text_add(t, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n", indent, c->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM", indent, q);
+    text_add(t, "%s\"vocab_size\": %d,\n%s\"hidden_size\": %d,\n%s\"intermediate_size\": %d,\n", indent, c->V, indent, c->C, indent, c->F);
+    text_add(t, "%s\"num_hidden_layers\": %d,\n%s\"num_attention_heads\": %d,\n%s\"num_key_value_heads\": %d,\n", indent, c->L, indent, c->NH, indent, c->KVH);
+    text_add(t, "%s\"head_dim\": %d,\n%s\"max_position_embeddings\": %d,\n%s\"hidden_act\": \"silu\",\n", indent, c->HS, indent, c->T, indent);
+    text_add(t, "%s\"rms_norm_eps\": ", indent);
+    text_add_number(t, c->eps);
+    text_add(t, ",\n%s\"initializer_range\": ", indent);
+    text_add_number(t, c->init_std);
+    text_add(t, ",\n%s\"rope_theta\": ", indent);
+    text_add_number(t, c->rope_theta);
+    text_add(t, ",\n%s\"rope_parameters\": {\"rope_theta\": ", indent);
+    text_add_number(t, c->rope_theta);
+    text_add(t, ", \"rope_type\": \"default\"},\n%s\"tie_word_embeddings\": %s,\n%s\"attention_dropout\": 0.0,\n", indent, c->tied ? "true" : "false", indent);
+    text_add(t, "%s%s,\n", indent, c->qkv_bias ? "\"use_sliding_window\": false" : "\"attention_bias\": false,\n  \"mlp_bias\": false");
+    text_add(t, "%s\"bos_token_id\": 1,\n%s\"eos_token_id\": 1,\n%s\"pad_token_id\": 0,\n", indent, indent, indent);
+    text_add(t, "%s\"dtype\": \"float32\",\n%s\"torch_dtype\": \"float32\",\n%s\"use_cache\": true", indent, indent, indent);
+}
+
+static int write_text(const char *folder, const char *name, text *t) {
+    char *path = path_join(folder, name);
+    int ok = path && !t->failed && file_write(path, t->at, t->n);
+    if (t->failed) fail("%s/%s: out of memory", folder, name);
+    free(path);
+    text_free(t);
+    return ok;
+}
+
+static int weights_save(slam_model *m, const char *folder, const char *prefix) {
+    size_t n = 0;
+    parameter *list = parameters_of(&m->config, &n);
+    tensor_out *out = list ? (tensor_out *)mem_new(n, sizeof *out) : NULL;
+    float *host = out ? (float *)mem_new(m->w.total, sizeof *host) : NULL;
+    char *path = path_join(folder, "model.safetensors");
+    names spelled = SLAM_ZERO;
+    int ok = host && path;
+    if (ok) m->ops->download(m->ops, host, m->master, m->w.total * sizeof *host);
+    for (size_t k = 0; ok && k < n; k++) {
+        char name[96];
+        snprintf(name, sizeof name, "%s%s", prefix, list[k].name);
+        ok = names_add(&spelled, name);
+        if (!ok) break;
+        out[k].name = spelled.at[k];
+        out[k].dtype = DTYPE_F32;
+        out[k].rank = list[k].rows ? 2 : 1;
+        out[k].shape[0] = list[k].rows ? list[k].rows : list[k].cols;
+        out[k].shape[1] = list[k].cols;
+        out[k].data = host + list[k].at;
+    }
+    ok = ok && m->ops->finish(m->ops) && tensors_write(path, out, n, NULL);
+    names_free(&spelled);
+    free(path);
+    free(host);
+    free(out);
+    free(list);
+    return ok;
+}
+
+int slam_model_save(slam_model *m, const char *folder, int format) {
+    const int slamkit = format == SLAM_FORMAT_SLAMKIT;
+    text t = SLAM_ZERO, g = SLAM_ZERO;
+    text_add(&t, "{\n");
+    if (slamkit)
+        text_add(&t, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n  \"vocab_size\": %d,\n  \"bos_token_id\": 1,\n"
+                     "  \"eos_token_id\": 1,\n  \"pad_token_id\": 0,\n  \"base_config\": {\n", m->config.V);
+    config_add_transformer(&t, &m->config, slamkit ? "    " : "  ");
+    text_add(&t, slamkit ? "\n  }\n}\n" : "\n}\n");
+    text_add(&g, "{\n  \"bos_token_id\": 1,\n  \"eos_token_id\": 1,\n  \"pad_token_id\": 0\n}\n");
+    const int ok = write_text(folder, "config.json", &t);
+    return write_text(folder, "generation_config.json", &g) && ok && weights_save(m, folder, slamkit ? "lm." : "");
+}
+
+/* ---- a plan: room for batches, and the table of rotary angles ---- */
+
+/* cos and sin of position * theta^(-2c/HS), in the float arithmetic of Transformers, so that the same angles come out */
+static int rope_table(slam_model *m, int T) {
+    const int HS = m->config.HS, half = HS / 2;
+    float *table = (float *)mem_new((size_t)T * HS, sizeof *table);
+    if (!table) return 0;
+    for (int c = 0; c < half; c++) {
+        const float frequency = 1 / powf((float)m->config.rope_theta, (float)(2 * c) / (float)HS);
+        for (int p = 0; p < T; p++) {
+            table[(size_t)p * HS + c] = cosf((float)p * frequency);
+            table[(size_t)p * HS + half + c] = sinf((float)p * frequency);
+        }
+    }
+    m->ops->upload(m->ops, float_at(m, m->a.rope), table, (size_t)T * HS * sizeof *table);
+    free(table);
+    return 1;
+}
+
+int slam_model_plan(slam_model *m, int B, int T, int train) {
+    slam_ops *ops = m->ops;
+    if (B < 1 || T < 1 || (size_t)B * T > INT_MAX / 4) return fail("a batch of %d rows of %d tokens: expected both positive and fewer than 2^29 tokens", B, T);
+    if (B <= m->B && T == m->T && train <= m->train) return 1;
+    ops->release(ops, m->arena);
+    m->B = m->T = 0;
+    m->a = activations_of(&m->config, ops->bytes_per_act, B, T, train);
+    m->arena = (char *)ops->alloc(ops, m->a.total);
+    if (!m->arena || !rope_table(m, T)) return 0;
+    if (train && !m->gradients && !(m->gradients = (float *)ops->alloc(ops, m->w.total * sizeof(float)))) return 0;
+    m->B = B;
+    m->T = T;
+    m->train = train;
+    return 1;
+}
+
+/* ---- the passes ---- */
+
+/* A batch that no pass can run out of bounds on, copied to the device. */
+static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window) {
+    const slam_config *c = &m->config;
+    const size_t N = (size_t)b->B * b->T;
+    if (!m->arena || b->B < 1 || b->T < 1 || b->B > m->B || b->T > m->T)
+        return fail("a batch of %d rows of %d tokens, expected at most the planned %d rows of %d", b->B, b->T, m->B, m->T);
+    for (size_t i = 0; i < N; i++) {
+        const int t = (int)(i % b->T), start = b->doc_start[i], first = b->hole ? b->hole[2 * i] : 0, end = b->hole ? b->hole[2 * i + 1] : 0;
+        if (b->tokens[i] < 0 || b->tokens[i] >= c->V) return fail("token %d at position %zu of the batch, expected 0 to %d", b->tokens[i], i, c->V - 1);
+        if (b->targets && b->targets[i] >= c->V) return fail("target %d at position %zu of the batch, expected below %d", b->targets[i], i, c->V);
+        if (start < 0 || start > t) return fail("doc_start %d at column %d, expected 0 to %d", start, t, t);
+        if (end != first && (first < start || end < first || end > t)) return fail("hole [%d,%d) at column %d, expected within [%d,%d)", first, end, t, start, t);
+    }
+    m->ops->upload(m->ops, int_at(m, m->a.tokens), b->tokens, N * sizeof(int));
+    if (b->targets) m->ops->upload(m->ops, int_at(m, m->a.targets), b->targets, N * sizeof(int));
+    m->ops->upload(m->ops, int_at(m, m->a.doc_start), b->doc_start, N * sizeof(int));
+    if (b->hole) m->ops->upload(m->ops, int_at(m, m->a.hole), b->hole, 2 * N * sizeof(int));
+    const slam_window w = {b->B, b->T, c->NH, c->KVH, c->HS, int_at(m, m->a.doc_start), b->hole ? int_at(m, m->a.hole) : NULL, float_at(m, m->a.rope)};
+    *window = w;
+    return 1;
+}
+
+/* Embedding, L times (norm, attention, norm, MLP) around a residual stream, norm:
+       x_0 = embed(tokens)      x_mid = x_l + O attention(QKV norm(x_l))      x_{l+1} = x_mid + D swiglu(GU norm(x_mid))
+   What a sub-layer adds (delta) is added by the norm that follows it. Leaves norm(x_L) in head_in. */
+static void forward(slam_model *m, const slam_window *win) {
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const activations_layout *a = &m->a;
+    const weights_layout *w = &m->w;
+    const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const float eps = (float)c->eps;
+    slam_act *delta = act_at(m, a->delta), *stream = act_in(m, 0, a->residual);
+    ops->embedding_forward(ops, stream, int_at(m, a->tokens), weight_at(m, w->embed), N, C);
+    for (int l = 0; l < c->L; l++) {
+        slam_act *residual = act_in(m, l, a->residual), *residual_mid = act_in(m, l, a->residual_mid);
+        slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv), *attention = act_in(m, l, a->attention);
+        slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
+        ops->rmsnorm_forward(ops, residual, attention_in, float_in(m, l, a->attention_r), stream, l ? delta : NULL,
+                             weight_at(m, vector_of(m, l, w->attention_norm)), eps, N, C);
+        ops->matmul_forward(ops, qkv, attention_in, weight_at(m, matrix_of(m, l, w->qkv)),
+                            c->qkv_bias ? weight_at(m, vector_of(m, l, w->bias)) : NULL, N, C, W);
+        ops->attention_forward(ops, attention, float_in(m, l, a->lse), qkv, win);
+        ops->matmul_forward(ops, delta, attention, weight_at(m, matrix_of(m, l, w->out)), NULL, N, O, C);
+        ops->rmsnorm_forward(ops, residual_mid, mlp_in, float_in(m, l, a->mlp_r), residual, delta, weight_at(m, vector_of(m, l, w->mlp_norm)), eps, N, C);
+        ops->matmul_forward(ops, gate_up, mlp_in, weight_at(m, matrix_of(m, l, w->gate_up)), NULL, N, C, 2 * F);
+        ops->swiglu_forward(ops, swiglu, gate_up, N, F);
+        ops->matmul_forward(ops, delta, swiglu, weight_at(m, matrix_of(m, l, w->down)), NULL, N, F, C);
+        stream = residual_mid;
+    }
+    ops->rmsnorm_forward(ops, act_at(m, a->residual_end), act_at(m, a->head_in), float_at(m, a->head_r), stream, delta, weight_at(m, w->norm), eps, N, C);
+}
+
+static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) { return (slam_act *)((char *)x + (size_t)row * width * m->ops->bytes_per_act); }
+
+/* Logits and losses, a run of rows at a time; with scale not 0 the gradients of the head, and of head_in into dnormed. */
+static void head(slam_model *m, int N, float scale) {
+    slam_ops *ops = m->ops;
+    const int C = m->config.C, V = m->config.V;
+    slam_act *logits = act_at(m, m->a.logits), *w = weight_at(m, m->w.head);
+    for (int i = 0; i < N; i += m->a.head_rows) {
+        const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
+        slam_act *x = act_row(m, act_at(m, m->a.head_in), i, C);
+        ops->matmul_forward(ops, logits, x, w, NULL, n, C, V);
+        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, scale, n, V);
+        if (scale == 0) continue;
+        ops->matmul_backward_input(ops, act_row(m, act_at(m, m->a.dnormed), i, C), logits, w, n, C, V);
+        ops->matmul_backward_weight(ops, m->gradients + m->w.head, NULL, logits, x, n, C, V);
+    }
+}
+
+/* One layer, from its end to its beginning. dresidual comes in as the gradient of the stream after the layer and leaves as that
+   of the stream before it: each sub-layer's gradient is added by the backward pass of its norm. */
+static void backward_layer(slam_model *m, int l, const slam_window *win) {
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const activations_layout *a = &m->a;
+    const weights_layout *w = &m->w;
+    const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    float *g = m->gradients;
+    slam_act *dresidual = act_at(m, a->dresidual), *dnormed = act_at(m, a->dnormed), *dwide = act_at(m, a->dwide), *dqkv = act_at(m, a->dqkv);
+    slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv), *attention = act_in(m, l, a->attention);
+    slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
+    const size_t w_qkv = matrix_of(m, l, w->qkv), w_out = matrix_of(m, l, w->out), w_gate_up = matrix_of(m, l, w->gate_up), w_down = matrix_of(m, l, w->down);
+    const size_t attention_norm = vector_of(m, l, w->attention_norm), mlp_norm = vector_of(m, l, w->mlp_norm);
+
+    ops->matmul_backward_weight(ops, g + w_down, NULL, dresidual, swiglu, N, F, C);
+    ops->matmul_backward_input(ops, dwide, dresidual, weight_at(m, w_down), N, F, C);
+    ops->swiglu_backward(ops, gate_up, dwide, gate_up, N, F);
+    ops->matmul_backward_weight(ops, g + w_gate_up, NULL, gate_up, mlp_in, N, C, 2 * F);
+    ops->matmul_backward_input(ops, dnormed, gate_up, weight_at(m, w_gate_up), N, C, 2 * F);
+    ops->rmsnorm_backward(ops, dresidual, g + mlp_norm, dnormed, act_in(m, l, a->residual_mid), weight_at(m, mlp_norm), float_in(m, l, a->mlp_r), N, C);
+
+    ops->matmul_backward_weight(ops, g + w_out, NULL, dresidual, attention, N, O, C);
+    ops->matmul_backward_input(ops, dwide, dresidual, weight_at(m, w_out), N, O, C);
+    ops->attention_backward(ops, dqkv, float_at(m, a->D), dwide, attention, float_in(m, l, a->lse), qkv, win);
+    ops->matmul_backward_weight(ops, g + w_qkv, c->qkv_bias ? g + vector_of(m, l, w->bias) : NULL, dqkv, attention_in, N, C, W);
+    ops->matmul_backward_input(ops, dnormed, dqkv, weight_at(m, w_qkv), N, C, W);
+    ops->rmsnorm_backward(ops, dresidual, g + attention_norm, dnormed, act_in(m, l, a->residual), weight_at(m, attention_norm),
+                          float_in(m, l, a->attention_r), N, C);
+}
+
+int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l), void *context) {
+    slam_ops *ops = m->ops;
+    const activations_layout *a = &m->a;
+    const int N = batch->B * batch->T, C = m->config.C;
+    slam_window win;
+    if (!m->gradients || !m->train) return fail("the model was not planned for training");
+    if (!batch->targets) return fail("a batch without targets cannot be trained on");
+    if (!batch_upload(m, batch, &win)) return 0;
+    forward(m, &win);
+    head(m, N, scale);
+    ops->sum(ops, m->stats, float_at(m, a->losses), N);
+    ops->zero(ops, act_at(m, a->dresidual), (size_t)N * C * ops->bytes_per_act);
+    ops->rmsnorm_backward(ops, act_at(m, a->dresidual), m->gradients + m->w.norm, act_at(m, a->dnormed), act_at(m, a->residual_end),
+                          weight_at(m, m->w.norm), float_at(m, a->head_r), N, C);
+    if (after_layer) after_layer(context, m->config.L);
+    for (int l = m->config.L - 1; l >= 0; l--) {
+        backward_layer(m, l, &win);
+        if (after_layer) after_layer(context, l);
+    }
+    ops->embedding_backward(ops, m->gradients + m->w.embed, act_at(m, a->dresidual), int_at(m, a->tokens), N, C, m->config.V);
+    if (after_layer) after_layer(context, -1);
+    return 1;
+}
+
+int slam_model_losses(slam_model *m, const slam_batch *batch, float *losses) {
+    const int N = batch->B * batch->T;
+    slam_window win;
+    if (!batch->targets) return fail("a batch without targets has no loss");
+    if (!batch_upload(m, batch, &win)) return 0;
+    forward(m, &win);
+    head(m, N, 0);
+    m->ops->download(m->ops, losses, float_at(m, m->a.losses), N * sizeof(float));
+    return m->ops->finish(m->ops);
+}
+
+int slam_model_logits(slam_model *m, const slam_batch *batch, float *logits) {
+    slam_ops *ops = m->ops;
+    const int N = batch->B * batch->T, C = m->config.C, V = m->config.V;
+    slam_window win;
+    if (!batch_upload(m, batch, &win)) return 0;
+    float *rows = (float *)ops->alloc(ops, (size_t)m->a.head_rows * V * sizeof(float));
+    if (!rows) return 0;
+    forward(m, &win);
+    for (int i = 0; i < N; i += m->a.head_rows) {
+        const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
+        ops->matmul_forward(ops, act_at(m, m->a.logits), act_row(m, act_at(m, m->a.head_in), i, C), weight_at(m, m->w.head), NULL, n, C, V);
+        ops->to_float(ops, rows, act_at(m, m->a.logits), (size_t)n * V);
+        ops->download(ops, logits + (size_t)i * V, rows, (size_t)n * V * sizeof(float));
+    }
+    const int ok = ops->finish(ops);
+    ops->release(ops, rows);
+    return ok;
+}
+
+/* Windows of the config's T; each but the first repeats half a window as context and scores what follows it. */
+double slam_model_nll(slam_model *m, const int *tokens, int n) {
+    if (n < 2) {
+        fail("a sequence of %d tokens has nothing to score, expected 2 or more", n);
+        return -1;
+    }
+    const int T = n < m->config.T ? n : m->config.T, stride = T > 1 ? T - T / 2 : 1;
+    int *ints = (int *)mem_new(3 * (size_t)T, sizeof *ints);
+    float *losses = ints ? (float *)mem_new(T, sizeof *losses) : NULL;
+    double sum = 0;
+    int ok = losses && slam_model_plan(m, 1, T, m->train);
+    for (int start = 0, scored = 1; ok && scored < n; start += stride) {
+        slam_batch b = {1, n - start < T ? n - start : T, ints, ints + T, ints + 2 * T, NULL};
+        for (int t = 0; t < b.T; t++) {
+            b.tokens[t] = tokens[start + t];
+            b.targets[t] = start + t + 1 < n && start + t + 1 >= scored ? tokens[start + t + 1] : -1;
+            b.doc_start[t] = 0;
+        }
+        ok = slam_model_losses(m, &b, losses);
+        for (int t = 0; ok && t < b.T; t++) sum += losses[t];
+        scored = start + b.T + 1 < n ? start + b.T + 1 : n;
+    }
+    free(ints);
+    free(losses);
+    return ok ? sum / (n - 1) : -1;
+}
+
+/* ==========================================================================================
+   8. OPTIMISER    optimiser, schedules, gradient clipping
+   AdamW over the model's one array of weights; learning rates as Hugging Face's schedules give them.
+   may use: 1 base, 3 ops, 7 model
+   ========================================================================================== */
+
+/* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ..., of Transformers.
+   Step 0 of a warm-up has learning rate 0, there and here. */
+double slam_schedule(int kind, long step, long steps, long warmup, double lr, double lr_min) {
+    if (step < warmup) return lr * (double)step / (double)(warmup > 1 ? warmup : 1);
+    const double decay = (double)(steps - warmup > 1 ? steps - warmup : 1), progress = (double)(step - warmup) / decay;
+    const double rest = (double)(steps - step) / decay, floor = lr > 0 ? lr_min / lr : 0;
+    if (kind == SLAM_COSINE) {
+        const double factor = 0.5 * (1 + cos(3.14159265358979323846 * progress)) * (1 - floor) + floor;
+        return lr * (factor > 0 ? factor : 0);
+    }
+    if (kind == SLAM_LINEAR) return lr * (rest > 0 ? rest : 0);
+    if (kind == SLAM_INVERSE_SQRT) {
+        const double scale = warmup > 0 ? (double)warmup : 10000;
+        return lr / sqrt((double)(step - warmup + scale) / scale);
+    }
+    return lr;
+}
+
+struct slam_optimiser {
+    slam_model *model;
+    slam_adamw settings;
+    float *m, *v; // (w.total), the moments
+    long updates;
+};
+
+void slam_optimiser_free(slam_optimiser *o) {
+    if (!o) return;
+    o->model->ops->release(o->model->ops, o->m);
+    o->model->ops->release(o->model->ops, o->v);
+    free(o);
+}
+
+slam_optimiser *slam_optimiser_new(slam_model *model, const slam_adamw *settings) {
+    slam_optimiser *o = (slam_optimiser *)mem_new(1, sizeof *o);
+    if (!o) return NULL;
+    o->model = model;
+    o->settings = *settings;
+    o->m = (float *)model->ops->alloc(model->ops, model->w.total * sizeof(float));
+    o->v = (float *)model->ops->alloc(model->ops, model->w.total * sizeof(float));
+    if (o->m && o->v) return o;
+    slam_optimiser_free(o);
+    return NULL;
+}
+
+long slam_optimiser_updates(const slam_optimiser *o) { return o->updates; }
+
+static void adamw_range(slam_optimiser *o, const slam_adamw *h, size_t first, size_t end) {
+    slam_model *m = o->model;
+    m->ops->adamw(m->ops, weight_at(m, first), m->master + first, o->m + first, o->v + first, m->gradients + first, m->stats, h, end - first);
+}
+
+/* Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and biases are not drawn to 0. */
+int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
+    slam_model *m = o->model;
+    slam_ops *ops = m->ops;
+    double stats[2];
+    if (!m->gradients) return fail("the model was not planned for training");
+    slam_adamw h = o->settings;
+    h.lr = lr;
+    h.step = o->updates + 1;
+    ops->sum_squares(ops, m->stats + 1, m->gradients, m->w.total);
+    adamw_range(o, &h, 0, m->w.matrices);
+    h.weight_decay = 0;
+    adamw_range(o, &h, m->w.matrices, m->w.total);
+    ops->download(ops, stats, m->stats, sizeof stats);
+    ops->zero(ops, m->stats, sizeof stats);
+    ops->zero(ops, m->gradients, m->w.total * sizeof(float));
+    step->loss_sum = stats[0];
+    step->grad_norm = sqrt(stats[1]);
+    step->skipped = !isfinite(stats[0]) || !isfinite(stats[1]);
+    if (!step->skipped) o->updates++;
+    return ops->finish(ops);
+}
+
+
+/* ==========================================================================================
+   9. DATA         documents, pieces, packing, shuffling, mixing
+   Token shards and unit files become documents, documents longer than the context are cut into
+   pieces, an epoch draws the pieces in an order of its own, and rows of whole pieces are packed
+   from it. All of it hangs on the seed alone: any row of any epoch can be found again.
+   may use: 1 base, 2 formats
+   ========================================================================================== */
+#include <glob.h>
+
+/* ---- files and sources ---- */
+
+enum { DOCUMENT_MARK = 1, UNIT_TOKEN = 2 }; // 1 opens and closes a document, unit u is token u + 2, 0 is padding
+enum { LONGEST_CONTEXT = 1 << 24 };         // so that sums of a few lengths stay within an int
+
+/* A file's tokens: a mapped shard, or the units of a JSONL file kept as a shard would hold them. */
+typedef struct token_file {
+    char *path;
+    const uint16_t *tokens;
+    size_t n;
+    shard mapped;
+    int is_mapped;
+    uint16_t *kept;
+    int largest; // of a JSONL file: its largest unit, and the line where it stands first
+    size_t largest_line;
+} token_file;
+
+/* The files of all sources; training and held-out part share them, and the last to go closes them. */
+typedef struct token_files {
+    token_file *at;
+    size_t n, capacity;
+    int users;
+} token_files;
+
+/* Tokens first .. first + n - 1 of a file: a whole document, or the piece of one that is a training sequence. Twelve bytes,
+   because 60,000 hours of utterances are 14 million of them. */
+typedef struct piece {
+    uint32_t file, first, n;
+} piece;
+
+typedef struct data_source {
+    char *name;
+    double weight;
+    size_t first_file, end_file, first_piece, end_piece, documents;
+} data_source;
+
+struct slam_data {
+    int context, V, prepared;
+    int said_V; // what the shards' headers say, and which file said it first
+    uint32_t said_fingerprint;
+    size_t said_V_file, said_fingerprint_file;
+    token_files *files;
+    data_source *source;
+    size_t sources, sources_capacity;
+    piece *pieces;
+    size_t n, capacity;
+};
+
+static slam_data *data_new(int context, token_files *files) {
+    slam_data *d = (slam_data *)mem_new(1, sizeof *d);
+    if (!d) return NULL;
+    d->context = context;
+    d->files = files ? files : (token_files *)mem_new(1, sizeof *d->files);
+    if (!d->files) {
+        free(d);
+        return NULL;
+    }
+    d->files->users++;
+    return d;
+}
+
+slam_data *slam_data_new(int context) {
+    if (context < 2 || context > LONGEST_CONTEXT) {
+        fail("context %d, expected at least 2 tokens, one to read and one to predict, and at most %d", context, LONGEST_CONTEXT);
+        return NULL;
+    }
+    return data_new(context, NULL);
+}
+
+static void token_file_close(token_file *f) {
+    if (f->is_mapped) shard_close(&f->mapped);
+    free(f->kept);
+    free(f->path);
+}
+
+void slam_data_free(slam_data *d) {
+    if (!d) return;
+    if (--d->files->users == 0) {
+        for (size_t i = 0; i < d->files->n; i++) token_file_close(&d->files->at[i]);
+        free(d->files->at);
+        free(d->files);
+    }
+    for (size_t i = 0; i < d->sources; i++) free(d->source[i].name);
+    free(d->source);
+    free(d->pieces);
+    free(d);
+}
+
+/* Appends one line's units as a document; a line without units says nothing and is passed over. */
+static int keep_units(token_file *f, const units *u, size_t *capacity, size_t line) {
+    if (u->n == 0) return 1;
+    if (f->n + u->n + 2 > UINT32_MAX) return fail("%s: more than %u tokens; make it token shards", f->path, UINT32_MAX);
+    if (!mem_grow((void **)&f->kept, capacity, f->n + u->n + 2, sizeof *f->kept)) return 0;
+    f->kept[f->n++] = DOCUMENT_MARK;
+    for (size_t i = 0; i < u->n; i++) {
+        if (u->unit[i] < 0 || u->unit[i] > UINT16_MAX - UNIT_TOKEN)
+            return fail("%s:%zu: unit %d, expected 0 to %d", f->path, line, u->unit[i], UINT16_MAX - UNIT_TOKEN);
+        if (u->unit[i] > f->largest || f->largest_line == 0) {
+            f->largest = u->unit[i];
+            f->largest_line = line;
+        }
+        f->kept[f->n++] = (uint16_t)(u->unit[i] + UNIT_TOKEN);
+    }
+    f->kept[f->n++] = DOCUMENT_MARK;
+    return 1;
+}
+
+static int read_units(token_file *f) {
+    units_reader reader = SLAM_ZERO;
+    units u = SLAM_ZERO;
+    size_t capacity = 0;
+    if (!units_open(&reader, f->path)) return 0;
+    int got;
+    while ((got = units_next(&reader, &u)) > 0)
+        if (!keep_units(f, &u, &capacity, reader.line)) {
+            got = -1;
+            break;
+        }
+    units_free(&u);
+    units_close(&reader);
+    uint16_t *fitted = f->kept ? (uint16_t *)realloc(f->kept, f->n * sizeof *f->kept) : NULL;
+    if (fitted) f->kept = fitted;
+    f->tokens = f->kept;
+    return got == 0;
+}
+
+/* Shards that are read together must speak of the same units. */
+static int hear_shard(slam_data *d, size_t file) {
+    const token_file *f = &d->files->at[file];
+    const shard *s = &f->mapped;
+    if (s->V && d->said_V && s->V != d->said_V)
+        return fail("%s: a vocabulary of %d, but %s has one of %d", f->path, s->V, d->files->at[d->said_V_file].path, d->said_V);
+    if (s->fingerprint && d->said_fingerprint && s->fingerprint != d->said_fingerprint)
+        return fail("%s: units of quantiser %08x, but those of %s are of %08x", f->path, (unsigned)s->fingerprint,
+                    d->files->at[d->said_fingerprint_file].path, (unsigned)d->said_fingerprint);
+    if (s->V && !d->said_V) {
+        d->said_V = s->V;
+        d->said_V_file = file;
+    }
+    if (s->fingerprint && !d->said_fingerprint) {
+        d->said_fingerprint = s->fingerprint;
+        d->said_fingerprint_file = file;
+    }
+    return 1;
+}
+
+static int add_file(slam_data *d, const char *path) {
+    token_files *files = d->files;
+    if (path_is_folder(path)) return fail("%s: is a folder, expected a file or a pattern such as %s/*.bin", path, path);
+    if (!path_ends(path, ".bin") && !path_ends(path, ".jsonl"))
+        return fail("%s: expected token shards (.bin) or unit files (.jsonl)", path);
+    if (files->n == UINT32_MAX) return fail("%s: more than %u files", path, UINT32_MAX);
+    if (!mem_grow((void **)&files->at, &files->capacity, files->n + 1, sizeof *files->at)) return 0;
+    token_file *f = &files->at[files->n];
+    memset(f, 0, sizeof *f);
+    f->path = text_copy(path);
+    if (!f->path) return 0;
+    files->n++;
+    if (path_ends(path, ".jsonl")) return read_units(f);
+    if (!shard_open(&f->mapped, path)) return 0;
+    f->is_mapped = 1;
+    f->tokens = f->mapped.tokens;
+    f->n = f->mapped.n;
+    return hear_shard(d, files->n - 1);
+}
+
+/* The files that a pattern means, in the order of their bytes. A file whose own name looks like a pattern is meant itself. */
+static int match_files(const char *pattern, names *list) {
+    if (path_is_file(pattern)) return names_add(list, pattern);
+    glob_t found;
+    int status = glob(pattern, GLOB_NOSORT, NULL, &found), ok = 1;
+    if (status == GLOB_NOMATCH) return fail("%s: no such file", pattern);
+    if (status != 0) return fail("%s: this pattern cannot be searched for", pattern);
+    for (size_t i = 0; ok && i < found.gl_pathc; i++) ok = names_add(list, found.gl_pathv[i]);
+    globfree(&found);
+    if (ok && list->n > 1) qsort(list->at, list->n, sizeof *list->at, names_compare); // glob's own order hangs on the locale
+    return ok;
+}
+
+int slam_data_add(slam_data *d, const char *pattern, double weight) {
+    names list = SLAM_ZERO;
+    if (d->prepared) return fail("%s: sources cannot be added to data that are prepared", pattern);
+    if (!(weight > 0 && weight <= 1000)) return fail("%s: weight %g, expected more than 0 and at most 1000", pattern, weight);
+    if (!mem_grow((void **)&d->source, &d->sources_capacity, d->sources + 1, sizeof *d->source)) return 0;
+    data_source *s = &d->source[d->sources];
+    memset(s, 0, sizeof *s);
+    s->weight = weight;
+    s->name = text_copy(pattern);
+    if (!s->name) return 0;
+    d->sources++;
+    s->first_file = d->files->n;
+    int ok = match_files(pattern, &list);
+    for (size_t i = 0; ok && i < list.n; i++) ok = add_file(d, list.at[i]);
+    s->end_file = d->files->n;
+    names_free(&list);
+    return ok;
+}
+
+int slam_data_vocabulary(const slam_data *d, int *V) {
+    *V = d->said_V;
+    return 1;
+}
+
+uint32_t slam_data_fingerprint(const slam_data *d) { return d->said_fingerprint; }
+int slam_data_sources(const slam_data *d) { return (int)d->sources; }
+const char *slam_data_source_name(const slam_data *d, int source) { return d->source[source].name; }
+
+/* ---- tokens -> documents: the one time that every token is looked at ---- */
+
+/* A stretch of a file, small enough that threads share a single big file evenly. */
+enum { SCAN_BLOCK = 1 << 22 };
+typedef struct scan {
+    uint32_t file, first, n;
+    uint32_t *marks; // where in the file the 1s stand
+    size_t n_marks, capacity;
+    int64_t bad; // the first token that no document may hold, or -1
+    int failed;  // no memory
+} scan;
+
+/* Notes the 1s and the first token that is 0 or not below V. 64 tokens at a time are only asked whether there is anything to
+   note among them (which compiles to vector instructions), since a 1 comes once in hundreds of tokens. */
+static void scan_block(scan *s, const uint16_t *tokens, int V) {
+    const uint16_t allowed = (uint16_t)((V < 65536 ? V : 65536) - 1); // tokens 1 .. V - 1 are those with t - 1 below this
+    s->bad = -1;
+    for (size_t i = s->first, end = (size_t)s->first + s->n; i < end;) {
+        if (end - i >= 64) {
+            int found = 0;
+            for (int k = 0; k < 64; k++) found |= (tokens[i + k] == DOCUMENT_MARK) | ((uint16_t)(tokens[i + k] - 1) >= allowed);
+            if (!found) {
+                i += 64;
+                continue;
+            }
+        }
+        for (size_t stop = end - i < 64 ? end : i + 64; i < stop; i++) {
+            if ((uint16_t)(tokens[i] - 1) >= allowed) {
+                s->bad = (int64_t)i;
+                return;
+            }
+            if (tokens[i] != DOCUMENT_MARK) continue;
+            if (!mem_grow((void **)&s->marks, &s->capacity, s->n_marks + 1, sizeof *s->marks)) {
+                s->failed = 1;
+                return;
+            }
+            s->marks[s->n_marks++] = (uint32_t)i;
+        }
+    }
+}
+
+static int bad_token(const token_file *f, size_t at, int V) {
+    if (f->kept) // a JSONL file: its structure is ours, so only the size of a unit can be wrong
+        return fail("%s:%zu: unit %d, expected below %d (a vocabulary of %d tokens)", f->path, f->largest_line, f->largest,
+                    V - UNIT_TOKEN, V);
+    if (f->tokens[at] == 0) return fail("%s: token %zu (from 0) is 0, padding, which no document holds", f->path, at);
+    return fail("%s: token %zu (from 0) is %d, expected below %d (the vocabulary)", f->path, at, f->tokens[at], V);
+}
+
+/* The documents of a file from its 1s, which open and close in turn. Mark by mark: `open` is where a document began, -1 outside
+   of one; the next document must begin right behind. `1 1` is a recording without a unit and is passed over. */
+static int find_documents(piece **documents, size_t *n, size_t *capacity, const scan *s, const scan *end, const token_file *f) {
+    int64_t open = -1, next = 0;
+    uint32_t file = s->file;
+    for (; s < end && s->file == file; s++)
+        for (size_t k = 0; k < s->n_marks; k++) {
+            int64_t at = s->marks[k];
+            if (open < 0 && at != next) break;
+            if (open < 0) {
+                open = at;
+                continue;
+            }
+            if (at - open > 1) {
+                if (!mem_grow((void **)documents, capacity, *n + 1, sizeof **documents)) return 0;
+                piece *document = &(*documents)[(*n)++];
+                document->file = file;
+                document->first = (uint32_t)open;
+                document->n = (uint32_t)(at - open + 1);
+            }
+            next = at + 1;
+            open = -1;
+        }
+    if (open >= 0)
+        return fail("%s: the document that token %lld (from 0) opens is not closed by another 1", f->path, (long long)open);
+    if ((size_t)next < f->n)
+        return fail("%s: token %lld (from 0) is %d, expected 1: it stands between documents", f->path, (long long)next,
+                    f->tokens[next]);
+    return 1;
+}
+
+static size_t list_scans(const slam_data *d, scan *list) {
+    size_t n = 0;
+    for (size_t i = 0; i < d->files->n; i++)
+        for (size_t first = 0; first < d->files->at[i].n; first += SCAN_BLOCK, n++)
+            if (list) {
+                size_t left = d->files->at[i].n - first, block = SCAN_BLOCK;
+                list[n].file = (uint32_t)i;
+                list[n].first = (uint32_t)first;
+                list[n].n = (uint32_t)(left < block ? left : block);
+            }
+    return n;
+}
+
+static void free_scans(scan *list, size_t n) {
+    for (size_t i = 0; list && i < n; i++) free(list[i].marks);
+    free(list);
+}
+
+/* Every block of every file, dealt to the threads. A sentence is the thread's own, so the first failure is told afterwards. */
+static scan *scan_files(const slam_data *d, int V, size_t *n) {
+    *n = list_scans(d, NULL);
+    scan *list = (scan *)mem_new(*n, sizeof *list);
+    if (!list) return NULL;
+    list_scans(d, list);
+    SLAM_PARALLEL_FOR
+    for (long i = 0; i < (long)*n; i++) scan_block(&list[i], d->files->at[list[i].file].tokens, V);
+    int ok = 1;
+    for (size_t i = 0; ok && i < *n; i++) {
+        if (list[i].failed) ok = fail("out of memory while the documents of %s were listed", d->files->at[list[i].file].path);
+        if (list[i].bad >= 0) ok = bad_token(&d->files->at[list[i].file], (size_t)list[i].bad, V);
+    }
+    if (ok) return list;
+    free_scans(list, *n);
+    return NULL;
+}
+
+/* ---- documents -> pieces ---- */
+
+/* Streams of random numbers, each named by the seed, a number of its own, and one of these or (shuffling an epoch's rows) the
+   number of the look-ahead window. */
+enum { STREAM_HELD_OUT = 0, STREAM_TURNS = 1, STREAM_ORDER = 2, STREAM_WINDOWS = 3 };
+
+/* A document longer than the context is cut from its beginning; each piece is a sequence of its own. A last piece of one token
+   has nothing to predict and is dropped. */
+static int cut_document(slam_data *d, const piece *document) {
+    uint32_t longest = (uint32_t)d->context;
+    if (!mem_grow((void **)&d->pieces, &d->capacity, d->n + document->n / longest + 1, sizeof *d->pieces)) return 0;
+    for (uint32_t done = 0; document->n - done >= 2;) {
+        piece *p = &d->pieces[d->n++];
+        p->file = document->file;
+        p->first = document->first + done;
+        p->n = document->n - done < longest ? document->n - done : longest;
+        done += p->n;
+    }
+    return 1;
+}
+
+/* Cuts a source's documents, `held` of them chosen at random (selection sampling: Knuth, The Art of Computer Programming 2,
+   algorithm 3.4.2 S) for the other part. */
+static int cut_source(slam_data *d, slam_data *other, size_t source, const piece *documents, size_t n, uint64_t held,
+                      uint64_t seed) {
+    data_source *s = &d->source[source], *o = other ? &other->source[source] : NULL;
+    uint64_t random = rng_stream(seed, source, STREAM_HELD_OUT);
+    s->first_piece = d->n;
+    s->documents = n - (size_t)held;
+    if (o) {
+        o->first_piece = other->n;
+        o->documents = (size_t)held;
+    }
+    for (size_t i = 0; i < n; i++) {
+        int chosen = held && rng_below(&random, n - i) < held;
+        held -= (uint64_t)chosen;
+        if (!cut_document(chosen ? other : d, &documents[i])) return 0;
+    }
+    s->end_piece = d->n;
+    if (o) o->end_piece = other->n;
+    return d->n <= UINT32_MAX ? 1 : fail("%s: more than %u pieces", s->name, UINT32_MAX);
+}
+
+static int cut_sources(slam_data *d, slam_data *other, const scan *scans, size_t n_scans, double fraction, uint64_t seed) {
+    piece *documents = NULL;
+    size_t capacity = 0, at = 0;
+    int ok = 1;
+    for (size_t source = 0; ok && source < d->sources; source++) {
+        const data_source *s = &d->source[source];
+        size_t n = 0;
+        for (size_t file = s->first_file; ok && file < s->end_file; file++) {
+            size_t first = at;
+            while (at < n_scans && scans[at].file == file) at++;
+            if (at > first) ok = find_documents(&documents, &n, &capacity, &scans[first], &scans[at], &d->files->at[file]);
+        }
+        if (ok && n == 0) ok = fail("%s: holds no document", s->name);
+        uint64_t held = (uint64_t)(fraction * (double)n + 0.5);
+        if (other && held < 1) held = 1;
+        if (n > 0 && held > n - 1) held = n - 1;
+        ok = ok && cut_source(d, other, source, documents, n, held, seed);
+    }
+    free(documents);
+    return ok;
+}
+
+/* The other part: the same sources, each drawn once, since it is there to be measured. */
+static slam_data *data_beside(slam_data *d) {
+    slam_data *other = data_new(d->context, d->files);
+    if (!other) return NULL;
+    other->said_V = d->said_V;
+    other->said_fingerprint = d->said_fingerprint;
+    int ok = mem_grow((void **)&other->source, &other->sources_capacity, d->sources, sizeof *other->source);
+    for (size_t i = 0; ok && i < d->sources; i++) {
+        other->source[i] = d->source[i];
+        other->source[i].weight = 1;
+        other->source[i].name = text_copy(d->source[i].name);
+        ok = other->source[i].name != NULL;
+        other->sources++;
+    }
+    if (ok) return other;
+    slam_data_free(other);
+    return NULL;
+}
+
+int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_data **held_out) {
+    if (held_out) *held_out = NULL;
+    if (d->prepared) return fail("data can be prepared only once");
+    if (d->sources == 0) return fail("there are no data: no source was added");
+    if (V <= UNIT_TOKEN)
+        return fail("a vocabulary of %d, expected at least %d: padding, the document mark and a unit", V, UNIT_TOKEN + 1);
+    if (!(fraction >= 0 && fraction < 1)) return fail("held-out fraction %g, expected at least 0 and below 1", fraction);
+    if (fraction > 0 && !held_out) return fail("a held-out fraction of %g, but nowhere to put it", fraction);
+    size_t n_scans;
+    scan *scans = scan_files(d, V, &n_scans);
+    slam_data *other = scans && fraction > 0 ? data_beside(d) : NULL;
+    int ok = scans && (other || fraction == 0) && cut_sources(d, other, scans, n_scans, fraction, seed);
+    free_scans(scans, n_scans);
+    if (ok && other && other->n == 0) ok = fail("%s: one document, of which none can be held out", d->source[0].name);
+    if (!ok) {
+        slam_data_free(other);
+        return 0;
+    }
+    d->prepared = 1;
+    d->V = V;
+    if (other) {
+        other->prepared = 1;
+        other->V = V;
+        *held_out = other;
+    }
+    return 1;
+}
+
+static const uint16_t *piece_tokens(const slam_data *d, const piece *p) { return d->files->at[p->file].tokens + p->first; }
+
+/* ---- packing ---- */
+
+/* Pieces are packed a window at a time: so many wait, sorted by length, and rows are built from them. Larger windows pack a
+   little better and mix less locally; at 8192 utterances a window is about 2,000 rows. */
+enum { WINDOW = 8192 };
+
+/* The pieces that wait, as a stack for each length: which lengths there are is a bit set, so that the longest that fits a gap
+   is found by looking at a word or two. */
+typedef struct lengths {
+    uint64_t *present;     // bit l: a piece of length l waits
+    uint32_t *count, *top; // (longest + 1): how many, and the last that came
+    uint32_t *below;       // (WINDOW): the one that came before it
+} lengths;
+
+static void lengths_free(lengths *w) {
+    free(w->present);
+    free(w->count);
+    free(w->top);
+    free(w->below);
+}
+
+static int lengths_new(lengths *w, int longest) {
+    size_t n = (size_t)longest + 1;
+    w->present = (uint64_t *)mem_new(n / 64 + 1, sizeof *w->present);
+    w->count = (uint32_t *)mem_new(n, sizeof *w->count);
+    w->top = (uint32_t *)mem_new(n, sizeof *w->top);
+    w->below = (uint32_t *)mem_new(WINDOW, sizeof *w->below);
+    return w->present && w->count && w->top && w->below;
+}
+
+/* One piece more, or one less, of a length. */
+static void lengths_more(lengths *w, int length) {
+    w->count[length]++;
+    w->present[length / 64] |= (uint64_t)1 << (length % 64);
+}
+
+static void lengths_less(lengths *w, int length) {
+    if (--w->count[length] == 0) w->present[length / 64] &= ~((uint64_t)1 << (length % 64));
+}
+
+/* The largest length that waits and is at most `room`; 0: there is none. */
+static int lengths_fit(const lengths *w, int room) {
+    if (room <= 0) return 0;
+    int word = room / 64;
+    uint64_t bits = w->present[word] & (~(uint64_t)0 >> (63 - room % 64));
+    while (!bits) {
+        if (word == 0) return 0;
+        bits = w->present[--word];
+    }
+    return word * 64 + 63 - __builtin_clzll(bits);
+}
+
+/* The two lengths (the second may be 0) that fill `room` best, the first as long as possible. Returns their sum. */
+static int lengths_pair(const lengths *w, int room, int pair[2]) {
+    int best = 0;
+    for (int a = lengths_fit(w, room); 2 * a > best; a = lengths_fit(w, a - 1)) {
+        int b = lengths_fit(w, room - a < a ? room - a : a);
+        if (b == a && w->count[a] < 2) b = lengths_fit(w, a - 1);
+        if (a + b <= best) continue;
+        best = a + b;
+        pair[0] = a;
+        pair[1] = b;
+        if (best == room) break;
+    }
+    return best;
+}
+
+/* The up to three lengths that fill `room` best, as far as a few tries of the first one tell. */
+static int lengths_triple(lengths *w, int room, int triple[3]) {
+    int best = 0;
+    for (int a = lengths_fit(w, room), tries = 0; a && tries < 16 && 3 * a > best && best < room; tries++) {
+        int pair[2] = {0, 0};
+        lengths_less(w, a);
+        int sum = a + lengths_pair(w, room - a, pair);
+        lengths_more(w, a);
+        if (sum > best) {
+            best = sum;
+            triple[0] = a;
+            triple[1] = pair[0];
+            triple[2] = pair[1];
+        }
+        a = lengths_fit(w, a - 1);
+    }
+    return best;
+}
+
+/* Lengths for one row: the longest piece first, because it is the hardest to place; then the longest that fits, until what is
+   left can be closed by up to three, which are chosen together to leave no gap. Writes the lengths, returns how many. */
+static int lengths_row(lengths *w, int room, int *row) {
+    int n = 0;
+    for (int a = lengths_fit(w, room); a; a = lengths_fit(w, room)) {
+        int end[3] = {a, 0, 0};
+        if (n > 0 && room <= 3 * a) lengths_triple(w, room, end);
+        for (int k = 0; k < 3 && end[k]; k++) {
+            lengths_less(w, end[k]);
+            row[n++] = end[k];
+            room -= end[k];
+        }
+    }
+    return n;
+}
+
+/* ---- rows ---- */
+
+typedef struct packed_row {
+    uint32_t first, n; // its pieces: picked[first .. first + n - 1]
+    int tokens;
+} packed_row;
+
+struct slam_rows {
+    const slam_data *data;
+    int shuffle, begun; // begun: the order of this epoch stands
+    size_t first_source, end_source;
+    uint64_t seed, epoch, row; // rows given of this epoch
+    uint32_t *turns;           // for sources with a fraction in their weight: the order in which their pieces take turns
+    uint32_t *order;           // this epoch's draws: numbers of pieces
+    size_t draws, drawn;       // drawn: how many have come into the window
+    lengths waiting;
+    uint32_t *window, *picked; // pieces that wait; pieces of the rows that are ready
+    size_t in_window;
+    packed_row *ready;
+    size_t n_ready, given;
+    uint64_t windows; // of this epoch so far
+    int *row_lengths; // of the row that is packed
+};
+
+static size_t source_pieces(const data_source *s) { return s->end_piece - s->first_piece; }
+
+/* How many draws a source has in an epoch beyond the whole times of its weight. */
+static size_t extra_draws(const data_source *s) {
+    return (size_t)((s->weight - floor(s->weight)) * (double)source_pieces(s) + 0.5);
+}
+
+static void shuffle_numbers(uint32_t *list, size_t n, uint64_t random) {
+    for (size_t i = n; i > 1; i--) {
+        size_t k = (size_t)rng_below(&random, i);
+        uint32_t kept = list[k];
+        list[k] = list[i - 1];
+        list[i - 1] = kept;
+    }
+}
+
+/* Sums the draws of an epoch, and the pieces that take turns; returns how many pieces there are. */
+static size_t count_draws(slam_rows *r, size_t *turns) {
+    size_t pieces = 0;
+    for (size_t i = r->first_source; i < r->end_source; i++) {
+        const data_source *s = &r->data->source[i];
+        size_t extra = r->shuffle ? extra_draws(s) : 0;
+        r->draws += source_pieces(s) * (r->shuffle ? (size_t)s->weight : 1) + extra;
+        if (extra) *turns += source_pieces(s);
+        pieces += source_pieces(s);
+    }
+    return pieces;
+}
+
+/* The order in which a source's pieces take turns at being drawn once more than others. */
+static void shuffle_turns(slam_rows *r) {
+    uint32_t *turns = r->turns;
+    for (size_t i = r->first_source; i < r->end_source; i++) {
+        const data_source *s = &r->data->source[i];
+        if (!r->shuffle || !extra_draws(s)) continue;
+        for (size_t k = s->first_piece; k < s->end_piece; k++) turns[k - s->first_piece] = (uint32_t)k;
+        shuffle_numbers(turns, source_pieces(s), rng_stream(r->seed, i, STREAM_TURNS));
+        turns += source_pieces(s);
+    }
+}
+
+slam_rows *slam_rows_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
+    if (!d->prepared || source < -1 || source >= (int)d->sources) {
+        if (!d->prepared) fail("rows of data that are not prepared");
+        else fail("source %d, expected 0 to %d, or -1 for all", source, (int)d->sources - 1);
+        return NULL;
+    }
+    slam_rows *r = (slam_rows *)mem_new(1, sizeof *r);
+    if (!r) return NULL;
+    size_t turns = 0, pieces;
+    r->data = d;
+    r->seed = seed;
+    r->shuffle = shuffle;
+    r->first_source = source < 0 ? 0 : (size_t)source;
+    r->end_source = source < 0 ? d->sources : (size_t)source + 1;
+    pieces = count_draws(r, &turns);
+    int ok = lengths_new(&r->waiting, d->context);
+    ok = ok && (r->turns = (uint32_t *)mem_new(turns, sizeof *r->turns)) != NULL;
+    ok = ok && (r->order = (uint32_t *)mem_new(r->draws, sizeof *r->order)) != NULL;
+    ok = ok && (r->window = (uint32_t *)mem_new(WINDOW, sizeof *r->window)) != NULL;
+    ok = ok && (r->picked = (uint32_t *)mem_new(WINDOW, sizeof *r->picked)) != NULL;
+    ok = ok && (r->ready = (packed_row *)mem_new(WINDOW, sizeof *r->ready)) != NULL;
+    ok = ok && (r->row_lengths = (int *)mem_new((size_t)d->context, sizeof *r->row_lengths)) != NULL;
+    if (ok && shuffle && r->draws == 0 && pieces > 0)
+        ok = fail("%s: an epoch draws nothing from it", d->source[r->first_source].name);
+    if (ok) {
+        shuffle_turns(r);
+        return r;
+    }
+    slam_rows_free(r);
+    return NULL;
+}
+
+void slam_rows_free(slam_rows *r) {
+    if (!r) return;
+    lengths_free(&r->waiting);
+    free(r->turns);
+    free(r->order);
+    free(r->window);
+    free(r->picked);
+    free(r->ready);
+    free(r->row_lengths);
+    free(r);
+}
+
+/* The draws of an epoch. Of a source with weight w every piece comes floor(w) times; the k further ones are those whose turn it
+   is: epoch e takes turns e k .. e k + k - 1 of an endless round, so that they are k different pieces, others than the last
+   epoch's where there are enough, and all pieces come equally often in the long run. */
+static void begin_epoch(slam_rows *r, uint64_t epoch) {
+    const uint32_t *turns = r->turns;
+    uint32_t *to = r->order;
+    for (size_t i = r->first_source; i < r->end_source; i++) {
+        const data_source *s = &r->data->source[i];
+        size_t n = source_pieces(s), extra = r->shuffle ? extra_draws(s) : 0;
+        for (int times = r->shuffle ? (int)s->weight : 1; times > 0; times--)
+            for (size_t k = s->first_piece; k < s->end_piece; k++) *to++ = (uint32_t)k;
+        if (!extra) continue;
+        size_t turn = (size_t)(epoch % n * extra % n);
+        for (size_t k = 0; k < extra; k++) *to++ = turns[turn + k < n ? turn + k : turn + k - n];
+        turns += n;
+    }
+    if (r->shuffle) shuffle_numbers(r->order, r->draws, rng_stream(r->seed, epoch, STREAM_ORDER));
+    r->epoch = epoch;
+    r->row = r->windows = 0;
+    r->drawn = r->in_window = r->n_ready = r->given = 0;
+    r->begun = 1;
+}
+
+/* Rows that are more than 1/64 empty wait for the next window's pieces, up to half a window of them (or a length that nothing
+   matches would stop the stream); from the last row on, for those are the emptiest. */
+static void keep_poor_rows(slam_rows *r) {
+    int poor = r->data->context - r->data->context / 64;
+    size_t kept = 0;
+    for (size_t i = r->n_ready; i > 0; i--) {
+        packed_row row = r->ready[i - 1];
+        if (row.tokens >= poor || kept + row.n > WINDOW / 2) continue;
+        memcpy(r->window + kept, r->picked + row.first, row.n * sizeof *r->window);
+        kept += row.n;
+        r->ready[i - 1].n = 0;
+    }
+    size_t n = 0;
+    for (size_t i = 0; i < r->n_ready; i++)
+        if (r->ready[i].n) r->ready[n++] = r->ready[i];
+    r->n_ready = n;
+    r->in_window = kept;
+}
+
+/* The next rows: fills the window from the epoch's order and packs it. */
+static void pack_window(slam_rows *r) {
+    lengths *w = &r->waiting;
+    const piece *pieces = r->data->pieces;
+    while (r->in_window < WINDOW && r->drawn < r->draws) r->window[r->in_window++] = r->order[r->drawn++];
+    for (size_t i = 0; i < r->in_window; i++) {
+        int length = (int)pieces[r->window[i]].n;
+        w->below[i] = w->top[length];
+        w->top[length] = (uint32_t)i;
+        lengths_more(w, length);
+    }
+    size_t picked = 0;
+    r->n_ready = r->given = 0;
+    while (picked < r->in_window) {
+        packed_row *row = &r->ready[r->n_ready++];
+        row->first = (uint32_t)picked;
+        row->n = (uint32_t)lengths_row(w, r->data->context, r->row_lengths);
+        row->tokens = 0;
+        for (uint32_t i = 0; i < row->n; i++) {
+            uint32_t *top = &w->top[r->row_lengths[i]];
+            row->tokens += r->row_lengths[i];
+            r->picked[picked++] = r->window[*top];
+            *top = w->below[*top];
+        }
+    }
+    r->in_window = 0;
+    if (r->drawn < r->draws) keep_poor_rows(r);
+    uint64_t random = rng_stream(r->seed, r->epoch, STREAM_WINDOWS + r->windows++);
+    for (size_t i = r->n_ready; r->shuffle && i > 1; i--) { // or rows would come sorted by the length of their pieces
+        size_t k = (size_t)rng_below(&random, i);
+        packed_row row = r->ready[k];
+        r->ready[k] = r->ready[i - 1];
+        r->ready[i - 1] = row;
+    }
+}
+
+/* The next row of this epoch; NULL where it has ended. */
+static const packed_row *next_row(slam_rows *r) {
+    if (!r->begun) begin_epoch(r, r->epoch);
+    while (r->given == r->n_ready) {
+        if (r->in_window == 0 && r->drawn == r->draws) return NULL;
+        pack_window(r);
+    }
+    r->row++;
+    return &r->ready[r->given++];
+}
+
+int slam_rows_next(slam_rows *r, int *tokens, int *targets, int *doc_start, int *n_targets) {
+    const packed_row *row = next_row(r);
+    int t = 0, T = r->data->context;
+    *n_targets = 0;
+    if (!row) {
+        r->epoch++;
+        r->row = 0;
+        r->begun = 0;
+        return 0;
+    }
+    for (uint32_t i = 0; i < row->n; i++) {
+        const piece *p = &r->data->pieces[r->picked[row->first + i]];
+        const uint16_t *from = piece_tokens(r->data, p);
+        int start = t, n = (int)p->n;
+        for (int k = 0; k < n; k++, t++) {
+            tokens[t] = from[k];
+            targets[t] = k + 1 < n ? from[k + 1] : -1;
+            doc_start[t] = start;
+        }
+        *n_targets += n - 1;
+    }
+    for (; t < T; t++) { // padding: each a piece of its own
+        tokens[t] = 0;
+        targets[t] = -1;
+        doc_start[t] = t;
+    }
+    return row->tokens;
+}
+
+void slam_rows_tell(const slam_rows *r, uint64_t *epoch, uint64_t *row) {
+    *epoch = r->epoch;
+    *row = r->row;
+}
+
+/* Only lengths are read: the rows before this one are packed again and passed over. */
+int slam_rows_seek(slam_rows *r, uint64_t epoch, uint64_t row) {
+    if (!r->begun || epoch != r->epoch || row < r->row) begin_epoch(r, epoch);
+    while (r->row < row)
+        if (!next_row(r))
+            return fail("row %llu of epoch %llu, but this epoch has %llu rows: the data are not those of before",
+                        (unsigned long long)row, (unsigned long long)epoch, (unsigned long long)r->row);
+    return 1;
+}
+
+int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_size *size) {
+    memset(size, 0, sizeof *size);
+    slam_rows *r = slam_rows_new(d, source, seed, 1);
+    if (!r) return 0;
+    for (size_t i = r->first_source; i < r->end_source; i++) size->documents += d->source[i].documents;
+    const packed_row *row;
+    while ((row = next_row(r)) != NULL) size->tokens += (uint64_t)row->tokens;
+    size->rows = r->row;
+    size->pieces = r->draws;
+    size->targets = size->tokens - size->pieces;
+    if (size->rows) size->fill = (double)size->tokens / ((double)size->rows * d->context);
+    slam_rows_free(r);
+    return 1;
+}
+
+/* ==========================================================================================
+   10. SPEECH      resampler, MFCC, k-means, units, token files from audio files
+   Audio of any rate becomes 16 kHz, 16 kHz becomes features, the nearest centroid of a frame of
+   features is its unit. What is computed for a file depends on nothing but the file and the
+   settings, so that threads take files in any order and the output stands in the input's.
+   may use: 1 base, 2 formats
+   ========================================================================================== */
+#define SPEECH_RATE 16000
+#define SPEECH_PI 3.14159265358979323846
+
+/* ---- resampler ----
+   With up / down = 16000 / rate in lowest terms, output k stands at input time k down / up: between samples, at one of `up` phases.
+   h(t) = sin(2 pi f t) / (pi t) * kaiser(t / half), f = 0.95 of the lower Nyquist frequency, and what lies from 0.9 to 1.0 of it is
+   the transition, whose width decides the window's length for the attenuation A (Kaiser's formulas, as in Oppenheim and Schafer):
+       half = (A - 7.95) / (2 * 14.36 * width)     beta = 0.1102 (A - 8.7) */
+
+#define RESAMPLER_ATTENUATION 108.0
+enum { RESAMPLER_LANES = 16 };
+
+struct slam_resampler {
+    int rate;
+    uint64_t up, down;
+    int before, taps; // the first tap's place before the sample that an output follows; taps of a phase, whole lanes of them
+    float *tap;       // (up, taps)
+};
+
+/* modified Bessel function of the first kind, order 0 */
+static double bessel_i0(double x) {
+    double sum = 1, term = 1;
+    for (int k = 1; term > 1e-17 * sum; k++) {
+        term *= x * x / (4.0 * k * k);
+        sum += term;
+    }
+    return sum;
+}
+
+static void resampler_phase(slam_resampler *r, uint64_t phase, double frequency, double half) {
+    const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
+    float *tap = r->tap + phase * (uint64_t)r->taps;
+    double sum = 0;
+    for (int i = 0; i < 2 * r->before + 2; i++) {
+        const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
+        if (fabs(u) >= 1) continue;
+        const double sinc = t == 0 ? 2 * frequency : sin(2 * SPEECH_PI * frequency * t) / (SPEECH_PI * t);
+        const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
+        tap[i] = (float)h;
+        sum += h;
+    }
+    for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // every phase lets a constant through as it is
+}
+
+slam_resampler *slam_resampler_new(int rate) {
+    if (rate < 1000 || rate > 768000) {
+        fail("a sample rate of %d Hz: expected 1000 to 768000", rate);
+        return NULL;
+    }
+    slam_resampler *r = (slam_resampler *)mem_new(1, sizeof *r);
+    if (!r) return NULL;
+    uint64_t a = SPEECH_RATE, b = (uint64_t)rate;
+    while (b) {
+        const uint64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    r->rate = rate;
+    r->up = SPEECH_RATE / a;
+    r->down = (uint64_t)rate / a;
+    const double nyquist = 0.5 * (rate < SPEECH_RATE ? rate : SPEECH_RATE) / rate; // the lower one, in cycles an input sample
+    const double half = (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * nyquist);
+    r->before = (int)half;
+    r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
+    r->tap = (float *)mem_new(r->up * (uint64_t)r->taps, sizeof *r->tap);
+    if (!r->tap) {
+        slam_resampler_free(r);
+        return NULL;
+    }
+    SLAM_PARALLEL_FOR
+    for (int64_t phase = 0; phase < (int64_t)r->up; phase++) resampler_phase(r, (uint64_t)phase, 0.95 * nyquist, half);
+    return r;
+}
+
+void slam_resampler_free(slam_resampler *r) {
+    if (r) free(r->tap);
+    free(r);
+}
+
+size_t slam_resampler_length(const slam_resampler *r, size_t n) { return (size_t)((n * r->up + r->down - 1) / r->down); }
+
+/* Lanes that are added up at the end let the compiler use vectors without changing the order of the sum. */
+static float resampler_dot(const float *tap, const float *in, int n) {
+    float lane[RESAMPLER_LANES] = {0};
+    for (int i = 0; i < n; i += RESAMPLER_LANES)
+        for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[i + j];
+    for (int width = RESAMPLER_LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) lane[j] += lane[j + width];
+    return lane[0];
+}
+
+/* Near the ends: the taps that reach beyond them meet zeros. */
+static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
+    float sum = 0;
+    const int64_t from = first < 0 ? -first : 0, to = first + taps > n ? n - first : taps;
+    for (int64_t i = from; i < to; i++) sum += tap[i] * in[first + i];
+    return sum;
+}
+
+void slam_resample(const slam_resampler *r, float *out, const float *in, size_t n) {
+    const int64_t n_out = (int64_t)slam_resampler_length(r, n);
+    if (r->up == r->down) {
+        if (n) memcpy(out, in, n * sizeof *out);
+        return;
+    }
+    SLAM_PARALLEL_FOR
+    for (int64_t k = 0; k < n_out; k++) {
+        const uint64_t at = (uint64_t)k * r->down;
+        const int64_t first = (int64_t)(at / r->up) - r->before;
+        const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
+        const int inside = first >= 0 && first + r->taps <= (int64_t)n;
+        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, (int64_t)n);
+    }
+}
+
+/* ---- MFCC ----
+   Davis and Mermelstein 1980, with the choices of the Python package python_speech_features, whose units many have:
+       y_t = x_t - 0.97 x_(t-1)        P_k = |FFT(hamming y)_k|^2 / N        E_j = sum_k filter_jk P_k
+       c_0 = log sum_k P_k             c_i = lifter_i DCT(log E)_i           filter: 40 triangles, evenly spaced on the mel scale
+       d_t = sum_n n (c_(t+n) - c_(t-n)) / (2 sum_n n^2),  n = 1, 2; beyond the ends the first and last frame stand. d's own are the
+   second differences. The window is a power of two long, and so is the FFT. */
+
+enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC_LONGEST = 1024 };
+
+typedef struct mfcc {
+    int window, step;
+    double hamming[MFCC_LONGEST];
+    double cosine[MFCC_LONGEST / 2], sine[MFCC_LONGEST / 2]; // of 2 pi k / window
+    int edge[MFCC_FILTERS + 2];                               // filter j rises from edge j to j + 1 and falls to j + 2
+    double dct[MFCC_CEPSTRA][MFCC_FILTERS];                   // with the lifter in it
+} mfcc;
+
+/* The scale of O'Shaughnessy 1987 */
+static double mel_from_hz(double hz) { return 2595 * log10(1 + hz / 700); }
+static double hz_from_mel(double mel) { return 700 * (pow(10, mel / 2595) - 1); }
+
+static void mfcc_init(mfcc *m, int rate) {
+    m->step = SPEECH_RATE / rate;
+    m->window = rate == 25 ? 1024 : 512;
+    for (int i = 0; i < m->window; i++) m->hamming[i] = 0.54 - 0.46 * cos(2 * SPEECH_PI * i / (m->window - 1));
+    for (int k = 0; k < m->window / 2; k++) {
+        m->cosine[k] = cos(2 * SPEECH_PI * k / m->window);
+        m->sine[k] = sin(2 * SPEECH_PI * k / m->window);
+    }
+    const double top = mel_from_hz(SPEECH_RATE / 2.0);
+    for (int j = 0; j < MFCC_FILTERS + 2; j++)
+        m->edge[j] = (int)floor((m->window + 1) * hz_from_mel(top * j / (MFCC_FILTERS + 1)) / SPEECH_RATE);
+    m->edge[MFCC_FILTERS + 1] = m->window / 2; // (window + 1) / 2 rounded down, whatever pow() made of it
+    for (int i = 0; i < MFCC_CEPSTRA; i++) {
+        const double lifter = 1 + 11 * sin(SPEECH_PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
+        for (int j = 0; j < MFCC_FILTERS; j++) m->dct[i][j] = lifter * norm * cos(SPEECH_PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
+    }
+}
+
+/* In place, n a power of two, decimation in time (Cooley and Tukey 1965): Z_k = sum_t z_t exp(-2 pi i k t / n). The tables are of 2 n. */
+static void fft(double *re, double *im, int n, const double *cosine, const double *sine) {
+    for (int i = 1, j = 0; i < n; i++) {
+        int bit = n >> 1;
+        for (; j & bit; bit >>= 1) j ^= bit;
+        j ^= bit;
+        if (i >= j) continue;
+        const double a = re[i], b = im[i];
+        re[i] = re[j];
+        im[i] = im[j];
+        re[j] = a;
+        im[j] = b;
+    }
+    for (int half = 1; half < n; half *= 2)
+        for (int start = 0; start < n; start += 2 * half)
+            for (int k = 0; k < half; k++) {
+                const int p = start + k, q = p + half;
+                const double c = cosine[k * (n / half)], s = sine[k * (n / half)];
+                const double a = re[q] * c + im[q] * s, b = im[q] * c - re[q] * s;
+                re[q] = re[p] - a;
+                im[q] = im[p] - b;
+                re[p] += a;
+                im[p] += b;
+            }
+}
+
+/* power = (window / 2 + 1) from a windowed frame. Even samples are the real, odd ones the imaginary parts of a transform of half the
+   length, Z; the halves' own transforms are E_k = (Z_k + conj Z_-k) / 2 and O_k = (Z_k - conj Z_-k) / 2i, and X_k = E_k + w^k O_k. */
+static void mfcc_power(const mfcc *m, double *power, const double *frame) {
+    double re[MFCC_LONGEST / 2], im[MFCC_LONGEST / 2];
+    const int n = m->window / 2;
+    for (int t = 0; t < n; t++) {
+        re[t] = frame[2 * t];
+        im[t] = frame[2 * t + 1];
+    }
+    fft(re, im, n, m->cosine, m->sine);
+    for (int k = 0; k <= n; k++) {
+        const int p = k % n, q = (n - k) % n;
+        const double c = k < n ? m->cosine[k] : -1, s = k < n ? m->sine[k] : 0;
+        const double even_re = (re[p] + re[q]) / 2, even_im = (im[p] - im[q]) / 2, odd_re = (im[p] + im[q]) / 2, odd_im = (re[q] - re[p]) / 2;
+        const double x_re = even_re + c * odd_re + s * odd_im, x_im = even_im + c * odd_im - s * odd_re;
+        power[k] = (x_re * x_re + x_im * x_im) / m->window;
+    }
+}
+
+/* The log of an energy; of none, that of the smallest step at 1. */
+static double log_energy(double x) { return log(x > 0 ? x : 2.220446049250313e-16); }
+
+/* out = (13), the cepstra of the frame that begins at sample `start` of n */
+static void mfcc_frame(const mfcc *m, float *out, const float *x, size_t n, size_t start) {
+    double frame[MFCC_LONGEST], power[MFCC_LONGEST / 2 + 1], energy[MFCC_FILTERS], sum = 0;
+    for (int i = 0; i < m->window; i++) {
+        const size_t t = start + (size_t)i;
+        frame[i] = t < n ? m->hamming[i] * (x[t] - (t ? 0.97 * x[t - 1] : 0)) : 0;
+    }
+    mfcc_power(m, power, frame);
+    for (int k = 0; k <= m->window / 2; k++) sum += power[k];
+    for (int j = 0; j < MFCC_FILTERS; j++) {
+        const int a = m->edge[j], b = m->edge[j + 1], c = m->edge[j + 2];
+        double e = 0;
+        for (int k = a; k < b; k++) e += power[k] * (k - a) / (b - a);
+        for (int k = b; k < c; k++) e += power[k] * (c - k) / (c - b);
+        energy[j] = log_energy(e);
+    }
+    out[0] = (float)log_energy(sum);
+    for (int i = 1; i < MFCC_CEPSTRA; i++) {
+        double c = 0;
+        for (int j = 0; j < MFCC_FILTERS; j++) c += m->dct[i][j] * energy[j];
+        out[i] = (float)c;
+    }
+}
+
+/* Columns `to`.. of (frames, 39) from columns `from`.. */
+static void mfcc_differences(float *out, size_t frames, int from, int to) {
+    for (size_t t = 0; t < frames; t++) {
+        const size_t last = frames - 1;
+        const float *back2 = out + (t > 1 ? t - 2 : 0) * MFCC_WIDTH + from, *back1 = out + (t > 0 ? t - 1 : 0) * MFCC_WIDTH + from;
+        const float *next1 = out + (t + 1 < last ? t + 1 : last) * MFCC_WIDTH + from;
+        const float *next2 = out + (t + 2 < last ? t + 2 : last) * MFCC_WIDTH + from;
+        for (int i = 0; i < MFCC_CEPSTRA; i++) out[t * MFCC_WIDTH + to + i] = ((next1[i] - back1[i]) + 2 * (next2[i] - back2[i])) / 10;
+    }
+}
+
+/* ---- features ---- */
+
+/* One thread's way from a file to 16 kHz: the tables of the rates that it met last. */
+typedef struct decoder {
+    slam_resampler *resampler[4];
+    int oldest;
+} decoder;
+
+struct slam_speech {
+    slam_speech_settings settings;
+    mfcc mfcc;
+};
+
+void slam_speech_defaults(slam_speech_settings *s) {
+    s->features = SLAM_MFCC;
+    s->rate = 25;
+    s->normalize = 0;
+    s->dedup = 1;
+}
+
+slam_speech *slam_speech_new(const slam_speech_settings *settings) {
+    if (settings->features != SLAM_MFCC || (settings->rate != 25 && settings->rate != 50)) {
+        fail("%d frames of features a second: expected 25 or 50", settings->rate);
+        return NULL;
+    }
+    slam_speech *s = (slam_speech *)mem_new(1, sizeof *s);
+    if (!s) return NULL;
+    s->settings = *settings;
+    mfcc_init(&s->mfcc, settings->rate);
+    return s;
+}
+
+void slam_speech_free(slam_speech *s) { free(s); }
+
+int slam_speech_width(const slam_speech *s) {
+    (void)s;
+    return MFCC_WIDTH;
+}
+
+size_t slam_speech_frames(const slam_speech *s, size_t n) {
+    const size_t window = (size_t)s->mfcc.window, step = (size_t)s->mfcc.step;
+    return n == 0 ? 0 : n <= window ? 1 : 1 + (n - window + step - 1) / step;
+}
+
+/* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor; the sums are of doubles, in order */
+static void normalize_waveform(float *out, const float *x, size_t n) {
+    double mean = 0, variance = 0;
+    for (size_t i = 0; i < n; i++) mean += x[i];
+    mean /= (double)n;
+    for (size_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    const double scale = 1 / sqrt(variance / (double)n + 1e-7);
+    for (size_t i = 0; i < n; i++) out[i] = (float)((x[i] - mean) * scale);
+}
+
+int slam_speech_features(const slam_speech *s, float *out, const float *sample, size_t n) {
+    const int64_t frames = (int64_t)slam_speech_frames(s, n);
+    const mfcc *m = &s->mfcc;
+    float *normal = NULL;
+    if (s->settings.normalize && n) {
+        normal = (float *)mem_new(n, sizeof *normal);
+        if (!normal) return 0;
+        normalize_waveform(normal, sample, n);
+        sample = normal;
+    }
+    SLAM_PARALLEL_FOR
+    for (int64_t t = 0; t < frames; t++) mfcc_frame(m, out + t * MFCC_WIDTH, sample, n, (size_t)t * (size_t)m->step);
+    mfcc_differences(out, (size_t)frames, 0, MFCC_CEPSTRA);
+    mfcc_differences(out, (size_t)frames, MFCC_CEPSTRA, 2 * MFCC_CEPSTRA);
+    free(normal);
+    return 1;
+}
+
+static void decoder_close(decoder *d) {
+    for (int i = 0; i < 4; i++) slam_resampler_free(d->resampler[i]);
+    memset(d, 0, sizeof *d);
+}
+
+static const slam_resampler *decoder_resampler(decoder *d, int rate) {
+    for (int i = 0; i < 4; i++)
+        if (d->resampler[i] && d->resampler[i]->rate == rate) return d->resampler[i];
+    slam_resampler *r = slam_resampler_new(rate);
+    if (!r) return NULL;
+    slam_resampler_free(d->resampler[d->oldest]);
+    d->resampler[d->oldest] = r;
+    d->oldest = (d->oldest + 1) % 4;
+    return r;
+}
+
+/* A file's samples at 16 kHz, in memory of the caller's. */
+static float *decode(decoder *d, const char *path, size_t *n) {
+    audio a;
+    if (!wav_read(path, &a)) return NULL;
+    const slam_resampler *r = decoder_resampler(d, a.rate);
+    float *out = NULL;
+    if (!r) fail("%s: %s", path, slam_error());
+    else if (a.rate == SPEECH_RATE) {
+        out = a.sample;
+        a.sample = NULL;
+    } else out = (float *)mem_new(slam_resampler_length(r, a.n), sizeof *out);
+    if (out) *n = slam_resampler_length(r, a.n);
+    if (out && a.sample) slam_resample(r, out, a.sample, a.n);
+    audio_free(&a);
+    return out;
+}
+
+/* Features of 16 kHz samples, in memory of the caller's. */
+static float *features_of(const slam_speech *s, const float *sample, size_t n, size_t *frames) {
+    *frames = slam_speech_frames(s, n);
+    float *out = (float *)mem_new(*frames, (size_t)slam_speech_width(s) * sizeof *out);
+    if (out && slam_speech_features(s, out, sample, n)) return out;
+    free(out);
+    return NULL;
+}
+
+/* ---- nearest centroids ----
+   Centroids lie in blocks of 16, (K / 16, D, 16), so that 16 distances are summed side by side, each over its D differences in order:
+   the sums, and with them the units, are the same for every vector width. */
+
+enum { CENTROID_LANES = 16 };
+
+static size_t centroid_blocks(int K) { return ((size_t)K + CENTROID_LANES - 1) / CENTROID_LANES; }
+
+static void centroid_lanes(float *lanes, const float *centroids, int K, int D) {
+    for (int k = 0; k < K; k++)
+        for (int d = 0; d < D; d++)
+            lanes[((size_t)(k / CENTROID_LANES) * (size_t)D + (size_t)d) * CENTROID_LANES + (size_t)(k % CENTROID_LANES)] = centroids[(size_t)k * (size_t)D + (size_t)d];
+}
+
+static void centroid_distances(float *distance, const float *x, const float *lanes, int D) {
+    float sum[CENTROID_LANES] = {0};
+    for (int d = 0; d < D; d++)
+        for (int j = 0; j < CENTROID_LANES; j++) {
+            const float difference = x[d] - lanes[d * CENTROID_LANES + j];
+            sum[j] += difference * difference;
+        }
+    memcpy(distance, sum, sizeof sum);
+}
+
+/* The first of the nearest; its squared distance in *least. */
+static int centroid_nearest(const float *x, const float *lanes, int K, int D, float *least) {
+    int nearest = 0;
+    *least = INFINITY;
+    for (int first = 0; first < K; first += CENTROID_LANES) {
+        float distance[CENTROID_LANES];
+        centroid_distances(distance, x, lanes + (size_t)first * (size_t)D, D);
+        for (int j = 0; j < CENTROID_LANES && first + j < K; j++)
+            if (distance[j] < *least) {
+                *least = distance[j];
+                nearest = first + j;
+            }
+    }
+    return nearest;
+}
+
+static void centroids_assign(const float *frames, size_t n, const float *lanes, int K, int D, int *unit, float *distance) {
+    SLAM_PARALLEL_FOR
+    for (int64_t i = 0; i < (int64_t)n; i++) {
+        float least;
+        unit[i] = centroid_nearest(frames + (size_t)i * (size_t)D, lanes, K, D, &least);
+        if (distance) distance[i] = least;
+    }
+}
+
+/* ---- fitting centroids ---- */
+
+typedef struct fit {
+    const float *x;
+    size_t n;
+    int D, K;
+    uint64_t state;
+    float *centroid, *lanes;
+    size_t *order;         // (n), a permutation: seeds and mini-batches are its runs
+    int *unit;             // (n)
+    float *distance;       // (n), squared, to the nearest centroid
+    size_t *count, *first; // (K), (K + 1): frames of a centroid, their place in `order` once it is sorted by centroid
+} fit;
+
+static const float *fit_frame(const fit *f, size_t i) { return f->x + i * (size_t)f->D; }
+static float *fit_centroid(const fit *f, int k) { return f->centroid + (size_t)k * (size_t)f->D; }
+
+static float squared_distance(const float *a, const float *b, int D) {
+    float sum = 0;
+    for (int d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
+    return sum;
+}
+
+static void fit_shuffle(fit *f) {
+    for (size_t i = f->n; i > 1; i--) {
+        const size_t j = (size_t)rng_below(&f->state, i), swap = f->order[i - 1];
+        f->order[i - 1] = f->order[j];
+        f->order[j] = swap;
+    }
+}
+
+/* k-means++: each further centroid is a frame drawn with probability proportional to its squared distance from those before, among the
+   first m frames of the order. */
+static void fit_seed(fit *f, size_t m) {
+    for (size_t i = 0; i < m; i++) f->distance[i] = INFINITY;
+    size_t drawn = 0;
+    for (int k = 0; k < f->K; k++) {
+        const float *c = fit_frame(f, f->order[drawn]);
+        memcpy(fit_centroid(f, k), c, (size_t)f->D * sizeof *c);
+        SLAM_PARALLEL_FOR
+        for (int64_t i = 0; i < (int64_t)m; i++) {
+            const float d = squared_distance(fit_frame(f, f->order[i]), c, f->D);
+            if (d < f->distance[i]) f->distance[i] = d;
+        }
+        double all = 0, sum = 0;
+        for (size_t i = 0; i < m; i++) all += f->distance[i];
+        const double until = all * rng_uniform(&f->state);
+        drawn = (size_t)k + 1 < m ? (size_t)k + 1 : 0; // where all are centroids already
+        for (size_t i = 0; all > 0 && i < m; i++) {
+            if (f->distance[i] > 0) drawn = i;
+            sum += f->distance[i];
+            if (sum > until) break;
+        }
+    }
+}
+
+/* Each centroid moves to the running mean of all frames that the batches so far gave it. */
+static void fit_mini_batch(fit *f, size_t first, size_t m, float *batch) {
+    const size_t D = (size_t)f->D;
+    for (size_t i = 0; i < m; i++) memcpy(batch + i * D, fit_frame(f, f->order[first + i]), D * sizeof *batch);
+    centroid_lanes(f->lanes, f->centroid, f->K, f->D);
+    centroids_assign(batch, m, f->lanes, f->K, f->D, f->unit, NULL);
+    for (size_t i = 0; i < m; i++) {
+        float *c = fit_centroid(f, f->unit[i]);
+        const float step = 1 / (float)++f->count[f->unit[i]];
+        for (size_t d = 0; d < D; d++) c[d] += step * (batch[i * D + d] - c[d]);
+    }
+}
+
+/* Assigns every frame; `order` becomes the frames of centroid 0, of 1, ... Returns the mean squared distance. */
+static double fit_assign(fit *f) {
+    double sum = 0;
+    centroid_lanes(f->lanes, f->centroid, f->K, f->D);
+    centroids_assign(f->x, f->n, f->lanes, f->K, f->D, f->unit, f->distance);
+    memset(f->first, 0, ((size_t)f->K + 1) * sizeof *f->first);
+    for (size_t i = 0; i < f->n; i++) {
+        f->first[f->unit[i] + 1]++;
+        sum += f->distance[i];
+    }
+    for (int k = 0; k < f->K; k++) {
+        f->count[k] = f->first[k + 1];
+        f->first[k + 1] += f->first[k];
+    }
+    for (size_t i = f->n; i-- > 0;) f->order[f->first[f->unit[i]] + --f->count[f->unit[i]]] = i;
+    for (int k = 0; k < f->K; k++) f->count[k] = f->first[k + 1] - f->first[k];
+    return sum / (double)f->n;
+}
+
+/* Centroids to the means of their frames; one without frames goes to the frame furthest from its own. How many those were. */
+static int fit_update(fit *f) {
+    int reseeded = 0;
+    SLAM_PARALLEL_FOR
+    for (int k = 0; k < f->K; k++)
+        for (int d = 0; d < f->D && f->count[k]; d++) {
+            double sum = 0;
+            for (size_t i = f->first[k]; i < f->first[k + 1]; i++) sum += fit_frame(f, f->order[i])[d];
+            fit_centroid(f, k)[d] = (float)(sum / (double)f->count[k]);
+        }
+    for (int k = 0; k < f->K; k++) {
+        if (f->count[k]) continue;
+        size_t far = 0;
+        for (size_t i = 1; i < f->n; i++)
+            if (f->distance[i] > f->distance[far]) far = i;
+        if (f->distance[far] <= 0) break; // every frame is a centroid
+        memcpy(fit_centroid(f, k), fit_frame(f, far), (size_t)f->D * sizeof *f->centroid);
+        f->distance[far] = 0;
+        reseeded++;
+    }
+    return reseeded;
+}
+
+static int fit_run(fit *f, float *batch, size_t batch_size, slam_kmeans_report *report) {
+    for (size_t i = 0; i < f->n; i++) f->order[i] = i;
+    fit_shuffle(f);
+    const size_t seeds = 100 * (size_t)f->K;
+    fit_seed(f, f->n < seeds ? f->n : seeds);
+    size_t at = 0;
+    for (int i = 0; i < 100; i++, at += batch_size) {
+        if (at + batch_size > f->n) {
+            fit_shuffle(f);
+            at = 0;
+        }
+        fit_mini_batch(f, at, batch_size, batch);
+    }
+    double before = INFINITY;
+    for (;;) {
+        report->inertia = fit_assign(f);
+        report->passes++;
+        if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
+        const int reseeded = fit_update(f);
+        report->reseeded += reseeded;
+        before = reseeded ? INFINITY : report->inertia;
+    }
+    for (int k = 0; k < f->K; k++) report->dead += f->count[k] == 0;
+    return 1;
+}
+
+int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_kmeans_report *report) {
+    fit f = SLAM_ZERO;
+    const size_t batch_size = n < 10000 ? n : 10000;
+    memset(report, 0, sizeof *report);
+    report->frames = n;
+    if (K < 1 || D < 1) return fail("k-means: %d centroids of %d numbers, expected at least 1 of 1", K, D);
+    if (n < (size_t)K) return fail("k-means: %zu frames are fewer than the %d centroids to be found", n, K);
+    for (size_t i = 0; i < n * (size_t)D; i++)
+        if (!isfinite(frames[i])) return fail("k-means: frame %zu holds a number that is not finite", i / (size_t)D);
+    f.x = frames;
+    f.n = n;
+    f.D = D;
+    f.K = K;
+    f.state = rng_stream(seed, 0x6b6d, 0);
+    f.centroid = centroids;
+    f.lanes = (float *)mem_new(centroid_blocks(K) * CENTROID_LANES * (size_t)D, sizeof *f.lanes);
+    f.order = (size_t *)mem_new(n, sizeof *f.order);
+    f.unit = (int *)mem_new(n, sizeof *f.unit);
+    f.distance = (float *)mem_new(n, sizeof *f.distance);
+    f.count = (size_t *)mem_new((size_t)K, sizeof *f.count);
+    f.first = (size_t *)mem_new((size_t)K + 1, sizeof *f.first);
+    float *batch = (float *)mem_new(batch_size * (size_t)D, sizeof *batch);
+    const int ok = f.lanes && f.order && f.unit && f.distance && f.count && f.first && batch && fit_run(&f, batch, batch_size, report);
+    free(f.lanes);
+    free(f.order);
+    free(f.unit);
+    free(f.distance);
+    free(f.count);
+    free(f.first);
+    free(batch);
+    return ok;
+}
+
+/* ---- the quantiser: settings and centroids ---- */
+
+struct slam_quantiser {
+    slam_speech *speech;
+    int K, D;
+    float *centroid, *lanes;
+    uint32_t fingerprint;
+};
+
+static const char *const feature_names[] = {"mfcc"};
+
+/* Whatever changes a unit, or what stands in a document, changes it. */
+static uint32_t quantiser_hash(const slam_quantiser *q) {
+    const slam_speech_settings *s = &q->speech->settings;
+    char spelled[128];
+    const int n = snprintf(spelled, sizeof spelled, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[s->features], s->rate,
+                           s->normalize != 0, s->dedup != 0, q->K, q->D);
+    uint64_t hash = hash_bytes(HASH_START, spelled, (size_t)n);
+    hash = hash_bytes(hash, q->centroid, (size_t)q->K * (size_t)q->D * sizeof *q->centroid);
+    const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
+    return folded ? folded : 1;
+}
+
+slam_quantiser *slam_quantiser_new(const slam_speech_settings *settings, const float *centroids, int K) {
+    if (K < 1 || K > 65534) {
+        fail("%d centroids: expected 1 to 65534, so that a token fits 16 bits", K);
+        return NULL;
+    }
+    slam_quantiser *q = (slam_quantiser *)mem_new(1, sizeof *q);
+    if (!q) return NULL;
+    q->speech = slam_speech_new(settings);
+    q->K = K;
+    q->D = q->speech ? slam_speech_width(q->speech) : 1;
+    q->centroid = (float *)mem_new((size_t)K * (size_t)q->D, sizeof *q->centroid);
+    q->lanes = (float *)mem_new(centroid_blocks(K) * CENTROID_LANES * (size_t)q->D, sizeof *q->lanes);
+    if (!q->speech || !q->centroid || !q->lanes) {
+        slam_quantiser_free(q);
+        return NULL;
+    }
+    memcpy(q->centroid, centroids, (size_t)K * (size_t)q->D * sizeof *centroids);
+    centroid_lanes(q->lanes, centroids, K, q->D);
+    q->fingerprint = quantiser_hash(q);
+    return q;
+}
+
+void slam_quantiser_free(slam_quantiser *q) {
+    if (!q) return;
+    slam_speech_free(q->speech);
+    free(q->centroid);
+    free(q->lanes);
+    free(q);
+}
+
+const slam_speech_settings *slam_quantiser_settings(const slam_quantiser *q) { return &q->speech->settings; }
+int slam_quantiser_count(const slam_quantiser *q) { return q->K; }
+uint32_t slam_quantiser_fingerprint(const slam_quantiser *q) { return q->fingerprint; }
+
+void slam_quantiser_nearest(const slam_quantiser *q, const float *frames, size_t n, int *unit, float *distance) {
+    centroids_assign(frames, n, q->lanes, q->K, q->D, unit, distance);
+}
+
+/* km.npy -> km.json */
+static char *settings_path(const char *path) {
+    text t = SLAM_ZERO;
+    text_add(&t, "%.*s.json", (int)(strlen(path) - (path_ends(path, ".npy") ? 4 : 0)), path);
+    if (t.failed) text_free(&t);
+    return t.at;
+}
+
+int slam_quantiser_save(const slam_quantiser *q, const char *path, const slam_kmeans_report *report) {
+    const slam_speech_settings *s = &q->speech->settings;
+    text t = SLAM_ZERO;
+    text_add(&t, "{\"features\": \"%s\", \"rate\": %d, \"normalize\": %s, \"dedup\": %s, \"units\": %d, \"width\": %d, \"fingerprint\": %u",
+             feature_names[s->features], s->rate, s->normalize ? "true" : "false", s->dedup ? "true" : "false", q->K, q->D, (unsigned)q->fingerprint);
+    if (report) {
+        text_add(&t, ", \"frames\": %zu, \"inertia\": ", report->frames);
+        text_add_number(&t, report->inertia);
+    }
+    text_add(&t, "}\n");
+    char *json_path = settings_path(path);
+    const int ok = json_path && !t.failed && file_write(json_path, t.at, t.n) && npy_write(path, q->centroid, (size_t)q->K, (size_t)q->D);
+    free(json_path);
+    text_free(&t);
+    return ok;
+}
+
+static int settings_parse(const json *root, const char *path, slam_speech_settings *s, long *fingerprint) {
+    const char *features = json_text(root, "features", "");
+    long rate = s->rate;
+    s->features = -1;
+    for (int i = 0; i < (int)(sizeof feature_names / sizeof *feature_names); i++)
+        if (!strcmp(features, feature_names[i])) s->features = i;
+    if (s->features < 0) return fail("%s: 'features' is \"%s\", expected \"mfcc\"", path, features);
+    if (!json_int(root, "rate", path, 25, 50, &rate) || !json_flag(root, "normalize", path, &s->normalize) || !json_flag(root, "dedup", path, &s->dedup) ||
+        !json_int(root, "fingerprint", path, 1, UINT32_MAX, fingerprint))
+        return 0;
+    if (rate != 25 && rate != 50) return fail("%s: 'rate' is %ld, expected 25 or 50", path, rate);
+    s->rate = (int)rate;
+    return 1;
+}
+
+slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise) {
+    slam_speech_settings settings = *otherwise;
+    slam_quantiser *q = NULL;
+    float *centroids = NULL;
+    size_t K = 0, D = 0;
+    long fingerprint = 0;
+    if (!npy_read(path, &centroids, &K, &D)) return NULL;
+    char *json_path = settings_path(path);
+    int ok = json_path != NULL;
+    if (ok && path_is_file(json_path)) {
+        json *root = json_read(json_path);
+        ok = root && settings_parse(root, json_path, &settings, &fingerprint);
+        json_free(root);
+    }
+    if (ok && (D != MFCC_WIDTH || K < 1 || K > 65534))
+        ok = fail("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (MFCC)", path, K, D, MFCC_WIDTH);
+    for (size_t i = 0; ok && i < K * D; i++)
+        if (!isfinite(centroids[i])) ok = fail("%s: centroid %zu holds a number that is not finite", path, i / D);
+    if (ok) q = slam_quantiser_new(&settings, centroids, (int)K);
+    if (q && fingerprint && (uint32_t)fingerprint != q->fingerprint) {
+        fail("%s: its 'fingerprint' is %ld, but that of its settings with the centroids of %s is %u: they do not belong together", json_path, fingerprint,
+             path_name(path), (unsigned)q->fingerprint);
+        slam_quantiser_free(q);
+        q = NULL;
+    }
+    free(json_path);
+    free(centroids);
+    return q;
+}
+
+/* ---- units ---- */
+
+void slam_units_free(slam_units *u) {
+    free(u->unit);
+    free(u->duration);
+    memset(u, 0, sizeof *u);
+}
+
+/* Runs of a unit become one with the run's length, in place. Without `dedup` every frame stays, of length 1. */
+static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (dedup && to && unit[to - 1] == unit[i] && duration[to - 1] < INT_MAX) {
+            duration[to - 1]++;
+            continue;
+        }
+        unit[to] = unit[i];
+        duration[to++] = 1;
+    }
+    return to;
+}
+
+int slam_quantiser_units(const slam_quantiser *q, const float *sample, size_t n, slam_units *u) {
+    memset(u, 0, sizeof *u);
+    u->samples = n;
+    float *features = features_of(q->speech, sample, n, &u->frames);
+    u->unit = (int *)mem_new(u->frames, sizeof *u->unit);
+    u->duration = (int *)mem_new(u->frames, sizeof *u->duration);
+    const int ok = features && u->unit && u->duration;
+    if (ok) {
+        slam_quantiser_nearest(q, features, u->frames, u->unit, NULL);
+        u->n = units_merge(u->unit, u->duration, u->frames, q->speech->settings.dedup);
+    } else slam_units_free(u);
+    free(features);
+    return ok;
+}
+
+static int units_decode(const slam_quantiser *q, decoder *d, const char *path, slam_units *u) {
+    size_t n = 0;
+    float *sample = decode(d, path, &n);
+    const int ok = sample && slam_quantiser_units(q, sample, n, u);
+    free(sample);
+    return ok;
+}
+
+int slam_quantiser_file(const slam_quantiser *q, const char *path, slam_units *u) {
+    decoder d = SLAM_ZERO;
+    memset(u, 0, sizeof *u);
+    const int ok = units_decode(q, &d, path, u);
+    decoder_close(&d);
+    return ok;
+}
+
+/* ---- lists of audio files ---- */
+
+int slam_list_add(slam_list *list, const char *item) {
+    char *copy = text_copy(item);
+    if (!copy || !mem_grow((void **)&list->at, &list->capacity, list->n + 1, sizeof *list->at)) {
+        free(copy);
+        return 0;
+    }
+    list->at[list->n++] = copy;
+    return 1;
+}
+
+void slam_list_free(slam_list *list) {
+    for (size_t i = 0; i < list->n; i++) free(list->at[i]);
+    free(list->at);
+    memset(list, 0, sizeof *list);
+}
+
+/* A folder by its identity. Links can make loops of folders: one that was entered is not entered again by a link, nor from below. */
+typedef struct folder_id {
+    dev_t device;
+    ino_t number;
+} folder_id;
+
+typedef struct folders {
+    folder_id *at;
+    size_t n, capacity; // the folders above, then ...
+    folder_id *linked;
+    size_t n_linked, linked_capacity; // ... those that were entered by a link
+} folders;
+
+static int folder_is_among(const folder_id *list, size_t n, const struct stat *s) {
+    for (size_t i = 0; i < n; i++)
+        if (list[i].device == s->st_dev && list[i].number == s->st_ino) return 1;
+    return 0;
+}
+
+static int folder_note(folder_id **list, size_t *n, size_t *capacity, const struct stat *s) {
+    if (!mem_grow((void **)list, capacity, *n + 1, sizeof **list)) return 0;
+    (*list)[*n].device = s->st_dev;
+    (*list)[(*n)++].number = s->st_ino;
+    return 1;
+}
+
+static int is_audio_name(const char *name) {
+    const size_t n = strlen(name);
+    const char *end = n >= 4 ? name + n - 4 : "";
+    return end[0] == '.' && tolower((unsigned char)end[1]) == 'w' && tolower((unsigned char)end[2]) == 'a' && tolower((unsigned char)end[3]) == 'v';
+}
+
+static int list_folder(slam_list *list, folders *above, const char *path);
+
+static int list_entry(slam_list *list, folders *above, const char *path, const char *name) {
+    struct stat s, link;
+    if (stat(path, &s) != 0) return is_audio_name(name) ? slam_list_add(list, path) : 1; // a broken link is reported when it is opened
+    if (!S_ISDIR(s.st_mode)) return is_audio_name(name) ? slam_list_add(list, path) : 1;
+    if (folder_is_among(above->at, above->n, &s)) return 1;
+    if (lstat(path, &link) == 0 && S_ISLNK(link.st_mode)) {
+        if (folder_is_among(above->linked, above->n_linked, &s)) return 1;
+        if (!folder_note(&above->linked, &above->n_linked, &above->linked_capacity, &s)) return 0;
+    }
+    return list_folder(list, above, path);
+}
+
+static int list_folder(slam_list *list, folders *above, const char *path) {
+    struct stat s;
+    names found = SLAM_ZERO;
+    if (stat(path, &s) != 0) return fail("%s: %s", path, strerror(errno));
+    int ok = folder_note(&above->at, &above->n, &above->capacity, &s) && folder_list(path, &found);
+    for (size_t i = 0; ok && i < found.n; i++) {
+        char *below = path_join(path, found.at[i]);
+        ok = below && list_entry(list, above, below, found.at[i]);
+        free(below);
+    }
+    if (above->n) above->n--;
+    names_free(&found);
+    return ok;
+}
+
+static int list_argument(slam_list *list, const char *path) {
+    if (!path_is_folder(path)) return slam_list_add(list, path);
+    folders above = SLAM_ZERO;
+    const size_t before = list->n;
+    int ok = list_folder(list, &above, path);
+    free(above.at);
+    free(above.linked);
+    if (ok && list->n == before) ok = fail("%s: no file in this folder or below it ends in .wav", path);
+    return ok;
+}
+
+static int list_manifest(slam_list *list, const char *path) {
+    file_map map;
+    if (!map_open(&map, path)) return 0;
+    const char *at = (const char *)map.data, *end = at + map.size;
+    int ok = 1;
+    for (size_t line = 1; ok && at < end; line++) {
+        const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at)), *next = newline ? newline + 1 : end;
+        size_t n = (size_t)((newline ? newline : end) - at);
+        if (n && at[n - 1] == '\r') n--;
+        text name = SLAM_ZERO;
+        if (n && memchr(at, 0, n)) ok = fail("%s:%zu: holds a zero byte, expected the path of an audio file", path, line);
+        else if (n) {
+            text_add_bytes(&name, at, n);
+            ok = !name.failed && list_argument(list, name.at);
+        }
+        text_free(&name);
+        at = next;
+    }
+    map_close(&map);
+    return ok;
+}
+
+int slam_audio_list(slam_list *list, const char *const *arguments, size_t n) {
+    int ok = 1;
+    for (size_t i = 0; ok && i < n; i++) ok = arguments[i][0] == '@' ? list_manifest(list, arguments[i] + 1) : list_argument(list, arguments[i]);
+    return ok;
+}
+
+/* ---- many files at once ----
+   A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two seconds, so
+   that a job can be stopped soon; how long they are changes nothing else. */
+
+typedef struct heard {
+    float *features; // where they are asked for
+    size_t frames, samples;
+    slam_units units; // else
+    char *error;      // NULL: none
+} heard;
+
+typedef struct block {
+    const slam_speech *speech;
+    const slam_quantiser *quantiser; // NULL: features are wanted
+    const slam_list *files;
+    const size_t *order; // NULL: as they stand
+    slam_speech_watch *watch;
+    void *context;
+    slam_speech_progress progress;
+    heard *result;
+    size_t n, capacity;
+    decoder *decoder; // one a thread
+    int threads;
+} block;
+
+static const char *block_path(const block *b, size_t i) { return b->files->at[b->order ? b->order[i] : i]; }
+
+static void heard_free(heard *h) {
+    free(h->features);
+    free(h->error);
+    slam_units_free(&h->units);
+    memset(h, 0, sizeof *h);
+}
+
+static int block_begin(block *b) {
+    b->threads = threads_count();
+    b->n = (size_t)b->threads;
+    b->decoder = (decoder *)mem_new((size_t)b->threads, sizeof *b->decoder);
+    return b->decoder != NULL;
+}
+
+static void block_end(block *b) {
+    for (int i = 0; b->decoder && i < b->threads; i++) decoder_close(&b->decoder[i]);
+    free(b->decoder);
+    free(b->result);
+}
+
+static void block_hear(block *b, const char *path, heard *h) {
+    decoder *d = &b->decoder[thread_index()];
+    int ok;
+    if (b->quantiser) {
+        ok = units_decode(b->quantiser, d, path, &h->units);
+        h->samples = h->units.samples;
+        h->frames = h->units.frames;
+    } else {
+        float *sample = decode(d, path, &h->samples);
+        h->features = sample ? features_of(b->speech, sample, h->samples, &h->frames) : NULL;
+        ok = h->features != NULL;
+        free(sample);
+    }
+    if (!ok) h->error = text_copy(slam_error());
+}
+
+/* Hears files first..first+n-1, at most; how many in *n. 0 and the sentence where there is no memory. */
+static int block_run(block *b, size_t first, size_t *n) {
+    const double start = slam_clock();
+    *n = b->files->n - first < b->n ? b->files->n - first : b->n;
+    if (!mem_grow((void **)&b->result, &b->capacity, *n, sizeof *b->result)) return 0;
+    memset(b->result, 0, *n * sizeof *b->result);
+    /* Where there are fewer files than threads, the threads share each file's frames instead. */
+    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (*n >= (size_t)b->threads))
+    for (int64_t i = 0; i < (int64_t)*n; i++) block_hear(b, block_path(b, first + (size_t)i), &b->result[i]);
+    const double seconds = slam_clock() - start;
+    if (seconds < 1 && b->n < 4096) b->n *= 2;
+    if (seconds > 4 && b->n > (size_t)b->threads) b->n /= 2;
+    for (size_t i = 0; i < *n; i++) b->progress.seconds += (double)b->result[i].samples / SPEECH_RATE;
+    return 1;
+}
+
+/* Tells the watch; what it answers. */
+static int block_tell(block *b, size_t done, size_t of, const char *failed, const char *because) {
+    b->progress.done = done;
+    b->progress.of = of;
+    b->progress.failed = failed;
+    b->progress.because = because;
+    return !b->watch || b->watch(b->context, &b->progress);
+}
+
+/* Algorithm R (Waterman, in Knuth's volume 2): each of the frames seen so far is in the sample with the same probability. */
+typedef struct reservoir {
+    float *frame;
+    size_t n, capacity, most;
+    uint64_t seen, state;
+} reservoir;
+
+static int reservoir_add(reservoir *r, const float *frames, size_t n, size_t D) {
+    const size_t room = r->most - r->n;
+    if (!mem_grow((void **)&r->frame, &r->capacity, r->n + (n < room ? n : room), D * sizeof *r->frame)) return 0;
+    for (size_t i = 0; i < n; i++, r->seen++) {
+        const uint64_t place = r->n < r->most ? r->n++ : rng_below(&r->state, r->seen + 1);
+        if (place < r->most) memcpy(r->frame + place * D, frames + i * D, D * sizeof *frames);
+    }
+    return 1;
+}
+
+static int fit_listen(block *b, reservoir *r) {
+    size_t n;
+    b->progress.stage = "listen";
+    for (size_t at = 0; at < b->files->n && r->seen / 8 < r->most; at += n) {
+        if (!block_run(b, at, &n)) return 0;
+        int ok = 1;
+        for (size_t i = 0; i < n; i++) {
+            const heard *h = &b->result[i];
+            if (h->error) block_tell(b, at + i, b->files->n, block_path(b, at + i), h->error);
+            else ok = ok && reservoir_add(r, h->features, h->frames, (size_t)slam_speech_width(b->speech));
+            heard_free(&b->result[i]);
+        }
+        if (!ok) return 0;
+        if (!block_tell(b, at + n, b->files->n, NULL, NULL)) return fail("stopped before the centroids were fitted");
+    }
+    return 1;
+}
+
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_list *files, int K, size_t frames, uint64_t seed,
+                                   slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
+    block b = SLAM_ZERO;
+    reservoir r = SLAM_ZERO;
+    slam_quantiser *q = NULL;
+    slam_speech *speech = slam_speech_new(settings);
+    size_t *order = (size_t *)mem_new(files->n, sizeof *order);
+    r.most = frames;
+    r.state = rng_stream(seed, 0x6b6d, 1);
+    uint64_t state = rng_stream(seed, 0x6b6d, 2);
+    for (size_t i = 0; order && i < files->n; i++) {
+        const size_t j = (size_t)rng_below(&state, i + 1);
+        order[i] = order[j];
+        order[j] = i;
+    }
+    b.speech = speech;
+    b.files = files;
+    b.order = order;
+    b.watch = watch;
+    b.context = context;
+    if (speech && order && block_begin(&b) && fit_listen(&b, &r)) {
+        float *centroids = (float *)mem_new((size_t)K, (size_t)slam_speech_width(speech) * sizeof *centroids);
+        b.progress.stage = "fit";
+        block_tell(&b, 0, 0, NULL, NULL);
+        if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, report)) q = slam_quantiser_new(settings, centroids, K);
+        free(centroids);
+    }
+    block_end(&b);
+    free(r.frame);
+    free(order);
+    slam_speech_free(speech);
+    return q;
+}
+
+/* ---- tokenising ----
+   OUT.partial takes what is done: tokens (uint16) for OUT.bin, lines for OUT.jsonl. OUT.journal says how much of it counts and which
+   files that was; both are on the disk before the journal names them. A call that finds a journal cuts OUT.partial to it and goes on. */
+
+typedef struct corpus {
+    const slam_quantiser *quantiser;
+    uint64_t shard_tokens;
+    int binary, audio_repr;
+    char *out, *partial, *journal, *failed, *failed_partial;
+    FILE *data, *failures;
+    uint64_t identity;                       // a hash of settings and files
+    uint64_t done, bytes, failed_bytes;      // files; of the partial files
+    uint64_t shards;                         // that are written
+    slam_tokenize_report *report;
+    text line;
+    uint16_t *token;
+    size_t token_capacity;
+    double committed;
+} corpus;
+
+/* OUT without its ending, and `end` */
+static char *path_beside(const char *out, const char *end) {
+    const char *name = path_name(out), *dot = strrchr(name, '.');
+    text t = SLAM_ZERO;
+    text_add(&t, "%.*s%s", (int)(dot && dot > name ? dot - out : (long)strlen(out)), out, end);
+    if (t.failed) text_free(&t);
+    return t.at;
+}
+
+static char *path_with(const char *out, const char *end) {
+    text t = SLAM_ZERO;
+    text_add(&t, "%s%s", out, end);
+    if (t.failed) text_free(&t);
+    return t.at;
+}
+
+static char *shard_path(const corpus *c, uint64_t number) {
+    char end[40];
+    snprintf(end, sizeof end, "-%05llu.bin", (unsigned long long)number);
+    return path_beside(c->out, end);
+}
+
+static uint64_t corpus_identity(const corpus *c, const slam_list *files) {
+    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->shard_tokens, files->n};
+    uint64_t hash = hash_bytes(HASH_START, numbers, sizeof numbers);
+    for (size_t i = 0; i < files->n; i++) hash = hash_bytes(hash, files->at[i], strlen(files->at[i]) + 1);
+    return hash;
+}
+
+/* What is done so far, on the disk. */
+static int corpus_commit(corpus *c) {
+    const slam_tokenize_report *r = c->report;
+    text t = SLAM_ZERO;
+    if (fflush(c->data) != 0 || fsync(fileno(c->data)) != 0) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
+    if (fflush(c->failures) != 0 || fsync(fileno(c->failures)) != 0) return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
+    text_add(&t, "{\"identity\": \"%016llx\"", (unsigned long long)c->identity);
+    const struct {
+        const char *name;
+        uint64_t value;
+    } member[] = {{"done", c->done},       {"bytes", c->bytes},         {"failed_bytes", c->failed_bytes}, {"shards", c->shards}, {"failed", r->failed},
+                  {"samples", r->samples}, {"frames", r->frames}, {"units", r->units},               {"tokens", r->tokens}};
+    for (size_t i = 0; i < sizeof member / sizeof *member; i++) text_add(&t, ", \"%s\": %llu", member[i].name, (unsigned long long)member[i].value);
+    text_add(&t, "}\n");
+    const int ok = !t.failed && file_write(c->journal, t.at, t.n);
+    text_free(&t);
+    c->committed = slam_clock();
+    return ok;
+}
+
+static int journal_number(const json *root, const char *path, const char *name, uint64_t *out) {
+    long n = -1;
+    if (!json_int(root, name, path, 0, 9007199254740992, &n)) return 0;
+    if (n < 0) return fail("%s: '%s' is missing", path, name);
+    *out = (uint64_t)n;
+    return 1;
+}
+
+static int journal_read(corpus *c, const json *root) {
+    slam_tokenize_report *r = c->report;
+    uint64_t failed = 0;
+    char identity[20];
+    snprintf(identity, sizeof identity, "%016llx", (unsigned long long)c->identity);
+    if (strcmp(json_text(root, "identity", ""), identity))
+        return fail("%s: belongs to a call with other files or settings that was cut short; repeat that call, or remove this file to begin anew", c->journal);
+    if (!journal_number(root, c->journal, "done", &c->done) || !journal_number(root, c->journal, "bytes", &c->bytes) ||
+        !journal_number(root, c->journal, "failed_bytes", &c->failed_bytes) || !journal_number(root, c->journal, "shards", &c->shards) ||
+        !journal_number(root, c->journal, "failed", &failed) || !journal_number(root, c->journal, "samples", &r->samples) ||
+        !journal_number(root, c->journal, "frames", &r->frames) || !journal_number(root, c->journal, "units", &r->units) ||
+        !journal_number(root, c->journal, "tokens", &r->tokens))
+        return 0;
+    r->failed = (size_t)failed;
+    r->earlier = (size_t)c->done;
+    return 1;
+}
+
+/* Opens a partial file and cuts it to what counts. */
+static FILE *partial_open(const char *path, uint64_t bytes) {
+    FILE *f = fopen(path, bytes ? "r+b" : "wb");
+    if (!f) {
+        fail("%s: cannot be opened: %s", path, strerror(errno));
+        return NULL;
+    }
+    struct stat s;
+    if (fstat(fileno(f), &s) == 0 && (uint64_t)s.st_size >= bytes && ftruncate(fileno(f), (off_t)bytes) == 0 && fseeko(f, (off_t)bytes, SEEK_SET) == 0) return f;
+    fail("%s: cannot be cut to the %llu bytes that its journal counts", path, (unsigned long long)bytes);
+    fclose(f);
+    return NULL;
+}
+
+/* A kill may have come after a partial file got its last name and before the journal went. */
+static int partial_take_back(const char *partial, const char *path, uint64_t bytes) {
+    if (!bytes || path_is_file(partial) || !path_is_file(path) || rename(path, partial) == 0) return 1;
+    return fail("%s: cannot be renamed to %s: %s", path, partial, strerror(errno));
+}
+
+static int corpus_begin(corpus *c, const slam_list *files) {
+    c->binary = path_ends(c->out, ".bin");
+    if (!c->binary && !path_ends(c->out, ".jsonl")) return fail("%s: expected a name that ends in .bin or .jsonl", c->out);
+    c->partial = path_with(c->out, ".partial");
+    c->journal = path_with(c->out, ".journal");
+    c->failed = path_beside(c->out, ".failed");
+    c->failed_partial = path_with(c->out, ".failed.partial");
+    char *first = shard_path(c, 1);
+    int ok = c->partial && c->journal && c->failed && c->failed_partial && first;
+    c->identity = corpus_identity(c, files);
+    if (ok && path_is_file(c->journal)) {
+        json *root = json_read(c->journal);
+        ok = root && journal_read(c, root);
+        if (ok && c->done > files->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, files->n);
+        json_free(root);
+    } else if (ok && (path_is_file(c->out) || (c->binary && path_is_file(first)))) {
+        ok = fail("%s: exists already; remove it or give another name (nothing is overwritten)", path_is_file(c->out) ? c->out : first);
+    }
+    free(first);
+    if (!ok || !partial_take_back(c->partial, c->out, c->bytes) || !partial_take_back(c->failed_partial, c->failed, c->failed_bytes)) return 0;
+    c->data = partial_open(c->partial, c->bytes);
+    c->failures = c->data ? partial_open(c->failed_partial, c->failed_bytes) : NULL;
+    return c->failures && corpus_commit(c);
+}
+
+/* What OUT.partial holds becomes a shard. */
+static int corpus_shard(corpus *c, const char *path) {
+    shard_writer w;
+    file_map map;
+    if (fflush(c->data) != 0) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
+    if (!map_open(&map, c->partial)) return 0;
+    int ok = map.size == c->bytes || fail("%s: has %zu bytes, expected %llu", c->partial, map.size, (unsigned long long)c->bytes);
+    if (ok) {
+        ok = shard_begin(&w, path, c->quantiser->K + 2, c->quantiser->fingerprint);
+        if (ok && !shard_add(&w, (const uint16_t *)(const void *)map.data, map.size / 2)) {
+            shard_abandon(&w);
+            ok = 0;
+        }
+        ok = ok && shard_end(&w);
+    }
+    map_close(&map);
+    return ok;
+}
+
+/* A full shard is written first, then forgotten here: a kill between the two writes the same one again. */
+static int corpus_next_shard(corpus *c) {
+    char *path = shard_path(c, c->shards + 1);
+    int ok = path && corpus_shard(c, path);
+    free(path);
+    if (!ok) return 0;
+    c->shards++;
+    c->bytes = 0;
+    if (!corpus_commit(c)) return 0;
+    if (ftruncate(fileno(c->data), 0) != 0 || fseeko(c->data, 0, SEEK_SET) != 0) return fail("%s: cannot be emptied: %s", c->partial, strerror(errno));
+    return 1;
+}
+
+/* A document's tokens: 1, unit + 2, ..., 1. */
+static int corpus_add_tokens(corpus *c, const slam_units *u) {
+    if (c->bytes && c->bytes / 2 + u->n + 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
+    if (!mem_grow((void **)&c->token, &c->token_capacity, u->n + 2, sizeof *c->token)) return 0;
+    c->token[0] = c->token[u->n + 1] = 1;
+    for (size_t i = 0; i < u->n; i++) c->token[i + 1] = (uint16_t)(u->unit[i] + 2);
+    fwrite(c->token, sizeof *c->token, u->n + 2, c->data);
+    c->bytes += 2 * (u->n + 2);
+    return 1;
+}
+
+static int corpus_add_line(corpus *c, const char *path, const slam_units *u) {
+    c->line.n = 0;
+    if (c->audio_repr) {
+        text_add(&c->line, "{\"file_name\": ");
+        text_add_json(&c->line, path);
+        text_add(&c->line, ", \"audio_repr\": \"");
+        for (size_t i = 0; i < u->n; i++) text_add(&c->line, "<Un%d>", u->unit[i]);
+        text_add(&c->line, "\"}\n");
+    } else {
+        units line = SLAM_ZERO;
+        line.name = (char *)(uintptr_t)path;
+        line.unit = u->unit;
+        line.duration = u->duration;
+        line.n = u->n;
+        text_add_units(&c->line, &line);
+    }
+    if (c->line.failed) return 0;
+    fwrite(c->line.at, 1, c->line.n, c->data);
+    c->bytes += c->line.n;
+    return 1;
+}
+
+static int corpus_add(corpus *c, const char *path, const heard *h) {
+    slam_tokenize_report *r = c->report;
+    if (h->error) {
+        const int n = fprintf(c->failures, "%s\n", path);
+        if (n < 0) return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
+        c->failed_bytes += (uint64_t)n;
+        r->failed++;
+    } else if (!(c->binary ? corpus_add_tokens(c, &h->units) : corpus_add_line(c, path, &h->units))) return 0;
+    if (ferror(c->data)) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
+    c->done++;
+    r->samples += h->samples;
+    r->frames += h->frames;
+    r->units += h->units.n;
+    r->tokens += h->error ? 0 : h->units.n + 2;
+    return 1;
+}
+
+/* Blocks of files until the list ends or the watch says stop. */
+static int corpus_run(corpus *c, block *b) {
+    size_t n;
+    b->progress.stage = "tokenize";
+    for (size_t at = (size_t)c->done; at < b->files->n; at += n) {
+        if (!block_run(b, at, &n)) return 0;
+        int ok = 1;
+        for (size_t i = 0; i < n; i++) {
+            const heard *h = &b->result[i];
+            if (ok && h->error) block_tell(b, at + i, b->files->n, block_path(b, at + i), h->error);
+            ok = ok && corpus_add(c, block_path(b, at + i), h);
+            heard_free(&b->result[i]);
+        }
+        if (!ok) return 0;
+        const int last = at + n == b->files->n;
+        c->report->stopped = !block_tell(b, at + n, b->files->n, NULL, NULL) && !last;
+        if ((last || c->report->stopped || slam_clock() - c->committed > 5) && !corpus_commit(c)) return 0;
+        if (c->report->stopped) return 1;
+    }
+    return 1;
+}
+
+/* All is in OUT.partial: it becomes OUT, the journal goes last but for what it describes. */
+static int corpus_finish(corpus *c) {
+    const int any = c->done > c->report->failed;
+    int ok = 1;
+    if (any && c->binary) ok = corpus_shard(c, c->out);
+    if (ok && any && !c->binary && rename(c->partial, c->out) != 0) ok = fail("%s: cannot be renamed into place: %s", c->out, strerror(errno));
+    if (ok && c->report->failed && rename(c->failed_partial, c->failed) != 0) ok = fail("%s: cannot be renamed into place: %s", c->failed, strerror(errno));
+    if (!ok) return 0;
+    if (!c->report->failed) {
+        unlink(c->failed);
+        unlink(c->failed_partial);
+    }
+    unlink(c->journal);
+    unlink(c->partial);
+    c->report->shards = any ? (int)c->shards + 1 : 0;
+    return any || fail("none of the %zu files could be used", (size_t)c->done);
+}
+
+int slam_tokenize(const slam_quantiser *quantiser, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
+                  slam_speech_watch *watch, void *context, slam_tokenize_report *report) {
+    corpus c = SLAM_ZERO;
+    block b = SLAM_ZERO;
+    memset(report, 0, sizeof *report);
+    c.quantiser = b.quantiser = quantiser;
+    c.shard_tokens = shard_tokens;
+    c.audio_repr = audio_repr;
+    c.report = report;
+    c.out = text_copy(out);
+    b.speech = quantiser->speech;
+    b.files = files;
+    b.watch = watch;
+    b.context = context;
+    int ok = c.out && block_begin(&b) && corpus_begin(&c, files) && corpus_run(&c, &b);
+    report->files = (size_t)c.done;
+    if (ok && !report->stopped) ok = corpus_finish(&c);
+    if (c.data) fclose(c.data);
+    if (c.failures) fclose(c.failures);
+    block_end(&b);
+    free(c.out);
+    free(c.partial);
+    free(c.journal);
+    free(c.failed);
+    free(c.failed_partial);
+    free(c.token);
+    text_free(&c.line);
+    return ok;
+}
+
+/* ==========================================================================================
+   12. SCORING     scoring, test sets, n-grams, generation
+   What a model has learned, in nats a token: its loss on data, and beside it what counting
+   alone reaches on the same tokens.
+   may use: 1 base, 2 formats, 3 ops, 7 model, 9 data, 10 speech
+   ========================================================================================== */
+
+/* ---- loss of a model on data ---- */
+
+/* Sums the losses of `rows`, B rows at a time (fewer at the end), in double and in the order of the rows. */
+static int score_rows(slam_model *model, slam_rows *rows, slam_batch *batch, int B, float *losses, double *sum, uint64_t *targets) {
+    size_t T = (size_t)batch->T;
+    for (int more = 1; more;) {
+        for (batch->B = 0; batch->B < B; batch->B++) {
+            size_t at = (size_t)batch->B * T;
+            int n, got = slam_rows_next(rows, batch->tokens + at, batch->targets + at, batch->doc_start + at, &n);
+            if (got < 0) return 0;
+            if (got == 0) {
+                more = 0;
+                break;
+            }
+            *targets += (uint64_t)n;
+        }
+        if (batch->B == 0) break;
+        if (!slam_model_losses(model, batch, losses)) return 0;
+        for (size_t i = 0; i < (size_t)batch->B * T; i++)
+            if (batch->targets[i] >= 0) *sum += losses[i];
+    }
+    return 1;
+}
+
+int slam_score_data(slam_model *model, const slam_data *data, int source, int B, double *nll, uint64_t *targets) {
+    int V = slam_model_config(model)->V, T = data->context, ok;
+    double sum = 0;
+    *targets = 0;
+    *nll = 0;
+    if (B < 1) return fail("a batch of %d rows, expected at least 1", B);
+    if (data->V > V) return fail("data with a vocabulary of %d, but the model has one of %d", data->V, V);
+    slam_rows *rows = slam_rows_new(data, source, 0, 0);
+    if (!rows) return 0;
+    size_t n = (size_t)B * (size_t)T;
+    int *numbers = (int *)mem_new(n, 3 * sizeof *numbers);
+    float *losses = (float *)mem_new(n, sizeof *losses);
+    ok = numbers && losses;
+    if (ok) {
+        slam_batch batch = {B, T, numbers, numbers + n, numbers + 2 * n, NULL};
+        ok = score_rows(model, rows, &batch, B, losses, &sum, targets);
+    }
+    if (ok && *targets) *nll = sum / (double)*targets;
+    free(numbers);
+    free(losses);
+    slam_rows_free(rows);
+    return ok;
+}
+
+/* ---- n-grams ----
+   Only the contexts that the test data ask about are counted, so memory goes with the test data, and any amount of training
+   data streams past. What a context's followers are is counted whole: T(h) wants all of them. */
+
+/* A hash table from numbers that are not 0 to numbers: open addressing, linear probing, at most half full, multiplicative hashing
+   (Knuth, The Art of Computer Programming 3, 6.4). */
+typedef struct table_slot {
+    uint64_t key, value;
+} table_slot;
+
+typedef struct table {
+    table_slot *slot;
+    size_t n;
+    int bits; // 2^bits slots
+} table;
+
+static int table_new(table *t, int bits) {
+    t->n = 0;
+    t->bits = bits;
+    t->slot = (table_slot *)mem_new((size_t)1 << bits, sizeof *t->slot);
+    return t->slot != NULL;
+}
+
+/* The slot of this key, or the empty one where it would stand. */
+static table_slot *table_find(const table *t, uint64_t key) {
+    size_t mask = ((size_t)1 << t->bits) - 1, i = (size_t)((key * 0x9e3779b97f4a7c15u) >> (64 - t->bits));
+    while (t->slot[i].key && t->slot[i].key != key) i = (i + 1) & mask;
+    return &t->slot[i];
+}
+
+/* The slot of this key, added with value 0 if it is new; NULL: no memory. */
+static table_slot *table_add(table *t, uint64_t key) {
+    table_slot *s = table_find(t, key);
+    if (s->key) return s;
+    if (2 * (t->n + 1) > (size_t)1 << t->bits) {
+        table more;
+        if (!table_new(&more, t->bits + 1)) return NULL;
+        for (size_t i = 0; i < (size_t)1 << t->bits; i++)
+            if (t->slot[i].key) *table_find(&more, t->slot[i].key) = t->slot[i];
+        more.n = t->n;
+        free(t->slot);
+        *t = more;
+        s = table_find(t, key);
+    }
+    t->n++;
+    s->key = key;
+    return s;
+}
+
+/* c(h) and T(h) */
+typedef struct ngram_context {
+    uint64_t count, followers;
+} ngram_context;
+
+/* The counts of all contexts of one length. A context is the number that its tokens make, 16 bits each; its followers are counted
+   under (its place in the list, token). */
+typedef struct ngram_counts {
+    int length, failed;
+    table contexts, followers;
+    ngram_context *context;
+    size_t n, capacity;
+} ngram_counts;
+
+enum { NGRAM_ORDERS = 5 };
+
+static uint64_t context_of(uint64_t history, int length) {
+    return length == 0 ? 0 : history & (~(uint64_t)0 >> (64 - 16 * length));
+}
+
+/* The place of a context in the list, or -1. The empty one is always the first. */
+static int64_t context_place(const ngram_counts *c, uint64_t history) {
+    if (c->length == 0) return 0;
+    const table_slot *s = table_find(&c->contexts, context_of(history, c->length));
+    return s->key ? (int64_t)s->value : -1;
+}
+
+static uint64_t follower_key(int64_t place, int token) { return ((uint64_t)(place + 1) << 16) | (uint64_t)token; }
+
+static int add_context(ngram_counts *c) {
+    if (!mem_grow((void **)&c->context, &c->capacity, c->n + 1, sizeof *c->context)) return 0;
+    memset(&c->context[c->n++], 0, sizeof *c->context);
+    return 1;
+}
+
+/* Lists the contexts that stand before the targets of the test data. */
+static int ask_contexts(ngram_counts *c, const slam_data *test) {
+    if (c->length == 0) return add_context(c);
+    for (size_t p = 0; p < test->n; p++) {
+        const uint16_t *tokens = piece_tokens(test, &test->pieces[p]);
+        uint64_t history = 0;
+        for (uint32_t i = 1; i < test->pieces[p].n; i++) {
+            history = history << 16 | tokens[i - 1];
+            if (i < (uint32_t)c->length) continue;
+            size_t known = c->contexts.n;
+            table_slot *s = table_add(&c->contexts, context_of(history, c->length));
+            if (!s) return 0;
+            if (c->contexts.n == known) continue;
+            s->value = c->n;
+            if (!add_context(c)) return 0;
+        }
+    }
+    return 1;
+}
+
+/* Counts in the training data what follows the contexts that were asked for. */
+static int count_followers(ngram_counts *c, const slam_data *train) {
+    for (size_t p = 0; p < train->n; p++) {
+        const uint16_t *tokens = piece_tokens(train, &train->pieces[p]);
+        uint64_t history = 0;
+        for (uint32_t i = 1; i < train->pieces[p].n; i++) {
+            history = history << 16 | tokens[i - 1];
+            int64_t place = i < (uint32_t)c->length ? -1 : context_place(c, history);
+            if (place < 0) continue;
+            table_slot *s = table_add(&c->followers, follower_key(place, tokens[i]));
+            if (!s) return 0;
+            c->context[place].count++;
+            if (s->value++ == 0) c->context[place].followers++;
+        }
+    }
+    return 1;
+}
+
+/* Adds the test data's negative log-probabilities, order by order. A context that the piece is too short for, or that training
+   never saw, leaves the lower order's probability as it is. */
+static uint64_t score_ngrams(const ngram_counts *counts, const slam_data *test, int V, double *sum) {
+    uint64_t targets = 0;
+    for (size_t p = 0; p < test->n; p++) {
+        const uint16_t *tokens = piece_tokens(test, &test->pieces[p]);
+        uint64_t history = 0;
+        for (uint32_t i = 1; i < test->pieces[p].n; i++, targets++) {
+            double probability = 1.0 / V;
+            history = history << 16 | tokens[i - 1];
+            for (int k = 0; k < NGRAM_ORDERS; k++) {
+                int64_t place = i < (uint32_t)k ? -1 : context_place(&counts[k], history);
+                if (place >= 0 && counts[k].context[place].count > 0) {
+                    double count = (double)counts[k].context[place].count, followers = (double)counts[k].context[place].followers;
+                    double seen = (double)table_find(&counts[k].followers, follower_key(place, tokens[i]))->value;
+                    probability = (seen + followers * probability) / (count + followers);
+                }
+                sum[k] -= log(probability);
+            }
+        }
+    }
+    return targets;
+}
+
+/* The orders share nothing, so each is counted by a thread of its own. */
+int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets) {
+    ngram_counts counts[NGRAM_ORDERS];
+    double sum[NGRAM_ORDERS] = {0};
+    int ok = 1;
+    if (!train->prepared || !test->prepared) return fail("n-grams of data that are not prepared");
+    if (V < train->V || V < test->V)
+        return fail("n-grams over %d tokens of data with a vocabulary of %d", V, V < train->V ? train->V : test->V);
+    memset(counts, 0, sizeof counts);
+    SLAM_PARALLEL_FOR
+    for (int k = 0; k < NGRAM_ORDERS; k++) {
+        ngram_counts *c = &counts[k];
+        c->length = k;
+        c->failed =
+            !table_new(&c->contexts, 10) || !table_new(&c->followers, 10) || !ask_contexts(c, test) || !count_followers(c, train);
+    }
+    for (int k = 0; k < NGRAM_ORDERS; k++)
+        if (counts[k].failed) ok = fail("out of memory while %d-grams were counted", k + 1);
+    *targets = ok ? score_ngrams(counts, test, V, sum) : 0;
+    if (ok && *targets == 0) ok = fail("there is nothing to predict in the test data");
+    for (int k = 0; k < NGRAM_ORDERS; k++) {
+        if (ok) nll[k] = sum[k] / (double)*targets;
+        free(counts[k].contexts.slot);
+        free(counts[k].followers.slot);
+        free(counts[k].context);
+    }
+    return ok;
+}
+/* ==========================================================================================
+   13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
+   A checkpoint is written into a temporary folder, synced, and renamed: a folder that carries its
+   final name is complete, whenever the program was killed. Links are replaced by renaming, too.
+   may use: 1 base, 2 formats, 3 ops, 7 model, 8 optimiser
+   ========================================================================================== */
+
+/* ---- settings: names and texts, as the command line spells them ---- */
+
+const char *slam_settings_get(const slam_settings *s, const char *name) {
+    for (size_t i = 0; i < s->n; i++)
+        if (!strcmp(s->at[i].name, name)) return s->at[i].value;
+    return NULL;
+}
+
+int slam_settings_set(slam_settings *s, const char *name, const char *value) {
+    char *copy = text_copy(value);
+    if (!copy) return 0;
+    for (size_t i = 0; i < s->n; i++)
+        if (!strcmp(s->at[i].name, name)) {
+            free(s->at[i].value);
+            s->at[i].value = copy;
+            return 1;
+        }
+    char *key = text_copy(name);
+    if (!key || !mem_grow((void **)&s->at, &s->capacity, s->n + 1, sizeof *s->at)) {
+        free(key);
+        free(copy);
+        return 0;
+    }
+    s->at[s->n].name = key;
+    s->at[s->n++].value = copy;
+    return 1;
+}
+
+void slam_settings_free(slam_settings *s) {
+    for (size_t i = 0; i < s->n; i++) {
+        free(s->at[i].name);
+        free(s->at[i].value);
+    }
+    free(s->at);
+    memset(s, 0, sizeof *s);
+}
+
+/* ---- trainer.json ---- */
+
+/* A list is one item a line in memory and an array in the file. */
+static void add_setting(text *t, const char *value) {
+    if (!strchr(value, '\n')) {
+        text_add_json(t, value);
+        return;
+    }
+    const char *separator = "[";
+    for (const char *item = value, *end; (end = strchr(item, '\n')); item = end + 1) {
+        text one = SLAM_ZERO;
+        text_add_bytes(&one, item, (size_t)(end - item));
+        text_add(t, "%s", separator);
+        if (one.failed) t->failed = 1;
+        else text_add_json(t, one.at);
+        text_free(&one);
+        separator = ", ";
+    }
+    text_add(t, "]");
+}
+
+static void add_real(text *t, const char *name, double value) {
+    text_add(t, "  \"%s\": ", name);
+    text_add_number(t, value);
+    text_add(t, ",\n");
+}
+
+static int trainer_write(const slam_trainer *s, const char *folder) {
+    text t = SLAM_ZERO;
+    text_add(&t, "{\n  \"slam\": \"%s\",\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"tokens\": %llu,\n", SLAM_VERSION, s->step, s->steps,
+             (unsigned long long)s->tokens);
+    text_add(&t, "  \"epoch\": %llu,\n  \"row\": %llu,\n  \"skipped\": %ld,\n", (unsigned long long)s->epoch, (unsigned long long)s->row, s->skipped);
+    add_real(&t, "seconds", s->seconds);
+    if (s->best_step) add_real(&t, "best_val_loss", s->best_loss);
+    text_add(&t, "  \"best_step\": %ld,\n  \"data\": \"%016llx\",\n  \"units\": \"%08lx\",\n  \"settings\": {", s->best_step, (unsigned long long)s->data,
+             (unsigned long)s->units);
+    for (size_t i = 0; i < s->settings.n; i++) {
+        text_add(&t, i ? ",\n    " : "\n    ");
+        text_add_json(&t, s->settings.at[i].name);
+        text_add(&t, ": ");
+        add_setting(&t, s->settings.at[i].value);
+    }
+    text_add(&t, "\n  }\n}\n");
+    char *path = path_join(folder, "trainer.json");
+    const int ok = path && !t.failed && file_write(path, t.at, t.n);
+    free(path);
+    text_free(&t);
+    return ok;
+}
+
+/* A whole number up to 2^53, all that a double can count. */
+static int trainer_count(const json *root, const char *key, const char *path, uint64_t *out) {
+    double n = -1;
+    if (!json_real(root, key, path, 0, 9007199254740992.0, &n)) return 0;
+    if (n < 0 || n != floor(n)) return fail("%s: '%s' is missing or is no whole number", path, key);
+    *out = (uint64_t)n;
+    return 1;
+}
+
+static int trainer_hex(const json *root, const char *key, const char *path, uint64_t *out) {
+    const char *spelled = json_text(root, key, "");
+    char *end;
+    *out = strtoull(spelled, &end, 16);
+    return *spelled && !*end ? 1 : fail("%s: '%s' is missing or is no hexadecimal number", path, key);
+}
+
+static int settings_from_json(slam_settings *s, const json *object, const char *path) {
+    if (!object || object->type != JSON_OBJECT) return fail("%s: 'settings' is missing or is no object", path);
+    for (const json *j = object->first; j; j = j->next) {
+        text list = SLAM_ZERO;
+        int ok = j->type == JSON_STRING || j->type == JSON_ARRAY;
+        for (const json *item = j->type == JSON_ARRAY ? j->first : NULL; ok && item; item = item->next) {
+            ok = item->type == JSON_STRING;
+            if (ok) text_add(&list, "%s\n", item->string);
+        }
+        if (!ok) fail("%s: setting '%s' is neither a string nor a list of strings", path, j->key);
+        ok = ok && !list.failed && slam_settings_set(s, j->key, j->type == JSON_STRING ? j->string : list.at ? list.at : "");
+        text_free(&list);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+static int trainer_from_json(slam_trainer *s, const json *root, const char *path) {
+    uint64_t step = 0, steps = 0, skipped = 0, best = 0, units = 0;
+    if (!trainer_count(root, "step", path, &step) || !trainer_count(root, "steps", path, &steps) || !trainer_count(root, "tokens", path, &s->tokens) ||
+        !trainer_count(root, "epoch", path, &s->epoch) || !trainer_count(root, "row", path, &s->row) || !trainer_count(root, "skipped", path, &skipped) ||
+        !trainer_count(root, "best_step", path, &best) || !json_real(root, "seconds", path, 0, 1e12, &s->seconds) ||
+        !json_real(root, "best_val_loss", path, -1e300, 1e300, &s->best_loss) || !trainer_hex(root, "data", path, &s->data) ||
+        !trainer_hex(root, "units", path, &units))
+        return 0;
+    s->step = (long)step;
+    s->steps = (long)steps;
+    s->skipped = (long)skipped;
+    s->best_step = (long)best;
+    s->units = (uint32_t)units;
+    return settings_from_json(&s->settings, json_get(root, "settings"), path);
+}
+
+int slam_trainer_read(slam_trainer *s, const char *folder) {
+    char *path = path_join(folder, "trainer.json");
+    json *root = path ? json_read(path) : NULL;
+    memset(s, 0, sizeof *s);
+    int ok = root && trainer_from_json(s, root, path);
+    if (!ok) slam_trainer_free(s);
+    json_free(root);
+    free(path);
+    return ok;
+}
+
+void slam_trainer_free(slam_trainer *s) {
+    slam_settings_free(&s->settings);
+    memset(s, 0, sizeof *s);
+}
+
+/* ---- folders and links ---- */
+
+static const char checkpoint_part[] = ".checkpoint.part", link_part[] = ".link.part";
+
+/* The step of a name like step_000200; -1 where it is another. */
+static long checkpoint_step(const char *name) {
+    char *end;
+    if (strncmp(name, "step_", 5) || !isdigit((unsigned char)name[5])) return -1;
+    const long step = strtol(name + 5, &end, 10);
+    return *end ? -1 : step;
+}
+
+static void checkpoint_name(char name[32], long step) { snprintf(name, 32, "step_%06ld", step); }
+
+/* run/NAME is complete once it has its name; what a hand has removed from it since makes it unfit to go on from. */
+static int checkpoint_complete(const char *run, const char *name) {
+    static const char *const files[] = {"config.json", "optimizer.safetensors", "trainer.json"};
+    char *folder = path_join(run, name);
+    int ok = folder != NULL;
+    for (int i = 0; ok && i < 3; i++) {
+        char *path = path_join(folder, files[i]);
+        ok = path && path_is_file(path);
+        free(path);
+    }
+    free(folder);
+    return ok;
+}
+
+/* The steps of the complete checkpoints, lowest first, in memory of their own; NULL on failure. */
+static long *checkpoint_steps(const char *run, size_t *n) {
+    names list = SLAM_ZERO;
+    *n = 0;
+    long *steps = folder_list(run, &list) ? (long *)mem_new(list.n, sizeof *steps) : NULL;
+    for (size_t i = 0; steps && i < list.n; i++) {
+        const long step = checkpoint_step(list.at[i]);
+        if (step < 0 || !checkpoint_complete(run, list.at[i])) continue;
+        size_t at = (*n)++; // by number: names are in order only up to a million steps
+        for (; at > 0 && steps[at - 1] > step; at--) steps[at] = steps[at - 1];
+        steps[at] = step;
+    }
+    names_free(&list);
+    return steps;
+}
+
+/* run/NAME becomes a link to a folder beside it; at no moment is there none. */
+static int checkpoint_link(const char *run, const char *name, const char *to) {
+    char *part = path_join(run, link_part), *path = path_join(run, name);
+    int ok = part && path;
+    if (ok) {
+        unlink(part);
+        ok = symlink(to, part) == 0 && rename(part, path) == 0;
+        if (!ok) fail("%s: cannot be linked to %s: %s", path, to, strerror(errno));
+    }
+    free(part);
+    free(path);
+    return ok;
+}
+
+static int checkpoint_links(const char *run, long latest, long best) {
+    char name[32];
+    checkpoint_name(name, latest);
+    if (!checkpoint_link(run, "latest", name)) return 0;
+    checkpoint_name(name, best);
+    if (best && checkpoint_complete(run, name) && !checkpoint_link(run, "best", name)) return 0;
+    return folder_sync(run);
+}
+
+/* Removes all but the `keep` newest and the best. A folder loses its name first, so that what is half removed never passes for a checkpoint. */
+static int checkpoint_prune(const char *run, int keep, long best) {
+    size_t n;
+    long *steps = checkpoint_steps(run, &n);
+    int ok = steps != NULL;
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        char name[32];
+        checkpoint_name(name, steps[i]);
+        if (steps[i] == best) continue;
+        char *path = path_join(run, name), *part = path_join(run, checkpoint_part);
+        ok = path && part && remove_tree(part);
+        if (ok && rename(path, part) != 0) ok = fail("%s: cannot be removed: %s", path, strerror(errno));
+        ok = ok && remove_tree(part);
+        free(path);
+        free(part);
+    }
+    free(steps);
+    return ok;
+}
+
+/* Syncs every file of a folder, whoever wrote it, then the folder. */
+static int sync_files(const char *folder) {
+    names list = SLAM_ZERO;
+    int ok = folder_list(folder, &list);
+    for (size_t i = 0; ok && i < list.n; i++) {
+        char *path = path_join(folder, list.at[i]);
+        ok = path && folder_sync(path);
+        free(path);
+    }
+    names_free(&list);
+    return ok && folder_sync(folder);
+}
+
+int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer, int format, int keep) {
+    char name[32];
+    checkpoint_name(name, trainer->step);
+    char *part = path_join(run, checkpoint_part), *path = path_join(run, name);
+    int ok = part && path && remove_tree(part) && make_folders(part);
+    if (ok) {
+        ok = slam_model_save(model, part, format) && slam_optimiser_save(optimiser, part) && trainer_write(trainer, part) && sync_files(part);
+        if (ok && path_is_folder(path)) ok = remove_tree(path); // an incomplete one: training goes on from the highest that is complete
+        if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
+        if (!ok) {
+            text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
+            text_add(&why, "%s", slam_error());
+            remove_tree(part);
+            fail("%s: the checkpoint of step %ld could not be saved: %s", run, trainer->step, why.at ? why.at : "out of memory");
+            text_free(&why);
+        }
+    }
+    free(part);
+    free(path);
+    return ok && folder_sync(run) && checkpoint_links(run, trainer->step, trainer->best_step) &&
+           (keep == 0 || checkpoint_prune(run, keep, trainer->best_step));
+}
+
+int slam_checkpoint_find(const char *run, char **folder) {
+    size_t n;
+    long *steps = checkpoint_steps(run, &n);
+    char name[32];
+    *folder = NULL;
+    if (!steps) return 0;
+    if (n > 0) {
+        checkpoint_name(name, steps[n - 1]);
+        *folder = path_join(run, name);
+    }
+    const int ok = n == 0 || *folder;
+    free(steps);
+    return ok;
+}
+
+int slam_checkpoint_mend(const char *run) {
+    static const char *const leftovers[] = {checkpoint_part, link_part};
+    for (int i = 0; i < 2; i++) {
+        char *path = path_join(run, leftovers[i]);
+        const int ok = path && remove_tree(path);
+        free(path);
+        if (!ok) return 0;
+    }
+    char *folder;
+    slam_trainer trainer;
+    if (!slam_checkpoint_find(run, &folder)) return 0;
+    int ok = !folder || slam_trainer_read(&trainer, folder);
+    if (ok && folder) {
+        ok = checkpoint_links(run, trainer.step, trainer.best_step);
+        slam_trainer_free(&trainer);
+    }
+    free(folder);
+    return ok;
+}
+/* ---- its file: the moments of every tensor under the tensor's name with ".m" or ".v", and the count of updates ---- */
+
+static int moments_list(const slam_optimiser *o, float *host, tensor_out **out, parameter **parameters, names *spelled, size_t *n) {
+    size_t count = 0;
+    parameter *list = *parameters = parameters_of(&o->model->config, &count);
+    tensor_out *t = *out = list ? (tensor_out *)mem_new(2 * count, sizeof *t) : NULL;
+    for (size_t k = 0; t && k < 2 * count; k++) {
+        const parameter *p = &list[k / 2];
+        char name[96];
+        snprintf(name, sizeof name, "%s.%c", p->name, k % 2 ? 'v' : 'm');
+        if (!names_add(spelled, name)) return 0;
+        t[k].name = spelled->at[k];
+        t[k].dtype = DTYPE_F32;
+        t[k].rank = p->rows ? 2 : 1;
+        t[k].shape[0] = p->rows ? p->rows : p->cols;
+        t[k].shape[1] = p->cols;
+        t[k].data = host + (k % 2 ? o->model->w.total : 0) + p->at;
+    }
+    *n = 2 * count;
+    return t != NULL;
+}
+
+int slam_optimiser_save(slam_optimiser *o, const char *folder) {
+    slam_ops *ops = o->model->ops;
+    const size_t total = o->model->w.total;
+    float *host = (float *)mem_new(2 * total, sizeof *host);
+    char *path = path_join(folder, "optimizer.safetensors"), updates[32];
+    parameter *list = NULL;
+    tensor_out *out = NULL;
+    names spelled = SLAM_ZERO;
+    size_t n = 0;
+    snprintf(updates, sizeof updates, "%ld", o->updates);
+    const char *const metadata[] = {"updates", updates, NULL};
+    int ok = host && path && moments_list(o, host, &out, &list, &spelled, &n);
+    if (ok) {
+        ops->download(ops, host, o->m, total * sizeof *host);
+        ops->download(ops, host + total, o->v, total * sizeof *host);
+        ok = ops->finish(ops) && tensors_write(path, out, n, metadata);
+    }
+    names_free(&spelled);
+    free(out);
+    free(list);
+    free(path);
+    free(host);
+    return ok;
+}
+
+int slam_optimiser_load(slam_optimiser *o, const char *folder) {
+    slam_ops *ops = o->model->ops;
+    const size_t total = o->model->w.total;
+    float *host = (float *)mem_new(2 * total, sizeof *host);
+    char *path = path_join(folder, "optimizer.safetensors"), *end = NULL;
+    parameter *list = NULL;
+    tensor_out *out = NULL;
+    names spelled = SLAM_ZERO;
+    size_t n = 0;
+    tensors *file = host && path ? tensors_open(path) : NULL;
+    int ok = file && moments_list(o, host, &out, &list, &spelled, &n);
+    if (ok && tensors_count(file) != n) ok = fail("%s: %zu tensors, expected %zu", path, tensors_count(file), n);
+    for (size_t k = 0; ok && k < n; k++) {
+        const tensor *t = tensors_find(file, out[k].name);
+        ok = t ? tensor_shape_is(t, out[k].rank, out[k].shape[0], out[k].rank == 2 ? out[k].shape[1] : 0) &&
+                     tensor_floats(t, (float *)(uintptr_t)out[k].data, 0, t->count)
+               : fail("%s: tensor '%s' is missing", path, out[k].name);
+    }
+    const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
+    if (ok) o->updates = updates ? strtol(updates, &end, 10) : -1;
+    if (ok && (!updates || end == updates || *end || o->updates < 0)) ok = fail("%s: no count of updates in its metadata", path);
+    if (ok) {
+        ops->upload(ops, o->m, host, total * sizeof *host);
+        ops->upload(ops, o->v, host + total, total * sizeof *host);
+        ok = ops->finish(ops);
+    }
+    tensors_close(file);
+    names_free(&spelled);
+    free(out);
+    free(list);
+    free(path);
+    free(host);
+    return ok;
+}
+
+/* ==========================================================================================
+   14. RUN         what the programs share: flags, the training loop, log, progress, signals
+   And what goes with them: devices, run folders, the settings of a run that goes on.
+   may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 7 model, 8 optimiser, 9 data, 10 speech, 12 scoring, 13 checkpoints
+   ========================================================================================== */
+#include <signal.h>
+#include <sys/file.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#endif
+
+/* ---- signals ---- */
+
+static volatile sig_atomic_t signals_seen;
+
+static void signal_seen(int number) {
+    if (signals_seen) _exit(128 + number);
+    signals_seen = 1;
+}
+
+void slam_signals_catch(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = signal_seen;
+    action.sa_flags = SA_RESTART; // a read that is under way goes on: the loop looks between steps
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+int slam_signals_stop(void) { return signals_seen != 0; }
+
+int slam_refuse(const char *format, ...) {
+    char sentence[sizeof error_text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    return fail("%s", sentence);
+}
+
+/* ---- devices ---- */
+
+slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]) {
+    slam_ops *ops = NULL;
+    char *end = NULL;
+    note[0] = 0;
+    if (!strcmp(device, "auto") || !strcmp(device, "cuda")) ops = slam_cuda(0);
+    else if (!strncmp(device, "cuda:", 5) && isdigit((unsigned char)device[5])) {
+        const long n = strtol(device + 5, &end, 10);
+        if (!*end && n < 1024) ops = slam_cuda((int)n);
+        else fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
+    } else if (!strcmp(device, "cpu")) ops = slam_cpu(threads);
+    else fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
+    if (!ops && !strcmp(device, "auto")) {
+        snprintf(note, 256, "%.255s", slam_error());
+        ops = slam_cpu(threads);
+    }
+    if (ops && strcmp(dtype, "auto") && ops->bytes_per_act != (strcmp(dtype, "f32") ? 2 : 4)) {
+        fail("--dtype %s: %s computes in %s", dtype, ops->name, ops->bytes_per_act == 4 ? "f32" : "bf16");
+        slam_ops_free(ops);
+        ops = NULL;
+    }
+    return ops;
+}
+
+int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T) {
+    /* The CPU's caches hold no more of a larger one, so that it gains nothing beyond some thousand tokens. */
+    const double room = (ops->bytes_per_act == 2 ? 0.9 : 0.6) * (double)ops->memory;
+    const int most = ops->bytes_per_act == 2 ? batch : 4096 / T;
+    int micro = batch < most ? batch : most > 1 ? most : 1;
+    while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, 1).total > room) micro--;
+    const int parts = (batch + micro - 1) / micro; // equal parts take as many passes and less memory
+    return (batch + parts - 1) / parts;
+}
+
+/* ---- paths ---- */
+
+static char *program_path(const char *argv0) {
+    char found[4096];
+#ifdef __APPLE__
+    uint32_t size = sizeof found;
+    if (_NSGetExecutablePath(found, &size) == 0) return text_copy(found);
+#else
+    const ssize_t n = readlink("/proc/self/exe", found, sizeof found - 1);
+    if (n > 0) {
+        found[n] = 0;
+        return text_copy(found);
+    }
+#endif
+    if (strchr(argv0, '/') || !getenv("PATH")) return text_copy(argv0);
+    for (const char *at = getenv("PATH"); *at;) {
+        const size_t length = strcspn(at, ":");
+        text folder = SLAM_ZERO;
+        text_add_bytes(&folder, length ? at : ".", length ? length : 1);
+        char *path = folder.failed ? NULL : path_join(folder.at, argv0);
+        text_free(&folder);
+        if (path && path_is_file(path)) return path;
+        free(path);
+        at += length + (at[length] == ':');
+    }
+    return text_copy(argv0);
+}
+
+char *slam_path_beside(const char *argv0, const char *name) {
+    char *program = program_path(argv0), *path = NULL;
+    if (program) {
+        char *slash = strrchr(program, '/');
+        if (slash) *slash = 0;
+        path = path_join(slash ? (slash == program ? "/" : program) : ".", name);
+    }
+    free(program);
+    return path;
+}
+
+char *slam_path_absolute(const char *path) {
+    char *whole = realpath(path, NULL);
+    if (whole) return whole;
+    char here[4096];
+    if (path[0] == '/') return text_copy(path);
+    if (!getcwd(here, sizeof here)) {
+        fail("the current folder: %s", strerror(errno));
+        return NULL;
+    }
+    return path_join(here, path);
+}
+
+/* ---- run folders ---- */
+
+/* What makes a folder a run's. */
+static int holds_run(const char *folder) {
+    names list = SLAM_ZERO;
+    int found = 0;
+    if (path_is_folder(folder) && folder_list(folder, &list))
+        for (size_t i = 0; i < list.n; i++)
+            found = found || !strcmp(list.at[i], "log.jsonl") || !strcmp(list.at[i], "trainer.json") || checkpoint_step(list.at[i]) >= 0;
+    names_free(&list);
+    return found;
+}
+
+char *slam_run_new(const char *name) {
+    if (!make_folders("runs")) return NULL;
+    for (int n = 1; n < 1000000; n++) {
+        text t = SLAM_ZERO;
+        text_add(&t, n == 1 ? "runs/%s" : "runs/%s-%d", name, n);
+        if (!t.failed && mkdir(t.at, 0777) == 0) return t.at;
+        const int taken = !t.failed && errno == EEXIST;
+        if (!t.failed && !taken) fail("%s: cannot make this folder: %s", t.at, strerror(errno));
+        text_free(&t);
+        if (!taken) return NULL;
+    }
+    fail("runs: a million folders are taken");
+    return NULL;
+}
+
+int slam_run_claim(const char *folder) {
+    if (holds_run(folder))
+        return fail("%s: holds a run already; --resume goes on with it, another --out begins a new one (nothing is overwritten)", folder);
+    return 1;
+}
+
+/* When a run was last written to, in nanoseconds: by its log, else by itself. */
+static int64_t run_age(const char *folder) {
+    struct stat s;
+    char *log = path_join(folder, "log.jsonl");
+    const int ok = (log && stat(log, &s) == 0) || stat(folder, &s) == 0;
+    free(log);
+    if (!ok) return 0;
+#ifdef __APPLE__
+    return (int64_t)s.st_mtimespec.tv_sec * 1000000000 + s.st_mtimespec.tv_nsec;
+#else
+    return (int64_t)s.st_mtim.tv_sec * 1000000000 + s.st_mtim.tv_nsec;
+#endif
+}
+
+/* NAME, NAME-2, NAME-3, ... */
+static int run_has_name(const char *folder, const char *name) {
+    const size_t n = strlen(name);
+    if (strncmp(folder, name, n)) return 0;
+    return !folder[n] || (folder[n] == '-' && folder[n + 1] && folder[n + 1 + strspn(folder + n + 1, "0123456789")] == 0);
+}
+
+char *slam_run_newest(const char *name) {
+    names list = SLAM_ZERO;
+    char *newest = NULL;
+    int64_t age = -1;
+    int ok = !path_is_folder("runs") || folder_list("runs", &list);
+    for (size_t i = 0; ok && i < list.n; i++) {
+        char *folder = path_join("runs", list.at[i]), *checkpoint = NULL;
+        ok = folder != NULL;
+        int fits = ok && path_is_folder(folder) && (!name || run_has_name(list.at[i], name));
+        if (fits && !name) fits = slam_checkpoint_find(folder, &checkpoint) && checkpoint;
+        if (fits && run_age(folder) > age) {
+            age = run_age(folder);
+            free(newest);
+            newest = folder;
+        } else free(folder);
+        free(checkpoint);
+    }
+    names_free(&list);
+    if (ok && !newest) fail("runs: no run%s%s%s here yet", name ? " '" : " with a checkpoint", name ? name : "", name ? "'" : "");
+    return newest;
+}
+
+char *slam_run_model(const char *path) {
+    char *run = path ? text_copy(path) : slam_run_newest(NULL), *config = run ? path_join(run, "config.json") : NULL, *checkpoint = NULL;
+    if (config && !path_is_file(config) && path_is_folder(run)) {
+        if (!slam_checkpoint_find(run, &checkpoint)) {
+            free(run);
+            run = NULL;
+        } else if (checkpoint) {
+            free(run);
+            run = checkpoint;
+        }
+    }
+    free(config);
+    return run;
+}
+
+/* ---- settings of a run that goes on ---- */
+
+/* Whether a word is among words that are parted by spaces. */
+static int among(const char *words, const char *word) {
+    const size_t n = strlen(word);
+    for (const char *at = words; (at = strstr(at, word)); at += n)
+        if ((at == words || at[-1] == ' ') && (at[n] == ' ' || !at[n])) return 1;
+    return 0;
+}
+
+int slam_settings_keep(slam_settings *s, const slam_flags *flags, const char *without) {
+    for (int i = 0; i < flags->n; i++) {
+        const char *name = flags->at[i].name;
+        if (!name || !flags->at[i].set || among(without, name)) continue;
+        char *value = slam_flags_text(flags, name);
+        const int ok = value && slam_settings_set(s, name, value);
+        free(value);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+/* A flag that was given on the command line beside the value that the run has, NULL: none. */
+static int setting_agrees(const slam_flag *flag, const char *given, const char *stored, const char *may_change, const char *may_grow) {
+    if (!strcmp(given, "auto") || among(may_change, flag->name) || (stored && !strcmp(given, stored))) return 1;
+    if (!among(may_grow, flag->name)) return fail("--%s %s: the run that is resumed has %s", flag->name, given, stored ? stored : "none");
+    if (stored && strtod(stored, NULL) > strtod(given, NULL))
+        return fail("--%s %s: the run that is resumed has %s, and a limit may only grow", flag->name, given, stored);
+    return 1;
+}
+
+int slam_settings_recall(const slam_settings *s, slam_flags *flags, const char *without, const char *may_change, const char *may_grow) {
+    for (int i = 0; i < flags->n; i++) {
+        const slam_flag *flag = &flags->at[i];
+        if (!flag->name || among(without, flag->name)) continue;
+        const char *stored = slam_settings_get(s, flag->name);
+        char *given = slam_flags_text(flags, flag->name);
+        const int takes_stored = given && stored && (!flag->given || !strcmp(given, "auto"));
+        int ok = given && (!flag->given || setting_agrees(flag, given, stored, may_change, may_grow));
+        free(given);
+        if (ok && takes_stored) ok = slam_flags_set(flags, flag->name, stored);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+static int list_lines(text *t, const slam_list *list, int absolute) {
+    text_add_bytes(t, "", 0);
+    for (size_t i = 0; i < list->n; i++) {
+        char *path = absolute ? slam_path_absolute(list->at[i]) : text_copy(list->at[i]);
+        if (!path) return 0;
+        text_add(t, "%s\n", path);
+        free(path);
+    }
+    return !t->failed;
+}
+
+int slam_settings_keep_paths(slam_settings *s, const char *name, const slam_list *given) {
+    text as_given = SLAM_ZERO, absolute = SLAM_ZERO, key = SLAM_ZERO;
+    text_add(&key, "%s_absolute", name);
+    const int ok = list_lines(&as_given, given, 0) && list_lines(&absolute, given, 1) && !key.failed && slam_settings_set(s, name, as_given.at) &&
+                   slam_settings_set(s, key.at, absolute.at);
+    text_free(&as_given);
+    text_free(&absolute);
+    text_free(&key);
+    return ok;
+}
+
+static int list_add_lines(slam_list *list, const char *lines) {
+    for (const char *at = lines, *end; (end = strchr(at, '\n')); at = end + 1) {
+        text one = SLAM_ZERO;
+        text_add_bytes(&one, at, (size_t)(end - at));
+        const int ok = !one.failed && slam_list_add(list, one.at);
+        text_free(&one);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+int slam_settings_recall_paths(const slam_settings *s, const char *name, slam_list *given, slam_list *paths) {
+    text key = SLAM_ZERO, absolute = SLAM_ZERO;
+    text_add(&key, "%s_absolute", name);
+    const char *as_given = slam_settings_get(s, name), *stored = key.failed ? NULL : slam_settings_get(s, key.at);
+    int ok = as_given && stored ? 1 : fail("trainer.json: does not say what '%s' of this run was", name);
+    ok = ok && list_lines(&absolute, given, 1);
+    if (ok && given->n && strcmp(absolute.at, stored))
+        ok = fail("%s %.*s: the run that is resumed has %.*s", name, (int)strcspn(absolute.at, "\n"), absolute.at, *stored ? (int)strcspn(stored, "\n") : 4,
+                  *stored ? stored : "none");
+    if (ok && !given->n) ok = list_add_lines(given, as_given);
+    ok = ok && list_add_lines(paths, stored);
+    for (size_t i = 0; ok && i < paths->n && i < given->n; i++) {
+        if (path_is_file(paths->at[i]) || strpbrk(paths->at[i], "*?[") || !path_is_file(given->at[i])) continue;
+        free(paths->at[i]); // run and data have moved together
+        ok = (paths->at[i] = text_copy(given->at[i])) != NULL;
+    }
+    text_free(&key);
+    text_free(&absolute);
+    return ok;
+}
+
+int slam_run_find(const char *name, const char *out, char **folder, char **checkpoint, slam_trainer *trainer) {
+    memset(trainer, 0, sizeof *trainer);
+    *checkpoint = NULL;
+    *folder = out ? text_copy(out) : slam_run_newest(name);
+    if (!*folder) return !out; // nothing to go on with yet
+    if (!path_is_folder(*folder)) return 1;
+    if (!slam_checkpoint_find(*folder, checkpoint)) return 0;
+    char *note = path_join(*folder, "trainer.json");
+    const int begun = *checkpoint || (note && path_is_file(note));
+    free(note);
+    return !begun || slam_trainer_read(trainer, *checkpoint ? *checkpoint : *folder);
+}
+
+/* ---- pre-training: a task over packed rows ---- */
+
+struct slam_pretraining {
+    slam_model *model;
+    slam_rows *rows;
+    const slam_data *val;
+    const slam_list *val_names;
+    int batch, micro, T;
+    int *ints, *tokens, *targets, *doc_start; // (batch,T) each
+};
+
+/* The next row, over the end of an epoch where it must: batches run on, rows do not. */
+static int draw_row(slam_rows *rows, int *tokens, int *targets, int *doc_start, int *n_targets) {
+    int n = slam_rows_next(rows, tokens, targets, doc_start, n_targets);
+    if (n == 0) n = slam_rows_next(rows, tokens, targets, doc_start, n_targets);
+    if (n == 0) return fail("an epoch of the data has no rows");
+    return n > 0 ? n : 0;
+}
+
+static int pretraining_next(void *context, uint64_t *tokens, uint64_t *terms) {
+    slam_pretraining *p = (slam_pretraining *)context;
+    *tokens = *terms = 0;
+    for (int b = 0; b < p->batch; b++) {
+        const size_t at = (size_t)b * p->T;
+        int targets = 0;
+        const int n = draw_row(p->rows, p->tokens + at, p->targets + at, p->doc_start + at, &targets);
+        if (!n) return 0;
+        *tokens += (uint64_t)n;
+        *terms += (uint64_t)targets;
+    }
+    return *terms > 0 ? 1 : fail("a batch of %d rows has no token to predict", p->batch);
+}
+
+static int pretraining_accumulate(void *context, uint64_t terms) {
+    slam_pretraining *p = (slam_pretraining *)context;
+    for (int b = 0; b < p->batch; b += p->micro) {
+        const size_t at = (size_t)b * p->T;
+        slam_batch batch;
+        batch.B = p->batch - b < p->micro ? p->batch - b : p->micro;
+        batch.T = p->T;
+        batch.tokens = p->tokens + at;
+        batch.targets = p->targets + at;
+        batch.doc_start = p->doc_start + at;
+        batch.hole = NULL;
+        if (!slam_model_backward(p->model, &batch, (float)(1.0 / (double)terms), NULL, NULL)) return 0;
+    }
+    return 1;
+}
+
+/* The mean over all sources' targets, which is not the mean of their means. */
+static int pretraining_evaluate(void *context, double *losses) {
+    slam_pretraining *p = (slam_pretraining *)context;
+    double sum = 0, count = 0;
+    for (int s = 0; s < slam_data_sources(p->val); s++) {
+        uint64_t targets;
+        if (!slam_score_data(p->model, p->val, s, p->micro, losses + 1 + s, &targets)) return 0;
+        sum += losses[1 + s] * (double)targets;
+        count += (double)targets;
+    }
+    if (count == 0) return fail("the validation data have no token to predict");
+    losses[0] = slam_data_sources(p->val) == 1 ? losses[1] : sum / count;
+    return 1;
+}
+
+static const char *pretraining_source(void *context, int source) { return ((slam_pretraining *)context)->val_names->at[source]; }
+static void pretraining_tell(void *context, uint64_t *epoch, uint64_t *row) { slam_rows_tell(((slam_pretraining *)context)->rows, epoch, row); }
+static int pretraining_seek(void *context, uint64_t epoch, uint64_t row) { return slam_rows_seek(((slam_pretraining *)context)->rows, epoch, row); }
+
+slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data, const slam_data *val, const slam_list *val_names, int context,
+                                        int batch, int micro, uint64_t seed) {
+    slam_pretraining *p = (slam_pretraining *)mem_new(1, sizeof *p);
+    const size_t n = (size_t)batch * (size_t)context;
+    if (!p) return NULL;
+    p->model = model;
+    p->val = val;
+    p->val_names = val_names;
+    p->batch = batch;
+    p->micro = micro;
+    p->T = context;
+    p->rows = slam_rows_new(data, -1, seed, 1);
+    p->ints = p->rows ? (int *)mem_new(n, 3 * sizeof *p->ints) : NULL;
+    if (!p->ints || !slam_model_plan(model, micro, context, 1)) {
+        slam_pretraining_free(p);
+        return NULL;
+    }
+    p->tokens = p->ints;
+    p->targets = p->ints + n;
+    p->doc_start = p->ints + 2 * n;
+    return p;
+}
+
+void slam_pretraining_free(slam_pretraining *p) {
+    if (!p) return;
+    slam_rows_free(p->rows);
+    free(p->ints);
+    free(p);
+}
+
+slam_task slam_pretraining_task(slam_pretraining *p) {
+    slam_task task;
+    memset(&task, 0, sizeof task);
+    task.context = p;
+    task.next = pretraining_next;
+    task.accumulate = pretraining_accumulate;
+    task.evaluate = p->val ? pretraining_evaluate : NULL;
+    task.sources = p->val ? slam_data_sources(p->val) : 0;
+    task.source_name = pretraining_source;
+    task.tell = pretraining_tell;
+    task.seek = pretraining_seek;
+    return task;
+}
+
+/* Calls `use` with the rows of the shuffled stream until it returns 0. */
+static int rows_each(const slam_data *data, int T, uint64_t seed, int (*use)(void *, const int *row, int tokens), void *context) {
+    slam_rows *rows = slam_rows_new(data, -1, seed, 1);
+    int *ints = rows ? (int *)mem_new((size_t)T, 3 * sizeof *ints) : NULL, n = ints != NULL, targets;
+    while (n > 0 && (n = draw_row(rows, ints, ints + T, ints + 2 * T, &targets)) > 0 && use(context, ints, n)) {}
+    free(ints);
+    slam_rows_free(rows);
+    return n > 0;
+}
+
+typedef struct token_count {
+    uint64_t rows, tokens, enough;
+    int batch;
+} token_count;
+
+static int count_tokens(void *context, const int *row, int tokens) {
+    token_count *c = (token_count *)context;
+    (void)row;
+    c->rows++;
+    c->tokens += (uint64_t)tokens;
+    return !slam_signals_stop() && (c->tokens < c->enough || c->rows % (uint64_t)c->batch);
+}
+
+int slam_steps_for_tokens(const slam_data *data, int context, int batch, uint64_t seed, uint64_t tokens, long *steps) {
+    token_count c = {0, 0, tokens, batch};
+    if (!rows_each(data, context, seed, count_tokens, &c)) return 0;
+    *steps = (long)((c.rows + (uint64_t)batch - 1) / (uint64_t)batch);
+    return 1;
+}
+
+typedef struct row_hash {
+    uint64_t hash;
+    int rows, T;
+} row_hash;
+
+static int hash_row(void *context, const int *row, int tokens) {
+    row_hash *h = (row_hash *)context;
+    (void)tokens;
+    h->hash = hash_bytes(h->hash, row, (size_t)h->T * sizeof *row);
+    return ++h->rows < 16;
+}
+
+int slam_data_hash(const slam_data *data, const slam_data_size *size, int context, uint64_t seed, uint64_t *hash) {
+    const uint64_t numbers[] = {size->documents, size->pieces, size->tokens, size->targets, size->rows, (uint64_t)context, (uint64_t)slam_data_sources(data)};
+    row_hash h = {hash_bytes(HASH_START, numbers, sizeof numbers), 0, context};
+    if (!rows_each(data, context, seed, hash_row, &h)) return 0;
+    *hash = h.hash;
+    return 1;
+}
+
+/* ---- the log: one JSON object a line ---- */
+
+static int log_keeps(const char *line, size_t n, long step) {
+    json *root = json_parse(line, n, "log.jsonl");
+    double at = -1;
+    const int known = root && json_real(root, "step", "log.jsonl", 0, 1e15, &at);
+    json_free(root);
+    return known && at >= 0 && at <= (double)step;
+}
+
+/* Removes the lines past a step, and a last one that a kill has torn. */
+static int log_cut(const char *path, long step) {
+    file_map map;
+    text kept = SLAM_ZERO;
+    if (!path_is_file(path)) return 1;
+    if (!map_open(&map, path)) return 0;
+    const char *at = (const char *)map.data, *end = at + map.size;
+    for (const char *next; at < end; at = next) {
+        const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
+        if (!newline) break;
+        next = newline + 1;
+        if (log_keeps(at, (size_t)(newline - at), step)) text_add_bytes(&kept, at, (size_t)(next - at));
+    }
+    const int same = kept.n == map.size;
+    map_close(&map);
+    const int ok = !kept.failed && (same || file_write(path, kept.n ? kept.at : "", kept.n));
+    text_free(&kept);
+    return ok;
+}
+
+static void add_member(text *t, const char *name, double value) {
+    text_add(t, ", \"%s\": ", name);
+    text_add_number(t, value);
+}
+
+/* Writes a line and hands it to the system, so that a kill takes none of it back; frees the text. */
+static int log_line(FILE *log, const char *path, text *t) {
+    text_add(t, "}\n");
+    int ok = !t->failed;
+    if (ok && (fwrite(t->at, 1, t->n, log) != t->n || fflush(log) != 0)) ok = fail("%s: cannot be written: %s", path, strerror(errno));
+    text_free(t);
+    return ok;
+}
+
+/* ---- the machine's peak ---- */
+
+/* FLOP/s of the model's largest product, gate and up of the MLP, as the forward pass calls it: the best of some calls; 0: no memory left for it. */
+static double measure_peak(slam_ops *ops, const slam_config *c, int rows) {
+    const int N = rows < 8192 ? rows : 8192, C = c->C, O = 2 * c->F, act = ops->bytes_per_act;
+    const size_t nx = (size_t)N * C, nw = (size_t)O * C, n = nx > nw ? nx : nw;
+    float *host = (float *)mem_new(n, sizeof *host), *numbers = (float *)ops->alloc(ops, n * sizeof *numbers);
+    slam_act *x = (slam_act *)ops->alloc(ops, nx * act), *w = (slam_act *)ops->alloc(ops, nw * act), *out = (slam_act *)ops->alloc(ops, (size_t)N * O * act);
+    double best = 0;
+    if (host && numbers && x && w && out) {
+        uint64_t state = 1; // products of zeros run faster than those of numbers
+        for (size_t i = 0; i < n; i++) host[i] = (float)rng_uniform(&state) - 0.5f;
+        ops->upload(ops, numbers, host, n * sizeof *numbers);
+        ops->to_act(ops, x, numbers, nx);
+        ops->to_act(ops, w, numbers, nw);
+        ops->finish(ops);
+        const double began = slam_clock();
+        for (int i = 0; i < 4 || (i < 100 && slam_clock() - began < 0.03); i++) {
+            const double start = slam_clock();
+            ops->matmul_forward(ops, out, x, w, NULL, N, C, O);
+            if (!ops->finish(ops)) break;
+            const double speed = 2.0 * N * C * O / (slam_clock() - start);
+            if (speed > best) best = speed;
+        }
+    }
+    ops->release(ops, x);
+    ops->release(ops, w);
+    ops->release(ops, out);
+    ops->release(ops, numbers);
+    free(host);
+    return best;
+}
+
+/* ---- what is shown ---- */
+
+const char *slam_spell_count(char s[32], double n) {
+    static const char unit[] = " kMBT";
+    int u = 0;
+    for (; u < 4 && n >= 999.5; u++) n /= 1000;
+    if (u) snprintf(s, 32, n < 9.995 ? "%.2f%c" : n < 99.95 ? "%.1f%c" : "%.0f%c", n, unit[u]);
+    else snprintf(s, 32, "%.0f", n);
+    return s;
+}
+
+const char *slam_spell_time(char s[32], double seconds) {
+    const unsigned t = seconds > 0 ? seconds < 4e9 ? (unsigned)(seconds + 0.5) : 4000000000u : 0;
+    if (t < 3600) snprintf(s, 32, "%u:%02u", t / 60, t % 60);
+    else snprintf(s, 32, "%u:%02u:%02u", t / 3600, t / 60 % 60, t % 60);
+    return s;
+}
+
+typedef struct step_report {
+    double loss, grad_norm, lr, tokens_per_second, peak_share, seconds_left;
+} step_report;
+
+/* One line that is written over, 79 columns at most. */
+static void show_bar(const slam_run *r, const step_report *s) {
+    char rate[32], left[32], bar[13];
+    const long filled = 12 * r->trainer.step / r->trainer.steps;
+    for (int i = 0; i < 12; i++) bar[i] = i < filled ? '#' : '-';
+    bar[12] = 0;
+    printf("\r\033[K%ld/%ld [%s] loss %.4f %s tok/s", r->trainer.step, r->trainer.steps, bar, s->loss, slam_spell_count(rate, s->tokens_per_second));
+    if (s->peak_share > 0) printf(" %.0f%% peak", 100 * s->peak_share);
+    printf(" %s left", slam_spell_time(left, s->seconds_left));
+    fflush(stdout);
+}
+
+static void show_line(const slam_run *r, const step_report *s) {
+    char rate[32], seen[32], left[32];
+    printf("step %ld/%ld  %s tokens  loss %.4f  norm %.3f  lr %.2e  %s tok/s", r->trainer.step, r->trainer.steps,
+           slam_spell_count(seen, (double)r->trainer.tokens), s->loss, s->grad_norm, s->lr, slam_spell_count(rate, s->tokens_per_second));
+    if (s->peak_share > 0) printf("  %.0f%% of peak", 100 * s->peak_share);
+    printf("  %s left\n", slam_spell_time(left, s->seconds_left));
+    fflush(stdout);
+}
+
+static void clear_bar(void) {
+    if (isatty(STDOUT_FILENO)) printf("\r\033[K");
+}
+
+/* ---- the training loop ---- */
+
+static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
+
+/* Evaluations and checkpoints that step k is due for; the last step is due for both. */
+static int run_due(const slam_run *r, long every) { return r->trainer.step == r->trainer.steps || (every > 0 && r->trainer.step % every == 0); }
+
+static double learning_rate(const slam_run *r) {
+    const long share = (long)ceil(r->warmup_share * (double)r->trainer.steps), warmup = r->warmup > share ? r->warmup : share;
+    return slam_schedule(r->schedule, r->trainer.step, r->trainer.steps, warmup, r->lr, r->min_lr);
+}
+
+/* The next batch and one update; what the loop needs to know of it. */
+static int run_step(slam_run *r, double lr, slam_step *step, uint64_t *tokens, double *loss) {
+    uint64_t terms;
+    if (!r->task.next(r->task.context, tokens, &terms) || !r->task.accumulate(r->task.context, terms) || !slam_optimiser_step(r->optimiser, lr, step))
+        return 0;
+    *loss = step->loss_sum / (double)terms;
+    return 1;
+}
+
+static int run_evaluate(slam_run *r, FILE *log, const char *path) {
+    double *losses = (double *)mem_new((size_t)r->task.sources + 1, sizeof *losses);
+    const double start = slam_clock();
+    int ok = losses && r->task.evaluate(r->task.context, losses);
+    if (ok) {
+        slam_trainer *t = &r->trainer;
+        text line = SLAM_ZERO;
+        r->val_loss = losses[0];
+        r->val_step = t->step;
+        r->val_seconds = slam_clock() - start;
+        text_add(&line, "{\"step\": %ld", t->step);
+        add_member(&line, "val_loss", losses[0]);
+        if (r->task.sources > 1) text_add(&line, ", \"val_loss_by_source\": {");
+        for (int s = 0; r->task.sources > 1 && s < r->task.sources; s++) {
+            if (s) text_add(&line, ", ");
+            text_add_json(&line, r->task.source_name(r->task.context, s));
+            text_add(&line, ": ");
+            text_add_number(&line, losses[1 + s]);
+        }
+        if (r->task.sources > 1) text_add(&line, "}");
+        ok = log_line(log, path, &line);
+        clear_bar();
+        printf("step %ld/%ld  val_loss %.4f", t->step, t->steps, losses[0]);
+        for (int s = 0; r->task.sources > 1 && s < r->task.sources; s++)
+            printf("%s %s %.4f", s ? "," : " :", path_name(r->task.source_name(r->task.context, s)), losses[1 + s]);
+        printf("\n");
+        fflush(stdout);
+    }
+    free(losses);
+    return ok;
+}
+
+/* The log is on the disk before the checkpoint is, so that no line is missing of what a checkpoint has seen. */
+static int run_save(slam_run *r, FILE *log, const char *path) {
+    slam_trainer *t = &r->trainer;
+    const double start = slam_clock();
+    if (r->val_step == t->step && isfinite(r->val_loss) && (t->best_step == 0 || r->val_loss < t->best_loss)) {
+        t->best_loss = r->val_loss;
+        t->best_step = t->step;
+    }
+    if (fsync(fileno(log)) != 0) return fail("%s: cannot be written: %s", path, strerror(errno));
+    r->task.tell(r->task.context, &t->epoch, &t->row);
+    t->seconds = run_seconds(r);
+    if (!slam_checkpoint_save(r->folder, r->model, r->optimiser, t, r->format, r->keep)) return 0;
+    r->saved_step = t->step;
+    r->save_seconds = slam_clock() - start;
+    return 1;
+}
+
+static int log_step(const slam_run *r, FILE *log, const char *path, const step_report *s) {
+    text t = SLAM_ZERO;
+    text_add(&t, "{\"step\": %ld, \"tokens\": %llu", r->trainer.step, (unsigned long long)r->trainer.tokens);
+    add_member(&t, "loss", s->loss);
+    add_member(&t, "grad_norm", s->grad_norm);
+    add_member(&t, "lr", s->lr);
+    if (r->trainer.skipped) text_add(&t, ", \"skipped\": %ld", r->trainer.skipped);
+    if (r->task.members) text_add(&t, "%s", r->task.members(r->task.context));
+    add_member(&t, "seconds", run_seconds(r));
+    add_member(&t, "tokens_per_second", s->tokens_per_second);
+    add_member(&t, "peak_share", s->peak_share);
+    return log_line(log, path, &t);
+}
+
+/* Steps until the run ends; leaves why in r->ended. */
+static int run_loop(slam_run *r, FILE *log, const char *path) {
+    slam_trainer *t = &r->trainer;
+    const double flops = slam_config_flops(slam_model_config(r->model), r->context), start = slam_clock();
+    const long first = t->step;
+    const int bar = isatty(STDOUT_FILENO);
+    double peak = 0, shown = 0, slowest = 0;
+    for (int in_a_row = 0; t->step < t->steps && !(r->max_tokens && t->tokens >= r->max_tokens);) {
+        const double began = slam_clock();
+        r->ended = slam_signals_stop() ? SLAM_ENDED_SIGNAL : r->ended;
+        if (r->max_seconds && run_seconds(r) + slowest + (r->task.evaluate && r->eval_every ? r->val_seconds : 0) + r->save_seconds >= r->max_seconds)
+            r->ended = SLAM_ENDED_TIME;
+        if (r->ended != SLAM_ENDED_LIMIT) return 1;
+        step_report s = SLAM_ZERO;
+        slam_step step;
+        uint64_t tokens;
+        s.lr = learning_rate(r);
+        if (!run_step(r, s.lr, &step, &tokens, &s.loss)) return 0;
+        const double seconds = slam_clock() - began;
+        t->tokens += tokens;
+        if (step.skipped) {
+            t->skipped++;
+            clear_bar();
+            printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n", t->step + 1, t->steps,
+                   s.loss, step.grad_norm, t->skipped);
+            if (++in_a_row == 20) return fail("loss or gradient norm was not finite 20 times in a row after step %ld; the last checkpoint is intact", t->step);
+            continue;
+        }
+        in_a_row = 0;
+        t->step++;
+        slowest = seconds > slowest ? seconds : slowest;
+        if (peak == 0) peak = measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
+        s.grad_norm = step.grad_norm;
+        s.tokens_per_second = (double)tokens / seconds;
+        s.peak_share = peak > 0 ? flops * s.tokens_per_second / peak : 0;
+        s.seconds_left = (slam_clock() - start) / (double)(t->step - first) * (double)(t->steps - t->step);
+        if (r->max_seconds && s.seconds_left > r->max_seconds - run_seconds(r)) s.seconds_left = r->max_seconds - run_seconds(r);
+        if (!log_step(r, log, path, &s)) return 0;
+        if (bar && (slam_clock() - shown > 0.1 || t->step == t->steps)) {
+            show_bar(r, &s);
+            shown = slam_clock();
+        } else if (!bar && (t->step == 1 || t->step == t->steps || (r->log_every > 0 && t->step % r->log_every == 0))) show_line(r, &s);
+        if (r->task.evaluate && r->eval_every && run_due(r, r->eval_every) && !run_evaluate(r, log, path)) return 0;
+        if (run_due(r, r->save_every) && !run_save(r, log, path)) return 0;
+    }
+    return 1;
+}
+
+int slam_run_train(slam_run *r) {
+    char *path = path_join(r->folder, "log.jsonl");
+    FILE *log = path ? fopen(path, "ab") : NULL;
+    if (path && !log) fail("%s: cannot be written: %s", path, strerror(errno));
+    const long first = r->saved_step = r->trainer.step;
+    r->ended = SLAM_ENDED_LIMIT;
+    int ok = log && run_loop(r, log, path);
+    /* What a signal cuts short is evaluated where it goes on, so that the log is the one of a run that was not. */
+    if (ok && r->trainer.step > first && r->val_step != r->trainer.step && r->task.evaluate && r->eval_every && r->ended != SLAM_ENDED_SIGNAL)
+        ok = run_evaluate(r, log, path);
+    if (ok && r->saved_step < r->trainer.step) ok = run_save(r, log, path);
+    clear_bar();
+    if (log && fclose(log) != 0 && ok) ok = fail("%s: cannot be written: %s", path, strerror(errno));
+    free(path);
+    return ok;
+}
+
+/* Two processes in one folder would write over each other. The lock goes with the process, however it ends. */
+static int lock_folder(slam_run *r) {
+    if (!make_folders(r->folder)) return 0;
+    const int fd = open(r->folder, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return fail("%s: %s", r->folder, strerror(errno));
+    r->lock = fd;
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) return fail("%s: another process is at work on this run", r->folder);
+    return 1; // a file system without locks does without
+}
+
+int slam_run_begin(slam_run *r, const char *checkpoint) {
+    slam_trainer *t = &r->trainer;
+    char *log = path_join(r->folder, "log.jsonl");
+    r->optimiser = slam_optimiser_new(r->model, &r->adamw);
+    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_mend(r->folder) && (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
+    if (ok && checkpoint && slam_optimiser_updates(r->optimiser) != t->step)
+        ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint, slam_optimiser_updates(r->optimiser), t->step);
+    r->before = t->seconds;
+    ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step);
+    free(log);
+    return ok;
+}
+
+int slam_run_note(const slam_run *r) { return trainer_write(&r->trainer, r->folder) && folder_sync(r->folder); }
+
+/* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is thrown away: what follows is the run that its
+   number of steps alone would have given. The first step is slower than the rest and not counted. */
+static int time_steps(slam_run *r, double *seconds) {
+    slam_step step;
+    uint64_t tokens;
+    double loss, start = slam_clock();
+    const double some = 0.02 * r->max_seconds, enough = some > 20 ? 20 : some < 1 ? 0.1 * r->max_seconds < 1 ? 0.1 * r->max_seconds : 1 : some;
+    int n = 0, ok = 1;
+    r->optimiser = slam_optimiser_new(r->model, &r->adamw);
+    for (ok = r->optimiser != NULL; ok && (n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
+        if (n == 1) start = slam_clock();
+        ok = run_step(r, 0, &step, &tokens, &loss);
+        if (ok && slam_signals_stop()) ok = fail("stopped before the first step");
+    }
+    *seconds = (slam_clock() - start) / (n > 1 ? n - 1 : 1);
+    slam_optimiser_free(r->optimiser);
+    r->optimiser = NULL;
+    return ok;
+}
+
+int slam_run_time(slam_run *r) {
+    slam_trainer *t = &r->trainer;
+    double step, evaluation = 0;
+    int ok = time_steps(r, &step);
+    if (ok && r->task.evaluate && r->eval_every) {
+        const double start = slam_clock();
+        double *losses = (double *)mem_new((size_t)r->task.sources + 1, sizeof *losses);
+        ok = losses && r->task.evaluate(r->task.context, losses);
+        evaluation = r->val_seconds = slam_clock() - start;
+        free(losses);
+    }
+    if (!ok) return 0;
+    /* weights and two moments, written at the 300 MB/s of a plain disk */
+    const double save = r->save_seconds = 12.0 * (double)slam_config_parameters(slam_model_config(r->model)) / 300e6;
+    const double all = step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (r->save_every ? save / (double)r->save_every : 0);
+    const double left = 0.97 * (r->max_seconds - t->seconds - (slam_clock() - r->began)) - evaluation - save;
+    const long fit = t->step + (left > all ? (long)(left / all) : 1);
+    if (!t->steps || fit < t->steps) t->steps = fit;
+    char spelled[32];
+    printf("time     %s: %.4g s a step make %ld steps\n", slam_spell_time(spelled, r->max_seconds), step, t->steps);
+    return 1;
+}
+
+void slam_run_end(slam_run *r) {
+    slam_optimiser_free(r->optimiser);
+    r->optimiser = NULL;
+    slam_trainer_free(&r->trainer);
+    if (r->lock > 0) close(r->lock);
+    r->lock = 0;
+}
+
+/* ---- flags ---- */
+
+static slam_flag *flag_find(const slam_flags *f, const char *name, size_t n) {
+    for (int i = 0; i < f->n; i++)
+        if (f->at[i].name && strlen(f->at[i].name) == n && !strncmp(f->at[i].name, name, n)) return &f->at[i];
+    return NULL;
+}
+
+static void list_clear(slam_list *list) {
+    for (size_t i = 0; i < list->n; i++) free(list->at[i]);
+    list->n = 0;
+}
+
+static int flag_number(slam_flag *f, const char *value) {
+    char *end;
+    errno = 0;
+    const double x = strtod(value, &end);
+    if (end == value || *end || !isfinite(x)) return fail("--%s %s: expected a number", f->name, value);
+    if ((f->type == SLAM_INT || f->type == SLAM_LONG) && (x != floor(x) || fabs(x) > (f->type == SLAM_INT ? (double)INT_MAX : 9e15)))
+        return fail("--%s %s: expected a whole number", f->name, value);
+    if ((f->min != 0 || f->max != 0) && (x < f->min || x > f->max))
+        return fail("--%s %s: expected %.10g to %.10g", f->name, value, f->min, f->max);
+    if (f->type == SLAM_INT) *(int *)f->to = (int)x;
+    else if (f->type == SLAM_LONG) *(long *)f->to = (long)x;
+    else *(double *)f->to = x;
+    return 1;
+}
+
+static int flag_time(slam_flag *f, const char *value) {
+    double total = 0;
+    int parts = 0;
+    for (const char *at = value; parts < 3; parts++) {
+        char *end;
+        if (!isdigit((unsigned char)*at)) break;
+        const double x = strtod(at, &end);
+        total = 60 * total + x;
+        if (!*end) {
+            *(double *)f->to = total;
+            return total < 1e9 ? 1 : fail("--%s %s: expected less than 30 years", f->name, value);
+        }
+        if (*end != ':') break;
+        at = end + 1;
+    }
+    return fail("--%s %s: expected a time as HH:MM:SS, MM:SS or seconds", f->name, value);
+}
+
+/* One of the words of a|b|c */
+static int flag_is_choice(const char *words, const char *value) {
+    const size_t n = strlen(value);
+    for (const char *at = words; *at;) {
+        const size_t length = strcspn(at, "|");
+        if (length == n && !strncmp(at, value, n)) return 1;
+        at += length + (at[length] == '|');
+    }
+    return 0;
+}
+
+/* --rate 30: expected 25 or 50 */
+static int flag_choices(const slam_flag *f, const char *value) {
+    text t = SLAM_ZERO;
+    for (const char *at = f->argument; *at;) {
+        const size_t n = strcspn(at, "|");
+        const int last = !at[n] || !strchr(at + n + 1, '|');
+        text_add_bytes(&t, at, n);
+        if (at[n]) text_add(&t, "%s", last ? " or " : ", ");
+        at += n + (at[n] == '|');
+    }
+    fail("--%s %s: expected %s", f->name, value, t.failed ? f->argument : t.at);
+    text_free(&t);
+    return 0;
+}
+
+static int flag_value(slam_flag *f, const char *value) {
+    f->set = 1;
+    if (f->type == SLAM_SWITCH) *(int *)f->to = strcmp(value, "0") != 0;
+    else if (f->type == SLAM_LIST) return slam_list_add((slam_list *)f->to, value);
+    else if (f->type == SLAM_TIME) return flag_time(f, value);
+    else if (f->type == SLAM_TEXT || f->type == SLAM_CHOICE) {
+        if (f->type == SLAM_CHOICE && !flag_is_choice(f->argument, value)) return flag_choices(f, value);
+        char *copy = text_copy(value);
+        if (!copy) return 0;
+        free(*(char **)f->to);
+        *(char **)f->to = copy;
+    } else return flag_number(f, value);
+    return 1;
+}
+
+/* Words in lines of up to 79 columns, of which `column` are taken already or go to the margin. */
+static void print_wrapped(const char *words, int column, int margin) {
+    while (*words) {
+        int n = (int)strcspn(words, " ");
+        if (column > margin && column + 1 + n > 79) {
+            printf("\n%*s", margin, "");
+            column = margin;
+        } else if (column > margin) column += printf(" ");
+        column += printf("%.*s", n, words);
+        words += n + (words[n] == ' ');
+    }
+    printf("\n");
+}
+
+static void flag_help(const slam_flag *f) {
+    enum { MARGIN = 26 };
+    text words = SLAM_ZERO;
+    text_add(&words, "%s", f->help);
+    if (f->fallback) text_add(&words, " [%s]", f->fallback);
+    int column = printf("  --%s%s%s", f->name, f->argument ? " " : "", f->argument ? f->argument : "");
+    if (column > MARGIN - 2) {
+        printf("\n");
+        column = 0;
+    }
+    printf("%*s", MARGIN - column, "");
+    if (!words.failed) print_wrapped(words.at, MARGIN, MARGIN);
+    text_free(&words);
+}
+
+static void flags_help(const slam_flags *f) {
+    printf("usage: ./%s %s\n\n", f->program, f->usage);
+    print_wrapped(f->about, 0, 0);
+    for (int i = 0; i < f->n; i++)
+        if (f->at[i].name) flag_help(&f->at[i]);
+        else printf("\n%s\n", f->at[i].help);
+    printf("\nHelp\n  --help, -h              this text; the value without a flag stands in brackets\n  --version\n");
+}
+
+void slam_flags_usage(const slam_flags *f) {
+    fprintf(stderr, "%s: error: %s\nusage: ./%s %s\n./%s --help lists all flags\n", f->program, slam_error(), f->program, f->usage, f->program);
+}
+
+/* How many letters must be changed, added or left out to make b, of at most 40 letters, of the n letters of a (Levenshtein 1966). */
+static int edits(const char *a, size_t n, const char *b) {
+    int row[41];
+    const size_t m = strlen(b);
+    if (m > 40 || n > 40) return 99;
+    for (size_t j = 0; j <= m; j++) row[j] = (int)j;
+    for (size_t i = 1; i <= n; i++) {
+        int diagonal = row[0];
+        row[0] = (int)i;
+        for (size_t j = 1; j <= m; j++) {
+            const int above = row[j], kept = diagonal + (a[i - 1] != b[j - 1]), changed = 1 + (above < row[j - 1] ? above : row[j - 1]);
+            row[j] = kept < changed ? kept : changed;
+            diagonal = above;
+        }
+    }
+    return row[m];
+}
+
+static int flag_unknown(const slam_flags *f, const char *spelled, const char *name, size_t n) {
+    const char *nearest = NULL;
+    int least = 3;
+    for (int i = 0; n > 1 && i < f->n; i++) {
+        const char *other = f->at[i].name;
+        if (!other) continue;
+        const int begins = n < strlen(other) && !strncmp(other, name, n), distance = begins ? 1 : edits(name, n, other);
+        if (distance < least) {
+            least = distance;
+            nearest = other;
+        }
+    }
+    if (nearest) return fail("%s: there is no such flag; --%s?", spelled, nearest);
+    return fail("%s: there is no such flag", spelled);
+}
+
+int slam_flags_parse(slam_flags *f, int argc, char **argv) {
+    int only_rest = 0;
+    for (int i = 1; i < argc; i++) {
+        const char *a = argv[i];
+        if (!strcmp(a, "--") && !only_rest) {
+            only_rest = 1;
+            continue;
+        }
+        if (a[0] != '-' || !a[1] || only_rest) {
+            if (!slam_list_add(&f->rest, a)) return 0;
+            continue;
+        }
+        if (!strcmp(a, "--help") || !strcmp(a, "-h")) {
+            flags_help(f);
+            return 2;
+        }
+        if (!strcmp(a, "--version")) {
+            printf("%s (slam) %s\n", f->program, SLAM_VERSION);
+            return 2;
+        }
+        if (!strcmp(a, "-o")) a = "--out";
+        const size_t n = a[1] == '-' ? strcspn(a + 2, "=") : 0;
+        slam_flag *flag = n ? flag_find(f, a + 2, n) : NULL;
+        if (!flag) return flag_unknown(f, a, a + 2, n);
+        if (flag->type == SLAM_SWITCH && a[2 + n] == '=') return fail("--%s: takes no value", flag->name);
+        const char *value = a[2 + n] == '=' ? a + 3 + n : flag->type == SLAM_SWITCH ? "1" : ++i < argc ? argv[i] : NULL;
+        if (!value) return fail("--%s: its value is missing (%s)", flag->name, flag->argument);
+        flag->given++;
+        if (!flag_value(flag, value)) return 0;
+    }
+    return 1;
+}
+
+int slam_flags_defaults(slam_flags *f, int column) {
+    for (int i = 0; i < f->n; i++) {
+        slam_flag *a = &f->at[i];
+        if (!a->name || a->set || !a->fallback) continue;
+        const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
+        char value[64];
+        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? bar - from : (long)strlen(from)), from);
+        if (strcmp(value, "-") && !flag_value(a, value)) return 0;
+    }
+    return 1;
+}
+
+void slam_flags_free(slam_flags *f) {
+    for (int i = 0; i < f->n; i++) {
+        slam_flag *a = &f->at[i];
+        if (a->name && (a->type == SLAM_TEXT || a->type == SLAM_CHOICE)) {
+            free(*(char **)a->to);
+            *(char **)a->to = NULL;
+        } else if (a->name && a->type == SLAM_LIST) slam_list_free((slam_list *)a->to);
+    }
+    slam_list_free(&f->rest);
+}
+
+int slam_flags_given(const slam_flags *f, const char *name) {
+    const slam_flag *a = flag_find(f, name, strlen(name));
+    return a ? a->given : 0;
+}
+
+int slam_flags_set(slam_flags *f, const char *name, const char *value) {
+    slam_flag *a = flag_find(f, name, strlen(name));
+    if (!a) return fail("--%s: there is no such flag", name);
+    if (a->type != SLAM_LIST) return flag_value(a, value);
+    list_clear((slam_list *)a->to);
+    for (const char *item = value, *end; (end = strchr(item, '\n')); item = end + 1) {
+        text one = SLAM_ZERO;
+        text_add_bytes(&one, item, (size_t)(end - item));
+        const int ok = !one.failed && flag_value(a, one.at);
+        text_free(&one);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+char *slam_flags_text(const slam_flags *f, const char *name) {
+    const slam_flag *a = flag_find(f, name, strlen(name));
+    text t = SLAM_ZERO;
+    if (!a) {
+        fail("--%s: there is no such flag", name);
+        return NULL;
+    }
+    text_add_bytes(&t, "", 0);
+    if (a->type == SLAM_SWITCH || a->type == SLAM_INT) text_add(&t, "%d", *(int *)a->to);
+    else if (a->type == SLAM_LONG) text_add(&t, "%ld", *(long *)a->to);
+    else if (a->type == SLAM_REAL || a->type == SLAM_TIME) text_add_number(&t, *(double *)a->to);
+    else if (a->type != SLAM_LIST) text_add(&t, "%s", *(char **)a->to ? *(char **)a->to : "");
+    else
+        for (size_t i = 0; i < ((slam_list *)a->to)->n; i++) text_add(&t, "%s\n", ((slam_list *)a->to)->at[i]);
+    if (t.failed) text_free(&t);
+    return t.at;
+}
+
+int slam_threads(int threads) { return threads_set(threads); }
+
+/* ---- progress ---- */
+
+void slam_progress_begin(slam_progress *p) {
+    p->began = p->shown = slam_clock();
+    p->terminal = isatty(STDOUT_FILENO);
+}
+
+void slam_progress_show(slam_progress *p, double done, double of, const char *what) {
+    const double now = slam_clock(), share = of > 0 ? done / of : 0;
+    char line[80], left[32];
+    if (now - p->shown < (p->terminal ? 0.1 : 10)) return;
+    p->shown = now;
+    int n = snprintf(line, 60, "%s", what);
+    n = n < 60 ? n : 59;
+    if (share > 0 && share < 1) snprintf(line + n, sizeof line - (size_t)n, "  %s left", slam_spell_time(left, (now - p->began) * (1 / share - 1)));
+    if (p->terminal) printf("\r\033[K%s", line);
+    else printf("%s\n", line);
+    fflush(stdout);
+}
+
+void slam_progress_clear(slam_progress *p) {
+    if (p->terminal) printf("\r\033[K");
+    fflush(stdout);
+}
+#endif /* SLAM_IMPLEMENTATION */

@@ -1,0 +1,164 @@
+/* Measures the training step of three models on the CPU, beside PyTorch's (test/bench_torch.py) in the same run where there is a
+   Python with torch and transformers, and writes the table to test/results/.
+
+       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam --python PATH"]
+
+   A step is forward, backward and AdamW with clipping on random tokens, one document a row; "slam" is one micro-step of the
+   358M model, forward and backward alone, as both sides measure it. The two sides take turns, ROUNDS times; figures are medians. */
+#define SLAM_IMPLEMENTATION
+#include "../slam.h"
+
+enum { ROUNDS = 3, STEPS_MAX = 4096 };
+
+typedef struct row {
+    const char *name, *what;
+    slam_config config;
+    int B, T, update;
+} row;
+
+static const row rows[] = {
+    {"tiny", "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256", {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000}, 16, 256, 1},
+    {"10m", "C 320, 8 layers, 5 heads, 1 KV head, F 864, V 502, B 4, T 512", {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000}, 4, 512, 1},
+    {"slam", "Qwen2.5-0.5B, V 502, B 1, T 1024, forward and backward", {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000}, 1, 1024, 0},
+};
+enum { ROWS = sizeof rows / sizeof *rows };
+
+static int compare(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+
+static double median(double *x, int n) {
+    qsort(x, (size_t)n, sizeof *x, compare);
+    return n ? x[n / 2] : 0;
+}
+
+static void die(void) {
+    fprintf(stderr, "bench: error: %s\n", slam_error());
+    exit(1);
+}
+
+/* tokens a second: the median over the steps of `seconds` seconds, after two that do not count */
+static double measure(const row *r, int threads, double seconds) {
+    const int N = r->B * r->T;
+    static double times[STEPS_MAX];
+    int *numbers = (int *)calloc((size_t)N, 3 * sizeof(int)), n = 0;
+    uint64_t seed = 1;
+    slam_ops *ops = slam_cpu(threads);
+    slam_model *m = ops ? slam_model_new(ops, &r->config, 1) : NULL;
+    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0, 0.5, 0};
+    slam_optimiser *o = m && r->update ? slam_optimiser_new(m, &settings) : NULL;
+    if (!numbers || !m || (r->update && !o) || !slam_model_plan(m, r->B, r->T, 1)) die();
+    const slam_batch b = {r->B, r->T, numbers, numbers + N, numbers + 2 * N, NULL};
+    for (int i = 0; i < N; i++) b.tokens[i] = (int)rng_below(&seed, (uint64_t)r->config.V);
+    for (int i = 0; i < N; i++) b.targets[i] = i % r->T == r->T - 1 ? -1 : b.tokens[i + 1];
+    double start = 0;
+    for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
+        slam_step step;
+        const double began = slam_clock();
+        if (k == 0) start = began;
+        if (!slam_model_backward(m, &b, 1.0f / (float)N, NULL, NULL) || !ops->finish(ops)) die();
+        if (r->update && !slam_optimiser_step(o, 1e-4, &step)) die();
+        if (k >= 0) times[n++] = slam_clock() - began;
+    }
+    slam_optimiser_free(o);
+    slam_model_free(m);
+    slam_ops_free(ops);
+    free(numbers);
+    return N / median(times, n);
+}
+
+/* The same row by PyTorch; 0 where it cannot be had. `versions` gets what it says of itself. */
+static double measure_torch(const row *r, const char *python, int threads, double seconds, char *versions, size_t n) {
+    char command[512], line[1024] = "";
+    double rate = 0;
+    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --threads %d --seconds %g 2>/dev/null", python, r->name, threads, seconds);
+    FILE *pipe = popen(command, "r");
+    while (pipe && fgets(line, sizeof line, pipe))
+        if (line[0] == '{') {
+            json *j = json_parse(line, strlen(line), "bench_torch.py");
+            json_real(j, "tokens_per_second", "bench_torch.py", 0, 1e12, &rate);
+            snprintf(versions, n, "PyTorch %s, Transformers %s", json_text(j, "torch", "?"), json_text(j, "transformers", "?"));
+            json_free(j);
+        }
+    if (pipe) pclose(pipe);
+    return rate;
+}
+
+/* FLOP a second of a square matrix product, both factors beyond the caches: what a step could reach at most */
+static double measure_peak(int threads) {
+    enum { S = 2048 };
+    slam_ops *ops = slam_cpu(threads);
+    slam_act *x[3];
+    double best = 1e9;
+    for (int k = 0; k < 3; k++)
+        if (!(x[k] = (slam_act *)ops->alloc(ops, (size_t)S * S * sizeof(float)))) die();
+    for (int k = 0; k < 5; k++) {
+        const double began = slam_clock();
+        ops->matmul_forward(ops, x[0], x[1], x[2], NULL, S, S, S);
+        if (slam_clock() - began < best) best = slam_clock() - began;
+    }
+    for (int k = 0; k < 3; k++) ops->release(ops, x[k]);
+    slam_ops_free(ops);
+    return 2.0 * S * S * S / best;
+}
+
+static void machine_name(char *name, size_t n) {
+    char line[256];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    snprintf(name, n, "unknown CPU");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
+            snprintf(name, n, "%s", strchr(line, ':') + 2);
+            name[strcspn(name, "\n")] = 0;
+            break;
+        }
+    if (f) fclose(f);
+}
+
+int main(int argc, char **argv) {
+    int threads = 0;
+    double seconds = 10;
+    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam";
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
+        if (!strcmp(argv[i], "--seconds")) seconds = atof(argv[i + 1]);
+        if (!strcmp(argv[i], "--python")) python = argv[i + 1];
+        if (!strcmp(argv[i], "--rows")) wanted = argv[i + 1];
+    }
+    if (threads < 1) threads = threads_set(0);
+    char machine[128], versions[128] = "PyTorch not found", day[32], path[128], commit[64] = "unknown";
+    time_t now = time(NULL);
+    text t = SLAM_ZERO;
+    machine_name(machine, sizeof machine);
+    strftime(day, sizeof day, "%Y-%m-%d", gmtime(&now));
+    FILE *git = popen("git describe --always --dirty 2>/dev/null", "r");
+    if (git && fgets(commit, sizeof commit, git)) commit[strcspn(commit, "\n")] = 0;
+    if (git) pclose(git);
+    text_add(&t, "Training step on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads, machine, day, commit, GEMM_NAME);
+    text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", measure_peak(threads) / 1e9);
+    text_add(&t, "%-5s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
+    const double peak = measure_peak(threads);
+    for (int k = 0; k < ROWS; k++) {
+        const row *r = &rows[k];
+        double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
+        int has = 1;
+        if (!strstr(wanted, r->name)) continue;
+        for (int i = 0; i < ROUNDS; i++) {
+            ours[i] = measure(r, threads, seconds);
+            theirs[i] = has ? measure_torch(r, python, threads, seconds, versions, sizeof versions) : 0;
+            has = theirs[i] > 0;
+            ratio[i] = has ? ours[i] / theirs[i] : 0;
+            printf("%s, round %d: slam %.0f tok/s, PyTorch %.0f tok/s\n", r->name, i + 1, ours[i], theirs[i]);
+            fflush(stdout);
+        }
+        const double rate = median(ours, ROUNDS), flops = rate * slam_config_flops(&r->config, r->T);
+        text_add(&t, "%-5s %14.0f %10.0f %7.0f%% ", r->name, rate, flops / 1e9, 100 * flops / peak);
+        if (has) text_add(&t, "%16.0f %8.2f   %s\n", median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
+        else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
+    }
+    text_add(&t, "\n%s, eager, the same threads; medians of %d rounds in turn of %g s a side\n", versions, ROUNDS, seconds);
+    snprintf(path, sizeof path, "test/results/cpu-%s.txt", day);
+    printf("\n%s", t.at);
+    if (!file_write(path, t.at, t.n)) die();
+    printf("written to %s\n", path);
+    text_free(&t);
+    return 0;
+}

@@ -1,0 +1,44 @@
+/* fuzz.h - what the fuzz targets share. A target is given bytes and hands them to one reader, which must return a value or an
+   error; what it returned is then held against what else is known of it. `make fuzz`, then e.g.
+
+       build/fuzz/fuzz_wav -max_total_time=600 new-corpus test/fuzz/seeds/wav */
+#ifndef FUZZ_H
+#define FUZZ_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* memfd_create */
+#endif
+#define SLAM_IMPLEMENTATION
+#include "../../slam.h"
+
+/* Ends the run where something does not hold that must. */
+#define MUST(condition)                                                                                                            \
+    do {                                                                                                                           \
+        if (!(condition)) {                                                                                                        \
+            fprintf(stderr, "%s:%d: %s does not hold; slam_error() is '%s'\n", __FILE__, __LINE__, #condition, slam_error());      \
+            abort();                                                                                                               \
+        }                                                                                                                          \
+    } while (0)
+
+/* The bytes in memory of exactly their size, so that AddressSanitizer sees a step beyond them. */
+static inline file_map fuzz_map(const void *bytes, size_t size) {
+    file_map map = SLAM_ZERO;
+    void *copy = malloc(size ? size : 1);
+    MUST(copy);
+    memcpy(copy, bytes, size);
+    map.data = (const unsigned char *)copy;
+    map.size = size;
+    return map;
+}
+
+/* A path under which the bytes are a file, for readers that take nothing else. */
+static inline const char *fuzz_file(const void *bytes, size_t size) {
+    static int fd = -1;
+    static char path[40];
+    if (fd < 0) {
+        fd = memfd_create("fuzz", 0);
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    }
+    MUST(fd >= 0 && ftruncate(fd, 0) == 0 && pwrite(fd, bytes, size, 0) == (ssize_t)size);
+    return path;
+}
+#endif

@@ -1,0 +1,35 @@
+/* The index of a model in several files: two good ones, and the input as model.safetensors.index.json. Nothing outside of the
+   folder is opened. */
+#include "fuzz.h"
+
+static char folder[] = "/dev/shm/fuzz-index-XXXXXX";
+
+static void clean(void) { remove_tree(folder); }
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    const float numbers[6] = {1, 2, 3, 4, 5, 6};
+    const tensor_out first = {"a", 2, {2, 3, 0, 0}, DTYPE_F32, numbers}, second = {"b", 1, {6, 0, 0, 0}, DTYPE_F32, numbers};
+    (void)argc;
+    (void)argv;
+    MUST(mkdtemp(folder));
+    atexit(clean);
+    char *one = path_join(folder, "one"), *two = path_join(folder, "two");
+    MUST(tensors_write(one, &first, 1, NULL) && tensors_write(two, &second, 1, NULL));
+    free(one);
+    free(two);
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+    char *index = path_join(folder, "model.safetensors.index.json");
+    int fd = open(index, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    MUST(fd >= 0 && write(fd, bytes, size) == (ssize_t)size);
+    close(fd);
+    tensors *t = tensors_open(folder);
+    MUST(t || strstr(slam_error(), folder));
+    for (size_t i = 0; t && i < t->files; i++)
+        MUST(strncmp(t->file[i].path, folder, strlen(folder)) == 0 && !strchr(t->file[i].path + strlen(folder) + 1, '/'));
+    tensors_close(t);
+    free(index);
+    return 0;
+}

@@ -1,0 +1,254 @@
+#!/bin/sh
+# test/programs.sh [FOLDER]: train and eval from end to end, as FOLDER holds them (default: the project's own folder). Prints `ok NAME`,
+# `FAIL NAME: why` or `skip NAME: why` and last `N passed, N failed`. A model of 22,000 parameters keeps every run under a second or two.
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+programs=$(cd "${1:-$root}" && pwd) || exit 1
+train=$programs/train eval=$programs/eval
+folder=${TEST_FOLDER:-$(mktemp -d)} || exit 1
+mounted=
+cleanup() {
+    cd /
+    [ -z "$mounted" ] || umount "$mounted"
+    rm -rf "$folder"
+}
+trap cleanup EXIT
+trap 'exit 1' HUP INT TERM
+cd "$folder" || exit 1
+passed=0 failed=0
+
+ok() {
+    echo "ok $1"
+    passed=$((passed + 1))
+}
+fail() {
+    echo "FAIL $1: $2"
+    failed=$((failed + 1))
+}
+# check NAME WHY COMMAND...: ok where the command succeeds
+check() {
+    check_name=$1 check_why=$2
+    shift 2
+    if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$check_why; $(tail -n 1 check.out)"; fi
+}
+# refuses NAME STATUS PATTERN COMMAND...: the command ends with this status and one sentence on stderr that has the pattern
+refuses() {
+    refuse_name=$1 refuse_status=$2 refuse_pattern=$3
+    shift 3
+    "$@" >refuse.out 2>refuse.err </dev/null
+    refuse_got=$?
+    if [ $refuse_got -ne "$refuse_status" ]; then
+        fail "$refuse_name" "status $refuse_got, expected $refuse_status: $(head -n 1 refuse.err)"
+    elif ! head -n 1 refuse.err | grep -q "error: .*$refuse_pattern"; then
+        fail "$refuse_name" "expected '$refuse_pattern', got: $(head -n 1 refuse.err)"
+    else
+        ok "$refuse_name"
+    fi
+}
+# timeless LOG: a log without what a clock has to do with
+timeless() { sed 's/, "seconds".*//' "$1"; }
+same_logs() {
+    timeless "$1/log.jsonl" >same.1
+    timeless "$2/log.jsonl" >same.2
+    cmp same.1 same.2
+}
+same_weights() { cmp "$1/latest/model.safetensors" "$2/latest/model.safetensors" && cmp "$1/latest/optimizer.safetensors" "$2/latest/optimizer.safetensors"; }
+same_runs() { same_logs "$1" "$2" && same_weights "$1" "$2"; }
+# each_step RUN N: the log has steps 1 to N, each once and in order
+each_step() { grep '"loss"' "$1/log.jsonl" | awk -v n="$2" '{ gsub(",", ""); if ($2 != NR) bad = 1 } END { if (bad || NR != n) { print NR " steps"; exit 1 } }'; }
+# wait_for_step PROCESS RUN N: until the log has N steps; fails where the process has ended before
+wait_for_step() {
+    while ! grep -q "\"step\": $3," "$2/log.jsonl" 2>/dev/null; do kill -0 "$1" 2>/dev/null || return 1; done
+}
+
+# ---- data: documents of a small grammar, as unit files and as a token shard ----
+
+# units SEED DOCUMENTS
+units() {
+    awk -v seed="$1" -v documents="$2" 'function draw(n) { seed = (seed * 16807) % 2147483647; return seed % n }
+    BEGIN { for (i = 0; i < 5; i++) draw(2); for (d = 0; d < documents; d++) {
+        printf "{\"units\": ["; n = 20 + draw(60); u = draw(100)
+        for (i = 0; i < n; i++) { printf "%s%d", i ? ", " : "", u; u = draw(4) ? (u * 7 + 3) % 100 : draw(100) }
+        printf "], \"file_name\": \"%d\"}\n", d } }'
+}
+# shard V TOKEN...: llm.c's layout, the vocabulary in header word 3
+shard() {
+    shard_v=$1
+    shift
+    shard_text=$(for word in 20240520 1 $# "$shard_v"; do printf '\\%03o\\%03o\\%03o\\%03o' $((word % 256)) $((word / 256 % 256)) $((word / 65536 % 256)) $((word / 16777216)); done)
+    printf "$shard_text"
+    head -c 1008 /dev/zero
+    for token in "$@"; do shard_text=$(printf '\\%03o\\%03o' $((token % 256)) $((token / 256))) && printf "$shard_text"; done
+}
+units 1 300 >a.jsonl
+units 2 100 >b.jsonl
+units 3 20 >v.jsonl
+shard 102 1 5 6 7 8 9 10 1 1 11 12 13 14 15 1 >small.bin
+shard 102 1 5 6 7 300 9 10 1 >stray.bin
+cat >model.json <<'J'
+{"model_type": "qwen2", "vocab_size": 102, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+ "intermediate_size": 64, "max_position_embeddings": 256, "tie_word_embeddings": true}
+J
+start="--context 64 --batch 4 --lr 5e-3 --warmup 5 --threads 1"
+few="$start --model model.json"
+
+# ---- flags ----
+
+for program in train eval; do
+    check "$program --help" 'status' "$programs/$program" --help
+    check "$program --version" 'no version' sh -c "'$programs/$program' --version | grep -q '[0-9]\.[0-9]'"
+    refuses "$program: an unknown flag" 2 'nosuch' "$programs/$program" --nosuch
+done
+"$train" --help | awk 'length($0) > 80 { bad = 1; print } END { exit bad }' >wide.txt
+check 'train --help fits 80 columns' "$(head -n 1 wide.txt)" test ! -s wide.txt
+refuses 'a flag without its value' 2 'lr' "$train" a.jsonl --lr
+refuses 'a value that is no number' 2 'lr' "$train" a.jsonl --lr fast
+refuses 'a wrong choice' 2 'schedule' "$train" a.jsonl --schedule wavy
+refuses 'a wrong warm-up' 2 'warmup' "$train" a.jsonl --warmup soon
+refuses '--model with --init' 2 'shape' "$train" a.jsonl --model tiny --init x
+refuses '--init with --twist' 2 'init' "$train" a.jsonl --init x --twist y
+
+# ---- training ----
+
+check 'twenty steps' 'status' "$train" $few a.jsonl --val v.jsonl --steps 20 --save-every 5 --eval-every 10 --keep 2 --out one
+check 'each step stands in the log' 'steps' each_step one 20
+check 'evaluations stand in the log' 'not two' test "$(grep -c val_loss one/log.jsonl)" = 2
+check 'the last step is latest' 'link' test "$(readlink one/latest)" = step_000020
+check '--keep 2 keeps two' 'folders' test "$(ls -d one/step_* | tr '\n' ' ')" = 'one/step_000015 one/step_000020 '
+check 'best links to the lowest val_loss' 'link' test "$(readlink one/best)" = step_000020
+"$train" $few a.jsonl --val v.jsonl --steps 20 --save-every 5 --eval-every 10 --keep 2 --out two >/dev/null 2>&1
+check 'the same seed gives the same bytes' 'differ' same_runs one two
+"$train" $few a.jsonl --val v.jsonl --steps 20 --seed 1 --eval-every 10 --out seed >/dev/null 2>&1
+check 'another seed gives others' 'the same' sh -c '! cmp one/latest/model.safetensors seed/latest/model.safetensors'
+"$train" $few a.jsonl --val v.jsonl --steps 20 --micro-batch 1 --eval-every 10 --out micro >/dev/null 2>&1
+check '--micro-batch changes the last bits at most' 'too far' sh -c "grep -h '\"loss\"' one/log.jsonl micro/log.jsonl |
+    awk '{ gsub(\",\", \"\"); if (\$2 in loss) { d = (\$6 - loss[\$2]) / \$6; if (d < 0) d = -d; n++; if (d > (\$2 == 1 ? 1e-6 : 1e-4)) bad = 1 }
+    loss[\$2] = \$6 } END { exit bad || n != 20 }'"
+check '--format slamkit prefixes the names' 'no lm.' sh -c "'$train' $few a.jsonl --steps 2 --format slamkit --out kit && grep -q '\"lm.model.norm.weight\"' kit/latest/model.safetensors"
+check '--init takes a run of other names' 'status' "$train" $start a.jsonl --init kit --steps 2 --out from_kit
+check 'a shard trains' 'status' "$train" $few small.bin --steps 2 --out small
+check '--twist cuts the vocabulary' 'V' sh -c "'$train' --model model.json --vocab 300 --context 64 --batch 4 a.jsonl --steps 1 --out large &&
+    '$train' $start small.bin --twist large --steps 1 --out cut && grep -q '\"vocab_size\": 102' cut/latest/config.json"
+check '--tokens counts real tokens' 'limit' sh -c "'$train' $few a.jsonl --tokens 3000 --out tokens && grep '\"loss\"' tokens/log.jsonl | tail -n 2 |
+    awk '{ gsub(\",\", \"\"); t[NR] = \$4 } END { exit !(t[1] < 3000 && t[2] >= 3000) }'"
+check 'two sources by weight, each validated' 'sources' sh -c "'$train' $few a.jsonl b.jsonl --weights 1,0.5 --val v.jsonl --val b.jsonl --steps 4 --eval-every 2 --out mix &&
+    grep -q 'val_loss_by_source.*v.jsonl.*b.jsonl' mix/log.jsonl"
+check '--val-fraction holds out' 'no val_loss' sh -c "'$train' $few a.jsonl --val-fraction 0.1 --steps 4 --out held && grep -q val_loss held/log.jsonl"
+check '--eval-every 0: never' 'val_loss' sh -c "'$train' $few a.jsonl --val v.jsonl --eval-every 0 --steps 4 --out never && ! grep -q val_loss never/log.jsonl"
+check '--dry-run trains nothing' 'folder' sh -c "'$train' $few a.jsonl --steps 20 --dry-run --rate 1000 --out dry | grep -q FLOP && test ! -e dry"
+check 'folders of their own' 'folders' sh -c "'$train' $few a.jsonl --steps 1 && '$train' $few a.jsonl --steps 1 && test -d runs/train/latest -a -d runs/train-2/latest"
+check 'eval takes the newest run' 'other' sh -c "'$eval' ppl v.jsonl --context 64 | grep -q runs/train-2"
+check 'eval ppl beside n-grams' 'JSON' sh -c "'$eval' one ppl v.jsonl --train a.jsonl --json ppl.json && grep -q '\"task\": \"ppl\".*\"nll\".*\"perplexity\".*\"unigram\".*\"fivegram\"' ppl.json"
+check 'eval finds the loss that training found' 'differ' sh -c "echo \$(sed 's/.*\"nll\": //; s/,.*//' ppl.json) \$(tail -n 1 one/log.jsonl | sed 's/.*\"val_loss\": //; s/[,}].*//') |
+    awk '{ d = \$1 - \$2; exit !(NF == 2 && d < 1e-5 && d > -1e-5) }'"
+if [ -f "$programs/test/corpus/train.bin" ]; then
+    check 'the bundled corpus is found from anywhere' 'status' "$train" --steps 1 --eval-every 0 --out bundled
+else
+    echo "skip the bundled corpus: it is not beside $train"
+fi
+
+# ---- refusals ----
+
+refuses 'a folder that holds a run' 1 'one.*--resume.*another' "$train" $few a.jsonl --steps 20 --out one
+refuses 'a file that is not there' 1 'nothing.bin' "$train" nothing.bin --steps 1
+refuses 'a token beyond the vocabulary' 1 'stray.bin.* 4 .*300' "$train" $few stray.bin --steps 1
+refuses 'a unit beyond the vocabulary' 1 'a.jsonl:[0-9]' "$train" $few a.jsonl --vocab 50 --steps 1
+refuses '--vocab against the shard' 1 '300.*102' "$train" $few small.bin --vocab 300 --steps 1
+refuses 'data of another vocabulary than --init' 1 '300.*102' "$train" $start small.bin --init large --steps 1
+refuses 'weights that are too few' 1 'weights' "$train" $few a.jsonl b.jsonl --weights 1 --steps 1
+refuses 'bf16 on the CPU' 1 'f32' "$train" $few a.jsonl --device cpu --dtype bf16 --steps 1
+refuses 'eval with an unknown task' 2 'sing' "$eval" one sing
+refuses 'eval without data' 1 'nothing' "$eval" one ppl nothing.jsonl
+refuses 'resume with another setting' 1 'lr 0.1.*0.005' "$train" --resume --out one --lr 0.1
+refuses 'resume with other data' 1 'b.jsonl.*a.jsonl' "$train" b.jsonl --resume --out one
+refuses 'resume with a lower limit' 1 'steps 10.*20.*grow' "$train" --resume --out one --steps 10
+cp a.jsonl moved.jsonl
+"$train" $few moved.jsonl --steps 2 --out changed >/dev/null 2>&1
+cat b.jsonl >>moved.jsonl
+refuses 'resume on data that have changed' 1 'moved.jsonl' "$train" --resume --out changed --steps 4
+
+# ---- going on ----
+
+long="$few a.jsonl --val v.jsonl --steps 400 --eval-every 50 --save-every 20 --batch 8"
+"$train" $long --out whole >/dev/null 2>&1
+check 'a limit grows' 'steps' sh -c "'$train' --resume --out two --steps 25 && test \$(readlink two/latest) = step_000025"
+check '--resume goes on where there is nothing yet' 'status' "$train" $few a.jsonl --steps 3 --resume --out fresh
+check '--resume from another folder' 'status' sh -c "mkdir -p elsewhere && cd elsewhere && '$train' --resume --out ../fresh --steps 5"
+"$train" $long --out term >term.out 2>&1 &
+process=$!
+wait_for_step $process term 60
+refuses 'a second process on the same run' 1 'another process' "$train" --resume --out term
+kill -TERM $process
+wait $process
+check 'SIGTERM ends well' 'status' test $? -eq 0
+stopped=$(grep -c '"loss"' term/log.jsonl)
+check 'SIGTERM saves the step it finished' "step $stopped" test -d "term/step_$(printf %06d "$stopped")" -a "$stopped" -lt 400
+"$train" --resume --out term >/dev/null 2>&1
+check 'SIGTERM and --resume: as if never stopped' 'differ' same_runs whole term
+"$train" $long --out kill >/dev/null 2>&1 &
+process=$!
+wait_for_step $process kill 70
+kill -9 $process
+wait $process 2>/dev/null
+printf '{"step": 71, "tok' >>kill/log.jsonl
+mkdir -p kill/.checkpoint.part && echo half >kill/.checkpoint.part/config.json
+"$train" --resume --out kill >/dev/null 2>&1
+check 'kill -9 and --resume: as if never stopped' 'differ' same_runs whole kill
+check 'after a kill each step stands once' 'steps' each_step kill 400
+check 'what a kill left is removed' 'leftover' test ! -e kill/.checkpoint.part
+
+# Twenty kills at moments of chance, of a run that saves at every step: each resumed one goes on from a complete checkpoint.
+bad=
+reached=0
+for moment in $(awk -v seed=$$ 'BEGIN { srand(seed); for (i = 0; i < 20; i++) printf "%.3f ", 0.02 + 0.3 * rand() }'); do
+    "$train" $few a.jsonl --steps 1000000 --save-every 1 --keep 2 --resume --out chance >chance.out 2>chance.err &
+    process=$!
+    sleep "$moment"
+    kill -9 $process 2>/dev/null || bad="ended by itself: $(head -n 1 chance.err)"
+    wait $process 2>/dev/null
+    for step in chance/step_*; do
+        [ -d "$step" ] || continue
+        [ -f "$step/trainer.json" ] && [ -f "$step/model.safetensors" ] && [ -f "$step/optimizer.safetensors" ] && [ -f "$step/config.json" ] || bad="$step is not complete"
+    done
+done
+"$train" --resume --out chance >chance.out 2>chance.err &
+process=$!
+sleep 1
+kill -TERM $process
+wait $process || bad="did not end well: $(head -n 1 chance.err)"
+reached=$(readlink chance/latest)
+check 'twenty kills at moments of chance' "$bad" test -z "$bad" -a -n "$reached"
+check 'after them each step stands once' 'steps' each_step chance "$(echo "${reached#step_}" | sed 's/^0*//')"
+
+# ---- limits of numbers, of time, of the disk ----
+
+refuses 'twenty updates that are not finite' 1 'not finite 20 times' "$train" $few a.jsonl --steps 50 --save-every 1 --lr 1e25 --warmup 0 --schedule constant --out wild
+check 'they are counted and reported' 'lines' test "$(grep -c 'not finite' refuse.out)" = 20
+check 'they leave the last good checkpoint' 'not there' sh -c "'$eval' wild ppl v.jsonl --context 64 || test -f wild/latest/trainer.json"
+
+started=$(date +%s)
+check '--time trains' 'status' "$train" $few a.jsonl --time 3 --out timed
+check '--time ends in time' 'late' test $(($(date +%s) - started)) -le 6
+steps=$(sed -n 's/.*"steps": \([0-9]*\),/\1/p' timed/latest/trainer.json)
+reached=$(sed -n 's/.*"step": \([0-9]*\),/\1/p' timed/latest/trainer.json)
+if [ "$steps" = "$reached" ]; then
+    "$train" $few a.jsonl --steps "$steps" --out counted >/dev/null 2>&1
+    check '--time is the run of its number of steps' 'differ' same_runs timed counted
+else
+    echo "skip --time is the run of its number of steps: the machine was too busy for all $steps"
+fi
+
+mkdir disk
+if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=900k tmpfs disk 2>/dev/null; then
+    mounted=$folder/disk
+    refuses 'a full disk' 1 'No space left' "$train" $few a.jsonl --steps 100 --save-every 5 --keep 0 --out disk/run
+    check 'a full disk leaves nothing half written' 'leftover' test ! -e disk/run/.checkpoint.part
+    mount -o remount,size=20m "$mounted"
+    check 'after a full disk the last checkpoint is good' 'status' "$train" --resume --out disk/run --keep 2
+    check 'and each step stands once' 'steps' each_step disk/run 100
+else
+    echo 'skip a full disk: no small file system can be mounted here'
+fi
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

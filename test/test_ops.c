@@ -1,0 +1,390 @@
+/* The operations of the CPU: each forward pass against its mathematics in double, each backward pass against finite differences
+   of the forward pass, and all of them bit for bit the same with one thread and with two. */
+#define SLAM_IMPLEMENTATION
+#include "../slam.h"
+#include "check.h"
+
+static uint64_t seed = 1;
+static float *random_floats(size_t n, double size) {
+    float *x = (float *)malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = (float)(size * rng_normal(&seed));
+    return x;
+}
+static int random_int(int n) { return (int)rng_below(&seed, (uint64_t)n); }
+static slam_act *act(float *x) { return (slam_act *)x; }
+
+/* ---- the attention windows of a few documents, with a hole in the last one of each row if asked ---- */
+
+typedef struct shape {
+    int B, T, NH, KVH, HS, holes;
+} shape;
+
+static slam_window make_window(shape s) {
+    int *doc = (int *)malloc(sizeof(int) * (size_t)(s.B * s.T)), *hole = (int *)calloc((size_t)(s.B * s.T), 2 * sizeof(int));
+    float *rope = (float *)malloc(sizeof(float) * (size_t)(s.T * s.HS));
+    for (int b = 0; b < s.B; b++) {
+        int start = 0;
+        for (int t = 0; t < s.T; t++) {
+            if (t > start && random_int(s.T / 3 + 1) == 0 && t < s.T - 8) start = t;
+            doc[b * s.T + t] = start;
+        }
+        const int n = s.T - start;
+        for (int t = start + 2 * n / 3; s.holes && n >= 6 && t < s.T; t++) {
+            hole[2 * (b * s.T + t)] = start + n / 3;
+            hole[2 * (b * s.T + t) + 1] = start + 2 * n / 3;
+        }
+    }
+    for (int p = 0; p < s.T; p++)
+        for (int c = 0; c < s.HS / 2; c++) {
+            const double angle = p * pow(10000, -2.0 * c / s.HS);
+            rope[p * s.HS + c] = (float)cos(angle);
+            rope[p * s.HS + s.HS / 2 + c] = (float)sin(angle);
+        }
+    const slam_window w = {s.B, s.T, s.NH, s.KVH, s.HS, doc, s.holes ? hole : NULL, rope};
+    if (!s.holes) free(hole);
+    return w;
+}
+
+static void free_window(slam_window w) {
+    free((void *)(uintptr_t)w.doc_start);
+    free((void *)(uintptr_t)w.hole);
+    free((void *)(uintptr_t)w.rope);
+}
+
+/* Attention as the formula of section 3 says it, in double, one query at a time. */
+static void attention_in_double(double *out, const float *qkv, const slam_window *w) {
+    const int HS = w->HS, W = (w->NH + 2 * w->KVH) * HS, half = HS / 2;
+    double *s = (double *)malloc(sizeof(double) * (size_t)w->T), q[256], k[256];
+    for (int b = 0; b < w->B; b++)
+        for (int h = 0; h < w->NH; h++)
+            for (int i = 0; i < w->T; i++) {
+                const int *hole = w->hole ? w->hole + 2 * (b * w->T + i) : NULL;
+                double sum = 0, *o = out + ((size_t)(b * w->T + i) * w->NH + h) * HS;
+                for (int c = 0; c < HS; c++) o[c] = 0;
+                for (int j = w->doc_start[b * w->T + i]; j <= i; j++) {
+                    if (hole && j >= hole[0] && j < hole[1]) continue;
+                    s[j] = 0;
+                    for (int side = 0; side < 2; side++) {
+                        const int t = side ? j : i, *th = w->hole ? w->hole + 2 * (b * w->T + t) : NULL;
+                        const int p = t - w->doc_start[b * w->T + t] - (th ? th[1] - th[0] : 0);
+                        const float *x = qkv + (size_t)(b * w->T + t) * W + (side ? w->NH + h / (w->NH / w->KVH) : h) * HS;
+                        double *to = side ? k : q;
+                        for (int c = 0; c < half; c++) {
+                            const double cosine = w->rope[p * HS + c], sine = w->rope[p * HS + half + c];
+                            to[c] = x[c] * cosine - x[c + half] * sine;
+                            to[c + half] = x[c + half] * cosine + x[c] * sine;
+                        }
+                    }
+                    for (int c = 0; c < HS; c++) s[j] += q[c] * k[c];
+                    s[j] = exp(s[j] / sqrt(HS));
+                    sum += s[j];
+                    for (int c = 0; c < HS; c++) o[c] += s[j] * qkv[(size_t)(b * w->T + j) * W + (w->NH + w->KVH + h / (w->NH / w->KVH)) * HS + c];
+                }
+                for (int c = 0; c < HS; c++) o[c] /= sum;
+            }
+    free(s);
+}
+
+static void test_attention(slam_ops *ops, shape s) {
+    slam_window w = make_window(s);
+    const size_t n = (size_t)s.B * s.T * (s.NH + 2 * s.KVH) * s.HS, no = (size_t)s.B * s.T * s.NH * s.HS, nl = (size_t)s.B * s.T * s.NH;
+    float *qkv = random_floats(n, 1), *rotated = random_floats(n, 0), *out = random_floats(no, 0), *lse = random_floats(nl, 0), *D = random_floats(nl, 0);
+    float *dout = random_floats(no, 1), *dqkv = random_floats(n, 9), *expected = random_floats(no, 0);
+    double *exact = (double *)malloc(no * sizeof *exact);
+    memcpy(rotated, qkv, n * sizeof *qkv);
+    ops->attention_forward(ops, act(out), lse, act(rotated), &w);
+    attention_in_double(exact, qkv, &w);
+    for (size_t i = 0; i < no; i++) expected[i] = (float)exact[i];
+    check_close("attention forward", out, expected, no, 1e-6);
+    ops->attention_backward(ops, act(dqkv), D, act(dout), act(out), lse, act(rotated), &w);
+    /* the loss dout . out, in double, along random directions */
+    float *moved = random_floats(n, 0), *direction = random_floats(n, 1);
+    for (int part = 0; part < 3; part++) {
+        const int first = part == 0 ? 0 : part == 1 ? s.NH * s.HS : (s.NH + s.KVH) * s.HS, end = part == 0 ? s.NH * s.HS : first + s.KVH * s.HS;
+        double slope = 0, loss[2] = {0, 0}, size = 0;
+        const int W = (s.NH + 2 * s.KVH) * s.HS;
+        const char *names[] = {"dq", "dk", "dv"};
+        for (int side = 0; side < 2; side++) {
+            for (size_t i = 0; i < n; i++) {
+                const int c = (int)(i % W);
+                moved[i] = qkv[i] + (c >= first && c < end ? (side ? 1e-3f : -1e-3f) * direction[i] : 0);
+            }
+            attention_in_double(exact, moved, &w);
+            for (size_t i = 0; i < no; i++) loss[side] += dout[i] * exact[i];
+        }
+        for (size_t i = 0; i < n; i++) {
+            const int c = (int)(i % W);
+            if (c < first || c >= end) continue;
+            slope += (double)dqkv[i] * direction[i];
+            size += (double)dqkv[i] * dqkv[i];
+        }
+        check_near(names[part], slope, (loss[1] - loss[0]) / 2e-3, 2e-4 * (sqrt(size) + 1));
+    }
+    free(qkv), free(rotated), free(out), free(lse), free(D), free(dout), free(dqkv), free(expected), free(exact), free(moved), free(direction);
+    free_window(w);
+}
+
+/* ---- finite differences: sum(dout * op(x)) must change by grad . direction ---- */
+
+typedef struct problem {
+    slam_ops *ops;
+    int N, C, OC, V, use_delta;
+    float *in[4];
+    size_t n_in[4];
+    int *tokens;
+    float *dout, *out, *extra;
+    size_t n_out;
+    void (*forward)(struct problem *);
+} problem;
+
+static double problem_loss(problem *p) {
+    double sum = 0;
+    p->forward(p);
+    for (size_t i = 0; i < p->n_out; i++) sum += (double)p->dout[i] * p->out[i];
+    return sum;
+}
+
+/* The slope of the loss along a random direction in input k, by central differences, against that of `gradient`. */
+static void check_gradient(const char *what, problem *p, int k, const float *gradient, double step) {
+    float *kept = p->in[k];
+    for (int trial = 0; trial < 3; trial++) {
+        float *direction = random_floats(p->n_in[k], 1), *moved = random_floats(p->n_in[k], 0);
+        double slope = 0, size = 0, loss[2];
+        for (int side = 0; side < 2; side++) {
+            for (size_t i = 0; i < p->n_in[k]; i++) moved[i] = kept[i] + (float)(side ? step : -step) * direction[i];
+            p->in[k] = moved;
+            loss[side] = problem_loss(p);
+        }
+        p->in[k] = kept;
+        for (size_t i = 0; i < p->n_in[k]; i++) {
+            slope += (double)gradient[i] * direction[i];
+            size += (double)gradient[i] * gradient[i];
+        }
+        check_near(what, slope, (loss[1] - loss[0]) / (2 * step), 2e-3 * sqrt(size) + 1e-4);
+        free(direction);
+        free(moved);
+    }
+}
+
+static void rmsnorm_run(problem *p) {
+    float *s = p->extra, *r = p->extra + (size_t)p->N * p->C;
+    p->ops->rmsnorm_forward(p->ops, act(s), act(p->out), r, act(p->in[0]), p->use_delta ? act(p->in[1]) : NULL, act(p->in[2]), 1e-6f, p->N, p->C);
+}
+
+static void test_rmsnorm(slam_ops *ops, int N, int C, int use_delta) {
+    const size_t n = (size_t)N * C;
+    problem p = SLAM_ZERO;
+    p.ops = ops, p.N = N, p.C = C, p.use_delta = use_delta, p.forward = rmsnorm_run;
+    p.in[0] = random_floats(n, 1), p.in[1] = random_floats(n, 1), p.in[2] = random_floats(C, 1);
+    p.n_in[0] = p.n_in[1] = n, p.n_in[2] = C;
+    p.out = random_floats(n, 0), p.dout = random_floats(n, 1), p.extra = random_floats(n + N, 0), p.n_out = n;
+    rmsnorm_run(&p);
+    float *expected = random_floats(n, 0);
+    for (int i = 0; i < N; i++) {
+        double sum = 0;
+        for (int c = 0; c < C; c++) sum += pow(p.in[0][i * C + c] + (use_delta ? (double)p.in[1][i * C + c] : 0), 2);
+        for (int c = 0; c < C; c++)
+            expected[i * C + c] = (float)(p.in[2][c] * (p.in[0][i * C + c] + (use_delta ? (double)p.in[1][i * C + c] : 0)) / sqrt(sum / C + 1e-6));
+    }
+    check_close("rmsnorm forward", p.out, expected, n, 1e-6);
+    float *ds = random_floats(n, 1), *before = random_floats(n, 0), *dw = random_floats(C, 1), *dw_before = random_floats(C, 0);
+    memcpy(before, ds, n * sizeof *ds);
+    memcpy(dw_before, dw, C * sizeof *dw);
+    const float *s = use_delta ? p.extra : p.in[0];
+    ops->rmsnorm_backward(ops, act(ds), dw, act(p.dout), (const slam_act *)s, act(p.in[2]), p.extra + n, N, C);
+    for (size_t i = 0; i < n; i++) ds[i] -= before[i]; // both gradients add
+    for (int c = 0; c < C; c++) dw[c] -= dw_before[c];
+    check_gradient("dx", &p, 0, ds, 1e-2);
+    if (use_delta) check_gradient("ddelta", &p, 1, ds, 1e-2);
+    check_gradient("dw", &p, 2, dw, 1e-2);
+    for (int k = 0; k < 3; k++) free(p.in[k]);
+    free(p.out), free(p.dout), free(p.extra), free(expected), free(ds), free(before), free(dw), free(dw_before);
+}
+
+static void matmul_run(problem *p) { p->ops->matmul_forward(p->ops, act(p->out), act(p->in[0]), act(p->in[1]), p->in[2] ? act(p->in[2]) : NULL, p->N, p->C, p->OC); }
+
+static void test_matmul(slam_ops *ops, int N, int C, int OC, int bias) {
+    problem p = SLAM_ZERO;
+    p.ops = ops, p.N = N, p.C = C, p.OC = OC, p.forward = matmul_run;
+    p.n_in[0] = (size_t)N * C, p.n_in[1] = (size_t)OC * C, p.n_in[2] = OC, p.n_out = (size_t)N * OC;
+    for (int k = 0; k < 3; k++) p.in[k] = k < 2 || bias ? random_floats(p.n_in[k], 1) : NULL;
+    p.out = random_floats(p.n_out, 1), p.dout = random_floats(p.n_out, 1);
+    for (size_t i = 0; i < p.n_out; i++) p.out[i] = NAN; // overwritten, not added to
+    matmul_run(&p);
+    float *expected = random_floats(p.n_out, 0), *dx = random_floats(p.n_in[0], 1), *dw = random_floats(p.n_in[1], 0), *db = random_floats(OC, 0);
+    for (int i = 0; i < N; i++)
+        for (int o = 0; o < OC; o++) {
+            double sum = bias ? p.in[2][o] : 0;
+            for (int c = 0; c < C; c++) sum += (double)p.in[0][i * C + c] * p.in[1][o * C + c];
+            expected[i * OC + o] = (float)sum;
+        }
+    check_close("matmul forward", p.out, expected, p.n_out, 1e-6);
+    for (size_t i = 0; i < p.n_in[0]; i++) dx[i] = NAN;
+    ops->matmul_backward_input(ops, act(dx), act(p.dout), act(p.in[1]), N, C, OC);
+    ops->matmul_backward_weight(ops, dw, bias ? db : NULL, act(p.dout), act(p.in[0]), N, C, OC);
+    check_gradient("dx", &p, 0, dx, 1e-1);
+    check_gradient("dw", &p, 1, dw, 1e-1);
+    if (bias) check_gradient("db", &p, 2, db, 1e-1);
+    float *twice = random_floats(p.n_in[1], 0);
+    memcpy(twice, dw, p.n_in[1] * sizeof *dw);
+    ops->matmul_backward_weight(ops, twice, NULL, act(p.dout), act(p.in[0]), N, C, OC);
+    for (size_t i = 0; i < p.n_in[1]; i++) dw[i] *= 2;
+    check_close("dw adds", twice, dw, p.n_in[1], 1e-6);
+    for (int k = 0; k < 3; k++) free(p.in[k]);
+    free(p.out), free(p.dout), free(expected), free(dx), free(dw), free(db), free(twice);
+}
+
+static void swiglu_run(problem *p) { p->ops->swiglu_forward(p->ops, act(p->out), act(p->in[0]), p->N, p->C); }
+
+static void test_swiglu(slam_ops *ops, int N, int F) {
+    problem p = SLAM_ZERO;
+    p.ops = ops, p.N = N, p.C = F, p.forward = swiglu_run;
+    p.n_in[0] = 2 * (size_t)N * F, p.n_out = (size_t)N * F;
+    p.in[0] = random_floats(p.n_in[0], 2), p.out = random_floats(p.n_out, 0), p.dout = random_floats(p.n_out, 1);
+    p.in[0][0] = 200, p.in[0][1] = -200; // sigmoid at its ends
+    swiglu_run(&p);
+    float *expected = random_floats(p.n_out, 0), *d = random_floats(p.n_in[0], 0);
+    for (int i = 0; i < N; i++)
+        for (int c = 0; c < F; c++) expected[i * F + c] = (float)((double)p.in[0][2 * i * F + c] / (1 + exp(-(double)p.in[0][2 * i * F + c])) * p.in[0][2 * i * F + F + c]);
+    check_close("swiglu forward", p.out, expected, p.n_out, 1e-6);
+    memcpy(d, p.in[0], p.n_in[0] * sizeof *d);
+    ops->swiglu_backward(ops, act(d), act(p.dout), act(d), N, F); // in place, as the model does
+    p.in[0][0] = p.in[0][1] = 1;                                  // differences are taken where they can be
+    memcpy(expected, p.out, 0);
+    float *d2 = random_floats(p.n_in[0], 0);
+    ops->swiglu_backward(ops, act(d2), act(p.dout), act(p.in[0]), N, F);
+    CHECK(isfinite(d[0]) && isfinite(d[1]), "gradients at gates of +-200: %g, %g", (double)d[0], (double)d[1]);
+    check_gradient("dgate_up", &p, 0, d2, 1e-2);
+    free(p.in[0]), free(p.out), free(p.dout), free(expected), free(d), free(d2);
+}
+
+static void test_crossentropy(slam_ops *ops, int N, int V) {
+    const size_t n = (size_t)N * V;
+    float *z = random_floats(n, 3), *kept = random_floats(n, 0), *loss = random_floats(N, 1), *expected = random_floats(n, 0), *expected_loss = random_floats(N, 0);
+    int *targets = (int *)malloc(sizeof(int) * (size_t)N);
+    memcpy(kept, z, n * sizeof *z);
+    for (int i = 0; i < N; i++) {
+        targets[i] = i % 5 == 1 ? -1 : random_int(V);
+        double sum = 0;
+        if (i % 7 == 3) z[i * V] = kept[i * V] = 300; // one logit far above
+        for (int v = 0; v < V; v++) sum += exp((double)z[i * V + v] - 300);
+        for (int v = 0; v < V; v++) expected[i * V + v] = targets[i] < 0 ? 0 : (float)(0.25 * (exp((double)z[i * V + v] - 300) / sum - (v == targets[i])));
+        expected_loss[i] = targets[i] < 0 ? 0 : (float)(log(sum) + 300 - (double)z[i * V + targets[i]]);
+    }
+    ops->crossentropy(ops, loss, act(z), targets, 0, N, V);
+    check_close("losses", loss, expected_loss, N, 1e-6);
+    CHECK(memcmp(z, kept, n * sizeof *z) == 0, "logits are left alone with scale 0");
+    ops->crossentropy(ops, loss, act(z), targets, 0.25f, N, V);
+    check_close("losses", loss, expected_loss, N, 1e-6);
+    check_close("dlogits", z, expected, n, 2e-6);
+    free(z), free(kept), free(loss), free(expected), free(expected_loss), free(targets);
+}
+
+static void test_embedding(slam_ops *ops, int N, int C, int V) {
+    float *table = random_floats((size_t)V * C, 1), *x = random_floats((size_t)N * C, 0), *dx = random_floats((size_t)N * C, 1);
+    float *d = random_floats((size_t)V * C, 1), *expected = random_floats((size_t)V * C, 0);
+    int *tokens = (int *)malloc(sizeof(int) * (size_t)N), wrong = 0;
+    memcpy(expected, d, sizeof(float) * (size_t)V * C);
+    for (int i = 0; i < N; i++) tokens[i] = random_int(V);
+    ops->embedding_forward(ops, act(x), tokens, act(table), N, C);
+    for (int i = 0; i < N; i++)
+        for (int c = 0; c < C; c++) {
+            wrong += x[i * C + c] != table[tokens[i] * C + c];
+            expected[tokens[i] * C + c] += dx[i * C + c];
+        }
+    CHECK(wrong == 0, "%d numbers are not the table's", wrong);
+    ops->embedding_backward(ops, d, act(dx), tokens, N, C, V);
+    check_close("dtable", d, expected, (size_t)V * C, 0);
+    free(table), free(x), free(dx), free(d), free(expected), free(tokens);
+}
+
+/* Everything with one thread and with two (or as many as there are): the same bits. */
+static void test_threads(void) {
+    float *result[2];
+    const int N = 150, C = 96, F = 200, V = 77;
+    const shape s = {2, 75, 6, 2, 16, 1};
+    const size_t n_qkv = (size_t)N * 160, total = (size_t)N * C * 4 + 2 * n_qkv + (size_t)N * F * 4 + (size_t)C * F + (size_t)N * V + 5 * C;
+    for (int run = 0; run < 2; run++) {
+        seed = 99;
+        slam_ops *ops = slam_cpu(run ? 2 : 1);
+        slam_window w = make_window(s);
+        float *x = random_floats((size_t)N * C, 1), *wide = random_floats((size_t)C * F, 1), *norm = random_floats(C, 1), *qkv = random_floats(n_qkv, 1);
+        float *wide2 = random_floats(2 * (size_t)N * F, 1), *logits = random_floats((size_t)N * V, 1);
+        float *to = result[run] = (float *)calloc(total, sizeof *to), *r = random_floats(N, 1), *lse = random_floats(N * 6, 1), *D = random_floats(N * 6, 1);
+        int tokens[150];
+        for (int i = 0; i < N; i++) tokens[i] = random_int(V);
+        ops->matmul_forward(ops, act(to), act(x), act(wide), NULL, N, C, F), to += (size_t)N * F;
+        ops->matmul_backward_weight(ops, to, NULL, act(wide2), act(x), N, C, F), to += (size_t)C * F;
+        ops->rmsnorm_forward(ops, act(to), act(to + (size_t)N * C), r, act(x), act(x), act(norm), 1e-6f, N, C);
+        ops->rmsnorm_backward(ops, act(to), to + 2 * (size_t)N * C, act(to + (size_t)N * C), act(x), act(norm), r, N, C), to += 2 * (size_t)N * C + C;
+        ops->attention_forward(ops, act(to), lse, act(qkv), &w);
+        ops->attention_backward(ops, act(to + (size_t)N * C), D, act(x), act(to), lse, act(qkv), &w), to += (size_t)N * C + n_qkv;
+        ops->crossentropy(ops, r, act(logits), tokens, 1, N, V);
+        memcpy(to, logits, sizeof(float) * (size_t)N * V);
+        ops->swiglu_forward(ops, act(to), act(wide2), N, F);
+        free(x), free(wide), free(norm), free(qkv), free(wide2), free(logits), free(r), free(lse), free(D);
+        free_window(w);
+        slam_ops_free(ops);
+    }
+    CHECK(memcmp(result[0], result[1], total * sizeof(float)) == 0, "results depend on the number of threads");
+    free(result[0]);
+    free(result[1]);
+}
+
+static void test_adamw(slam_ops *ops) {
+    enum { N = 1000 };
+    float *w = random_floats(N, 1), *g = random_floats(N, 1), *m = random_floats(N, 0), *v = random_floats(N, 0);
+    double W[N], M[N], U[N], norm = 0;
+    for (int i = 0; i < N; i++) W[i] = w[i], M[i] = U[i] = 0;
+    for (int step = 1; step <= 3; step++) {
+        double stats[2] = {1, 0};
+        const slam_adamw h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, step};
+        norm = 0;
+        ops->sum_squares(ops, stats + 1, g, N);
+        for (int i = 0; i < N; i++) norm += (double)g[i] * g[i];
+        check_near("squared norm", stats[1] / norm, 1, 1e-12);
+        ops->adamw(ops, act(w), w, m, v, g, stats, &h, N);
+        for (int i = 0; i < N; i++) {
+            const double gi = g[i] * 0.5 / (sqrt(norm) + 1e-6);
+            M[i] = 0.9 * M[i] + 0.1 * gi, U[i] = 0.999 * U[i] + 0.001 * gi * gi;
+            W[i] = W[i] * (1 - 1e-3) - 1e-2 * (M[i] / (1 - pow(0.9, step))) / (sqrt(U[i] / (1 - pow(0.999, step))) + 1e-8);
+            g[i] = g[i] * 0.7f - 0.1f;
+        }
+    }
+    float expected[N], kept[N];
+    for (int i = 0; i < N; i++) expected[i] = (float)W[i];
+    check_close("weights after 3 updates", w, expected, N, 1e-6);
+    const slam_adamw h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 4};
+    const double bad[3][2] = {{NAN, 1}, {1, INFINITY}, {1, NAN}};
+    memcpy(kept, w, sizeof kept);
+    for (int k = 0; k < 3; k++) ops->adamw(ops, act(w), w, m, v, g, bad[k], &h, N);
+    CHECK(memcmp(kept, w, sizeof kept) == 0, "a step whose loss or norm is not finite must change nothing");
+    free(w), free(g), free(m), free(v);
+}
+
+int main(void) {
+    slam_ops *ops = slam_cpu(0);
+    const shape shapes[] = {{1, 1, 1, 1, 2, 0}, {2, 70, 4, 2, 8, 0}, {1, 200, 7, 1, 16, 1}, {3, 65, 3, 3, 12, 1}, {2, 129, 14, 2, 64, 1}, {1, 64, 6, 3, 6, 0}};
+    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
+        const shape s = shapes[k];
+        if (TEST("attention B %d T %d NH %d KVH %d HS %d%s", s.B, s.T, s.NH, s.KVH, s.HS, s.holes ? " with holes" : "")) test_attention(ops, s);
+    }
+    const int sizes[][2] = {{1, 2}, {7, 33}, {65, 128}, {130, 97}};
+    for (int k = 0; k < 4; k++) {
+        if (TEST("rmsnorm %d x %d", sizes[k][0], sizes[k][1])) {
+            test_rmsnorm(ops, sizes[k][0], sizes[k][1], 0);
+            test_rmsnorm(ops, sizes[k][0], sizes[k][1], 1);
+        }
+        if (TEST("matmul %d x %d", sizes[k][0], sizes[k][1])) {
+            test_matmul(ops, sizes[k][0], sizes[k][1], 45, 0);
+            test_matmul(ops, sizes[k][0], sizes[k][1], 130, 1);
+        }
+        if (TEST("swiglu %d x %d", sizes[k][0], sizes[k][1])) test_swiglu(ops, sizes[k][0], sizes[k][1]);
+        if (TEST("cross-entropy %d x %d", sizes[k][0], sizes[k][1])) test_crossentropy(ops, sizes[k][0], sizes[k][1]);
+        if (TEST("embedding %d x %d", sizes[k][0], sizes[k][1])) test_embedding(ops, sizes[k][0], sizes[k][1], 11);
+    }
+    if (TEST("AdamW")) test_adamw(ops);
+    if (TEST("one thread and two give the same bits")) test_threads();
+    slam_ops_free(ops);
+    return check_end();
+}

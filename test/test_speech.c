@@ -1,0 +1,575 @@
+/* The resampler, MFCC against python_speech_features (fixture made by test/reference.py), k-means, units, and tokenising files. */
+#define SLAM_IMPLEMENTATION
+#include "../slam.h"
+#include "check.h"
+
+/* ---- audio to test with ---- */
+
+static void put16(text *t, unsigned x) {
+    const char bytes[2] = {(char)x, (char)(x >> 8)};
+    text_add_bytes(t, bytes, 2);
+}
+
+static void put32(text *t, unsigned x) {
+    put16(t, x);
+    put16(t, x >> 16);
+}
+
+/* A WAV file of n 16-bit samples. */
+static const char *write_wav(const char *name, const float *sample, size_t n, int rate) {
+    text t = SLAM_ZERO;
+    text_add(&t, "RIFF");
+    put32(&t, (unsigned)(36 + 2 * n));
+    text_add(&t, "WAVEfmt ");
+    put32(&t, 16);
+    put32(&t, 1 | 1 << 16);
+    put32(&t, (unsigned)rate);
+    put32(&t, 2 * (unsigned)rate);
+    put32(&t, 2 | 16 << 16);
+    text_add(&t, "data");
+    put32(&t, (unsigned)(2 * n));
+    for (size_t i = 0; i < n; i++) put16(&t, (unsigned)(int)lrintf(32767 * sample[i]));
+    const char *path = check_file(name, t.at, t.n);
+    text_free(&t);
+    return path;
+}
+
+/* Something that changes: tones that jump, over noise. */
+static float *make_audio(size_t n, int rate, uint64_t seed) {
+    float *x = (float *)mem_new(n, sizeof *x);
+    double hz = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (i % ((size_t)rate / 10) == 0) hz = 100 + 2000 * rng_uniform(&seed);
+        x[i] = (float)(0.5 * sin(2 * SPEECH_PI * hz * (double)i / rate) + 0.02 * rng_normal(&seed));
+    }
+    return x;
+}
+
+/* ---- resampler ---- */
+
+/* 20 log10 of the amplitude of `hz` in x at 16 kHz, and of all else in it (rms * sqrt 2) */
+static void tone_levels(const float *x, int n, double hz, double *tone, double *rest, double *late) {
+    double cc = 0, ss = 0, cs = 0, xc = 0, xs = 0, xx = 0;
+    for (int k = 0; k < n; k++) {
+        const double c = cos(2 * SPEECH_PI * hz * k / 16000), s = sin(2 * SPEECH_PI * hz * k / 16000);
+        cc += c * c;
+        ss += s * s;
+        cs += c * s;
+        xc += x[k] * c;
+        xs += x[k] * s;
+    }
+    const double det = cc * ss - cs * cs, a = (xs * cc - xc * cs) / det, b = (xc * ss - xs * cs) / det;
+    for (int k = 0; k < n; k++) {
+        const double e = x[k] - a * sin(2 * SPEECH_PI * hz * k / 16000) - b * cos(2 * SPEECH_PI * hz * k / 16000);
+        xx += e * e;
+    }
+    *tone = 20 * log10(sqrt(a * a + b * b));
+    *rest = 10 * log10(2 * xx / n + 1e-30);
+    *late = fabs(atan2(b, a)) / (2 * SPEECH_PI * hz); // seconds
+}
+
+/* out = the resampled sine of amplitude 1, without what is near its ends; its first sample stands at time 0 */
+static int resampled_sine(const slam_resampler *r, int rate, double hz, float *out) {
+    const int n_out = 2000, margin = 400;
+    const int before = margin * rate / 16000 / 160 * 160, n = before + (n_out + margin) * (rate / 100) / 160 + 1;
+    const uint64_t skip = (uint64_t)before * 16000 / (uint64_t)rate;
+    float *in = (float *)mem_new((size_t)n, sizeof *in), *all = (float *)mem_new(slam_resampler_length(r, (size_t)n), sizeof *all);
+    for (int i = 0; i < n; i++) in[i] = (float)sin(2 * SPEECH_PI * hz * ((double)i / rate - (double)skip / 16000));
+    slam_resample(r, all, in, (size_t)n);
+    memcpy(out, all + skip, n_out * sizeof *out);
+    free(in);
+    free(all);
+    return n_out;
+}
+
+static void test_resampler(void) {
+    static const int rates[] = {8000, 11025, 22050, 44100, 48000, 96000};
+    static float out[2000];
+    for (int i = 0; i < 6; i++) {
+        if (!TEST("resampler: a sine swept at %d Hz", rates[i])) continue;
+        slam_resampler *r = slam_resampler_new(rates[i]);
+        if (!CHECK(r, "%s", slam_error())) continue;
+        const double lower = rates[i] < 16000 ? rates[i] / 2.0 : 8000;
+        double ripple = 0, image = -300, alias = -300, late = 0;
+        for (double f = 0.01; f < 0.9001; f += 0.01) { // steps, each held long enough to be measured
+            double tone, rest, time;
+            const int n = resampled_sine(r, rates[i], f * lower, out);
+            tone_levels(out, n, f * lower, &tone, &rest, &time);
+            ripple = fmax(ripple, fabs(tone));
+            image = fmax(image, rest);
+            late = fmax(late, time);
+        }
+        for (double hz = 8000; rates[i] > 16000 && hz < 0.5 * rates[i]; hz += 67) {
+            double square = 0;
+            const int n = resampled_sine(r, rates[i], hz, out);
+            for (int k = 0; k < n; k++) square += (double)out[k] * out[k];
+            alias = fmax(alias, 10 * log10(2 * square / n + 1e-30));
+        }
+        if (getenv("VERBOSE")) printf("    %d Hz: ripple %.5f dB, images %.1f dB, aliases %.1f dB, late %.2g s\n", rates[i], ripple, image, alias, late);
+        check_near("ripple in dB up to 0.9 of the lower Nyquist", ripple, 0, 0.01);
+        check_near("delay in seconds", late, 0, 1e-8);
+        CHECK(image <= -100, "images are at %.1f dB, expected below -100", image);
+        CHECK(alias <= -100, "aliases are at %.1f dB, expected below -100", alias);
+        slam_resampler_free(r);
+    }
+    if (TEST("resampler: lengths, a constant, 16 kHz as it is")) {
+        static const int odd[] = {1000, 7999, 15999, 16000, 16001, 44099, 192000};
+        for (int i = 0; i < 7; i++) {
+            slam_resampler *r = slam_resampler_new(odd[i]);
+            if (!CHECK(r, "%s", slam_error())) continue;
+            CHECK(slam_resampler_length(r, 0) == 0 && slam_resampler_length(r, 1) == (size_t)((16000 + odd[i] - 1) / odd[i]), "%d Hz", odd[i]);
+            CHECK(slam_resampler_length(r, (size_t)odd[i] * 3) == 48000, "%d Hz", odd[i]);
+            const size_t n = (size_t)odd[i], n_out = slam_resampler_length(r, n);
+            float *in = (float *)mem_new(n, sizeof *in), *got = (float *)mem_new(n_out, sizeof *got);
+            for (size_t k = 0; k < n; k++) in[k] = 0.5f;
+            slam_resample(r, got, in, n);
+            for (size_t k = n_out / 4; k < 3 * n_out / 4; k += 97) check_near("a constant", got[k], 0.5, 2e-6);
+            free(in);
+            free(got);
+            slam_resampler_free(r);
+        }
+    }
+    if (TEST("resampler: rates that are none")) {
+        check_fails(slam_resampler_new(999), "expected 1000 to 768000");
+        check_fails(slam_resampler_new(-5), "expected 1000 to 768000");
+        check_fails(slam_resampler_new(1000000), "expected 1000 to 768000");
+    }
+}
+
+/* ---- MFCC ---- */
+
+static void test_mfcc(void) {
+    for (int rate = 25; rate <= 50; rate += 25)
+        for (int k = 0; k < 2; k++) {
+            if (!TEST("mfcc: as python_speech_features, %d frames a second, signal %d", rate, k)) continue;
+            slam_speech_settings settings;
+            char name[32];
+            tensors *fixture = tensors_open("test/fixtures/mfcc.safetensors");
+            if (!CHECK(fixture, "%s", slam_error())) return;
+            snprintf(name, sizeof name, "signal.%d", k);
+            const tensor *signal = tensors_find(fixture, name);
+            snprintf(name, sizeof name, "mfcc%d.%d", rate, k);
+            const tensor *wanted = tensors_find(fixture, name);
+            slam_speech_defaults(&settings);
+            settings.rate = rate;
+            slam_speech *s = slam_speech_new(&settings);
+            if (CHECK(signal && wanted && s, "the fixture has no %s", name) &&
+                CHECK(slam_speech_frames(s, signal->count) == wanted->shape[0], "%zu frames, expected %zu", slam_speech_frames(s, signal->count), wanted->shape[0])) {
+                float *x = (float *)mem_new(signal->count, sizeof *x), *got = (float *)mem_new(wanted->count, sizeof *got);
+                float *expected = (float *)mem_new(wanted->count, sizeof *expected);
+                for (size_t i = 0; i < signal->count; i++) {
+                    int16_t v;
+                    memcpy(&v, signal->data + 2 * i, 2);
+                    x[i] = (float)v / 32768;
+                }
+                CHECK(tensor_floats(wanted, expected, 0, wanted->count), "%s", slam_error());
+                CHECK(slam_speech_features(s, got, x, signal->count), "%s", slam_error());
+                for (size_t i = 0; i < wanted->count; i++) check_near(name, got[i], expected[i], 1e-3);
+                free(x);
+                free(got);
+                free(expected);
+            }
+            slam_speech_free(s);
+            tensors_close(fixture);
+        }
+    if (TEST("mfcc: frames of short, silent and loud audio; --normalize")) {
+        slam_speech_settings settings;
+        slam_speech_defaults(&settings);
+        slam_speech *plain = slam_speech_new(&settings);
+        settings.normalize = 1;
+        slam_speech *normal = slam_speech_new(&settings);
+        CHECK(slam_speech_frames(plain, 0) == 0 && slam_speech_frames(plain, 1) == 1 && slam_speech_frames(plain, 1024) == 1 &&
+                  slam_speech_frames(plain, 1025) == 2 && slam_speech_frames(plain, 1664) == 2 && slam_speech_frames(plain, 1665) == 3,
+              "frames");
+        float zero[3000] = {0}, got[39 * 5], loud[3000], *x = make_audio(3000, 16000, 3);
+        CHECK(slam_speech_features(plain, got, zero, 3000), "%s", slam_error());
+        check_near("energy of silence", got[0], log(2.220446049250313e-16), 1e-5);
+        for (int i = 13; i < 39; i++) check_near("differences in silence", got[i], 0, 0);
+        CHECK(slam_speech_features(plain, got, zero, 0), "%s", slam_error());
+        float a[39 * 5], b[39 * 5];
+        for (int i = 0; i < 3000; i++) loud[i] = 0.25f + 10 * x[i];
+        CHECK(slam_speech_features(normal, a, x, 3000) && slam_speech_features(normal, b, loud, 3000), "%s", slam_error());
+        check_close("normalised, of another level", a, b, 39 * 4, 1e-4);
+        CHECK(slam_speech_features(plain, b, x, 3000) && b[0] != a[0], "normalising changes nothing");
+        settings.rate = 30;
+        check_fails(slam_speech_new(&settings), "expected 25 or 50");
+        free(x);
+        slam_speech_free(plain);
+        slam_speech_free(normal);
+    }
+}
+
+/* ---- k-means ---- */
+
+/* n frames around K places that are far apart; the place of frame i is i % K. */
+static float *make_clusters(size_t n, int D, int K, float *place, uint64_t seed) {
+    float *x = (float *)mem_new(n * (size_t)D, sizeof *x);
+    for (int i = 0; i < K * D; i++) place[i] = (float)(20 * rng_normal(&seed));
+    for (size_t i = 0; i < n; i++)
+        for (int d = 0; d < D; d++) x[i * (size_t)D + (size_t)d] = place[(int)(i % (size_t)K) * D + d] + (float)(0.5 * rng_normal(&seed));
+    return x;
+}
+
+static void test_kmeans(void) {
+    enum { N = 12345, D = 39, K = 37 };
+    static float place[K * D], found[K * D], again[K * D];
+    slam_kmeans_report r, r2;
+    float *x = make_clusters(N, D, K, place, 5);
+    if (TEST("k-means: finds clusters that are there")) {
+        int taken[K] = {0};
+        CHECK(slam_kmeans(x, N, D, K, 1, found, &r), "%s", slam_error());
+        for (int k = 0; k < K; k++) {
+            int nearest = 0;
+            for (int i = 0; i < K; i++)
+                if (squared_distance(found + k * D, place + i * D, D) < squared_distance(found + k * D, place + nearest * D, D)) nearest = i;
+            taken[nearest]++;
+            check_near("distance of a centroid to its place", sqrt(squared_distance(found + k * D, place + nearest * D, D)), 0, 0.4);
+        }
+        for (int k = 0; k < K; k++) CHECK(taken[k] == 1, "cluster %d has %d centroids", k, taken[k]);
+        check_near("inertia", r.inertia, 0.25 * D, 0.2);
+        CHECK(r.dead == 0 && r.frames == N && r.passes >= 2, "%d dead, %zu frames, %d passes", r.dead, r.frames, r.passes);
+    }
+    if (TEST("k-means: the same for any number of threads, another for another seed")) {
+        const int threads = threads_count();
+        threads_set(1);
+        CHECK(slam_kmeans(x, N, D, K, 9, found, &r), "%s", slam_error());
+        threads_set(5);
+        CHECK(slam_kmeans(x, N, D, K, 9, again, &r2), "%s", slam_error());
+        CHECK(!memcmp(found, again, sizeof found) && r.inertia == r2.inertia, "one thread and five differ");
+        CHECK(slam_kmeans(x, N, D, K, 10, again, &r2) && memcmp(found, again, sizeof found), "seeds 9 and 10 give the same");
+        threads_set(threads);
+    }
+    if (TEST("k-means: fewer different frames than centroids, fewer frames")) {
+        float few[60 * 2];
+        for (int i = 0; i < 60; i++) few[2 * i] = (float)(i % 3), few[2 * i + 1] = 1;
+        CHECK(slam_kmeans(few, 60, 2, 5, 0, found, &r), "%s", slam_error());
+        CHECK(r.dead == 2 && r.inertia == 0, "%d dead, inertia %g", r.dead, r.inertia);
+        check_fails(slam_kmeans(few, 4, 2, 5, 0, found, &r), "4 frames are fewer than the 5 centroids");
+        few[7] = NAN;
+        check_fails(slam_kmeans(few, 60, 2, 5, 0, found, &r), "frame 3 holds a number that is not finite");
+    }
+    if (TEST("k-means: a centroid without frames is put onto a far one")) {
+        fit f = SLAM_ZERO;
+        float points[] = {0, 1, 2, 100}, centroid[] = {1, 50, 1000}, distance[4], lanes[16];
+        size_t order[4], count[3], first[4];
+        int unit[4];
+        f.x = points;
+        f.n = 4;
+        f.D = 1;
+        f.K = 3;
+        f.centroid = centroid;
+        f.lanes = lanes;
+        f.order = order;
+        f.unit = unit;
+        f.distance = distance;
+        f.count = count;
+        f.first = first;
+        fit_assign(&f);
+        CHECK(fit_update(&f) == 1, "no centroid was moved");
+        CHECK(centroid[0] == 1 && centroid[1] == 100 && centroid[2] == 100, "%g %g %g", (double)centroid[0], (double)centroid[1], (double)centroid[2]);
+    }
+    free(x);
+}
+
+/* ---- the quantiser ---- */
+
+static slam_quantiser *make_quantiser(int rate, int dedup, int K, uint64_t seed) {
+    slam_speech_settings s;
+    float *centroids = (float *)mem_new((size_t)K * 39, sizeof *centroids);
+    for (int i = 0; i < K * 39; i++) centroids[i] = (float)(i % 39 ? 5 * rng_normal(&seed) : -10 * rng_uniform(&seed));
+    slam_speech_defaults(&s);
+    s.rate = rate;
+    s.dedup = dedup;
+    slam_quantiser *q = slam_quantiser_new(&s, centroids, K);
+    free(centroids);
+    return q;
+}
+
+static void test_quantiser(void) {
+    if (TEST("units: the nearest centroid, the first of those that tie")) {
+        static float centroids[70 * 39], x[39 * 50];
+        slam_speech_settings s;
+        uint64_t seed = 3;
+        int unit[50];
+        float distance[50];
+        for (int i = 0; i < 70 * 39; i++) centroids[i] = (float)(int)(4 * rng_normal(&seed));
+        for (int d = 0; d < 39; d++) centroids[66 * 39 + d] = centroids[5 * 39 + d]; // the same place twice
+        for (int i = 0; i < 50 * 39; i++) x[i] = i < 39 ? centroids[5 * 39 + i] : (float)(int)(4 * rng_normal(&seed));
+        slam_speech_defaults(&s);
+        slam_quantiser *q = slam_quantiser_new(&s, centroids, 70);
+        slam_quantiser_nearest(q, x, 50, unit, distance);
+        CHECK(unit[0] == 5 && distance[0] == 0, "unit %d at %g, expected 5 at 0", unit[0], (double)distance[0]);
+        for (int i = 0; i < 50; i++) {
+            int nearest = 0;
+            for (int k = 1; k < 70; k++)
+                if (squared_distance(x + 39 * i, centroids + 39 * k, 39) < squared_distance(x + 39 * i, centroids + 39 * nearest, 39)) nearest = k;
+            CHECK(unit[i] == nearest, "frame %d: %d, expected %d", i, unit[i], nearest);
+        }
+        slam_quantiser_free(q);
+    }
+    if (TEST("units: repeats become one with a duration")) {
+        int unit[] = {4, 4, 4, 1, 4, 4, 0}, duration[7], same[] = {4, 4, 1};
+        const int units[] = {4, 1, 4, 0}, durations[] = {3, 1, 2, 1};
+        CHECK(units_merge(unit, duration, 7, 1) == 4 && !memcmp(unit, units, sizeof units) && !memcmp(duration, durations, sizeof durations), "merged");
+        CHECK(units_merge(same, duration, 3, 0) == 3 && same[1] == 4 && duration[0] == 1, "kept apart");
+        CHECK(units_merge(same, duration, 0, 1) == 0, "none");
+    }
+    if (TEST("quantiser: the fingerprint is that of settings and centroids")) {
+        slam_quantiser *a = make_quantiser(25, 1, 20, 1), *b = make_quantiser(50, 1, 20, 1), *c = make_quantiser(25, 0, 20, 1),
+                       *d = make_quantiser(25, 1, 20, 2), *e = make_quantiser(25, 1, 19, 1), *f = make_quantiser(25, 1, 20, 1);
+        const uint32_t mark = slam_quantiser_fingerprint(a);
+        CHECK(mark && mark == slam_quantiser_fingerprint(f), "two alike differ");
+        CHECK(mark != slam_quantiser_fingerprint(b) && mark != slam_quantiser_fingerprint(c) && mark != slam_quantiser_fingerprint(d) &&
+                  mark != slam_quantiser_fingerprint(e),
+              "two that differ are alike");
+        slam_quantiser *const all[] = {a, b, c, d, e, f};
+        for (int i = 0; i < 6; i++) slam_quantiser_free(all[i]);
+    }
+    if (TEST("quantiser: km.npy and km.json")) {
+        slam_speech_settings other;
+        slam_quantiser *q = make_quantiser(50, 0, 20, 1), *back;
+        const char *path = check_path("km.npy"), *json_path;
+        slam_speech_defaults(&other);
+        CHECK(slam_quantiser_save(q, path, NULL), "%s", slam_error());
+        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error())) {
+            CHECK(slam_quantiser_fingerprint(back) == slam_quantiser_fingerprint(q) && slam_quantiser_settings(back)->rate == 50 &&
+                      !slam_quantiser_settings(back)->dedup && slam_quantiser_count(back) == 20,
+                  "what was read is not what was written");
+            slam_quantiser_free(back);
+        }
+        static const char *const damaged[][2] = {{"{\"features\": \"hubert\"}", "'features' is \"hubert\""},
+                                                 {"{\"features\": \"mfcc\", \"rate\": 30}", "'rate' is 30"},
+                                                 {"{\"features\": \"mfcc\", \"rate\": 25, \"normalize\": 3}", "expected true or false"},
+                                                 {"{\"features\": \"mfcc\", \"fingerprint\": 5}", "do not belong together"},
+                                                 {"{\"features\": ", "km.json"},
+                                                 {"[]", "'features' is \"\""}};
+        for (size_t i = 0; i < sizeof damaged / sizeof *damaged; i++) {
+            check_file("km.json", damaged[i][0], strlen(damaged[i][0]));
+            check_fails(slam_quantiser_open(path, &other), damaged[i][1]);
+        }
+        json_path = check_path("km.json");
+        unlink(json_path);
+        other.rate = 25;
+        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error())) CHECK(slam_quantiser_settings(back)->rate == 25, "the caller's settings");
+        slam_quantiser_free(back);
+        float wrong[12] = {0};
+        CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
+        check_fails(slam_quantiser_open(path, &other), "has shape (3, 4)");
+        slam_quantiser_free(q);
+    }
+    if (TEST("units: of a sample, of silence, of a file at another rate")) {
+        slam_quantiser *q = make_quantiser(25, 1, 20, 1);
+        slam_units u;
+        float one = 0.5f, zero[20000] = {0};
+        CHECK(slam_quantiser_units(q, &one, 1, &u) && u.n == 1 && u.duration[0] == 1 && u.frames == 1, "of one sample");
+        slam_units_free(&u);
+        CHECK(slam_quantiser_units(q, zero, 20000, &u) && u.n == 1 && (size_t)u.duration[0] == u.frames, "%zu units of silence", u.n);
+        slam_units_free(&u);
+        CHECK(slam_quantiser_units(q, zero, 0, &u) && u.n == 0, "of nothing");
+        slam_units_free(&u);
+        float *x = make_audio(22050, 22050, 8);
+        CHECK(slam_quantiser_file(q, write_wav("a.wav", x, 22050, 22050), &u) && u.samples == 16000 && u.frames == 25, "%zu samples", u.samples);
+        slam_units_free(&u);
+        check_fails(slam_quantiser_file(q, write_wav("empty.wav", x, 0, 16000), &u), "it holds no audio");
+        check_fails(slam_quantiser_file(q, write_wav("slow.wav", x, 10, 500), &u), "500 samples a second");
+        check_fails(slam_quantiser_file(q, check_path("none.wav"), &u), "cannot be opened");
+        free(x);
+        slam_quantiser_free(q);
+    }
+}
+
+/* ---- files ---- */
+
+/* Thirty files in a folder with others below it, three of them unusable; listed in the order of their names. */
+static void make_folder(slam_list *files) {
+    char name[64];
+    char folder[1024];
+    const char *const argument = folder;
+    snprintf(folder, sizeof folder, "%s", check_path("audio"));
+    mkdir(folder, 0777);
+    mkdir(check_path("audio/b"), 0777);
+    mkdir(check_path("audio/b/c"), 0777);
+    for (int i = 0; i < 30; i++) {
+        const size_t n = 3000 + 1700 * (size_t)(i % 7);
+        float *x = make_audio(n, 8000, (uint64_t)i);
+        snprintf(name, sizeof name, "audio/%s%02d.%s", i % 3 == 1 ? "b/" : i % 3 == 2 ? "b/c/" : "", i, i % 5 ? "wav" : "WAV");
+        if (i % 11 == 10) check_file(name, "RIFF", 4);
+        else write_wav(name, x, i == 4 ? 0 : n, i % 2 ? 8000 : 16000);
+        free(x);
+    }
+    check_file("audio/notes.txt", "none", 4);
+    if (symlink("..", check_path("audio/b/up")) != 0 || symlink("b", check_path("audio/z")) != 0) CHECK(0, "no links");
+    CHECK(slam_audio_list(files, &argument, 1), "%s", slam_error());
+}
+
+typedef struct stopping {
+    size_t after, failed;
+} stopping;
+
+static int stop_after(void *context, const slam_speech_progress *p) {
+    stopping *s = (stopping *)context;
+    s->failed += p->failed != NULL;
+    return p->failed || p->done < s->after;
+}
+
+static text read_file(const char *path) {
+    text t = SLAM_ZERO;
+    file_map map;
+    if (!CHECK(map_open(&map, path), "%s", slam_error())) return t;
+    text_add_bytes(&t, (const char *)map.data, map.size);
+    map_close(&map);
+    return t;
+}
+
+static void check_same_file(const char *a, const char *b) {
+    text ta = read_file(a), tb = read_file(b);
+    CHECK(ta.n == tb.n && ta.n > 0 && !memcmp(ta.at, tb.at, ta.n), "%s (%zu bytes) and %s (%zu) differ", a, ta.n, b, tb.n);
+    text_free(&ta);
+    text_free(&tb);
+}
+
+static void test_files(void) {
+    slam_list files = SLAM_ZERO, list = SLAM_ZERO;
+    slam_quantiser *q = make_quantiser(25, 1, 20, 1);
+    stopping never = {SIZE_MAX, 0};
+    slam_tokenize_report r, r2;
+    make_folder(&files);
+    if (TEST("files: folders in order, links, manifests")) {
+        /* audio (10), audio/b (10), audio/b/c (10), and again by the link audio/z, in which up leads to what is above */
+        CHECK(files.n == 50, "%zu files, expected 50", files.n);
+        for (size_t i = 1; i < 10; i++) CHECK(strcmp(files.at[i - 1], files.at[i]) < 0, "%s after %s", files.at[i], files.at[i - 1]);
+        text manifest = SLAM_ZERO;
+        text_add(&manifest, "%s\r\n\n%s\n%s", files.at[0], check_path("audio/b/c"), files.at[3]);
+        char at[1100];
+        snprintf(at, sizeof at, "@%s", check_file("list.txt", manifest.at, manifest.n));
+        const char *argument = at;
+        CHECK(slam_audio_list(&list, &argument, 1) && list.n == 12 && !strcmp(list.at[11], files.at[3]), "%zu files: %s", list.n, slam_error());
+        argument = "@/none";
+        check_fails(slam_audio_list(&list, &argument, 1), "/none: cannot be opened");
+        text_free(&manifest);
+        slam_list_free(&list);
+    }
+    if (TEST("tokenize: OUT.bin is the files' units in order, for any number of threads")) {
+        const int threads = threads_count();
+        threads_set(1);
+        char *one = text_copy(check_path("one.bin")), *five = text_copy(check_path("five.bin"));
+        CHECK(slam_tokenize(q, &files, one, 0, 1000000, stop_after, &never, &r), "%s", slam_error());
+        threads_set(5);
+        CHECK(slam_tokenize(q, &files, five, 0, 1000000, NULL, NULL, &r2), "%s", slam_error());
+        threads_set(threads);
+        check_same_file(one, five);
+        CHECK(r.files == files.n && r.failed == 5 && never.failed == 5 && r.shards == 1 && !memcmp(&r, &r2, sizeof r), "%zu files, %zu failed", r.files, r.failed);
+        shard s;
+        if (CHECK(shard_open(&s, one), "%s", slam_error())) {
+            CHECK(s.V == 22 && s.fingerprint == slam_quantiser_fingerprint(q) && s.n == r.tokens && s.n == r.units + 2 * (files.n - 5), "header");
+            size_t t = 0;
+            for (size_t i = 0; i < files.n; i++) {
+                slam_units u;
+                if (!slam_quantiser_file(q, files.at[i], &u)) continue;
+                CHECK(t + u.n + 2 <= s.n && s.tokens[t] == 1 && s.tokens[t + u.n + 1] == 1, "%s begins at token %zu", files.at[i], t);
+                for (size_t k = 0; k < u.n && t + u.n + 2 <= s.n; k++) CHECK(s.tokens[t + 1 + k] == u.unit[k] + 2, "%s: unit %zu", files.at[i], k);
+                t += u.n + 2;
+                slam_units_free(&u);
+            }
+            shard_close(&s);
+        }
+        text failed = read_file(check_path("one.failed"));
+        size_t lines = 0;
+        for (size_t i = 0; i < failed.n; i++) lines += failed.at[i] == '\n';
+        CHECK(lines == 5 && strstr(failed.at, "10.WAV") && strstr(failed.at, "04.wav"), "%zu lines: %s", lines, failed.at);
+        CHECK(!path_is_file(check_path("one.bin.partial")) && !path_is_file(check_path("one.bin.journal")), "something is left over");
+        check_fails(slam_tokenize(q, &files, one, 0, 1000000, NULL, NULL, &r2), "exists already");
+        text_free(&failed);
+        free(one);
+        free(five);
+    }
+    for (int kind = 0; kind < 3; kind++) {
+        if (!TEST("tokenize: stopped again and again, then to the end: %s", kind == 0 ? "OUT.bin in shards" : kind == 1 ? "OUT.jsonl" : "audio_repr")) continue;
+        const uint64_t most = 120;
+        char *whole = text_copy(check_path(kind ? "whole.jsonl" : "whole.bin")), *parts = text_copy(check_path(kind ? "parts.jsonl" : "parts.bin"));
+        int stops = 0;
+        CHECK(slam_tokenize(q, &files, whole, kind == 2, most, NULL, NULL, &r), "%s", slam_error());
+        for (r2.stopped = 1; r2.stopped && stops < 60; stops++) {
+            stopping soon = {0, 0};
+            if (!CHECK(slam_tokenize(q, &files, parts, kind == 2, most, stop_after, &soon, &r2), "%s", slam_error())) break;
+            if (stops == 1 && r2.stopped) { // what a kill leaves: more than the journal counts
+                FILE *f = fopen(check_path(kind ? "parts.jsonl.partial" : "parts.bin.partial"), "ab");
+                CHECK(f && fputs("half a docum", f) >= 0 && fclose(f) == 0, "write");
+                slam_list fewer = files;
+                fewer.n--;
+                check_fails(slam_tokenize(q, &fewer, parts, kind == 2, most, NULL, NULL, &r2), "other files or settings");
+                r2.stopped = 1;
+            }
+        }
+        CHECK(stops > 3, "stopped %d times", stops);
+        r2.earlier = 0;
+        CHECK(!memcmp(&r, &r2, sizeof r), "the reports differ");
+        check_same_file(whole, parts);
+        check_same_file(check_path("whole.failed"), check_path("parts.failed"));
+        if (kind == 0) {
+            CHECK(r.shards > 3, "%d shards", r.shards);
+            for (int i = 1; i < r.shards; i++) {
+                char a[32], b[32];
+                shard s;
+                snprintf(a, sizeof a, "whole-%05d.bin", i);
+                snprintf(b, sizeof b, "parts-%05d.bin", i);
+                check_same_file(check_path(a), check_path(b));
+                if (!CHECK(shard_open(&s, check_path(a)), "%s", slam_error())) continue;
+                CHECK(s.n <= most && s.tokens[0] == 1 && s.tokens[s.n - 1] == 1, "shard %d of %zu tokens", i, s.n);
+                shard_close(&s);
+            }
+        } else {
+            units_reader reader;
+            units u = SLAM_ZERO;
+            size_t n = 0;
+            int more = units_open(&reader, whole);
+            while (more == 1 && (more = units_next(&reader, &u)) == 1) n += u.n;
+            CHECK(more == 0 && n == r.units, "%zu units of %zu: %s", n, (size_t)r.units, slam_error());
+            units_free(&u);
+            units_close(&reader);
+        }
+        unlink(whole);
+        unlink(check_path("whole.failed"));
+        unlink(check_path("parts.failed"));
+        free(whole);
+        free(parts);
+    }
+    if (TEST("tokenize: nothing usable, a folder that is not there")) {
+        slam_list none = SLAM_ZERO;
+        slam_list_add(&none, "/none/a.wav");
+        check_fails(slam_tokenize(q, &none, check_path("none.bin"), 0, 100, NULL, NULL, &r), "none of the 1 files could be used");
+        CHECK(!path_is_file(check_path("none.bin")) && path_is_file(check_path("none.failed")), "files");
+        check_fails(slam_tokenize(q, &files, "/none/out.bin", 0, 100, NULL, NULL, &r), "/none/out.bin");
+        check_fails(slam_tokenize(q, &files, check_path("out.txt"), 0, 100, NULL, NULL, &r), "ends in .bin or .jsonl");
+        slam_list_free(&none);
+    }
+    if (TEST("fit: from files, with fewer frames than they hold, for any number of threads")) {
+        slam_speech_settings settings;
+        slam_kmeans_report a, b;
+        const int threads = threads_count();
+        slam_speech_defaults(&settings);
+        threads_set(1);
+        slam_quantiser *first = slam_quantiser_fit(&settings, &files, 8, 100, 4, NULL, NULL, &a);
+        threads_set(3);
+        slam_quantiser *second = slam_quantiser_fit(&settings, &files, 8, 100, 4, stop_after, &never, &b);
+        threads_set(threads);
+        if (CHECK(first && second, "%s", slam_error())) {
+            CHECK(slam_quantiser_fingerprint(first) == slam_quantiser_fingerprint(second), "one thread and three differ");
+            CHECK(a.frames == 100 && a.inertia == b.inertia, "%zu frames", a.frames);
+        }
+        slam_quantiser_free(first);
+        slam_quantiser_free(second);
+        check_fails(slam_quantiser_fit(&settings, &files, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
+    }
+    slam_list_free(&files);
+    slam_quantiser_free(q);
+}
+
+int main(void) {
+    test_resampler();
+    test_mfcc();
+    test_kmeans();
+    test_quantiser();
+    test_files();
+    return check_end();
+}

@@ -1,0 +1,211 @@
+/* tokenize - speech into units, and the centroids that decide them. */
+#include "slam.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct options {
+    char *features, *rate, *kmeans, *out;
+    int normalize, no_dedup, fit, audio_repr, threads;
+    long fit_frames, shard_tokens, seed;
+} options;
+
+typedef struct job {
+    options o;
+    slam_flag table[20];
+    slam_flags flags;
+    slam_list files;
+    slam_progress progress;
+    double began;
+} job;
+
+static int flag_table(options *o, slam_flag *f) {
+    const slam_flag table[] = {
+        {NULL, 0, NULL, NULL, NULL, "Units", 0, 0, 0, 0},
+        {"kmeans", SLAM_TEXT, &o->kmeans, "FILE.npy", NULL,
+         "the centroids, one a unit; FILE.json beside it says which features they are of, and a flag that contradicts it is an error", 0, 0, 0, 0},
+        {"fit", SLAM_INT, &o->fit, "K", NULL, "find K centroids in the audio first and write them to --kmeans", 1, 65534, 0, 0},
+        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000", "frames that --fit goes by, drawn evenly from the audio", 1, 1e9, 0, 0},
+        {"seed", SLAM_LONG, &o->seed, "N", "0", "of --fit", 0, 9e15, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Features (of --fit, or of centroids without a FILE.json)", 0, 0, 0, 0},
+        {"features", SLAM_CHOICE, &o->features, "mfcc", "mfcc", "13 MFCC with their first and second differences", 0, 0, 0, 0},
+        {"rate", SLAM_CHOICE, &o->rate, "25|50", "25", "frames a second", 0, 0, 0, 0},
+        {"normalize", SLAM_SWITCH, &o->normalize, NULL, NULL, "each file's waveform to zero mean and unit variance", 0, 0, 0, 0},
+        {"no-dedup", SLAM_SWITCH, &o->no_dedup, NULL, NULL, "a unit for every frame; else neighbours that are the same become one", 0, 0, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Output", 0, 0, 0, 0},
+        {"out", SLAM_TEXT, &o->out, "FILE", NULL,
+         "FILE.bin: token shards, what train reads; FILE.jsonl: SlamKit features (units, duration, file_name). Also -o", 0, 0, 0, 0},
+        {"audio-repr", SLAM_SWITCH, &o->audio_repr, NULL, NULL, "with FILE.jsonl: SlamKit tokens (\"<Un3><Un49>...\") instead", 0, 0, 0, 0},
+        {"shard-tokens", SLAM_LONG, &o->shard_tokens, "N", "500000000", "a FILE.bin that would grow larger becomes FILE-00001.bin, FILE-00002.bin, ..., and FILE.bin the last",
+         2, 2147483647, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Machine", 0, 0, 0, 0},
+        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core. The output is the same for any number", 0, 4096, 0, 0},
+    };
+    const int n = (int)(sizeof table / sizeof *table);
+    for (int i = 0; i < n; i++) f[i] = table[i];
+    return n;
+}
+
+static const char hint[] = "tokenize turns speech into units for train:\n"
+                           "\n"
+                           "  ./tokenize AUDIO... --fit 100 --kmeans km.npy    finds 100 centroids in AUDIO\n"
+                           "  ./tokenize AUDIO... --kmeans km.npy -o out.bin   writes AUDIO as units\n"
+                           "\n"
+                           "AUDIO: WAV files, folders of them, or @LIST with a path a line. ./tokenize --help lists all flags.\n";
+
+/* ---- what is shown ---- */
+
+static int watch(void *context, const slam_speech_progress *p) {
+    job *j = (job *)context;
+    if (p->failed) {
+        slam_progress_clear(&j->progress);
+        fprintf(stderr, "tokenize: left out: %s\n", p->because);
+        return 1;
+    }
+    const double seconds = slam_clock() - j->began;
+    char what[96];
+    snprintf(what, sizeof what, "%s %zu/%zu files  %.2f h of audio  %.0f h/h", p->stage, p->done, p->of, p->seconds / 3600, p->seconds / (seconds > 1e-3 ? seconds : 1e-3));
+    if (!p->of) snprintf(what, sizeof what, "fit: %.2f h of audio heard", p->seconds / 3600);
+    slam_progress_show(&j->progress, (double)p->done, (double)p->of, what);
+    return !slam_signals_stop();
+}
+
+static const char *plural(size_t n) { return n == 1 ? "" : "s"; }
+
+/* ---- the quantiser ---- */
+
+static int contradicts(const job *j, const char *flag, int differs, const char *says) {
+    if (!differs || !slam_flags_given(&j->flags, flag)) return 0;
+    slam_refuse("--%s: %s was made for %s; leave the flag out, or fit other centroids", flag, j->o.kmeans, says);
+    return 1;
+}
+
+/* KM.npy, whose KM.json decides; the flags are for centroids that have none. */
+static slam_quantiser *open_quantiser(job *j, const slam_speech_settings *flags) {
+    slam_quantiser *q = slam_quantiser_open(j->o.kmeans, flags);
+    if (!q) return NULL;
+    const slam_speech_settings *s = slam_quantiser_settings(q);
+    if (contradicts(j, "rate", s->rate != flags->rate, s->rate == 25 ? "--rate 25" : "--rate 50") ||
+        contradicts(j, "normalize", s->normalize != flags->normalize, "waveforms as they are") ||
+        contradicts(j, "no-dedup", s->dedup != flags->dedup, "deduplicated units")) {
+        slam_quantiser_free(q);
+        return NULL;
+    }
+    return q;
+}
+
+static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *settings) {
+    slam_kmeans_report r;
+    FILE *taken = fopen(j->o.kmeans, "rb");
+    if (taken) {
+        fclose(taken);
+        slam_refuse("%s: exists already; remove it or give another name (nothing is overwritten)", j->o.kmeans);
+        return NULL;
+    }
+    slam_quantiser *q = slam_quantiser_fit(settings, &j->files, j->o.fit, (size_t)j->o.fit_frames, (uint64_t)j->o.seed, watch, j, &r);
+    slam_progress_clear(&j->progress);
+    if (q && !slam_quantiser_save(q, j->o.kmeans, &r)) {
+        slam_quantiser_free(q);
+        q = NULL;
+    }
+    if (!q) return NULL;
+    printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", j->o.fit, r.frames, slam_clock() - j->began,
+           r.passes, r.inertia);
+    if (r.reseeded) printf("         centroids without a frame were moved to the furthest frames, %d times\n", r.reseeded);
+    if (r.dead) printf("         %d centroids have no frame: the audio holds fewer different ones than %d\n", r.dead, j->o.fit);
+    printf("wrote    %s, and its settings beside it\n", j->o.kmeans);
+    return q;
+}
+
+/* ---- the units ---- */
+
+/* The exit status; -1: failed. */
+static int tokenize(job *j, const slam_quantiser *q) {
+    slam_tokenize_report r;
+    const char *out = j->o.out;
+    j->began = slam_clock();
+    const int ok = slam_tokenize(q, &j->files, out, j->o.audio_repr, (uint64_t)j->o.shard_tokens, watch, j, &r);
+    const double seconds = slam_clock() - j->began, heard = (double)r.samples / 16000;
+    slam_progress_clear(&j->progress);
+    if (!ok) return -1;
+    if (r.stopped) {
+        printf("stopped  after %zu of %zu files; the same command goes on from there\n", r.files, j->files.n);
+        return 1;
+    }
+    const size_t done = r.files - r.failed;
+    printf("units    %zu file%s, %.2f h of audio in %.1f s", done, plural(done), heard / 3600, seconds);
+    if (r.earlier) printf(" (%zu of them earlier)", r.earlier);
+    printf("\n         %llu tokens, %.1f units a second of audio, %.2f frames a unit\n", (unsigned long long)r.tokens, heard > 0 ? (double)r.units / heard : 0,
+           r.units ? (double)r.frames / (double)r.units : 0);
+    const size_t stem = strlen(out) - (strlen(out) > 4 && !strcmp(out + strlen(out) - 4, ".bin") ? 4 : 6);
+    if (r.shards > 1) printf("wrote    %.*s-*.bin and %s, %d shards\n", (int)stem, out, out, r.shards);
+    else printf("wrote    %s\n", out);
+    if (r.failed) printf("failed   %zu file%s, listed in %.*s.failed\n", r.failed, plural(r.failed), (int)stem, out);
+    if (r.shards > 1) printf("next     ./train '%.*s*.bin'\n", (int)stem, out);
+    else printf("next     ./train %s\n", out);
+    return r.failed ? 3 : 0;
+}
+
+/* The exit status; -1: failed. */
+static int run(job *j) {
+    slam_speech_settings settings;
+    const options *o = &j->o;
+    slam_speech_defaults(&settings);
+    settings.rate = atoi(o->rate);
+    settings.normalize = o->normalize;
+    settings.dedup = !o->no_dedup;
+    if (!slam_audio_list(&j->files, (const char *const *)j->flags.rest.at, j->flags.rest.n)) return -1;
+    if (j->files.n == 0) return slam_refuse("no audio: the manifest names no file") - 1;
+    slam_progress_begin(&j->progress);
+    j->began = slam_clock();
+    slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : open_quantiser(j, &settings);
+    int status = q ? 0 : -1;
+    if (q && o->out) status = tokenize(j, q);
+    else if (q) printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->kmeans);
+    slam_quantiser_free(q);
+    return status;
+}
+
+/* What the table cannot say of a flag. */
+static int check_flags(const job *j) {
+    const options *o = &j->o;
+    if (j->flags.rest.n == 0) return slam_refuse("no AUDIO: expected WAV files, folders or @LIST");
+    if (!o->kmeans) return slam_refuse(o->fit ? "--fit: expected --kmeans FILE.npy, where the centroids go" : "expected --kmeans FILE.npy; --fit K makes one");
+    if (!o->fit && !o->out) return slam_refuse("expected -o OUT.bin or OUT.jsonl, or --fit K");
+    const size_t n = o->out ? strlen(o->out) : 0;
+    const int bin = n > 4 && !strcmp(o->out + n - 4, ".bin"), jsonl = n > 6 && !strcmp(o->out + n - 6, ".jsonl");
+    if (o->out && !bin && !jsonl) return slam_refuse("--out %s: expected a name that ends in .bin or .jsonl", o->out);
+    if (o->audio_repr && !jsonl) return slam_refuse("--audio-repr: is for OUT.jsonl");
+    return 1;
+}
+
+int main(int argc, char **argv) {
+    static job j;
+    j.flags.program = "tokenize";
+    j.flags.usage = "[options] AUDIO... -o OUT.bin|OUT.jsonl";
+    j.flags.about = "Speech into units. AUDIO: WAV files of any sample rate, folders of them, or @LIST with a path a line. A run that was cut short goes on where it "
+                    "stopped when it is repeated. Exit status: 0, all files done; 3, done, but some were left out; 1, error.";
+    j.flags.at = j.table;
+    j.flags.n = flag_table(&j.o, j.table);
+    if (argc == 1) {
+        fputs(hint, stdout);
+        return 0;
+    }
+    const int parsed = slam_flags_parse(&j.flags, argc, argv);
+    if (parsed == 2) return 0;
+    if (!parsed || !slam_flags_defaults(&j.flags, 0) || !check_flags(&j)) {
+        slam_flags_usage(&j.flags);
+        return 2;
+    }
+    slam_threads(j.o.threads);
+    slam_signals_catch();
+    int status = run(&j);
+    if (status < 0) {
+        slam_progress_clear(&j.progress);
+        fprintf(stderr, "tokenize: error: %s\n", slam_error());
+        status = 1;
+    }
+    slam_list_free(&j.files);
+    slam_flags_free(&j.flags);
+    return status;
+}
