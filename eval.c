@@ -13,7 +13,8 @@ typedef struct options {
 static int flag_table(slam_flag *f, options *o) {
     const slam_flag table[] = {
         {NULL, 0, NULL, NULL, NULL, "Options", 0, 0, 0, 0},
-        {"train", SLAM_TEXT, &o->train, "DATA", NULL, "count n-grams on this: what counting alone reaches on the same tokens", 0, 0, 0, 0},
+        {"train", SLAM_TEXT, &o->train, "DATA", NULL, "count n-grams on this: what counting alone reaches on the same tokens", 0, 0,
+         0, 0},
         {"context", SLAM_INT, &o->context, "N", NULL, "tokens of a row (the run's own, else 1024)", 2, 1 << 24, 0, 0},
         {"batch", SLAM_INT, &o->batch, "N", "8", "rows at once", 1, 1 << 20, 0, 0},
         {"json", SLAM_TEXT, &o->json, "FILE", NULL, "write the figures to this file", 0, 0, 0, 0},
@@ -44,7 +45,8 @@ static int read_arguments(job *j, const char **model) {
     size_t task = 0;
     *model = NULL;
     if (rest->n && strcmp(rest->at[0], "ppl")) *model = rest->at[task++];
-    if (task < rest->n && strcmp(rest->at[task], "ppl")) return slam_refuse("%s: there is no such task, expected ppl", rest->at[task]);
+    if (task < rest->n && strcmp(rest->at[task], "ppl"))
+        return slam_refuse("%s: there is no such task, expected ppl", rest->at[task]);
     if (task == rest->n && *model) return slam_refuse("the task is missing after %s, expected ppl", *model);
     for (size_t i = task + 1; i < rest->n; i++)
         if (!slam_list_add(&j->test, rest->at[i])) return 0;
@@ -99,24 +101,30 @@ static int score(job *j, const char *argv0, const char *path) {
     char note[256], spelled[32];
     double nll, ngrams[5];
     uint64_t targets, same;
-    if (!j->test.n && (!bundled(argv0, "test/corpus/val.bin", &j->test) || (!j->train.n && !bundled(argv0, "test/corpus/train.bin", &j->train)))) return 0;
+    if (!j->test.n &&
+        (!bundled(argv0, "test/corpus/val.bin", &j->test) || (!j->train.n && !bundled(argv0, "test/corpus/train.bin", &j->train))))
+        return 0;
     if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
     if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
     const slam_config *c = slam_model_config(j->model);
     const int context = find_context(j);
-    if (!(j->test_data = open_data(&j->test, context, c->V)) || (j->train.n && !(j->train_data = open_data(&j->train, context, c->V)))) return 0;
+    if (!(j->test_data = open_data(&j->test, context, c->V)) ||
+        (j->train.n && !(j->train_data = open_data(&j->train, context, c->V))))
+        return 0;
     printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(c)));
     for (size_t i = 0; i < j->test.n; i++) printf("%s%s\n", i ? "         " : "data     ", j->test.at[i]);
     for (size_t i = 0; i < j->train.n; i++) printf("n-grams  counted on %s\n", j->train.at[i]);
     fflush(stdout);
-    if (!slam_model_plan(j->model, o->batch, context, 0) || !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets)) return 0;
+    if (!slam_model_plan(j->model, o->batch, context, 0) || !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets))
+        return 0;
     if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
     printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
     if (j->train_data && !slam_ngrams(j->train_data, j->test_data, c->V, ngrams, &same)) return 0;
     for (int k = 0; j->train_data && k < 5; k++) printf("%-15s %12.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
-    printf("over %llu tokens in rows of %d%s\n", (unsigned long long)targets, context, j->train_data ? "; n-grams are interpolated (Witten-Bell)" : "");
+    printf("over %llu tokens in rows of %d%s\n", (unsigned long long)targets, context,
+           j->train_data ? "; n-grams are interpolated (Witten-Bell)" : "");
     return !o->json || write_json(o->json, nll, targets, j->train_data ? ngrams : NULL);
 }
 
@@ -126,9 +134,10 @@ int main(int argc, char **argv) {
     memset(&j, 0, sizeof j);
     j.flags.program = "eval";
     j.flags.usage = "[MODEL] ppl [DATA...] [options]";
-    j.flags.about = "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
-                    "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on the "
-                    "bundled corpus's validation part, beside n-gram models counted on its training part.";
+    j.flags.about =
+        "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
+        "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on the "
+        "bundled corpus's validation part, beside n-gram models counted on its training part.";
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);

@@ -36,7 +36,7 @@
      SLAM_ACCELERATE       CPU matrix products by Apple's Accelerate (link with -framework Accelerate)
      -fopenmp              loops are dealt to threads; without it there is one
 
-   Functions that can fail return 0 or NULL and leave a sentence for slam_error(): nothing exits, nothing prints.
+   Functions that can fail return 0 or NULL and leave a sentence for slam_error(). Nothing exits, and only section 14 prints.
    A slam_ops and what was made with it belong to one thread at a time. MIT licence. */
 #ifndef SLAM_H
 #define SLAM_H
@@ -88,10 +88,10 @@ typedef struct slam_adamw {
 } slam_adamw;
 
 struct slam_ops {
-    const char *name;     /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
-    int bytes_per_act;    /* 4: float, 2: bf16 */
-    int threads;          /* CPU threads that the loops use */
-    size_t memory;        /* bytes that the device has in all */
+    const char *name;  /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int bytes_per_act; /* 4: float, 2: bf16 */
+    int threads;       /* CPU threads that the loops use */
+    size_t memory;     /* bytes that the device has in all */
 
     /* Memory of the device: zeroed, aligned to 256 bytes; NULL and slam_error() where there is no room. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -130,7 +130,8 @@ struct slam_ops {
            dx_ic  = sum_o dout_io w_oc
            dw_oc += sum_i dout_io x_ic                      db_o += sum_i dout_io
        out = (N,OC)  from  x (N,C)  w (OC,C)  b (OC) or NULL */
-    void (*matmul_forward)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC);
+    void (*matmul_forward)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C,
+                           int OC);
     void (*matmul_backward_input)(slam_ops *, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC);
     void (*matmul_backward_weight)(slam_ops *, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC);
 
@@ -211,11 +212,13 @@ typedef struct slam_batch {
 } slam_batch;
 
 typedef struct slam_model slam_model;
-slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed);         /* matrices normal(0, init_std), norms 1, biases 0 */
-slam_model *slam_model_load(slam_ops *, const char *folder);                        /* Hugging Face or SlamKit folder */
-slam_model *slam_model_twist(slam_ops *, const char *folder, int V);                /* a text model, its vocabulary cut to the first V rows (Hassid et al. 2023) */
+slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed); /* matrices normal(0, init_std), norms 1, biases 0 */
+slam_model *slam_model_load(slam_ops *, const char *folder);                /* Hugging Face or SlamKit folder */
+slam_model *slam_model_twist(slam_ops *, const char *folder,
+                             int V); /* a text model, its vocabulary cut to the first V rows (Hassid et al. 2023) */
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-int slam_model_save(slam_model *, const char *folder, int format);                  /* config.json, generation_config.json, model.safetensors (F32) into an existing folder */
+int slam_model_save(slam_model *, const char *folder,
+                    int format); /* config.json, generation_config.json, model.safetensors (F32) into an existing folder */
 void slam_model_free(slam_model *);
 const slam_config *slam_model_config(const slam_model *);
 /* The recipe starts from a text model but takes another base for the rotary angles (RECIPE 4). */
@@ -270,7 +273,10 @@ uint32_t slam_data_fingerprint(const slam_data *);
    Moves round(fraction * documents) of each source, at least one where it has two, chosen by seed, into *held_out: a slam_data of its own with the same
    sources, each of weight 1; the files are shared and either may be freed first (NULL with fraction 0). Call once, after the last add. */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
-typedef struct slam_data_size { uint64_t documents, pieces, tokens, targets, rows; double fill; } slam_data_size;
+typedef struct slam_data_size {
+    uint64_t documents, pieces, tokens, targets, rows;
+    double fill;
+} slam_data_size;
 int slam_data_sources(const slam_data *);
 const char *slam_data_source_name(const slam_data *, int source);
 /* Of one source, or of all with -1: the documents there are, and what epoch 0 draws of them by weight: pieces, their tokens and targets, the rows they
@@ -303,18 +309,20 @@ typedef struct slam_speech_settings {
 } slam_speech_settings;
 void slam_speech_defaults(slam_speech_settings *); /* MFCC, 25, not normalised, deduplicated */
 
-/* A sinc under a Kaiser window (Kaiser and Schafer 1980), one set of taps for each of the phases of 16000 / rate: level up to 0.9 of the
-   lower Nyquist frequency, 100 dB down from there on. Output k is the input at time k / 16000; there are ceil(16000 n / rate) of
-   them, and beyond both ends the input counts as 0. rate: 1000..768000. One table serves any number of threads. */
+/* Audio of `rate` samples a second (1000..768000) to 16 kHz by a sinc under a Kaiser window (Kaiser and Schafer 1980), one set of
+   taps for each phase of 16000 / rate: within 0.001 dB up to 0.9 of the lower Nyquist frequency, over 100 dB down from 1.0 on.
+   There is no delay: output k is the input at time k / 16000, k < ceil(16000 n / rate); beyond its ends the input counts as 0.
+   One resampler serves any number of threads. */
 typedef struct slam_resampler slam_resampler;
 slam_resampler *slam_resampler_new(int rate);
 void slam_resampler_free(slam_resampler *);
 size_t slam_resampler_length(const slam_resampler *, size_t n);
 void slam_resample(const slam_resampler *, float *out, const float *in, size_t n);
 
-/* 16 kHz samples in [-1,1] -> features (frames, width). Frame t is the window that begins at sample t 16000 / rate; the last one reaches
-   past the end, where the signal counts as 0, so that every sample is in some frame: 1 frame for up to a window, none for no samples.
-   The numbers are python_speech_features' (mfcc, then delta with N = 2, twice). */
+/* 16 kHz samples in [-1,1] -> features (frames, width). Frame t is the window that begins at sample t 16000 / rate. The last one
+   reaches past the end, where the signal counts as 0, so that every sample is in some frame: none for no samples, 1 for up to a
+   window (1024 samples at 25 frames a second, 512 at 50), else 1 + ceil((n - window) / step).
+   The numbers are those of the Python package python_speech_features (mfcc, then delta with N = 2, twice). */
 typedef struct slam_speech slam_speech;
 slam_speech *slam_speech_new(const slam_speech_settings *);
 void slam_speech_free(slam_speech *);
@@ -322,20 +330,33 @@ int slam_speech_width(const slam_speech *);
 size_t slam_speech_frames(const slam_speech *, size_t n);
 int slam_speech_features(const slam_speech *, float *out, const float *sample, size_t n);
 
-/* k-means: k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), then full passes (Lloyd 1982) until the inertia
-   stands still. The same seed gives the same centroids (K, D) whatever the number of threads. */
+/* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file is
+   left out, and `because` is the sentence. */
+typedef struct slam_speech_progress {
+    const char *stage; /* "listen" (to audio, for a fit), "fit", "tokenize" */
+    size_t done, of;   /* files, or passes of an unknown number (0) */
+    double seconds;    /* of audio that were heard since the job started */
+    const char *failed, *because;
+} slam_speech_progress;
+typedef int slam_speech_watch(void *context, const slam_speech_progress *);
+
+/* k-means of frames (n, D): k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), then full passes (Lloyd
+   1982) until the inertia stands still. The same seed gives the same centroids (K, D) whatever the number of threads. The watch
+   may be NULL. */
 typedef struct slam_kmeans_report {
     size_t frames;
-    double inertia; /* mean squared distance of a frame to its centroid */
-    int passes;     /* full passes at the end */
-    int reseeded;   /* how often a centroid without frames was put onto the frame furthest from its own */
-    int dead;       /* centroids without frames in the end: there are fewer different frames than centroids */
+    double inertia;  /* mean squared distance of a frame to its centroid */
+    int passes;      /* full passes at the end */
+    int reseeded;    /* how often a centroid without frames was put onto the frame furthest from its own */
+    int dead;        /* centroids without frames in the end: there are fewer different frames than centroids */
+    uint64_t origin; /* of slam_quantiser_fit: a hash of settings, files, K, frames and seed, which km.json keeps */
 } slam_kmeans_report;
-int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_kmeans_report *);
+int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_speech_watch *, void *context,
+                slam_kmeans_report *);
 
 /* Units of one piece of audio. */
 typedef struct slam_units {
-    int *unit, *duration; /* (n), duration in frames */
+    int *unit, *duration;      /* (n), duration in frames */
     size_t n, frames, samples; /* samples at 16 kHz */
 } slam_units;
 void slam_units_free(slam_units *);
@@ -345,11 +366,13 @@ typedef struct slam_quantiser slam_quantiser;
 slam_quantiser *slam_quantiser_new(const slam_speech_settings *, const float *centroids, int K);
 /* KM.npy (K, D) with the settings of KM.json; `otherwise` where there is no such file. */
 slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise);
-int slam_quantiser_save(const slam_quantiser *, const char *path, const slam_kmeans_report *); /* KM.npy and KM.json; the report may be NULL */
+/* Writes KM.npy and KM.json; the report may be NULL. */
+int slam_quantiser_save(const slam_quantiser *, const char *path, const slam_kmeans_report *);
 void slam_quantiser_free(slam_quantiser *);
 const slam_speech_settings *slam_quantiser_settings(const slam_quantiser *);
-int slam_quantiser_count(const slam_quantiser *);            /* K */
-uint32_t slam_quantiser_fingerprint(const slam_quantiser *); /* a hash of settings and centroids, never 0: word 4 of a shard's header */
+int slam_quantiser_count(const slam_quantiser *); /* K */
+/* A hash of settings and centroids, never 0: what stands in word 4 of a shard's header. */
+uint32_t slam_quantiser_fingerprint(const slam_quantiser *);
 /* The nearest centroid of each frame by squared distance, the first of those that tie; distance (n) may be NULL. */
 void slam_quantiser_nearest(const slam_quantiser *, const float *frames, size_t n, int *unit, float *distance);
 int slam_quantiser_units(const slam_quantiser *, const float *sample, size_t n, slam_units *); /* of 16 kHz samples */
@@ -363,33 +386,28 @@ typedef struct slam_list {
 int slam_list_add(slam_list *, const char *item); /* a copy of item */
 void slam_list_free(slam_list *);
 
-/* Adds the paths of audio files: of files as they are, of folders (searched to the bottom in the order of their names, each once; what ends in
+/* Adds the paths of audio files: of files as they are, of folders (searched to the bottom in the order of their names; what ends in
    .wav) and of manifests (@LIST: a file or folder a line, as seen from the current folder). */
 int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
 
-/* How far a long job is, told from time to time; returning 0 stops it in good order. With `failed` set: that file is left out, because. */
-typedef struct slam_speech_progress {
-    const char *stage;
-    size_t done, of;       /* files, or passes */
-    double seconds;        /* of audio that were heard since the job started */
-    const char *failed, *because;
-} slam_speech_progress;
-typedef int slam_speech_watch(void *context, const slam_speech_progress *);
-
-/* Fits K centroids to at most `frames` frames, drawn evenly from the files in an order of the seed's (enough files for 8 x frames). */
+/* Fits K centroids to at most `frames` frames, drawn evenly from files in an order of the seed's: as many as hold 8 x frames. */
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_list *files, int K, size_t frames, uint64_t seed,
                                    slam_speech_watch *, void *context, slam_kmeans_report *);
+/* 1: KM.npy is there and KM.json says that such a call with these arguments made it. */
+int slam_quantiser_is_fit(const char *path, const slam_speech_settings *, const slam_list *files, int K, size_t frames,
+                          uint64_t seed);
 
-/* All files' units into OUT.bin (token shards: when one would pass shard_tokens it becomes OUT-00001.bin and so on, and the last is OUT.bin)
-   or OUT.jsonl (SlamKit features; audio_repr: SlamKit tokens), in the order of the files. Files that fail are listed in OUT.failed.
-   OUT.bin.partial and OUT.bin.journal hold what is done so far: the same call goes on from there, to the same bytes. */
+/* All files' units, in the order of the files, into OUT.bin (token shards: one that is full becomes OUT-00001.bin and so on, the
+   last is OUT.bin) or OUT.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in OUT.failed.
+   OUT.bin.partial and OUT.bin.journal hold what is done so far: the same call goes on from there, to the same bytes. An OUT that
+   exists is an error. */
 typedef struct slam_tokenize_report {
     size_t files, failed, earlier; /* files done or failed, with those of earlier calls */
     uint64_t samples, frames, units, tokens;
-    int shards, stopped;           /* stopped: by the watch */
+    int shards, stopped; /* stopped: by the watch */
 } slam_tokenize_report;
-int slam_tokenize(const slam_quantiser *, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens, slam_speech_watch *,
-                  void *context, slam_tokenize_report *);
+int slam_tokenize(const slam_quantiser *, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
+                  slam_speech_watch *, void *context, slam_tokenize_report *);
 
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity and n-grams
@@ -403,10 +421,56 @@ int slam_score_data(slam_model *, const slam_data *, int source, int B, double *
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
 
 /* ------------------------------------------------------------------------------------------
-   14. RUN, flags: the command line of a program as one table
+   13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
    ------------------------------------------------------------------------------------------ */
+
+/* The settings of a run, each by its flag's name and as the command line spells it; a list has a newline after each item. */
+typedef struct slam_setting {
+    char *name, *value;
+} slam_setting;
+typedef struct slam_settings {
+    slam_setting *at;
+    size_t n, capacity;
+} slam_settings;
+const char *slam_settings_get(const slam_settings *, const char *name); /* NULL: there is no such setting */
+int slam_settings_set(slam_settings *, const char *name, const char *value);
+void slam_settings_free(slam_settings *);
+
+/* Where a run stands, besides its model and optimiser: trainer.json. */
+typedef struct slam_trainer {
+    long step, steps;    /* finished updates; how many there will be, which fixes the schedule */
+    long skipped;        /* updates that were left out because loss or gradient was not finite */
+    uint64_t tokens;     /* real tokens seen */
+    uint64_t epoch, row; /* where the stream of batches stands */
+    double seconds;      /* that the run took so far, over all its parts */
+    double best_loss;    /* the lowest val_loss that belongs to a checkpoint, ... */
+    long best_step;      /* ... and its step; 0: none */
+    uint64_t data;       /* what the batches are made of, as a hash */
+    uint32_t units;      /* fingerprint of the units (km.json), from the shards */
+    slam_settings settings;
+} slam_trainer;
+int slam_trainer_read(slam_trainer *, const char *folder); /* folder/trainer.json */
+void slam_trainer_free(slam_trainer *);
+
+/* The optimiser's moments and its count of updates, as FOLDER/optimizer.safetensors. */
+int slam_optimiser_save(slam_optimiser *, const char *folder);
+int slam_optimiser_load(slam_optimiser *, const char *folder);
+
+/* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and removes older ones
+   but for the `keep` newest (0: all) and the best. On failure what was there before is still there and complete. */
+int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
+/* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
+int slam_checkpoint_find(const char *run, char **folder);
+/* Removes what a kill may have left half written and mends the links. */
+int slam_checkpoint_mend(const char *run);
+
+/* ------------------------------------------------------------------------------------------
+   14. RUN         what the programs share. This section prints: progress and step lines, on stdout.
+   ------------------------------------------------------------------------------------------ */
+
 /* What a flag's value is and where it goes: SWITCH int (no value), INT int, LONG long (1e9 is one), REAL double, TEXT char *,
-   CHOICE char * (one of argument's words a|b|c), LIST slam_list (each use adds an item), TIME double (seconds; written SS, MM:SS or HH:MM:SS). */
+   CHOICE char * (one of argument's words a|b|c), LIST slam_list (each use adds an item), TIME double (seconds; written SS, MM:SS
+   or HH:MM:SS). */
 enum { SLAM_SWITCH, SLAM_INT, SLAM_LONG, SLAM_REAL, SLAM_TEXT, SLAM_CHOICE, SLAM_LIST, SLAM_TIME };
 typedef struct slam_flag {
     const char *name; /* without its dashes; NULL: only opens the group that `help` names */
@@ -415,8 +479,8 @@ typedef struct slam_flag {
     const char *argument; /* how the value is called in the help; NULL for a switch */
     const char *fallback; /* the value without the flag: "8", or for two ways to call the program "8 | 16"; "-": none */
     const char *help;
-    double min, max;      /* of a number; both 0: any */
-    int given, set;       /* how often it stood on the command line; 1: it has a value */
+    double min, max; /* of a number; both 0: any */
+    int given, set;  /* how often it stood on the command line; 1: it has a value */
 } slam_flag;
 typedef struct slam_flags {
     const char *program, *usage, *about; /* "train", "[options] [DATA...]", a paragraph */
@@ -444,61 +508,13 @@ int slam_threads(int threads);
 
 /* One line on stdout that is written over, where that is a terminal; plain lines, ten seconds apart, where it is not. */
 typedef struct slam_progress {
-    double began, shown;
+    double began, shown, first; /* first: done when it was shown first, of which nothing was done here */
     int terminal;
 } slam_progress;
 void slam_progress_begin(slam_progress *);
-/* `what` may take 50 columns; the time left goes by done / of. Called as often as one likes: it shows what there is time to read. */
+/* `what` may take 50 columns; bar and time left go by done of `of`; the first call says what is done already. Called as often as one likes: it shows what can be read. */
 void slam_progress_show(slam_progress *, double done, double of, const char *what);
 void slam_progress_clear(slam_progress *); /* before other output, and in the end */
-
-/* ------------------------------------------------------------------------------------------
-   13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
-   ------------------------------------------------------------------------------------------ */
-
-/* The settings of a run, each by its flag's name and as the command line spells it; a list has a newline after each item. */
-typedef struct slam_setting {
-    char *name, *value;
-} slam_setting;
-typedef struct slam_settings {
-    slam_setting *at;
-    size_t n, capacity;
-} slam_settings;
-const char *slam_settings_get(const slam_settings *, const char *name); /* NULL: there is no such setting */
-int slam_settings_set(slam_settings *, const char *name, const char *value);
-void slam_settings_free(slam_settings *);
-
-/* Where a run stands, besides its model and optimiser: trainer.json. */
-typedef struct slam_trainer {
-    long step, steps;        /* finished updates; how many there will be, which fixes the schedule */
-    long skipped;            /* updates that were left out because loss or gradient was not finite */
-    uint64_t tokens;         /* real tokens seen */
-    uint64_t epoch, row;     /* where the stream of batches stands */
-    double seconds;          /* that the run took so far, over all its parts */
-    double best_loss;        /* the lowest val_loss that belongs to a checkpoint, ... */
-    long best_step;          /* ... and its step; 0: none */
-    uint64_t data;           /* what the batches are made of, as a hash */
-    uint32_t units;          /* fingerprint of the units (km.json), from the shards */
-    slam_settings settings;
-} slam_trainer;
-int slam_trainer_read(slam_trainer *, const char *folder); /* folder/trainer.json */
-void slam_trainer_free(slam_trainer *);
-
-/* The optimiser's moments and its count of updates, as FOLDER/optimizer.safetensors. */
-int slam_optimiser_save(slam_optimiser *, const char *folder);
-int slam_optimiser_load(slam_optimiser *, const char *folder);
-
-/* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and removes older ones
-   but for the `keep` newest (0: all) and the best. On failure what was there before is still there and complete. */
-int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
-/* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
-int slam_checkpoint_find(const char *run, char **folder);
-/* Removes what a kill may have left half written and mends the links. */
-int slam_checkpoint_mend(const char *run);
-
-/* ------------------------------------------------------------------------------------------
-   14. RUN         what the programs share. This section prints: progress and step lines, on stdout.
-   ------------------------------------------------------------------------------------------ */
 
 /* A program's own sentence for slam_error(); returns 0. */
 int slam_refuse(const char *format, ...);
@@ -516,11 +532,11 @@ const char *slam_spell_time(char s[32], double seconds);
 
 /* Paths, in memory of the caller's; NULL and slam_error() on failure. */
 char *slam_path_beside(const char *argv0, const char *name); /* NAME beside the running program */
-char *slam_path_absolute(const char *path);                  /* where there is no such file yet, or a glob: the folder's path made absolute */
-char *slam_run_new(const char *name);                        /* makes runs/NAME, or runs/NAME-2 and so on: the first that is free */
-int slam_run_claim(const char *folder);                      /* an error where the folder holds a run */
-char *slam_run_newest(const char *name);                     /* of runs/NAME, runs/NAME-2, ...; NULL name: of all that hold a checkpoint */
-char *slam_run_model(const char *path);                      /* a model folder as it is, a run's newest checkpoint; NULL: of the newest run */
+char *slam_path_absolute(const char *path); /* where there is no such file yet, or a glob: the folder's path made absolute */
+char *slam_run_new(const char *name);       /* makes runs/NAME, or runs/NAME-2 and so on: the first that is free */
+int slam_run_claim(const char *folder);     /* an error where the folder holds a run */
+char *slam_run_newest(const char *name);    /* of runs/NAME, runs/NAME-2, ...; NULL name: of all that hold a checkpoint */
+char *slam_run_model(const char *path);     /* a model folder as it is, a run's newest checkpoint; NULL: of the newest run */
 
 /* Keeps the value of every flag but of those named in `without` (words parted by spaces). */
 int slam_settings_keep(slam_settings *, const slam_flags *, const char *without);
@@ -556,8 +572,8 @@ typedef struct slam_task {
 
 /* Pre-training: rows of `data`, micro rows at a time; val NULL: no validation; its sources go by val_names. */
 typedef struct slam_pretraining slam_pretraining;
-slam_pretraining *slam_pretraining_new(slam_model *, const slam_data *data, const slam_data *val, const slam_list *val_names, int context,
-                                        int batch, int micro, uint64_t seed);
+slam_pretraining *slam_pretraining_new(slam_model *, const slam_data *data, const slam_data *val, const slam_list *val_names,
+                                       int context, int batch, int micro, uint64_t seed);
 void slam_pretraining_free(slam_pretraining *);
 slam_task slam_pretraining_task(slam_pretraining *);
 /* How many steps of `batch` rows it takes to see that many tokens. */
@@ -571,31 +587,31 @@ int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T);
 enum { SLAM_ENDED_LIMIT, SLAM_ENDED_TIME, SLAM_ENDED_SIGNAL };
 /* A training run: what it is made of, how it goes, where it stands. */
 typedef struct slam_run {
-    const char *folder;     /* log.jsonl and the checkpoints */
+    const char *folder; /* log.jsonl and the checkpoints */
     slam_ops *ops;
     slam_model *model;
     slam_optimiser *optimiser; /* made by slam_run_begin */
     slam_adamw adamw;
     slam_task task;
     slam_trainer trainer;
-    double began;           /* slam_clock() when the program started */
-    uint64_t max_tokens;    /* limits; 0: none */
+    double began;        /* slam_clock() when the program started */
+    uint64_t max_tokens; /* limits; 0: none */
     double max_seconds;
     double lr, min_lr;
     int schedule;
     long warmup;
-    double warmup_share;    /* at least this part of all steps */
+    double warmup_share; /* at least this part of all steps */
     long eval_every, save_every, log_every;
     int keep, format;
-    int context, micro;     /* tokens of a row and rows at once, for the peak and the share of it */
+    int context, micro; /* tokens of a row and rows at once, for the peak and the share of it */
 
     /* what slam_run_train leaves */
     int ended;
-    double val_loss;        /* the last evaluation's, ... */
-    long val_step;          /* ... of this step; 0: there was none */
+    double val_loss; /* the last evaluation's, ... */
+    long val_step;   /* ... of this step; 0: there was none */
     long saved_step;
     double before, val_seconds, save_seconds; /* seconds of the run's earlier parts, of the last evaluation and checkpoint */
-    int lock;               /* the folder's, which keeps a second process out; 0: none */
+    int lock;                                 /* the folder's, which keeps a second process out; 0: none */
 } slam_run;
 
 /* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into max_seconds as well;
@@ -1048,7 +1064,7 @@ typedef struct json {
 
 /* A parsed text: its root, the nodes in blocks (the first of each only points to the block before), all strings in one piece. */
 typedef struct json_tree {
-    json root, *block;
+    json root, *blocks;
     char *strings;
 } json_tree;
 
@@ -1119,14 +1135,14 @@ static int json_peek(json_reader *r) {
 static json *json_new(json_reader *r) {
     if (r->used == r->room) {
         const size_t rest = (size_t)(r->end - r->at) / 4 + 16; // numbers of a few digits, so that one block holds most lines
-        json *block = (json *)mem_new(rest < 16384 ? rest : 16384, sizeof *block);
-        if (!block) return NULL;
-        block->next = r->tree->block;
-        r->tree->block = block;
+        json *nodes = (json *)mem_new(rest < 16384 ? rest : 16384, sizeof *nodes);
+        if (!nodes) return NULL;
+        nodes->next = r->tree->blocks;
+        r->tree->blocks = nodes;
         r->used = 1;
         r->room = rest < 16384 ? rest : 16384;
     }
-    return &r->tree->block[r->used++];
+    return &r->tree->blocks[r->used++];
 }
 
 /* \uXXXX, of which the backslash is read; two of them for a character beyond the 16 bits. */
@@ -1337,9 +1353,9 @@ static int json_value(json_reader *r, json *j) {
 static void json_free(json *root) {
     json_tree *tree = (json_tree *)(void *)root; // a tree begins with its root
     if (!tree) return;
-    for (json *block = tree->block, *before; block; block = before) {
-        before = block->next;
-        free(block);
+    for (json *nodes = tree->blocks, *before; nodes; nodes = before) {
+        before = nodes->next;
+        free(nodes);
     }
     free(tree->strings);
     free(tree);
@@ -2200,7 +2216,7 @@ static int units_open(units_reader *r, const char *path) {
     if (r->file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
     r->path = text_copy(path);
     r->what = (char *)mem_new(strlen(path) + 32, 1);
-    if (r->path && r->what && mem_grow((void **)&r->buffer, &r->capacity, 1 << 18, 1)) return 1;
+    if (r->path && r->what && mem_grow((void **)&r->buffer, &r->capacity, 1 << 16, 1)) return 1;
     close(r->file);
     free(r->path);
     free(r->what);
@@ -2228,8 +2244,9 @@ static ssize_t units_fill(units_reader *r) {
         return -1;
     }
     if (!mem_grow((void **)&r->buffer, &r->capacity, r->end + 65536, 1)) return -1;
+    const size_t room = r->capacity - r->end, allowed = UNITS_LINE + 1 - r->end;
     ssize_t got;
-    do got = read(r->file, r->buffer + r->end, r->capacity - r->end);
+    do got = read(r->file, r->buffer + r->end, room < allowed ? room : allowed);
     while (got < 0 && errno == EINTR);
     if (got < 0) fail("%s: %s", r->path, strerror(errno));
     if (got > 0) r->end += (size_t)got;
@@ -2260,8 +2277,8 @@ static int units_line(units_reader *r, const char **line, size_t *n) {
 
 /* The next line that is not empty: 1, 0 at the file's end, -1 and a sentence that begins with file:line. */
 static int units_next(units_reader *r, units *u) {
-    const char *line;
-    size_t n;
+    const char *line = NULL;
+    size_t n = 0;
     int got;
     while ((got = units_line(r, &line, &n)) > 0) {
         size_t blank = 0;
@@ -2444,127 +2461,175 @@ void slam_ops_free(slam_ops *ops) {
    may use: 1 base, 3 ops
    ========================================================================================== */
 /* ---- matrix products ----
-   C (M,N) = A (M,K) B (K,N), M N K multiplications, each with an addition. A core begins two vector instructions a cycle that do
-   both for 16 numbers (AVX-512), but can fetch no more than two vectors a cycle, from the nearest cache: the plain three loops,
-   which fetch two numbers for every product, wait for memory nearly all of their time. So what was fetched must be used often:
+   C (M,N) = A (M,K) B (K,N) is M N K multiplications, each with an addition. A core with AVX-512 begins two instructions a cycle
+   that do both for 16 numbers, but fetches two vectors a cycle at most, and those only from the nearest cache. Three plain loops
+   fetch two numbers for each product, so they wait for memory nearly all the time. What was fetched has to be used often:
 
-   registers   a tile of C, TILE_ROWS x TILE_COLUMNS, stays in registers while k runs. A step of k fetches two vectors of B's row
-               and TILE_ROWS numbers of A's column for 2 TILE_ROWS vector products: then the arithmetic is what is waited for.
-   L1, 32 kB   holds the TILE_ROWS rows of A (16 kB), for all tiles beside each other;
-   L2, 512 kB  holds a block of B, BLOCK_K x BLOCK_COLUMNS, for all rows of A.
+   registers  hold a tile of C, TILE_ROWS x TILE_COLUMNS, while k runs. A step of k fetches two vectors of B's row and TILE_ROWS
+              numbers of A's column for 2 TILE_ROWS vector products: now the arithmetic is what is waited for.
+   L1         holds a panel of A, TILE_ROWS x BLOCK_K (16 kB with AVX-512), for all the tiles beside each other;
+   L2         holds a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB), for all panels of A below each other.
 
-   Both are copied ("packed") to lie in the order in which the tile reads them, whatever their transposes and leading dimensions
-   were, so that every fetch is of neighbours. This costs each number of A a move per BLOCK_COLUMNS products, and B one per M.
-   (Goto and van de Geijn 2008 give the reasons; there A's block is in L2 and B's panel in L1.)
+   Panel and block are copied ("packed") into the order in which a tile reads them, whatever their transposes and leading
+   dimensions were. That moves each number of A once per BLOCK_COLUMNS products, each of B once per M, and makes every fetch one
+   of neighbours. (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008; their A and B change places.)
 
-   Each number of C is one chain of sums over k in ascending order, begun anew at multiples of a length that K alone decides:
-   neither the number of threads nor the place in a tile changes a bit of it. */
+   A number of C is one chain of sums over k, cut into pieces by K alone. Neither the number of threads nor its place in a tile
+   changes a bit of it. */
 
+#if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
 #ifdef SLAM_OPENBLAS
 #include <cblas.h>
+#else
+#include <Accelerate/Accelerate.h>
+#endif
+enum { TILE_COLUMNS = 32 };
 
-/* Threads are ours (matmul_parallel): a second pool of them would fight over the cores. OpenBLAS may tell OpenMP as well. */
+/* The threads are ours (matmul_parallel): a second set of them would fight over the cores. OpenBLAS may be built with OpenMP,
+   where its "one thread" would be for everyone. */
 static void gemm_start(void) {
+#ifdef SLAM_OPENBLAS
     const int threads = threads_count();
     openblas_set_num_threads(1);
     threads_set(threads);
-}
-
-static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C, size_t ldc) {
-    cblas_sgemm(CblasRowMajor, transA ? CblasTrans : CblasNoTrans, transB ? CblasTrans : CblasNoTrans, M, N, K, 1, A, (int)lda, B, (int)ldb, beta, C,
-                (int)ldc);
-}
-enum { TILE_COLUMNS = 32 };
-
-#else
-
-/* The widest vector of this processor, and the tile that fills its registers: two vectors for each row, two of B, one of A. */
-#if defined __AVX512F__
-#define GEMM_VECTOR 64
-#elif defined __AVX__
-#define GEMM_VECTOR 32
-#else
-#define GEMM_VECTOR 16
 #endif
-#if defined __AVX512F__ || defined __aarch64__ // 32 registers, elsewhere 16
+}
+
+static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta,
+                 float *C, size_t ldc) {
+    const CBLAS_TRANSPOSE turnA = transA ? CblasTrans : CblasNoTrans, turnB = transB ? CblasTrans : CblasNoTrans;
+    cblas_sgemm(CblasRowMajor, turnA, turnB, M, N, K, 1, A, (int)lda, B, (int)ldb, beta, C, (int)ldc);
+}
+#else
+static void gemm_start(void) {}
+
+/* The widest vector, and the tile that fills the registers: two vectors for each row of C, two of B, one of A. */
+#if defined __AVX512F__
+#define GEMM_BYTES 64
+#elif defined __AVX__
+#define GEMM_BYTES 32
+#else
+#define GEMM_BYTES 16
+#endif
+/* 32 registers, of which compilers for AArch64 want a few more; 16 elsewhere. */
+#if defined __AVX512F__
 #define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
-enum { TILE_ROWS = 14, A_STRIDE = 16 };
+enum { TILE_ROWS = 14, PANEL_STRIDE = 16 };
+#elif defined __aarch64__
+#define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+enum { TILE_ROWS = 12, PANEL_STRIDE = 12 };
 #else
 #define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-enum { TILE_ROWS = 6, A_STRIDE = 8 };
+enum { TILE_ROWS = 6, PANEL_STRIDE = 8 };
 #endif
-enum { LANE = GEMM_VECTOR / 4, TILE_COLUMNS = 2 * LANE, BLOCK_K = 256, BLOCK_COLUMNS = 16 * TILE_COLUMNS };
+enum { VECTOR = GEMM_BYTES / 4, TILE_COLUMNS = 2 * VECTOR, BLOCK_K = 256, BLOCK_COLUMNS = 16 * TILE_COLUMNS };
 
-typedef float gemm_vector __attribute__((vector_size(GEMM_VECTOR)));
+typedef float gemm_vector __attribute__((vector_size(GEMM_BYTES)));
 typedef float gemm_four __attribute__((vector_size(16)));
 
-static SLAM_THREAD_LOCAL float packed_a[BLOCK_K * A_STRIDE] __attribute__((aligned(64)));
+/* One of each for every thread, of fixed size: no product has to ask for memory, so none can fail. */
+static SLAM_THREAD_LOCAL float packed_a[BLOCK_K * PANEL_STRIDE] __attribute__((aligned(64)));
 static SLAM_THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((aligned(64)));
 
-/* `gcc -std=c11` keeps products and sums apart, half as fast, unless it is told that it may fuse them. */
-#if defined __GNUC__ && !defined __clang__ && !defined __cplusplus
+/* gcc -std=c11 keeps product and sum apart, at half the speed, unless told that it may fuse them; others fuse unasked. */
+#if defined __GNUC__ && !defined __clang__ && !defined __cplusplus && defined __STRICT_ANSI__
 #define GEMM_FUSED __attribute__((optimize("fp-contract=fast")))
 #else
 #define GEMM_FUSED
 #endif
 
-/* C (rows, TILE_COLUMNS) = a b + beta C. The accumulators are single variables, as compilers keep an array in memory; what
-   concerns rows beyond `rows`, a constant wherever this is inlined, disappears. */
-static inline __attribute__((always_inline)) GEMM_FUSED void gemm_tile(const int rows, int K, const float *a, const float *b, float beta, float *C,
-                                                                       size_t ldc) {
+/* C (rows, TILE_COLUMNS) = a b + beta C. Row k of a begins at a + k a_step, that of b at b + k TILE_COLUMNS. The accumulators p
+   and q are variables with names, because compilers leave an array of them in memory; `rows` is a constant wherever this is
+   inlined, so that what concerns rows beyond it disappears. */
+static inline __attribute__((always_inline)) GEMM_FUSED void gemm_tile(const int rows, int K, const float *a, size_t a_step,
+                                                                       const float *b, float beta, float *C, size_t ldc) {
     gemm_vector x, y;
 #define GEMM_CLEAR(i) gemm_vector p##i = SLAM_ZERO, q##i = SLAM_ZERO;
-#define GEMM_STEP(i) \
+#define GEMM_MULTIPLY(i)                                                                                                           \
     if (i < rows) p##i += a[i] * x, q##i += a[i] * y;
-#define GEMM_STORE(i) \
-    if (i < rows) { \
-        if (beta != 0) { \
-            memcpy(&x, C + i * ldc, sizeof x); \
-            memcpy(&y, C + i * ldc + LANE, sizeof y); \
-            p##i += x, q##i += y; \
-        } \
-        memcpy(C + i * ldc, &p##i, sizeof x); \
-        memcpy(C + i * ldc + LANE, &q##i, sizeof y); \
+#define GEMM_ADD(i)                                                                                                                \
+    if (i < rows) {                                                                                                                \
+        memcpy(&x, C + i * ldc, sizeof x);                                                                                         \
+        memcpy(&y, C + i * ldc + VECTOR, sizeof y);                                                                                \
+        p##i += x, q##i += y;                                                                                                      \
     }
+#define GEMM_STORE(i)                                                                                                              \
+    if (i < rows) {                                                                                                                \
+        memcpy(C + i * ldc, &p##i, sizeof p##i);                                                                                   \
+        memcpy(C + i * ldc + VECTOR, &q##i, sizeof q##i);                                                                          \
+    }
+    for (int i = 0; i < rows; i++) __builtin_prefetch(C + i * ldc), __builtin_prefetch(C + i * ldc + VECTOR);
     GEMM_ROWS(GEMM_CLEAR)
-    for (int k = 0; k < K; k++, a += A_STRIDE, b += TILE_COLUMNS) {
+    for (int k = 0; k < K; k++, a += a_step, b += TILE_COLUMNS) {
         memcpy(&x, b, sizeof x);
-        memcpy(&y, b + LANE, sizeof y);
-        GEMM_ROWS(GEMM_STEP)
+        memcpy(&y, b + VECTOR, sizeof y);
+        GEMM_ROWS(GEMM_MULTIPLY)
     }
+    if (beta != 0) { GEMM_ROWS(GEMM_ADD) }
     GEMM_ROWS(GEMM_STORE)
 }
 
-#define GEMM_TILE(i) \
-    static GEMM_FUSED void gemm_tile_##i(int K, const float *a, const float *b, float beta, float *C, size_t ldc) { gemm_tile(i + 1, K, a, b, beta, C, ldc); }
+/* gemm_tiles[rows - 1] is the one for that many rows. */
+#define GEMM_TILE(i)                                                                                                               \
+    static GEMM_FUSED void gemm_tile_##i(int K, const float *a, size_t a_step, const float *b, float beta, float *C, size_t ldc) { \
+        gemm_tile(i + 1, K, a, a_step, b, beta, C, ldc);                                                                           \
+    }
 #define GEMM_NAME(i) gemm_tile_##i,
 GEMM_ROWS(GEMM_TILE)
-static void (*const gemm_tiles[])(int K, const float *a, const float *b, float beta, float *C, size_t ldc) = {GEMM_ROWS(GEMM_NAME)};
+static void (*const gemm_tiles[])(int, const float *, size_t, const float *, float, float *, size_t) = {GEMM_ROWS(GEMM_NAME)};
+
+/* A panel of A (rows, K) times packed_b (K,n). The last tile may be wider than what is left of C: it is made aside. */
+static void gemm_panel(int rows, int n, int K, const float *a, size_t a_step, float beta, float *C, size_t ldc) {
+    float edge[TILE_ROWS * TILE_COLUMNS];
+    const float *b = packed_b;
+    for (; n >= TILE_COLUMNS; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS)
+        gemm_tiles[rows - 1](K, a, a_step, b, beta, C, ldc);
+    if (n == 0) return;
+    gemm_tiles[rows - 1](K, a, a_step, b, 0, edge, TILE_COLUMNS);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
+}
 
 #if defined __clang__ || __GNUC__ >= 12
 #define GEMM_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-#define GEMM_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){i, j, k, l})
+typedef int gemm_places __attribute__((vector_size(16)));
+#define GEMM_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (gemm_places){i, j, k, l})
 #endif
 
-/* out (4,4), rows `stride` apart = the transpose of the four rows */
+/* Four numbers of each of four rows become four rows of out, `stride` apart. */
 static inline void gemm_turn(float *out, int stride, const float *r0, const float *r1, const float *r2, const float *r3) {
-    gemm_four a, b, c, d, e, f, g, h;
-    memcpy(&a, r0, 16), memcpy(&b, r1, 16), memcpy(&c, r2, 16), memcpy(&d, r3, 16);
-    e = GEMM_PICK(a, b, 0, 4, 1, 5), f = GEMM_PICK(a, b, 2, 6, 3, 7);
-    g = GEMM_PICK(c, d, 0, 4, 1, 5), h = GEMM_PICK(c, d, 2, 6, 3, 7);
-    a = GEMM_PICK(e, g, 0, 1, 4, 5), b = GEMM_PICK(e, g, 2, 3, 6, 7);
-    c = GEMM_PICK(f, h, 0, 1, 4, 5), d = GEMM_PICK(f, h, 2, 3, 6, 7);
-    memcpy(out, &a, 16), memcpy(out + stride, &b, 16), memcpy(out + 2 * stride, &c, 16), memcpy(out + 3 * stride, &d, 16);
+    gemm_four a, b, c, d;
+    memcpy(&a, r0, sizeof a), memcpy(&b, r1, sizeof b), memcpy(&c, r2, sizeof c), memcpy(&d, r3, sizeof d);
+    const gemm_four ab = GEMM_PICK(a, b, 0, 4, 1, 5), cd = GEMM_PICK(c, d, 0, 4, 1, 5); // a0 b0 a1 b1, c0 d0 c1 d1
+    const gemm_four AB = GEMM_PICK(a, b, 2, 6, 3, 7), CD = GEMM_PICK(c, d, 2, 6, 3, 7); // a2 b2 a3 b3, c2 d2 c3 d3
+    a = GEMM_PICK(ab, cd, 0, 1, 4, 5), b = GEMM_PICK(ab, cd, 2, 3, 6, 7);
+    c = GEMM_PICK(AB, CD, 0, 1, 4, 5), d = GEMM_PICK(AB, CD, 2, 3, 6, 7);
+    memcpy(out, &a, sizeof a), memcpy(out + stride, &b, sizeof b), memcpy(out + 2 * stride, &c, sizeof c),
+        memcpy(out + 3 * stride, &d, sizeof d);
 }
 
-/* out_ki (K, stride) = in_ik where k runs along the rows of `in`, in_ki where i does; i < width. Numbers beyond the width are
-   copies or left as they were: what is computed of them is not kept. */
+/* out_ki = in_ki, `some` numbers at a time; the last of them may overlap those before. */
+static inline __attribute__((always_inline)) void gemm_copy(float *out, int stride, const float *in, size_t ld, int width, int K,
+                                                            const int some) {
+    for (int k = 0; k < K; k++, out += stride, in += ld)
+        for (int i = 0; i < width; i += some) {
+            const int at = i + some < width ? i : width - some;
+            memcpy(out + at, in + at, some * sizeof(float));
+        }
+}
+
+/* out (K, stride): out_ki = in_ik where k runs along the rows of `in`, else in_ki; i < width. What follows the width, up to a
+   multiple of four, is of no account: it makes numbers that are thrown away. */
 static void gemm_pack(float *out, int stride, const float *in, size_t ld, int along_k, int width, int K) {
-    if (along_k) {
+    if (!along_k && width >= 8) gemm_copy(out, stride, in, ld, width, K, 8);
+    else if (!along_k && width >= 4) gemm_copy(out, stride, in, ld, width, K, 4);
+    else if (!along_k) gemm_copy(out, stride, in, ld, width, K, 1);
+    else
         for (int i = 0; i < width; i += 4) {
-            const int last = width - 1 - i;
-            const float *r0 = in + i * ld, *r1 = r0 + (last < 1 ? last : 1) * ld, *r2 = r0 + (last < 2 ? last : 2) * ld, *r3 = r0 + (last < 3 ? last : 3) * ld;
+            const int last = width - 1 - i; // rows beyond it are copies of it
+            const float *r0 = in + i * ld, *r1 = r0 + (last < 1 ? last : 1) * ld, *r2 = r0 + (last < 2 ? last : 2) * ld;
+            const float *r3 = r0 + (last < 3 ? last : 3) * ld;
             int k = 0;
             for (; k + 4 <= K; k += 4) gemm_turn(out + k * stride + i, stride, r0 + k, r1 + k, r2 + k, r3 + k);
             for (; k < K; k++) {
@@ -2572,79 +2637,72 @@ static void gemm_pack(float *out, int stride, const float *in, size_t ld, int al
                 o[0] = r0[k], o[1] = r1[k], o[2] = r2[k], o[3] = r3[k];
             }
         }
-        return;
-    }
-    for (int k = 0; k < K; k++, out += stride, in += ld) {
-        if (width < 4)
-            for (int i = 0; i < width; i++) out[i] = in[i];
-        else
-            for (int i = 0; i < width; i += 4) {
-                const int at = i + 4 < width ? i : width - 4;
-                memcpy(out + at, in + at, 16);
-            }
+}
+
+/* Asks for (rows, n) of a matrix to be brought near, as there is other work until it is needed. */
+static void gemm_fetch(const float *in, size_t ld, int rows, int n) {
+    for (int i = 0; i < rows; i++, in += ld) {
+        for (int k = 0; k < n; k += 16) __builtin_prefetch(in + k); // 16 floats: a cache line
+        if (n > 0) __builtin_prefetch(in + n - 1);
     }
 }
 #endif
 
-/* Where the i-th of `parts` nearly equal parts of n begins, in whole units. */
+/* Where part i begins of n things dealt in whole units to `parts` as evenly as can be. */
 static int gemm_cut(int n, int unit, int parts, int i) {
-    const int units = n / unit + (n % unit != 0);
-    const long long at = (long long)units * i / parts * unit;
+    const long long at = (long long)(n / unit + (n % unit != 0)) * i / parts * unit;
     return at < n ? (int)at : n;
 }
 
-#ifndef SLAM_OPENBLAS
-static void gemm_start(void) {}
-
+#if !defined SLAM_OPENBLAS && !defined SLAM_ACCELERATE
 static int gemm_parts(int n, int most) { return n > most ? (n - 1) / most + 1 : 1; }
 
-static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta, float *C, size_t ldc) {
+/* C (M,N) = op(A) (M,K) op(B) (K,N) + beta C by this thread, beta 0 (C is not read) or 1; op transposes what lies in memory
+   where `trans` says so. Rows of the matrices in memory are lda, ldb, ldc apart. */
+static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta,
+                 float *C, size_t ldc) {
     const int m_parts = gemm_parts(M, TILE_ROWS), n_parts = gemm_parts(N, BLOCK_COLUMNS), k_parts = gemm_parts(K, BLOCK_K);
-    for (int nb = 0; nb < n_parts; nb++)
-        for (int kb = 0; kb < k_parts; kb++) {
-            const int n0 = gemm_cut(N, TILE_COLUMNS, n_parts, nb), n1 = gemm_cut(N, TILE_COLUMNS, n_parts, nb + 1);
-            const int k0 = gemm_cut(K, 1, k_parts, kb), depth = gemm_cut(K, 1, k_parts, kb + 1) - k0;
-            const float keep = kb ? 1 : beta;
-            for (int n = n0; n < n1; n += TILE_COLUMNS)
-                gemm_pack(packed_b + (size_t)(n - n0) * depth, TILE_COLUMNS, transB ? B + n * ldb + k0 : B + k0 * ldb + n, ldb, transB,
-                          n1 - n < TILE_COLUMNS ? n1 - n : TILE_COLUMNS, depth);
-            for (int mb = 0; mb < m_parts; mb++) {
-                const int m0 = gemm_cut(M, 1, m_parts, mb), rows = gemm_cut(M, 1, m_parts, mb + 1) - m0;
-                if (rows == 0) continue;
-                gemm_pack(packed_a, A_STRIDE, transA ? A + k0 * lda + m0 : A + m0 * lda + k0, lda, !transA, rows, depth);
-                for (int n = n0; n < n1; n += TILE_COLUMNS) {
-                    float *c = C + m0 * ldc + n, edge[TILE_ROWS * TILE_COLUMNS];
-                    const float *b = packed_b + (size_t)(n - n0) * depth;
-                    if (n1 - n >= TILE_COLUMNS) {
-                        gemm_tiles[rows - 1](depth, packed_a, b, keep, c, ldc);
-                        continue;
-                    }
-                    gemm_tiles[rows - 1](depth, packed_a, b, 0, edge, TILE_COLUMNS);
-                    for (int i = 0; i < rows; i++)
-                        for (int j = 0; j < n1 - n; j++) c[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (keep != 0 ? c[i * ldc + j] : 0);
-                }
+    const int in_place = transA && N <= 2 * TILE_COLUMNS; // a tile could read A where it lies, and few will: copying costs more
+    for (int block = 0; M > 0 && block < n_parts * k_parts; block++) {
+        const int in = block / k_parts, ik = block % k_parts; // which columns, which part of K
+        const int n0 = gemm_cut(N, TILE_COLUMNS, n_parts, in), n1 = gemm_cut(N, TILE_COLUMNS, n_parts, in + 1);
+        const int k0 = gemm_cut(K, 1, k_parts, ik), depth = gemm_cut(K, 1, k_parts, ik + 1) - k0;
+        for (int n = n0; n < n1; n += TILE_COLUMNS)
+            gemm_pack(packed_b + (size_t)(n - n0) * depth, TILE_COLUMNS, transB ? B + n * ldb + k0 : B + k0 * ldb + n, ldb, transB,
+                      n1 - n < TILE_COLUMNS ? n1 - n : TILE_COLUMNS, depth);
+        for (int im = 0; im < m_parts; im++) {
+            const int m0 = gemm_cut(M, 1, m_parts, im), m1 = gemm_cut(M, 1, m_parts, im + 1);
+            const int next = M - m1 < TILE_ROWS ? M - m1 : TILE_ROWS; // rows of the next panel
+            const float *a = transA ? A + k0 * lda + m0 : A + m0 * lda + k0;
+            if (!in_place) {
+                gemm_fetch(transA ? a + (m1 - m0) : a + (m1 - m0) * lda, lda, transA ? depth : next, transA ? next : depth);
+                gemm_pack(packed_a, PANEL_STRIDE, a, lda, !transA, m1 - m0, depth);
             }
+            gemm_panel(m1 - m0, n1 - n0, depth, in_place ? a : packed_a, in_place ? lda : (size_t)PANEL_STRIDE, ik ? 1 : beta,
+                       C + m0 * ldc + n0, ldc);
         }
+    }
 }
 #endif
 
-/* The same by `threads` threads, each with a rectangle of C of its own. Of the grids of p x q rectangles, the one whose largest
-   takes least: its products, and packing its rows and columns. */
-static void matmul_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb, float beta,
-                            float *C, size_t ldc) {
+/* The same by `threads` threads, each with a rectangle of C of its own, K whole. Of all grids of rectangles it takes the one
+   whose largest costs least: its products, and a row or column packed about as much as 16 products a number. */
+static void matmul_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B,
+                            size_t ldb, float beta, float *C, size_t ldc) {
     int rows = 1, columns = 1;
     double least = HUGE_VAL;
     for (int p = 1; p <= threads; p++) {
-        const int q = threads / p;
-        const double m = ceil((double)M / p), n = ceil((double)N / TILE_COLUMNS / q) * TILE_COLUMNS, cost = m * n + 16 * (m + n);
-        if (cost < least) least = cost, rows = p, columns = q;
+        const double m = ceil((double)M / p), n = ceil((double)N / TILE_COLUMNS / (threads / p)) * TILE_COLUMNS,
+                     cost = m * n + 16 * (m + n);
+        if (cost < least) least = cost, rows = p, columns = threads / p;
     }
     SLAM_PARALLEL_FOR
-    for (int t = 0; t < rows * columns; t++) {
-        const int m0 = gemm_cut(M, 1, rows, t / columns), m1 = gemm_cut(M, 1, rows, t / columns + 1);
-        const int n0 = gemm_cut(N, TILE_COLUMNS, columns, t % columns), n1 = gemm_cut(N, TILE_COLUMNS, columns, t % columns + 1);
-        if (m0 == m1 || n0 == n1) continue;
-        gemm(transA, transB, m1 - m0, n1 - n0, K, transA ? A + m0 : A + m0 * lda, lda, transB ? B + n0 * ldb : B + n0, ldb, beta, C + m0 * ldc + n0, ldc);
+    for (int i = 0; i < rows * columns; i++) {
+        const int m0 = gemm_cut(M, 1, rows, i / columns), m1 = gemm_cut(M, 1, rows, i / columns + 1);
+        const int n0 = gemm_cut(N, TILE_COLUMNS, columns, i % columns), n1 = gemm_cut(N, TILE_COLUMNS, columns, i % columns + 1);
+        if (m0 < m1 && n0 < n1)
+            gemm(transA, transB, m1 - m0, n1 - n0, K, transA ? A + m0 : A + m0 * lda, lda, transB ? B + n0 * ldb : B + n0, ldb,
+                 beta, C + m0 * ldc + n0, ldc);
     }
 }
 typedef struct cpu_ops {
@@ -2814,7 +2872,8 @@ static int column_block(int first, int C) { return first + COLUMNS < C ? COLUMNS
 static void cpu_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens, const slam_act *table, int N, int C) {
     (void)ops;
     SLAM_PARALLEL_FOR
-    for (int i = 0; i < N; i++) memcpy((float *)x + (size_t)i * C, (const float *)table + (size_t)tokens[i] * C, (size_t)C * sizeof(float));
+    for (int i = 0; i < N; i++)
+        memcpy((float *)x + (size_t)i * C, (const float *)table + (size_t)tokens[i] * C, (size_t)C * sizeof(float));
 }
 
 static void cpu_embedding_backward(slam_ops *ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V) {
@@ -2832,8 +2891,8 @@ static void cpu_embedding_backward(slam_ops *ops, float *dtable, const slam_act 
 
 /* ---- residual and RMSNorm ---- */
 
-static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float *r, const slam_act *x_, const slam_act *delta_, const slam_act *w_,
-                                float eps, int N, int C) {
+static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float *r, const slam_act *x_, const slam_act *delta_,
+                                const slam_act *w_, float eps, int N, int C) {
     const float *w = (const float *)w_;
     (void)ops;
     SLAM_PARALLEL_FOR
@@ -2851,8 +2910,8 @@ static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float
     }
 }
 
-static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_, const slam_act *w_, const float *r,
-                                 int N, int C) {
+static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_,
+                                 const slam_act *w_, const float *r, int N, int C) {
     const float *DY = (const float *)dy_, *S = (const float *)s_, *w = (const float *)w_;
     (void)ops;
     SLAM_PARALLEL_FOR
@@ -2874,7 +2933,8 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
 
 /* ---- linear layer ---- */
 
-static void cpu_matmul_forward(slam_ops *ops, slam_act *out_, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC) {
+static void cpu_matmul_forward(slam_ops *ops, slam_act *out_, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C,
+                               int OC) {
     float *out = (float *)out_;
     if (b) {
         SLAM_PARALLEL_FOR
@@ -2887,7 +2947,8 @@ static void cpu_matmul_backward_input(slam_ops *ops, slam_act *dx, const slam_ac
     matmul_parallel(ops->threads, 0, 0, N, C, OC, (const float *)dout, OC, (const float *)w, C, 0.0f, (float *)dx, C);
 }
 
-static void cpu_matmul_backward_weight(slam_ops *ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC) {
+static void cpu_matmul_backward_weight(slam_ops *ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C,
+                                       int OC) {
     matmul_parallel(ops->threads, 1, 0, OC, C, N, (const float *)dout, OC, (const float *)x, C, 1.0f, dw, C);
     if (!db) return;
     SLAM_PARALLEL_FOR
@@ -2962,8 +3023,8 @@ static void rotate(float *x, int heads, int HS, const float *rope, float sign) {
 }
 
 /* One tile of one head. q, k, v, out point at the head's first row in this row of the batch; s (QUERIES, keys) is scratch. */
-static void attention_tile_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *s, const slam_window *win, size_t row,
-                                   tile t) {
+static void attention_tile_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *s,
+                                   const slam_window *win, size_t row, tile t) {
     const int HS = win->HS;
     const size_t W = (size_t)(win->NH + 2 * win->KVH) * HS, O = (size_t)win->NH * HS;
     const float scale = 1 / sqrtf((float)HS);
@@ -2990,7 +3051,8 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     float *qkv = (float *)qkv_, *scratch = cpu_scratch(ops, (size_t)ops->threads * QUERIES * T);
     if (!scratch) return;
     SLAM_PARALLEL_FOR
-    for (int i = 0; i < win->B * T; i++) rotate(qkv + (size_t)i * W, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, 1);
+    for (int i = 0; i < win->B * T; i++)
+        rotate(qkv + (size_t)i * W, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, 1);
     /* late tiles see the most keys and come first, so that no thread is left alone with one */
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < win->B * NH * tiles; task++) {
@@ -3004,8 +3066,9 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
 }
 
 /* One tile of one head: dq = (its rows), dk and dv (T,HS) += ; p and ds (QUERIES, keys) are scratch. */
-static void attention_tile_backward(float *dq, float *dk, float *dv, const float *dout, const float *D, const float *lse, const float *q, const float *k,
-                                    const float *v, float *p, float *ds, const slam_window *win, size_t row, tile t) {
+static void attention_tile_backward(float *dq, float *dk, float *dv, const float *dout, const float *D, const float *lse,
+                                    const float *q, const float *k, const float *v, float *p, float *ds, const slam_window *win,
+                                    size_t row, tile t) {
     const int HS = win->HS;
     const size_t W = (size_t)(win->NH + 2 * win->KVH) * HS, O = (size_t)win->NH * HS;
     const float scale = 1 / sqrtf((float)HS);
@@ -3022,8 +3085,8 @@ static void attention_tile_backward(float *dq, float *dk, float *dv, const float
 }
 
 /* A task is one head of one row, all its tiles; dk and dv of each query head stand apart until those of a group are added in order. */
-static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, const slam_act *dout_, const slam_act *out_, const float *lse,
-                                   const slam_act *qkv_, const slam_window *win) {
+static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, const slam_act *dout_, const slam_act *out_,
+                                   const float *lse, const slam_act *qkv_, const slam_window *win) {
     const int B = win->B, T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS;
     const size_t head = (size_t)T * HS, work = (size_t)QUERIES * T;
     const float *qkv = (const float *)qkv_, *dout = (const float *)dout_, *out = (const float *)out_;
@@ -3039,8 +3102,8 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, con
         memset(dk, 0, 2 * head * sizeof(float));
         for (int i = 0; i < T; i++) Dh[i] = dot(dout + ((row + i) * NH + h) * HS, out + ((row + i) * NH + h) * HS, HS);
         for (int index = 0; index * QUERIES < T; index++)
-            attention_tile_backward(dqkv + row * W + h * HS, dk, dk + head, dout + (row * NH + h) * HS, Dh, lse + (size_t)task * T, q, k, v, p,
-                                    p + work, win, row, tile_of(win->doc_start + row, index, T));
+            attention_tile_backward(dqkv + row * W + h * HS, dk, dk + head, dout + (row * NH + h) * HS, Dh, lse + (size_t)task * T,
+                                    q, k, v, p, p + work, win, row, tile_of(win->doc_start + row, index, T));
     }
     SLAM_PARALLEL_FOR
     for (int i = 0; i < B * T; i++) {
@@ -3140,12 +3203,14 @@ static void cpu_sum_squares(slam_ops *ops, double *out, const float *x, size_t n
 
 /* ---- AdamW ---- */
 
-static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats, const slam_adamw *h, size_t n) {
+static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
+                      const slam_adamw *h, size_t n) {
     if (!isfinite(stats[0]) || !isfinite(stats[1])) return;
     const double clip = h->clip > 0 ? h->clip / (sqrt(stats[1]) + 1e-6) : 1;
     const float scale = clip < 1 ? (float)clip : 1, decay = (float)(1 - h->lr * h->weight_decay), eps = (float)h->eps;
     const float beta2 = (float)h->beta2, rest1 = (float)(1 - h->beta1), rest2 = (float)(1 - h->beta2);
-    const float step_size = (float)(h->lr / (1 - pow(h->beta1, (double)h->step))), root = (float)sqrt(1 - pow(h->beta2, (double)h->step));
+    const float step_size = (float)(h->lr / (1 - pow(h->beta1, (double)h->step))),
+                root = (float)sqrt(1 - pow(h->beta2, (double)h->step));
     SLAM_PARALLEL_FOR
     for (size_t i = 0; i < n; i++) {
         const float gi = g[i] * scale;
@@ -3224,7 +3289,8 @@ static int config_refuse(const json *c, const char *path) {
     const json *scaling = json_get(c, "rope_scaling"), *rope = json_get(c, "rope_parameters"), *layers = json_get(c, "layer_types");
     int sliding = 0, bias = 0;
     double rotary = 1;
-    if (strcmp(type, "qwen2") && strcmp(type, "llama")) return fail("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
+        return fail("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return fail("%s: hidden_act is '%s', expected 'silu'", path, act);
     if (scaling && scaling->type == JSON_OBJECT) {
         const char *kind = json_text(scaling, "rope_type", json_text(scaling, "type", ""));
@@ -3240,7 +3306,9 @@ static int config_refuse(const json *c, const char *path) {
     if (bias) return fail("%s: attention_bias is true, expected biases on q, k, v only (Qwen2) or none (Llama)", path);
     if (!json_flag(c, "mlp_bias", path, &bias)) return 0;
     if (bias) return fail("%s: mlp_bias is true, expected an MLP without biases", path);
-    if (!json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) || !json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary)) return 0;
+    if (!json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) ||
+        !json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary))
+        return 0;
     if (rotary != 1) return fail("%s: partial_rotary_factor is %g, expected 1", path, rotary);
     return 1;
 }
@@ -3390,18 +3458,18 @@ static size_t parameter_size(const parameter *p) { return (p->rows ? p->rows : 1
    one place. N = B T. */
 
 typedef struct activations_layout {
-    size_t layer, layer_size;                              // the first layer's block in bytes; layer l is layer_size * l further
-    size_t residual, attention_in, attention_r;            // within it: the stream before attention (N,C), normed (N,C), 1/rms (N)
-    size_t qkv, attention, lse;                            //            (N,W) (N,O) (B,NH,T)
-    size_t residual_mid, mlp_in, mlp_r;                    //            the stream before the MLP, likewise
-    size_t gate_up, swiglu;                                //            (N,2F) (N,F)
-    size_t delta;                                          // what a sub-layer adds to the stream (N,C)
-    size_t residual_end, head_in, head_r;                  // the stream after the last layer, likewise
-    size_t losses, logits;                                 // (N) (head_rows,V)
-    size_t dresidual, dnormed, dwide, dqkv, D;             // backward: (N,C) (N,C) (N,max(F,O)) (N,W) (B,NH,T)
-    size_t tokens, targets, doc_start, hole, rope;         // (N) (N) (N) (N,2) (T,HS)
-    size_t total;                                          // bytes
-    int head_rows;                                         // rows of logits that stand in memory at once
+    size_t layer, layer_size;                      // the first layer's block in bytes; layer l is layer_size * l further
+    size_t residual, attention_in, attention_r;    // within it: the stream before attention (N,C), normed (N,C), 1/rms (N)
+    size_t qkv, attention, lse;                    //            (N,W) (N,O) (B,NH,T)
+    size_t residual_mid, mlp_in, mlp_r;            //            the stream before the MLP, likewise
+    size_t gate_up, swiglu;                        //            (N,2F) (N,F)
+    size_t delta;                                  // what a sub-layer adds to the stream (N,C)
+    size_t residual_end, head_in, head_r;          // the stream after the last layer, likewise
+    size_t losses, logits;                         // (N) (head_rows,V)
+    size_t dresidual, dnormed, dwide, dqkv, D;     // backward: (N,C) (N,C) (N,max(F,O)) (N,W) (B,NH,T)
+    size_t tokens, targets, doc_start, hole, rope; // (N) (N) (N) (N,2) (T,HS)
+    size_t total;                                  // bytes
+    int head_rows;                                 // rows of logits that stand in memory at once
 } activations_layout;
 
 /* The head works on runs of rows, so that a large vocabulary does not ask for N V numbers at once. */
@@ -3409,7 +3477,8 @@ enum { HEAD_BYTES = 64 << 20 };
 
 static activations_layout activations_of(const slam_config *c, size_t act, int B, int T, int train) {
     activations_layout a;
-    const size_t N = (size_t)B * T, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS, H = N * c->NH;
+    const size_t N = (size_t)B * T, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS,
+                 H = N * c->NH;
     const size_t f = sizeof(float), i = sizeof(int);
     size_t end = 0, within = 0;
     a.residual = place(&within, N * C * act);
@@ -3538,7 +3607,8 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
         SLAM_PARALLEL_FOR
         for (size_t i = 0; i < (p.rows ? p.rows : 1); i++) {
             uint64_t stream = rng_stream(seed, k, i);
-            for (size_t c = 0; c < p.cols; c++) host[i * p.cols + c] = p.rows ? (float)(config->init_std * rng_normal(&stream)) : is_norm ? 1.0f : 0.0f;
+            for (size_t c = 0; c < p.cols; c++)
+                host[i * p.cols + c] = p.rows ? (float)(config->init_std * rng_normal(&stream)) : is_norm ? 1.0f : 0.0f;
         }
         ops->upload(ops, m->master + p.at, host, parameter_size(&p) * sizeof(float));
     }
@@ -3569,7 +3639,8 @@ static int is_vocabulary(const char *name) { return !strcmp(name, "model.embed_t
 
 /* Pairs every parameter with the file's tensor of its name and shape, and sees that the file holds nothing else. `cut` allows a
    vocabulary with more rows than the model's. A file's claims are checked here, before any memory is asked for on their account. */
-static int weights_match(const parameter *list, size_t n, const tensor **match, const slam_config *c, const tensors *file, const char *folder, int cut) {
+static int weights_match(const parameter *list, size_t n, const tensor **match, const slam_config *c, const tensors *file,
+                         const char *folder, int cut) {
     const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : "";
     for (size_t k = 0; k < n; k++) {
         const parameter *p = &list[k];
@@ -3634,10 +3705,14 @@ slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return 
 /* The configuration as Transformers 4 and 5 both read it: the rotary base and the type of numbers stand in either's spelling. */
 static void config_add_transformer(text *t, const slam_config *c, const char *indent) {
     const char *q = c->qkv_bias ? "qwen2" : "llama";
-    text_add(t, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n", indent, c->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM", indent, q);
-    text_add(t, "%s\"vocab_size\": %d,\n%s\"hidden_size\": %d,\n%s\"intermediate_size\": %d,\n", indent, c->V, indent, c->C, indent, c->F);
-    text_add(t, "%s\"num_hidden_layers\": %d,\n%s\"num_attention_heads\": %d,\n%s\"num_key_value_heads\": %d,\n", indent, c->L, indent, c->NH, indent, c->KVH);
-    text_add(t, "%s\"head_dim\": %d,\n%s\"max_position_embeddings\": %d,\n%s\"hidden_act\": \"silu\",\n", indent, c->HS, indent, c->T, indent);
+    text_add(t, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n", indent,
+             c->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM", indent, q);
+    text_add(t, "%s\"vocab_size\": %d,\n%s\"hidden_size\": %d,\n%s\"intermediate_size\": %d,\n", indent, c->V, indent, c->C, indent,
+             c->F);
+    text_add(t, "%s\"num_hidden_layers\": %d,\n%s\"num_attention_heads\": %d,\n%s\"num_key_value_heads\": %d,\n", indent, c->L,
+             indent, c->NH, indent, c->KVH);
+    text_add(t, "%s\"head_dim\": %d,\n%s\"max_position_embeddings\": %d,\n%s\"hidden_act\": \"silu\",\n", indent, c->HS, indent,
+             c->T, indent);
     text_add(t, "%s\"rms_norm_eps\": ", indent);
     text_add_number(t, c->eps);
     text_add(t, ",\n%s\"initializer_range\": ", indent);
@@ -3646,8 +3721,10 @@ static void config_add_transformer(text *t, const slam_config *c, const char *in
     text_add_number(t, c->rope_theta);
     text_add(t, ",\n%s\"rope_parameters\": {\"rope_theta\": ", indent);
     text_add_number(t, c->rope_theta);
-    text_add(t, ", \"rope_type\": \"default\"},\n%s\"tie_word_embeddings\": %s,\n%s\"attention_dropout\": 0.0,\n", indent, c->tied ? "true" : "false", indent);
-    text_add(t, "%s%s,\n", indent, c->qkv_bias ? "\"use_sliding_window\": false" : "\"attention_bias\": false,\n  \"mlp_bias\": false");
+    text_add(t, ", \"rope_type\": \"default\"},\n%s\"tie_word_embeddings\": %s,\n%s\"attention_dropout\": 0.0,\n", indent,
+             c->tied ? "true" : "false", indent);
+    text_add(t, "%s%s,\n", indent,
+             c->qkv_bias ? "\"use_sliding_window\": false" : "\"attention_bias\": false,\n  \"mlp_bias\": false");
     text_add(t, "%s\"bos_token_id\": 1,\n%s\"eos_token_id\": 1,\n%s\"pad_token_id\": 0,\n", indent, indent, indent);
     text_add(t, "%s\"dtype\": \"float32\",\n%s\"torch_dtype\": \"float32\",\n%s\"use_cache\": true", indent, indent, indent);
 }
@@ -3696,8 +3773,11 @@ int slam_model_save(slam_model *m, const char *folder, int format) {
     text t = SLAM_ZERO, g = SLAM_ZERO;
     text_add(&t, "{\n");
     if (slamkit)
-        text_add(&t, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n  \"vocab_size\": %d,\n  \"bos_token_id\": 1,\n"
-                     "  \"eos_token_id\": 1,\n  \"pad_token_id\": 0,\n  \"base_config\": {\n", m->config.V);
+        text_add(
+            &t,
+            "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n  \"vocab_size\": %d,\n  \"bos_token_id\": 1,\n"
+            "  \"eos_token_id\": 1,\n  \"pad_token_id\": 0,\n  \"base_config\": {\n",
+            m->config.V);
     config_add_transformer(&t, &m->config, slamkit ? "    " : "  ");
     text_add(&t, slamkit ? "\n  }\n}\n" : "\n}\n");
     text_add(&g, "{\n  \"bos_token_id\": 1,\n  \"eos_token_id\": 1,\n  \"pad_token_id\": 0\n}\n");
@@ -3726,7 +3806,8 @@ static int rope_table(slam_model *m, int T) {
 
 int slam_model_plan(slam_model *m, int B, int T, int train) {
     slam_ops *ops = m->ops;
-    if (B < 1 || T < 1 || (size_t)B * T > INT_MAX / 4) return fail("a batch of %d rows of %d tokens: expected both positive and fewer than 2^29 tokens", B, T);
+    if (B < 1 || T < 1 || (size_t)B * T > INT_MAX / 4)
+        return fail("a batch of %d rows of %d tokens: expected both positive and fewer than 2^29 tokens", B, T);
     if (B <= m->B && T == m->T && train <= m->train) return 1;
     ops->release(ops, m->arena);
     m->B = m->T = 0;
@@ -3749,17 +3830,22 @@ static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window)
     if (!m->arena || b->B < 1 || b->T < 1 || b->B > m->B || b->T > m->T)
         return fail("a batch of %d rows of %d tokens, expected at most the planned %d rows of %d", b->B, b->T, m->B, m->T);
     for (size_t i = 0; i < N; i++) {
-        const int t = (int)(i % b->T), start = b->doc_start[i], first = b->hole ? b->hole[2 * i] : 0, end = b->hole ? b->hole[2 * i + 1] : 0;
-        if (b->tokens[i] < 0 || b->tokens[i] >= c->V) return fail("token %d at position %zu of the batch, expected 0 to %d", b->tokens[i], i, c->V - 1);
-        if (b->targets && b->targets[i] >= c->V) return fail("target %d at position %zu of the batch, expected below %d", b->targets[i], i, c->V);
+        const int t = (int)(i % b->T), start = b->doc_start[i], first = b->hole ? b->hole[2 * i] : 0,
+                  end = b->hole ? b->hole[2 * i + 1] : 0;
+        if (b->tokens[i] < 0 || b->tokens[i] >= c->V)
+            return fail("token %d at position %zu of the batch, expected 0 to %d", b->tokens[i], i, c->V - 1);
+        if (b->targets && b->targets[i] >= c->V)
+            return fail("target %d at position %zu of the batch, expected below %d", b->targets[i], i, c->V);
         if (start < 0 || start > t) return fail("doc_start %d at column %d, expected 0 to %d", start, t, t);
-        if (end != first && (first < start || end < first || end > t)) return fail("hole [%d,%d) at column %d, expected within [%d,%d)", first, end, t, start, t);
+        if (end != first && (first < start || end < first || end > t))
+            return fail("hole [%d,%d) at column %d, expected within [%d,%d)", first, end, t, start, t);
     }
     m->ops->upload(m->ops, int_at(m, m->a.tokens), b->tokens, N * sizeof(int));
     if (b->targets) m->ops->upload(m->ops, int_at(m, m->a.targets), b->targets, N * sizeof(int));
     m->ops->upload(m->ops, int_at(m, m->a.doc_start), b->doc_start, N * sizeof(int));
     if (b->hole) m->ops->upload(m->ops, int_at(m, m->a.hole), b->hole, 2 * N * sizeof(int));
-    const slam_window w = {b->B, b->T, c->NH, c->KVH, c->HS, int_at(m, m->a.doc_start), b->hole ? int_at(m, m->a.hole) : NULL, float_at(m, m->a.rope)};
+    const slam_window w = {
+        b->B, b->T, c->NH, c->KVH, c->HS, int_at(m, m->a.doc_start), b->hole ? int_at(m, m->a.hole) : NULL, float_at(m, m->a.rope)};
     *window = w;
     return 1;
 }
@@ -3778,7 +3864,8 @@ static void forward(slam_model *m, const slam_window *win) {
     ops->embedding_forward(ops, stream, int_at(m, a->tokens), weight_at(m, w->embed), N, C);
     for (int l = 0; l < c->L; l++) {
         slam_act *residual = act_in(m, l, a->residual), *residual_mid = act_in(m, l, a->residual_mid);
-        slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv), *attention = act_in(m, l, a->attention);
+        slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv),
+                 *attention = act_in(m, l, a->attention);
         slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
         ops->rmsnorm_forward(ops, residual, attention_in, float_in(m, l, a->attention_r), stream, l ? delta : NULL,
                              weight_at(m, vector_of(m, l, w->attention_norm)), eps, N, C);
@@ -3786,16 +3873,20 @@ static void forward(slam_model *m, const slam_window *win) {
                             c->qkv_bias ? weight_at(m, vector_of(m, l, w->bias)) : NULL, N, C, W);
         ops->attention_forward(ops, attention, float_in(m, l, a->lse), qkv, win);
         ops->matmul_forward(ops, delta, attention, weight_at(m, matrix_of(m, l, w->out)), NULL, N, O, C);
-        ops->rmsnorm_forward(ops, residual_mid, mlp_in, float_in(m, l, a->mlp_r), residual, delta, weight_at(m, vector_of(m, l, w->mlp_norm)), eps, N, C);
+        ops->rmsnorm_forward(ops, residual_mid, mlp_in, float_in(m, l, a->mlp_r), residual, delta,
+                             weight_at(m, vector_of(m, l, w->mlp_norm)), eps, N, C);
         ops->matmul_forward(ops, gate_up, mlp_in, weight_at(m, matrix_of(m, l, w->gate_up)), NULL, N, C, 2 * F);
         ops->swiglu_forward(ops, swiglu, gate_up, N, F);
         ops->matmul_forward(ops, delta, swiglu, weight_at(m, matrix_of(m, l, w->down)), NULL, N, F, C);
         stream = residual_mid;
     }
-    ops->rmsnorm_forward(ops, act_at(m, a->residual_end), act_at(m, a->head_in), float_at(m, a->head_r), stream, delta, weight_at(m, w->norm), eps, N, C);
+    ops->rmsnorm_forward(ops, act_at(m, a->residual_end), act_at(m, a->head_in), float_at(m, a->head_r), stream, delta,
+                         weight_at(m, w->norm), eps, N, C);
 }
 
-static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) { return (slam_act *)((char *)x + (size_t)row * width * m->ops->bytes_per_act); }
+static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) {
+    return (slam_act *)((char *)x + (size_t)row * width * m->ops->bytes_per_act);
+}
 
 /* Logits and losses, a run of rows at a time; with scale not 0 the gradients of the head, and of head_in into dnormed. */
 static void head(slam_model *m, int N, float scale) {
@@ -3822,10 +3913,12 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
     const weights_layout *w = &m->w;
     const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
     float *g = m->gradients;
-    slam_act *dresidual = act_at(m, a->dresidual), *dnormed = act_at(m, a->dnormed), *dwide = act_at(m, a->dwide), *dqkv = act_at(m, a->dqkv);
+    slam_act *dresidual = act_at(m, a->dresidual), *dnormed = act_at(m, a->dnormed), *dwide = act_at(m, a->dwide),
+             *dqkv = act_at(m, a->dqkv);
     slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv), *attention = act_in(m, l, a->attention);
     slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
-    const size_t w_qkv = matrix_of(m, l, w->qkv), w_out = matrix_of(m, l, w->out), w_gate_up = matrix_of(m, l, w->gate_up), w_down = matrix_of(m, l, w->down);
+    const size_t w_qkv = matrix_of(m, l, w->qkv), w_out = matrix_of(m, l, w->out), w_gate_up = matrix_of(m, l, w->gate_up),
+                 w_down = matrix_of(m, l, w->down);
     const size_t attention_norm = vector_of(m, l, w->attention_norm), mlp_norm = vector_of(m, l, w->mlp_norm);
 
     ops->matmul_backward_weight(ops, g + w_down, NULL, dresidual, swiglu, N, F, C);
@@ -3833,7 +3926,8 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
     ops->swiglu_backward(ops, gate_up, dwide, gate_up, N, F);
     ops->matmul_backward_weight(ops, g + w_gate_up, NULL, gate_up, mlp_in, N, C, 2 * F);
     ops->matmul_backward_input(ops, dnormed, gate_up, weight_at(m, w_gate_up), N, C, 2 * F);
-    ops->rmsnorm_backward(ops, dresidual, g + mlp_norm, dnormed, act_in(m, l, a->residual_mid), weight_at(m, mlp_norm), float_in(m, l, a->mlp_r), N, C);
+    ops->rmsnorm_backward(ops, dresidual, g + mlp_norm, dnormed, act_in(m, l, a->residual_mid), weight_at(m, mlp_norm),
+                          float_in(m, l, a->mlp_r), N, C);
 
     ops->matmul_backward_weight(ops, g + w_out, NULL, dresidual, attention, N, O, C);
     ops->matmul_backward_input(ops, dwide, dresidual, weight_at(m, w_out), N, O, C);
@@ -3844,7 +3938,8 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
                           float_in(m, l, a->attention_r), N, C);
 }
 
-int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l), void *context) {
+int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l),
+                        void *context) {
     slam_ops *ops = m->ops;
     const activations_layout *a = &m->a;
     const int N = batch->B * batch->T, C = m->config.C;
@@ -3889,7 +3984,8 @@ int slam_model_logits(slam_model *m, const slam_batch *batch, float *logits) {
     forward(m, &win);
     for (int i = 0; i < N; i += m->a.head_rows) {
         const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
-        ops->matmul_forward(ops, act_at(m, m->a.logits), act_row(m, act_at(m, m->a.head_in), i, C), weight_at(m, m->w.head), NULL, n, C, V);
+        ops->matmul_forward(ops, act_at(m, m->a.logits), act_row(m, act_at(m, m->a.head_in), i, C), weight_at(m, m->w.head), NULL,
+                            n, C, V);
         ops->to_float(ops, rows, act_at(m, m->a.logits), (size_t)n * V);
         ops->download(ops, logits + (size_t)i * V, rows, (size_t)n * V * sizeof(float));
     }
@@ -3979,7 +4075,8 @@ long slam_optimiser_updates(const slam_optimiser *o) { return o->updates; }
 
 static void adamw_range(slam_optimiser *o, const slam_adamw *h, size_t first, size_t end) {
     slam_model *m = o->model;
-    m->ops->adamw(m->ops, weight_at(m, first), m->master + first, o->m + first, o->v + first, m->gradients + first, m->stats, h, end - first);
+    m->ops->adamw(m->ops, weight_at(m, first), m->master + first, o->m + first, o->v + first, m->gradients + first, m->stats, h,
+                  end - first);
 }
 
 /* Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and biases are not drawn to 0. */
@@ -4004,7 +4101,6 @@ int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
     if (!step->skipped) o->updates++;
     return ops->finish(ops);
 }
-
 
 /* ==========================================================================================
    9. DATA         documents, pieces, packing, shuffling, mixing
@@ -4819,7 +4915,7 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
    may use: 1 base, 2 formats
    ========================================================================================== */
 #define SPEECH_RATE 16000
-#define SPEECH_PI 3.14159265358979323846
+#define SPEECH_PI   3.14159265358979323846
 
 /* ---- resampler ----
    With up / down = 16000 / rate in lowest terms, output k stands at input time k down / up: between samples, at one of `up` phases.
@@ -4899,7 +4995,7 @@ void slam_resampler_free(slam_resampler *r) {
 
 size_t slam_resampler_length(const slam_resampler *r, size_t n) { return (size_t)((n * r->up + r->down - 1) / r->down); }
 
-/* Lanes that are added up at the end let the compiler use vectors without changing the order of the sum. */
+/* Lanes that are added up at the end: the compiler may use vectors, and the sum has one order whatever vectors there are. */
 static float resampler_dot(const float *tap, const float *in, int n) {
     float lane[RESAMPLER_LANES] = {0};
     for (int i = 0; i < n; i += RESAMPLER_LANES)
@@ -4946,8 +5042,8 @@ typedef struct mfcc {
     int window, step;
     double hamming[MFCC_LONGEST];
     double cosine[MFCC_LONGEST / 2], sine[MFCC_LONGEST / 2]; // of 2 pi k / window
-    int edge[MFCC_FILTERS + 2];                               // filter j rises from edge j to j + 1 and falls to j + 2
-    double dct[MFCC_CEPSTRA][MFCC_FILTERS];                   // with the lifter in it
+    int edge[MFCC_FILTERS + 2];                              // filter j rises from edge j to j + 1 and falls to j + 2
+    double dct[MFCC_CEPSTRA][MFCC_FILTERS];                  // with the lifter in it
 } mfcc;
 
 /* The scale of O'Shaughnessy 1987 */
@@ -4968,11 +5064,12 @@ static void mfcc_init(mfcc *m, int rate) {
     m->edge[MFCC_FILTERS + 1] = m->window / 2; // (window + 1) / 2 rounded down, whatever pow() made of it
     for (int i = 0; i < MFCC_CEPSTRA; i++) {
         const double lifter = 1 + 11 * sin(SPEECH_PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
-        for (int j = 0; j < MFCC_FILTERS; j++) m->dct[i][j] = lifter * norm * cos(SPEECH_PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
+        for (int j = 0; j < MFCC_FILTERS; j++)
+            m->dct[i][j] = lifter * norm * cos(SPEECH_PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
     }
 }
 
-/* In place, n a power of two, decimation in time (Cooley and Tukey 1965): Z_k = sum_t z_t exp(-2 pi i k t / n). The tables are of 2 n. */
+/* In place, n a power of two (Cooley and Tukey 1965): Z_k = sum_t z_t exp(-2 pi i k t / n). The tables are of 2 n. */
 static void fft(double *re, double *im, int n, const double *cosine, const double *sine) {
     for (int i = 1, j = 0; i < n; i++) {
         int bit = n >> 1;
@@ -4998,8 +5095,8 @@ static void fft(double *re, double *im, int n, const double *cosine, const doubl
             }
 }
 
-/* power = (window / 2 + 1) from a windowed frame. Even samples are the real, odd ones the imaginary parts of a transform of half the
-   length, Z; the halves' own transforms are E_k = (Z_k + conj Z_-k) / 2 and O_k = (Z_k - conj Z_-k) / 2i, and X_k = E_k + w^k O_k. */
+/* power = (window / 2 + 1) from a windowed frame. Its even samples are the real, its odd ones the imaginary parts of a transform Z
+   of half the length; E_k = (Z_k + conj Z_-k) / 2 and O_k = (Z_k - conj Z_-k) / 2i are theirs, and X_k = E_k + w^k O_k. */
 static void mfcc_power(const mfcc *m, double *power, const double *frame) {
     double re[MFCC_LONGEST / 2], im[MFCC_LONGEST / 2];
     const int n = m->window / 2;
@@ -5011,7 +5108,8 @@ static void mfcc_power(const mfcc *m, double *power, const double *frame) {
     for (int k = 0; k <= n; k++) {
         const int p = k % n, q = (n - k) % n;
         const double c = k < n ? m->cosine[k] : -1, s = k < n ? m->sine[k] : 0;
-        const double even_re = (re[p] + re[q]) / 2, even_im = (im[p] - im[q]) / 2, odd_re = (im[p] + im[q]) / 2, odd_im = (re[q] - re[p]) / 2;
+        const double even_re = (re[p] + re[q]) / 2, even_im = (im[p] - im[q]) / 2, odd_re = (im[p] + im[q]) / 2,
+                     odd_im = (re[q] - re[p]) / 2;
         const double x_re = even_re + c * odd_re + s * odd_im, x_im = even_im + c * odd_im - s * odd_re;
         power[k] = (x_re * x_re + x_im * x_im) / m->window;
     }
@@ -5051,7 +5149,8 @@ static void mfcc_differences(float *out, size_t frames, int from, int to) {
         const float *back2 = out + (t > 1 ? t - 2 : 0) * MFCC_WIDTH + from, *back1 = out + (t > 0 ? t - 1 : 0) * MFCC_WIDTH + from;
         const float *next1 = out + (t + 1 < last ? t + 1 : last) * MFCC_WIDTH + from;
         const float *next2 = out + (t + 2 < last ? t + 2 : last) * MFCC_WIDTH + from;
-        for (int i = 0; i < MFCC_CEPSTRA; i++) out[t * MFCC_WIDTH + to + i] = ((next1[i] - back1[i]) + 2 * (next2[i] - back2[i])) / 10;
+        for (int i = 0; i < MFCC_CEPSTRA; i++)
+            out[t * MFCC_WIDTH + to + i] = ((next1[i] - back1[i]) + 2 * (next2[i] - back2[i])) / 10;
     }
 }
 
@@ -5065,7 +5164,7 @@ typedef struct decoder {
 
 struct slam_speech {
     slam_speech_settings settings;
-    mfcc mfcc;
+    mfcc tables;
 };
 
 void slam_speech_defaults(slam_speech_settings *s) {
@@ -5083,7 +5182,7 @@ slam_speech *slam_speech_new(const slam_speech_settings *settings) {
     slam_speech *s = (slam_speech *)mem_new(1, sizeof *s);
     if (!s) return NULL;
     s->settings = *settings;
-    mfcc_init(&s->mfcc, settings->rate);
+    mfcc_init(&s->tables, settings->rate);
     return s;
 }
 
@@ -5095,7 +5194,7 @@ int slam_speech_width(const slam_speech *s) {
 }
 
 size_t slam_speech_frames(const slam_speech *s, size_t n) {
-    const size_t window = (size_t)s->mfcc.window, step = (size_t)s->mfcc.step;
+    const size_t window = (size_t)s->tables.window, step = (size_t)s->tables.step;
     return n == 0 ? 0 : n <= window ? 1 : 1 + (n - window + step - 1) / step;
 }
 
@@ -5111,7 +5210,7 @@ static void normalize_waveform(float *out, const float *x, size_t n) {
 
 int slam_speech_features(const slam_speech *s, float *out, const float *sample, size_t n) {
     const int64_t frames = (int64_t)slam_speech_frames(s, n);
-    const mfcc *m = &s->mfcc;
+    const mfcc *m = &s->tables;
     float *normal = NULL;
     if (s->settings.normalize && n) {
         normal = (float *)mem_new(n, sizeof *normal);
@@ -5170,8 +5269,8 @@ static float *features_of(const slam_speech *s, const float *sample, size_t n, s
 }
 
 /* ---- nearest centroids ----
-   Centroids lie in blocks of 16, (K / 16, D, 16), so that 16 distances are summed side by side, each over its D differences in order:
-   the sums, and with them the units, are the same for every vector width. */
+   Centroids lie in blocks of 16, (K / 16, D, 16), so that 16 distances are summed side by side, each over its D differences in
+   order: the sums, and with them the units, are the same for every vector width. */
 
 enum { CENTROID_LANES = 16 };
 
@@ -5180,47 +5279,64 @@ static size_t centroid_blocks(int K) { return ((size_t)K + CENTROID_LANES - 1) /
 static void centroid_lanes(float *lanes, const float *centroids, int K, int D) {
     for (int k = 0; k < K; k++)
         for (int d = 0; d < D; d++)
-            lanes[((size_t)(k / CENTROID_LANES) * (size_t)D + (size_t)d) * CENTROID_LANES + (size_t)(k % CENTROID_LANES)] = centroids[(size_t)k * (size_t)D + (size_t)d];
+            lanes[((size_t)(k / CENTROID_LANES) * (size_t)D + (size_t)d) * CENTROID_LANES + (size_t)(k % CENTROID_LANES)] =
+                centroids[(size_t)k * (size_t)D + (size_t)d];
 }
 
-static void centroid_distances(float *distance, const float *x, const float *lanes, int D) {
-    float sum[CENTROID_LANES] = {0};
-    for (int d = 0; d < D; d++)
-        for (int j = 0; j < CENTROID_LANES; j++) {
-            const float difference = x[d] - lanes[d * CENTROID_LANES + j];
-            sum[j] += difference * difference;
-        }
-    memcpy(distance, sum, sizeof sum);
-}
+typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
+enum { CENTROID_FRAMES = 4 }; // that share what is loaded of a block
 
-/* The first of the nearest; its squared distance in *least. */
-static int centroid_nearest(const float *x, const float *lanes, int K, int D, float *least) {
-    int nearest = 0;
-    *least = INFINITY;
-    for (int first = 0; first < K; first += CENTROID_LANES) {
-        float distance[CENTROID_LANES];
-        centroid_distances(distance, x, lanes + (size_t)first * (size_t)D, D);
-        for (int j = 0; j < CENTROID_LANES && first + j < K; j++)
-            if (distance[j] < *least) {
-                *least = distance[j];
-                nearest = first + j;
-            }
+/* distance = (4, 16) from four frames and a block of centroids */
+static void centroid_distances(float *distance, const float *const *x, const float *lanes, int D) {
+    centroid_vector sum0 = SLAM_ZERO, sum1 = SLAM_ZERO, sum2 = SLAM_ZERO, sum3 = SLAM_ZERO;
+    for (int d = 0; d < D; d++) {
+        const centroid_vector c = *(const centroid_vector *)(lanes + d * CENTROID_LANES);
+        const centroid_vector e0 = c - x[0][d], e1 = c - x[1][d], e2 = c - x[2][d], e3 = c - x[3][d];
+        sum0 += e0 * e0;
+        sum1 += e1 * e1;
+        sum2 += e2 * e2;
+        sum3 += e3 * e3;
     }
-    return nearest;
+    centroid_vector *out = (centroid_vector *)distance;
+    out[0] = sum0;
+    out[1] = sum1;
+    out[2] = sum2;
+    out[3] = sum3;
+}
+
+/* The first of the nearest to each of up to four frames; its squared distance in *least. */
+static void centroids_nearest(const float *frames, int n, const float *lanes, int K, int D, int *nearest, float *least) {
+    float distance[CENTROID_FRAMES * CENTROID_LANES];
+    const float *x[CENTROID_FRAMES];
+    for (int i = 0; i < CENTROID_FRAMES; i++) x[i] = frames + (size_t)(i < n ? i : 0) * (size_t)D;
+    for (int i = 0; i < n; i++) {
+        nearest[i] = 0;
+        least[i] = INFINITY;
+    }
+    for (int first = 0; first < K; first += CENTROID_LANES) {
+        centroid_distances(distance, x, lanes + (size_t)first * (size_t)D, D);
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < CENTROID_LANES && first + j < K; j++)
+                if (distance[i * CENTROID_LANES + j] < least[i]) {
+                    least[i] = distance[i * CENTROID_LANES + j];
+                    nearest[i] = first + j;
+                }
+    }
 }
 
 static void centroids_assign(const float *frames, size_t n, const float *lanes, int K, int D, int *unit, float *distance) {
     SLAM_PARALLEL_FOR
-    for (int64_t i = 0; i < (int64_t)n; i++) {
-        float least;
-        unit[i] = centroid_nearest(frames + (size_t)i * (size_t)D, lanes, K, D, &least);
-        if (distance) distance[i] = least;
+    for (int64_t i = 0; i < (int64_t)n; i += CENTROID_FRAMES) {
+        float least[CENTROID_FRAMES];
+        const int count = (int64_t)n - i < CENTROID_FRAMES ? (int)((int64_t)n - i) : CENTROID_FRAMES;
+        centroids_nearest(frames + (size_t)i * (size_t)D, count, lanes, K, D, unit + i, least);
+        if (distance) memcpy(distance + i, least, (size_t)count * sizeof *least);
     }
 }
 
 /* ---- fitting centroids ---- */
 
-typedef struct fit {
+typedef struct kmeans_fit {
     const float *x;
     size_t n;
     int D, K;
@@ -5230,10 +5346,19 @@ typedef struct fit {
     int *unit;             // (n)
     float *distance;       // (n), squared, to the nearest centroid
     size_t *count, *first; // (K), (K + 1): frames of a centroid, their place in `order` once it is sorted by centroid
-} fit;
+    slam_speech_watch *watch;
+    void *context;
+} kmeans_fit;
 
-static const float *fit_frame(const fit *f, size_t i) { return f->x + i * (size_t)f->D; }
-static float *fit_centroid(const fit *f, int k) { return f->centroid + (size_t)k * (size_t)f->D; }
+static int fit_tell(const kmeans_fit *f, size_t passes) {
+    slam_speech_progress p = SLAM_ZERO;
+    p.stage = "fit";
+    p.done = passes;
+    return !f->watch || f->watch(f->context, &p) || fail("stopped before the centroids were found");
+}
+
+static const float *fit_frame(const kmeans_fit *f, size_t i) { return f->x + i * (size_t)f->D; }
+static float *fit_centroid(const kmeans_fit *f, int k) { return f->centroid + (size_t)k * (size_t)f->D; }
 
 static float squared_distance(const float *a, const float *b, int D) {
     float sum = 0;
@@ -5241,7 +5366,7 @@ static float squared_distance(const float *a, const float *b, int D) {
     return sum;
 }
 
-static void fit_shuffle(fit *f) {
+static void fit_shuffle(kmeans_fit *f) {
     for (size_t i = f->n; i > 1; i--) {
         const size_t j = (size_t)rng_below(&f->state, i), swap = f->order[i - 1];
         f->order[i - 1] = f->order[j];
@@ -5249,9 +5374,9 @@ static void fit_shuffle(fit *f) {
     }
 }
 
-/* k-means++: each further centroid is a frame drawn with probability proportional to its squared distance from those before, among the
-   first m frames of the order. */
-static void fit_seed(fit *f, size_t m) {
+/* k-means++: each further centroid is a frame drawn with probability proportional to its squared distance from those before,
+   among the first m frames of the order. */
+static void fit_seed(kmeans_fit *f, size_t m) {
     for (size_t i = 0; i < m; i++) f->distance[i] = INFINITY;
     size_t drawn = 0;
     for (int k = 0; k < f->K; k++) {
@@ -5275,7 +5400,7 @@ static void fit_seed(fit *f, size_t m) {
 }
 
 /* Each centroid moves to the running mean of all frames that the batches so far gave it. */
-static void fit_mini_batch(fit *f, size_t first, size_t m, float *batch) {
+static void fit_mini_batch(kmeans_fit *f, size_t first, size_t m, float *batch) {
     const size_t D = (size_t)f->D;
     for (size_t i = 0; i < m; i++) memcpy(batch + i * D, fit_frame(f, f->order[first + i]), D * sizeof *batch);
     centroid_lanes(f->lanes, f->centroid, f->K, f->D);
@@ -5288,7 +5413,7 @@ static void fit_mini_batch(fit *f, size_t first, size_t m, float *batch) {
 }
 
 /* Assigns every frame; `order` becomes the frames of centroid 0, of 1, ... Returns the mean squared distance. */
-static double fit_assign(fit *f) {
+static double fit_assign(kmeans_fit *f) {
     double sum = 0;
     centroid_lanes(f->lanes, f->centroid, f->K, f->D);
     centroids_assign(f->x, f->n, f->lanes, f->K, f->D, f->unit, f->distance);
@@ -5307,7 +5432,7 @@ static double fit_assign(fit *f) {
 }
 
 /* Centroids to the means of their frames; one without frames goes to the frame furthest from its own. How many those were. */
-static int fit_update(fit *f) {
+static int fit_update(kmeans_fit *f) {
     int reseeded = 0;
     SLAM_PARALLEL_FOR
     for (int k = 0; k < f->K; k++)
@@ -5329,7 +5454,7 @@ static int fit_update(fit *f) {
     return reseeded;
 }
 
-static int fit_run(fit *f, float *batch, size_t batch_size, slam_kmeans_report *report) {
+static int fit_run(kmeans_fit *f, float *batch, size_t batch_size, slam_kmeans_report *report) {
     for (size_t i = 0; i < f->n; i++) f->order[i] = i;
     fit_shuffle(f);
     const size_t seeds = 100 * (size_t)f->K;
@@ -5341,11 +5466,12 @@ static int fit_run(fit *f, float *batch, size_t batch_size, slam_kmeans_report *
             at = 0;
         }
         fit_mini_batch(f, at, batch_size, batch);
+        if (!fit_tell(f, 0)) return 0;
     }
     double before = INFINITY;
     for (;;) {
         report->inertia = fit_assign(f);
-        report->passes++;
+        if (!fit_tell(f, (size_t)++report->passes)) return 0;
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
         const int reseeded = fit_update(f);
         report->reseeded += reseeded;
@@ -5355,8 +5481,9 @@ static int fit_run(fit *f, float *batch, size_t batch_size, slam_kmeans_report *
     return 1;
 }
 
-int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_kmeans_report *report) {
-    fit f = SLAM_ZERO;
+int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_speech_watch *watch,
+                void *context, slam_kmeans_report *report) {
+    kmeans_fit f = SLAM_ZERO;
     const size_t batch_size = n < 10000 ? n : 10000;
     memset(report, 0, sizeof *report);
     report->frames = n;
@@ -5368,6 +5495,8 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
     f.n = n;
     f.D = D;
     f.K = K;
+    f.watch = watch;
+    f.context = context;
     f.state = rng_stream(seed, 0x6b6d, 0);
     f.centroid = centroids;
     f.lanes = (float *)mem_new(centroid_blocks(K) * CENTROID_LANES * (size_t)D, sizeof *f.lanes);
@@ -5377,7 +5506,8 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
     f.count = (size_t *)mem_new((size_t)K, sizeof *f.count);
     f.first = (size_t *)mem_new((size_t)K + 1, sizeof *f.first);
     float *batch = (float *)mem_new(batch_size * (size_t)D, sizeof *batch);
-    const int ok = f.lanes && f.order && f.unit && f.distance && f.count && f.first && batch && fit_run(&f, batch, batch_size, report);
+    const int ok =
+        f.lanes && f.order && f.unit && f.distance && f.count && f.first && batch && fit_run(&f, batch, batch_size, report);
     free(f.lanes);
     free(f.order);
     free(f.unit);
@@ -5403,8 +5533,8 @@ static const char *const feature_names[] = {"mfcc"};
 static uint32_t quantiser_hash(const slam_quantiser *q) {
     const slam_speech_settings *s = &q->speech->settings;
     char spelled[128];
-    const int n = snprintf(spelled, sizeof spelled, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[s->features], s->rate,
-                           s->normalize != 0, s->dedup != 0, q->K, q->D);
+    const int n = snprintf(spelled, sizeof spelled, "%s rate %d normalize %d dedup %d units %d width %d",
+                           feature_names[s->features], s->rate, s->normalize != 0, s->dedup != 0, q->K, q->D);
     uint64_t hash = hash_bytes(HASH_START, spelled, (size_t)n);
     hash = hash_bytes(hash, q->centroid, (size_t)q->K * (size_t)q->D * sizeof *q->centroid);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
@@ -5460,15 +5590,20 @@ static char *settings_path(const char *path) {
 int slam_quantiser_save(const slam_quantiser *q, const char *path, const slam_kmeans_report *report) {
     const slam_speech_settings *s = &q->speech->settings;
     text t = SLAM_ZERO;
-    text_add(&t, "{\"features\": \"%s\", \"rate\": %d, \"normalize\": %s, \"dedup\": %s, \"units\": %d, \"width\": %d, \"fingerprint\": %u",
-             feature_names[s->features], s->rate, s->normalize ? "true" : "false", s->dedup ? "true" : "false", q->K, q->D, (unsigned)q->fingerprint);
+    text_add(
+        &t,
+        "{\"features\": \"%s\", \"rate\": %d, \"normalize\": %s, \"dedup\": %s, \"units\": %d, \"width\": %d, \"fingerprint\": %u",
+        feature_names[s->features], s->rate, s->normalize ? "true" : "false", s->dedup ? "true" : "false", q->K, q->D,
+        (unsigned)q->fingerprint);
     if (report) {
         text_add(&t, ", \"frames\": %zu, \"inertia\": ", report->frames);
         text_add_number(&t, report->inertia);
+        text_add(&t, ", \"origin\": \"%016llx\"", (unsigned long long)report->origin);
     }
     text_add(&t, "}\n");
     char *json_path = settings_path(path);
-    const int ok = json_path && !t.failed && file_write(json_path, t.at, t.n) && npy_write(path, q->centroid, (size_t)q->K, (size_t)q->D);
+    const int ok =
+        json_path && !t.failed && file_write(json_path, t.at, t.n) && npy_write(path, q->centroid, (size_t)q->K, (size_t)q->D);
     free(json_path);
     text_free(&t);
     return ok;
@@ -5481,8 +5616,8 @@ static int settings_parse(const json *root, const char *path, slam_speech_settin
     for (int i = 0; i < (int)(sizeof feature_names / sizeof *feature_names); i++)
         if (!strcmp(features, feature_names[i])) s->features = i;
     if (s->features < 0) return fail("%s: 'features' is \"%s\", expected \"mfcc\"", path, features);
-    if (!json_int(root, "rate", path, 25, 50, &rate) || !json_flag(root, "normalize", path, &s->normalize) || !json_flag(root, "dedup", path, &s->dedup) ||
-        !json_int(root, "fingerprint", path, 1, UINT32_MAX, fingerprint))
+    if (!json_int(root, "rate", path, 25, 50, &rate) || !json_flag(root, "normalize", path, &s->normalize) ||
+        !json_flag(root, "dedup", path, &s->dedup) || !json_int(root, "fingerprint", path, 1, UINT32_MAX, fingerprint))
         return 0;
     if (rate != 25 && rate != 50) return fail("%s: 'rate' is %ld, expected 25 or 50", path, rate);
     s->rate = (int)rate;
@@ -5509,8 +5644,8 @@ slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings
         if (!isfinite(centroids[i])) ok = fail("%s: centroid %zu holds a number that is not finite", path, i / D);
     if (ok) q = slam_quantiser_new(&settings, centroids, (int)K);
     if (q && fingerprint && (uint32_t)fingerprint != q->fingerprint) {
-        fail("%s: its 'fingerprint' is %ld, but that of its settings with the centroids of %s is %u: they do not belong together", json_path, fingerprint,
-             path_name(path), (unsigned)q->fingerprint);
+        fail("%s: its 'fingerprint' is %ld, but that of its settings with the centroids of %s is %u: they do not belong together",
+             json_path, fingerprint, path_name(path), (unsigned)q->fingerprint);
         slam_quantiser_free(q);
         q = NULL;
     }
@@ -5590,7 +5725,7 @@ void slam_list_free(slam_list *list) {
     memset(list, 0, sizeof *list);
 }
 
-/* A folder by its identity. Links can make loops of folders: one that was entered is not entered again by a link, nor from below. */
+/* A folder by its identity. Links can make loops of folders: none is entered from below itself, nor by a second link. */
 typedef struct folder_id {
     dev_t device;
     ino_t number;
@@ -5619,14 +5754,16 @@ static int folder_note(folder_id **list, size_t *n, size_t *capacity, const stru
 static int is_audio_name(const char *name) {
     const size_t n = strlen(name);
     const char *end = n >= 4 ? name + n - 4 : "";
-    return end[0] == '.' && tolower((unsigned char)end[1]) == 'w' && tolower((unsigned char)end[2]) == 'a' && tolower((unsigned char)end[3]) == 'v';
+    return end[0] == '.' && tolower((unsigned char)end[1]) == 'w' && tolower((unsigned char)end[2]) == 'a' &&
+           tolower((unsigned char)end[3]) == 'v';
 }
 
 static int list_folder(slam_list *list, folders *above, const char *path);
 
 static int list_entry(slam_list *list, folders *above, const char *path, const char *name) {
     struct stat s, link;
-    if (stat(path, &s) != 0) return is_audio_name(name) ? slam_list_add(list, path) : 1; // a broken link is reported when it is opened
+    if (stat(path, &s) != 0)
+        return is_audio_name(name) ? slam_list_add(list, path) : 1; // a broken link is reported when it is opened
     if (!S_ISDIR(s.st_mode)) return is_audio_name(name) ? slam_list_add(list, path) : 1;
     if (folder_is_among(above->at, above->n, &s)) return 1;
     if (lstat(path, &link) == 0 && S_ISLNK(link.st_mode)) {
@@ -5686,13 +5823,14 @@ static int list_manifest(slam_list *list, const char *path) {
 
 int slam_audio_list(slam_list *list, const char *const *arguments, size_t n) {
     int ok = 1;
-    for (size_t i = 0; ok && i < n; i++) ok = arguments[i][0] == '@' ? list_manifest(list, arguments[i] + 1) : list_argument(list, arguments[i]);
+    for (size_t i = 0; ok && i < n; i++)
+        ok = arguments[i][0] == '@' ? list_manifest(list, arguments[i] + 1) : list_argument(list, arguments[i]);
     return ok;
 }
 
 /* ---- many files at once ----
-   A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two seconds, so
-   that a job can be stopped soon; how long they are changes nothing else. */
+   A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two
+   seconds, so that a job can be stopped soon; how long they are changes nothing else. */
 
 typedef struct heard {
     float *features; // where they are asked for
@@ -5701,7 +5839,7 @@ typedef struct heard {
     char *error;      // NULL: none
 } heard;
 
-typedef struct block {
+typedef struct audio_block {
     const slam_speech *speech;
     const slam_quantiser *quantiser; // NULL: features are wanted
     const slam_list *files;
@@ -5711,11 +5849,11 @@ typedef struct block {
     slam_speech_progress progress;
     heard *result;
     size_t n, capacity;
-    decoder *decoder; // one a thread
+    decoder *decoders; // one a thread
     int threads;
-} block;
+} audio_block;
 
-static const char *block_path(const block *b, size_t i) { return b->files->at[b->order ? b->order[i] : i]; }
+static const char *block_path(const audio_block *b, size_t i) { return b->files->at[b->order ? b->order[i] : i]; }
 
 static void heard_free(heard *h) {
     free(h->features);
@@ -5724,21 +5862,21 @@ static void heard_free(heard *h) {
     memset(h, 0, sizeof *h);
 }
 
-static int block_begin(block *b) {
+static int block_begin(audio_block *b) {
     b->threads = threads_count();
     b->n = (size_t)b->threads;
-    b->decoder = (decoder *)mem_new((size_t)b->threads, sizeof *b->decoder);
-    return b->decoder != NULL;
+    b->decoders = (decoder *)mem_new((size_t)b->threads, sizeof *b->decoders);
+    return b->decoders != NULL;
 }
 
-static void block_end(block *b) {
-    for (int i = 0; b->decoder && i < b->threads; i++) decoder_close(&b->decoder[i]);
-    free(b->decoder);
+static void block_end(audio_block *b) {
+    for (int i = 0; b->decoders && i < b->threads; i++) decoder_close(&b->decoders[i]);
+    free(b->decoders);
     free(b->result);
 }
 
-static void block_hear(block *b, const char *path, heard *h) {
-    decoder *d = &b->decoder[thread_index()];
+static void block_hear(audio_block *b, const char *path, heard *h) {
+    decoder *d = &b->decoders[thread_index()];
     int ok;
     if (b->quantiser) {
         ok = units_decode(b->quantiser, d, path, &h->units);
@@ -5754,7 +5892,7 @@ static void block_hear(block *b, const char *path, heard *h) {
 }
 
 /* Hears files first..first+n-1, at most; how many in *n. 0 and the sentence where there is no memory. */
-static int block_run(block *b, size_t first, size_t *n) {
+static int block_run(audio_block *b, size_t first, size_t *n) {
     const double start = slam_clock();
     *n = b->files->n - first < b->n ? b->files->n - first : b->n;
     if (!mem_grow((void **)&b->result, &b->capacity, *n, sizeof *b->result)) return 0;
@@ -5770,7 +5908,7 @@ static int block_run(block *b, size_t first, size_t *n) {
 }
 
 /* Tells the watch; what it answers. */
-static int block_tell(block *b, size_t done, size_t of, const char *failed, const char *because) {
+static int block_tell(audio_block *b, size_t done, size_t of, const char *failed, const char *because) {
     b->progress.done = done;
     b->progress.of = of;
     b->progress.failed = failed;
@@ -5795,9 +5933,10 @@ static int reservoir_add(reservoir *r, const float *frames, size_t n, size_t D) 
     return 1;
 }
 
-static int fit_listen(block *b, reservoir *r) {
+static int fit_listen(audio_block *b, reservoir *r) {
     size_t n;
     b->progress.stage = "listen";
+    block_tell(b, 0, b->files->n, NULL, NULL);
     for (size_t at = 0; at < b->files->n && r->seen / 8 < r->most; at += n) {
         if (!block_run(b, at, &n)) return 0;
         int ok = 1;
@@ -5808,14 +5947,36 @@ static int fit_listen(block *b, reservoir *r) {
             heard_free(&b->result[i]);
         }
         if (!ok) return 0;
-        if (!block_tell(b, at + n, b->files->n, NULL, NULL)) return fail("stopped before the centroids were fitted");
+        if (!block_tell(b, at + n, b->files->n, NULL, NULL)) return fail("stopped before the centroids were found");
     }
     return 1;
 }
 
-slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_list *files, int K, size_t frames, uint64_t seed,
-                                   slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
-    block b = SLAM_ZERO;
+static uint64_t hash_list(uint64_t hash, const slam_list *list) {
+    for (size_t i = 0; i < list->n; i++) hash = hash_bytes(hash, list->at[i], strlen(list->at[i]) + 1);
+    return hash;
+}
+
+static uint64_t fit_origin(const slam_speech_settings *s, const slam_list *files, int K, size_t frames, uint64_t seed) {
+    const uint64_t numbers[] = {
+        (uint64_t)s->features, (uint64_t)s->rate, s->normalize != 0, s->dedup != 0, (uint64_t)K, frames, seed};
+    return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
+}
+
+int slam_quantiser_is_fit(const char *path, const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
+                          uint64_t seed) {
+    char *json_path = settings_path(path), origin[20];
+    json *root = json_path && path_is_file(path) && path_is_file(json_path) ? json_read(json_path) : NULL;
+    snprintf(origin, sizeof origin, "%016llx", (unsigned long long)fit_origin(settings, files, K, frames, seed));
+    const int same = root && !strcmp(json_text(root, "origin", ""), origin);
+    json_free(root);
+    free(json_path);
+    return same;
+}
+
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
+                                   uint64_t seed, slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
+    audio_block b = SLAM_ZERO;
     reservoir r = SLAM_ZERO;
     slam_quantiser *q = NULL;
     slam_speech *speech = slam_speech_new(settings);
@@ -5835,9 +5996,9 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
     b.context = context;
     if (speech && order && block_begin(&b) && fit_listen(&b, &r)) {
         float *centroids = (float *)mem_new((size_t)K, (size_t)slam_speech_width(speech) * sizeof *centroids);
-        b.progress.stage = "fit";
-        block_tell(&b, 0, 0, NULL, NULL);
-        if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, report)) q = slam_quantiser_new(settings, centroids, K);
+        if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, watch, context, report))
+            q = slam_quantiser_new(settings, centroids, K);
+        report->origin = fit_origin(settings, files, K, frames, seed);
         free(centroids);
     }
     block_end(&b);
@@ -5848,8 +6009,9 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
 }
 
 /* ---- tokenising ----
-   OUT.partial takes what is done: tokens (uint16) for OUT.bin, lines for OUT.jsonl. OUT.journal says how much of it counts and which
-   files that was; both are on the disk before the journal names them. A call that finds a journal cuts OUT.partial to it and goes on. */
+   OUT.partial takes what is done: tokens (uint16) for OUT.bin, lines for OUT.jsonl. OUT.journal says how much of it counts and
+   how many files that was, and is written when that much is on the disk. A call that finds a journal cuts OUT.partial to it and
+   goes on from there. */
 
 typedef struct corpus {
     const slam_quantiser *quantiser;
@@ -5857,9 +6019,9 @@ typedef struct corpus {
     int binary, audio_repr;
     char *out, *partial, *journal, *failed, *failed_partial;
     FILE *data, *failures;
-    uint64_t identity;                       // a hash of settings and files
-    uint64_t done, bytes, failed_bytes;      // files; of the partial files
-    uint64_t shards;                         // that are written
+    uint64_t identity;                  // a hash of settings and files
+    uint64_t done, bytes, failed_bytes; // files; of the partial files
+    uint64_t shards;                    // that are written
     slam_tokenize_report *report;
     text line;
     uint16_t *token;
@@ -5890,10 +6052,8 @@ static char *shard_path(const corpus *c, uint64_t number) {
 }
 
 static uint64_t corpus_identity(const corpus *c, const slam_list *files) {
-    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->shard_tokens, files->n};
-    uint64_t hash = hash_bytes(HASH_START, numbers, sizeof numbers);
-    for (size_t i = 0; i < files->n; i++) hash = hash_bytes(hash, files->at[i], strlen(files->at[i]) + 1);
-    return hash;
+    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->shard_tokens};
+    return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
 }
 
 /* What is done so far, on the disk. */
@@ -5901,14 +6061,17 @@ static int corpus_commit(corpus *c) {
     const slam_tokenize_report *r = c->report;
     text t = SLAM_ZERO;
     if (fflush(c->data) != 0 || fsync(fileno(c->data)) != 0) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
-    if (fflush(c->failures) != 0 || fsync(fileno(c->failures)) != 0) return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
+    if (fflush(c->failures) != 0 || fsync(fileno(c->failures)) != 0)
+        return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
     text_add(&t, "{\"identity\": \"%016llx\"", (unsigned long long)c->identity);
     const struct {
         const char *name;
         uint64_t value;
-    } member[] = {{"done", c->done},       {"bytes", c->bytes},         {"failed_bytes", c->failed_bytes}, {"shards", c->shards}, {"failed", r->failed},
-                  {"samples", r->samples}, {"frames", r->frames}, {"units", r->units},               {"tokens", r->tokens}};
-    for (size_t i = 0; i < sizeof member / sizeof *member; i++) text_add(&t, ", \"%s\": %llu", member[i].name, (unsigned long long)member[i].value);
+    } member[] = {{"done", c->done},     {"bytes", c->bytes},   {"failed_bytes", c->failed_bytes},
+                  {"shards", c->shards}, {"failed", r->failed}, {"samples", r->samples},
+                  {"frames", r->frames}, {"units", r->units},   {"tokens", r->tokens}};
+    for (size_t i = 0; i < sizeof member / sizeof *member; i++)
+        text_add(&t, ", \"%s\": %llu", member[i].name, (unsigned long long)member[i].value);
     text_add(&t, "}\n");
     const int ok = !t.failed && file_write(c->journal, t.at, t.n);
     text_free(&t);
@@ -5930,12 +6093,14 @@ static int journal_read(corpus *c, const json *root) {
     char identity[20];
     snprintf(identity, sizeof identity, "%016llx", (unsigned long long)c->identity);
     if (strcmp(json_text(root, "identity", ""), identity))
-        return fail("%s: belongs to a call with other files or settings that was cut short; repeat that call, or remove this file to begin anew", c->journal);
+        return fail(
+            "%s: belongs to a call with other files or settings, cut short; repeat that one, or remove this file to begin anew",
+            c->journal);
     if (!journal_number(root, c->journal, "done", &c->done) || !journal_number(root, c->journal, "bytes", &c->bytes) ||
-        !journal_number(root, c->journal, "failed_bytes", &c->failed_bytes) || !journal_number(root, c->journal, "shards", &c->shards) ||
-        !journal_number(root, c->journal, "failed", &failed) || !journal_number(root, c->journal, "samples", &r->samples) ||
-        !journal_number(root, c->journal, "frames", &r->frames) || !journal_number(root, c->journal, "units", &r->units) ||
-        !journal_number(root, c->journal, "tokens", &r->tokens))
+        !journal_number(root, c->journal, "failed_bytes", &c->failed_bytes) ||
+        !journal_number(root, c->journal, "shards", &c->shards) || !journal_number(root, c->journal, "failed", &failed) ||
+        !journal_number(root, c->journal, "samples", &r->samples) || !journal_number(root, c->journal, "frames", &r->frames) ||
+        !journal_number(root, c->journal, "units", &r->units) || !journal_number(root, c->journal, "tokens", &r->tokens))
         return 0;
     r->failed = (size_t)failed;
     r->earlier = (size_t)c->done;
@@ -5950,7 +6115,9 @@ static FILE *partial_open(const char *path, uint64_t bytes) {
         return NULL;
     }
     struct stat s;
-    if (fstat(fileno(f), &s) == 0 && (uint64_t)s.st_size >= bytes && ftruncate(fileno(f), (off_t)bytes) == 0 && fseeko(f, (off_t)bytes, SEEK_SET) == 0) return f;
+    if (fstat(fileno(f), &s) == 0 && (uint64_t)s.st_size >= bytes && ftruncate(fileno(f), (off_t)bytes) == 0 &&
+        fseeko(f, (off_t)bytes, SEEK_SET) == 0)
+        return f;
     fail("%s: cannot be cut to the %llu bytes that its journal counts", path, (unsigned long long)bytes);
     fclose(f);
     return NULL;
@@ -5978,10 +6145,13 @@ static int corpus_begin(corpus *c, const slam_list *files) {
         if (ok && c->done > files->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, files->n);
         json_free(root);
     } else if (ok && (path_is_file(c->out) || (c->binary && path_is_file(first)))) {
-        ok = fail("%s: exists already; remove it or give another name (nothing is overwritten)", path_is_file(c->out) ? c->out : first);
+        ok = fail("%s: exists already; remove it or give another name (nothing is overwritten)",
+                  path_is_file(c->out) ? c->out : first);
     }
     free(first);
-    if (!ok || !partial_take_back(c->partial, c->out, c->bytes) || !partial_take_back(c->failed_partial, c->failed, c->failed_bytes)) return 0;
+    if (!ok || !partial_take_back(c->partial, c->out, c->bytes) ||
+        !partial_take_back(c->failed_partial, c->failed, c->failed_bytes))
+        return 0;
     c->data = partial_open(c->partial, c->bytes);
     c->failures = c->data ? partial_open(c->failed_partial, c->failed_bytes) : NULL;
     return c->failures && corpus_commit(c);
@@ -6015,7 +6185,8 @@ static int corpus_next_shard(corpus *c) {
     c->shards++;
     c->bytes = 0;
     if (!corpus_commit(c)) return 0;
-    if (ftruncate(fileno(c->data), 0) != 0 || fseeko(c->data, 0, SEEK_SET) != 0) return fail("%s: cannot be emptied: %s", c->partial, strerror(errno));
+    if (ftruncate(fileno(c->data), 0) != 0 || fseeko(c->data, 0, SEEK_SET) != 0)
+        return fail("%s: cannot be emptied: %s", c->partial, strerror(errno));
     return 1;
 }
 
@@ -6070,9 +6241,10 @@ static int corpus_add(corpus *c, const char *path, const heard *h) {
 }
 
 /* Blocks of files until the list ends or the watch says stop. */
-static int corpus_run(corpus *c, block *b) {
+static int corpus_run(corpus *c, audio_block *b) {
     size_t n;
     b->progress.stage = "tokenize";
+    block_tell(b, (size_t)c->done, b->files->n, NULL, NULL);
     for (size_t at = (size_t)c->done; at < b->files->n; at += n) {
         if (!block_run(b, at, &n)) return 0;
         int ok = 1;
@@ -6096,8 +6268,10 @@ static int corpus_finish(corpus *c) {
     const int any = c->done > c->report->failed;
     int ok = 1;
     if (any && c->binary) ok = corpus_shard(c, c->out);
-    if (ok && any && !c->binary && rename(c->partial, c->out) != 0) ok = fail("%s: cannot be renamed into place: %s", c->out, strerror(errno));
-    if (ok && c->report->failed && rename(c->failed_partial, c->failed) != 0) ok = fail("%s: cannot be renamed into place: %s", c->failed, strerror(errno));
+    if (ok && any && !c->binary && rename(c->partial, c->out) != 0)
+        ok = fail("%s: cannot be renamed into place: %s", c->out, strerror(errno));
+    if (ok && c->report->failed && rename(c->failed_partial, c->failed) != 0)
+        ok = fail("%s: cannot be renamed into place: %s", c->failed, strerror(errno));
     if (!ok) return 0;
     if (!c->report->failed) {
         unlink(c->failed);
@@ -6112,7 +6286,7 @@ static int corpus_finish(corpus *c) {
 int slam_tokenize(const slam_quantiser *quantiser, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
                   slam_speech_watch *watch, void *context, slam_tokenize_report *report) {
     corpus c = SLAM_ZERO;
-    block b = SLAM_ZERO;
+    audio_block b = SLAM_ZERO;
     memset(report, 0, sizeof *report);
     c.quantiser = b.quantiser = quantiser;
     c.shard_tokens = shard_tokens;
@@ -6421,7 +6595,7 @@ static void add_setting(text *t, const char *value) {
         return;
     }
     const char *separator = "[";
-    for (const char *item = value, *end; (end = strchr(item, '\n')); item = end + 1) {
+    for (const char *item = value, *end; (end = strchr(item, '\n')) != NULL; item = end + 1) {
         text one = SLAM_ZERO;
         text_add_bytes(&one, item, (size_t)(end - item));
         text_add(t, "%s", separator);
@@ -6441,13 +6615,14 @@ static void add_real(text *t, const char *name, double value) {
 
 static int trainer_write(const slam_trainer *s, const char *folder) {
     text t = SLAM_ZERO;
-    text_add(&t, "{\n  \"slam\": \"%s\",\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"tokens\": %llu,\n", SLAM_VERSION, s->step, s->steps,
-             (unsigned long long)s->tokens);
-    text_add(&t, "  \"epoch\": %llu,\n  \"row\": %llu,\n  \"skipped\": %ld,\n", (unsigned long long)s->epoch, (unsigned long long)s->row, s->skipped);
+    text_add(&t, "{\n  \"slam\": \"%s\",\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"tokens\": %llu,\n", SLAM_VERSION, s->step,
+             s->steps, (unsigned long long)s->tokens);
+    text_add(&t, "  \"epoch\": %llu,\n  \"row\": %llu,\n  \"skipped\": %ld,\n", (unsigned long long)s->epoch,
+             (unsigned long long)s->row, s->skipped);
     add_real(&t, "seconds", s->seconds);
     if (s->best_step) add_real(&t, "best_val_loss", s->best_loss);
-    text_add(&t, "  \"best_step\": %ld,\n  \"data\": \"%016llx\",\n  \"units\": \"%08lx\",\n  \"settings\": {", s->best_step, (unsigned long long)s->data,
-             (unsigned long)s->units);
+    text_add(&t, "  \"best_step\": %ld,\n  \"data\": \"%016llx\",\n  \"units\": \"%08lx\",\n  \"settings\": {", s->best_step,
+             (unsigned long long)s->data, (unsigned long)s->units);
     for (size_t i = 0; i < s->settings.n; i++) {
         text_add(&t, i ? ",\n    " : "\n    ");
         text_add_json(&t, s->settings.at[i].name);
@@ -6497,8 +6672,9 @@ static int settings_from_json(slam_settings *s, const json *object, const char *
 
 static int trainer_from_json(slam_trainer *s, const json *root, const char *path) {
     uint64_t step = 0, steps = 0, skipped = 0, best = 0, units = 0;
-    if (!trainer_count(root, "step", path, &step) || !trainer_count(root, "steps", path, &steps) || !trainer_count(root, "tokens", path, &s->tokens) ||
-        !trainer_count(root, "epoch", path, &s->epoch) || !trainer_count(root, "row", path, &s->row) || !trainer_count(root, "skipped", path, &skipped) ||
+    if (!trainer_count(root, "step", path, &step) || !trainer_count(root, "steps", path, &steps) ||
+        !trainer_count(root, "tokens", path, &s->tokens) || !trainer_count(root, "epoch", path, &s->epoch) ||
+        !trainer_count(root, "row", path, &s->row) || !trainer_count(root, "skipped", path, &skipped) ||
         !trainer_count(root, "best_step", path, &best) || !json_real(root, "seconds", path, 0, 1e12, &s->seconds) ||
         !json_real(root, "best_val_loss", path, -1e300, 1e300, &s->best_loss) || !trainer_hex(root, "data", path, &s->data) ||
         !trainer_hex(root, "units", path, &units))
@@ -6627,14 +6803,17 @@ static int sync_files(const char *folder) {
     return ok && folder_sync(folder);
 }
 
-int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer, int format, int keep) {
+int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer, int format,
+                         int keep) {
     char name[32];
     checkpoint_name(name, trainer->step);
     char *part = path_join(run, checkpoint_part), *path = path_join(run, name);
     int ok = part && path && remove_tree(part) && make_folders(part);
     if (ok) {
-        ok = slam_model_save(model, part, format) && slam_optimiser_save(optimiser, part) && trainer_write(trainer, part) && sync_files(part);
-        if (ok && path_is_folder(path)) ok = remove_tree(path); // an incomplete one: training goes on from the highest that is complete
+        ok = slam_model_save(model, part, format) && slam_optimiser_save(optimiser, part) && trainer_write(trainer, part) &&
+             sync_files(part);
+        if (ok && path_is_folder(path))
+            ok = remove_tree(path); // an incomplete one: training goes on from the highest that is complete
         if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
         if (!ok) {
             text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
@@ -6901,7 +7080,8 @@ static int holds_run(const char *folder) {
     int found = 0;
     if (path_is_folder(folder) && folder_list(folder, &list))
         for (size_t i = 0; i < list.n; i++)
-            found = found || !strcmp(list.at[i], "log.jsonl") || !strcmp(list.at[i], "trainer.json") || checkpoint_step(list.at[i]) >= 0;
+            found = found || !strcmp(list.at[i], "log.jsonl") || !strcmp(list.at[i], "trainer.json") ||
+                    checkpoint_step(list.at[i]) >= 0;
     names_free(&list);
     return found;
 }
@@ -6923,7 +7103,8 @@ char *slam_run_new(const char *name) {
 
 int slam_run_claim(const char *folder) {
     if (holds_run(folder))
-        return fail("%s: holds a run already; --resume goes on with it, another --out begins a new one (nothing is overwritten)", folder);
+        return fail("%s: holds a run already; --resume goes on with it, another --out begins a new one (nothing is overwritten)",
+                    folder);
     return 1;
 }
 
@@ -6971,7 +7152,8 @@ char *slam_run_newest(const char *name) {
 }
 
 char *slam_run_model(const char *path) {
-    char *run = path ? text_copy(path) : slam_run_newest(NULL), *config = run ? path_join(run, "config.json") : NULL, *checkpoint = NULL;
+    char *run = path ? text_copy(path) : slam_run_newest(NULL), *config = run ? path_join(run, "config.json") : NULL,
+         *checkpoint = NULL;
     if (config && !path_is_file(config) && path_is_folder(run)) {
         if (!slam_checkpoint_find(run, &checkpoint)) {
             free(run);
@@ -6990,7 +7172,7 @@ char *slam_run_model(const char *path) {
 /* Whether a word is among words that are parted by spaces. */
 static int among(const char *words, const char *word) {
     const size_t n = strlen(word);
-    for (const char *at = words; (at = strstr(at, word)); at += n)
+    for (const char *at = words; (at = strstr(at, word)) != NULL; at += n)
         if ((at == words || at[-1] == ' ') && (at[n] == ' ' || !at[n])) return 1;
     return 0;
 }
@@ -7008,15 +7190,18 @@ int slam_settings_keep(slam_settings *s, const slam_flags *flags, const char *wi
 }
 
 /* A flag that was given on the command line beside the value that the run has, NULL: none. */
-static int setting_agrees(const slam_flag *flag, const char *given, const char *stored, const char *may_change, const char *may_grow) {
+static int setting_agrees(const slam_flag *flag, const char *given, const char *stored, const char *may_change,
+                          const char *may_grow) {
     if (!strcmp(given, "auto") || among(may_change, flag->name) || (stored && !strcmp(given, stored))) return 1;
-    if (!among(may_grow, flag->name)) return fail("--%s %s: the run that is resumed has %s", flag->name, given, stored ? stored : "none");
+    if (!among(may_grow, flag->name))
+        return fail("--%s %s: the run that is resumed has %s", flag->name, given, stored ? stored : "none");
     if (stored && strtod(stored, NULL) > strtod(given, NULL))
         return fail("--%s %s: the run that is resumed has %s, and a limit may only grow", flag->name, given, stored);
     return 1;
 }
 
-int slam_settings_recall(const slam_settings *s, slam_flags *flags, const char *without, const char *may_change, const char *may_grow) {
+int slam_settings_recall(const slam_settings *s, slam_flags *flags, const char *without, const char *may_change,
+                         const char *may_grow) {
     for (int i = 0; i < flags->n; i++) {
         const slam_flag *flag = &flags->at[i];
         if (!flag->name || among(without, flag->name)) continue;
@@ -7045,8 +7230,8 @@ static int list_lines(text *t, const slam_list *list, int absolute) {
 int slam_settings_keep_paths(slam_settings *s, const char *name, const slam_list *given) {
     text as_given = SLAM_ZERO, absolute = SLAM_ZERO, key = SLAM_ZERO;
     text_add(&key, "%s_absolute", name);
-    const int ok = list_lines(&as_given, given, 0) && list_lines(&absolute, given, 1) && !key.failed && slam_settings_set(s, name, as_given.at) &&
-                   slam_settings_set(s, key.at, absolute.at);
+    const int ok = list_lines(&as_given, given, 0) && list_lines(&absolute, given, 1) && !key.failed &&
+                   slam_settings_set(s, name, as_given.at) && slam_settings_set(s, key.at, absolute.at);
     text_free(&as_given);
     text_free(&absolute);
     text_free(&key);
@@ -7054,7 +7239,7 @@ int slam_settings_keep_paths(slam_settings *s, const char *name, const slam_list
 }
 
 static int list_add_lines(slam_list *list, const char *lines) {
-    for (const char *at = lines, *end; (end = strchr(at, '\n')); at = end + 1) {
+    for (const char *at = lines, *end; (end = strchr(at, '\n')) != NULL; at = end + 1) {
         text one = SLAM_ZERO;
         text_add_bytes(&one, at, (size_t)(end - at));
         const int ok = !one.failed && slam_list_add(list, one.at);
@@ -7071,8 +7256,8 @@ int slam_settings_recall_paths(const slam_settings *s, const char *name, slam_li
     int ok = as_given && stored ? 1 : fail("trainer.json: does not say what '%s' of this run was", name);
     ok = ok && list_lines(&absolute, given, 1);
     if (ok && given->n && strcmp(absolute.at, stored))
-        ok = fail("%s %.*s: the run that is resumed has %.*s", name, (int)strcspn(absolute.at, "\n"), absolute.at, *stored ? (int)strcspn(stored, "\n") : 4,
-                  *stored ? stored : "none");
+        ok = fail("%s %.*s: the run that is resumed has %.*s", name, (int)strcspn(absolute.at, "\n"), absolute.at,
+                  *stored ? (int)strcspn(stored, "\n") : 4, *stored ? stored : "none");
     if (ok && !given->n) ok = list_add_lines(given, as_given);
     ok = ok && list_add_lines(paths, stored);
     for (size_t i = 0; ok && i < paths->n && i < given->n; i++) {
@@ -7163,11 +7348,15 @@ static int pretraining_evaluate(void *context, double *losses) {
 }
 
 static const char *pretraining_source(void *context, int source) { return ((slam_pretraining *)context)->val_names->at[source]; }
-static void pretraining_tell(void *context, uint64_t *epoch, uint64_t *row) { slam_rows_tell(((slam_pretraining *)context)->rows, epoch, row); }
-static int pretraining_seek(void *context, uint64_t epoch, uint64_t row) { return slam_rows_seek(((slam_pretraining *)context)->rows, epoch, row); }
+static void pretraining_tell(void *context, uint64_t *epoch, uint64_t *row) {
+    slam_rows_tell(((slam_pretraining *)context)->rows, epoch, row);
+}
+static int pretraining_seek(void *context, uint64_t epoch, uint64_t row) {
+    return slam_rows_seek(((slam_pretraining *)context)->rows, epoch, row);
+}
 
-slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data, const slam_data *val, const slam_list *val_names, int context,
-                                        int batch, int micro, uint64_t seed) {
+slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data, const slam_data *val, const slam_list *val_names,
+                                       int context, int batch, int micro, uint64_t seed) {
     slam_pretraining *p = (slam_pretraining *)mem_new(1, sizeof *p);
     const size_t n = (size_t)batch * (size_t)context;
     if (!p) return NULL;
@@ -7253,7 +7442,13 @@ static int hash_row(void *context, const int *row, int tokens) {
 }
 
 int slam_data_hash(const slam_data *data, const slam_data_size *size, int context, uint64_t seed, uint64_t *hash) {
-    const uint64_t numbers[] = {size->documents, size->pieces, size->tokens, size->targets, size->rows, (uint64_t)context, (uint64_t)slam_data_sources(data)};
+    const uint64_t numbers[] = {size->documents,
+                                size->pieces,
+                                size->tokens,
+                                size->targets,
+                                size->rows,
+                                (uint64_t)context,
+                                (uint64_t)slam_data_sources(data)};
     row_hash h = {hash_bytes(HASH_START, numbers, sizeof numbers), 0, context};
     if (!rows_each(data, context, seed, hash_row, &h)) return 0;
     *hash = h.hash;
@@ -7299,7 +7494,8 @@ static void add_member(text *t, const char *name, double value) {
 static int log_line(FILE *log, const char *path, text *t) {
     text_add(t, "}\n");
     int ok = !t->failed;
-    if (ok && (fwrite(t->at, 1, t->n, log) != t->n || fflush(log) != 0)) ok = fail("%s: cannot be written: %s", path, strerror(errno));
+    if (ok && (fwrite(t->at, 1, t->n, log) != t->n || fflush(log) != 0))
+        ok = fail("%s: cannot be written: %s", path, strerror(errno));
     text_free(t);
     return ok;
 }
@@ -7311,7 +7507,8 @@ static double measure_peak(slam_ops *ops, const slam_config *c, int rows) {
     const int N = rows < 8192 ? rows : 8192, C = c->C, O = 2 * c->F, act = ops->bytes_per_act;
     const size_t nx = (size_t)N * C, nw = (size_t)O * C, n = nx > nw ? nx : nw;
     float *host = (float *)mem_new(n, sizeof *host), *numbers = (float *)ops->alloc(ops, n * sizeof *numbers);
-    slam_act *x = (slam_act *)ops->alloc(ops, nx * act), *w = (slam_act *)ops->alloc(ops, nw * act), *out = (slam_act *)ops->alloc(ops, (size_t)N * O * act);
+    slam_act *x = (slam_act *)ops->alloc(ops, nx * act), *w = (slam_act *)ops->alloc(ops, nw * act),
+             *out = (slam_act *)ops->alloc(ops, (size_t)N * O * act);
     double best = 0;
     if (host && numbers && x && w && out) {
         uint64_t state = 1; // products of zeros run faster than those of numbers
@@ -7365,7 +7562,8 @@ static void show_bar(const slam_run *r, const step_report *s) {
     const long filled = 12 * r->trainer.step / r->trainer.steps;
     for (int i = 0; i < 12; i++) bar[i] = i < filled ? '#' : '-';
     bar[12] = 0;
-    printf("\r\033[K%ld/%ld [%s] loss %.4f %s tok/s", r->trainer.step, r->trainer.steps, bar, s->loss, slam_spell_count(rate, s->tokens_per_second));
+    printf("\r\033[K%ld/%ld [%s] loss %.4f %s tok/s", r->trainer.step, r->trainer.steps, bar, s->loss,
+           slam_spell_count(rate, s->tokens_per_second));
     if (s->peak_share > 0) printf(" %.0f%% peak", 100 * s->peak_share);
     printf(" %s left", slam_spell_time(left, s->seconds_left));
     fflush(stdout);
@@ -7374,7 +7572,8 @@ static void show_bar(const slam_run *r, const step_report *s) {
 static void show_line(const slam_run *r, const step_report *s) {
     char rate[32], seen[32], left[32];
     printf("step %ld/%ld  %s tokens  loss %.4f  norm %.3f  lr %.2e  %s tok/s", r->trainer.step, r->trainer.steps,
-           slam_spell_count(seen, (double)r->trainer.tokens), s->loss, s->grad_norm, s->lr, slam_spell_count(rate, s->tokens_per_second));
+           slam_spell_count(seen, (double)r->trainer.tokens), s->loss, s->grad_norm, s->lr,
+           slam_spell_count(rate, s->tokens_per_second));
     if (s->peak_share > 0) printf("  %.0f%% of peak", 100 * s->peak_share);
     printf("  %s left\n", slam_spell_time(left, s->seconds_left));
     fflush(stdout);
@@ -7389,7 +7588,9 @@ static void clear_bar(void) {
 static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
 
 /* Evaluations and checkpoints that step k is due for; the last step is due for both. */
-static int run_due(const slam_run *r, long every) { return r->trainer.step == r->trainer.steps || (every > 0 && r->trainer.step % every == 0); }
+static int run_due(const slam_run *r, long every) {
+    return r->trainer.step == r->trainer.steps || (every > 0 && r->trainer.step % every == 0);
+}
 
 static double learning_rate(const slam_run *r) {
     const long share = (long)ceil(r->warmup_share * (double)r->trainer.steps), warmup = r->warmup > share ? r->warmup : share;
@@ -7399,7 +7600,8 @@ static double learning_rate(const slam_run *r) {
 /* The next batch and one update; what the loop needs to know of it. */
 static int run_step(slam_run *r, double lr, slam_step *step, uint64_t *tokens, double *loss) {
     uint64_t terms;
-    if (!r->task.next(r->task.context, tokens, &terms) || !r->task.accumulate(r->task.context, terms) || !slam_optimiser_step(r->optimiser, lr, step))
+    if (!r->task.next(r->task.context, tokens, &terms) || !r->task.accumulate(r->task.context, terms) ||
+        !slam_optimiser_step(r->optimiser, lr, step))
         return 0;
     *loss = step->loss_sum / (double)terms;
     return 1;
@@ -7478,7 +7680,8 @@ static int run_loop(slam_run *r, FILE *log, const char *path) {
     for (int in_a_row = 0; t->step < t->steps && !(r->max_tokens && t->tokens >= r->max_tokens);) {
         const double began = slam_clock();
         r->ended = slam_signals_stop() ? SLAM_ENDED_SIGNAL : r->ended;
-        if (r->max_seconds && run_seconds(r) + slowest + (r->task.evaluate && r->eval_every ? r->val_seconds : 0) + r->save_seconds >= r->max_seconds)
+        if (r->max_seconds &&
+            run_seconds(r) + slowest + (r->task.evaluate && r->eval_every ? r->val_seconds : 0) + r->save_seconds >= r->max_seconds)
             r->ended = SLAM_ENDED_TIME;
         if (r->ended != SLAM_ENDED_LIMIT) return 1;
         step_report s = SLAM_ZERO;
@@ -7491,9 +7694,11 @@ static int run_loop(slam_run *r, FILE *log, const char *path) {
         if (step.skipped) {
             t->skipped++;
             clear_bar();
-            printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n", t->step + 1, t->steps,
-                   s.loss, step.grad_norm, t->skipped);
-            if (++in_a_row == 20) return fail("loss or gradient norm was not finite 20 times in a row after step %ld; the last checkpoint is intact", t->step);
+            printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n",
+                   t->step + 1, t->steps, s.loss, step.grad_norm, t->skipped);
+            if (++in_a_row == 20)
+                return fail("loss or gradient norm was not finite 20 times in a row after step %ld; the last checkpoint is intact",
+                            t->step);
             continue;
         }
         in_a_row = 0;
@@ -7509,7 +7714,8 @@ static int run_loop(slam_run *r, FILE *log, const char *path) {
         if (bar && (slam_clock() - shown > 0.1 || t->step == t->steps)) {
             show_bar(r, &s);
             shown = slam_clock();
-        } else if (!bar && (t->step == 1 || t->step == t->steps || (r->log_every > 0 && t->step % r->log_every == 0))) show_line(r, &s);
+        } else if (!bar && (t->step == 1 || t->step == t->steps || (r->log_every > 0 && t->step % r->log_every == 0)))
+            show_line(r, &s);
         if (r->task.evaluate && r->eval_every && run_due(r, r->eval_every) && !run_evaluate(r, log, path)) return 0;
         if (run_due(r, r->save_every) && !run_save(r, log, path)) return 0;
     }
@@ -7524,7 +7730,8 @@ int slam_run_train(slam_run *r) {
     r->ended = SLAM_ENDED_LIMIT;
     int ok = log && run_loop(r, log, path);
     /* What a signal cuts short is evaluated where it goes on, so that the log is the one of a run that was not. */
-    if (ok && r->trainer.step > first && r->val_step != r->trainer.step && r->task.evaluate && r->eval_every && r->ended != SLAM_ENDED_SIGNAL)
+    if (ok && r->trainer.step > first && r->val_step != r->trainer.step && r->task.evaluate && r->eval_every &&
+        r->ended != SLAM_ENDED_SIGNAL)
         ok = run_evaluate(r, log, path);
     if (ok && r->saved_step < r->trainer.step) ok = run_save(r, log, path);
     clear_bar();
@@ -7539,7 +7746,8 @@ static int lock_folder(slam_run *r) {
     const int fd = open(r->folder, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return fail("%s: %s", r->folder, strerror(errno));
     r->lock = fd;
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) return fail("%s: another process is at work on this run", r->folder);
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        return fail("%s: another process is at work on this run", r->folder);
     return 1; // a file system without locks does without
 }
 
@@ -7547,9 +7755,11 @@ int slam_run_begin(slam_run *r, const char *checkpoint) {
     slam_trainer *t = &r->trainer;
     char *log = path_join(r->folder, "log.jsonl");
     r->optimiser = slam_optimiser_new(r->model, &r->adamw);
-    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_mend(r->folder) && (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
+    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_mend(r->folder) &&
+             (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
     if (ok && checkpoint && slam_optimiser_updates(r->optimiser) != t->step)
-        ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint, slam_optimiser_updates(r->optimiser), t->step);
+        ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint,
+                  slam_optimiser_updates(r->optimiser), t->step);
     r->before = t->seconds;
     ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step);
     free(log);
@@ -7564,7 +7774,9 @@ static int time_steps(slam_run *r, double *seconds) {
     slam_step step;
     uint64_t tokens;
     double loss, start = slam_clock();
-    const double some = 0.02 * r->max_seconds, enough = some > 20 ? 20 : some < 1 ? 0.1 * r->max_seconds < 1 ? 0.1 * r->max_seconds : 1 : some;
+    const double some = 0.02 * r->max_seconds, enough = some > 20  ? 20
+                                                        : some < 1 ? 0.1 * r->max_seconds < 1 ? 0.1 * r->max_seconds : 1
+                                                                   : some;
     int n = 0, ok = 1;
     r->optimiser = slam_optimiser_new(r->model, &r->adamw);
     for (ok = r->optimiser != NULL; ok && (n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
@@ -7592,7 +7804,8 @@ int slam_run_time(slam_run *r) {
     if (!ok) return 0;
     /* weights and two moments, written at the 300 MB/s of a plain disk */
     const double save = r->save_seconds = 12.0 * (double)slam_config_parameters(slam_model_config(r->model)) / 300e6;
-    const double all = step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (r->save_every ? save / (double)r->save_every : 0);
+    const double all =
+        step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (r->save_every ? save / (double)r->save_every : 0);
     const double left = 0.97 * (r->max_seconds - t->seconds - (slam_clock() - r->began)) - evaluation - save;
     const long fit = t->step + (left > all ? (long)(left / all) : 1);
     if (!t->steps || fit < t->steps) t->steps = fit;
@@ -7627,7 +7840,8 @@ static int flag_number(slam_flag *f, const char *value) {
     errno = 0;
     const double x = strtod(value, &end);
     if (end == value || *end || !isfinite(x)) return fail("--%s %s: expected a number", f->name, value);
-    if ((f->type == SLAM_INT || f->type == SLAM_LONG) && (x != floor(x) || fabs(x) > (f->type == SLAM_INT ? (double)INT_MAX : 9e15)))
+    if ((f->type == SLAM_INT || f->type == SLAM_LONG) &&
+        (x != floor(x) || fabs(x) > (f->type == SLAM_INT ? (double)INT_MAX : 9e15)))
         return fail("--%s %s: expected a whole number", f->name, value);
     if ((f->min != 0 || f->max != 0) && (x < f->min || x > f->max))
         return fail("--%s %s: expected %.10g to %.10g", f->name, value, f->min, f->max);
@@ -7735,10 +7949,11 @@ static void flags_help(const slam_flags *f) {
 }
 
 void slam_flags_usage(const slam_flags *f) {
-    fprintf(stderr, "%s: error: %s\nusage: ./%s %s\n./%s --help lists all flags\n", f->program, slam_error(), f->program, f->usage, f->program);
+    fprintf(stderr, "%s: error: %s\nusage: ./%s %s\n./%s --help lists all flags\n", f->program, slam_error(), f->program, f->usage,
+            f->program);
 }
 
-/* How many letters must be changed, added or left out to make b, of at most 40 letters, of the n letters of a (Levenshtein 1966). */
+/* How many letters must be changed, added or left out to turn the n of a into b (Levenshtein 1966); 99 where one is over 40. */
 static int edits(const char *a, size_t n, const char *b) {
     int row[41];
     const size_t m = strlen(b);
@@ -7748,7 +7963,8 @@ static int edits(const char *a, size_t n, const char *b) {
         int diagonal = row[0];
         row[0] = (int)i;
         for (size_t j = 1; j <= m; j++) {
-            const int above = row[j], kept = diagonal + (a[i - 1] != b[j - 1]), changed = 1 + (above < row[j - 1] ? above : row[j - 1]);
+            const int above = row[j], kept = diagonal + (a[i - 1] != b[j - 1]),
+                      changed = 1 + (above < row[j - 1] ? above : row[j - 1]);
             row[j] = kept < changed ? kept : changed;
             diagonal = above;
         }
@@ -7838,7 +8054,7 @@ int slam_flags_set(slam_flags *f, const char *name, const char *value) {
     if (!a) return fail("--%s: there is no such flag", name);
     if (a->type != SLAM_LIST) return flag_value(a, value);
     list_clear((slam_list *)a->to);
-    for (const char *item = value, *end; (end = strchr(item, '\n')); item = end + 1) {
+    for (const char *item = value, *end; (end = strchr(item, '\n')) != NULL; item = end + 1) {
         text one = SLAM_ZERO;
         text_add_bytes(&one, item, (size_t)(end - item));
         const int ok = !one.failed && flag_value(a, one.at);
@@ -7872,19 +8088,21 @@ int slam_threads(int threads) { return threads_set(threads); }
 
 void slam_progress_begin(slam_progress *p) {
     p->began = p->shown = slam_clock();
+    p->first = -1;
     p->terminal = isatty(STDOUT_FILENO);
 }
 
 void slam_progress_show(slam_progress *p, double done, double of, const char *what) {
-    const double now = slam_clock(), share = of > 0 ? done / of : 0;
-    char line[80], left[32];
+    const double now = slam_clock(), share = of > 0 && done <= of ? done / of : 0;
+    char left[32];
+    if (p->first < 0 && of > 0) p->first = done;
     if (now - p->shown < (p->terminal ? 0.1 : 10)) return;
     p->shown = now;
-    int n = snprintf(line, 60, "%s", what);
-    n = n < 60 ? n : 59;
-    if (share > 0 && share < 1) snprintf(line + n, sizeof line - (size_t)n, "  %s left", slam_spell_time(left, (now - p->began) * (1 / share - 1)));
-    if (p->terminal) printf("\r\033[K%s", line);
-    else printf("%s\n", line);
+    if (p->terminal) printf("\r\033[K[%.*s%.*s] ", (int)(12 * share), "############", 12 - (int)(12 * share), "------------");
+    printf("%.50s", what);
+    if (share > 0 && done > p->first)
+        printf("  %s left", slam_spell_time(left, (now - p->began) * (of - done) / (done - p->first)));
+    if (!p->terminal) printf("\n");
     fflush(stdout);
 }
 

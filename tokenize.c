@@ -16,30 +16,36 @@ typedef struct job {
     slam_flags flags;
     slam_list files;
     slam_progress progress;
-    double began;
 } job;
 
 static int flag_table(options *o, slam_flag *f) {
     const slam_flag table[] = {
         {NULL, 0, NULL, NULL, NULL, "Units", 0, 0, 0, 0},
         {"kmeans", SLAM_TEXT, &o->kmeans, "FILE.npy", NULL,
-         "the centroids, one a unit; FILE.json beside it says which features they are of, and a flag that contradicts it is an error", 0, 0, 0, 0},
+         "the centroids, one a unit; FILE.json beside it says what they are of, and a flag that contradicts it is an error", 0, 0,
+         0, 0},
         {"fit", SLAM_INT, &o->fit, "K", NULL, "find K centroids in the audio first and write them to --kmeans", 1, 65534, 0, 0},
-        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000", "frames that --fit goes by, drawn evenly from the audio", 1, 1e9, 0, 0},
+        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000", "frames that --fit goes by, drawn evenly from the audio", 1, 1e9,
+         0, 0},
         {"seed", SLAM_LONG, &o->seed, "N", "0", "of --fit", 0, 9e15, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Features (of --fit, or of centroids without a FILE.json)", 0, 0, 0, 0},
         {"features", SLAM_CHOICE, &o->features, "mfcc", "mfcc", "13 MFCC with their first and second differences", 0, 0, 0, 0},
         {"rate", SLAM_CHOICE, &o->rate, "25|50", "25", "frames a second", 0, 0, 0, 0},
         {"normalize", SLAM_SWITCH, &o->normalize, NULL, NULL, "each file's waveform to zero mean and unit variance", 0, 0, 0, 0},
-        {"no-dedup", SLAM_SWITCH, &o->no_dedup, NULL, NULL, "a unit for every frame; else neighbours that are the same become one", 0, 0, 0, 0},
+        {"no-dedup", SLAM_SWITCH, &o->no_dedup, NULL, NULL, "a unit for every frame; else neighbours that are the same become one",
+         0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Output", 0, 0, 0, 0},
         {"out", SLAM_TEXT, &o->out, "FILE", NULL,
-         "FILE.bin: token shards, what train reads; FILE.jsonl: SlamKit features (units, duration, file_name). Also -o", 0, 0, 0, 0},
-        {"audio-repr", SLAM_SWITCH, &o->audio_repr, NULL, NULL, "with FILE.jsonl: SlamKit tokens (\"<Un3><Un49>...\") instead", 0, 0, 0, 0},
-        {"shard-tokens", SLAM_LONG, &o->shard_tokens, "N", "500000000", "a FILE.bin that would grow larger becomes FILE-00001.bin, FILE-00002.bin, ..., and FILE.bin the last",
-         2, 2147483647, 0, 0},
+         "FILE.bin: token shards, what train reads; FILE.jsonl: SlamKit features (units, duration, file_name). Also -o", 0, 0, 0,
+         0},
+        {"audio-repr", SLAM_SWITCH, &o->audio_repr, NULL, NULL, "with FILE.jsonl: SlamKit tokens (\"<Un3><Un49>...\") instead", 0,
+         0, 0, 0},
+        {"shard-tokens", SLAM_LONG, &o->shard_tokens, "N", "500000000",
+         "a FILE.bin that would grow larger becomes FILE-00001.bin, FILE-00002.bin, ..., and FILE.bin the last", 2, 2147483647, 0,
+         0},
         {NULL, 0, NULL, NULL, NULL, "Machine", 0, 0, 0, 0},
-        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core. The output is the same for any number", 0, 4096, 0, 0},
+        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core. The output is the same for any number", 0, 4096, 0,
+         0},
     };
     const int n = (int)(sizeof table / sizeof *table);
     for (int i = 0; i < n; i++) f[i] = table[i];
@@ -62,10 +68,12 @@ static int watch(void *context, const slam_speech_progress *p) {
         fprintf(stderr, "tokenize: left out: %s\n", p->because);
         return 1;
     }
-    const double seconds = slam_clock() - j->began;
+    const double seconds = slam_clock() - j->progress.began;
     char what[96];
-    snprintf(what, sizeof what, "%s %zu/%zu files  %.2f h of audio  %.0f h/h", p->stage, p->done, p->of, p->seconds / 3600, p->seconds / (seconds > 1e-3 ? seconds : 1e-3));
-    if (!p->of) snprintf(what, sizeof what, "fit: %.2f h of audio heard", p->seconds / 3600);
+    if (!strcmp(p->stage, "fit")) snprintf(what, sizeof what, "finding centroids  pass %zu", p->done);
+    else
+        snprintf(what, sizeof what, "%zu/%zu files  %.2f h  %.0f h/h", p->done, p->of, p->seconds / 3600,
+                 p->seconds / (seconds > 1e-3 ? seconds : 1e-3));
     slam_progress_show(&j->progress, (double)p->done, (double)p->of, what);
     return !slam_signals_stop();
 }
@@ -95,25 +103,32 @@ static slam_quantiser *open_quantiser(job *j, const slam_speech_settings *flags)
 }
 
 static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *settings) {
+    const options *o = &j->o;
+    const size_t frames = (size_t)o->fit_frames;
+    const double began = slam_clock();
     slam_kmeans_report r;
-    FILE *taken = fopen(j->o.kmeans, "rb");
+    if (slam_quantiser_is_fit(o->kmeans, settings, &j->files, o->fit, frames, (uint64_t)o->seed)) {
+        printf("fit      %s was made by this command before\n", o->kmeans);
+        return slam_quantiser_open(o->kmeans, settings);
+    }
+    FILE *taken = fopen(o->kmeans, "rb");
     if (taken) {
         fclose(taken);
-        slam_refuse("%s: exists already; remove it or give another name (nothing is overwritten)", j->o.kmeans);
+        slam_refuse("%s: exists already; remove it or give another name (nothing is overwritten)", o->kmeans);
         return NULL;
     }
-    slam_quantiser *q = slam_quantiser_fit(settings, &j->files, j->o.fit, (size_t)j->o.fit_frames, (uint64_t)j->o.seed, watch, j, &r);
+    slam_quantiser *q = slam_quantiser_fit(settings, &j->files, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
     slam_progress_clear(&j->progress);
-    if (q && !slam_quantiser_save(q, j->o.kmeans, &r)) {
+    if (q && !slam_quantiser_save(q, o->kmeans, &r)) {
         slam_quantiser_free(q);
         q = NULL;
     }
     if (!q) return NULL;
-    printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", j->o.fit, r.frames, slam_clock() - j->began,
-           r.passes, r.inertia);
+    printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", o->fit, r.frames,
+           slam_clock() - began, r.passes, r.inertia);
     if (r.reseeded) printf("         centroids without a frame were moved to the furthest frames, %d times\n", r.reseeded);
-    if (r.dead) printf("         %d centroids have no frame: the audio holds fewer different ones than %d\n", r.dead, j->o.fit);
-    printf("wrote    %s, and its settings beside it\n", j->o.kmeans);
+    if (r.dead) printf("         %d centroids have no frame: the audio holds fewer different ones than %d\n", r.dead, o->fit);
+    printf("wrote    %s, and its settings beside it\n", o->kmeans);
     return q;
 }
 
@@ -123,9 +138,9 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
 static int tokenize(job *j, const slam_quantiser *q) {
     slam_tokenize_report r;
     const char *out = j->o.out;
-    j->began = slam_clock();
+    slam_progress_begin(&j->progress);
     const int ok = slam_tokenize(q, &j->files, out, j->o.audio_repr, (uint64_t)j->o.shard_tokens, watch, j, &r);
-    const double seconds = slam_clock() - j->began, heard = (double)r.samples / 16000;
+    const double seconds = slam_clock() - j->progress.began, heard = (double)r.samples / 16000;
     slam_progress_clear(&j->progress);
     if (!ok) return -1;
     if (r.stopped) {
@@ -133,10 +148,12 @@ static int tokenize(job *j, const slam_quantiser *q) {
         return 1;
     }
     const size_t done = r.files - r.failed;
-    printf("units    %zu file%s, %.2f h of audio in %.1f s", done, plural(done), heard / 3600, seconds);
-    if (r.earlier) printf(" (%zu of them earlier)", r.earlier);
-    printf("\n         %llu tokens, %.1f units a second of audio, %.2f frames a unit\n", (unsigned long long)r.tokens, heard > 0 ? (double)r.units / heard : 0,
-           r.units ? (double)r.frames / (double)r.units : 0);
+    printf("units    %zu file%s", done, plural(done));
+    if (r.earlier) printf(" (%zu of them before)", r.earlier);
+    printf(heard < 3600 ? ", %.0f s of audio, in %.1f s\n" : ", %.2f h of audio, in %.1f s\n", heard < 3600 ? heard : heard / 3600,
+           seconds);
+    printf("         %llu tokens, %.1f units a second of audio, %.2f frames a unit\n", (unsigned long long)r.tokens,
+           heard > 0 ? (double)r.units / heard : 0, r.units ? (double)r.frames / (double)r.units : 0);
     const size_t stem = strlen(out) - (strlen(out) > 4 && !strcmp(out + strlen(out) - 4, ".bin") ? 4 : 6);
     if (r.shards > 1) printf("wrote    %.*s-*.bin and %s, %d shards\n", (int)stem, out, out, r.shards);
     else printf("wrote    %s\n", out);
@@ -157,7 +174,6 @@ static int run(job *j) {
     if (!slam_audio_list(&j->files, (const char *const *)j->flags.rest.at, j->flags.rest.n)) return -1;
     if (j->files.n == 0) return slam_refuse("no audio: the manifest names no file") - 1;
     slam_progress_begin(&j->progress);
-    j->began = slam_clock();
     slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : open_quantiser(j, &settings);
     int status = q ? 0 : -1;
     if (q && o->out) status = tokenize(j, q);
@@ -170,7 +186,9 @@ static int run(job *j) {
 static int check_flags(const job *j) {
     const options *o = &j->o;
     if (j->flags.rest.n == 0) return slam_refuse("no AUDIO: expected WAV files, folders or @LIST");
-    if (!o->kmeans) return slam_refuse(o->fit ? "--fit: expected --kmeans FILE.npy, where the centroids go" : "expected --kmeans FILE.npy; --fit K makes one");
+    if (!o->kmeans)
+        return slam_refuse(o->fit ? "--fit: expected --kmeans FILE.npy, where the centroids go"
+                                  : "expected --kmeans FILE.npy; --fit K makes one");
     if (!o->fit && !o->out) return slam_refuse("expected -o OUT.bin or OUT.jsonl, or --fit K");
     const size_t n = o->out ? strlen(o->out) : 0;
     const int bin = n > 4 && !strcmp(o->out + n - 4, ".bin"), jsonl = n > 6 && !strcmp(o->out + n - 6, ".jsonl");
@@ -183,8 +201,10 @@ int main(int argc, char **argv) {
     static job j;
     j.flags.program = "tokenize";
     j.flags.usage = "[options] AUDIO... -o OUT.bin|OUT.jsonl";
-    j.flags.about = "Speech into units. AUDIO: WAV files of any sample rate, folders of them, or @LIST with a path a line. A run that was cut short goes on where it "
-                    "stopped when it is repeated. Exit status: 0, all files done; 3, done, but some were left out; 1, error.";
+    j.flags.about =
+        "Speech into units. AUDIO: WAV files of any sample rate, folders of them, or @LIST with a path a line. A command that was "
+        "cut short goes on where it stopped when it is repeated. Exit status: 0, all files done; 3, done, but some were left out; "
+        "1, error.";
     j.flags.at = j.table;
     j.flags.n = flag_table(&j.o, j.table);
     if (argc == 1) {

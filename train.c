@@ -30,11 +30,11 @@ typedef struct job {
     slam_run run;
 } job;
 
-
 /* What --recipe slam sets (Maimon, Elmakies and Adi 2025, and the configuration of SlamKit). */
 static const char *const recipe_slam[][2] = {
-    {"model", "slam"}, {"context", "1024"}, {"batch", "78"},       {"steps", "17625"},  {"lr", "1e-3"},          {"min-lr", "5e-5"},         {"warmup", "max(100, 1%)"},
-    {"beta1", "0.9"},  {"beta2", "0.999"},  {"eps", "1e-8"},       {"clip", "0.5"},     {"weight-decay", "0"},   {"schedule", "cosine"},     {"rope-theta", "10000"},
+    {"model", "slam"},  {"context", "1024"},        {"batch", "78"},        {"steps", "17625"},      {"lr", "1e-3"},
+    {"min-lr", "5e-5"}, {"warmup", "max(100, 1%)"}, {"beta1", "0.9"},       {"beta2", "0.999"},      {"eps", "1e-8"},
+    {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"},
 };
 
 /* Flags that concern this call alone, those that may differ when a run goes on, and those that may then be greater. */
@@ -130,8 +130,10 @@ static int check_flags(job *j) {
     const options *o = &j->o;
     int micro;
     if (o->init && o->twist) return slam_refuse("--init and --twist: a run starts from one model");
-    if (o->model && (o->init || o->twist)) return slam_refuse("--model with --init or --twist: the model that training starts from has its shape");
-    if (o->val.n && o->val_fraction > 0) return slam_refuse("--val and --val-fraction: validation data are given or held out, not both");
+    if (o->model && (o->init || o->twist))
+        return slam_refuse("--model with --init or --twist: the model that training starts from has its shape");
+    if (o->val.n && o->val_fraction > 0)
+        return slam_refuse("--val and --val-fraction: validation data are given or held out, not both");
     return (!o->warmup || read_warmup(&j->run, o->warmup)) && (!o->micro || read_micro(o->micro, &micro));
 }
 
@@ -152,7 +154,8 @@ static int is_limit(const job *j, const slam_flag *f) {
 static int settle(job *j) {
     options *o = &j->o;
     slam_trainer *t = &j->run.trainer;
-    if (!make_absolute(j, "init", o->init) || !make_absolute(j, "twist", o->twist) || !make_absolute(j, "model", o->model)) return 0;
+    if (!make_absolute(j, "init", o->init) || !make_absolute(j, "twist", o->twist) || !make_absolute(j, "model", o->model))
+        return 0;
     if (o->out && !o->resume && !o->dry_run && !slam_run_claim(o->out)) return 0;
     if (o->resume && !slam_run_find("train", o->out, &j->folder, &j->checkpoint, t)) return 0;
     j->fresh = t->steps == 0;
@@ -163,7 +166,8 @@ static int settle(job *j) {
             return 0;
     } else if (o->recipe) {
         for (size_t i = 0; i < sizeof recipe_slam / sizeof *recipe_slam; i++)
-            if (!slam_flags_given(&j->flags, recipe_slam[i][0]) && !slam_flags_set(&j->flags, recipe_slam[i][0], recipe_slam[i][1])) return 0;
+            if (!slam_flags_given(&j->flags, recipe_slam[i][0]) && !slam_flags_set(&j->flags, recipe_slam[i][0], recipe_slam[i][1]))
+                return 0;
     }
     j->any_limit = o->steps || o->tokens || o->epochs > 0 || o->seconds > 0;
     for (int i = 0; i < j->flags.n; i++)
@@ -211,7 +215,8 @@ static int weight_at(const char *weights, size_t i, size_t n, double *weight) {
     for (size_t k = 0;; k++) {
         char *end;
         const double w = strtod(at, &end);
-        if (end == at || (*end && *end != ',')) return slam_refuse("--weights %s: expected numbers with commas between them", weights);
+        if (end == at || (*end && *end != ','))
+            return slam_refuse("--weights %s: expected numbers with commas between them", weights);
         if (k == i) *weight = w;
         at = end + 1;
         if (!*end) return k + 1 == n ? 1 : slam_refuse("--weights %s: %zu numbers for %zu DATA arguments", weights, k + 1, n);
@@ -236,13 +241,17 @@ static int decide_vocabulary(job *j) {
     const options *o = &j->o;
     int said, val_said = 0;
     if (!slam_data_vocabulary(j->data, &said) || (j->val && !slam_data_vocabulary(j->val, &val_said))) return 0;
-    if (said && val_said && said != val_said) return slam_refuse("%s: a vocabulary of %d, but the training data have one of %d", o->val.at[0], val_said, said);
+    if (said && val_said && said != val_said)
+        return slam_refuse("%s: a vocabulary of %d, but the training data have one of %d", o->val.at[0], val_said, said);
     said = said ? said : val_said;
     if (said && o->V && o->V != said) return slam_refuse("--vocab %d: the data have a vocabulary of %d", o->V, said);
     said = said ? said : o->V;
     if (j->checkpoint || o->init)
-        return !said || said == j->config.V ? 1 : slam_refuse("%s: the model has a vocabulary of %d, the data one of %d", j->start, j->config.V, said);
-    if (o->twist && said > j->config.V) return slam_refuse("%s: the model has a vocabulary of %d, fewer than the data's %d", j->start, j->config.V, said);
+        return !said || said == j->config.V
+                   ? 1
+                   : slam_refuse("%s: the model has a vocabulary of %d, the data one of %d", j->start, j->config.V, said);
+    if (o->twist && said > j->config.V)
+        return slam_refuse("%s: the model has a vocabulary of %d, fewer than the data's %d", j->start, j->config.V, said);
     if (said) j->config.V = said;
     else if (o->twist || !strcmp(o->model, "tiny") || !strcmp(o->model, "slam")) j->config.V = 502;
     return 1;
@@ -252,11 +261,14 @@ static int decide_vocabulary(job *j) {
 static int check_units(const job *j) {
     const uint32_t units = slam_data_fingerprint(j->data), val = j->val ? slam_data_fingerprint(j->val) : 0;
     slam_trainer start;
-    if (units && val && units != val) return slam_refuse("%s: units of quantiser %08x, those of the training data are of %08x", j->o.val.at[0], val, units);
+    if (units && val && units != val)
+        return slam_refuse("%s: units of quantiser %08x, those of the training data are of %08x", j->o.val.at[0], val, units);
     if (!j->o.init || !slam_trainer_read(&start, j->start)) return 1; // a model of other make does not say
     const uint32_t known = start.units;
     slam_trainer_free(&start);
-    return !known || !units || known == units ? 1 : slam_refuse("%s: trained on units of quantiser %08x, the data have %08x", j->start, known, units);
+    return !known || !units || known == units
+               ? 1
+               : slam_refuse("%s: trained on units of quantiser %08x, the data have %08x", j->start, known, units);
 }
 
 /* The configuration of what training starts from; j->start is its folder, NULL: a new model. */
@@ -333,11 +345,13 @@ static void print_plan(const job *j, const char *note) {
     printf("device   %s%s%s%s\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "");
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", j->start ? j->start : o->model,
            slam_spell_count(a, (double)slam_config_parameters(c)), c->L, c->C, c->V);
-    printf("data     %s tokens, %s documents, %d source%s; %s rows of %d, %.1f%% full\n", slam_spell_count(a, (double)j->size.tokens),
-           slam_spell_count(b, (double)j->size.documents), slam_data_sources(j->data), slam_data_sources(j->data) == 1 ? "" : "s",
-           slam_spell_count(d, (double)j->size.rows), o->context, 100 * j->size.fill);
-    printf("memory   %.1f MB: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at once\n", m.total / 1e6,
-           m.weights / 1e6, m.gradients / 1e6, m.optimiser / 1e6, m.activations / 1e6, m.logits / 1e6, j->run.micro, o->batch);
+    printf("data     %s tokens, %s documents, %d source%s; %s rows of %d, %.1f%% full\n",
+           slam_spell_count(a, (double)j->size.tokens), slam_spell_count(b, (double)j->size.documents), slam_data_sources(j->data),
+           slam_data_sources(j->data) == 1 ? "" : "s", slam_spell_count(d, (double)j->size.rows), o->context, 100 * j->size.fill);
+    printf(
+        "memory   %.1f MB: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at once\n",
+        m.total / 1e6, m.weights / 1e6, m.gradients / 1e6, m.optimiser / 1e6, m.activations / 1e6, m.logits / 1e6, j->run.micro,
+        o->batch);
 }
 
 static void print_schedule(const job *j) {
@@ -346,9 +360,12 @@ static void print_schedule(const job *j) {
     const double tokens = (double)t->steps * o->batch * o->context * j->size.fill;
     char a[32];
     if (!t->steps) printf("steps    as many as fit into the time\n");
-    else printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", t->steps, o->batch, slam_spell_count(a, tokens), tokens / (double)j->size.tokens);
+    else
+        printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", t->steps, o->batch, slam_spell_count(a, tokens),
+               tokens / (double)j->size.tokens);
     printf("schedule lr %g, %s, warm-up %s\n", o->lr, o->schedule, o->warmup);
-    if (t->steps && t->steps < j->run.warmup) printf("         note: the warm-up is longer than the run, so lr stays below its peak (--warmup)\n");
+    if (t->steps && t->steps < j->run.warmup)
+        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
 }
 
 static void print_dry_run(const job *j) {
@@ -356,35 +373,45 @@ static void print_dry_run(const job *j) {
     const double flops = slam_config_flops(&j->config, o->context), tokens = (double)o->batch * o->context * j->size.fill;
     char a[32], b[32];
     printf("work     %s FLOP a token\n", slam_spell_count(b, flops));
-    if (o->rate > 0 && j->run.trainer.steps) printf("time     %s at %g tokens/s\n", slam_spell_time(a, (double)j->run.trainer.steps * tokens / o->rate), o->rate);
-    else if (o->rate > 0) printf("time     %s make %.0f steps at %g tokens/s\n", slam_spell_time(a, o->seconds), floor(o->seconds * o->rate / tokens), o->rate);
+    if (o->rate > 0 && j->run.trainer.steps)
+        printf("time     %s at %g tokens/s\n", slam_spell_time(a, (double)j->run.trainer.steps * tokens / o->rate), o->rate);
+    else if (o->rate > 0)
+        printf("time     %s make %.0f steps at %g tokens/s\n", slam_spell_time(a, o->seconds), floor(o->seconds * o->rate / tokens),
+               o->rate);
 }
 
 /* What there is to do after the run. */
 static void print_next(const job *j) {
     const slam_run *r = &j->run;
     const slam_trainer *t = &r->trainer;
-    if (r->ended == SLAM_ENDED_SIGNAL) printf("\nnext  ./train --resume --out %s\n          goes on where this stopped\n", r->folder);
+    if (r->ended == SLAM_ENDED_SIGNAL)
+        printf("\nnext  ./train --resume --out %s\n          goes on where this stopped\n", r->folder);
     else printf("\nnext  ./train --resume --out %s --steps %ld\n          goes on for as long again\n", r->folder, 2 * t->steps);
     if (!j->is_bundled) {
         printf("      ./eval %s ppl VALIDATION --train DATA\n          sets it beside n-gram models\n", r->folder);
         return;
     }
     printf("      ./eval %s ppl\n          sets it beside n-gram models of the same data\n", r->folder);
-    printf("      ./tokenize FOLDER --fit 100 --kmeans km.npy\n      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n          trains on recordings of your own\n");
+    printf(
+        "      ./tokenize FOLDER --fit 100 --kmeans km.npy\n      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n          trains on recordings of your own\n");
 }
 
 static void print_end(const job *j, long first) {
     const slam_run *r = &j->run;
     const slam_trainer *t = &r->trainer;
     char a[32], b[32];
-    const char *why = r->ended == SLAM_ENDED_SIGNAL ? "stopped" : r->ended == SLAM_ENDED_TIME ? "out of time" : first == t->step ? "complete" : "done";
-    printf("%s after %ld of %ld steps, %s tokens, %s", why, t->step, t->steps, slam_spell_count(b, (double)t->tokens), slam_spell_time(a, t->seconds));
+    const char *why = r->ended == SLAM_ENDED_SIGNAL ? "stopped"
+                      : r->ended == SLAM_ENDED_TIME ? "out of time"
+                      : first == t->step            ? "complete"
+                                                    : "done";
+    printf("%s after %ld of %ld steps, %s tokens, %s", why, t->step, t->steps, slam_spell_count(b, (double)t->tokens),
+           slam_spell_time(a, t->seconds));
     if (t->skipped) printf(", %ld updates left out", t->skipped);
     if (r->val_step) printf(": validation loss %.4f nats a token (perplexity %.2f)", r->val_loss, exp(r->val_loss));
     printf("\n");
     if (t->step) printf("checkpoint %s/step_%06ld, which is %s/latest\n", r->folder, t->step, r->folder);
-    if (t->best_step) printf("           %s/best, of the lowest validation loss, is step %ld (%.4f)\n", r->folder, t->best_step, t->best_loss);
+    if (t->best_step)
+        printf("           %s/best, of the lowest validation loss, is step %ld (%.4f)\n", r->folder, t->best_step, t->best_loss);
     print_next(j);
 }
 
@@ -422,7 +449,8 @@ static int keep_settings(job *j) {
     uint64_t hash;
     snprintf(without, sizeof without, "%s%s%s", not_kept, j->any_limit ? "" : " ", j->any_limit ? "" : may_grow);
     if (!slam_data_hash(j->data, &j->size, j->o.context, (uint64_t)j->o.seed, &hash)) return 0;
-    if (!j->fresh && hash != t->data) return slam_refuse("%s: the data are not those that this run was begun with", j->data_paths.at[0]);
+    if (!j->fresh && hash != t->data)
+        return slam_refuse("%s: the data are not those that this run was begun with", j->data_paths.at[0]);
     t->data = hash;
     t->units = slam_data_fingerprint(j->data);
     return slam_settings_keep(&t->settings, &j->flags, without) && slam_settings_keep_paths(&t->settings, "data", &j->flags.rest) &&
@@ -435,11 +463,13 @@ static int plan(job *j, const char *argv0, char note[256]) {
     if (!settle(j) || !name_data(j, argv0)) return 0;
     if (!(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
     /* the run goes on on the kind of device that it was begun on: another gives other numbers */
-    const char *kind = !strncmp(j->ops->name, "cuda", 4) ? "cuda" : "cpu", *stored = slam_settings_get(&j->run.trainer.settings, "device");
+    const char *kind = !strncmp(j->ops->name, "cuda", 4) ? "cuda" : "cpu",
+               *stored = slam_settings_get(&j->run.trainer.settings, "device");
     if (stored && strcmp(stored, kind)) return slam_refuse("--device %s: the run that is resumed has %s", o->device, stored);
     if (!slam_flags_set(&j->flags, "device", kind)) return 0;
     if (!open_data(j) || !read_config(j) || !check_units(j)) return 0;
-    if (!slam_data_prepare(j->data, j->config.V, o->val_fraction, (uint64_t)o->seed, o->val_fraction > 0 ? &j->val : NULL)) return 0;
+    if (!slam_data_prepare(j->data, j->config.V, o->val_fraction, (uint64_t)o->seed, o->val_fraction > 0 ? &j->val : NULL))
+        return 0;
     if (j->val_paths.n && !slam_data_prepare(j->val, j->config.V, 0, 0, NULL)) return 0;
     return slam_data_measure(j->data, -1, (uint64_t)o->seed, &j->size) && fill_run(j) && fix_steps(j);
 }
@@ -452,7 +482,8 @@ static int train(job *j) {
     if (!r->folder) return 0;
     printf("run      %s\n", r->folder);
     fflush(stdout);
-    j->task = slam_pretraining_new(r->model, j->data, j->val, o->val_fraction > 0 ? &j->flags.rest : &o->val, o->context, o->batch, r->micro, (uint64_t)o->seed);
+    j->task = slam_pretraining_new(r->model, j->data, j->val, o->val_fraction > 0 ? &j->flags.rest : &o->val, o->context, o->batch,
+                                   r->micro, (uint64_t)o->seed);
     if (!j->task) return 0;
     r->task = slam_pretraining_task(j->task);
     if (j->measure && !slam_run_time(r)) {
@@ -489,8 +520,9 @@ int main(int argc, char **argv) {
     j.o.min_lr = -1;
     j.flags.program = "train";
     j.flags.usage = "[options] [DATA...]";
-    j.flags.about = "Trains a speech language model on units: token shards (.bin) or unit files (.jsonl), globs allowed; without DATA on the "
-                    "bundled corpus. The value without a flag stands in brackets; of two, the second is the one without DATA.";
+    j.flags.about =
+        "Trains a speech language model on units: token shards (.bin) or unit files (.jsonl), globs allowed; without DATA on the "
+        "bundled corpus. The value without a flag stands in brackets; of two, the second is the one without DATA.";
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);

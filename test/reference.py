@@ -22,6 +22,7 @@ Model folders are as `save_pretrained` writes them (config.json, model.safetenso
     settings                     (9) float64: lr, min_lr, warmup, steps, beta1, beta2, eps, weight_decay (on what has two dimensions), clip
                                  The same stand by name in the metadata, as JSON.
     The folders that are about loading alone have tokens, doc_start and logits only.
+  qwen2_tied/logits.txt     the first document for a program without a safetensors reader: its tokens, then a line of logits for each
   FOLDER/twist.safetensors  tokens, doc_start, and the logits after embed_tokens and lm_head were cut to 102 rows
   schedules.safetensors     <cosine|linear|inverse_sqrt|constant>.<0..2>: (61) float64, the learning rate of steps 0 to 60;
                             <the same>.settings: (4) float64: lr, min_lr, warmup, steps
@@ -32,7 +33,6 @@ Model folders are as `save_pretrained` writes them (config.json, model.safetenso
 import json
 import math
 import os
-import shutil
 import sys
 
 import numpy
@@ -76,8 +76,12 @@ def new_model(kind, seed, std=0.2, **config):
 
 
 def folder_of(name):
+    """The fixture's folder, without what an earlier run wrote there."""
     path = os.path.join(FIXTURES, name)
-    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path, exist_ok=True)
+    for file in os.listdir(path):
+        if file.endswith((".json", ".safetensors")):
+            os.remove(os.path.join(path, file))
     return path
 
 
@@ -228,6 +232,12 @@ def write_logits(path, model, lengths, T, seed, file="case.safetensors"):
 def make_qwen2_tied():
     model = new_model("qwen2", 1, C=36, L=2, NH=6, KVH=2, F=48, V=61, T=128, theta=10000.0, eps=1e-6, tied=True)
     write_case("qwen2_tied", model, [[7, 1, 19, 2, 10], [40], [3, 25, 8]], 40, 11)
+    path = os.path.join(FIXTURES, "qwen2_tied")
+    case = load_file(os.path.join(path, "case.safetensors"))
+    with open(os.path.join(path, "logits.txt"), "w") as f:
+        f.write(" ".join(str(t) for t in case["tokens"][0, :7].tolist()) + "\n")
+        for row in case["logits"][0, :7].tolist():
+            f.write(" ".join(f"{x:.6f}" for x in row) + "\n")
 
 
 def make_qwen2_untied():
@@ -298,7 +308,6 @@ def to_slamkit(name, model, text_vocabulary):
     the text model's vocabulary: what counts is the outer vocab_size."""
     path = folder_of(name)
     c = model.config
-    os.makedirs(path)
     weights = {f"lm.{key}": value.clone() for key, value in model.state_dict().items() if not (c.tie_word_embeddings and key == "lm_head.weight")}
     save_file(weights, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
     theta = int(c.rope_parameters["rope_theta"])

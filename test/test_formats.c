@@ -386,8 +386,12 @@ static void test_tensors_damaged(void) {
     }
     if (TEST("safetensors: blanks after the header, tensors in another order, no tensors")) {
         tensors *t = tensors_open(tensor_file_of(
-            "order.safetensors", "{\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[24,26]}," A "}      ", 26));
-        CHECK(t && tensors_count(t) == 2 && tensors_find(t, "b")->data[1] == 25, "%s", slam_error());
+            "order.safetensors",
+            "{\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[24,26]},\"z\":{\"dtype\":\"U8\",\"shape\":[5,0],\"data_offsets\":[24,24]}," A
+            "}      ",
+            26));
+        CHECK(t && tensors_count(t) == 3 && tensors_find(t, "b")->data[1] == 25 && tensors_find(t, "z")->count == 0, "%s",
+              slam_error());
         tensors_close(t);
         t = tensors_open(tensor_file_of("none.safetensors", "{}", 0));
         CHECK(t && tensors_count(t) == 0 && !tensors_find(t, "a"), "%s", slam_error());
@@ -677,6 +681,13 @@ static void test_units(void) {
         units_close(&r);
         text_free(&t);
     }
+    const char *long_line = check_path("endless.jsonl");
+    const int made = open(long_line, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    CHECK(made >= 0 && ftruncate(made, (off_t)1 << 33) == 0 && close(made) == 0, "%s: %s", long_line, strerror(errno));
+    CHECK(units_open(&r, long_line), "%s", slam_error());
+    check_fails(units_next(&r, &u) >= 0, "endless.jsonl:1: a line of more than 64000000 bytes");
+    units_close(&r);
+    unlink(long_line);
     check_fails(units_open(&r, check_path("absent.jsonl")), "cannot be opened");
     CHECK(units_open(&r, check_path("")), "%s", slam_error());
     check_fails(units_next(&r, &u) >= 0, "irectory");

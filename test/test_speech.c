@@ -105,7 +105,9 @@ static void test_resampler(void) {
             for (int k = 0; k < n; k++) square += (double)out[k] * out[k];
             alias = fmax(alias, 10 * log10(2 * square / n + 1e-30));
         }
-        if (getenv("VERBOSE")) printf("    %d Hz: ripple %.5f dB, images %.1f dB, aliases %.1f dB, late %.2g s\n", rates[i], ripple, image, alias, late);
+        if (getenv("VERBOSE"))
+            printf("    %d Hz: ripple %.5f dB, images %.1f dB, aliases %.1f dB, late %.2g s\n", rates[i], ripple, image, alias,
+                   late);
         check_near("ripple in dB up to 0.9 of the lower Nyquist", ripple, 0, 0.01);
         check_near("delay in seconds", late, 0, 1e-8);
         CHECK(image <= -100, "images are at %.1f dB, expected below -100", image);
@@ -117,7 +119,8 @@ static void test_resampler(void) {
         for (int i = 0; i < 7; i++) {
             slam_resampler *r = slam_resampler_new(odd[i]);
             if (!CHECK(r, "%s", slam_error())) continue;
-            CHECK(slam_resampler_length(r, 0) == 0 && slam_resampler_length(r, 1) == (size_t)((16000 + odd[i] - 1) / odd[i]), "%d Hz", odd[i]);
+            CHECK(slam_resampler_length(r, 0) == 0 && slam_resampler_length(r, 1) == (size_t)((16000 + odd[i] - 1) / odd[i]),
+                  "%d Hz", odd[i]);
             CHECK(slam_resampler_length(r, (size_t)odd[i] * 3) == 48000, "%d Hz", odd[i]);
             const size_t n = (size_t)odd[i], n_out = slam_resampler_length(r, n);
             float *in = (float *)mem_new(n, sizeof *in), *got = (float *)mem_new(n_out, sizeof *got);
@@ -154,7 +157,8 @@ static void test_mfcc(void) {
             settings.rate = rate;
             slam_speech *s = slam_speech_new(&settings);
             if (CHECK(signal && wanted && s, "the fixture has no %s", name) &&
-                CHECK(slam_speech_frames(s, signal->count) == wanted->shape[0], "%zu frames, expected %zu", slam_speech_frames(s, signal->count), wanted->shape[0])) {
+                CHECK(slam_speech_frames(s, signal->count) == wanted->shape[0], "%zu frames, expected %zu",
+                      slam_speech_frames(s, signal->count), wanted->shape[0])) {
                 float *x = (float *)mem_new(signal->count, sizeof *x), *got = (float *)mem_new(wanted->count, sizeof *got);
                 float *expected = (float *)mem_new(wanted->count, sizeof *expected);
                 for (size_t i = 0; i < signal->count; i++) {
@@ -179,7 +183,8 @@ static void test_mfcc(void) {
         settings.normalize = 1;
         slam_speech *normal = slam_speech_new(&settings);
         CHECK(slam_speech_frames(plain, 0) == 0 && slam_speech_frames(plain, 1) == 1 && slam_speech_frames(plain, 1024) == 1 &&
-                  slam_speech_frames(plain, 1025) == 2 && slam_speech_frames(plain, 1664) == 2 && slam_speech_frames(plain, 1665) == 3,
+                  slam_speech_frames(plain, 1025) == 2 && slam_speech_frames(plain, 1664) == 2 &&
+                  slam_speech_frames(plain, 1665) == 3,
               "frames");
         float zero[3000] = {0}, got[39 * 5], loud[3000], *x = make_audio(3000, 16000, 3);
         CHECK(slam_speech_features(plain, got, zero, 3000), "%s", slam_error());
@@ -206,7 +211,8 @@ static float *make_clusters(size_t n, int D, int K, float *place, uint64_t seed)
     float *x = (float *)mem_new(n * (size_t)D, sizeof *x);
     for (int i = 0; i < K * D; i++) place[i] = (float)(20 * rng_normal(&seed));
     for (size_t i = 0; i < n; i++)
-        for (int d = 0; d < D; d++) x[i * (size_t)D + (size_t)d] = place[(int)(i % (size_t)K) * D + d] + (float)(0.5 * rng_normal(&seed));
+        for (int d = 0; d < D; d++)
+            x[i * (size_t)D + (size_t)d] = place[(int)(i % (size_t)K) * D + d] + (float)(0.5 * rng_normal(&seed));
     return x;
 }
 
@@ -217,13 +223,15 @@ static void test_kmeans(void) {
     float *x = make_clusters(N, D, K, place, 5);
     if (TEST("k-means: finds clusters that are there")) {
         int taken[K] = {0};
-        CHECK(slam_kmeans(x, N, D, K, 1, found, &r), "%s", slam_error());
+        CHECK(slam_kmeans(x, N, D, K, 1, found, NULL, NULL, &r), "%s", slam_error());
         for (int k = 0; k < K; k++) {
             int nearest = 0;
             for (int i = 0; i < K; i++)
-                if (squared_distance(found + k * D, place + i * D, D) < squared_distance(found + k * D, place + nearest * D, D)) nearest = i;
+                if (squared_distance(found + k * D, place + i * D, D) < squared_distance(found + k * D, place + nearest * D, D))
+                    nearest = i;
             taken[nearest]++;
-            check_near("distance of a centroid to its place", sqrt(squared_distance(found + k * D, place + nearest * D, D)), 0, 0.4);
+            check_near("distance of a centroid to its place", sqrt(squared_distance(found + k * D, place + nearest * D, D)), 0,
+                       0.4);
         }
         for (int k = 0; k < K; k++) CHECK(taken[k] == 1, "cluster %d has %d centroids", k, taken[k]);
         check_near("inertia", r.inertia, 0.25 * D, 0.2);
@@ -232,24 +240,25 @@ static void test_kmeans(void) {
     if (TEST("k-means: the same for any number of threads, another for another seed")) {
         const int threads = threads_count();
         threads_set(1);
-        CHECK(slam_kmeans(x, N, D, K, 9, found, &r), "%s", slam_error());
+        CHECK(slam_kmeans(x, N, D, K, 9, found, NULL, NULL, &r), "%s", slam_error());
         threads_set(5);
-        CHECK(slam_kmeans(x, N, D, K, 9, again, &r2), "%s", slam_error());
+        CHECK(slam_kmeans(x, N, D, K, 9, again, NULL, NULL, &r2), "%s", slam_error());
         CHECK(!memcmp(found, again, sizeof found) && r.inertia == r2.inertia, "one thread and five differ");
-        CHECK(slam_kmeans(x, N, D, K, 10, again, &r2) && memcmp(found, again, sizeof found), "seeds 9 and 10 give the same");
+        CHECK(slam_kmeans(x, N, D, K, 10, again, NULL, NULL, &r2) && memcmp(found, again, sizeof found),
+              "seeds 9 and 10 give the same");
         threads_set(threads);
     }
     if (TEST("k-means: fewer different frames than centroids, fewer frames")) {
         float few[60 * 2];
         for (int i = 0; i < 60; i++) few[2 * i] = (float)(i % 3), few[2 * i + 1] = 1;
-        CHECK(slam_kmeans(few, 60, 2, 5, 0, found, &r), "%s", slam_error());
+        CHECK(slam_kmeans(few, 60, 2, 5, 0, found, NULL, NULL, &r), "%s", slam_error());
         CHECK(r.dead == 2 && r.inertia == 0, "%d dead, inertia %g", r.dead, r.inertia);
-        check_fails(slam_kmeans(few, 4, 2, 5, 0, found, &r), "4 frames are fewer than the 5 centroids");
+        check_fails(slam_kmeans(few, 4, 2, 5, 0, found, NULL, NULL, &r), "4 frames are fewer than the 5 centroids");
         few[7] = NAN;
-        check_fails(slam_kmeans(few, 60, 2, 5, 0, found, &r), "frame 3 holds a number that is not finite");
+        check_fails(slam_kmeans(few, 60, 2, 5, 0, found, NULL, NULL, &r), "frame 3 holds a number that is not finite");
     }
     if (TEST("k-means: a centroid without frames is put onto a far one")) {
-        fit f = SLAM_ZERO;
+        kmeans_fit f = SLAM_ZERO;
         float points[] = {0, 1, 2, 100}, centroid[] = {1, 50, 1000}, distance[4], lanes[16];
         size_t order[4], count[3], first[4];
         int unit[4];
@@ -266,7 +275,8 @@ static void test_kmeans(void) {
         f.first = first;
         fit_assign(&f);
         CHECK(fit_update(&f) == 1, "no centroid was moved");
-        CHECK(centroid[0] == 1 && centroid[1] == 100 && centroid[2] == 100, "%g %g %g", (double)centroid[0], (double)centroid[1], (double)centroid[2]);
+        CHECK(centroid[0] == 1 && centroid[1] == 100 && centroid[2] == 100, "%g %g %g", (double)centroid[0], (double)centroid[1],
+              (double)centroid[2]);
     }
     free(x);
 }
@@ -302,7 +312,9 @@ static void test_quantiser(void) {
         for (int i = 0; i < 50; i++) {
             int nearest = 0;
             for (int k = 1; k < 70; k++)
-                if (squared_distance(x + 39 * i, centroids + 39 * k, 39) < squared_distance(x + 39 * i, centroids + 39 * nearest, 39)) nearest = k;
+                if (squared_distance(x + 39 * i, centroids + 39 * k, 39) <
+                    squared_distance(x + 39 * i, centroids + 39 * nearest, 39))
+                    nearest = k;
             CHECK(unit[i] == nearest, "frame %d: %d, expected %d", i, unit[i], nearest);
         }
         slam_quantiser_free(q);
@@ -310,7 +322,9 @@ static void test_quantiser(void) {
     if (TEST("units: repeats become one with a duration")) {
         int unit[] = {4, 4, 4, 1, 4, 4, 0}, duration[7], same[] = {4, 4, 1};
         const int units[] = {4, 1, 4, 0}, durations[] = {3, 1, 2, 1};
-        CHECK(units_merge(unit, duration, 7, 1) == 4 && !memcmp(unit, units, sizeof units) && !memcmp(duration, durations, sizeof durations), "merged");
+        CHECK(units_merge(unit, duration, 7, 1) == 4 && !memcmp(unit, units, sizeof units) &&
+                  !memcmp(duration, durations, sizeof durations),
+              "merged");
         CHECK(units_merge(same, duration, 3, 0) == 3 && same[1] == 4 && duration[0] == 1, "kept apart");
         CHECK(units_merge(same, duration, 0, 1) == 0, "none");
     }
@@ -319,8 +333,8 @@ static void test_quantiser(void) {
                        *d = make_quantiser(25, 1, 20, 2), *e = make_quantiser(25, 1, 19, 1), *f = make_quantiser(25, 1, 20, 1);
         const uint32_t mark = slam_quantiser_fingerprint(a);
         CHECK(mark && mark == slam_quantiser_fingerprint(f), "two alike differ");
-        CHECK(mark != slam_quantiser_fingerprint(b) && mark != slam_quantiser_fingerprint(c) && mark != slam_quantiser_fingerprint(d) &&
-                  mark != slam_quantiser_fingerprint(e),
+        CHECK(mark != slam_quantiser_fingerprint(b) && mark != slam_quantiser_fingerprint(c) &&
+                  mark != slam_quantiser_fingerprint(d) && mark != slam_quantiser_fingerprint(e),
               "two that differ are alike");
         slam_quantiser *const all[] = {a, b, c, d, e, f};
         for (int i = 0; i < 6; i++) slam_quantiser_free(all[i]);
@@ -337,12 +351,13 @@ static void test_quantiser(void) {
                   "what was read is not what was written");
             slam_quantiser_free(back);
         }
-        static const char *const damaged[][2] = {{"{\"features\": \"hubert\"}", "'features' is \"hubert\""},
-                                                 {"{\"features\": \"mfcc\", \"rate\": 30}", "'rate' is 30"},
-                                                 {"{\"features\": \"mfcc\", \"rate\": 25, \"normalize\": 3}", "expected true or false"},
-                                                 {"{\"features\": \"mfcc\", \"fingerprint\": 5}", "do not belong together"},
-                                                 {"{\"features\": ", "km.json"},
-                                                 {"[]", "'features' is \"\""}};
+        static const char *const damaged[][2] = {
+            {"{\"features\": \"hubert\"}", "'features' is \"hubert\""},
+            {"{\"features\": \"mfcc\", \"rate\": 30}", "'rate' is 30"},
+            {"{\"features\": \"mfcc\", \"rate\": 25, \"normalize\": 3}", "expected true or false"},
+            {"{\"features\": \"mfcc\", \"fingerprint\": 5}", "do not belong together"},
+            {"{\"features\": ", "km.json"},
+            {"[]", "'features' is \"\""}};
         for (size_t i = 0; i < sizeof damaged / sizeof *damaged; i++) {
             check_file("km.json", damaged[i][0], strlen(damaged[i][0]));
             check_fails(slam_quantiser_open(path, &other), damaged[i][1]);
@@ -350,7 +365,8 @@ static void test_quantiser(void) {
         json_path = check_path("km.json");
         unlink(json_path);
         other.rate = 25;
-        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error())) CHECK(slam_quantiser_settings(back)->rate == 25, "the caller's settings");
+        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error()))
+            CHECK(slam_quantiser_settings(back)->rate == 25, "the caller's settings");
         slam_quantiser_free(back);
         float wrong[12] = {0};
         CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
@@ -363,12 +379,14 @@ static void test_quantiser(void) {
         float one = 0.5f, zero[20000] = {0};
         CHECK(slam_quantiser_units(q, &one, 1, &u) && u.n == 1 && u.duration[0] == 1 && u.frames == 1, "of one sample");
         slam_units_free(&u);
-        CHECK(slam_quantiser_units(q, zero, 20000, &u) && u.n == 1 && (size_t)u.duration[0] == u.frames, "%zu units of silence", u.n);
+        CHECK(slam_quantiser_units(q, zero, 20000, &u) && u.n == 1 && (size_t)u.duration[0] == u.frames, "%zu units of silence",
+              u.n);
         slam_units_free(&u);
         CHECK(slam_quantiser_units(q, zero, 0, &u) && u.n == 0, "of nothing");
         slam_units_free(&u);
         float *x = make_audio(22050, 22050, 8);
-        CHECK(slam_quantiser_file(q, write_wav("a.wav", x, 22050, 22050), &u) && u.samples == 16000 && u.frames == 25, "%zu samples", u.samples);
+        CHECK(slam_quantiser_file(q, write_wav("a.wav", x, 22050, 22050), &u) && u.samples == 16000 && u.frames == 25,
+              "%zu samples", u.samples);
         slam_units_free(&u);
         check_fails(slam_quantiser_file(q, write_wav("empty.wav", x, 0, 16000), &u), "it holds no audio");
         check_fails(slam_quantiser_file(q, write_wav("slow.wav", x, 10, 500), &u), "500 samples a second");
@@ -437,13 +455,15 @@ static void test_files(void) {
     if (TEST("files: folders in order, links, manifests")) {
         /* audio (10), audio/b (10), audio/b/c (10), and again by the link audio/z, in which up leads to what is above */
         CHECK(files.n == 50, "%zu files, expected 50", files.n);
-        for (size_t i = 1; i < 10; i++) CHECK(strcmp(files.at[i - 1], files.at[i]) < 0, "%s after %s", files.at[i], files.at[i - 1]);
+        for (size_t i = 1; i < 10; i++)
+            CHECK(strcmp(files.at[i - 1], files.at[i]) < 0, "%s after %s", files.at[i], files.at[i - 1]);
         text manifest = SLAM_ZERO;
         text_add(&manifest, "%s\r\n\n%s\n%s", files.at[0], check_path("audio/b/c"), files.at[3]);
         char at[1100];
         snprintf(at, sizeof at, "@%s", check_file("list.txt", manifest.at, manifest.n));
         const char *argument = at;
-        CHECK(slam_audio_list(&list, &argument, 1) && list.n == 12 && !strcmp(list.at[11], files.at[3]), "%zu files: %s", list.n, slam_error());
+        CHECK(slam_audio_list(&list, &argument, 1) && list.n == 12 && !strcmp(list.at[11], files.at[3]), "%zu files: %s", list.n,
+              slam_error());
         argument = "@/none";
         check_fails(slam_audio_list(&list, &argument, 1), "/none: cannot be opened");
         text_free(&manifest);
@@ -458,16 +478,21 @@ static void test_files(void) {
         CHECK(slam_tokenize(q, &files, five, 0, 1000000, NULL, NULL, &r2), "%s", slam_error());
         threads_set(threads);
         check_same_file(one, five);
-        CHECK(r.files == files.n && r.failed == 5 && never.failed == 5 && r.shards == 1 && !memcmp(&r, &r2, sizeof r), "%zu files, %zu failed", r.files, r.failed);
+        CHECK(r.files == files.n && r.failed == 5 && never.failed == 5 && r.shards == 1 && !memcmp(&r, &r2, sizeof r),
+              "%zu files, %zu failed", r.files, r.failed);
         shard s;
         if (CHECK(shard_open(&s, one), "%s", slam_error())) {
-            CHECK(s.V == 22 && s.fingerprint == slam_quantiser_fingerprint(q) && s.n == r.tokens && s.n == r.units + 2 * (files.n - 5), "header");
+            CHECK(s.V == 22 && s.fingerprint == slam_quantiser_fingerprint(q) && s.n == r.tokens &&
+                      s.n == r.units + 2 * (files.n - 5),
+                  "header");
             size_t t = 0;
             for (size_t i = 0; i < files.n; i++) {
                 slam_units u;
                 if (!slam_quantiser_file(q, files.at[i], &u)) continue;
-                CHECK(t + u.n + 2 <= s.n && s.tokens[t] == 1 && s.tokens[t + u.n + 1] == 1, "%s begins at token %zu", files.at[i], t);
-                for (size_t k = 0; k < u.n && t + u.n + 2 <= s.n; k++) CHECK(s.tokens[t + 1 + k] == u.unit[k] + 2, "%s: unit %zu", files.at[i], k);
+                CHECK(t + u.n + 2 <= s.n && s.tokens[t] == 1 && s.tokens[t + u.n + 1] == 1, "%s begins at token %zu", files.at[i],
+                      t);
+                for (size_t k = 0; k < u.n && t + u.n + 2 <= s.n; k++)
+                    CHECK(s.tokens[t + 1 + k] == u.unit[k] + 2, "%s: unit %zu", files.at[i], k);
                 t += u.n + 2;
                 slam_units_free(&u);
             }
@@ -477,16 +502,21 @@ static void test_files(void) {
         size_t lines = 0;
         for (size_t i = 0; i < failed.n; i++) lines += failed.at[i] == '\n';
         CHECK(lines == 5 && strstr(failed.at, "10.WAV") && strstr(failed.at, "04.wav"), "%zu lines: %s", lines, failed.at);
-        CHECK(!path_is_file(check_path("one.bin.partial")) && !path_is_file(check_path("one.bin.journal")), "something is left over");
+        CHECK(!path_is_file(check_path("one.bin.partial")) && !path_is_file(check_path("one.bin.journal")),
+              "something is left over");
         check_fails(slam_tokenize(q, &files, one, 0, 1000000, NULL, NULL, &r2), "exists already");
         text_free(&failed);
         free(one);
         free(five);
     }
     for (int kind = 0; kind < 3; kind++) {
-        if (!TEST("tokenize: stopped again and again, then to the end: %s", kind == 0 ? "OUT.bin in shards" : kind == 1 ? "OUT.jsonl" : "audio_repr")) continue;
+        if (!TEST("tokenize: stopped again and again, then to the end: %s", kind == 0   ? "OUT.bin in shards"
+                                                                            : kind == 1 ? "OUT.jsonl"
+                                                                                        : "audio_repr"))
+            continue;
         const uint64_t most = 120;
-        char *whole = text_copy(check_path(kind ? "whole.jsonl" : "whole.bin")), *parts = text_copy(check_path(kind ? "parts.jsonl" : "parts.bin"));
+        char *whole = text_copy(check_path(kind ? "whole.jsonl" : "whole.bin")),
+             *parts = text_copy(check_path(kind ? "parts.jsonl" : "parts.bin"));
         int stops = 0;
         CHECK(slam_tokenize(q, &files, whole, kind == 2, most, NULL, NULL, &r), "%s", slam_error());
         for (r2.stopped = 1; r2.stopped && stops < 60; stops++) {
@@ -529,6 +559,7 @@ static void test_files(void) {
             units_close(&reader);
         }
         unlink(whole);
+        unlink(parts);
         unlink(check_path("whole.failed"));
         unlink(check_path("parts.failed"));
         free(whole);

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Make the bundled corpus anew: stories.py -> espeak-ng -> tokenize -> train.bin, val.bin, km.npy, km.json.
-# It needs python3 and espeak-ng (apt-get install espeak-ng), a `make tokenize`, and about 1 GB in the temporary folder.
+# It needs python3 and espeak-ng (apt-get install espeak-ng), a `make tokenize`, and about 1.2 GB in the temporary folder.
 #
 #   sh make.sh [NAME=VALUE ...]
 #
-#   TRAIN=1600      training stories                 VAL=80          validation stories
+#   TRAIN=2000      training stories                 VAL=84          validation stories
 #   SEED=0          other stories by another number  UNITS=100       k-means units; the vocabulary is two more
 #   VOICES="..."    espeak-ng voices                 SPEEDS="..."    words a minute
 #   FIT=4           every FIT-th training story is heard by the k-means fit
@@ -15,7 +15,7 @@
 # One voice and one speed tell a story; they go round, so that each voice tells at each speed.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-TRAIN=1600 VAL=80 SEED=0 UNITS=100 FIT=4 JOBS=2 OUT=$here WORK= TOKENIZE=$here/../../tokenize
+TRAIN=2000 VAL=84 SEED=0 UNITS=100 FIT=4 JOBS=2 OUT=$here WORK= TOKENIZE=$here/../../tokenize
 VOICES="en-us en-gb en-us+m1 en-gb+m3 en-us+f2 en-us+f4"
 SPEEDS="155 165 175"
 for setting in "$@"; do
