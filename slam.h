@@ -192,7 +192,7 @@ typedef struct slam_config {
     double rope_theta;           /* base of the rotary angles */
 } slam_config;
 
-/* "tiny", "slam" (Qwen2.5-0.5B's shape, RECIPE 4) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). V as it says; callers set it. */
+/* "tiny", "slam" (Qwen2.5-0.5B's shape) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). V is what it says there. */
 int slam_config_read(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 /* FLOP of forward and backward a token at context T: 6 for each parameter that multiplies, and attention's products. */
@@ -204,8 +204,8 @@ typedef struct slam_memory {
 } slam_memory;
 slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int train);
 
-/* A batch of B rows of T tokens on the host: token, next token (-1: none), first index of the token's piece in its row (DESIGN of the
-   document mask: see slam_window), holes (B,T,2) or NULL. */
+/* A batch of B rows of T tokens on the host: token, next token (-1: none), first index of the token's piece in its row,
+   holes (B,T,2) or NULL: see slam_window. */
 typedef struct slam_batch {
     int B, T;
     int *tokens, *targets, *doc_start, *hole;
@@ -221,7 +221,7 @@ int slam_model_save(slam_model *, const char *folder,
                     int format); /* config.json, generation_config.json, model.safetensors (F32) into an existing folder */
 void slam_model_free(slam_model *);
 const slam_config *slam_model_config(const slam_model *);
-/* The recipe starts from a text model but takes another base for the rotary angles (RECIPE 4). */
+/* The recipe starts from a text model but takes another base for the rotary angles. */
 void slam_model_set_rope_theta(slam_model *, double rope_theta);
 
 /* Plans and allocates room for batches of up to B rows of up to T tokens; train: with what backward needs. May be called again. */
@@ -3772,12 +3772,16 @@ int slam_model_save(slam_model *m, const char *folder, int format) {
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
     text t = SLAM_ZERO, g = SLAM_ZERO;
     text_add(&t, "{\n");
-    if (slamkit)
+    if (slamkit) { // the transformer's settings stand apart; SlamKit asks base_model_name's config for what they leave out
         text_add(
             &t,
-            "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n  \"vocab_size\": %d,\n  \"bos_token_id\": 1,\n"
-            "  \"eos_token_id\": 1,\n  \"pad_token_id\": 0,\n  \"base_config\": {\n",
-            m->config.V);
+            "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n  \"base_model_name\": \"%s\",\n",
+            m->config.qkv_bias ? "Qwen/Qwen2.5-0.5B" : "HuggingFaceTB/SmolLM2-135M");
+        text_add(&t, "  \"twist_init\": true,\n  \"vocab_size\": %d,\n  \"max_position_embeddings\": %d,\n  \"rope_theta\": ",
+                 m->config.V, m->config.T);
+        text_add_number(&t, m->config.rope_theta);
+        text_add(&t, ",\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true,\n  \"base_config\": {\n");
+    }
     config_add_transformer(&t, &m->config, slamkit ? "    " : "  ");
     text_add(&t, slamkit ? "\n  }\n}\n" : "\n}\n");
     text_add(&g, "{\n  \"bos_token_id\": 1,\n  \"eos_token_id\": 1,\n  \"pad_token_id\": 0\n}\n");
