@@ -214,11 +214,11 @@ typedef struct slam_batch {
 typedef struct slam_model slam_model;
 slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed); /* matrices normal(0, init_std), norms 1, biases 0 */
 slam_model *slam_model_load(slam_ops *, const char *folder);                /* Hugging Face or SlamKit folder */
-slam_model *slam_model_twist(slam_ops *, const char *folder,
-                             int V); /* a text model, its vocabulary cut to the first V rows (Hassid et al. 2023) */
+/* A text model whose vocabulary is cut to its first V rows (TWIST: Hassid et al. 2023). */
+slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
+/* Writes config.json, generation_config.json and model.safetensors (F32) into a folder that is there. */
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-int slam_model_save(slam_model *, const char *folder,
-                    int format); /* config.json, generation_config.json, model.safetensors (F32) into an existing folder */
+int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 const slam_config *slam_model_config(const slam_model *);
 /* The recipe starts from a text model but takes another base for the rotary angles. */
@@ -2511,13 +2511,13 @@ static void gemm_start(void) {}
 #else
 #define GEMM_BYTES 16
 #endif
-/* 32 registers, of which compilers for AArch64 want a few more; 16 elsewhere. */
+/* AVX-512 and AArch64 have 32 registers (gcc for AArch64 spreads A's numbers over several), others 16. */
 #if defined __AVX512F__
 #define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 enum { TILE_ROWS = 14, PANEL_STRIDE = 16 };
 #elif defined __aarch64__
-#define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-enum { TILE_ROWS = 12, PANEL_STRIDE = 12 };
+#define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9)
+enum { TILE_ROWS = 10, PANEL_STRIDE = 12 };
 #else
 #define GEMM_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 enum { TILE_ROWS = 6, PANEL_STRIDE = 8 };
@@ -2705,6 +2705,7 @@ static void matmul_parallel(int threads, int transA, int transB, int M, int N, i
                  beta, C + m0 * ldc + n0, ldc);
     }
 }
+
 typedef struct cpu_ops {
     slam_ops ops; // first, so that a slam_ops pointer is also one to this
     char name[64];

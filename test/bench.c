@@ -10,6 +10,14 @@
 
 enum { ROUNDS = 3, STEPS_MAX = 4096 };
 
+#if defined SLAM_OPENBLAS
+static const char products[] = "OpenBLAS";
+#elif defined SLAM_ACCELERATE
+static const char products[] = "Accelerate";
+#else
+static const char products[] = "our own kernel";
+#endif
+
 typedef struct row {
     const char *name, *what;
     slam_config config;
@@ -17,13 +25,30 @@ typedef struct row {
 } row;
 
 static const row rows[] = {
-    {"tiny", "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256", {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000}, 16, 256, 1},
-    {"10m", "C 320, 8 layers, 5 heads, 1 KV head, F 864, V 502, B 4, T 512", {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000}, 4, 512, 1},
-    {"slam", "Qwen2.5-0.5B, V 502, B 1, T 1024, forward and backward", {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000}, 1, 1024, 0},
+    {"tiny",
+     "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256",
+     {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000},
+     16,
+     256,
+     1},
+    {"10m",
+     "C 320, 8 layers, 5 heads, 1 KV head, F 864, V 502, B 4, T 512",
+     {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000},
+     4,
+     512,
+     1},
+    {"slam",
+     "Qwen2.5-0.5B, V 502, B 1, T 1024, forward and backward",
+     {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000},
+     1,
+     1024,
+     0},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 
-static int compare(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+static int compare(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
 
 static double median(double *x, int n) {
     qsort(x, (size_t)n, sizeof *x, compare);
@@ -69,7 +94,8 @@ static double measure(const row *r, int threads, double seconds) {
 static double measure_torch(const row *r, const char *python, int threads, double seconds, char *versions, size_t n) {
     char command[512], line[1024] = "";
     double rate = 0;
-    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --threads %d --seconds %g 2>/dev/null", python, r->name, threads, seconds);
+    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --threads %d --seconds %g 2>/dev/null", python, r->name,
+             threads, seconds);
     FILE *pipe = popen(command, "r");
     while (pipe && fgets(line, sizeof line, pipe))
         if (line[0] == '{') {
@@ -83,7 +109,7 @@ static double measure_torch(const row *r, const char *python, int threads, doubl
 }
 
 /* FLOP a second of a square matrix product, both factors beyond the caches: what a step could reach at most */
-static double measure_peak(int threads) {
+static double sgemm_peak(int threads) {
     enum { S = 2048 };
     slam_ops *ops = slam_cpu(threads);
     slam_act *x[3];
@@ -132,10 +158,11 @@ int main(int argc, char **argv) {
     FILE *git = popen("git describe --always --dirty 2>/dev/null", "r");
     if (git && fgets(commit, sizeof commit, git)) commit[strcspn(commit, "\n")] = 0;
     if (git) pclose(git);
-    text_add(&t, "Training step on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads, machine, day, commit, GEMM_NAME);
-    text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", measure_peak(threads) / 1e9);
+    text_add(&t, "Training step on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads, machine, day,
+             commit, products);
+    text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", sgemm_peak(threads) / 1e9);
     text_add(&t, "%-5s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
-    const double peak = measure_peak(threads);
+    const double peak = sgemm_peak(threads);
     for (int k = 0; k < ROWS; k++) {
         const row *r = &rows[k];
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
