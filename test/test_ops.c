@@ -250,7 +250,6 @@ static void test_swiglu(slam_ops *ops, int N, int F) {
     memcpy(d, p.in[0], p.n_in[0] * sizeof *d);
     ops->swiglu_backward(ops, act(d), act(p.dout), act(d), N, F); // in place, as the model does
     p.in[0][0] = p.in[0][1] = 1;                                  // differences are taken where they can be
-    memcpy(expected, p.out, 0);
     float *d2 = random_floats(p.n_in[0], 0);
     ops->swiglu_backward(ops, act(d2), act(p.dout), act(p.in[0]), N, F);
     CHECK(isfinite(d[0]) && isfinite(d[1]), "gradients at gates of +-200: %g, %g", (double)d[0], (double)d[1]);
@@ -298,7 +297,7 @@ static void test_embedding(slam_ops *ops, int N, int C, int V) {
     free(table), free(x), free(dx), free(d), free(expected), free(tokens);
 }
 
-/* Everything with one thread and with two (or as many as there are): the same bits. */
+/* Everything with one thread and with two: the same bits. */
 static void test_threads(void) {
     float *result[2];
     const int N = 150, C = 96, F = 200, V = 77;
@@ -384,7 +383,9 @@ int main(void) {
         if (TEST("embedding %d x %d", sizes[k][0], sizes[k][1])) test_embedding(ops, sizes[k][0], sizes[k][1], 11);
     }
     if (TEST("AdamW")) test_adamw(ops);
+#if !defined SLAM_OPENBLAS && !defined SLAM_ACCELERATE // libraries promise no such thing
     if (TEST("one thread and two give the same bits")) test_threads();
+#endif
     slam_ops_free(ops);
     return check_end();
 }
