@@ -90,7 +90,7 @@ bench: $(B)/bench
 FUZZ_TARGETS := $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/*.c))
 fuzz: $(FUZZ_TARGETS)
 	@echo 'fuzz: run one with e.g. build/fuzz/$(notdir $(firstword $^)) -max_total_time=600 CORPUS_FOLDER'
-build/fuzz/%: test/fuzz/%.c slam.h
+build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h slam.h
 	@mkdir -p $(@D)
 	@command -v $(FUZZ_CC) >/dev/null || { echo 'fuzz: $(FUZZ_CC) not found: install clang' >&2; exit 1; }
 	$(FUZZ_CC) -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ -lm
@@ -103,7 +103,7 @@ plot:
 	@command -v $(GNUPLOT) >/dev/null || { echo 'plot: gnuplot not found: apt install gnuplot-nox (macOS: brew install gnuplot)' >&2; exit 1; }
 	@$(GNUPLOT) -e "runs='$(patsubst %/log.jsonl,%,$(wildcard $(addsuffix /log.jsonl,$(RUNS))))'; out='$(or $(PLOT),loss.png)'" test/plot.gp
 
-SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/fuzz/*.c)
+SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/fuzz/*.[ch])
 format:
 	$(CLANG_FORMAT) -i $(SOURCES)
 format-check:

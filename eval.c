@@ -33,7 +33,9 @@ typedef struct job {
     slam_flags flags;
     slam_flag table[8];
     slam_list test, train; /* patterns */
+    const char *note;      /* of the data that are scored, where the call does not name them */
     char *folder;
+    slam_trainer run; /* of the run that the model is from; without settings where it is from none */
     slam_ops *ops;
     slam_model *model;
     slam_data *test_data, *train_data;
@@ -60,28 +62,61 @@ static int bundled(const char *argv0, const char *name, slam_list *list) {
     return ok;
 }
 
-/* The context that the model's run was trained with; runs/train/step_000200 and a run have a trainer.json. */
-static int find_context(const job *j) {
-    slam_trainer trainer;
-    int context = 1024;
-    if (j->o.context) return j->o.context;
-    if (slam_trainer_read(&trainer, j->folder)) {
-        const char *stored = slam_settings_get(&trainer.settings, "context");
-        if (stored && atoi(stored) > 1) context = atoi(stored);
-        slam_trainer_free(&trainer);
-    }
-    return context;
+static const char *setting(const job *j, const char *name, const char *fallback) {
+    const char *value = slam_settings_get(&j->run.settings, name);
+    return value ? value : fallback;
 }
 
-static slam_data *open_data(const slam_list *patterns, int context, int V) {
+/* Without DATA: what the run was validated on, beside n-grams counted on what it was trained on. A run that held nothing out is
+   scored on its training data, a model that is from no run on the bundled corpus. */
+static int name_data(job *j, const char *argv0) {
+    slam_list given = {0}, train = {0};
+    if (j->test.n) return 1;
+    if (!j->run.settings.n)
+        return bundled(argv0, "test/corpus/val.bin", &j->test) &&
+               (j->train.n || bundled(argv0, "test/corpus/train.bin", &j->train));
+    int ok = slam_settings_recall_paths(&j->run.settings, "data", &given, &train);
+    slam_list_free(&given);
+    ok = ok && slam_settings_recall_paths(&j->run.settings, "val", &given, &j->test);
+    const int held_out = atof(setting(j, "val-fraction", "0")) > 0;
+    j->note = j->test.n ? "" : held_out ? " (what the run held out)" : " (what it was trained on: the run held nothing out)";
+    for (size_t i = 0; ok && !j->test.n && i < train.n; i++) ok = slam_list_add(&given, train.at[i]);
+    if (ok && !j->test.n) {
+        j->test = given;
+        memset(&given, 0, sizeof given);
+    }
+    for (size_t i = 0; ok && !j->train.n && i < train.n; i++) ok = slam_list_add(&given, train.at[i]);
+    if (ok && !j->train.n) {
+        slam_list_free(&j->train);
+        j->train = given;
+        memset(&given, 0, sizeof given);
+    }
+    slam_list_free(&given);
+    slam_list_free(&train);
+    return ok;
+}
+
+/* `fraction` is moved to *held_out as the run did it. */
+static slam_data *open_data(const job *j, const slam_list *patterns, int context, double fraction, slam_data **held_out) {
+    const int V = slam_model_config(j->model)->V;
     slam_data *data = slam_data_new(context);
     int ok = data != NULL, said;
     for (size_t i = 0; ok && i < patterns->n; i++) ok = slam_data_add(data, patterns->at[i], 1);
     ok = ok && slam_data_vocabulary(data, &said);
     if (ok && said && said != V) ok = slam_refuse("%s: a vocabulary of %d, the model has one of %d", patterns->at[0], said, V);
-    if (ok && slam_data_prepare(data, V, 0, 0, NULL)) return data;
+    if (ok && j->run.units && slam_data_fingerprint(data) && j->run.units != slam_data_fingerprint(data))
+        ok = slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", patterns->at[0],
+                         (unsigned)slam_data_fingerprint(data), (unsigned)j->run.units);
+    if (ok && slam_data_prepare(data, V, fraction, (uint64_t)atoll(setting(j, "seed", "0")), held_out)) return data;
     slam_data_free(data);
     return NULL;
+}
+
+static int open_all(job *j, int context, int named) {
+    const double fraction = named ? 0 : atof(setting(j, "val-fraction", "0"));
+    if (fraction > 0) return (j->train_data = open_data(j, &j->test, context, fraction, &j->test_data)) != NULL;
+    if (!(j->test_data = open_data(j, &j->test, context, 0, NULL))) return 0;
+    return !j->train.n || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
 }
 
 static int write_json(const char *path, double nll, uint64_t n, const double *ngrams) {
@@ -101,20 +136,17 @@ static int score(job *j, const char *argv0, const char *path) {
     char note[256], spelled[32];
     double nll, ngrams[5];
     uint64_t targets, same;
-    if (!j->test.n &&
-        (!bundled(argv0, "test/corpus/val.bin", &j->test) || (!j->train.n && !bundled(argv0, "test/corpus/train.bin", &j->train))))
-        return 0;
+    const int named = j->test.n > 0;
     if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
     if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
+    slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
     const slam_config *c = slam_model_config(j->model);
-    const int context = find_context(j);
-    if (!(j->test_data = open_data(&j->test, context, c->V)) ||
-        (j->train.n && !(j->train_data = open_data(&j->train, context, c->V))))
-        return 0;
+    const int context = o->context ? o->context : atoi(setting(j, "context", "1024"));
+    if (!name_data(j, argv0) || !open_all(j, context, named)) return 0;
     printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(c)));
-    for (size_t i = 0; i < j->test.n; i++) printf("%s%s\n", i ? "         " : "data     ", j->test.at[i]);
-    for (size_t i = 0; i < j->train.n; i++) printf("n-grams  counted on %s\n", j->train.at[i]);
+    for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
+    for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
     fflush(stdout);
     if (!slam_model_plan(j->model, o->batch, context, 0) || !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets))
         return 0;
@@ -136,8 +168,8 @@ int main(int argc, char **argv) {
     j.flags.usage = "[MODEL] ppl [DATA...] [options]";
     j.flags.about =
         "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
-        "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on the "
-        "bundled corpus's validation part, beside n-gram models counted on its training part.";
+        "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on "
+        "what the run was validated on, beside n-gram models counted on what it was trained on.";
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
@@ -151,6 +183,7 @@ int main(int argc, char **argv) {
     slam_ops_free(j.ops);
     slam_list_free(&j.test);
     slam_list_free(&j.train);
+    slam_trainer_free(&j.run);
     slam_flags_free(&j.flags);
     free(j.folder);
     return status;

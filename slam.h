@@ -691,6 +691,8 @@ static int SLAM_PRINTF(1, 2) fail(const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    for (char *c = text; *c; c++) // a name from a hostile file must not speak to the terminal
+        if (iscntrl((unsigned char)*c)) *c = '?';
     memcpy(error_text, text, sizeof text);
     return 0;
 }

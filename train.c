@@ -364,8 +364,7 @@ static void print_schedule(const job *j) {
         printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", t->steps, o->batch, slam_spell_count(a, tokens),
                tokens / (double)j->size.tokens);
     printf("schedule lr %g, %s, warm-up %s\n", o->lr, o->schedule, o->warmup);
-    if (t->steps && t->steps < j->run.warmup)
-        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
+    if (t->steps && t->steps < j->run.warmup) printf("         the warm-up is longer than the run: lr does not reach its peak\n");
 }
 
 static void print_dry_run(const job *j) {
@@ -387,11 +386,8 @@ static void print_next(const job *j) {
     if (r->ended == SLAM_ENDED_SIGNAL)
         printf("\nnext  ./train --resume --out %s\n          goes on where this stopped\n", r->folder);
     else printf("\nnext  ./train --resume --out %s --steps %ld\n          goes on for as long again\n", r->folder, 2 * t->steps);
-    if (!j->is_bundled) {
-        printf("      ./eval %s ppl VALIDATION --train DATA\n          sets it beside n-gram models\n", r->folder);
-        return;
-    }
     printf("      ./eval %s ppl\n          sets it beside n-gram models of the same data\n", r->folder);
+    if (!j->is_bundled) return;
     printf(
         "      ./tokenize FOLDER --fit 100 --kmeans km.npy\n      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n          trains on recordings of your own\n");
 }
