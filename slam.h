@@ -699,13 +699,22 @@ static int SLAM_PRINTF(1, 2) fail(const char *format, ...) {
 
 /* ---- memory ---- */
 
+/* Set where memory, or the files that a process may hold open, ran out: then the machine failed, not what was being read. Whoever
+   wants to know clears it first. */
+static SLAM_THREAD_LOCAL int machine_failed;
+
+static int out_of_memory(size_t n, size_t size) {
+    machine_failed = 1;
+    return fail("out of memory: %.1f MB were asked for", (double)n * (double)size / 1e6);
+}
+
 /* n zeroed elements of `size` bytes; NULL and the sentence where there is no room. */
 static void *mem_new(size_t n, size_t size) {
     void *p = NULL;
     if (n == 0) n = 1;
     if (size == 0) size = 1;
     if (n <= SIZE_MAX / 2 / size) p = calloc(n, size);
-    if (!p) fail("out of memory: %.1f MB were asked for", (double)n * (double)size / 1e6);
+    if (!p) out_of_memory(n, size);
     return p;
 }
 
@@ -716,7 +725,7 @@ static int mem_grow(void **p, size_t *capacity, size_t need, size_t size) {
     size_t more = *capacity + *capacity / 2 + 16;
     if (more < need) more = need;
     void *grown = more <= SIZE_MAX / 2 / size ? realloc(*p, more * size) : NULL;
-    if (!grown) return fail("out of memory: %.1f MB were asked for", (double)more * (double)size / 1e6);
+    if (!grown) return out_of_memory(more, size);
     *p = grown;
     *capacity = more;
     return 1;
@@ -976,11 +985,17 @@ static int map_read_pipe(file_map *map, const char *path, int fd) {
     return 1;
 }
 
+/* `fail` for a call that left errno */
+static int map_fail(const char *path, const char *what) {
+    machine_failed |= errno == ENOMEM || errno == EMFILE || errno == ENFILE;
+    return fail("%s: %s: %s", path, what, strerror(errno));
+}
+
 static int map_open(file_map *map, const char *path) {
     memset(map, 0, sizeof *map);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat s;
-    if (fd < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (fd < 0) return map_fail(path, "cannot be opened");
     int ok = fstat(fd, &s) == 0;
     if (!ok) {
         fail("%s: %s", path, strerror(errno));
@@ -991,7 +1006,7 @@ static int map_open(file_map *map, const char *path) {
     } else if (s.st_size > 0) {
         void *p = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         ok = p != MAP_FAILED;
-        if (!ok) fail("%s: cannot be mapped: %s", path, strerror(errno));
+        if (!ok) map_fail(path, "cannot be mapped");
         if (ok) {
             map->data = (const unsigned char *)p;
             map->size = (size_t)s.st_size;
@@ -4937,8 +4952,13 @@ struct slam_resampler {
     int rate;
     uint64_t up, down;
     int before, taps; // the first tap's place before the sample that an output follows; taps of a phase, whole lanes of them
-    float *tap;       // (up, taps)
+    float *tap;       // (up, taps); NULL: too many to be kept
 };
+
+/* Floats of a table that is kept, 16 MB: the rates in use need up to 2.4 MB, an odd one at 768 kHz would need 430 MB. Without a
+   table a call computes each phase that it meets once, in up to 10 s a file at such a rate. */
+#define RESAMPLER_TABLE ((uint64_t)1 << 22)
+enum { RESAMPLER_LONGEST = 6720 }; // taps of a phase at 768 kHz
 
 /* modified Bessel function of the first kind, order 0 */
 static double bessel_i0(double x) {
@@ -4950,10 +4970,16 @@ static double bessel_i0(double x) {
     return sum;
 }
 
-static void resampler_phase(slam_resampler *r, uint64_t phase, double frequency, double half) {
+/* The lower Nyquist frequency in cycles an input sample, and half the window's length in input samples. */
+static double resampler_nyquist(int rate) { return 0.5 * (rate < SPEECH_RATE ? rate : SPEECH_RATE) / rate; }
+static double resampler_half(int rate) { return (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * resampler_nyquist(rate)); }
+
+/* tap = (taps) of a phase */
+static void resampler_phase(const slam_resampler *r, uint64_t phase, float *tap) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
-    float *tap = r->tap + phase * (uint64_t)r->taps;
+    const double frequency = 0.95 * resampler_nyquist(r->rate), half = resampler_half(r->rate);
     double sum = 0;
+    memset(tap, 0, (size_t)r->taps * sizeof *tap);
     for (int i = 0; i < 2 * r->before + 2; i++) {
         const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
         if (fabs(u) >= 1) continue;
@@ -4981,17 +5007,16 @@ slam_resampler *slam_resampler_new(int rate) {
     r->rate = rate;
     r->up = SPEECH_RATE / a;
     r->down = (uint64_t)rate / a;
-    const double nyquist = 0.5 * (rate < SPEECH_RATE ? rate : SPEECH_RATE) / rate; // the lower one, in cycles an input sample
-    const double half = (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * nyquist);
-    r->before = (int)half;
+    r->before = (int)resampler_half(rate);
     r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
+    if (r->up * (uint64_t)r->taps > RESAMPLER_TABLE) return r;
     r->tap = (float *)mem_new(r->up * (uint64_t)r->taps, sizeof *r->tap);
     if (!r->tap) {
         slam_resampler_free(r);
         return NULL;
     }
     SLAM_PARALLEL_FOR
-    for (int64_t phase = 0; phase < (int64_t)r->up; phase++) resampler_phase(r, (uint64_t)phase, 0.95 * nyquist, half);
+    for (int64_t phase = 0; phase < (int64_t)r->up; phase++) resampler_phase(r, (uint64_t)phase, r->tap + phase * (int64_t)r->taps);
     return r;
 }
 
@@ -5020,20 +5045,37 @@ static float resampler_edge(const float *tap, const float *in, int64_t first, in
     return sum;
 }
 
+/* Output k, whose phase has these taps. */
+static float resampler_output(const slam_resampler *r, const float *tap, int64_t k, const float *in, int64_t n) {
+    const int64_t first = (int64_t)((uint64_t)k * r->down / r->up) - r->before;
+    const int inside = first >= 0 && first + r->taps <= n;
+    return inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, n);
+}
+
+/* Outputs k, k + up, k + 2 up, ... share a phase: the taps are computed once for all of them. */
+static void resample_by_phase(const slam_resampler *r, float *out, int64_t n_out, const float *in, int64_t n) {
+    const int64_t up = (int64_t)r->up, phases = up < n_out ? up : n_out;
+    SLAM_PARALLEL_FOR
+    for (int64_t k = 0; k < phases; k++) {
+        float tap[RESAMPLER_LONGEST];
+        resampler_phase(r, (uint64_t)k * r->down % r->up, tap);
+        for (int64_t i = k; i < n_out; i += up) out[i] = resampler_output(r, tap, i, in, n);
+    }
+}
+
 void slam_resample(const slam_resampler *r, float *out, const float *in, size_t n) {
     const int64_t n_out = (int64_t)slam_resampler_length(r, n);
     if (r->up == r->down) {
         if (n) memcpy(out, in, n * sizeof *out);
         return;
     }
-    SLAM_PARALLEL_FOR
-    for (int64_t k = 0; k < n_out; k++) {
-        const uint64_t at = (uint64_t)k * r->down;
-        const int64_t first = (int64_t)(at / r->up) - r->before;
-        const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
-        const int inside = first >= 0 && first + r->taps <= (int64_t)n;
-        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, (int64_t)n);
+    if (!r->tap) {
+        resample_by_phase(r, out, n_out, in, (int64_t)n);
+        return;
     }
+    SLAM_PARALLEL_FOR
+    for (int64_t k = 0; k < n_out; k++)
+        out[k] = resampler_output(r, r->tap + (uint64_t)k * r->down % r->up * (uint64_t)r->taps, k, in, (int64_t)n);
 }
 
 /* ---- MFCC ----
@@ -5771,7 +5813,8 @@ static int list_entry(slam_list *list, folders *above, const char *path, const c
     struct stat s, link;
     if (stat(path, &s) != 0)
         return is_audio_name(name) ? slam_list_add(list, path) : 1; // a broken link is reported when it is opened
-    if (!S_ISDIR(s.st_mode)) return is_audio_name(name) ? slam_list_add(list, path) : 1;
+    if (!S_ISDIR(s.st_mode)) // a pipe that was found, not named, would be waited for without end
+        return S_ISREG(s.st_mode) && is_audio_name(name) ? slam_list_add(list, path) : 1;
     if (folder_is_among(above->at, above->n, &s)) return 1;
     if (lstat(path, &link) == 0 && S_ISLNK(link.st_mode)) {
         if (folder_is_among(above->linked, above->n_linked, &s)) return 1;
@@ -5843,7 +5886,9 @@ typedef struct heard {
     float *features; // where they are asked for
     size_t frames, samples;
     slam_units units; // else
-    char *error;      // NULL: none
+    int failed;
+    int machine; // it failed for want of memory or open files: no word about the file
+    char *error; // where it failed: the sentence, NULL where there was no memory for it
 } heard;
 
 typedef struct audio_block {
@@ -5885,6 +5930,7 @@ static void block_end(audio_block *b) {
 static void block_hear(audio_block *b, const char *path, heard *h) {
     decoder *d = &b->decoders[thread_index()];
     int ok;
+    machine_failed = 0;
     if (b->quantiser) {
         ok = units_decode(b->quantiser, d, path, &h->units);
         h->samples = h->units.samples;
@@ -5895,7 +5941,10 @@ static void block_hear(audio_block *b, const char *path, heard *h) {
         ok = h->features != NULL;
         free(sample);
     }
-    if (!ok) h->error = text_copy(slam_error());
+    if (ok) return;
+    h->failed = 1;
+    h->error = text_copy(slam_error());
+    h->machine = machine_failed;
 }
 
 /* Hears files first..first+n-1, at most; how many in *n. 0 and the sentence where there is no memory. */
@@ -5923,6 +5972,13 @@ static int block_tell(audio_block *b, size_t done, size_t of, const char *failed
     return !b->watch || b->watch(b->context, &b->progress);
 }
 
+/* Tells of a file that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is room. */
+static int block_tell_failed(audio_block *b, size_t i, const heard *h) {
+    if (h->machine) return fail("%s: %s", block_path(b, i), h->error ? h->error : "out of memory");
+    block_tell(b, i, b->files->n, block_path(b, i), h->error);
+    return 1;
+}
+
 /* Algorithm R (Waterman, in Knuth's volume 2): each of the frames seen so far is in the sample with the same probability. */
 typedef struct reservoir {
     float *frame;
@@ -5940,7 +5996,10 @@ static int reservoir_add(reservoir *r, const float *frames, size_t n, size_t D) 
     return 1;
 }
 
+/* Whether a file is heard hangs on those before it in the order alone: of a block, whose length hangs on the clock, what lies
+   beyond the file that fills the sample is dropped. */
 static int fit_listen(audio_block *b, reservoir *r) {
+    const size_t D = (size_t)slam_speech_width(b->speech);
     size_t n;
     b->progress.stage = "listen";
     block_tell(b, 0, b->files->n, NULL, NULL);
@@ -5949,8 +6008,8 @@ static int fit_listen(audio_block *b, reservoir *r) {
         int ok = 1;
         for (size_t i = 0; i < n; i++) {
             const heard *h = &b->result[i];
-            if (h->error) block_tell(b, at + i, b->files->n, block_path(b, at + i), h->error);
-            else ok = ok && reservoir_add(r, h->features, h->frames, (size_t)slam_speech_width(b->speech));
+            if (ok && r->seen / 8 < r->most)
+                ok = h->failed ? block_tell_failed(b, at + i, h) : reservoir_add(r, h->features, h->frames, D);
             heard_free(&b->result[i]);
         }
         if (!ok) return 0;
@@ -6232,7 +6291,7 @@ static int corpus_add_line(corpus *c, const char *path, const slam_units *u) {
 
 static int corpus_add(corpus *c, const char *path, const heard *h) {
     slam_tokenize_report *r = c->report;
-    if (h->error) {
+    if (h->failed) {
         const int n = fprintf(c->failures, "%s\n", path);
         if (n < 0) return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
         c->failed_bytes += (uint64_t)n;
@@ -6243,7 +6302,7 @@ static int corpus_add(corpus *c, const char *path, const heard *h) {
     r->samples += h->samples;
     r->frames += h->frames;
     r->units += h->units.n;
-    r->tokens += h->error ? 0 : h->units.n + 2;
+    r->tokens += h->failed ? 0 : h->units.n + 2;
     return 1;
 }
 
@@ -6257,7 +6316,7 @@ static int corpus_run(corpus *c, audio_block *b) {
         int ok = 1;
         for (size_t i = 0; i < n; i++) {
             const heard *h = &b->result[i];
-            if (ok && h->error) block_tell(b, at + i, b->files->n, block_path(b, at + i), h->error);
+            if (ok && h->failed) ok = block_tell_failed(b, at + i, h);
             ok = ok && corpus_add(c, block_path(b, at + i), h);
             heard_free(&b->result[i]);
         }

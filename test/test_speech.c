@@ -281,6 +281,25 @@ static void test_kmeans(void) {
     free(x);
 }
 
+static void test_resampler_without_table(void) {
+    if (TEST("resampler: a rate whose taps are too many to be kept")) {
+        float *x = make_audio(30000, 44100, 5), a[11000], b[11000];
+        slam_resampler *r = slam_resampler_new(44100);
+        const size_t n = slam_resampler_length(r, 30000);
+        slam_resample(r, a, x, 30000);
+        free(r->tap);
+        r->tap = NULL;
+        slam_resample(r, b, x, 30000);
+        CHECK(!memcmp(a, b, n * sizeof *a), "with a table and without one differ");
+        slam_resampler_free(r);
+        r = slam_resampler_new(767999);
+        CHECK(r && !r->tap && r->taps <= RESAMPLER_LONGEST, "%d taps", r ? r->taps : 0);
+        slam_resample(r, b, x, 30000);
+        slam_resampler_free(r);
+        free(x);
+    }
+}
+
 /* ---- the quantiser ---- */
 
 static slam_quantiser *make_quantiser(int rate, int dedup, int K, uint64_t seed) {
@@ -416,6 +435,7 @@ static void make_folder(slam_list *files) {
         free(x);
     }
     check_file("audio/notes.txt", "none", 4);
+    if (mkfifo(check_path("audio/pipe.wav"), 0666) != 0) CHECK(0, "no pipe"); // which must not be opened: nothing comes out of it
     if (symlink("..", check_path("audio/b/up")) != 0 || symlink("b", check_path("audio/z")) != 0) CHECK(0, "no links");
     CHECK(slam_audio_list(files, &argument, 1), "%s", slam_error());
 }
@@ -590,6 +610,16 @@ static void test_files(void) {
         }
         slam_quantiser_free(first);
         slam_quantiser_free(second);
+        /* the files hold more than 8 x 10 frames: where listening ends must not hang on how long the blocks are */
+        uint32_t mark[3];
+        for (int i = 0; i < 3; i++) {
+            threads_set(i + 1);
+            slam_quantiser *few = slam_quantiser_fit(&settings, &files, 8, 10, 4, NULL, NULL, &a);
+            mark[i] = CHECK(few, "%s", slam_error()) ? slam_quantiser_fingerprint(few) : (uint32_t)i;
+            slam_quantiser_free(few);
+        }
+        threads_set(threads);
+        CHECK(mark[0] == mark[1] && mark[0] == mark[2], "fits of less than all files differ");
         check_fails(slam_quantiser_fit(&settings, &files, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
     }
     slam_list_free(&files);
@@ -598,6 +628,7 @@ static void test_files(void) {
 
 int main(void) {
     test_resampler();
+    test_resampler_without_table();
     test_mfcc();
     test_kmeans();
     test_quantiser();
