@@ -393,14 +393,15 @@ int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
 /* Fits K centroids to at most `frames` frames, drawn evenly from files in an order of the seed's: as many as hold 8 x frames. */
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_list *files, int K, size_t frames, uint64_t seed,
                                    slam_speech_watch *, void *context, slam_kmeans_report *);
-/* 1: KM.npy is there and KM.json says that such a call with these arguments made it. */
-int slam_quantiser_is_fit(const char *path, const slam_speech_settings *, const slam_list *files, int K, size_t frames,
-                          uint64_t seed);
+/* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there already, made
+   by the same call. 0 and the sentence: one of them is there and is another's, or they cannot be written. */
+int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const slam_list *files, int K, size_t frames,
+                           uint64_t seed);
 
-/* All files' units, in the order of the files, into OUT.bin (token shards: one that is full becomes OUT-00001.bin and so on, the
-   last is OUT.bin) or OUT.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in OUT.failed.
-   OUT.bin.partial and OUT.bin.journal hold what is done so far: the same call goes on from there, to the same bytes. An OUT that
-   exists is an error. */
+/* All files' units, in the order of the files, into OUT = NAME.bin (token shards: one that is full becomes NAME-00001.bin and so on,
+   the last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in OUT.failed, that is
+   NAME.bin.failed. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there, to the same bytes, also after
+   the machine ran out of memory. An OUT that exists, or that another process is at work on, is an error. */
 typedef struct slam_tokenize_report {
     size_t files, failed, earlier; /* files done or failed, with those of earlier calls */
     uint64_t samples, frames, units, tokens;
@@ -408,6 +409,8 @@ typedef struct slam_tokenize_report {
 } slam_tokenize_report;
 int slam_tokenize(const slam_quantiser *, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
                   slam_speech_watch *, void *context, slam_tokenize_report *);
+/* 0 and the sentence where slam_tokenize would refuse OUT, whatever goes into it. */
+int slam_tokenize_may(const char *out);
 
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity and n-grams
@@ -647,6 +650,7 @@ void slam_run_end(slam_run *); /* frees the optimiser and the settings */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -807,7 +811,7 @@ static uint64_t rng_stream(uint64_t seed, uint64_t a, uint64_t b) {
     return rng_next(&s);
 }
 
-/* uniform in [0, n), without bias (Lemire 2019) */
+/* uniform in [0, n), without bias: what lies beyond the last whole multiple of n is drawn again */
 static uint64_t rng_below(uint64_t *state, uint64_t n) {
     uint64_t limit = (uint64_t)-1 - (uint64_t)-1 % n, x;
     do x = rng_next(state);
@@ -5225,7 +5229,8 @@ void slam_speech_defaults(slam_speech_settings *s) {
 
 slam_speech *slam_speech_new(const slam_speech_settings *settings) {
     if (settings->features != SLAM_MFCC || (settings->rate != 25 && settings->rate != 50)) {
-        fail("%d frames of features a second: expected 25 or 50", settings->rate);
+        if (settings->features != SLAM_MFCC) fail("features of kind %d: expected MFCC (%d)", settings->features, SLAM_MFCC);
+        else fail("%d frames of features a second: expected 25 or 50", settings->rate);
         return NULL;
     }
     slam_speech *s = (slam_speech *)mem_new(1, sizeof *s);
@@ -5689,8 +5694,6 @@ slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings
     }
     if (ok && (D != MFCC_WIDTH || K < 1 || K > 65534))
         ok = fail("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (MFCC)", path, K, D, MFCC_WIDTH);
-    for (size_t i = 0; ok && i < K * D; i++)
-        if (!isfinite(centroids[i])) ok = fail("%s: centroid %zu holds a number that is not finite", path, i / D);
     if (ok) q = slam_quantiser_new(&settings, centroids, (int)K);
     if (q && fingerprint && (uint32_t)fingerprint != q->fingerprint) {
         fail("%s: its 'fingerprint' is %ld, but that of its settings with the centroids of %s is %u: they do not belong together",
@@ -6029,15 +6032,41 @@ static uint64_t fit_origin(const slam_speech_settings *s, const slam_list *files
     return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
 }
 
-int slam_quantiser_is_fit(const char *path, const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
-                          uint64_t seed) {
+/* Whether a file can be made at this path. */
+static int path_can_be_made(const char *path) {
+    text folder = SLAM_ZERO;
+    const char *name = path_name(path);
+    if (name == path) text_add(&folder, ".");
+    else text_add_bytes(&folder, path, (size_t)(name - path));
+    int ok = !folder.failed;
+    if (ok && access(folder.at, W_OK | X_OK) != 0) ok = fail("%s: cannot be written: %s: %s", path, folder.at, strerror(errno));
+    text_free(&folder);
+    return ok;
+}
+
+static int path_exists(const char *path) {
+    struct stat s;
+    return lstat(path, &s) == 0;
+}
+
+static int fail_exists(const char *path) {
+    return fail("%s: exists already; remove it or give another name (nothing is overwritten)", path);
+}
+
+/* KM.json is written first: one without KM.npy, of the same origin, is what a kill between the two left. */
+int slam_quantiser_may_fit(const char *path, const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
+                           uint64_t seed) {
     char *json_path = settings_path(path), origin[20];
-    json *root = json_path && path_is_file(path) && path_is_file(json_path) ? json_read(json_path) : NULL;
+    if (!json_path) return 0;
+    json *root = path_is_file(json_path) ? json_read(json_path) : NULL;
     snprintf(origin, sizeof origin, "%016llx", (unsigned long long)fit_origin(settings, files, K, frames, seed));
     const int same = root && !strcmp(json_text(root, "origin", ""), origin);
+    int may = path_can_be_made(path);
+    if (may && path_exists(path)) may = same ? 2 : fail_exists(path);
+    else if (may && path_exists(json_path) && !same) may = fail_exists(json_path);
     json_free(root);
     free(json_path);
-    return same;
+    return may;
 }
 
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
@@ -6083,8 +6112,10 @@ typedef struct corpus {
     const slam_quantiser *quantiser;
     uint64_t shard_tokens;
     int binary, audio_repr;
-    char *out, *partial, *journal, *failed, *failed_partial;
+    const char *out;
+    char *partial, *journal, *failed, *failed_partial;
     FILE *data, *failures;
+    int locked;                         // OUT.partial is this process's
     uint64_t identity;                  // a hash of settings and files
     uint64_t done, bytes, failed_bytes; // files; of the partial files
     uint64_t shards;                    // that are written
@@ -6118,7 +6149,7 @@ static char *shard_path(const corpus *c, uint64_t number) {
 }
 
 static uint64_t corpus_identity(const corpus *c, const slam_list *files) {
-    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->shard_tokens};
+    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->binary ? c->shard_tokens : 0};
     return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
 }
 
@@ -6168,59 +6199,101 @@ static int journal_read(corpus *c, const json *root) {
         !journal_number(root, c->journal, "samples", &r->samples) || !journal_number(root, c->journal, "frames", &r->frames) ||
         !journal_number(root, c->journal, "units", &r->units) || !journal_number(root, c->journal, "tokens", &r->tokens))
         return 0;
+    if (failed > c->done)
+        return fail("%s: counts %llu failed files of %llu", c->journal, (unsigned long long)failed, (unsigned long long)c->done);
+    if (c->binary && c->bytes % 2)
+        return fail("%s: counts %llu bytes of tokens, expected 2 a token", c->journal, (unsigned long long)c->bytes);
     r->failed = (size_t)failed;
     r->earlier = (size_t)c->done;
     return 1;
 }
 
-/* Opens a partial file and cuts it to what counts. */
-static FILE *partial_open(const char *path, uint64_t bytes) {
-    FILE *f = fopen(path, bytes ? "r+b" : "wb");
-    if (!f) {
-        fail("%s: cannot be opened: %s", path, strerror(errno));
-        return NULL;
-    }
+/* Cuts a partial file to what counts; further writes go there. */
+static int partial_cut(FILE *f, const char *path, uint64_t bytes) {
     struct stat s;
     if (fstat(fileno(f), &s) == 0 && (uint64_t)s.st_size >= bytes && ftruncate(fileno(f), (off_t)bytes) == 0 &&
         fseeko(f, (off_t)bytes, SEEK_SET) == 0)
-        return f;
-    fail("%s: cannot be cut to the %llu bytes that its journal counts", path, (unsigned long long)bytes);
-    fclose(f);
-    return NULL;
+        return 1;
+    return fail("%s: cannot be cut to the %llu bytes that its journal counts", path, (unsigned long long)bytes);
+}
+
+static FILE *partial_open(const char *path) {
+    const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "r+b");
+    if (!f) fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (!f && fd >= 0) close(fd);
+    return f;
 }
 
 /* A kill may have come after a partial file got its last name and before the journal went. */
-static int partial_take_back(const char *partial, const char *path, uint64_t bytes) {
-    if (!bytes || path_is_file(partial) || !path_is_file(path) || rename(path, partial) == 0) return 1;
+static int partial_take_back(const char *partial, const char *path) {
+    if (path_exists(partial) || !path_is_file(path) || rename(path, partial) == 0) return 1;
     return fail("%s: cannot be renamed to %s: %s", path, partial, strerror(errno));
+}
+
+int slam_tokenize_may(const char *out) {
+    if (!path_ends(out, ".bin") && !path_ends(out, ".jsonl")) return fail("%s: expected a name that ends in .bin or .jsonl", out);
+    char *journal = path_with(out, ".journal"), *first = path_beside(out, "-00001.bin");
+    int ok = journal && first && path_can_be_made(out);
+    if (ok && !path_exists(journal)) {
+        if (path_exists(out)) ok = fail_exists(out);
+        else if (path_ends(out, ".bin") && path_exists(first)) ok = fail_exists(first);
+    }
+    free(journal);
+    free(first);
+    return ok;
+}
+
+/* Opens OUT.partial, or OUT.jsonl where it has that name again already, and holds it against other processes until it is closed. */
+static int corpus_lock(corpus *c) {
+    struct stat named, held;
+    const int renamed = !c->binary && !path_exists(c->partial) && path_exists(c->journal) && path_is_file(c->out);
+    const char *path = renamed ? c->out : c->partial;
+    c->data = partial_open(path);
+    if (!c->data) return 0;
+    /* a file system without locks says so, and gets none; one that was renamed or removed meanwhile was another's just now */
+    if ((flock(fileno(c->data), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) || stat(path, &named) != 0 ||
+        fstat(fileno(c->data), &held) != 0 || named.st_ino != held.st_ino || named.st_dev != held.st_dev)
+        return fail("%s: another process is at work on it", c->out);
+    c->locked = 1;
+    return !renamed || partial_take_back(c->partial, c->out);
+}
+
+static int corpus_resume(corpus *c, const slam_list *files) {
+    if (!path_is_file(c->journal)) return 1;
+    json *root = json_read(c->journal);
+    int ok = root && journal_read(c, root);
+    if (ok && c->done > files->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, files->n);
+    json_free(root);
+    return ok && partial_take_back(c->failed_partial, c->failed);
 }
 
 static int corpus_begin(corpus *c, const slam_list *files) {
     c->binary = path_ends(c->out, ".bin");
-    if (!c->binary && !path_ends(c->out, ".jsonl")) return fail("%s: expected a name that ends in .bin or .jsonl", c->out);
     c->partial = path_with(c->out, ".partial");
     c->journal = path_with(c->out, ".journal");
-    c->failed = path_beside(c->out, ".failed");
+    c->failed = path_with(c->out, ".failed");
     c->failed_partial = path_with(c->out, ".failed.partial");
-    char *first = shard_path(c, 1);
-    int ok = c->partial && c->journal && c->failed && c->failed_partial && first;
+    if (!c->partial || !c->journal || !c->failed || !c->failed_partial || !slam_tokenize_may(c->out)) return 0;
     c->identity = corpus_identity(c, files);
-    if (ok && path_is_file(c->journal)) {
-        json *root = json_read(c->journal);
-        ok = root && journal_read(c, root);
-        if (ok && c->done > files->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, files->n);
-        json_free(root);
-    } else if (ok && (path_is_file(c->out) || (c->binary && path_is_file(first)))) {
-        ok = fail("%s: exists already; remove it or give another name (nothing is overwritten)",
-                  path_is_file(c->out) ? c->out : first);
-    }
-    free(first);
-    if (!ok || !partial_take_back(c->partial, c->out, c->bytes) ||
-        !partial_take_back(c->failed_partial, c->failed, c->failed_bytes))
-        return 0;
-    c->data = partial_open(c->partial, c->bytes);
-    c->failures = c->data ? partial_open(c->failed_partial, c->failed_bytes) : NULL;
-    return c->failures && corpus_commit(c);
+    /* once it is locked nothing changes any more: OUT may have come while it was looked for */
+    if (!corpus_lock(c) || !slam_tokenize_may(c->out) || !corpus_resume(c, files)) return 0;
+    c->failures = partial_open(c->failed_partial);
+    return c->failures && partial_cut(c->data, c->partial, c->bytes) &&
+           partial_cut(c->failures, c->failed_partial, c->failed_bytes) && corpus_commit(c);
+}
+
+/* A call that was refused leaves nothing that was not there before. */
+static void corpus_end(corpus *c) {
+    if (c->locked && !path_exists(c->journal)) unlink(c->partial);
+    if (c->data) fclose(c->data);
+    if (c->failures) fclose(c->failures);
+    free(c->partial);
+    free(c->journal);
+    free(c->failed);
+    free(c->failed_partial);
+    free(c->token);
+    text_free(&c->line);
 }
 
 /* What OUT.partial holds becomes a shard. */
@@ -6358,24 +6431,15 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_list *files, const
     c.shard_tokens = shard_tokens;
     c.audio_repr = audio_repr;
     c.report = report;
-    c.out = text_copy(out);
-    b.speech = quantiser->speech;
+    c.out = out;
     b.files = files;
     b.watch = watch;
     b.context = context;
-    int ok = c.out && block_begin(&b) && corpus_begin(&c, files) && corpus_run(&c, &b);
+    int ok = block_begin(&b) && corpus_begin(&c, files) && corpus_run(&c, &b);
     report->files = (size_t)c.done;
     if (ok && !report->stopped) ok = corpus_finish(&c);
-    if (c.data) fclose(c.data);
-    if (c.failures) fclose(c.failures);
+    corpus_end(&c);
     block_end(&b);
-    free(c.out);
-    free(c.partial);
-    free(c.journal);
-    free(c.failed);
-    free(c.failed_partial);
-    free(c.token);
-    text_free(&c.line);
     return ok;
 }
 

@@ -16,6 +16,7 @@ typedef struct job {
     slam_flags flags;
     slam_list files;
     slam_progress progress;
+    int left_out, stopped; // files that a fit left out; by a signal
 } job;
 
 static int flag_table(options *o, slam_flag *f) {
@@ -65,7 +66,8 @@ static int watch(void *context, const slam_speech_progress *p) {
     job *j = (job *)context;
     if (p->failed) {
         slam_progress_clear(&j->progress);
-        fprintf(stderr, "tokenize: left out: %s\n", p->because);
+        fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
+        j->left_out++;
         return 1;
     }
     const double seconds = slam_clock() - j->progress.began;
@@ -75,7 +77,8 @@ static int watch(void *context, const slam_speech_progress *p) {
         snprintf(what, sizeof what, "%zu/%zu files  %.2f h  %.0f h/h", p->done, p->of, p->seconds / 3600,
                  p->seconds / (seconds > 1e-3 ? seconds : 1e-3));
     slam_progress_show(&j->progress, (double)p->done, (double)p->of, what);
-    return !slam_signals_stop();
+    j->stopped = slam_signals_stop();
+    return !j->stopped;
 }
 
 static const char *plural(size_t n) { return n == 1 ? "" : "s"; }
@@ -107,15 +110,11 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
     const size_t frames = (size_t)o->fit_frames;
     const double began = slam_clock();
     slam_kmeans_report r;
-    if (slam_quantiser_is_fit(o->kmeans, settings, &j->files, o->fit, frames, (uint64_t)o->seed)) {
+    const int may = slam_quantiser_may_fit(o->kmeans, settings, &j->files, o->fit, frames, (uint64_t)o->seed);
+    if (!may || (o->out && !slam_tokenize_may(o->out))) return NULL;
+    if (may == 2) {
         printf("fit      %s was made by this command before\n", o->kmeans);
         return slam_quantiser_open(o->kmeans, settings);
-    }
-    FILE *taken = fopen(o->kmeans, "rb");
-    if (taken) {
-        fclose(taken);
-        slam_refuse("%s: exists already; remove it or give another name (nothing is overwritten)", o->kmeans);
-        return NULL;
     }
     slam_quantiser *q = slam_quantiser_fit(settings, &j->files, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
     slam_progress_clear(&j->progress);
@@ -145,7 +144,7 @@ static int tokenize(job *j, const slam_quantiser *q) {
     if (!ok) return -1;
     if (r.stopped) {
         printf("stopped  after %zu of %zu files; the same command goes on from there\n", r.files, j->files.n);
-        return 1;
+        return 0;
     }
     const size_t done = r.files - r.failed;
     printf("units    %zu file%s", done, plural(done));
@@ -157,7 +156,7 @@ static int tokenize(job *j, const slam_quantiser *q) {
     const size_t stem = strlen(out) - (strlen(out) > 4 && !strcmp(out + strlen(out) - 4, ".bin") ? 4 : 6);
     if (r.shards > 1) printf("wrote    %.*s-*.bin and %s, %d shards\n", (int)stem, out, out, r.shards);
     else printf("wrote    %s\n", out);
-    if (r.failed) printf("failed   %zu file%s, listed in %.*s.failed\n", r.failed, plural(r.failed), (int)stem, out);
+    if (r.failed) printf("failed   %zu file%s, listed in %s.failed\n", r.failed, plural(r.failed), out);
     if (r.shards > 1) printf("next     ./train '%.*s*.bin'\n", (int)stem, out);
     else printf("next     ./train %s\n", out);
     return r.failed ? 3 : 0;
@@ -172,12 +171,21 @@ static int run(job *j) {
     settings.normalize = o->normalize;
     settings.dedup = !o->no_dedup;
     if (!slam_audio_list(&j->files, (const char *const *)j->flags.rest.at, j->flags.rest.n)) return -1;
-    if (j->files.n == 0) return slam_refuse("no audio: the manifest names no file") - 1;
+    if (j->files.n == 0) {
+        slam_refuse("no audio: the manifest names no file");
+        return -1;
+    }
     slam_progress_begin(&j->progress);
     slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : open_quantiser(j, &settings);
-    int status = q ? 0 : -1;
+    int status = -1;
     if (q && o->out) status = tokenize(j, q);
-    else if (q) printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->kmeans);
+    else if (q) {
+        printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->kmeans);
+        status = j->left_out ? 3 : 0;
+    } else if (j->stopped) {
+        printf("stopped  before the centroids were found; the same command begins anew\n");
+        status = 0;
+    }
     slam_quantiser_free(q);
     return status;
 }
@@ -194,6 +202,9 @@ static int check_flags(const job *j) {
     const int bin = n > 4 && !strcmp(o->out + n - 4, ".bin"), jsonl = n > 6 && !strcmp(o->out + n - 6, ".jsonl");
     if (o->out && !bin && !jsonl) return slam_refuse("--out %s: expected a name that ends in .bin or .jsonl", o->out);
     if (o->audio_repr && !jsonl) return slam_refuse("--audio-repr: is for OUT.jsonl");
+    if (slam_flags_given(&j->flags, "shard-tokens") && !bin) return slam_refuse("--shard-tokens: is for OUT.bin");
+    if (!o->fit && slam_flags_given(&j->flags, "fit-frames")) return slam_refuse("--fit-frames: is for --fit K");
+    if (!o->fit && slam_flags_given(&j->flags, "seed")) return slam_refuse("--seed: is for --fit K");
     return 1;
 }
 
@@ -203,8 +214,8 @@ int main(int argc, char **argv) {
     j.flags.usage = "[options] AUDIO... -o OUT.bin|OUT.jsonl";
     j.flags.about =
         "Speech into units. AUDIO: WAV files of any sample rate, folders of them, or @LIST with a path a line. A command that was "
-        "cut short goes on where it stopped when it is repeated. Exit status: 0, all files done; 3, done, but some were left out; "
-        "1, error.";
+        "cut short goes on where it stopped when it is repeated. Exit status: 0, all files done, or stopped by a signal (Ctrl-C) after "
+        "saying how to go on; 3, done, but some files were left out; 1, an error; 2, a wrong command line.";
     j.flags.at = j.table;
     j.flags.n = flag_table(&j.o, j.table);
     if (argc == 1) {

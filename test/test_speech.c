@@ -518,7 +518,7 @@ static void test_files(void) {
             }
             shard_close(&s);
         }
-        text failed = read_file(check_path("one.failed"));
+        text failed = read_file(check_path("one.bin.failed"));
         size_t lines = 0;
         for (size_t i = 0; i < failed.n; i++) lines += failed.at[i] == '\n';
         CHECK(lines == 5 && strstr(failed.at, "10.WAV") && strstr(failed.at, "04.wav"), "%zu lines: %s", lines, failed.at);
@@ -555,7 +555,8 @@ static void test_files(void) {
         r2.earlier = 0;
         CHECK(!memcmp(&r, &r2, sizeof r), "the reports differ");
         check_same_file(whole, parts);
-        check_same_file(check_path("whole.failed"), check_path("parts.failed"));
+        check_same_file(check_path(kind ? "whole.jsonl.failed" : "whole.bin.failed"),
+                        check_path(kind ? "parts.jsonl.failed" : "parts.bin.failed"));
         if (kind == 0) {
             CHECK(r.shards > 3, "%d shards", r.shards);
             for (int i = 1; i < r.shards; i++) {
@@ -580,16 +581,42 @@ static void test_files(void) {
         }
         unlink(whole);
         unlink(parts);
-        unlink(check_path("whole.failed"));
-        unlink(check_path("parts.failed"));
         free(whole);
         free(parts);
+    }
+    if (TEST("tokenize: two processes, a name that is taken, a journal that is wrong")) {
+        const char *out = check_path("two.bin");
+        corpus other = SLAM_ZERO;
+        other.out = out;
+        other.quantiser = q;
+        other.shard_tokens = 100;
+        other.report = &r;
+        memset(&r, 0, sizeof r);
+        CHECK(corpus_begin(&other, &files), "%s", slam_error());
+        check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "another process is at work on it");
+        corpus_end(&other);
+        text journal = read_file(check_path("two.bin.journal"));
+        char *bytes = strstr(journal.at, "\"bytes\": 0"), *left = strstr(journal.at, "\"failed\": 0");
+        if (CHECK(bytes && left, "%s", journal.at)) {
+            bytes[9] = '3';
+            check_file("two.bin.journal", journal.at, journal.n);
+            check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 3 bytes of tokens");
+            bytes[9] = '0';
+            left[10] = '1';
+            check_file("two.bin.journal", journal.at, journal.n);
+            check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 1 failed files of 0");
+        }
+        text_free(&journal);
+        check_file("taken.bin", "mine", 4);
+        check_fails(slam_tokenize(q, &files, check_path("taken.bin"), 0, 100, NULL, NULL, &r2), "taken.bin: exists already");
+        CHECK(!path_is_file(check_path("taken.bin.partial")) && !path_is_file(check_path("taken.bin.journal")), "left over");
+        check_fails(slam_tokenize_may("/none/out.bin"), "/none/out.bin: cannot be written");
     }
     if (TEST("tokenize: nothing usable, a folder that is not there")) {
         slam_list none = SLAM_ZERO;
         slam_list_add(&none, "/none/a.wav");
         check_fails(slam_tokenize(q, &none, check_path("none.bin"), 0, 100, NULL, NULL, &r), "none of the 1 files could be used");
-        CHECK(!path_is_file(check_path("none.bin")) && path_is_file(check_path("none.failed")), "files");
+        CHECK(!path_is_file(check_path("none.bin")) && path_is_file(check_path("none.bin.failed")), "files");
         check_fails(slam_tokenize(q, &files, "/none/out.bin", 0, 100, NULL, NULL, &r), "/none/out.bin");
         check_fails(slam_tokenize(q, &files, check_path("out.txt"), 0, 100, NULL, NULL, &r), "ends in .bin or .jsonl");
         slam_list_free(&none);
@@ -620,6 +647,16 @@ static void test_files(void) {
         }
         threads_set(threads);
         CHECK(mark[0] == mark[1] && mark[0] == mark[2], "fits of less than all files differ");
+        check_fails(slam_quantiser_may_fit("/none/km.npy", &settings, &files, 8, 10, 4), "/none/km.npy: cannot be written");
+        const char *path = check_path("fit.npy");
+        CHECK(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 1, "%s", slam_error());
+        slam_quantiser *few = slam_quantiser_fit(&settings, &files, 8, 10, 4, NULL, NULL, &a);
+        CHECK(slam_quantiser_save(few, path, &a) && slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 2, "made");
+        check_fails(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 5), "fit.npy: exists already");
+        unlink(path); // what a kill between the two files leaves
+        CHECK(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 1, "%s", slam_error());
+        check_fails(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 5), "fit.json: exists already");
+        slam_quantiser_free(few);
         check_fails(slam_quantiser_fit(&settings, &files, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
     }
     slam_list_free(&files);
