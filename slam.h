@@ -4702,10 +4702,20 @@ struct slam_rows {
 
 static size_t source_pieces(const data_source *s) { return s->end_piece - s->first_piece; }
 
-/* How many draws a source has in an epoch beyond the whole times of its weight. */
-static size_t extra_draws(const data_source *s) {
-    return (size_t)((s->weight - floor(s->weight)) * (double)source_pieces(s) + 0.5);
+/* Draws an epoch beyond the whole times of a source's weight, in the mean: f n, with f the fraction of the weight and n the pieces. */
+static double mean_extra_draws(const data_source *s) {
+    const double mean = (s->weight - floor(s->weight)) * (double)source_pieces(s), whole = floor(mean + 0.5);
+    return fabs(mean - whole) < 1e-6 ? whole : mean; // 2.3 - 2 is no 0.3
 }
+
+/* Those before an epoch: floor(epoch f n), so that a source whose f n is less than 1 comes round too, once in 1 / (f n) epochs. */
+static uint64_t draws_before(const data_source *s, uint64_t epoch) { return (uint64_t)((double)epoch * mean_extra_draws(s)); }
+
+static size_t extra_draws(const data_source *s, uint64_t epoch) {
+    return (size_t)(draws_before(s, epoch + 1) - draws_before(s, epoch));
+}
+
+static int has_fraction(const data_source *s) { return mean_extra_draws(s) > 0; }
 
 static void shuffle_numbers(uint32_t *list, size_t n, uint64_t random) {
     for (size_t i = n; i > 1; i--) {
@@ -4716,14 +4726,23 @@ static void shuffle_numbers(uint32_t *list, size_t n, uint64_t random) {
     }
 }
 
-/* Sums the draws of an epoch, and the pieces that take turns; returns how many pieces there are. */
-static size_t count_draws(slam_rows *r, size_t *turns) {
+/* Whether no epoch is empty: a source is drawn at least once in each. */
+static int always_draws(const slam_rows *r) {
+    for (size_t i = r->first_source; i < r->end_source; i++)
+        if (r->data->source[i].weight * (double)source_pieces(&r->data->source[i]) > 1 - 1e-6) return 1;
+    return 0;
+}
+
+/* Room for the draws of any epoch, and the pieces that take turns; returns how many pieces there are. */
+static size_t count_draws(const slam_rows *r, size_t *draws, size_t *turns) {
     size_t pieces = 0;
     for (size_t i = r->first_source; i < r->end_source; i++) {
         const data_source *s = &r->data->source[i];
-        size_t extra = r->shuffle ? extra_draws(s) : 0;
-        r->draws += source_pieces(s) * (r->shuffle ? (size_t)s->weight : 1) + extra;
-        if (extra) *turns += source_pieces(s);
+        *draws += source_pieces(s) * (r->shuffle ? (size_t)s->weight : 1);
+        if (r->shuffle && has_fraction(s)) {
+            *draws += (size_t)mean_extra_draws(s) + 1; // the mean of an epoch, rounded up
+            *turns += source_pieces(s);
+        }
         pieces += source_pieces(s);
     }
     return pieces;
@@ -4734,7 +4753,7 @@ static void shuffle_turns(slam_rows *r) {
     uint32_t *turns = r->turns;
     for (size_t i = r->first_source; i < r->end_source; i++) {
         const data_source *s = &r->data->source[i];
-        if (!r->shuffle || !extra_draws(s)) continue;
+        if (!r->shuffle || !has_fraction(s)) continue;
         for (size_t k = s->first_piece; k < s->end_piece; k++) turns[k - s->first_piece] = (uint32_t)k;
         shuffle_numbers(turns, source_pieces(s), rng_stream(r->seed, i, STREAM_TURNS));
         turns += source_pieces(s);
@@ -4749,21 +4768,21 @@ slam_rows *slam_rows_new(const slam_data *d, int source, uint64_t seed, int shuf
     }
     slam_rows *r = (slam_rows *)mem_new(1, sizeof *r);
     if (!r) return NULL;
-    size_t turns = 0, pieces;
+    size_t turns = 0, draws = 0, pieces;
     r->data = d;
     r->seed = seed;
     r->shuffle = shuffle;
     r->first_source = source < 0 ? 0 : (size_t)source;
     r->end_source = source < 0 ? d->sources : (size_t)source + 1;
-    pieces = count_draws(r, &turns);
+    pieces = count_draws(r, &draws, &turns);
     int ok = lengths_new(&r->waiting, d->context);
     ok = ok && (r->turns = (uint32_t *)mem_new(turns, sizeof *r->turns)) != NULL;
-    ok = ok && (r->order = (uint32_t *)mem_new(r->draws, sizeof *r->order)) != NULL;
+    ok = ok && (r->order = (uint32_t *)mem_new(draws, sizeof *r->order)) != NULL;
     ok = ok && (r->window = (uint32_t *)mem_new(WINDOW, sizeof *r->window)) != NULL;
     ok = ok && (r->picked = (uint32_t *)mem_new(WINDOW, sizeof *r->picked)) != NULL;
     ok = ok && (r->ready = (packed_row *)mem_new(WINDOW, sizeof *r->ready)) != NULL;
     ok = ok && (r->row_lengths = (int *)mem_new((size_t)d->context, sizeof *r->row_lengths)) != NULL;
-    if (ok && shuffle && r->draws == 0 && pieces > 0)
+    if (ok && shuffle && source < 0 && pieces > 0 && !always_draws(r))
         ok = fail("%s: an epoch draws nothing from it", d->source[r->first_source].name);
     if (ok) {
         shuffle_turns(r);
@@ -4785,22 +4804,23 @@ void slam_rows_free(slam_rows *r) {
     free(r);
 }
 
-/* The draws of an epoch. Of a source with weight w every piece comes floor(w) times; the k further ones are those whose turn it
-   is: epoch e takes turns e k .. e k + k - 1 of an endless round, so that they are k different pieces, others than the last
-   epoch's where there are enough, and all pieces come equally often in the long run. */
+/* The draws of an epoch. Of a source with weight w every piece comes floor(w) times; the further ones are those whose turn it is:
+   epochs take their turns one after the other out of an endless round, so that those of an epoch are different pieces, others than
+   the last epoch's where there are enough, and all pieces come equally often in the long run. */
 static void begin_epoch(slam_rows *r, uint64_t epoch) {
     const uint32_t *turns = r->turns;
     uint32_t *to = r->order;
     for (size_t i = r->first_source; i < r->end_source; i++) {
         const data_source *s = &r->data->source[i];
-        size_t n = source_pieces(s), extra = r->shuffle ? extra_draws(s) : 0;
+        size_t n = source_pieces(s), extra = r->shuffle ? extra_draws(s, epoch) : 0;
         for (int times = r->shuffle ? (int)s->weight : 1; times > 0; times--)
             for (size_t k = s->first_piece; k < s->end_piece; k++) *to++ = (uint32_t)k;
-        if (!extra) continue;
-        size_t turn = (size_t)(epoch % n * extra % n);
+        if (!r->shuffle || !has_fraction(s) || !n) continue;
+        size_t turn = (size_t)(draws_before(s, epoch) % n);
         for (size_t k = 0; k < extra; k++) *to++ = turns[turn + k < n ? turn + k : turn + k - n];
         turns += n;
     }
+    r->draws = (size_t)(to - r->order);
     if (r->shuffle) shuffle_numbers(r->order, r->draws, rng_stream(r->seed, epoch, STREAM_ORDER));
     r->epoch = epoch;
     r->row = r->windows = 0;

@@ -320,6 +320,32 @@ static void test_seek(void) {
     slam_data_free(d);
 }
 
+static void test_small_weight(void) {
+    if (!TEST("data: a source of less than a draw an epoch comes round")) return;
+    enum { T = 64, EPOCHS = 20 };
+    uint64_t random = 18;
+    slam_data *d = slam_data_new(T);
+    tokens many = SLAM_ZERO, one = SLAM_ZERO;
+    for (int i = 0; i < 30; i++) add_document(&many, 20, 502, &random);
+    add_document(&one, 30, 502, &random);
+    CHECK(slam_data_add(d, write_tokens("many.bin", &many, 502), 1), "%s", slam_error());
+    CHECK(slam_data_add(d, write_tokens("one.bin", &one, 502), 0.3), "%s", slam_error());
+    CHECK(slam_data_prepare(d, 502, 0, 0, NULL), "%s", slam_error());
+    slam_rows *r = slam_rows_new(d, -1, 1, 1), *again = slam_rows_new(d, -1, 1, 1);
+    size_t came = 0;
+    for (uint64_t e = 0; e < EPOCHS; e++) {
+        CHECK(slam_rows_seek(again, e, 0), "%s", slam_error());
+        seen s = see_epoch(r, T), t = see_epoch(again, T);
+        CHECK(s.pieces == 30 || s.pieces == 31, "%zu draws", s.pieces);
+        CHECK(t.pieces == s.pieces, "after a seek %zu draws, expected %zu", t.pieces, s.pieces);
+        came += s.pieces - 30;
+        seen_free(&s), seen_free(&t);
+    }
+    CHECK(came == 6, "came %zu times in 20 epochs, expected 6", came);
+    slam_rows_free(r), slam_rows_free(again);
+    slam_data_free(d);
+}
+
 static void test_weights(void) {
     static const int documents[] = {101, 40, 60, 60};
     static const double weights[] = {1, 2.5, 0.5, 1.0 / 3};
@@ -707,6 +733,7 @@ int main(void) {
     test_mixing();
     test_seek();
     test_weights();
+    test_small_weight();
     test_held_out();
     test_refused();
     test_order();
