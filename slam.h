@@ -4963,6 +4963,17 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
 #define SPEECH_RATE 16000
 #define SPEECH_PI   3.14159265358979323846
 
+/* Units are the same in every build, so product and sum must not become one rounding where the processor has an instruction for it:
+   gcc is told function by function, clang for this section. */
+#if defined __GNUC__ && !defined __clang__
+#define SPEECH_EXACT __attribute__((optimize("fp-contract=off")))
+#else
+#define SPEECH_EXACT
+#endif
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+
 /* ---- resampler ----
    With up / down = 16000 / rate in lowest terms, output k stands at input time k down / up: between samples, at one of `up` phases.
    h(t) = sin(2 pi f t) / (pi t) * kaiser(t / half), f = 0.95 of the lower Nyquist frequency, and what lies from 0.9 to 1.0 of it is
@@ -4985,7 +4996,7 @@ struct slam_resampler {
 enum { RESAMPLER_LONGEST = 6720 }; // taps of a phase at 768 kHz
 
 /* modified Bessel function of the first kind, order 0 */
-static double bessel_i0(double x) {
+SPEECH_EXACT static double bessel_i0(double x) {
     double sum = 1, term = 1;
     for (int k = 1; term > 1e-17 * sum; k++) {
         term *= x * x / (4.0 * k * k);
@@ -4999,7 +5010,7 @@ static double resampler_nyquist(int rate) { return 0.5 * (rate < SPEECH_RATE ? r
 static double resampler_half(int rate) { return (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * resampler_nyquist(rate)); }
 
 /* tap = (taps) of a phase */
-static void resampler_phase(const slam_resampler *r, uint64_t phase, float *tap) {
+SPEECH_EXACT static void resampler_phase(const slam_resampler *r, uint64_t phase, float *tap) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
     const double frequency = 0.95 * resampler_nyquist(r->rate), half = resampler_half(r->rate);
     double sum = 0;
@@ -5052,7 +5063,7 @@ void slam_resampler_free(slam_resampler *r) {
 size_t slam_resampler_length(const slam_resampler *r, size_t n) { return (size_t)((n * r->up + r->down - 1) / r->down); }
 
 /* Lanes that are added up at the end: the compiler may use vectors, and the sum has one order whatever vectors there are. */
-static float resampler_dot(const float *tap, const float *in, int n) {
+SPEECH_EXACT static float resampler_dot(const float *tap, const float *in, int n) {
     float lane[RESAMPLER_LANES] = {0};
     for (int i = 0; i < n; i += RESAMPLER_LANES)
         for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[i + j];
@@ -5062,7 +5073,7 @@ static float resampler_dot(const float *tap, const float *in, int n) {
 }
 
 /* Near the ends: the taps that reach beyond them meet zeros. */
-static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
+SPEECH_EXACT static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
     float sum = 0;
     const int64_t from = first < 0 ? -first : 0, to = first + taps > n ? n - first : taps;
     for (int64_t i = from; i < to; i++) sum += tap[i] * in[first + i];
@@ -5120,10 +5131,10 @@ typedef struct mfcc {
 } mfcc;
 
 /* The scale of O'Shaughnessy 1987 */
-static double mel_from_hz(double hz) { return 2595 * log10(1 + hz / 700); }
-static double hz_from_mel(double mel) { return 700 * (pow(10, mel / 2595) - 1); }
+SPEECH_EXACT static double mel_from_hz(double hz) { return 2595 * log10(1 + hz / 700); }
+SPEECH_EXACT static double hz_from_mel(double mel) { return 700 * (pow(10, mel / 2595) - 1); }
 
-static void mfcc_init(mfcc *m, int rate) {
+SPEECH_EXACT static void mfcc_init(mfcc *m, int rate) {
     m->step = SPEECH_RATE / rate;
     m->window = rate == 25 ? 1024 : 512;
     for (int i = 0; i < m->window; i++) m->hamming[i] = 0.54 - 0.46 * cos(2 * SPEECH_PI * i / (m->window - 1));
@@ -5143,7 +5154,7 @@ static void mfcc_init(mfcc *m, int rate) {
 }
 
 /* In place, n a power of two (Cooley and Tukey 1965): Z_k = sum_t z_t exp(-2 pi i k t / n). The tables are of 2 n. */
-static void fft(double *re, double *im, int n, const double *cosine, const double *sine) {
+SPEECH_EXACT static void fft(double *re, double *im, int n, const double *cosine, const double *sine) {
     for (int i = 1, j = 0; i < n; i++) {
         int bit = n >> 1;
         for (; j & bit; bit >>= 1) j ^= bit;
@@ -5170,7 +5181,7 @@ static void fft(double *re, double *im, int n, const double *cosine, const doubl
 
 /* power = (window / 2 + 1) from a windowed frame. Its even samples are the real, its odd ones the imaginary parts of a transform Z
    of half the length; E_k = (Z_k + conj Z_-k) / 2 and O_k = (Z_k - conj Z_-k) / 2i are theirs, and X_k = E_k + w^k O_k. */
-static void mfcc_power(const mfcc *m, double *power, const double *frame) {
+SPEECH_EXACT static void mfcc_power(const mfcc *m, double *power, const double *frame) {
     double re[MFCC_LONGEST / 2], im[MFCC_LONGEST / 2];
     const int n = m->window / 2;
     for (int t = 0; t < n; t++) {
@@ -5192,7 +5203,7 @@ static void mfcc_power(const mfcc *m, double *power, const double *frame) {
 static double log_energy(double x) { return log(x > 0 ? x : 2.220446049250313e-16); }
 
 /* out = (13), the cepstra of the frame that begins at sample `start` of n */
-static void mfcc_frame(const mfcc *m, float *out, const float *x, size_t n, size_t start) {
+SPEECH_EXACT static void mfcc_frame(const mfcc *m, float *out, const float *x, size_t n, size_t start) {
     double frame[MFCC_LONGEST], power[MFCC_LONGEST / 2 + 1], energy[MFCC_FILTERS], sum = 0;
     for (int i = 0; i < m->window; i++) {
         const size_t t = start + (size_t)i;
@@ -5216,7 +5227,7 @@ static void mfcc_frame(const mfcc *m, float *out, const float *x, size_t n, size
 }
 
 /* Columns `to`.. of (frames, 39) from columns `from`.. */
-static void mfcc_differences(float *out, size_t frames, int from, int to) {
+SPEECH_EXACT static void mfcc_differences(float *out, size_t frames, int from, int to) {
     for (size_t t = 0; t < frames; t++) {
         const size_t last = frames - 1;
         const float *back2 = out + (t > 1 ? t - 2 : 0) * MFCC_WIDTH + from, *back1 = out + (t > 0 ? t - 1 : 0) * MFCC_WIDTH + from;
@@ -5273,7 +5284,7 @@ size_t slam_speech_frames(const slam_speech *s, size_t n) {
 }
 
 /* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor; the sums are of doubles, in order */
-static void normalize_waveform(float *out, const float *x, size_t n) {
+SPEECH_EXACT static void normalize_waveform(float *out, const float *x, size_t n) {
     double mean = 0, variance = 0;
     for (size_t i = 0; i < n; i++) mean += x[i];
     mean /= (double)n;
@@ -5361,7 +5372,7 @@ typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), al
 enum { CENTROID_FRAMES = 4 }; // that share what is loaded of a block
 
 /* distance = (4, 16) from four frames and a block of centroids */
-static void centroid_distances(float *distance, const float *const *x, const float *lanes, int D) {
+SPEECH_EXACT static void centroid_distances(float *distance, const float *const *x, const float *lanes, int D) {
     centroid_vector sum0 = SLAM_ZERO, sum1 = SLAM_ZERO, sum2 = SLAM_ZERO, sum3 = SLAM_ZERO;
     for (int d = 0; d < D; d++) {
         const centroid_vector c = *(const centroid_vector *)(lanes + d * CENTROID_LANES);
@@ -5434,7 +5445,7 @@ static int fit_tell(const kmeans_fit *f, size_t passes) {
 static const float *fit_frame(const kmeans_fit *f, size_t i) { return f->x + i * (size_t)f->D; }
 static float *fit_centroid(const kmeans_fit *f, int k) { return f->centroid + (size_t)k * (size_t)f->D; }
 
-static float squared_distance(const float *a, const float *b, int D) {
+SPEECH_EXACT static float squared_distance(const float *a, const float *b, int D) {
     float sum = 0;
     for (int d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
     return sum;
@@ -5474,7 +5485,7 @@ static void fit_seed(kmeans_fit *f, size_t m) {
 }
 
 /* Each centroid moves to the running mean of all frames that the batches so far gave it. */
-static void fit_mini_batch(kmeans_fit *f, size_t first, size_t m, float *batch) {
+SPEECH_EXACT static void fit_mini_batch(kmeans_fit *f, size_t first, size_t m, float *batch) {
     const size_t D = (size_t)f->D;
     for (size_t i = 0; i < m; i++) memcpy(batch + i * D, fit_frame(f, f->order[first + i]), D * sizeof *batch);
     centroid_lanes(f->lanes, f->centroid, f->K, f->D);
@@ -6122,6 +6133,10 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
     slam_speech_free(speech);
     return q;
 }
+
+#ifdef __clang__
+#pragma clang fp contract(on)
+#endif
 
 /* ---- tokenising ----
    OUT.partial takes what is done: tokens (uint16) for OUT.bin, lines for OUT.jsonl. OUT.journal says how much of it counts and
