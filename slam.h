@@ -784,6 +784,19 @@ static void text_free(text *t) {
     memset(t, 0, sizeof *t);
 }
 
+/* The formatted text in memory of its own; NULL and the sentence where there is none. */
+static char *SLAM_PRINTF(1, 2) text_print(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    const int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    char *out = (char *)mem_new((size_t)n + 1, 1);
+    va_start(args, format);
+    if (out) vsnprintf(out, (size_t)n + 1, format, args);
+    va_end(args);
+    return out;
+}
+
 /* ---- clock ---- */
 
 double slam_clock(void) {
@@ -870,11 +883,8 @@ static int thread_index(void) {
 
 /* "a/b" in memory of its own */
 static char *path_join(const char *folder, const char *name) {
-    text t = SLAM_ZERO;
     size_t n = strlen(folder);
-    text_add(&t, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
-    if (t.failed) text_free(&t);
-    return t.at;
+    return text_print("%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
 }
 
 /* the part after the last slash */
@@ -1046,22 +1056,38 @@ static int folder_sync(const char *path) {
     return ok ? 1 : fail("%s: cannot be synced: %s", path, strerror(errno));
 }
 
-/* Writes a whole file: into PATH.part first, synced, then renamed, so that PATH is never half written. */
-static int file_write(const char *path, const void *data, size_t n) {
-    text part = SLAM_ZERO;
-    text_add(&part, "%s.part", path);
-    if (part.failed) return 0;
-    FILE *f = fopen(part.at, "wb");
-    int ok = f != NULL;
-    if (!ok) fail("%s: cannot be written: %s", path, strerror(errno));
-    if (ok) {
-        fwrite(data, 1, n, f);
-        ok = file_finish(f, path);
-    }
-    if (ok && rename(part.at, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
-    if (!ok && f) unlink(part.at);
-    text_free(&part);
+/* ---- files written as PATH.part and renamed when whole ---- */
+
+/* Opens PATH.part and leaves its name in memory of its own; NULL and the sentence. */
+static FILE *part_open(const char *path, char **part) {
+    *part = text_print("%s.part", path);
+    FILE *f = *part ? fopen(*part, "wb") : NULL;
+    if (f) return f;
+    if (*part) fail("%s: cannot be written: %s", path, strerror(errno));
+    free(*part);
+    *part = NULL;
+    return NULL;
+}
+
+/* Syncs, closes and renames, or, where not `ok`, removes. Frees `part`. */
+static int part_close(FILE *f, const char *path, char *part, int ok) {
+    if (ok) ok = file_finish(f, path);
+    else fclose(f);
+    if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
+    if (!ok) unlink(part);
+    free(part);
     return ok;
+}
+
+static int part_write(FILE *f, const char *path, const void *data, size_t n) {
+    return n == 0 || fwrite(data, 1, n, f) == n ? 1 : fail("%s: cannot be written: %s", path, strerror(errno));
+}
+
+/* Writes a whole file, so that PATH is never half written. */
+static int file_write(const char *path, const void *data, size_t n) {
+    char *part;
+    FILE *f = part_open(path, &part);
+    return f && part_close(f, path, part, part_write(f, path, data, n));
 }
 
 /* ==========================================================================================
@@ -1426,13 +1452,17 @@ static const char *json_describe(const json *j) {
     return j->type == JSON_NUMBER ? j->string : names[j->type];
 }
 
+/* Whether it is a whole number that a double holds for certain. */
+static int json_whole(const json *j) {
+    return j->type == JSON_NUMBER && fabs(j->number) <= 0x1p53 && j->number == floor(j->number);
+}
+
 /* A whole number in [min, max] (both within 2^53), a number in [min, max], true or false. Absent or null: 1, and *out stays as it
    was. 0 and the sentence where the member is of another kind or out of range. */
 static int json_int(const json *object, const char *key, const char *what, long min, long max, long *out) {
     const json *j = json_get(object, key);
     if (!j || j->type == JSON_NULL) return 1;
-    if (j->type != JSON_NUMBER || fabs(j->number) > 0x1p53 || j->number != floor(j->number) || j->number < (double)min ||
-        j->number > (double)max)
+    if (!json_whole(j) || j->number < (double)min || j->number > (double)max)
         return fail("%s: '%s' is %.60s, expected a whole number from %ld to %ld", what, key, json_describe(j), min, max);
     *out = (long)j->number;
     return 1;
@@ -1512,33 +1542,6 @@ static void text_add_number(text *t, double x) {
     }
 }
 
-/* ---- files written as PATH.part and renamed when whole ---- */
-
-/* Opens PATH.part and leaves its name in memory of its own; NULL and the sentence. */
-static FILE *part_open(const char *path, char **part) {
-    text name = SLAM_ZERO;
-    text_add(&name, "%s.part", path);
-    FILE *f = name.failed ? NULL : fopen(name.at, "wb");
-    if (!f && !name.failed) fail("%s: cannot be written: %s", path, strerror(errno));
-    if (!f) text_free(&name);
-    *part = name.at;
-    return f;
-}
-
-/* Syncs, closes and renames, or, where not `ok`, removes. Frees `part`. */
-static int part_close(FILE *f, const char *path, char *part, int ok) {
-    if (ok) ok = file_finish(f, path);
-    else fclose(f);
-    if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
-    if (!ok) unlink(part);
-    free(part);
-    return ok;
-}
-
-static int part_write(FILE *f, const char *path, const void *data, size_t n) {
-    return n == 0 || fwrite(data, 1, n, f) == n ? 1 : fail("%s: cannot be written: %s", path, strerror(errno));
-}
-
 /* ---- safetensors ----
    8 bytes: n, the header's length. n bytes: the header, a JSON object, blanks at its end allowed:
        {"__metadata__": {"format": "pt", ...}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]}, ...}
@@ -1589,7 +1592,7 @@ static void tensors_close(tensors *t) {
 
 /* A whole number of at most 2^53 */
 static int json_size(const json *j, size_t *out) {
-    if (!j || j->type != JSON_NUMBER || !(j->number >= 0 && j->number <= 0x1p53) || j->number != floor(j->number)) return 0;
+    if (!j || !json_whole(j) || j->number < 0) return 0;
     *out = (size_t)j->number;
     return 1;
 }
@@ -2054,6 +2057,7 @@ static int npy_write(const char *path, const float *data, size_t rows, size_t co
    zeros; then the tokens, uint16. */
 
 enum { SHARD_MAGIC = 20240520, SHARD_VERSION = 1, SHARD_HEADER = 1024 };
+enum { DOCUMENT_MARK = 1, UNIT_TOKEN = 2 }; // 1 opens and closes a document, unit u is token u + 2, 0 is padding
 
 typedef struct shard {
     file_map map;
@@ -2171,7 +2175,7 @@ static int units_numbers(const json *array, const char *what, const char *key, i
     if (array->type != JSON_ARRAY) return fail("%s: '%s' is %.60s, expected an array", what, key, json_describe(array));
     if (!mem_grow((void **)out, capacity, array->n, sizeof **out)) return 0;
     for (const json *j = array->first; j; j = j->next) {
-        if (j->type != JSON_NUMBER || !(j->number >= 0 && j->number <= INT_MAX) || j->number != (int)j->number)
+        if (!json_whole(j) || j->number < 0 || j->number > INT_MAX)
             return fail("%s: number %zu of '%s' is %.60s, expected a whole number from 0", what, n + 1, key, json_describe(j));
         (*out)[n++] = (int)j->number;
     }
@@ -4139,8 +4143,7 @@ int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
 
 /* ---- files and sources ---- */
 
-enum { DOCUMENT_MARK = 1, UNIT_TOKEN = 2 }; // 1 opens and closes a document, unit u is token u + 2, 0 is padding
-enum { LONGEST_CONTEXT = 1 << 24 };         // so that sums of a few lengths stay within an int
+enum { LONGEST_CONTEXT = 1 << 24 }; // so that sums of a few lengths stay within an int
 
 /* A file's tokens: a mapped shard, or the units of a JSONL file kept as a shard would hold them. */
 typedef struct token_file {
@@ -5666,10 +5669,7 @@ void slam_quantiser_nearest(const slam_quantiser *q, const float *frames, size_t
 
 /* km.npy -> km.json */
 static char *settings_path(const char *path) {
-    text t = SLAM_ZERO;
-    text_add(&t, "%.*s.json", (int)(strlen(path) - (path_ends(path, ".npy") ? 4 : 0)), path);
-    if (t.failed) text_free(&t);
-    return t.at;
+    return text_print("%.*s.json", (int)(strlen(path) - (path_ends(path, ".npy") ? 4 : 0)), path);
 }
 
 int slam_quantiser_save(const slam_quantiser *q, const char *path, const slam_kmeans_report *report) {
@@ -6164,18 +6164,10 @@ typedef struct corpus {
 /* OUT without its ending, and `end` */
 static char *path_beside(const char *out, const char *end) {
     const char *name = path_name(out), *dot = strrchr(name, '.');
-    text t = SLAM_ZERO;
-    text_add(&t, "%.*s%s", (int)(dot && dot > name ? dot - out : (long)strlen(out)), out, end);
-    if (t.failed) text_free(&t);
-    return t.at;
+    return text_print("%.*s%s", (int)(dot && dot > name ? dot - out : (long)strlen(out)), out, end);
 }
 
-static char *path_with(const char *out, const char *end) {
-    text t = SLAM_ZERO;
-    text_add(&t, "%s%s", out, end);
-    if (t.failed) text_free(&t);
-    return t.at;
-}
+static char *path_with(const char *out, const char *end) { return text_print("%s%s", out, end); }
 
 static char *shard_path(const corpus *c, uint64_t number) {
     char end[40];
@@ -6339,7 +6331,7 @@ static int corpus_shard(corpus *c, const char *path) {
     if (!map_open(&map, c->partial)) return 0;
     int ok = map.size == c->bytes || fail("%s: has %zu bytes, expected %llu", c->partial, map.size, (unsigned long long)c->bytes);
     if (ok) {
-        ok = shard_begin(&w, path, c->quantiser->K + 2, c->quantiser->fingerprint);
+        ok = shard_begin(&w, path, c->quantiser->K + UNIT_TOKEN, c->quantiser->fingerprint);
         if (ok && !shard_add(&w, (const uint16_t *)(const void *)map.data, map.size / 2)) {
             shard_abandon(&w);
             ok = 0;
@@ -6368,8 +6360,8 @@ static int corpus_next_shard(corpus *c) {
 static int corpus_add_tokens(corpus *c, const slam_units *u) {
     if (c->bytes && c->bytes / 2 + u->n + 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
     if (!mem_grow((void **)&c->token, &c->token_capacity, u->n + 2, sizeof *c->token)) return 0;
-    c->token[0] = c->token[u->n + 1] = 1;
-    for (size_t i = 0; i < u->n; i++) c->token[i + 1] = (uint16_t)(u->unit[i] + 2);
+    c->token[0] = c->token[u->n + 1] = DOCUMENT_MARK;
+    for (size_t i = 0; i < u->n; i++) c->token[i + 1] = (uint16_t)(u->unit[i] + UNIT_TOKEN);
     fwrite(c->token, sizeof *c->token, u->n + 2, c->data);
     c->bytes += 2 * (u->n + 2);
     return 1;
