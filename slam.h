@@ -786,15 +786,14 @@ static void text_free(text *t) {
 
 /* The formatted text in memory of its own; NULL and the sentence where there is none. */
 static char *SLAM_PRINTF(1, 2) text_print(const char *format, ...) {
+    char *out = NULL;
     va_list args;
     va_start(args, format);
-    const int n = vsnprintf(NULL, 0, format, args);
+    const int n = vasprintf(&out, format, args);
     va_end(args);
-    char *out = (char *)mem_new((size_t)n + 1, 1);
-    va_start(args, format);
-    if (out) vsnprintf(out, (size_t)n + 1, format, args);
-    va_end(args);
-    return out;
+    if (n >= 0) return out;
+    out_of_memory(strlen(format), 1);
+    return NULL;
 }
 
 /* ---- clock ---- */
@@ -6008,7 +6007,7 @@ static int block_tell(audio_block *b, size_t done, size_t of, const char *failed
 
 /* Tells of a file that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is room. */
 static int block_tell_failed(audio_block *b, size_t i, const heard *h) {
-    if (h->machine) return fail("%s: %s", block_path(b, i), h->error ? h->error : "out of memory");
+    if (h->machine) return fail("%s", h->error ? h->error : "out of memory");
     block_tell(b, i, b->files->n, block_path(b, i), h->error);
     return 1;
 }
@@ -6312,7 +6311,10 @@ static int corpus_begin(corpus *c, const slam_list *files) {
 
 /* A call that was refused leaves nothing that was not there before. */
 static void corpus_end(corpus *c) {
-    if (c->locked && !path_exists(c->journal)) unlink(c->partial);
+    if (c->locked && !path_exists(c->journal)) {
+        unlink(c->partial);
+        unlink(c->failed_partial);
+    }
     if (c->data) fclose(c->data);
     if (c->failures) fclose(c->failures);
     free(c->partial);
