@@ -446,7 +446,7 @@ typedef struct slam_trainer {
     uint64_t tokens;     /* real tokens seen */
     uint64_t epoch, row; /* where the stream of batches stands */
     double seconds;      /* that the run took so far, over all its parts */
-    double best_loss;    /* the lowest val_loss that belongs to a checkpoint, ... */
+    double best_loss;    /* the lowest val_loss, ... */
     long best_step;      /* ... and its step; 0: none */
     uint64_t data;       /* what the batches are made of, as a hash */
     uint32_t units;      /* fingerprint of the units (km.json), from the shards */
@@ -460,7 +460,7 @@ int slam_optimiser_save(slam_optimiser *, const char *folder);
 int slam_optimiser_load(slam_optimiser *, const char *folder);
 
 /* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and removes older ones
-   but for the `keep` newest (0: all) and the best. On failure what was there before is still there and complete. */
+   but for the `keep` newest (0: all) and the best. A complete one of the same step is an error. On failure what was there before is still there and complete. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
 /* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
 int slam_checkpoint_find(const char *run, char **folder);
@@ -605,6 +605,8 @@ typedef struct slam_run {
     long warmup;
     double warmup_share; /* at least this part of all steps */
     long eval_every, save_every, log_every;
+    long min_steps; /* of slam_run_time: that the run has already, and a limit may only grow; 0: none */
+    int lines;      /* step lines on a terminal as well, beside the bar */
     int keep, format;
     int context, micro; /* tokens of a row and rows at once, for the peak and the share of it */
 
@@ -620,10 +622,10 @@ typedef struct slam_run {
 /* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into max_seconds as well;
    no more than trainer.steps where that is not 0. Before slam_run_begin. */
 int slam_run_time(slam_run *);
-/* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder, cuts the log. */
+/* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder, cuts the log, and
+   writes the settings as they are now into trainer.json, so that a limit that has grown survives a kill. An error where another process trained here
+   since the checkpoint was found. */
 int slam_run_begin(slam_run *, const char *checkpoint);
-/* Writes trainer.json of a run that has no checkpoint yet, so that it can be resumed from its start. */
-int slam_run_note(const slam_run *);
 /* Trains until a limit or a signal, evaluating, logging and saving. */
 int slam_run_train(slam_run *);
 void slam_run_end(slam_run *); /* frees the optimiser and the settings */
@@ -911,8 +913,8 @@ static int path_ends(const char *path, const char *end) {
 static int make_folders(const char *path) {
     char *p = text_copy(path);
     if (!p) return 0;
-    for (char *s = p + 1; *s; s++)
-        if (*s == '/') {
+    for (char *s = p; *s; s++)
+        if (*s == '/' && s > p) {
             *s = 0;
             mkdir(p, 0777);
             *s = '/';
@@ -6838,6 +6840,8 @@ static int trainer_from_json(slam_trainer *s, const json *root, const char *path
         !json_real(root, "best_val_loss", path, -1e300, 1e300, &s->best_loss) || !trainer_hex(root, "data", path, &s->data) ||
         !trainer_hex(root, "units", path, &units))
         return 0;
+    if (steps == 0 || steps < step)
+        return fail("%s: 'steps' is %llu, 'step' is %llu", path, (unsigned long long)steps, (unsigned long long)step);
     s->step = (long)step;
     s->steps = (long)steps;
     s->skipped = (long)skipped;
@@ -6913,7 +6917,8 @@ static int checkpoint_link(const char *run, const char *name, const char *to) {
     if (ok) {
         unlink(part);
         ok = symlink(to, part) == 0 && rename(part, path) == 0;
-        if (!ok) fail("%s: cannot be linked to %s: %s", path, to, strerror(errno));
+        if (!ok && errno == EISDIR) fail("%s: a copy has made a folder of this link to a checkpoint: remove it", path);
+        else if (!ok) fail("%s: cannot be linked to %s: %s", path, to, strerror(errno));
     }
     free(part);
     free(path);
@@ -6971,8 +6976,8 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *opt
     if (ok) {
         ok = slam_model_save(model, part, format) && slam_optimiser_save(optimiser, part) && trainer_write(trainer, part) &&
              sync_files(part);
-        if (ok && path_is_folder(path))
-            ok = remove_tree(path); // an incomplete one: training goes on from the highest that is complete
+        if (ok && checkpoint_complete(run, name)) ok = fail("%s: is complete already", path);
+        if (ok && path_is_folder(path)) ok = remove_tree(path); // a hand has taken files away: nothing goes on from it
         if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
         if (!ok) {
             text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
@@ -7022,7 +7027,8 @@ int slam_checkpoint_mend(const char *run) {
     free(folder);
     return ok;
 }
-/* ---- its file: the moments of every tensor under the tensor's name with ".m" or ".v", and the count of updates ---- */
+
+/* ---- the optimiser's file: the moments of every tensor under the tensor's name with ".m" or ".v", and the count of updates ---- */
 
 static int moments_list(const slam_optimiser *o, float *host, tensor_out **out, parameter **parameters, names *spelled, size_t *n) {
     size_t count = 0;
@@ -7584,6 +7590,7 @@ static int count_tokens(void *context, const int *row, int tokens) {
 int slam_steps_for_tokens(const slam_data *data, int context, int batch, uint64_t seed, uint64_t tokens, long *steps) {
     token_count c = {0, 0, tokens, batch};
     if (!rows_each(data, context, seed, count_tokens, &c)) return 0;
+    if (slam_signals_stop()) return fail("stopped before the first step"); // a part of the count is none
     *steps = (long)((c.rows + (uint64_t)batch - 1) / (uint64_t)batch);
     return 1;
 }
@@ -7746,9 +7753,21 @@ static void clear_bar(void) {
 
 static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
 
-/* Evaluations and checkpoints that step k is due for; the last step is due for both. */
-static int run_due(const slam_run *r, long every) {
-    return r->trainer.step == r->trainer.steps || (every > 0 && r->trainer.step % every == 0);
+static int run_due(const slam_run *r, long every) { return every > 0 && r->trainer.step % every == 0; }
+
+/* Whether there is no time for another step: what it and the run's end take comes from those before. */
+static int run_late(const slam_run *r, double slowest) {
+    const double end = (r->task.evaluate && r->eval_every ? r->val_seconds : 0) + r->save_seconds;
+    return r->max_seconds && run_seconds(r) + slowest + end >= r->max_seconds;
+}
+
+/* Whether the run is over, and why: of a limit and a signal at the same step the limit counts, after which nothing is left to go on with. */
+static int run_over(slam_run *r, double slowest) {
+    const slam_trainer *t = &r->trainer;
+    if (t->step >= t->steps || (r->max_tokens && t->tokens >= r->max_tokens)) return 1;
+    if (r->ended == SLAM_ENDED_LIMIT && slam_signals_stop()) r->ended = SLAM_ENDED_SIGNAL;
+    if (r->ended == SLAM_ENDED_LIMIT && run_late(r, slowest)) r->ended = SLAM_ENDED_TIME;
+    return r->ended != SLAM_ENDED_LIMIT;
 }
 
 static double learning_rate(const slam_run *r) {
@@ -7776,6 +7795,10 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
         r->val_loss = losses[0];
         r->val_step = t->step;
         r->val_seconds = slam_clock() - start;
+        if (isfinite(losses[0]) && (t->best_step == 0 || losses[0] < t->best_loss)) {
+            t->best_loss = losses[0];
+            t->best_step = t->step;
+        }
         text_add(&line, "{\"step\": %ld", t->step);
         add_member(&line, "val_loss", losses[0]);
         if (r->task.sources > 1) text_add(&line, ", \"val_loss_by_source\": {");
@@ -7802,10 +7825,6 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
 static int run_save(slam_run *r, FILE *log, const char *path) {
     slam_trainer *t = &r->trainer;
     const double start = slam_clock();
-    if (r->val_step == t->step && isfinite(r->val_loss) && (t->best_step == 0 || r->val_loss < t->best_loss)) {
-        t->best_loss = r->val_loss;
-        t->best_step = t->step;
-    }
     if (fsync(fileno(log)) != 0) return fail("%s: cannot be written: %s", path, strerror(errno));
     r->task.tell(r->task.context, &t->epoch, &t->row);
     t->seconds = run_seconds(r);
@@ -7829,54 +7848,85 @@ static int log_step(const slam_run *r, FILE *log, const char *path, const step_r
     return log_line(log, path, &t);
 }
 
-/* Steps until the run ends; leaves why in r->ended. */
-static int run_loop(slam_run *r, FILE *log, const char *path) {
+/* What the steps of one call leave for the next ones. */
+typedef struct run_pace {
+    long first; /* step that this call began with */
+    double start, peak, slowest,
+        flops;    /* clock; FLOP/s of the machine, 0: not measured yet; seconds of the slowest step; FLOP a token */
+    double shown; /* when the bar was */
+    int in_a_row; /* updates that were left out since the last that was not */
+} run_pace;
+
+/* A step whose loss or gradient is not finite leaves the weights as they were. */
+static int step_left_out(slam_run *r, run_pace *p, double loss, double grad_norm) {
     slam_trainer *t = &r->trainer;
-    const double flops = slam_config_flops(slam_model_config(r->model), r->context), start = slam_clock();
-    const long first = t->step;
+    t->skipped++;
+    clear_bar();
+    printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n",
+           t->step + 1, t->steps, loss, grad_norm, t->skipped);
+    fflush(stdout);
+    if (++p->in_a_row < 20) return 1;
+    return fail("loss or gradient norm was not finite 20 times in a row after step %ld%s", t->step,
+                r->saved_step ? "; the last checkpoint is intact" : "");
+}
+
+/* On a terminal the bar, and lines as well where they were asked for; elsewhere lines. */
+static void show_step(const slam_run *r, run_pace *p, const step_report *s, int last) {
     const int bar = isatty(STDOUT_FILENO);
-    double peak = 0, shown = 0, slowest = 0;
-    for (int in_a_row = 0; t->step < t->steps && !(r->max_tokens && t->tokens >= r->max_tokens);) {
-        const double began = slam_clock();
-        r->ended = slam_signals_stop() ? SLAM_ENDED_SIGNAL : r->ended;
-        if (r->max_seconds &&
-            run_seconds(r) + slowest + (r->task.evaluate && r->eval_every ? r->val_seconds : 0) + r->save_seconds >= r->max_seconds)
-            r->ended = SLAM_ENDED_TIME;
-        if (r->ended != SLAM_ENDED_LIMIT) return 1;
-        step_report s = SLAM_ZERO;
-        slam_step step;
-        uint64_t tokens;
-        s.lr = learning_rate(r);
-        if (!run_step(r, s.lr, &step, &tokens, &s.loss)) return 0;
-        const double seconds = slam_clock() - began;
-        t->tokens += tokens;
-        if (step.skipped) {
-            t->skipped++;
-            clear_bar();
-            printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n",
-                   t->step + 1, t->steps, s.loss, step.grad_norm, t->skipped);
-            if (++in_a_row == 20)
-                return fail("loss or gradient norm was not finite 20 times in a row after step %ld; the last checkpoint is intact",
-                            t->step);
-            continue;
-        }
-        in_a_row = 0;
-        t->step++;
-        slowest = seconds > slowest ? seconds : slowest;
-        if (peak == 0) peak = measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
-        s.grad_norm = step.grad_norm;
-        s.tokens_per_second = (double)tokens / seconds;
-        s.peak_share = peak > 0 ? flops * s.tokens_per_second / peak : 0;
-        s.seconds_left = (slam_clock() - start) / (double)(t->step - first) * (double)(t->steps - t->step);
-        if (r->max_seconds && s.seconds_left > r->max_seconds - run_seconds(r)) s.seconds_left = r->max_seconds - run_seconds(r);
-        if (!log_step(r, log, path, &s)) return 0;
-        if (bar && (slam_clock() - shown > 0.1 || t->step == t->steps)) {
-            show_bar(r, &s);
-            shown = slam_clock();
-        } else if (!bar && (t->step == 1 || t->step == t->steps || (r->log_every > 0 && t->step % r->log_every == 0)))
-            show_line(r, &s);
-        if (r->task.evaluate && r->eval_every && run_due(r, r->eval_every) && !run_evaluate(r, log, path)) return 0;
-        if (run_due(r, r->save_every) && !run_save(r, log, path)) return 0;
+    if (bar ? r->lines && run_due(r, r->log_every) : r->trainer.step == 1 || last || run_due(r, r->log_every)) {
+        if (bar) clear_bar();
+        show_line(r, s);
+    }
+    if (!bar || (slam_clock() - p->shown < 0.1 && !last)) return;
+    show_bar(r, s);
+    p->shown = slam_clock();
+}
+
+/* One update, its line in the log and what is shown of it. */
+static int run_update(slam_run *r, FILE *log, const char *path, run_pace *p) {
+    slam_trainer *t = &r->trainer;
+    const double began = slam_clock();
+    step_report s = SLAM_ZERO;
+    slam_step step;
+    uint64_t tokens;
+    s.lr = learning_rate(r);
+    if (!run_step(r, s.lr, &step, &tokens, &s.loss)) return 0;
+    const double seconds = slam_clock() - began;
+    t->tokens += tokens;
+    if (step.skipped) return step_left_out(r, p, s.loss, step.grad_norm);
+    p->in_a_row = 0;
+    t->step++;
+    p->slowest = seconds > p->slowest ? seconds : p->slowest;
+    if (p->peak == 0) p->peak = measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
+    s.grad_norm = step.grad_norm;
+    s.tokens_per_second = (double)tokens / seconds;
+    s.peak_share = p->peak > 0 ? p->flops * s.tokens_per_second / p->peak : 0;
+    s.seconds_left = (slam_clock() - p->start) / (double)(t->step - p->first) * (double)(t->steps - t->step);
+    if (r->max_seconds && s.seconds_left > r->max_seconds - run_seconds(r)) s.seconds_left = r->max_seconds - run_seconds(r);
+    if (!log_step(r, log, path, &s)) return 0;
+    show_step(r, p, &s, run_over(r, p->slowest));
+    return 1;
+}
+
+/* Steps until the run ends; leaves why in r->ended. The last step is evaluated, then saved, and so is what is best. What a signal cuts short is
+   evaluated where it goes on, so that the log is the one of a run that was not. */
+static int run_loop(slam_run *r, FILE *log, const char *path) {
+    const slam_trainer *t = &r->trainer;
+    run_pace p = SLAM_ZERO;
+    p.first = t->step;
+    p.start = slam_clock();
+    p.flops = slam_config_flops(slam_model_config(r->model), r->context);
+    for (int over = run_over(r, 0); !over;) {
+        const long before = t->step;
+        if (!run_update(r, log, path, &p)) return 0;
+        over = run_over(r, p.slowest);
+        const int last = over && r->ended != SLAM_ENDED_SIGNAL, stepped = t->step > before;
+        if (r->task.evaluate && r->eval_every && r->val_step != t->step && (last || (stepped && run_due(r, r->eval_every))) &&
+            !run_evaluate(r, log, path))
+            return 0;
+        over = over || run_over(r, p.slowest); // a signal may have come meanwhile
+        if (r->saved_step < t->step && (over || run_due(r, r->save_every) || t->best_step == t->step) && !run_save(r, log, path))
+            return 0;
     }
     return 1;
 }
@@ -7885,14 +7935,9 @@ int slam_run_train(slam_run *r) {
     char *path = path_join(r->folder, "log.jsonl");
     FILE *log = path ? fopen(path, "ab") : NULL;
     if (path && !log) fail("%s: cannot be written: %s", path, strerror(errno));
-    const long first = r->saved_step = r->trainer.step;
+    r->saved_step = r->trainer.step;
     r->ended = SLAM_ENDED_LIMIT;
     int ok = log && run_loop(r, log, path);
-    /* What a signal cuts short is evaluated where it goes on, so that the log is the one of a run that was not. */
-    if (ok && r->trainer.step > first && r->val_step != r->trainer.step && r->task.evaluate && r->eval_every &&
-        r->ended != SLAM_ENDED_SIGNAL)
-        ok = run_evaluate(r, log, path);
-    if (ok && r->saved_step < r->trainer.step) ok = run_save(r, log, path);
     clear_bar();
     if (log && fclose(log) != 0 && ok) ok = fail("%s: cannot be written: %s", path, strerror(errno));
     free(path);
@@ -7912,20 +7957,23 @@ static int lock_folder(slam_run *r) {
 
 int slam_run_begin(slam_run *r, const char *checkpoint) {
     slam_trainer *t = &r->trainer;
-    char *log = path_join(r->folder, "log.jsonl");
+    char *log = path_join(r->folder, "log.jsonl"), *newest = NULL;
     r->optimiser = slam_optimiser_new(r->model, &r->adamw);
-    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_mend(r->folder) &&
-             (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
+    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_find(r->folder, &newest);
+    /* the checkpoint was looked for before the lock was ours */
+    if (ok && (checkpoint ? !newest || strcmp(newest, checkpoint) : newest != NULL))
+        ok = fail("%s: another process has trained here meanwhile", r->folder);
+    free(newest);
+    ok = ok && slam_checkpoint_mend(r->folder) && (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
     if (ok && checkpoint && slam_optimiser_updates(r->optimiser) != t->step)
         ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint,
                   slam_optimiser_updates(r->optimiser), t->step);
     r->before = t->seconds;
-    ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step);
+    ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step) &&
+         trainer_write(t, checkpoint ? checkpoint : r->folder) && folder_sync(r->folder);
     free(log);
     return ok;
 }
-
-int slam_run_note(const slam_run *r) { return trainer_write(&r->trainer, r->folder) && folder_sync(r->folder); }
 
 /* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is thrown away: what follows is the run that its
    number of steps alone would have given. The first step is slower than the rest and not counted. */
@@ -7963,12 +8011,17 @@ int slam_run_time(slam_run *r) {
     if (!ok) return 0;
     /* weights and two moments, written at the 300 MB/s of a plain disk */
     const double save = r->save_seconds = 12.0 * (double)slam_config_parameters(slam_model_config(r->model)) / 300e6;
-    const double all =
-        step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (r->save_every ? save / (double)r->save_every : 0);
+    /* every evaluation may find the lowest loss so far, which is saved */
+    const long best_every = r->task.evaluate ? r->eval_every : 0,
+               saves = best_every && (!r->save_every || best_every < r->save_every) ? best_every : r->save_every;
+    const double all = step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (saves ? save / (double)saves : 0);
     const double left = 0.97 * (r->max_seconds - t->seconds - (slam_clock() - r->began)) - evaluation - save;
     const long fit = t->step + (left > all ? (long)(left / all) : 1);
     if (!t->steps || fit < t->steps) t->steps = fit;
     char spelled[32];
+    if (t->steps < r->min_steps)
+        return fail("--time %s: makes %ld steps, the run that is resumed has %ld, and a limit may only grow",
+                    slam_spell_time(spelled, r->max_seconds), t->steps, r->min_steps);
     printf("time     %s: %.4g s a step make %ld steps\n", slam_spell_time(spelled, r->max_seconds), step, t->steps);
     return 1;
 }

@@ -77,7 +77,8 @@ static int flag_table(slam_flag *f, options *o) {
         {"out", SLAM_TEXT, &o->out, "DIR", NULL, "folder of the run (runs/train, runs/train-2, ...)", 0, 0, 0, 0},
         {"resume", SLAM_SWITCH, &o->resume, NULL, NULL, "go on with --out, or with the newest run; limits may grow", 0, 0, 0, 0},
         {"eval-every", SLAM_LONG, &o->eval_every, "N", "500 | 100", "steps between evaluations; 0: never", 0, 1e12, 0, 0},
-        {"save-every", SLAM_LONG, &o->save_every, "N", "500 | 200", "steps between checkpoints; 0: only the last", 0, 1e12, 0, 0},
+        {"save-every", SLAM_LONG, &o->save_every, "N", "500 | 200", "steps between checkpoints; 0: only the last and the best", 0,
+         1e12, 0, 0},
         {"keep", SLAM_INT, &o->keep, "N", "3", "newest checkpoints that stay, beside the best; 0: all", 0, 1 << 30, 0, 0},
         {"log-every", SLAM_LONG, &o->log_every, "N", "10 | 20", "steps between lines where stdout is no terminal", 0, 1e12, 0, 0},
         {"format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "names in the checkpoints", 0, 0, 0, 0},
@@ -432,6 +433,7 @@ static int fill_run(job *j) {
     r->eval_every = o->eval_every;
     r->save_every = o->save_every;
     r->log_every = o->log_every;
+    r->lines = slam_flags_given(&j->flags, "log-every");
     r->keep = o->keep;
     r->format = strcmp(o->format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
     r->context = o->context;
@@ -486,7 +488,7 @@ static int train(job *j) {
         if (slam_signals_stop()) printf("stopped before the first step\n");
         return slam_signals_stop();
     }
-    if (!keep_settings(j) || !slam_run_begin(r, j->checkpoint) || (!j->checkpoint && !slam_run_note(r))) return 0;
+    if (!keep_settings(j) || !slam_run_begin(r, j->checkpoint)) return 0;
     const long first = r->trainer.step;
     if (!slam_run_train(r)) return 0;
     print_end(j, first);
