@@ -75,10 +75,13 @@ static int name_data(job *j, const char *argv0) {
     if (!j->run.settings.n)
         return bundled(argv0, "test/corpus/val.bin", &j->test) &&
                (j->train.n || bundled(argv0, "test/corpus/train.bin", &j->train));
+    const int held_out = atof(setting(j, "val-fraction", "0")) > 0;
     int ok = slam_settings_recall_paths(&j->run.settings, "data", &given, &train);
     slam_list_free(&given);
     ok = ok && slam_settings_recall_paths(&j->run.settings, "val", &given, &j->test);
-    const int held_out = atof(setting(j, "val-fraction", "0")) > 0;
+    if (ok && !train.n) // a run without DATA
+        ok = bundled(argv0, "test/corpus/train.bin", &train) &&
+             (held_out || j->test.n || bundled(argv0, "test/corpus/val.bin", &j->test));
     j->note = j->test.n ? "" : held_out ? " (what the run held out)" : " (what it was trained on: the run held nothing out)";
     for (size_t i = 0; ok && !j->test.n && i < train.n; i++) ok = slam_list_add(&given, train.at[i]);
     if (ok && !j->test.n) {
@@ -154,6 +157,9 @@ static int score(job *j, const char *argv0, const char *path) {
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
     printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
     if (j->train_data && !slam_ngrams(j->train_data, j->test_data, c->V, ngrams, &same)) return 0;
+    if (j->train_data && same != targets)
+        return slam_refuse("%s: n-grams predict %llu tokens, the model %llu: they cannot be compared", j->test.at[0],
+                           (unsigned long long)same, (unsigned long long)targets);
     for (int k = 0; j->train_data && k < 5; k++) printf("%-15s %12.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
     printf("over %llu tokens in rows of %d%s\n", (unsigned long long)targets, context,
            j->train_data ? "; n-grams are interpolated (Witten-Bell)" : "");
@@ -173,8 +179,12 @@ int main(int argc, char **argv) {
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    int status = parsed == 0 || (parsed == 1 && (!slam_flags_defaults(&j.flags, 0) || !read_arguments(&j, &model))) ? 2 : 0;
+    int status = parsed == 0 || (parsed == 1 && (!slam_flags_defaults(&j.flags, 0) || !slam_device_check(j.o.device) ||
+                                                 !read_arguments(&j, &model)))
+                     ? 2
+                     : 0;
     if (parsed == 1 && status == 0) status = !score(&j, argv[0], model);
+    if (status == 0 && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
     if (status == 2) slam_flags_usage(&j.flags);
     else if (status) fprintf(stderr, "eval: error: %s\n", slam_error());
     slam_data_free(j.test_data);

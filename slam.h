@@ -526,6 +526,8 @@ int slam_refuse(const char *format, ...);
 void slam_signals_catch(void);
 int slam_signals_stop(void); /* 1 once one has come */
 
+/* 1: auto, cpu, cuda or cuda:N, whether or not there is one */
+int slam_device_check(const char *device);
 /* device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "f32" or "bf16"; threads 0: one a core. `note` gets why auto took the CPU, or "". */
 slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]);
 
@@ -538,7 +540,7 @@ char *slam_path_beside(const char *argv0, const char *name); /* NAME beside the 
 char *slam_path_absolute(const char *path); /* where there is no such file yet, or a glob: the folder's path made absolute */
 char *slam_run_new(const char *name);       /* makes runs/NAME, or runs/NAME-2 and so on: the first that is free */
 int slam_run_claim(const char *folder);     /* an error where the folder holds a run */
-char *slam_run_newest(const char *name);    /* of runs/NAME, runs/NAME-2, ...; NULL name: of all that hold a checkpoint */
+char *slam_run_newest(const char *name);    /* in runs/: that program NAME has begun; NULL name: that holds a checkpoint */
 char *slam_run_model(const char *path);     /* a model folder as it is, a run's newest checkpoint; NULL: of the newest run */
 
 /* Keeps the value of every flag but of those named in `without` (words parted by spaces). */
@@ -548,10 +550,10 @@ int slam_settings_keep(slam_settings *, const slam_flags *, const char *without)
 int slam_settings_recall(const slam_settings *, slam_flags *, const char *without, const char *may_change, const char *may_grow);
 
 /* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them. Recall: given ones must
-   be the run's, none given become the run's; `paths` gets what to open. */
+   be the run's, none given become the run's, which may be none (the bundled corpus); `paths` gets what to open. */
 int slam_settings_keep_paths(slam_settings *, const char *name, const slam_list *given);
 int slam_settings_recall_paths(const slam_settings *, const char *name, slam_list *given, slam_list *paths);
-/* What --resume goes on with: the folder `out`, NULL: the newest of runs/NAME...; its newest checkpoint, NULL: none yet; how it stands, steps 0: nothing is
+/* What --resume goes on with: the folder `out`, NULL: the newest run of program NAME; its newest checkpoint, NULL: none yet; how it stands, steps 0: nothing is
    there yet. */
 int slam_run_find(const char *name, const char *out, char **folder, char **checkpoint, slam_trainer *);
 
@@ -7153,17 +7155,18 @@ int slam_refuse(const char *format, ...) {
 
 /* ---- devices ---- */
 
+int slam_device_check(const char *device) {
+    char *end = NULL;
+    if (!strcmp(device, "auto") || !strcmp(device, "cpu") || !strcmp(device, "cuda")) return 1;
+    if (!strncmp(device, "cuda:", 5) && isdigit((unsigned char)device[5]) && strtol(device + 5, &end, 10) < 1024 && !*end) return 1;
+    return fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
+}
+
 slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]) {
     slam_ops *ops = NULL;
-    char *end = NULL;
     note[0] = 0;
-    if (!strcmp(device, "auto") || !strcmp(device, "cuda")) ops = slam_cuda(0);
-    else if (!strncmp(device, "cuda:", 5) && isdigit((unsigned char)device[5])) {
-        const long n = strtol(device + 5, &end, 10);
-        if (!*end && n < 1024) ops = slam_cuda((int)n);
-        else fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
-    } else if (!strcmp(device, "cpu")) ops = slam_cpu(threads);
-    else fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
+    if (!slam_device_check(device)) return NULL;
+    ops = !strcmp(device, "cpu") ? slam_cpu(threads) : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : 0);
     if (!ops && !strcmp(device, "auto")) {
         snprintf(note, 256, "%.255s", slam_error());
         ops = slam_cpu(threads);
@@ -7294,22 +7297,38 @@ static int run_has_name(const char *folder, const char *name) {
     return !folder[n] || (folder[n] == '-' && folder[n + 1] && folder[n + 1 + strspn(folder + n + 1, "0123456789")] == 0);
 }
 
+/* Whether a run of this program was begun in the folder (NULL program: whether it holds a checkpoint). What trainer.json does not say, or cannot,
+   the folder's name does. */
+static int run_fits(const char *folder, const char *program, int *fits) {
+    char *checkpoint = NULL, *note = path_join(folder, "trainer.json");
+    slam_trainer trainer;
+    int ok = note && slam_checkpoint_find(folder, &checkpoint);
+    *fits = ok && (checkpoint || (program && path_is_file(note)));
+    if (*fits && program) {
+        const int readable = slam_trainer_read(&trainer, checkpoint ? checkpoint : folder);
+        const char *said = readable ? slam_settings_get(&trainer.settings, "program") : NULL;
+        *fits = said ? !strcmp(said, program) : run_has_name(path_name(folder), program);
+        if (readable) slam_trainer_free(&trainer);
+    }
+    free(checkpoint);
+    free(note);
+    return ok;
+}
+
 char *slam_run_newest(const char *name) {
     names list = SLAM_ZERO;
     char *newest = NULL;
     int64_t age = -1;
     int ok = !path_is_folder("runs") || folder_list("runs", &list);
     for (size_t i = 0; ok && i < list.n; i++) {
-        char *folder = path_join("runs", list.at[i]), *checkpoint = NULL;
-        ok = folder != NULL;
-        int fits = ok && path_is_folder(folder) && (!name || run_has_name(list.at[i], name));
-        if (fits && !name) fits = slam_checkpoint_find(folder, &checkpoint) && checkpoint;
+        char *folder = path_join("runs", list.at[i]);
+        int fits = 0;
+        ok = folder && (!path_is_folder(folder) || run_fits(folder, name, &fits));
         if (fits && run_age(folder) > age) {
             age = run_age(folder);
             free(newest);
             newest = folder;
         } else free(folder);
-        free(checkpoint);
     }
     names_free(&list);
     if (ok && !newest) fail("runs: no run%s%s%s here yet", name ? " '" : " with a checkpoint", name ? name : "", name ? "'" : "");
@@ -7722,16 +7741,22 @@ typedef struct step_report {
     double loss, grad_norm, lr, tokens_per_second, peak_share, seconds_left;
 } step_report;
 
-/* One line that is written over, 79 columns at most. */
+/* One line that is written over, of 79 columns where tokens seen can be left out for that. */
 static void show_bar(const slam_run *r, const step_report *s) {
-    char rate[32], left[32], bar[13];
+    char rate[32], left[32], seen[48], bar[13];
     const long filled = 12 * r->trainer.step / r->trainer.steps;
     for (int i = 0; i < 12; i++) bar[i] = i < filled ? '#' : '-';
     bar[12] = 0;
-    printf("\r\033[K%ld/%ld [%s] loss %.4f %s tok/s", r->trainer.step, r->trainer.steps, bar, s->loss,
-           slam_spell_count(rate, s->tokens_per_second));
-    if (s->peak_share > 0) printf(" %.0f%% peak", 100 * s->peak_share);
-    printf(" %s left", slam_spell_time(left, s->seconds_left));
+    char peak[32] = "", line[160];
+    if (s->peak_share > 0) snprintf(peak, sizeof peak, " %.0f%% peak", 100 * s->peak_share);
+    snprintf(seen, sizeof seen, " %s tokens", slam_spell_count(rate, (double)r->trainer.tokens));
+    slam_spell_count(rate, s->tokens_per_second);
+    slam_spell_time(left, s->seconds_left);
+    for (int narrow = 0; narrow < 2; narrow++)
+        if (snprintf(line, sizeof line, "%ld/%ld [%s]%s loss %.4f %s tok/s%s %s left", r->trainer.step, r->trainer.steps, bar,
+                     narrow ? "" : seen, s->loss, rate, peak, left) < 80)
+            break;
+    printf("\r\033[K%s", line);
     fflush(stdout);
 }
 
@@ -8073,6 +8098,7 @@ static int flag_time(slam_flag *f, const char *value) {
         total = 60 * total + x;
         if (!*end) {
             *(double *)f->to = total;
+            if (total == 0) return fail("--%s %s: expected some time", f->name, value);
             return total < 1e9 ? 1 : fail("--%s %s: expected less than 30 years", f->name, value);
         }
         if (*end != ':') break;
@@ -8200,8 +8226,17 @@ static int flag_unknown(const slam_flags *f, const char *spelled, const char *na
     return fail("%s: there is no such flag", spelled);
 }
 
+/* A file opened where stdin, stdout or stderr was closed would get their number, and what is printed would go into it. */
+static void open_standard(void) {
+    int fd;
+    do fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd > STDERR_FILENO) close(fd);
+}
+
 int slam_flags_parse(slam_flags *f, int argc, char **argv) {
     int only_rest = 0;
+    open_standard();
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i];
         if (!strcmp(a, "--") && !only_rest) {

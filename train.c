@@ -126,16 +126,36 @@ static int read_micro(const char *spelled, int *micro) {
     return 1;
 }
 
+/* W,W,...: one for each of n sources (0: any number), of which source i gets *weight; without the flag each is drawn once an epoch. */
+static int weight_at(const char *weights, size_t i, size_t n, double *weight) {
+    *weight = 1;
+    if (!weights || !*weights) return 1;
+    const char *at = weights;
+    for (size_t k = 0;; k++) {
+        char *end;
+        const double w = strtod(at, &end);
+        if (end == at || (*end && *end != ','))
+            return slam_refuse("--weights %s: expected numbers with commas between them", weights);
+        if (k == i) *weight = w;
+        at = end + 1;
+        if (*end) continue;
+        return !n || k + 1 == n ? 1 : slam_refuse("--weights %s: %zu numbers for %zu DATA arguments", weights, k + 1, n);
+    }
+}
+
 /* What the table cannot say of a flag. */
 static int check_flags(job *j) {
     const options *o = &j->o;
+    const size_t sources = j->flags.rest.n ? j->flags.rest.n : o->resume ? 0 : 1;
+    double weight;
     int micro;
     if (o->init && o->twist) return slam_refuse("--init and --twist: a run starts from one model");
     if (o->model && (o->init || o->twist))
         return slam_refuse("--model with --init or --twist: the model that training starts from has its shape");
     if (o->val.n && o->val_fraction > 0)
         return slam_refuse("--val and --val-fraction: validation data are given or held out, not both");
-    return (!o->warmup || read_warmup(&j->run, o->warmup)) && (!o->micro || read_micro(o->micro, &micro));
+    return (!o->warmup || read_warmup(&j->run, o->warmup)) && (!o->micro || read_micro(o->micro, &micro)) &&
+           weight_at(o->weights, 0, sources, &weight) && (!o->device || slam_device_check(o->device));
 }
 
 /* A path among the flags is kept in full, so that a run can be resumed from another folder. */
@@ -149,6 +169,13 @@ static int make_absolute(job *j, const char *name, const char *path) {
 
 static int is_limit(const job *j, const slam_flag *f) {
     return f->to == &j->o.steps || f->to == &j->o.tokens || f->to == &j->o.epochs || f->to == &j->o.seconds;
+}
+
+/* Whether the command line gives a limit that the run does not have already. */
+static int is_new_limit(const job *j, const slam_flag *f) {
+    const char *stored = slam_settings_get(&j->run.trainer.settings, f->name);
+    const double value = f->type == SLAM_LONG ? (double)*(long *)f->to : *(double *)f->to;
+    return f->given && !(stored && strtod(stored, NULL) == value);
 }
 
 /* Flags, then what the resumed run has, then the recipe, then defaults: the first to say a value decides. */
@@ -172,7 +199,8 @@ static int settle(job *j) {
     }
     j->any_limit = o->steps || o->tokens || o->epochs > 0 || o->seconds > 0;
     for (int i = 0; i < j->flags.n; i++)
-        if (is_limit(j, &j->table[i]) && (j->any_limit || !j->fresh)) j->table[i].fallback = NULL;
+        if ((is_limit(j, &j->table[i]) && (j->any_limit || !j->fresh)) || (j->table[i].to == &o->model && (o->init || o->twist)))
+            j->table[i].fallback = NULL;
     if (!slam_flags_defaults(&j->flags, j->flags.rest.n == 0)) return 0;
     if (o->min_lr < 0) {
         char spelled[32];
@@ -191,37 +219,24 @@ static int bundled(const char *argv0, const char *name, slam_list *list) {
     return ok;
 }
 
-/* Without DATA the corpus beside the program is used, with its own validation part. */
+/* Without DATA the corpus beside the program is used, with its own validation part. Such a run keeps empty lists, so that it goes on wherever the
+   program lies. */
 static int name_data(job *j, const char *argv0) {
     options *o = &j->o;
-    if (!j->fresh) {
-        j->is_bundled = j->data_paths.n == 1 && strstr(j->data_paths.at[0], "/test/corpus/train.bin") != NULL;
-        return 1;
-    }
-    const int none = j->is_bundled = j->flags.rest.n == 0;
-    if (none && !bundled(argv0, "test/corpus/train.bin", &j->flags.rest)) return 0;
-    if (none && !o->val.n && o->val_fraction == 0 && !bundled(argv0, "test/corpus/val.bin", &o->val)) return 0;
-    for (size_t i = 0; i < j->flags.rest.n; i++)
+    for (size_t i = 0; j->fresh && i < j->flags.rest.n; i++)
         if (!slam_list_add(&j->data_paths, j->flags.rest.at[i])) return 0;
-    for (size_t i = 0; i < o->val.n; i++)
+    for (size_t i = 0; j->fresh && i < o->val.n; i++)
         if (!slam_list_add(&j->val_paths, o->val.at[i])) return 0;
-    return 1;
+    j->is_bundled = j->data_paths.n == 0;
+    if (!j->is_bundled) return 1;
+    return bundled(argv0, "test/corpus/train.bin", &j->data_paths) &&
+           (j->val_paths.n || o->val_fraction > 0 || bundled(argv0, "test/corpus/val.bin", &j->val_paths));
 }
 
-/* W,W,...: one for each source; without the flag each is drawn once an epoch. */
-static int weight_at(const char *weights, size_t i, size_t n, double *weight) {
-    *weight = 1;
-    if (!weights || !*weights) return 1;
-    const char *at = weights;
-    for (size_t k = 0;; k++) {
-        char *end;
-        const double w = strtod(at, &end);
-        if (end == at || (*end && *end != ','))
-            return slam_refuse("--weights %s: expected numbers with commas between them", weights);
-        if (k == i) *weight = w;
-        at = end + 1;
-        if (!*end) return k + 1 == n ? 1 : slam_refuse("--weights %s: %zu numbers for %zu DATA arguments", weights, k + 1, n);
-    }
+/* How the sources that are validated on are called in the log: as the user calls them. */
+static const slam_list *val_names(const job *j) {
+    if (j->o.val_fraction > 0) return j->is_bundled ? &j->data_paths : &j->flags.rest;
+    return j->o.val.n ? &j->o.val : &j->val_paths;
 }
 
 static int open_data(job *j) {
@@ -243,7 +258,7 @@ static int decide_vocabulary(job *j) {
     int said, val_said = 0;
     if (!slam_data_vocabulary(j->data, &said) || (j->val && !slam_data_vocabulary(j->val, &val_said))) return 0;
     if (said && val_said && said != val_said)
-        return slam_refuse("%s: a vocabulary of %d, but the training data have one of %d", o->val.at[0], val_said, said);
+        return slam_refuse("%s: a vocabulary of %d, but the training data have one of %d", j->val_paths.at[0], val_said, said);
     said = said ? said : val_said;
     if (said && o->V && o->V != said) return slam_refuse("--vocab %d: the data have a vocabulary of %d", o->V, said);
     said = said ? said : o->V;
@@ -263,7 +278,7 @@ static int check_units(const job *j) {
     const uint32_t units = slam_data_fingerprint(j->data), val = j->val ? slam_data_fingerprint(j->val) : 0;
     slam_trainer start;
     if (units && val && units != val)
-        return slam_refuse("%s: units of quantiser %08x, those of the training data are of %08x", j->o.val.at[0], val, units);
+        return slam_refuse("%s: units of quantiser %08x, those of the training data are of %08x", j->val_paths.at[0], val, units);
     if (!j->o.init || !slam_trainer_read(&start, j->start)) return 1; // a model of other make does not say
     const uint32_t known = start.units;
     slam_trainer_free(&start);
@@ -318,9 +333,14 @@ static int fix_steps(job *j) {
     slam_trainer *t = &j->run.trainer;
     const long stored = t->steps;
     long steps = o->steps, fit;
-    int given = 0;
-    for (int i = 0; i < j->flags.n; i++) given = given || (is_limit(j, &j->table[i]) && j->table[i].given);
-    if (!j->fresh && !given) return 1;
+    int longer = 0;
+    j->measure = o->seconds > 0 && j->fresh;
+    for (int i = 0; i < j->flags.n; i++) {
+        if (!is_limit(j, &j->table[i]) || !is_new_limit(j, &j->table[i])) continue;
+        longer = 1;
+        j->measure = j->measure || j->table[i].to == &o->seconds;
+    }
+    if (!j->fresh && !longer) return 1;
     if (o->epochs > 0) {
         fit = (long)ceil(o->epochs * (double)j->size.rows / o->batch);
         steps = !steps || fit < steps ? fit : steps;
@@ -331,8 +351,8 @@ static int fix_steps(job *j) {
     }
     if (steps && steps < stored)
         return slam_refuse("the limits make %ld steps, the run that is resumed has %ld, and a limit may only grow", steps, stored);
-    j->measure = o->seconds > 0 && (j->fresh || slam_flags_given(&j->flags, "time"));
     t->steps = steps;
+    j->run.min_steps = stored;
     return 1;
 }
 
@@ -380,14 +400,36 @@ static void print_dry_run(const job *j) {
                o->rate);
 }
 
+/* A path as a shell takes it. */
+static void print_path(const char *path) {
+    if (!strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`")) printf("%s", path);
+    else {
+        printf("'");
+        for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
+        printf("'");
+    }
+}
+
+/* Twice what was asked for; the number of steps where nothing was. */
+static void print_twice(const job *j) {
+    const options *o = &j->o;
+    char time[32];
+    if (o->steps || !j->any_limit) printf(" --steps %ld", 2 * (o->steps ? o->steps : j->run.trainer.steps));
+    if (o->tokens) printf(" --tokens %ld", 2 * o->tokens);
+    if (j->any_limit && o->epochs > 0) printf(" --epochs %.15g", 2 * o->epochs);
+    if (o->seconds > 0) printf(" --time %s", slam_spell_time(time, 2 * o->seconds));
+}
+
 /* What there is to do after the run. */
 static void print_next(const job *j) {
     const slam_run *r = &j->run;
-    const slam_trainer *t = &r->trainer;
-    if (r->ended == SLAM_ENDED_SIGNAL)
-        printf("\nnext  ./train --resume --out %s\n          goes on where this stopped\n", r->folder);
-    else printf("\nnext  ./train --resume --out %s --steps %ld\n          goes on for as long again\n", r->folder, 2 * t->steps);
-    printf("      ./eval %s ppl\n          sets it beside n-gram models of the same data\n", r->folder);
+    const int stopped = r->ended == SLAM_ENDED_SIGNAL;
+    printf("\nnext  ./train --resume --out ");
+    print_path(r->folder);
+    if (!stopped) print_twice(j);
+    printf("\n          %s\n      ./eval ", stopped ? "goes on where this stopped" : "goes on for as long again");
+    print_path(r->folder);
+    printf(" ppl\n          sets it beside n-gram models of the same data\n");
     if (!j->is_bundled) return;
     printf(
         "      ./tokenize FOLDER --fit 100 --kmeans km.npy\n      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n          trains on recordings of your own\n");
@@ -451,7 +493,8 @@ static int keep_settings(job *j) {
         return slam_refuse("%s: the data are not those that this run was begun with", j->data_paths.at[0]);
     t->data = hash;
     t->units = slam_data_fingerprint(j->data);
-    return slam_settings_keep(&t->settings, &j->flags, without) && slam_settings_keep_paths(&t->settings, "data", &j->flags.rest) &&
+    return slam_settings_set(&t->settings, "program", "train") && slam_settings_keep(&t->settings, &j->flags, without) &&
+           slam_settings_keep_paths(&t->settings, "data", &j->flags.rest) &&
            slam_settings_keep_paths(&t->settings, "val", &j->o.val);
 }
 
@@ -476,19 +519,19 @@ static int train(job *j) {
     options *o = &j->o;
     slam_run *r = &j->run;
     if (!open_model(j)) return 0;
-    r->folder = j->folder ? j->folder : o->out ? o->out : (j->folder = slam_run_new("train"));
-    if (!r->folder) return 0;
-    printf("run      %s\n", r->folder);
-    fflush(stdout);
-    j->task = slam_pretraining_new(r->model, j->data, j->val, o->val_fraction > 0 ? &j->flags.rest : &o->val, o->context, o->batch,
-                                   r->micro, (uint64_t)o->seed);
+    j->task = slam_pretraining_new(r->model, j->data, j->val, val_names(j), o->context, o->batch, r->micro, (uint64_t)o->seed);
     if (!j->task) return 0;
     r->task = slam_pretraining_task(j->task);
     if (j->measure && !slam_run_time(r)) {
         if (slam_signals_stop()) printf("stopped before the first step\n");
         return slam_signals_stop();
     }
-    if (!keep_settings(j) || !slam_run_begin(r, j->checkpoint)) return 0;
+    if (!keep_settings(j)) return 0;
+    r->folder = j->folder ? j->folder : o->out ? o->out : (j->folder = slam_run_new("train"));
+    if (!r->folder) return 0;
+    printf("run      %s\n", r->folder);
+    fflush(stdout);
+    if (!slam_run_begin(r, j->checkpoint)) return 0;
     const long first = r->trainer.step;
     if (!slam_run_train(r)) return 0;
     print_end(j, first);
@@ -534,7 +577,8 @@ int main(int argc, char **argv) {
             fflush(stdout);
         }
         if (ok && j.o.dry_run) print_dry_run(&j);
-        else ok = ok && train(&j);
+        else if (ok) ok = train(&j);
+        else if ((ok = slam_signals_stop())) printf("stopped before the first step\n");
         status = ok ? 0 : 1;
     }
     if (status == 2) slam_flags_usage(&j.flags);

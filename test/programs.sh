@@ -106,6 +106,11 @@ refuses 'a flag without its value' 2 'lr' "$train" a.jsonl --lr
 refuses 'a value that is no number' 2 'lr' "$train" a.jsonl --lr fast
 refuses 'a wrong choice' 2 'schedule' "$train" a.jsonl --schedule wavy
 refuses 'a wrong warm-up' 2 'warmup' "$train" a.jsonl --warmup soon
+refuses '--time 0' 2 'time' "$train" a.jsonl --time 0
+refuses 'a device of no kind' 2 'device abc' "$train" a.jsonl --device abc
+refuses 'eval on a device of no kind' 2 'device cuda:x' "$eval" ppl a.jsonl --device cuda:x
+refuses 'weights that are no numbers' 2 'weights abc' "$train" a.jsonl --weights abc
+refuses 'weights that are too few' 2 'weights' "$train" a.jsonl b.jsonl --weights 1 --steps 1
 refuses '--model with --init' 2 'shape' "$train" a.jsonl --model tiny --init x
 refuses '--init with --twist' 2 'init' "$train" a.jsonl --init x --twist y
 
@@ -116,7 +121,11 @@ check 'each step stands in the log' 'steps' each_step one 20
 check 'evaluations stand in the log' 'not two' test "$(grep -c val_loss one/log.jsonl)" = 2
 check 'the last step is latest' 'link' test "$(readlink one/latest)" = step_000020
 check '--keep 2 keeps two' 'folders' test "$(ls -d one/step_* | tr '\n' ' ')" = 'one/step_000015 one/step_000020 '
-check 'best links to the lowest val_loss' 'link' test "$(readlink one/best)" = step_000020
+"$train" $few a.jsonl --val v.jsonl --steps 40 --eval-every 7 --save-every 10 --keep 1 --lr 0.1 --out high >/dev/null 2>&1
+grep val_loss high/log.jsonl | awk '{ gsub("[,}]", ""); if (NR == 1 || $4 < least) { least = $4; at = $2 } } END { printf "step_%06d", at }' >lowest.txt
+check 'best links to the lowest val_loss of the log' "$(readlink high/best), $(cat lowest.txt)" test "$(readlink high/best)" = "$(cat lowest.txt)" -a -f high/best/model.safetensors
+check 'which is neither the last nor one that was due' "$(cat lowest.txt)" sh -c "! grep -q 0\$ lowest.txt"
+check 'the last step is evaluated, then saved' 'order' sh -c "tail -n 1 high/log.jsonl | grep -q 'step\": 40, \"val_loss' && test \$(readlink high/latest) = step_000040"
 "$train" $few a.jsonl --val v.jsonl --steps 20 --save-every 5 --eval-every 10 --keep 2 --out two >/dev/null 2>&1
 check 'the same seed gives the same bytes' 'differ' same_runs one two
 "$train" $few a.jsonl --val v.jsonl --steps 20 --seed 1 --eval-every 10 --out seed >/dev/null 2>&1
@@ -156,7 +165,6 @@ refuses 'a token beyond the vocabulary' 1 'stray.bin.* 4 .*300' "$train" $few st
 refuses 'a unit beyond the vocabulary' 1 'a.jsonl:[0-9]' "$train" $few a.jsonl --vocab 50 --steps 1
 refuses '--vocab against the shard' 1 '300.*102' "$train" $few small.bin --vocab 300 --steps 1
 refuses 'data of another vocabulary than --init' 1 '300.*102' "$train" $start small.bin --init large --steps 1
-refuses 'weights that are too few' 1 'weights' "$train" $few a.jsonl b.jsonl --weights 1 --steps 1
 refuses 'bf16 on the CPU' 1 'f32' "$train" $few a.jsonl --device cpu --dtype bf16 --steps 1
 refuses 'eval with an unknown task' 2 'sing' "$eval" one sing
 refuses 'eval without data' 1 'nothing' "$eval" one ppl nothing.jsonl
@@ -225,12 +233,53 @@ wait $process || bad="did not end well: $(head -n 1 chance.err)"
 reached=$(readlink chance/latest)
 check 'twenty kills at moments of chance' "$bad" test -z "$bad" -a -n "$reached"
 check 'after them each step stands once' 'steps' each_step chance "$(echo "${reached#step_}" | sed 's/^0*//')"
+refuses 'resume with a time for fewer steps' 1 'time.* 1000000, .*grow' "$train" --resume --out chance --time 2
+refuses 'resume with epochs of fewer steps' 1 ' 1000000, .*grow' "$train" --resume --out chance --epochs 1
+
+# Two calls on one folder of which the slower one has looked for a checkpoint before the other had any.
+"$train" $few a.jsonl --batch 64 --time 60 --out both >both.out 2>both.err &
+process=$!
+while ! grep -q '^schedule' both.out; do kill -0 $process 2>/dev/null || break; done
+kill -STOP $process
+"$train" $few a.jsonl --steps 2 --out both >/dev/null 2>&1
+cp -r both first
+kill -CONT $process
+wait $process
+check 'a run that another process has begun meanwhile' "status $?: $(cat both.err)" grep -q 'both: another process has trained here meanwhile' both.err
+check 'stays as that process left it' 'differ' diff -r both first
+
+"$train" $few a.jsonl --steps 5 --out grown >/dev/null 2>&1
+"$train" --resume --out grown --steps 400000 --save-every 0 >/dev/null 2>&1 &
+process=$!
+halt_at_step $process grown 7
+kill -9 $process
+wait $process 2>/dev/null
+check 'the kill came before a checkpoint' 'checkpoint' test "$(readlink grown/latest)" = step_000005
+refuses 'a limit that has grown survives a kill' 1 'steps 10.* 400000, .*grow' "$train" --resume --out grown --steps 10
+
+mkdir newest
+check '--resume takes the newest run, whatever its name' 'other' sh -c "cd newest && '$train' $start --model ../model.json ../a.jsonl --steps 2 &&
+    '$train' $start --model ../model.json ../a.jsonl --steps 2 --out runs/mine && mkdir runs/train-9 &&
+    '$train' --resume --steps 4 && test \$(readlink runs/mine/latest) = step_000004 -a \$(readlink runs/train/latest) = step_000002"
+check 'what is to be done next' 'other' sh -c "'$train' $few a.jsonl --tokens 2000 --out 'a b' | grep -q \"resume --out 'a b' --tokens 4000\$\""
+if [ -f "$programs/test/corpus/train.bin" ]; then
+    mkdir -p here/test && ln -s "$programs/test/corpus" here/test/corpus && cp "$train" "$eval" here
+    check 'a run on the bundled corpus goes on where the program has moved to' 'status' sh -c "here/train --steps 1 --eval-every 0 --context 32 --batch 1 --out beside &&
+        mv here there && there/train --resume --out beside --steps 2"
+    check 'and is evaluated there' 'data' sh -c "there/eval beside ppl | grep -q 'there/test/corpus/val.bin'"
+fi
 
 # ---- limits of numbers, of time, of the disk ----
 
 refuses 'twenty updates that are not finite' 1 'not finite 20 times' "$train" $few a.jsonl --steps 50 --save-every 1 --lr 1e25 --warmup 0 --schedule constant --out wild
 check 'they are counted and reported' 'lines' test "$(grep -c 'not finite' refuse.out)" = 20
-check 'they leave the last good checkpoint' 'not there' sh -c "'$eval' wild ppl v.jsonl --context 64 || test -f wild/latest/trainer.json"
+refuses 'without a checkpoint none is spoken of' 1 'in a row after step [0-9]*$' "$train" $few a.jsonl --steps 50 --save-every 0 --lr 1e25 --warmup 0 --schedule constant --out lost
+"$train" $few a.jsonl --steps 5 --save-every 0 --schedule constant --warmup 0 --out good >/dev/null 2>&1
+"$eval" good ppl v.jsonl --json before.json >/dev/null 2>&1
+sed 's/"lr": "0.005"/"lr": "1e25"/' good/latest/trainer.json >changed.json && cp changed.json good/latest/trainer.json
+refuses 'a run that breaks down' 1 'checkpoint is intact' "$train" --resume --out good --steps 50
+"$eval" good ppl v.jsonl --json after.json >/dev/null 2>&1
+check 'leaves the last good checkpoint' 'differ' sh -c "test \$(readlink good/latest) = step_000005 && grep -q nll before.json && cmp before.json after.json"
 
 started=$(date +%s)
 check '--time trains' 'status' "$train" $few a.jsonl --time 3 --out timed
