@@ -70,8 +70,10 @@ static const char *setting(const job *j, const char *name, const char *fallback)
 /* Without DATA: what the run was validated on, beside n-grams counted on what it was trained on. A run that held nothing out is
    scored on its training data, a model that is from no run on the bundled corpus. */
 static int name_data(job *j, const char *argv0) {
-    slam_list given = {0}, train = {0};
+    slam_list given, train;
     if (j->test.n) return 1;
+    memset(&given, 0, sizeof given);
+    memset(&train, 0, sizeof train);
     if (!j->run.settings.n)
         return bundled(argv0, "test/corpus/val.bin", &j->test) &&
                (j->train.n || bundled(argv0, "test/corpus/train.bin", &j->train));

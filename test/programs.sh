@@ -121,7 +121,8 @@ check 'each step stands in the log' 'steps' each_step one 20
 check 'evaluations stand in the log' 'not two' test "$(grep -c val_loss one/log.jsonl)" = 2
 check 'the last step is latest' 'link' test "$(readlink one/latest)" = step_000020
 check '--keep 2 keeps two' 'folders' test "$(ls -d one/step_* | tr '\n' ' ')" = 'one/step_000015 one/step_000020 '
-"$train" $few a.jsonl --val v.jsonl --steps 40 --eval-every 7 --save-every 10 --keep 1 --lr 0.1 --out high >/dev/null 2>&1
+head -n 4 a.jsonl >four.jsonl # learned by heart, so that the loss on others soon rises
+"$train" $few four.jsonl --val v.jsonl --steps 40 --eval-every 7 --save-every 10 --keep 1 --lr 0.02 --schedule constant --out high >/dev/null 2>&1
 grep val_loss high/log.jsonl | awk '{ gsub("[,}]", ""); if (NR == 1 || $4 < least) { least = $4; at = $2 } } END { printf "step_%06d", at }' >lowest.txt
 check 'best links to the lowest val_loss of the log' "$(readlink high/best), $(cat lowest.txt)" test "$(readlink high/best)" = "$(cat lowest.txt)" -a -f high/best/model.safetensors
 check 'which is neither the last nor one that was due' "$(cat lowest.txt)" sh -c "! grep -q 0\$ lowest.txt"
@@ -176,7 +177,16 @@ cp a.jsonl moved.jsonl
 cat b.jsonl >>moved.jsonl
 refuses 'resume on data that have changed' 1 'moved.jsonl' "$train" --resume --out changed --steps 4
 
+cp -rL one copied
+refuses 'a link that a copy made a folder' 1 'latest.*remove it' "$train" --resume --out copied --steps 30
+"$train" $few a.jsonl --steps 3 --out closed >&- 2>&- <&-
+check 'closed standard files take nothing with them' 'log' each_step closed 3
+if [ -c /dev/full ]; then
+    check 'eval where stdout is full' 'status 0' sh -c "'$eval' one ppl v.jsonl 2>full.err >/dev/full; test \$? = 1 && grep -q 'stdout: cannot be written' full.err"
+fi
 cp -r one damaged
+sed 's/"steps": 20/"steps": 0/' one/step_000020/trainer.json >damaged/step_000020/trainer.json
+refuses 'a trainer.json of no steps' 1 'steps' "$train" --resume --out damaged
 echo '{"step": 20, ' >damaged/step_000020/trainer.json
 refuses 'a damaged trainer.json' 1 'trainer.json' "$train" --resume --out damaged
 
