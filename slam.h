@@ -608,7 +608,8 @@ typedef struct slam_run {
     double warmup_share; /* at least this part of all steps */
     long eval_every, save_every, log_every;
     long min_steps; /* of slam_run_time: that the run has already, and a limit may only grow; 0: none */
-    int lines;      /* step lines on a terminal as well, beside the bar */
+    slam_progress bar;
+    int lines; /* step lines on a terminal as well, beside the bar */
     int keep, format;
     int context, micro; /* tokens of a row and rows at once, for the peak and the share of it */
 
@@ -7741,23 +7742,16 @@ typedef struct step_report {
     double loss, grad_norm, lr, tokens_per_second, peak_share, seconds_left;
 } step_report;
 
-/* One line that is written over, of 79 columns where tokens seen can be left out for that. */
-static void show_bar(const slam_run *r, const step_report *s) {
-    char rate[32], left[32], seen[48], bar[13];
-    const long filled = 12 * r->trainer.step / r->trainer.steps;
-    for (int i = 0; i < 12; i++) bar[i] = i < filled ? '#' : '-';
-    bar[12] = 0;
-    char peak[32] = "", line[160];
+static void show_bar(slam_run *r, const step_report *s) {
+    char rate[32], seen[32], peak[32] = "", what[160];
     if (s->peak_share > 0) snprintf(peak, sizeof peak, " %.0f%% peak", 100 * s->peak_share);
-    snprintf(seen, sizeof seen, " %s tokens", slam_spell_count(rate, (double)r->trainer.tokens));
     slam_spell_count(rate, s->tokens_per_second);
-    slam_spell_time(left, s->seconds_left);
-    for (int narrow = 0; narrow < 2; narrow++)
-        if (snprintf(line, sizeof line, "%ld/%ld [%s]%s loss %.4f %s tok/s%s %s left", r->trainer.step, r->trainer.steps, bar,
-                     narrow ? "" : seen, s->loss, rate, peak, left) < 80)
-            break;
-    printf("\r\033[K%s", line);
-    fflush(stdout);
+    slam_spell_count(seen, (double)r->trainer.tokens);
+    /* tokens seen where they fit into slam_progress_show's columns */
+    if (snprintf(what, sizeof what, "%ld/%ld loss %.4f %s tok %s/s%s", r->trainer.step, r->trainer.steps, s->loss, seen, rate,
+                 peak) > 50)
+        snprintf(what, sizeof what, "%ld/%ld loss %.4f %s tok/s%s", r->trainer.step, r->trainer.steps, s->loss, rate, peak);
+    slam_progress_show(&r->bar, (double)r->trainer.step, (double)r->trainer.steps, what);
 }
 
 static void show_line(const slam_run *r, const step_report *s) {
@@ -7768,10 +7762,6 @@ static void show_line(const slam_run *r, const step_report *s) {
     if (s->peak_share > 0) printf("  %.0f%% of peak", 100 * s->peak_share);
     printf("  %s left\n", slam_spell_time(left, s->seconds_left));
     fflush(stdout);
-}
-
-static void clear_bar(void) {
-    if (isatty(STDOUT_FILENO)) printf("\r\033[K");
 }
 
 /* ---- the training loop ---- */
@@ -7835,7 +7825,7 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
         }
         if (r->task.sources > 1) text_add(&line, "}");
         ok = log_line(log, path, &line);
-        clear_bar();
+        slam_progress_clear(&r->bar);
         printf("step %ld/%ld  val_loss %.4f", t->step, t->steps, losses[0]);
         for (int s = 0; r->task.sources > 1 && s < r->task.sources; s++)
             printf("%s %s %.4f", s ? "," : " :", path_name(r->task.source_name(r->task.context, s)), losses[1 + s]);
@@ -7875,18 +7865,18 @@ static int log_step(const slam_run *r, FILE *log, const char *path, const step_r
 
 /* What the steps of one call leave for the next ones. */
 typedef struct run_pace {
-    long first; /* step that this call began with */
-    double start, peak, slowest,
-        flops;    /* clock; FLOP/s of the machine, 0: not measured yet; seconds of the slowest step; FLOP a token */
-    double shown; /* when the bar was */
-    int in_a_row; /* updates that were left out since the last that was not */
+    long first;         /* step that this call began with */
+    double start;       /* clock */
+    double peak, flops; /* FLOP/s of the machine, 0: not measured yet; FLOP a token */
+    double slowest;     /* seconds of a step */
+    int in_a_row;       /* updates that were left out since the last that was not */
 } run_pace;
 
 /* A step whose loss or gradient is not finite leaves the weights as they were. */
 static int step_left_out(slam_run *r, run_pace *p, double loss, double grad_norm) {
     slam_trainer *t = &r->trainer;
     t->skipped++;
-    clear_bar();
+    slam_progress_clear(&r->bar);
     printf("step %ld/%ld  the loss (%g) or the gradient's norm (%g) is not finite: this update is left out, %ld so far\n",
            t->step + 1, t->steps, loss, grad_norm, t->skipped);
     fflush(stdout);
@@ -7896,15 +7886,13 @@ static int step_left_out(slam_run *r, run_pace *p, double loss, double grad_norm
 }
 
 /* On a terminal the bar, and lines as well where they were asked for; elsewhere lines. */
-static void show_step(const slam_run *r, run_pace *p, const step_report *s, int last) {
-    const int bar = isatty(STDOUT_FILENO);
+static void show_step(slam_run *r, const step_report *s, int last) {
+    const int bar = r->bar.terminal;
     if (bar ? r->lines && run_due(r, r->log_every) : r->trainer.step == 1 || last || run_due(r, r->log_every)) {
-        if (bar) clear_bar();
+        slam_progress_clear(&r->bar);
         show_line(r, s);
     }
-    if (!bar || (slam_clock() - p->shown < 0.1 && !last)) return;
-    show_bar(r, s);
-    p->shown = slam_clock();
+    if (bar) show_bar(r, s);
 }
 
 /* One update, its line in the log and what is shown of it. */
@@ -7929,7 +7917,7 @@ static int run_update(slam_run *r, FILE *log, const char *path, run_pace *p) {
     s.seconds_left = (slam_clock() - p->start) / (double)(t->step - p->first) * (double)(t->steps - t->step);
     if (r->max_seconds && s.seconds_left > r->max_seconds - run_seconds(r)) s.seconds_left = r->max_seconds - run_seconds(r);
     if (!log_step(r, log, path, &s)) return 0;
-    show_step(r, p, &s, run_over(r, p->slowest));
+    show_step(r, &s, run_over(r, p->slowest));
     return 1;
 }
 
@@ -7962,8 +7950,10 @@ int slam_run_train(slam_run *r) {
     if (path && !log) fail("%s: cannot be written: %s", path, strerror(errno));
     r->saved_step = r->trainer.step;
     r->ended = SLAM_ENDED_LIMIT;
+    slam_progress_begin(&r->bar);
+    slam_progress_show(&r->bar, (double)r->trainer.step, (double)r->trainer.steps, ""); // nothing yet, but what is done already
     int ok = log && run_loop(r, log, path);
-    clear_bar();
+    slam_progress_clear(&r->bar);
     if (log && fclose(log) != 0 && ok) ok = fail("%s: cannot be written: %s", path, strerror(errno));
     free(path);
     return ok;
