@@ -247,6 +247,7 @@ refuses 'resume with a time for fewer steps' 1 'time.* 1000000, .*grow' "$train"
 refuses 'resume with epochs of fewer steps' 1 ' 1000000, .*grow' "$train" --resume --out chance --epochs 1
 
 # Two calls on one folder of which the slower one has looked for a checkpoint before the other had any.
+: >both.out
 "$train" $few a.jsonl --batch 64 --time 60 --out both >both.out 2>both.err &
 process=$!
 while ! grep -q '^schedule' both.out; do kill -0 $process 2>/dev/null || break; done
