@@ -71,7 +71,7 @@ static int flag_table(slam_flag *f, options *o) {
         {"beta1", SLAM_REAL, &o->beta1, "X", "0.9", "of AdamW", 0, 0.999999, 0, 0},
         {"beta2", SLAM_REAL, &o->beta2, "X", "0.999 | 0.95", "of AdamW", 0, 0.999999999, 0, 0},
         {"eps", SLAM_REAL, &o->eps, "X", "1e-8", "of AdamW", 1e-30, 1, 0, 0},
-        {"weight-decay", SLAM_REAL, &o->weight_decay, "X", "0", "of AdamW", 0, 100, 0, 0},
+        {"weight-decay", SLAM_REAL, &o->weight_decay, "X", "0 | 1", "of AdamW", 0, 100, 0, 0},
         {"clip", SLAM_REAL, &o->clip, "X", "0.5", "largest norm of the gradient; 0: any", 0, 1e9, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Run", 0, 0, 0, 0},
         {"out", SLAM_TEXT, &o->out, "DIR", NULL, "folder of the run (runs/train, runs/train-2, ...)", 0, 0, 0, 0},
