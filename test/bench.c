@@ -181,7 +181,9 @@ int main(int argc, char **argv) {
         if (has) text_add(&t, "%16.0f %8.2f   %s\n", median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
-    text_add(&t, "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n", versions, ROUNDS, seconds);
+    text_add(
+        &t, "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",
+        versions, ROUNDS, seconds);
     snprintf(path, sizeof path, "test/results/cpu-%s.txt", day);
     printf("\n%s", t.at);
     if (!file_write(path, t.at, t.n)) die();

@@ -92,7 +92,8 @@ static void check_gradients(slam_model *m, const fixture *f) {
 static int backward_in_parts(slam_model *m, const slam_batch *b, int rows, float scale) {
     for (int i = 0; i < b->B; i += rows) {
         const size_t at = (size_t)i * b->T;
-        slam_batch part = {b->B - i < rows ? b->B - i : rows, b->T, b->tokens + at, b->targets + at, b->doc_start + at, b->hole ? b->hole + 2 * at : NULL};
+        slam_batch part = {b->B - i < rows ? b->B - i : rows, b->T, b->tokens + at, b->targets + at, b->doc_start + at,
+                           b->hole ? b->hole + 2 * at : NULL};
         if (!slam_model_backward(m, &part, scale, NULL, NULL)) return 0;
     }
     return 1;
@@ -110,14 +111,16 @@ static void check_training(slam_ops *ops, slam_model *m, fixture *f) {
     free(loss);
     if (!tensors_find(f->file, "losses20")) return;
     size_t n = 0;
-    float *losses = floats(f->file, "losses20", &n), *norms = floats(f->file, "norms20", NULL), *lrs = floats(f->file, "lrs20", NULL), *s = floats(f->file, "settings", NULL);
+    float *losses = floats(f->file, "losses20", &n), *norms = floats(f->file, "norms20", NULL),
+          *lrs = floats(f->file, "lrs20", NULL), *s = floats(f->file, "settings", NULL);
     const slam_adamw settings = {0, 0.9, 0.999, 1e-8, s[7], s[8], 0};
     slam_optimiser *o = slam_optimiser_new(m, &settings);
     for (size_t k = 0; k < n; k++) {
         slam_step step;
         const double lr = slam_schedule(SLAM_COSINE, (long)k, (long)s[3], (long)s[2], s[0], s[1]);
         check_near("lr", lr, lrs[k], 1e-6 * s[0]);
-        CHECK(backward_in_parts(m, &f->batch, 1 + (int)(k % 2), 1.0f / (float)targets) && slam_optimiser_step(o, lr, &step), "%s", slam_error());
+        CHECK(backward_in_parts(m, &f->batch, 1 + (int)(k % 2), 1.0f / (float)targets) && slam_optimiser_step(o, lr, &step), "%s",
+              slam_error());
         check_near("loss of a step", step.loss_sum / targets, losses[k], 1e-5 * losses[k]);
         check_near("norm of a step", step.grad_norm, norms[k], 1e-4 * norms[k]);
     }
@@ -180,7 +183,8 @@ static void test_adamw(slam_ops *ops) {
     tensors *file = tensors_open(FIXTURES "adamw.safetensors");
     if (!CHECK(file != NULL, "%s", slam_error())) return;
     size_t n = 0;
-    float *w = floats(file, "p0", &n), *g = floats(file, "g", NULL), *p = floats(file, "p", NULL), *s = floats(file, "settings", NULL);
+    float *w = floats(file, "p0", &n), *g = floats(file, "g", NULL), *p = floats(file, "p", NULL),
+          *s = floats(file, "settings", NULL);
     float *m = (float *)calloc(n, sizeof *m), *v = (float *)calloc(n, sizeof *v);
     const tensor *t = need(file, "settings");
     double settings[5];
@@ -224,8 +228,8 @@ static double sum_of_losses(slam_model *m, const slam_batch *b) {
 
 static void test_finite_differences(slam_ops *ops, slam_config c, int holes) {
     uint64_t seed = 5;
-    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s%s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F, c.V, c.tied ? " tied" : "",
-              c.qkv_bias ? " biases" : "", holes ? " holes" : ""))
+    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s%s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F, c.V,
+              c.tied ? " tied" : "", c.qkv_bias ? " biases" : "", holes ? " holes" : ""))
         return;
     slam_model *m = slam_model_new(ops, &c, 3);
     slam_batch b = random_batch(3, 21, c.V, &seed, holes);
@@ -246,7 +250,8 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int holes) {
         if (!CHECK(norm > 0 || strstr(p->name, "k_proj.bias"), "%s has no gradient", p->name)) continue;
         /* along the gradient itself the slope is its norm; keys' biases are the exception: softmax does not see them without rotation */
         for (int side = 0; side < 2; side++) {
-            for (size_t i = 0; i < parameter_size(p); i++) m->master[p->at + i] = kept[p->at + i] + (float)((side ? 3e-3 : -3e-3) * g[i] / norm);
+            for (size_t i = 0; i < parameter_size(p); i++)
+                m->master[p->at + i] = kept[p->at + i] + (float)((side ? 3e-3 : -3e-3) * g[i] / norm);
             loss[side] = sum_of_losses(m, &b);
         }
         memcpy(m->master + p->at, kept + p->at, parameter_size(p) * sizeof *kept);
@@ -297,7 +302,8 @@ static void test_save_and_load(slam_ops *ops) {
         config.tied = k & 1;
         config.qkv_bias = k < 2;
         const int format = k % 3 == 1 ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
-        if (!TEST("saved and read back: %s%s%s", config.qkv_bias ? "Qwen2" : "Llama", config.tied ? ", tied" : "", format == SLAM_FORMAT_SLAMKIT ? ", SlamKit's names" : ""))
+        if (!TEST("saved and read back: %s%s%s", config.qkv_bias ? "Qwen2" : "Llama", config.tied ? ", tied" : "",
+                  format == SLAM_FORMAT_SLAMKIT ? ", SlamKit's names" : ""))
             continue;
         const char *folder = check_path("saved");
         slam_model *a = slam_model_new(ops, &config, 11);
@@ -308,9 +314,12 @@ static void test_save_and_load(slam_ops *ops) {
         CHECK(memcmp(a->master, b->master, a->w.total * sizeof(float)) == 0, "the weights changed");
         slam_model *t = slam_model_twist(ops, folder, 20);
         if (CHECK(t != NULL, "%s", slam_error())) {
-            CHECK(t->config.V == 20 && memcmp(t->master + t->w.embed, a->master + a->w.embed, 20 * 24 * sizeof(float)) == 0, "the embedding's first rows are kept");
-            CHECK(memcmp(t->master + t->w.head, a->master + a->w.head, 20 * 24 * sizeof(float)) == 0, "the head's first rows are kept");
-            CHECK(memcmp(t->master + t->w.layer, a->master + a->w.layer, a->w.layer_size * 2 * sizeof(float)) == 0, "the layers are kept");
+            CHECK(t->config.V == 20 && memcmp(t->master + t->w.embed, a->master + a->w.embed, 20 * 24 * sizeof(float)) == 0,
+                  "the embedding's first rows are kept");
+            CHECK(memcmp(t->master + t->w.head, a->master + a->w.head, 20 * 24 * sizeof(float)) == 0,
+                  "the head's first rows are kept");
+            CHECK(memcmp(t->master + t->w.layer, a->master + a->w.layer, a->w.layer_size * 2 * sizeof(float)) == 0,
+                  "the layers are kept");
         }
         check_fails(slam_model_twist(ops, folder, 38), "expected at least 38");
         slam_model_free(a), slam_model_free(b), slam_model_free(t);
@@ -322,9 +331,10 @@ static void test_save_and_load(slam_ops *ops) {
 static void try_config(const char *member, const char *expected) {
     char config[1024];
     const char *folder = check_path("config");
-    snprintf(config, sizeof config,
-             "{\"model_type\": \"qwen2\", \"vocab_size\": 10, \"hidden_size\": 8, \"intermediate_size\": 12, \"num_hidden_layers\": 1, "
-             "\"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"x\": 0}");
+    snprintf(
+        config, sizeof config,
+        "{\"model_type\": \"qwen2\", \"vocab_size\": 10, \"hidden_size\": 8, \"intermediate_size\": 12, \"num_hidden_layers\": 1, "
+        "\"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"x\": 0}");
     /* the member takes the place of the one of its name, or of "x" */
     char name[64], *at = NULL;
     snprintf(name, sizeof name, "%.*s", (int)strcspn(member, ":"), member);
@@ -402,8 +412,10 @@ static void test_damaged_weights(slam_ops *ops) {
             if (damage == 2) list[k].data = poison;
             if (damage == 3) list[k].dtype = DTYPE_I32;
         }
-        list[n].name = "model.layers.1.mlp.up_proj.weight", list[n].rank = 1, list[n].shape[0] = 8, list[n].dtype = DTYPE_F32, list[n].data = poison;
-        const char *const expected[] = {"'model.layers.0.self_attn.o_proj.weight' is missing", "has shape (4,16), expected (8,8)", "not finite", "o_proj.weight",
+        list[n].name = "model.layers.1.mlp.up_proj.weight", list[n].rank = 1, list[n].shape[0] = 8, list[n].dtype = DTYPE_F32,
+        list[n].data = poison;
+        const char *const expected[] = {"'model.layers.0.self_attn.o_proj.weight' is missing", "has shape (4,16), expected (8,8)",
+                                        "not finite", "o_proj.weight",
                                         "'model.layers.1.mlp.up_proj.weight' is not part of this model"};
         const char *other = check_path("damaged2");
         char other_path[1200];
@@ -487,7 +499,8 @@ int main(void) {
     names_free(&list);
     test_schedules();
     test_adamw(ops);
-    const slam_config a = {19, 24, 2, 6, 2, 4, 20, 64, 1, 1, 1e-6, 0.2, 100}, b = {7, 10, 3, 1, 1, 6, 9, 64, 0, 0, 1e-3, 0.2, 10000};
+    const slam_config a = {19, 24, 2, 6, 2, 4, 20, 64, 1, 1, 1e-6, 0.2, 100},
+                      b = {7, 10, 3, 1, 1, 6, 9, 64, 0, 0, 1e-3, 0.2, 10000};
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
     test_packing(ops);

@@ -78,7 +78,8 @@ static void attention_in_double(double *out, const float *qkv, const slam_window
                     for (int c = 0; c < HS; c++) s[j] += q[c] * k[c];
                     s[j] = exp(s[j] / sqrt(HS));
                     sum += s[j];
-                    for (int c = 0; c < HS; c++) o[c] += s[j] * qkv[(size_t)(b * w->T + j) * W + (w->NH + w->KVH + h / (w->NH / w->KVH)) * HS + c];
+                    for (int c = 0; c < HS; c++)
+                        o[c] += s[j] * qkv[(size_t)(b * w->T + j) * W + (w->NH + w->KVH + h / (w->NH / w->KVH)) * HS + c];
                 }
                 for (int c = 0; c < HS; c++) o[c] /= sum;
             }
@@ -87,8 +88,10 @@ static void attention_in_double(double *out, const float *qkv, const slam_window
 
 static void test_attention(slam_ops *ops, shape s) {
     slam_window w = make_window(s);
-    const size_t n = (size_t)s.B * s.T * (s.NH + 2 * s.KVH) * s.HS, no = (size_t)s.B * s.T * s.NH * s.HS, nl = (size_t)s.B * s.T * s.NH;
-    float *qkv = random_floats(n, 1), *rotated = random_floats(n, 0), *out = random_floats(no, 0), *lse = random_floats(nl, 0), *D = random_floats(nl, 0);
+    const size_t n = (size_t)s.B * s.T * (s.NH + 2 * s.KVH) * s.HS, no = (size_t)s.B * s.T * s.NH * s.HS,
+                 nl = (size_t)s.B * s.T * s.NH;
+    float *qkv = random_floats(n, 1), *rotated = random_floats(n, 0), *out = random_floats(no, 0), *lse = random_floats(nl, 0),
+          *D = random_floats(nl, 0);
     float *dout = random_floats(no, 1), *dqkv = random_floats(n, 9), *expected = random_floats(no, 0);
     double *exact = (double *)malloc(no * sizeof *exact);
     memcpy(rotated, qkv, n * sizeof *qkv);
@@ -100,7 +103,10 @@ static void test_attention(slam_ops *ops, shape s) {
     /* the loss dout . out, in double, along random directions */
     float *moved = random_floats(n, 0), *direction = random_floats(n, 1);
     for (int part = 0; part < 3; part++) {
-        const int first = part == 0 ? 0 : part == 1 ? s.NH * s.HS : (s.NH + s.KVH) * s.HS, end = part == 0 ? s.NH * s.HS : first + s.KVH * s.HS;
+        const int first = part == 0   ? 0
+                          : part == 1 ? s.NH * s.HS
+                                      : (s.NH + s.KVH) * s.HS,
+                  end = part == 0 ? s.NH * s.HS : first + s.KVH * s.HS;
         double slope = 0, loss[2] = {0, 0}, size = 0;
         const int W = (s.NH + 2 * s.KVH) * s.HS;
         const char *names[] = {"dq", "dk", "dv"};
@@ -120,7 +126,8 @@ static void test_attention(slam_ops *ops, shape s) {
         }
         check_near(names[part], slope, (loss[1] - loss[0]) / 2e-3, 2e-4 * (sqrt(size) + 1));
     }
-    free(qkv), free(rotated), free(out), free(lse), free(D), free(dout), free(dqkv), free(expected), free(exact), free(moved), free(direction);
+    free(qkv), free(rotated), free(out), free(lse), free(D), free(dout), free(dqkv), free(expected), free(exact), free(moved),
+        free(direction);
     free_window(w);
 }
 
@@ -168,7 +175,8 @@ static void check_gradient(const char *what, problem *p, int k, const float *gra
 
 static void rmsnorm_run(problem *p) {
     float *s = p->extra, *r = p->extra + (size_t)p->N * p->C;
-    p->ops->rmsnorm_forward(p->ops, act(s), act(p->out), r, act(p->in[0]), p->use_delta ? act(p->in[1]) : NULL, act(p->in[2]), 1e-6f, p->N, p->C);
+    p->ops->rmsnorm_forward(p->ops, act(s), act(p->out), r, act(p->in[0]), p->use_delta ? act(p->in[1]) : NULL, act(p->in[2]),
+                            1e-6f, p->N, p->C);
 }
 
 static void test_rmsnorm(slam_ops *ops, int N, int C, int use_delta) {
@@ -184,7 +192,8 @@ static void test_rmsnorm(slam_ops *ops, int N, int C, int use_delta) {
         double sum = 0;
         for (int c = 0; c < C; c++) sum += pow(p.in[0][i * C + c] + (use_delta ? (double)p.in[1][i * C + c] : 0), 2);
         for (int c = 0; c < C; c++)
-            expected[i * C + c] = (float)(p.in[2][c] * (p.in[0][i * C + c] + (use_delta ? (double)p.in[1][i * C + c] : 0)) / sqrt(sum / C + 1e-6));
+            expected[i * C + c] =
+                (float)(p.in[2][c] * (p.in[0][i * C + c] + (use_delta ? (double)p.in[1][i * C + c] : 0)) / sqrt(sum / C + 1e-6));
     }
     check_close("rmsnorm forward", p.out, expected, n, 1e-6);
     float *ds = random_floats(n, 1), *before = random_floats(n, 0), *dw = random_floats(C, 1), *dw_before = random_floats(C, 0);
@@ -201,7 +210,9 @@ static void test_rmsnorm(slam_ops *ops, int N, int C, int use_delta) {
     free(p.out), free(p.dout), free(p.extra), free(expected), free(ds), free(before), free(dw), free(dw_before);
 }
 
-static void matmul_run(problem *p) { p->ops->matmul_forward(p->ops, act(p->out), act(p->in[0]), act(p->in[1]), p->in[2] ? act(p->in[2]) : NULL, p->N, p->C, p->OC); }
+static void matmul_run(problem *p) {
+    p->ops->matmul_forward(p->ops, act(p->out), act(p->in[0]), act(p->in[1]), p->in[2] ? act(p->in[2]) : NULL, p->N, p->C, p->OC);
+}
 
 static void test_matmul(slam_ops *ops, int N, int C, int OC, int bias) {
     problem p = SLAM_ZERO;
@@ -211,7 +222,8 @@ static void test_matmul(slam_ops *ops, int N, int C, int OC, int bias) {
     p.out = random_floats(p.n_out, 1), p.dout = random_floats(p.n_out, 1);
     for (size_t i = 0; i < p.n_out; i++) p.out[i] = NAN; // overwritten, not added to
     matmul_run(&p);
-    float *expected = random_floats(p.n_out, 0), *dx = random_floats(p.n_in[0], 1), *dw = random_floats(p.n_in[1], 0), *db = random_floats(OC, 0);
+    float *expected = random_floats(p.n_out, 0), *dx = random_floats(p.n_in[0], 1), *dw = random_floats(p.n_in[1], 0),
+          *db = random_floats(OC, 0);
     for (int i = 0; i < N; i++)
         for (int o = 0; o < OC; o++) {
             double sum = bias ? p.in[2][o] : 0;
@@ -245,7 +257,9 @@ static void test_swiglu(slam_ops *ops, int N, int F) {
     swiglu_run(&p);
     float *expected = random_floats(p.n_out, 0), *d = random_floats(p.n_in[0], 0);
     for (int i = 0; i < N; i++)
-        for (int c = 0; c < F; c++) expected[i * F + c] = (float)((double)p.in[0][2 * i * F + c] / (1 + exp(-(double)p.in[0][2 * i * F + c])) * p.in[0][2 * i * F + F + c]);
+        for (int c = 0; c < F; c++)
+            expected[i * F + c] =
+                (float)((double)p.in[0][2 * i * F + c] / (1 + exp(-(double)p.in[0][2 * i * F + c])) * p.in[0][2 * i * F + F + c]);
     check_close("swiglu forward", p.out, expected, p.n_out, 1e-6);
     memcpy(d, p.in[0], p.n_in[0] * sizeof *d);
     ops->swiglu_backward(ops, act(d), act(p.dout), act(d), N, F); // in place, as the model does
@@ -259,7 +273,8 @@ static void test_swiglu(slam_ops *ops, int N, int F) {
 
 static void test_crossentropy(slam_ops *ops, int N, int V) {
     const size_t n = (size_t)N * V;
-    float *z = random_floats(n, 3), *kept = random_floats(n, 0), *loss = random_floats(N, 1), *expected = random_floats(n, 0), *expected_loss = random_floats(N, 0);
+    float *z = random_floats(n, 3), *kept = random_floats(n, 0), *loss = random_floats(N, 1), *expected = random_floats(n, 0),
+          *expected_loss = random_floats(N, 0);
     int *targets = (int *)malloc(sizeof(int) * (size_t)N);
     memcpy(kept, z, n * sizeof *z);
     for (int i = 0; i < N; i++) {
@@ -267,7 +282,8 @@ static void test_crossentropy(slam_ops *ops, int N, int V) {
         double sum = 0;
         if (i % 7 == 3) z[i * V] = kept[i * V] = 300; // one logit far above
         for (int v = 0; v < V; v++) sum += exp((double)z[i * V + v] - 300);
-        for (int v = 0; v < V; v++) expected[i * V + v] = targets[i] < 0 ? 0 : (float)(0.25 * (exp((double)z[i * V + v] - 300) / sum - (v == targets[i])));
+        for (int v = 0; v < V; v++)
+            expected[i * V + v] = targets[i] < 0 ? 0 : (float)(0.25 * (exp((double)z[i * V + v] - 300) / sum - (v == targets[i])));
         expected_loss[i] = targets[i] < 0 ? 0 : (float)(log(sum) + 300 - (double)z[i * V + targets[i]]);
     }
     ops->crossentropy(ops, loss, act(z), targets, 0, N, V);
@@ -302,20 +318,24 @@ static void test_threads(void) {
     float *result[2];
     const int N = 150, C = 96, F = 200, V = 77;
     const shape s = {2, 75, 6, 2, 16, 1};
-    const size_t n_qkv = (size_t)N * 160, total = (size_t)N * C * 4 + 2 * n_qkv + (size_t)N * F * 4 + (size_t)C * F + (size_t)N * V + 5 * C;
+    const size_t n_qkv = (size_t)N * 160,
+                 total = (size_t)N * C * 4 + 2 * n_qkv + (size_t)N * F * 4 + (size_t)C * F + (size_t)N * V + 5 * C;
     for (int run = 0; run < 2; run++) {
         seed = 99;
         slam_ops *ops = slam_cpu(run ? 2 : 1);
         slam_window w = make_window(s);
-        float *x = random_floats((size_t)N * C, 1), *wide = random_floats((size_t)C * F, 1), *norm = random_floats(C, 1), *qkv = random_floats(n_qkv, 1);
+        float *x = random_floats((size_t)N * C, 1), *wide = random_floats((size_t)C * F, 1), *norm = random_floats(C, 1),
+              *qkv = random_floats(n_qkv, 1);
         float *wide2 = random_floats(2 * (size_t)N * F, 1), *logits = random_floats((size_t)N * V, 1);
-        float *to = result[run] = (float *)calloc(total, sizeof *to), *r = random_floats(N, 1), *lse = random_floats(N * 6, 1), *D = random_floats(N * 6, 1);
+        float *to = result[run] = (float *)calloc(total, sizeof *to), *r = random_floats(N, 1), *lse = random_floats(N * 6, 1),
+              *D = random_floats(N * 6, 1);
         int tokens[150];
         for (int i = 0; i < N; i++) tokens[i] = random_int(V);
         ops->matmul_forward(ops, act(to), act(x), act(wide), NULL, N, C, F), to += (size_t)N * F;
         ops->matmul_backward_weight(ops, to, NULL, act(wide2), act(x), N, C, F), to += (size_t)C * F;
         ops->rmsnorm_forward(ops, act(to), act(to + (size_t)N * C), r, act(x), act(x), act(norm), 1e-6f, N, C);
-        ops->rmsnorm_backward(ops, act(to), to + 2 * (size_t)N * C, act(to + (size_t)N * C), act(x), act(norm), r, N, C), to += 2 * (size_t)N * C + C;
+        ops->rmsnorm_backward(ops, act(to), to + 2 * (size_t)N * C, act(to + (size_t)N * C), act(x), act(norm), r, N, C),
+            to += 2 * (size_t)N * C + C;
         ops->attention_forward(ops, act(to), lse, act(qkv), &w);
         ops->attention_backward(ops, act(to + (size_t)N * C), D, act(x), act(to), lse, act(qkv), &w), to += (size_t)N * C + n_qkv;
         ops->crossentropy(ops, r, act(logits), tokens, 1, N, V);
@@ -363,10 +383,12 @@ static void test_adamw(slam_ops *ops) {
 
 int main(void) {
     slam_ops *ops = slam_cpu(0);
-    const shape shapes[] = {{1, 1, 1, 1, 2, 0}, {2, 70, 4, 2, 8, 0}, {1, 200, 7, 1, 16, 1}, {3, 65, 3, 3, 12, 1}, {2, 129, 14, 2, 64, 1}, {1, 64, 6, 3, 6, 0}};
+    const shape shapes[] = {{1, 1, 1, 1, 2, 0},   {2, 70, 4, 2, 8, 0},    {1, 200, 7, 1, 16, 1},
+                            {3, 65, 3, 3, 12, 1}, {2, 129, 14, 2, 64, 1}, {1, 64, 6, 3, 6, 0}};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         const shape s = shapes[k];
-        if (TEST("attention B %d T %d NH %d KVH %d HS %d%s", s.B, s.T, s.NH, s.KVH, s.HS, s.holes ? " with holes" : "")) test_attention(ops, s);
+        if (TEST("attention B %d T %d NH %d KVH %d HS %d%s", s.B, s.T, s.NH, s.KVH, s.HS, s.holes ? " with holes" : ""))
+            test_attention(ops, s);
     }
     const int sizes[][2] = {{1, 2}, {7, 33}, {65, 128}, {130, 97}};
     for (int k = 0; k < 4; k++) {
