@@ -18,18 +18,19 @@
        slam_ops_free(ops);
 
    CONTENTS (search for a number with its dot and name)
-      1. BASE         errors, memory, clock, RNG, threads, files
-      2. FORMATS      JSON, safetensors, npy, token shards, JSONL units, WAV
-      3. OPS          the list of operations (`slam_ops`) with each one's mathematics
+      1. BASE               errors, memory, clock, RNG, threads, files
+      2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, WAV
+      3. OPS                the list of operations (`slam_ops`) with each one's mathematics
       4. OPS ON THE CPU     the plain loops: read these first
-      5. OPS ON CUDA  the same operations on a GPU
-      7. MODEL        Qwen2 forward and backward, generation step, written ONCE against `slam_ops`
-      8. OPTIMISER    optimiser, schedules, gradient clipping
-      9. DATA         documents, pieces, packing, shuffling, mixing
-     10. SPEECH      resampler, MFCC, k-means, units, token files from audio files
-     12. SCORING     scoring, test sets, n-grams, generation
-     13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
-     14. RUN         what the programs share: flags, the training loop, log, progress, signals
+      5. OPS ON CUDA        none in this version, and slam_cuda() says so
+      7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
+      8. OPTIMISER          optimiser, schedules, gradient clipping
+      9. DATA               documents, pieces, packing, shuffling, mixing
+     10. SPEECH             resampler, MFCC, k-means, units, token files from audio files
+     12. SCORING            perplexity, n-grams
+     13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
+     14. RUN                what the programs share: flags, the training loop, log, progress, signals
+
    BUILD SWITCHES
      SLAM_IMPLEMENTATION   this unit holds the definitions (slam.cu sets it)
      SLAM_OPENBLAS         CPU matrix products by OpenBLAS (link with -lopenblas)
@@ -640,7 +641,7 @@ void slam_run_end(slam_run *); /* frees the optimiser and the settings */
 
 #ifdef SLAM_IMPLEMENTATION
 /* ==========================================================================================
-   1. BASE         errors, memory, clock, RNG, threads, files
+   1. BASE               errors, memory, clock, RNG, threads, files
    What every other section stands on: a failure is a sentence, memory is asked for politely,
    random numbers depend on a seed and nothing else, files are mapped, listed and replaced whole.
    may use: nothing
@@ -1095,7 +1096,7 @@ static int file_write(const char *path, const void *data, size_t n) {
 }
 
 /* ==========================================================================================
-   2. FORMATS      JSON, safetensors, npy, token shards, JSONL units, WAV
+   2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, WAV
    Readers and writers of files that others made or will read. Whatever a file holds, a reader returns what it says or
    a sentence: every length is held against what is there before it is used. Files are little-endian, as are the machines.
    may use: 1 base
@@ -2473,7 +2474,7 @@ static int wav_read(const char *path, audio *a) {
     return ok;
 }
 /* ==========================================================================================
-   3. OPS          the list of operations (`slam_ops`) with each one's mathematics
+   3. OPS                the list of operations (`slam_ops`) with each one's mathematics
    The list itself stands above, among the public declarations: a struct of function pointers that
    slam_cpu() and slam_cuda() fill. Here is only what both backends and their callers share.
    may use: 1 base
@@ -3291,7 +3292,7 @@ slam_ops *slam_cpu(int threads) {
 }
 
 /* ==========================================================================================
-   5. OPS ON CUDA  the same operations on a GPU
+   5. OPS ON CUDA        none in this version, and slam_cuda() says so
    This version computes on the CPU alone: slam_cuda() says so, and callers fall back.
    may use: 1 base, 3 ops
    ========================================================================================== */
@@ -3302,7 +3303,7 @@ slam_ops *slam_cuda(int device) {
 }
 
 /* ==========================================================================================
-   7. MODEL        Qwen2 forward and backward, generation step, written ONCE against `slam_ops`
+   7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
    The configuration, where each weight and activation lies in memory, Hugging Face's files, and
    the passes. Nothing here knows a backend.
    may use: 1 base, 2 formats, 3 ops
@@ -4056,7 +4057,7 @@ double slam_model_nll(slam_model *m, const int *tokens, int n) {
 }
 
 /* ==========================================================================================
-   8. OPTIMISER    optimiser, schedules, gradient clipping
+   8. OPTIMISER          optimiser, schedules, gradient clipping
    AdamW over the model's one array of weights; learning rates as Hugging Face's schedules give them.
    may use: 1 base, 3 ops, 7 model
    ========================================================================================== */
@@ -4137,7 +4138,7 @@ int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
 }
 
 /* ==========================================================================================
-   9. DATA         documents, pieces, packing, shuffling, mixing
+   9. DATA               documents, pieces, packing, shuffling, mixing
    Token shards and unit files become documents, documents longer than the context are cut into
    pieces, an epoch draws the pieces in an order of its own, and rows of whole pieces are packed
    from it. All of it hangs on the seed alone: any row of any epoch can be found again.
@@ -4961,7 +4962,7 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
 }
 
 /* ==========================================================================================
-   10. SPEECH      resampler, MFCC, k-means, units, token files from audio files
+   10. SPEECH             resampler, MFCC, k-means, units, token files from audio files
    Audio of any rate becomes 16 kHz, 16 kHz becomes features, the nearest centroid of a frame of
    features is its unit. What is computed for a file depends on nothing but the file and the
    settings, so that threads take files in any order and the output stands in the input's.
@@ -6478,7 +6479,7 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_list *files, const
 }
 
 /* ==========================================================================================
-   12. SCORING     scoring, test sets, n-grams, generation
+   12. SCORING            perplexity, n-grams
    What a model has learned, in nats a token: its loss on data, and beside it what counting
    alone reaches on the same tokens.
    may use: 1 base, 2 formats, 3 ops, 7 model, 9 data, 10 speech
@@ -6707,7 +6708,7 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
     return ok;
 }
 /* ==========================================================================================
-   13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
+   13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
    A checkpoint is written into a temporary folder, synced, and renamed: a folder that carries its
    final name is complete, whenever the program was killed. Links are replaced by renaming, too.
    may use: 1 base, 2 formats, 3 ops, 7 model, 8 optimiser
@@ -7114,7 +7115,7 @@ int slam_optimiser_load(slam_optimiser *o, const char *folder) {
 }
 
 /* ==========================================================================================
-   14. RUN         what the programs share: flags, the training loop, log, progress, signals
+   14. RUN                what the programs share: flags, the training loop, log, progress, signals
    And what goes with them: devices, run folders, the settings of a run that goes on.
    may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 7 model, 8 optimiser, 9 data, 10 speech, 12 scoring, 13 checkpoints
    ========================================================================================== */
