@@ -193,7 +193,8 @@ typedef struct slam_config {
     double rope_theta;           /* base of the rotary angles */
 } slam_config;
 
-/* "tiny", "slam" (Qwen2.5-0.5B's shape) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). V is what it says there. */
+/* "tiny", "slam" (Qwen2.5-0.5B's shape) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). V is what it says
+   there. */
 int slam_config_read(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 /* FLOP of forward and backward a token at context T: 6 for each parameter that multiplies, and attention's products. */
@@ -232,7 +233,8 @@ int slam_model_losses(slam_model *, const slam_batch *, float *losses);
 /* Forward: logits (B,T,V) on the host. */
 int slam_model_logits(slam_model *, const slam_batch *, float *logits);
 /* Forward and backward: adds scale * d(sum of losses) to the gradients and the sum of losses to the step's statistics.
-   after_layer (may be NULL) is called when the gradients of layer l (L: the head and final norm; -1: the embedding) are complete. */
+   after_layer (may be NULL) is called when the gradients of layer l (L: the head and final norm; -1: the embedding) are
+   complete. */
 int slam_model_backward(slam_model *, const slam_batch *, float scale, void (*after_layer)(void *context, int l), void *context);
 /* Mean loss of tokens[1..n-1] given what stands before each, in windows of the config's T; negative and slam_error() on failure. */
 double slam_model_nll(slam_model *, const int *tokens, int n);
@@ -241,7 +243,8 @@ double slam_model_nll(slam_model *, const int *tokens, int n);
    8. OPTIMISER    AdamW, schedules, clipping
    ------------------------------------------------------------------------------------------ */
 enum { SLAM_COSINE, SLAM_INVERSE_SQRT, SLAM_LINEAR, SLAM_CONSTANT };
-/* Learning rate of update `step` (from 0) of `steps`, as Hugging Face's schedules: linear warm-up from 0, then the curve; cosine ends at lr_min. */
+/* Learning rate of update `step` (from 0) of `steps`, as Hugging Face's schedules: linear warm-up from 0, then the curve;
+   cosine ends at lr_min. */
 double slam_schedule(int kind, long step, long steps, long warmup, double lr, double lr_min);
 
 typedef struct slam_optimiser slam_optimiser;
@@ -263,16 +266,18 @@ typedef struct slam_data slam_data; /* the pieces of one or more sources, cut to
 /* Collects sources. context: the longest piece, and the length of a row; at least 2. */
 slam_data *slam_data_new(int context);
 void slam_data_free(slam_data *);
-/* Adds a source: a file or glob of token shards (.bin) or SlamKit JSONL (.jsonl), drawn `weight` times an epoch (2: each piece twice; 0.5: half of
-   them, other ones every epoch). All files of one call are one source. After a failure there is nothing to do but to free. */
+/* Adds a source: a file or glob of token shards (.bin) or SlamKit JSONL (.jsonl), drawn `weight` times an epoch (2: each piece
+   twice; 0.5: half of them, other ones every epoch). All files of one call are one source. After a failure there is nothing to
+   do but to free. */
 int slam_data_add(slam_data *, const char *pattern, double weight);
-/* What the data say about the vocabulary (the shards' header word 3; two that differ are an error of slam_data_add); 0: nothing. Fingerprint of the
-   quantiser (word 4) likewise. */
+/* What the data say about the vocabulary (the shards' header word 3; two that differ are an error of slam_data_add); 0:
+   nothing. Fingerprint of the quantiser (word 4) likewise. */
 int slam_data_vocabulary(const slam_data *, int *V);
 uint32_t slam_data_fingerprint(const slam_data *);
-/* Cuts and checks: every token must be < V (else the sentence names file and position), documents are `1 u.. 1` (`1 1`, without a unit, is passed over).
-   Moves round(fraction * documents) of each source, at least one where it has two, chosen by seed, into *held_out: a slam_data of its own with the same
-   sources, each of weight 1; the files are shared and either may be freed first (NULL with fraction 0). Call once, after the last add. */
+/* Cuts and checks: every token must be < V (else the sentence names file and position), documents are `1 u.. 1` (`1 1`, without
+   a unit, is passed over). Moves round(fraction * documents) of each source, at least one where it has two, chosen by seed,
+   into *held_out: a slam_data of its own with the same sources, each of weight 1; the files are shared and either may be freed
+   first (NULL with fraction 0). Call once, after the last add. */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
 typedef struct slam_data_size {
     uint64_t documents, pieces, tokens, targets, rows;
@@ -280,20 +285,21 @@ typedef struct slam_data_size {
 } slam_data_size;
 int slam_data_sources(const slam_data *);
 const char *slam_data_source_name(const slam_data *, int source);
-/* Of one source, or of all with -1: the documents there are, and what epoch 0 draws of them by weight: pieces, their tokens and targets, the rows they
-   make and the fill (share of positions that are real tokens). Packs an epoch without reading a token: 10 million pieces a second. */
+/* Of one source, or of all with -1: the documents there are, and what epoch 0 draws of them by weight: pieces, their tokens and
+   targets, the rows they make and the fill (share of positions that are real tokens). Packs an epoch without reading a token:
+   10 million pieces a second. */
 int slam_data_measure(const slam_data *, int source, uint64_t seed, slam_data_size *);
 
 typedef struct slam_rows slam_rows; /* a stream of packed rows of `context` tokens; the data must outlive it */
-/* shuffle 1: each epoch draws by weight, in an order of its own that hangs on seed and epoch alone. shuffle 0: every piece once, in file order as far as
-   packing allows, whatever the weights (evaluation). source -1: all. */
+/* shuffle 1: each epoch draws by weight, in an order of its own that hangs on seed and epoch alone. shuffle 0: every piece
+   once, in file order as far as packing allows, whatever the weights (evaluation). source -1: all. */
 slam_rows *slam_rows_new(const slam_data *, int source, uint64_t seed, int shuffle);
 void slam_rows_free(slam_rows *);
-/* Writes the next row (context numbers each; padding is token 0, target -1, a piece of its own) and returns its real tokens (> 0), its targets in
-   *n_targets; 0: an epoch has ended (the next call begins the next one); -1: error. */
+/* Writes the next row (context numbers each; padding is token 0, target -1, a piece of its own) and returns its real tokens (>
+   0), its targets in *n_targets; 0: an epoch has ended (the next call begins the next one); -1: error. */
 int slam_rows_next(slam_rows *, int *tokens, int *targets, int *doc_start, int *n_targets);
-/* Where the stream stands: epochs finished and rows given of the current one; seek goes there from anywhere (what a resumed run needs), fails where the
-   epoch has fewer rows. */
+/* Where the stream stands: epochs finished and rows given of the current one; seek goes there from anywhere (what a resumed run
+   needs), fails where the epoch has fewer rows. */
 void slam_rows_tell(const slam_rows *, uint64_t *epoch, uint64_t *row);
 int slam_rows_seek(slam_rows *, uint64_t epoch, uint64_t row);
 
@@ -394,15 +400,16 @@ int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
 /* Fits K centroids to at most `frames` frames, drawn evenly from files in an order of the seed's: as many as hold 8 x frames. */
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_list *files, int K, size_t frames, uint64_t seed,
                                    slam_speech_watch *, void *context, slam_kmeans_report *);
-/* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there already, made
-   by the same call. 0 and the sentence: one of them is there and is another's, or they cannot be written. */
+/* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there
+   already, made by the same call. 0 and the sentence: one of them is there and is another's, or they cannot be written. */
 int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const slam_list *files, int K, size_t frames,
                            uint64_t seed);
 
-/* All files' units, in the order of the files, into OUT = NAME.bin (token shards: one that is full becomes NAME-00001.bin and so on,
-   the last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in OUT.failed, that is
-   NAME.bin.failed. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there, to the same bytes, also after
-   the machine ran out of memory. An OUT that exists, or that another process is at work on, is an error. */
+/* All files' units, in the order of the files, into OUT = NAME.bin (token shards: one that is full becomes NAME-00001.bin and
+   so on, the last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in
+   OUT.failed, that is NAME.bin.failed. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there,
+   to the same bytes, also after the machine ran out of memory. An OUT that exists, or that another process is at work on, is an
+   error. */
 typedef struct slam_tokenize_report {
     size_t files, failed, earlier; /* files done or failed, with those of earlier calls */
     uint64_t samples, frames, units, tokens;
@@ -416,11 +423,12 @@ int slam_tokenize_may(const char *out);
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity and n-grams
    ------------------------------------------------------------------------------------------ */
-/* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of them: a loss of 0).
-   B rows at a time: the caller has planned the model for B rows of the data's context. */
+/* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of
+   them: a loss of 0). B rows at a time: the caller has planned the model for B rows of the data's context. */
 int slam_score_data(slam_model *, const slam_data *, int source, int B, double *nll, uint64_t *targets);
-/* Cross-entropies (nats a token, orders 1..5) on the same targets of interpolated Witten-Bell n-gram models (Witten and Bell 1991) counted on `train`,
-   every piece once; contexts do not cross pieces. Memory goes with the test data, one pass over the training data:
+/* Cross-entropies (nats a token, orders 1..5) on the same targets of interpolated Witten-Bell n-gram models (Witten and Bell
+   1991) counted on `train`, every piece once; contexts do not cross pieces. Memory goes with the test data, one pass over the
+   training data:
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))      p_0 = 1/V      T(h): how many different words follow h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
 
@@ -460,8 +468,9 @@ void slam_trainer_free(slam_trainer *);
 int slam_optimiser_save(slam_optimiser *, const char *folder);
 int slam_optimiser_load(slam_optimiser *, const char *folder);
 
-/* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and removes older ones
-   but for the `keep` newest (0: all) and the best. A complete one of the same step is an error. On failure what was there before is still there and complete. */
+/* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and
+   removes older ones but for the `keep` newest (0: all) and the best. A complete one of the same step is an error. On failure
+   what was there before is still there and complete. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
 /* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
 int slam_checkpoint_find(const char *run, char **folder);
@@ -516,7 +525,8 @@ typedef struct slam_progress {
     int terminal;
 } slam_progress;
 void slam_progress_begin(slam_progress *);
-/* `what` may take 50 columns; bar and time left go by done of `of`; the first call says what is done already. Called as often as one likes: it shows what can be read. */
+/* `what` may take 50 columns; bar and time left go by done of `of`; the first call says what is done already. Called as often
+   as one likes: it shows what can be read. */
 void slam_progress_show(slam_progress *, double done, double of, const char *what);
 void slam_progress_clear(slam_progress *); /* before other output, and in the end */
 
@@ -529,7 +539,8 @@ int slam_signals_stop(void); /* 1 once one has come */
 
 /* 1: auto, cpu, cuda or cuda:N, whether or not there is one */
 int slam_device_check(const char *device);
-/* device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "f32" or "bf16"; threads 0: one a core. `note` gets why auto took the CPU, or "". */
+/* device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "f32" or "bf16"; threads 0: one a core. `note` gets why auto took
+   the CPU, or "". */
 slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]);
 
 /* 950, 12.3k, 1.40M, 2.81B;  0:32, 12:03:04 */
@@ -546,16 +557,17 @@ char *slam_run_model(const char *path);     /* a model folder as it is, a run's 
 
 /* Keeps the value of every flag but of those named in `without` (words parted by spaces). */
 int slam_settings_keep(slam_settings *, const slam_flags *, const char *without);
-/* Gives the flags the values that a run was begun with. One that was given on the command line and says another is an error, unless it may change,
-   or may grow and does; "auto" contradicts nothing. `without`: flags that are no settings. */
+/* Gives the flags the values that a run was begun with. One that was given on the command line and says another is an error,
+   unless it may change, or may grow and does; "auto" contradicts nothing. `without`: flags that are no settings. */
 int slam_settings_recall(const slam_settings *, slam_flags *, const char *without, const char *may_change, const char *may_grow);
 
-/* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them. Recall: given ones must
-   be the run's, none given become the run's, which may be none (the bundled corpus); `paths` gets what to open. */
+/* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them.
+   Recall: given ones must be the run's, none given become the run's, which may be none (the bundled corpus); `paths` gets what
+   to open. */
 int slam_settings_keep_paths(slam_settings *, const char *name, const slam_list *given);
 int slam_settings_recall_paths(const slam_settings *, const char *name, slam_list *given, slam_list *paths);
-/* What --resume goes on with: the folder `out`, NULL: the newest run of program NAME; its newest checkpoint, NULL: none yet; how it stands, steps 0: nothing is
-   there yet. */
+/* What --resume goes on with: the folder `out`, NULL: the newest run of program NAME; its newest checkpoint, NULL: none yet;
+   how it stands, steps 0: nothing is there yet. */
 int slam_run_find(const char *name, const char *out, char **folder, char **checkpoint, slam_trainer *);
 
 /* What is trained on: train has rows of units, dpo has pairs. */
@@ -623,12 +635,12 @@ typedef struct slam_run {
     int lock;                                 /* the folder's, which keeps a second process out; 0: none */
 } slam_run;
 
-/* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into max_seconds as well;
-   no more than trainer.steps where that is not 0. Before slam_run_begin. */
+/* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into
+   max_seconds as well; no more than trainer.steps where that is not 0. Before slam_run_begin. */
 int slam_run_time(slam_run *);
-/* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder, cuts the log, and
-   writes the settings as they are now into trainer.json, so that a limit that has grown survives a kill. An error where another process trained here
-   since the checkpoint was found. */
+/* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder,
+   cuts the log, and writes the settings as they are now into trainer.json, so that a limit that has grown survives a kill. An
+   error where another process trained here since the checkpoint was found. */
 int slam_run_begin(slam_run *, const char *checkpoint);
 /* Trains until a limit or a signal, evaluating, logging and saving. */
 int slam_run_train(slam_run *);
@@ -1750,7 +1762,8 @@ static const char *tensors_metadata(const tensors *t, const char *key) {
     return t->files ? json_text(json_get(t->file[0].header, "__metadata__"), key, NULL) : NULL;
 }
 
-/* Opens the file that an entry of the index names, if it is not open yet. It lies beside the index: nothing leads out of the folder. */
+/* Opens the file that an entry of the index names, if it is not open yet. It lies beside the index: nothing leads out of the
+   folder. */
 static int tensors_add_shard(tensors *t, const char *folder, const json *entry, const char *index) {
     if (entry->type != JSON_STRING)
         return fail("%s: tensor '%s' is in %.60s, expected a file's name", index, entry->key, json_describe(entry));
@@ -1886,7 +1899,8 @@ static size_t tensor_out_bytes(const tensor_out *t) {
     return bytes;
 }
 
-/* Writes n tensors in the order given. metadata: key, value, ..., NULL, or NULL; "format": "pt" is always there, as Hugging Face wants. */
+/* Writes n tensors in the order given. metadata: key, value, ..., NULL, or NULL; "format": "pt" is always there, as Hugging
+   Face wants. */
 static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
     text header = SLAM_ZERO;
     uint64_t begin = 0;
@@ -2058,8 +2072,8 @@ static int npy_write(const char *path, const float *data, size_t rows, size_t co
 }
 
 /* ---- token shards (llm.c's) ----
-   256 int32: 20240520, version 1, count of tokens, then V and the quantiser's fingerprint (both 0 where unsaid; llm.c leaves them 0),
-   zeros; then the tokens, uint16. */
+   256 int32: 20240520, version 1, count of tokens, then V and the quantiser's fingerprint (both 0 where unsaid; llm.c leaves
+   them 0), zeros; then the tokens, uint16. */
 
 enum { SHARD_MAGIC = 20240520, SHARD_VERSION = 1, SHARD_HEADER = 1024 };
 enum { DOCUMENT_MARK = 1, UNIT_TOKEN = 2 }; // 1 opens and closes a document, unit u is token u + 2, 0 is padding
@@ -2353,7 +2367,8 @@ static void text_add_units(text *t, const units *u) {
 
 /* ---- WAV ----
    "RIFF", size, "WAVE", then chunks: four letters, size (32 bits), that many bytes, one more where the size is odd. Of them
-       fmt:  format (1 PCM, 3 float, 0xfffe: as bytes 24, 25 say), channels, rate (32 bits), bytes a second (32 bits), bytes of a frame,
+       fmt:  format (1 PCM, 3 float, 0xfffe: as bytes 24, 25 say), channels, rate (32 bits), bytes a second (32 bits),
+             bytes of a frame,
              bits of a sample                                                             (16 bits where nothing else is said)
        data: frames of one sample for each channel: unsigned bytes, or signed 16, 24, 32 bits, or float32, float64
    The size that stands behind RIFF is not needed, and many writers get it wrong. */
@@ -3079,7 +3094,7 @@ static void attention_tile_forward(float *out, float *lse, const float *q, const
 
 static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv_, const slam_window *win) {
     const int T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS, tiles = (T + QUERIES - 1) / QUERIES;
-    float *qkv = (float *)qkv_, *scratch = cpu_scratch(ops, (size_t)ops->threads * QUERIES * T);
+    float *qkv = (float *)qkv_, *scratch = cpu_scratch(ops, (size_t)threads_count() * QUERIES * T);
     if (!scratch) return;
     SLAM_PARALLEL_FOR
     for (int i = 0; i < win->B * T; i++)
@@ -3115,15 +3130,16 @@ static void attention_tile_backward(float *dq, float *dk, float *dv, const float
     gemm(1, 0, t.keys, HS, t.n, p, t.keys, dout + t.i * O, O, 1, dv + (size_t)t.first * HS, HS);
 }
 
-/* A task is one head of one row, all its tiles; dk and dv of each query head stand apart until those of a group are added in order. */
+/* A task is one head of one row, all its tiles; dk and dv of each query head stand apart until those of a group are added in
+   order. */
 static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, const slam_act *dout_, const slam_act *out_,
                                    const float *lse, const slam_act *qkv_, const slam_window *win) {
     const int B = win->B, T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS;
     const size_t head = (size_t)T * HS, work = (size_t)QUERIES * T;
     const float *qkv = (const float *)qkv_, *dout = (const float *)dout_, *out = (const float *)out_;
-    float *dqkv = (float *)dqkv_, *scratch = cpu_scratch(ops, 2 * ops->threads * work + 2 * B * NH * head);
+    float *dqkv = (float *)dqkv_, *scratch = cpu_scratch(ops, 2 * threads_count() * work + 2 * B * NH * head);
     if (!scratch) return;
-    float *dkv = scratch + 2 * ops->threads * work; // (B,NH,2,T,HS)
+    float *dkv = scratch + 2 * threads_count() * work; // (B,NH,2,T,HS)
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < B * NH; task++) {
         const int b = task / NH, h = task % NH;
@@ -4710,7 +4726,8 @@ struct slam_rows {
 
 static size_t source_pieces(const data_source *s) { return s->end_piece - s->first_piece; }
 
-/* Draws an epoch beyond the whole times of a source's weight, in the mean: f n, with f the fraction of the weight and n the pieces. */
+/* Draws an epoch beyond the whole times of a source's weight, in the mean: f n, with f the fraction of the weight and n the
+   pieces. */
 static double mean_extra_draws(const data_source *s) {
     const double mean = (s->weight - floor(s->weight)) * (double)source_pieces(s), whole = floor(mean + 0.5);
     return fabs(mean - whole) < 1e-6 ? whole : mean; // 2.3 - 2 is no 0.3
@@ -6938,7 +6955,8 @@ static int checkpoint_links(const char *run, long latest, long best) {
     return folder_sync(run);
 }
 
-/* Removes all but the `keep` newest and the best. A folder loses its name first, so that what is half removed never passes for a checkpoint. */
+/* Removes all but the `keep` newest and the best. A folder loses its name first, so that what is half removed never passes for
+   a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
@@ -7032,7 +7050,7 @@ int slam_checkpoint_mend(const char *run) {
     return ok;
 }
 
-/* ---- the optimiser's file: the moments of every tensor under the tensor's name with ".m" or ".v", and the count of updates ---- */
+/* ---- the optimiser's file: the moments under each tensor's name with ".m" or ".v", and the count of updates ---- */
 
 static int moments_list(const slam_optimiser *o, float *host, tensor_out **out, parameter **parameters, names *spelled, size_t *n) {
     size_t count = 0;
@@ -7299,8 +7317,8 @@ static int run_has_name(const char *folder, const char *name) {
     return !folder[n] || (folder[n] == '-' && folder[n + 1] && folder[n + 1 + strspn(folder + n + 1, "0123456789")] == 0);
 }
 
-/* Whether a run of this program was begun in the folder (NULL program: whether it holds a checkpoint). What trainer.json does not say, or cannot,
-   the folder's name does. */
+/* Whether a run of this program was begun in the folder (NULL program: whether it holds a checkpoint). What trainer.json does
+   not say, or cannot, the folder's name does. */
 static int run_fits(const char *folder, const char *program, int *fits) {
     char *checkpoint = NULL, *note = path_join(folder, "trainer.json");
     slam_trainer trainer;
@@ -7689,7 +7707,8 @@ static int log_line(FILE *log, const char *path, text *t) {
 
 /* ---- the machine's peak ---- */
 
-/* FLOP/s of the model's largest product, gate and up of the MLP, as the forward pass calls it: the best of some calls; 0: no memory left for it. */
+/* FLOP/s of the model's largest product, gate and up of the MLP, as the forward pass calls it: the best of some calls; 0: no
+   memory left for it. */
 static double measure_peak(slam_ops *ops, const slam_config *c, int rows) {
     const int N = rows < 8192 ? rows : 8192, C = c->C, O = 2 * c->F, act = ops->bytes_per_act;
     const size_t nx = (size_t)N * C, nw = (size_t)O * C, n = nx > nw ? nx : nw;
@@ -7777,7 +7796,8 @@ static int run_late(const slam_run *r, double slowest) {
     return r->max_seconds && run_seconds(r) + slowest + end >= r->max_seconds;
 }
 
-/* Whether the run is over, and why: of a limit and a signal at the same step the limit counts, after which nothing is left to go on with. */
+/* Whether the run is over, and why: of a limit and a signal at the same step the limit counts, after which nothing is left to
+   go on with. */
 static int run_over(slam_run *r, double slowest) {
     const slam_trainer *t = &r->trainer;
     if (t->step >= t->steps || (r->max_tokens && t->tokens >= r->max_tokens)) return 1;
@@ -7922,8 +7942,8 @@ static int run_update(slam_run *r, FILE *log, const char *path, run_pace *p) {
     return 1;
 }
 
-/* Steps until the run ends; leaves why in r->ended. The last step is evaluated, then saved, and so is what is best. What a signal cuts short is
-   evaluated where it goes on, so that the log is the one of a run that was not. */
+/* Steps until the run ends; leaves why in r->ended. The last step is evaluated, then saved, and so is what is best. What a
+   signal cuts short is evaluated where it goes on, so that the log is the one of a run that was not. */
 static int run_loop(slam_run *r, FILE *log, const char *path) {
     const slam_trainer *t = &r->trainer;
     run_pace p = SLAM_ZERO;
@@ -7991,8 +8011,8 @@ int slam_run_begin(slam_run *r, const char *checkpoint) {
     return ok;
 }
 
-/* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is thrown away: what follows is the run that its
-   number of steps alone would have given. The first step is slower than the rest and not counted. */
+/* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is thrown away: what follows is
+   the run that its number of steps alone would have given. The first step is slower than the rest and not counted. */
 static int time_steps(slam_run *r, double *seconds) {
     slam_step step;
     uint64_t tokens;
