@@ -19,7 +19,7 @@ RUNS ?= runs/*
 quote = '$(subst ','\'',$(1))'
 
 define HELP
-Programs    make            builds train, tokenize, eval and dpo; `make train` (and so on) builds one
+Programs    make            builds train, tokenize and eval; `make train` (and so on) builds one
 Checks      make test       builds and runs all tests; the last line is `N passed, N failed`
             make house      lists the sections of slam.h and which others each one uses
             make format-check    says what clang-format would change; `make format` changes it
