@@ -22,7 +22,7 @@
       2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, WAV
       3. OPS                the list of operations (`slam_ops`) with each one's mathematics
       4. OPS ON THE CPU     the plain loops: read these first
-      5. OPS ON CUDA        none in this version, and slam_cuda() says so
+      5. OPS ON CUDA        the same operations, one kernel or a few each
       7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
       8. OPTIMISER          optimiser, schedules, gradient clipping
       9. DATA               documents, pieces, packing, shuffling, mixing
@@ -76,9 +76,11 @@ typedef struct slam_ops slam_ops;
 /* What attention needs to know of a batch, besides the numbers in q, k and v. */
 typedef struct slam_window {
     int B, T, NH, KVH, HS;
-    const int *doc_start; /* (B,T)   query i sees key j iff doc_start[i] <= j <= i ...                                   */
+    const int *doc_start; /* (B,T)   query i sees key j iff doc_start[i] <= j < doc_end[i] ...                           */
+    const int *doc_end;   /* (B,T)   ... NULL: i + 1, which is causal                                                      */
     const int *hole;      /* (B,T,2) ... and not first <= j < end, the hole of i; NULL: no holes                           */
-    const float *rope;    /* (T,HS)  for each position HS/2 cosines, then HS/2 sines; position = i - doc_start[i] - (end - first) */
+    const float *rope;    /* (T,HS)  for each position HS/2 cosines, then HS/2 sines; position = i - doc_start[i] - (end - first);
+                             NULL: no rotation */
 } slam_window;
 
 /* AdamW's numbers for one step (Loshchilov and Hutter 2019; as torch.optim.AdamW). */
@@ -87,6 +89,14 @@ typedef struct slam_adamw {
     double clip; /* the gradient is scaled to this norm where its own is larger; 0: never */
     long step;   /* which update this is, from 1: beta^step corrects the moments' bias */
 } slam_adamw;
+
+/* How a token is drawn (as Hugging Face's generate; the nucleus: Holtzman et al. 2020). */
+typedef struct slam_sampling {
+    double temperature;        /* logits are divided by it; 0: greedy, the largest logit */
+    int top_k;                 /* only so many of the largest, ties with the last included; 0: all */
+    double top_p;              /* only the fewest largest whose probabilities sum to this at least, ties included; 1: all */
+    double repetition_penalty; /* logits of what was seen are divided by it, multiplied where negative; 1: none */
+} slam_sampling;
 
 struct slam_ops {
     const char *name;  /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
@@ -136,7 +146,7 @@ struct slam_ops {
     void (*matmul_backward_input)(slam_ops *, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC);
     void (*matmul_backward_weight)(slam_ops *, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC);
 
-    /* Attention, causal within a document, with rotary positions (Vaswani et al. 2017; Su et al. 2021; grouped queries:
+    /* Attention within documents, causal or not, with rotary positions (Vaswani et al. 2017; Su et al. 2021; grouped queries:
        Ainslie et al. 2023). A row of qkv holds NH query heads, then KVH key heads, then KVH value heads, each of HS numbers;
        query head h reads key/value head g = h KVH / NH (rounded down). With R_p the rotation by the angles of position p, which
        turns the pair (c, c + HS/2):
@@ -146,11 +156,16 @@ struct slam_ops {
            dv_j  = sum_i p_ij dout_i       D_i = dout_i . out_i     ds_ij = p_ij (dout_i . v_j - D_i)
            dq'_i = sum_j ds_ij k'_j / sqrt(HS)    dk'_j = sum_i ds_ij q'_i / sqrt(HS)    dq = R^-1 dq'    dk = R^-1 dk'
        with sums over i in dk and dv also running over the query heads of a group.
-       out = (B,T,NH HS)  lse = (B,NH,T)  from  qkv (B,T,(NH + 2 KVH) HS), which the forward pass may leave rotated or not: the
-       backward pass wants the same buffer.  dqkv = (B,T,(NH + 2 KVH) HS)  D = (B,NH,T), scratch. */
+       out = (B,T,NH HS)  lse = (B,NH,T)  from  qkv (B,T,(NH + 2 KVH) HS), which the forward pass leaves with q' and k' for q and k;
+       the backward pass wants that.  dqkv = (B,T,(NH + 2 KVH) HS)  D = (B,NH,T), scratch. */
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_window *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
                                const slam_act *qkv, const slam_window *);
+    /* The same for one more token of each of B sequences, with keys and values of the tokens before in a cache: row b of qkv,
+       at position and place n = lengths_b < T, gets q' and k' for q and k; its k' and v go to place n of the cache; out_b reads
+       places 0 to n.
+       out = (B,NH HS)  from  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B); of the window B, T, NH, KVH, HS, rope count */
+    void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *);
 
     /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
            dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))    du = dh g sigmoid(g)
@@ -159,9 +174,18 @@ struct slam_ops {
     void (*swiglu_backward)(slam_ops *, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F);
 
     /* Cross-entropy, loss and gradient in one pass
-           loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale (softmax(z_i)_v - [v = target_i])
-       loss = (N), 0 where target is -1;  logits (N,V) become dz where scale is not 0 (rows without a target become 0) */
-    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, float scale, int N, int V);
+           loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
+       loss = (N), 0 where target is -1;  logits (N,V), in rows `stride` numbers apart, become dz where scale is not 0 (rows without
+       a target, and what follows a row's V numbers, become 0);  weights (N), NULL: 1 */
+    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights, float scale, int N,
+                         int V, int stride);
+
+    /* Sampling: of what slam_sampling leaves, with probabilities that sum to 1, the first token in order of v up to which they sum
+       to more than uniform_b; greedy: the first of the largest. Token 0 is never drawn.
+       tokens = (B)  from  logits (B,V), in rows `stride` numbers apart  uniform (B) in [0,1)  seen (B,V), bytes that are 1 for what
+       the penalty concerns, and become 1 for what is drawn; NULL: none */
+    void (*sample)(slam_ops *, int *tokens, const slam_act *logits, unsigned char *seen, const float *uniform,
+                   const slam_sampling *, int B, int V, int stride);
 
     /* out[0] += sum of x,  out[0] += sum of squares of x; x (n), added in an order that depends on n alone */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
@@ -176,9 +200,10 @@ struct slam_ops {
                   const slam_adamw *, size_t n);
 };
 
-/* NULL and slam_error() where there is no memory, no such device, or no CUDA in this build. threads 0: one a core. */
+/* NULL and slam_error() where there is no memory, no such device, or no CUDA in this build. threads 0: one a core.
+   bytes_per_act 2: bf16, 4: float, without tf32. */
 slam_ops *slam_cpu(int threads);
-slam_ops *slam_cuda(int device);
+slam_ops *slam_cuda(int device, int bytes_per_act);
 void slam_ops_free(slam_ops *);
 
 /* ------------------------------------------------------------------------------------------
@@ -3194,13 +3219,16 @@ static void cpu_swiglu_backward(slam_ops *ops, slam_act *dgate_up, const slam_ac
 
 /* ---- cross-entropy ---- */
 
-static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, float scale, int N, int V) {
+static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const float *weights, float scale,
+                             int N, int V, int stride) {
     (void)ops;
     SLAM_PARALLEL_FOR
     for (int i = 0; i < N; i++) {
-        float *z = (float *)logits + (size_t)i * V;
+        float *z = (float *)logits + (size_t)i * stride;
+        const float weight = weights ? scale * weights[i] : scale;
         const int target = targets[i];
         loss[i] = 0;
+        if (scale != 0) memset(z + V, 0, (size_t)(stride - V) * sizeof(float));
         if (target < 0) {
             if (scale != 0) memset(z, 0, (size_t)V * sizeof(float));
             continue;
@@ -3209,8 +3237,8 @@ static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const
         float sum;
         if (scale != 0) {
             sum = row_exp(z, z, 1, max, V);
-            for (int v = 0; v < V; v++) z[v] *= scale / sum;
-            z[target] -= scale;
+            for (int v = 0; v < V; v++) z[v] *= weight / sum;
+            z[target] -= weight;
         } else {
             sum = row_exp_sum(z, max, V);
         }
@@ -3308,15 +3336,174 @@ slam_ops *slam_cpu(int threads) {
 }
 
 /* ==========================================================================================
-   5. OPS ON CUDA        none in this version, and slam_cuda() says so
-   This version computes on the CPU alone: slam_cuda() says so, and callers fall back.
+   5. OPS ON CUDA        the same operations, one kernel or a few each
+   Names are those of section 4, whose loops say what is computed; here it is said how threads map
+   to data, what bounds a kernel, and how many bytes it has to move. N and C as in section 3, T a
+   number of `bytes_per_act` bytes. All work is in one stream, so each kernel sees what was asked
+   before it. Sums have a fixed order and there are no atomics: the same bits every time.
+
+   The kernels compile with nvcc, and with any C++ compiler against test/cuda_emulator.h, which runs
+   them on the CPU (`make emulate`). What only a GPU understands, PTX, stands in small functions that
+   the emulator has in plain C++.
    may use: 1 base, 3 ops
    ========================================================================================== */
-
-slam_ops *slam_cuda(int device) {
-    fail("cuda:%d: version " SLAM_VERSION " has no operations for CUDA", device);
+#if !defined __CUDACC__ && !defined SLAM_EMULATOR
+slam_ops *slam_cuda(int device, int bytes_per_act) {
+    (void)bytes_per_act;
+    fail("cuda:%d: this build has no CUDA: nvcc was not found when it was made", device);
     return NULL;
 }
+#else
+#ifndef SLAM_EMULATOR
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+/* kernel<<<...>>>, in a form that a C++ compiler reads as well; a kernel with several template arguments stands in parentheses */
+#define SLAM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#endif
+
+/* ---- what kernels are made of ---- */
+
+typedef __nv_bfloat16 bf16;
+
+/* P numbers that move in one access: 16 bytes where rows are a multiple of that, else one at a time. */
+template <typename T, int P> struct alignas(P * sizeof(T)) pack { T at[P]; };
+
+/* The block's shared memory, as many bytes as its launch asked for. */
+static __device__ __forceinline__ char *shared_memory(void) {
+#ifdef SLAM_EMULATOR
+    return emulator_shared();
+#else
+    extern __shared__ __align__(128) char slam_shared[];
+    return slam_shared;
+#endif
+}
+
+/* Sum and maximum over the 32 lanes of a warp; every lane gets it, always added in the same order. */
+static __device__ __forceinline__ float warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+static __device__ __forceinline__ float warp_max(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+/* Two floats, rounded, side by side: lo in the lower half. */
+static __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+#ifdef SLAM_EMULATOR
+    return emulator_pack_bf16(lo, hi);
+#else
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+#endif
+}
+
+/* A warp's product C (16,8) += A (16,16) B (16,8) in bf16 with float sums (PTX: mma.sync.m16n8k16). With g = lane / 4 and
+   t = lane % 4 a lane holds, in pairs of neighbours (the lower half of a register first):
+       a[0]: row g,     columns 2t, 2t+1      a[2]: row g,     columns 2t+8, 2t+9
+       a[1]: row g + 8, columns 2t, 2t+1      a[3]: row g + 8, columns 2t+8, 2t+9
+       b[0]: rows 2t, 2t+1, column g          b[1]: rows 2t+8, 2t+9, column g
+       c[0], c[1]: row g, columns 2t, 2t+1    c[2], c[3]: row g + 8, columns 2t, 2t+1 */
+static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+#ifdef SLAM_EMULATOR
+    emulator_mma_bf16(c, a, b0, b1);
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+/* Four 8x8 matrices of bf16 from shared memory (PTX: ldmatrix). Lane l says where row l % 8 of matrix l / 8 begins (16 bytes,
+   aligned); r[m] of a lane gets of matrix m row lane / 4, columns 2 (lane % 4) and the next. */
+static __device__ __forceinline__ void ldmatrix(uint32_t r[4], const void *row) {
+#ifdef SLAM_EMULATOR
+    emulator_ldmatrix(r, row, 0);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+#endif
+}
+
+/* The same, each matrix transposed: r[m] gets rows 2 (lane % 4) and the next, column lane / 4. */
+static __device__ __forceinline__ void ldmatrix_transposed(uint32_t r[4], const void *row) {
+#ifdef SLAM_EMULATOR
+    emulator_ldmatrix(r, row, 1);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+#endif
+}
+
+/* 16 bytes from global to shared memory, past the registers and without waiting; zeros, and nothing is read, where not `valid`
+   (PTX: cp.async). commit closes a group of copies, wait<n> waits until at most n of this thread's groups are under way; other
+   threads see them after a barrier. */
+static __device__ __forceinline__ void copy_async(void *shared, const void *global, int valid) {
+#ifdef SLAM_EMULATOR
+    emulator_copy_async(shared, global, valid ? 16 : 0);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void copy_async_commit(void) {
+#ifdef SLAM_EMULATOR
+    emulator_copy_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int n> static __device__ __forceinline__ void copy_async_wait(void) {
+#ifdef SLAM_EMULATOR
+    emulator_copy_async_wait(n);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+/* ---- the device ---- */
+
+enum { CUDA_WORKSPACE = 64 << 20 }; // bytes: partial sums; what cuBLASLt asks for on Hopper is 32 MB
+
+typedef struct cuda_ops {
+    slam_ops ops; // first, so that a slam_ops pointer is also one to this
+    char name[320];
+    int device, processors; // its number, its multiprocessors
+    cudaStream_t stream;
+    char *workspace;    // CUDA_WORKSPACE bytes; whoever uses it is done with it before the next kernel in the stream begins
+    cudaError_t failed; // the first error since the last finish, and of which operation
+    const char *failed_in;
+} cuda_ops;
+
+/* After every launch: notes the first failure. */
+static void cuda_launched(slam_ops *ops, const char *operation) {
+    cuda_ops *cuda = (cuda_ops *)ops;
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess || cuda->failed != cudaSuccess) return;
+    cuda->failed = error;
+    cuda->failed_in = operation;
+}
+
+/* ---- attention ---- */
+
+/* ---- the backend ---- */
+
+slam_ops *slam_cuda(int device, int bytes_per_act) {
+    (void)bytes_per_act;
+    fail("cuda:%d: not yet", device);
+    return NULL;
+}
+#endif
 
 /* ==========================================================================================
    7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
@@ -3895,8 +4082,15 @@ static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window)
     if (b->targets) m->ops->upload(m->ops, int_at(m, m->a.targets), b->targets, N * sizeof(int));
     m->ops->upload(m->ops, int_at(m, m->a.doc_start), b->doc_start, N * sizeof(int));
     if (b->hole) m->ops->upload(m->ops, int_at(m, m->a.hole), b->hole, 2 * N * sizeof(int));
-    const slam_window w = {
-        b->B, b->T, c->NH, c->KVH, c->HS, int_at(m, m->a.doc_start), b->hole ? int_at(m, m->a.hole) : NULL, float_at(m, m->a.rope)};
+    const slam_window w = {b->B,
+                           b->T,
+                           c->NH,
+                           c->KVH,
+                           c->HS,
+                           int_at(m, m->a.doc_start),
+                           NULL,
+                           b->hole ? int_at(m, m->a.hole) : NULL,
+                           float_at(m, m->a.rope)};
     *window = w;
     return 1;
 }
@@ -3948,7 +4142,7 @@ static void head(slam_model *m, int N, float scale) {
         const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
         slam_act *x = act_row(m, act_at(m, m->a.head_in), i, C);
         ops->matmul_forward(ops, logits, x, w, NULL, n, C, V);
-        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, scale, n, V);
+        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, NULL, scale, n, V, V);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_row(m, act_at(m, m->a.dnormed), i, C), logits, w, n, C, V);
         ops->matmul_backward_weight(ops, m->gradients + m->w.head, NULL, logits, x, n, C, V);
@@ -7186,7 +7380,9 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
     slam_ops *ops = NULL;
     note[0] = 0;
     if (!slam_device_check(device)) return NULL;
-    ops = !strcmp(device, "cpu") ? slam_cpu(threads) : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : 0);
+    ops = !strcmp(device, "cpu")
+              ? slam_cpu(threads)
+              : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : 0, strcmp(dtype, "f32") ? 2 : 4);
     if (!ops && !strcmp(device, "auto")) {
         snprintf(note, 256, "%.255s", slam_error());
         ops = slam_cpu(threads);

@@ -40,7 +40,7 @@ static slam_window make_window(shape s) {
             rope[p * s.HS + c] = (float)cos(angle);
             rope[p * s.HS + s.HS / 2 + c] = (float)sin(angle);
         }
-    const slam_window w = {s.B, s.T, s.NH, s.KVH, s.HS, doc, s.holes ? hole : NULL, rope};
+    const slam_window w = {s.B, s.T, s.NH, s.KVH, s.HS, doc, NULL, s.holes ? hole : NULL, rope};
     if (!s.holes) free(hole);
     return w;
 }
@@ -286,10 +286,10 @@ static void test_crossentropy(slam_ops *ops, int N, int V) {
             expected[i * V + v] = targets[i] < 0 ? 0 : (float)(0.25 * (exp((double)z[i * V + v] - 300) / sum - (v == targets[i])));
         expected_loss[i] = targets[i] < 0 ? 0 : (float)(log(sum) + 300 - (double)z[i * V + targets[i]]);
     }
-    ops->crossentropy(ops, loss, act(z), targets, 0, N, V);
+    ops->crossentropy(ops, loss, act(z), targets, NULL, 0, N, V, V);
     check_close("losses", loss, expected_loss, N, 1e-6);
     CHECK(memcmp(z, kept, n * sizeof *z) == 0, "logits are left alone with scale 0");
-    ops->crossentropy(ops, loss, act(z), targets, 0.25f, N, V);
+    ops->crossentropy(ops, loss, act(z), targets, NULL, 0.25f, N, V, V);
     check_close("losses", loss, expected_loss, N, 1e-6);
     check_close("dlogits", z, expected, n, 2e-6);
     free(z), free(kept), free(loss), free(expected), free(expected_loss), free(targets);
@@ -338,7 +338,7 @@ static void test_threads(void) {
             to += 2 * (size_t)N * C + C;
         ops->attention_forward(ops, act(to), lse, act(qkv), &w);
         ops->attention_backward(ops, act(to + (size_t)N * C), D, act(x), act(to), lse, act(qkv), &w), to += (size_t)N * C + n_qkv;
-        ops->crossentropy(ops, r, act(logits), tokens, 1, N, V);
+        ops->crossentropy(ops, r, act(logits), tokens, NULL, 1, N, V, V);
         memcpy(to, logits, sizeof(float) * (size_t)N * V);
         ops->swiglu_forward(ops, act(to), act(wide2), N, F);
         free(x), free(wide), free(norm), free(qkv), free(wide2), free(logits), free(r), free(lse), free(D);
