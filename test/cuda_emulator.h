@@ -1,0 +1,783 @@
+/* cuda_emulator.h - runs the CUDA kernels of slam.h on the CPU, to test and to read them
+
+   A file compiled as C++17 with -DSLAM_EMULATOR -include test/cuda_emulator.h gets section 5 of slam.h without CUDA: the kernels
+   are plain C++ functions, and what they expect of nvcc and of the runtime library stands here. `make emulate` builds
+   ./train-emulated that way.
+
+   A launch runs its blocks in random order (dealt to OpenMP's threads where there are some). Each thread of a block is a fiber, a
+   stack of its own; one runs until it reaches a barrier, a warp's collective or its end, then another one is drawn, at random.
+   A collective completes when all threads that it names have arrived. So the order of threads is as wild as a GPU's may be, but
+   the same for the same emulator_seed, and what depends on it is a bug in the kernel:
+
+   - a missing barrier: shared memory is full of NaN when a block begins, and asynchronous copies (cp.async) leave NaN where they
+     will write, until the thread that waits for them gets there or, at random, before;
+   - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was asked for, which AddressSanitizer
+     watches (-fsanitize=address);
+   - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX wrappers: the run ends with a
+     sentence that names kernel, block and thread, and where the others wait.
+
+   A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host memory that
+   is used again too early shows. There is one device. */
+#ifndef CUDA_EMULATOR_H
+#define CUDA_EMULATOR_H
+#include <algorithm>
+#include <deque>
+#include <functional>
+#include <map>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <tuple>
+#include <vector>
+
+#if defined __SANITIZE_ADDRESS__
+#define EMULATOR_ASAN 1
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define EMULATOR_ASAN 1
+#endif
+#endif
+
+/* ---- words of the language ---- */
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+    __nv_bfloat16() = default;
+    __nv_bfloat16(float f) { // to the nearest, to the even one of two
+        uint32_t u;
+        memcpy(&u, &f, sizeof u);
+        bits = f != f ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    }
+    operator float() const {
+        const uint32_t u = (uint32_t)bits << 16;
+        float f;
+        memcpy(&f, &u, sizeof f);
+        return f;
+    }
+};
+static inline __nv_bfloat16 __float2bfloat16(float f) { return __nv_bfloat16(f); }
+static inline float __bfloat162float(__nv_bfloat16 b) { return (float)b; }
+
+template <typename To, typename From> static inline To emulator_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits of another size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+static inline int __float_as_int(float f) { return emulator_bits<int>(f); }
+static inline unsigned __float_as_uint(float f) { return emulator_bits<unsigned>(f); }
+static inline float __int_as_float(int i) { return emulator_bits<float>(i); }
+static inline float __uint_as_float(unsigned u) { return emulator_bits<float>(u); }
+#define __expf expf // glibc has functions of these names that it does not export
+#define __logf logf
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+static inline int __popc(unsigned u) { return __builtin_popcount(u); }
+static inline int __ffs(int i) { return __builtin_ffs(i); }
+static inline int __clz(int i) { return i ? __builtin_clz((unsigned)i) : 32; }
+template <typename T> static inline T __ldg(const T *p) { return *p; }
+template <typename T> static inline T min(T a, T b) { return a < b ? a : b; }
+template <typename T> static inline T max(T a, T b) { return a > b ? a : b; }
+
+/* ---- fibers ---- */
+
+struct emulator_copy { // of cp.async
+    void *to;
+    const void *from;
+    int bytes;
+    long group;
+};
+
+enum emulator_kind {
+    EMULATOR_NONE,
+    EMULATOR_BARRIER,
+    EMULATOR_SYNCWARP,
+    EMULATOR_SHUFFLE,
+    EMULATOR_VOTE,
+    EMULATOR_MMA,
+    EMULATOR_LDMATRIX
+};
+static const char *const emulator_kinds[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle", "a vote", "mma", "ldmatrix"};
+
+struct emulator_fiber {
+    void *top;   // its stack pointer while it does not run
+    char *stack; // EMULATOR_STACK bytes
+    void *fake;  // AddressSanitizer's
+    struct {
+        unsigned x, y, z;
+    } thread;
+    int index, done;
+    /* what it has brought to the collective that it waits for, and takes from it */
+    emulator_kind kind;
+    unsigned mask;
+    int source; // a shuffle's lane, 0..31; of a barrier: 0 plain, 1 count
+    uint64_t value, result;
+    float *c;
+    const uint32_t *a;
+    uint32_t b[2], *out;
+    const void *row;
+    int transposed;
+    std::vector<emulator_copy> copies;
+    long groups; // committed so far
+    emulator_fiber();
+    ~emulator_fiber();
+};
+
+enum { EMULATOR_STACK = 256 << 10 };
+
+emulator_fiber::emulator_fiber() {
+    stack = (char *)mmap(NULL, EMULATOR_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == (char *)MAP_FAILED) abort();
+}
+emulator_fiber::~emulator_fiber() { munmap(stack, EMULATOR_STACK); }
+
+struct emulator_state {
+    const char *kernel;
+    const std::function<void()> *body;
+    dim3 grid, block;
+    struct {
+        unsigned x, y, z;
+    } index;
+    char *shared;
+    void *top; // the scheduler's stack pointer
+    emulator_fiber *now;
+    std::vector<emulator_fiber *> fibers; // of this block; more are kept for later ones
+    std::vector<int> ready;
+    int live;
+    uint64_t random;
+    const void *bottom; // the scheduler's stack, for AddressSanitizer
+    size_t bottom_size;
+    void *fake;
+};
+
+static thread_local emulator_state emulator;
+#define threadIdx (emulator.now->thread)
+#define blockIdx  (emulator.index)
+#define blockDim  (emulator.block)
+#define gridDim   (emulator.grid)
+
+static inline uint64_t emulator_draw(uint64_t n) { // splitmix64
+    uint64_t z = emulator.random += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return (z ^ z >> 31) % n;
+}
+
+__attribute__((noreturn, format(printf, 1, 2))) static void emulator_fail(const char *format, ...) {
+    va_list args;
+    const emulator_fiber *f = emulator.now;
+    fprintf(stderr, "emulator: %s, block (%u,%u,%u)", emulator.kernel ? emulator.kernel : "host", emulator.index.x,
+            emulator.index.y, emulator.index.z);
+    if (f) fprintf(stderr, ", thread (%u,%u,%u)", f->thread.x, f->thread.y, f->thread.z);
+    fprintf(stderr, ": ");
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fprintf(stderr, "\n");
+    abort();
+}
+
+#ifdef EMULATOR_ASAN
+extern "C" void __sanitizer_start_switch_fiber(void **fake, const void *bottom, size_t size);
+extern "C" void __sanitizer_finish_switch_fiber(void *fake, const void **bottom, size_t *size);
+#define EMULATOR_LEAVE(fake, bottom, size)  __sanitizer_start_switch_fiber(fake, bottom, size)
+#define EMULATOR_ARRIVE(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
+#else
+#define EMULATOR_LEAVE(fake, bottom, size)  (void)0
+#define EMULATOR_ARRIVE(fake, bottom, size) (void)0
+#endif
+
+static void emulator_main(void);
+
+/* emulator_switch keeps what a call must preserve on the stack, its pointer in *save, and goes on where `to` was kept. */
+#if defined __x86_64__ && defined __linux__
+extern "C" void emulator_switch(void **save, void *to);
+asm(".text\n.globl emulator_switch\n.type emulator_switch,@function\nemulator_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+    "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size emulator_switch,.-emulator_switch\n");
+static void *emulator_first(char *stack) {              // a stack that emulator_switch "returns" from into emulator_main
+    void **top = (void **)(stack + EMULATOR_STACK) - 1; // a function begins 8 bytes off a multiple of 16
+    *--top = (void *)emulator_main;
+    return top - 6;
+}
+#elif defined __aarch64__ && defined __linux__
+extern "C" void emulator_switch(void **save, void *to);
+asm(".text\n.globl emulator_switch\n.type emulator_switch,%function\nemulator_switch:\n"
+    "stp x19,x20,[sp,#-160]!\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
+    "stp x29,x30,[sp,#80]\nstp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
+    "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+    "ldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\nldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\n"
+    "ldp x29,x30,[sp,#80]\nldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
+    "ldp x19,x20,[sp],#160\nret\n.size emulator_switch,.-emulator_switch\n");
+static void *emulator_first(char *stack) {
+    void **top = (void **)(stack + EMULATOR_STACK) - 20;
+    top[11] = (void *)emulator_main; // x30
+    return top;
+}
+#else
+#include <ucontext.h>
+static void emulator_switch(void **save, void *to) { // a system call each time, but anywhere
+    ucontext_t here;
+    *save = &here;
+    swapcontext(&here, (ucontext_t *)to);
+}
+static void *emulator_first(char *stack) {
+    ucontext_t *first = (ucontext_t *)stack; // at the end that the stack grows towards, used up by the first switch
+    getcontext(first);
+    first->uc_stack.ss_sp = stack + sizeof *first;
+    first->uc_stack.ss_size = EMULATOR_STACK - sizeof *first;
+    first->uc_link = NULL;
+    makecontext(first, emulator_main, 0);
+    return first;
+}
+#endif
+
+/* From a fiber to the scheduler; `last`: it will not come back. */
+static void emulator_yield(int last) {
+    emulator_fiber *f = emulator.now;
+    (void)last; // without AddressSanitizer
+    EMULATOR_LEAVE(last ? NULL : &f->fake, emulator.bottom, emulator.bottom_size);
+    emulator_switch(&f->top, emulator.top);
+    EMULATOR_ARRIVE(f->fake, NULL, NULL);
+}
+
+static void emulator_resume(emulator_fiber *f) {
+    emulator.now = f;
+    EMULATOR_LEAVE(&emulator.fake, f->stack, EMULATOR_STACK);
+    emulator_switch(&emulator.top, f->top);
+    EMULATOR_ARRIVE(emulator.fake, NULL, NULL);
+    emulator.now = NULL;
+}
+
+static void emulator_deliver(emulator_fiber *f, long up_to) {
+    size_t kept = 0;
+    for (size_t i = 0; i < f->copies.size(); i++) {
+        const emulator_copy c = f->copies[i];
+        if (c.group > up_to) f->copies[kept++] = c;
+        else if (c.bytes) memcpy(c.to, c.from, 16);
+        else memset(c.to, 0, 16);
+    }
+    f->copies.resize(kept);
+}
+
+static void emulator_check_barrier(void);
+
+static void emulator_main(void) {
+    EMULATOR_ARRIVE(NULL, &emulator.bottom, &emulator.bottom_size);
+    (*emulator.body)();
+    emulator_fiber *f = emulator.now;
+    f->groups++;
+    emulator_deliver(f, f->groups);
+    f->done = 1;
+    emulator.live--;
+    emulator_check_barrier(); // it may have been the one that others wait for
+    emulator_yield(1);
+}
+
+/* ---- collectives ---- */
+
+static emulator_fiber *emulator_lane(int warp, int lane) {
+    const size_t i = (size_t)warp * 32 + lane;
+    return i < emulator.fibers.size() && !emulator.fibers[i]->done ? emulator.fibers[i] : NULL;
+}
+
+static void emulator_release(emulator_fiber *f) {
+    f->kind = EMULATOR_NONE;
+    emulator.ready.push_back(f->index);
+}
+
+/* A barrier is complete when all threads that still run have come; then each gets the sum of what they brought. */
+static void emulator_check_barrier(void) {
+    int here = 0;
+    uint64_t sum = 0;
+    for (emulator_fiber *f : emulator.fibers)
+        if (!f->done && f->kind == EMULATOR_BARRIER) here++, sum += f->value;
+    if (here == 0 || here < emulator.live) return;
+    for (emulator_fiber *f : emulator.fibers)
+        if (!f->done) f->result = sum, emulator_release(f);
+}
+
+/* The warp's product of mma_bf16, with the fragments' places as its comment in slam.h has them. */
+static void emulator_complete_mma(emulator_fiber *const lane[32]) {
+    float A[16][16], B[16][8];
+    for (int l = 0; l < 32; l++) {
+        const int g = l / 4, t = l % 4;
+        for (int half = 0; half < 2; half++) {
+            const int shift = 16 * half;
+            const uint32_t *a = lane[l]->a, *b = lane[l]->b;
+            A[g][2 * t + half] = emulator_bits<float>((a[0] >> shift & 0xffff) << 16);
+            A[g + 8][2 * t + half] = emulator_bits<float>((a[1] >> shift & 0xffff) << 16);
+            A[g][2 * t + 8 + half] = emulator_bits<float>((a[2] >> shift & 0xffff) << 16);
+            A[g + 8][2 * t + 8 + half] = emulator_bits<float>((a[3] >> shift & 0xffff) << 16);
+            B[2 * t + half][g] = emulator_bits<float>((b[0] >> shift & 0xffff) << 16);
+            B[2 * t + 8 + half][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
+        }
+    }
+    for (int l = 0; l < 32; l++)
+        for (int i = 0; i < 4; i++) {
+            const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+            float sum = lane[l]->c[i];
+            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
+            lane[l]->c[i] = sum;
+        }
+}
+
+static void emulator_complete_ldmatrix(emulator_fiber *const lane[32]) {
+    for (int l = 0; l < 32; l++)
+        for (int m = 0; m < 4; m++) {
+            uint16_t pair[2];
+            for (int half = 0; half < 2; half++) {
+                const int row = lane[l]->transposed ? l % 4 * 2 + half : l / 4,
+                          column = lane[l]->transposed ? l / 4 : l % 4 * 2 + half;
+                memcpy(&pair[half], (const char *)lane[8 * m + row]->row + 2 * column, 2);
+            }
+            lane[l]->out[m] = pair[0] | (uint32_t)pair[1] << 16;
+        }
+}
+
+/* A warp's collective is complete when all lanes of the mask wait for the same one with the same mask. */
+static void emulator_check_warp(emulator_kind kind, int warp, unsigned mask) {
+    emulator_fiber *lane[32];
+    uint64_t votes = 0;
+    for (int l = 0; l < 32; l++) {
+        lane[l] = NULL;
+        if (!(mask >> l & 1)) continue;
+        lane[l] = emulator_lane(warp, l);
+        if (!lane[l]) emulator_fail("%s with mask %08x, whose lane %d has ended or never was", emulator_kinds[kind], mask, l);
+        if (lane[l]->kind != kind || lane[l]->mask != mask) return;
+        votes |= (lane[l]->value != 0 ? (uint64_t)1 : 0) << l;
+    }
+    for (int l = 0; l < 32; l++) {
+        if (!lane[l]) continue;
+        if (kind == EMULATOR_VOTE) lane[l]->result = votes;
+        if (kind == EMULATOR_SHUFFLE && !lane[lane[l]->source])
+            emulator_fail("a shuffle with mask %08x reads lane %d", mask, lane[l]->source);
+        if (kind == EMULATOR_SHUFFLE) lane[l]->result = lane[lane[l]->source]->value;
+    }
+    if (kind == EMULATOR_MMA) emulator_complete_mma(lane);
+    if (kind == EMULATOR_LDMATRIX) emulator_complete_ldmatrix(lane);
+    for (int l = 0; l < 32; l++)
+        if (lane[l]) emulator_release(lane[l]);
+}
+
+/* Waits, after its contribution was put into emulator.now, until the collective is complete. */
+static void emulator_collect(emulator_kind kind, unsigned mask) {
+    emulator_fiber *f = emulator.now;
+    f->kind = kind;
+    f->mask = mask;
+    if (!f->copies.empty() && emulator_draw(4) == 0) emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
+    if (kind == EMULATOR_BARRIER) emulator_check_barrier();
+    else {
+        if (!(mask >> f->index % 32 & 1))
+            emulator_fail("%s with mask %08x, without its own lane %d", emulator_kinds[kind], mask, f->index % 32);
+        emulator_check_warp(kind, f->index / 32, mask);
+    }
+    emulator_yield(0);
+}
+
+static uint64_t emulator_barrier(int value) {
+    emulator.now->value = value != 0;
+    emulator_collect(EMULATOR_BARRIER, 0);
+    return emulator.now->result;
+}
+static inline void __syncthreads(void) { (void)emulator_barrier(0); }
+static inline int __syncthreads_count(int p) { return (int)emulator_barrier(p); }
+static inline int __syncthreads_or(int p) { return emulator_barrier(p) != 0; }
+static inline int __syncthreads_and(int p) { return emulator_barrier(!p) == 0; }
+static inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator_collect(EMULATOR_SYNCWARP, mask); }
+
+static unsigned emulator_vote(unsigned mask, int p) {
+    emulator.now->value = p != 0;
+    emulator_collect(EMULATOR_VOTE, mask);
+    return (unsigned)emulator.now->result;
+}
+static inline unsigned __ballot_sync(unsigned mask, int p) { return emulator_vote(mask, p); }
+static inline int __any_sync(unsigned mask, int p) { return emulator_vote(mask, p) != 0; }
+static inline int __all_sync(unsigned mask, int p) { return emulator_vote(mask, !p) == 0; }
+
+template <typename T> static T emulator_shuffle(unsigned mask, T x, int source) {
+    T out;
+    emulator.now->value = 0;
+    memcpy(&emulator.now->value, &x, sizeof x);
+    emulator.now->source = source;
+    emulator_collect(EMULATOR_SHUFFLE, mask);
+    memcpy(&out, &emulator.now->result, sizeof out);
+    return out;
+}
+template <typename T> static inline T __shfl_sync(unsigned mask, T x, int lane, int width = 32) {
+    const int l = emulator.now->index % 32;
+    return emulator_shuffle(mask, x, l / width * width + (lane & (width - 1)));
+}
+template <typename T> static inline T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
+    const int l = emulator.now->index % 32, s = l ^ bits;
+    return emulator_shuffle(mask, x, s / width == l / width ? s : l);
+}
+template <typename T> static inline T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32) {
+    const int l = emulator.now->index % 32;
+    return emulator_shuffle(mask, x, l % width >= (int)by ? l - (int)by : l);
+}
+template <typename T> static inline T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32) {
+    const int l = emulator.now->index % 32;
+    return emulator_shuffle(mask, x, l % width + (int)by < width ? l + (int)by : l);
+}
+
+/* ---- the functions of slam.h that are PTX on a GPU ---- */
+
+static inline char *emulator_shared(void) { return emulator.shared; }
+
+static inline uint32_t emulator_pack_bf16(float lo, float hi) {
+    return (uint32_t)__nv_bfloat16(lo).bits | (uint32_t)__nv_bfloat16(hi).bits << 16;
+}
+
+static inline void emulator_mma_bf16(float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    emulator_fiber *f = emulator.now;
+    f->a = a;
+    f->b[0] = b0;
+    f->b[1] = b1;
+    f->c = c;
+    emulator_collect(EMULATOR_MMA, 0xffffffffu);
+}
+
+static inline void emulator_aligned(const void *p, const char *what) {
+    if ((uintptr_t)p % 16) emulator_fail("%s at %p, which is not a multiple of 16 bytes", what, p);
+}
+
+static inline void emulator_ldmatrix(uint32_t *out, const void *row, int transposed) {
+    emulator_fiber *f = emulator.now;
+    emulator_aligned(row, "ldmatrix");
+    f->row = row;
+    f->out = out;
+    f->transposed = transposed;
+    emulator_collect(EMULATOR_LDMATRIX, 0xffffffffu);
+}
+
+static inline void emulator_copy_async(void *to, const void *from, int bytes) {
+    emulator_fiber *f = emulator.now;
+    char now[16];
+    emulator_aligned(to, "cp.async to");
+    if (bytes) emulator_aligned(from, "cp.async from"), memcpy(now, from, 16); // a wrong address shows here
+    memset(to, 0xff, 16);
+    const emulator_copy c = {to, from, bytes, f->groups};
+    f->copies.push_back(c);
+}
+static inline void emulator_copy_async_commit(void) { emulator.now->groups++; }
+static inline void emulator_copy_async_wait(int n) { emulator_deliver(emulator.now, emulator.now->groups - n - 1); }
+
+/* ---- launches ---- */
+
+static uint64_t emulator_random_seed = 1;
+static inline void emulator_seed(uint64_t seed) { emulator_random_seed = seed; }
+
+static void emulator_run_block(const char *kernel, const std::function<void()> &body, dim3 grid, dim3 block, size_t shared,
+                               size_t at, uint64_t seed) {
+    static thread_local std::deque<emulator_fiber> fibers; // kept for the next block
+    emulator_state &e = emulator;
+    const size_t threads = (size_t)block.x * block.y * block.z;
+    e.kernel = kernel;
+    e.body = &body;
+    e.grid = grid;
+    e.block = block;
+    e.index.x = (unsigned)(at % grid.x);
+    e.index.y = (unsigned)(at / grid.x % grid.y);
+    e.index.z = (unsigned)(at / grid.x / grid.y);
+    e.random = seed + at * 0x9e3779b97f4a7c15u;
+    void *memory = NULL;
+    if (posix_memalign(&memory, 128, shared ? shared : 1) != 0) emulator_fail("no memory for %zu bytes of shared memory", shared);
+    memset(memory, 0xff, shared);
+    e.shared = (char *)memory;
+    e.fibers.clear();
+    e.ready.clear();
+    for (size_t i = 0; i < threads; i++) {
+        if (i >= fibers.size()) fibers.emplace_back();
+        emulator_fiber *f = &fibers[i];
+        f->thread.x = (unsigned)(i % block.x);
+        f->thread.y = (unsigned)(i / block.x % block.y);
+        f->thread.z = (unsigned)(i / block.x / block.y);
+        f->index = (int)i;
+        f->done = 0;
+        f->kind = EMULATOR_NONE;
+        f->fake = NULL;
+        f->groups = 0;
+        f->copies.clear();
+        f->top = emulator_first(f->stack);
+        e.fibers.push_back(f);
+        e.ready.push_back((int)i);
+    }
+    e.live = (int)threads;
+    while (!e.ready.empty()) {
+        const size_t i = emulator_draw(e.ready.size());
+        emulator_fiber *f = e.fibers[e.ready[i]];
+        e.ready[i] = e.ready.back();
+        e.ready.pop_back();
+        emulator_resume(f);
+    }
+    if (e.live > 0) {
+        for (emulator_fiber *f : e.fibers)
+            if (!f->done)
+                fprintf(stderr, "emulator: thread %d waits at %s%s", f->index, emulator_kinds[f->kind],
+                        f->kind == EMULATOR_BARRIER ? "\n" : ""),
+                    f->kind == EMULATOR_BARRIER ? 0 : fprintf(stderr, " with mask %08x\n", f->mask);
+        emulator_fail("%d of its %zu threads wait for others that do not come", e.live, threads);
+    }
+    free(e.shared);
+    e.shared = NULL;
+    e.kernel = NULL;
+}
+
+static void emulator_run(const char *kernel, const std::function<void()> &body, dim3 grid, dim3 block, size_t shared) {
+    static uint64_t launches;
+    const size_t n = (size_t)grid.x * grid.y * grid.z;
+    const uint64_t seed = emulator_random_seed * 0xd1342543de82ef95u + 0x2545f4914f6cdd1du * ++launches;
+    std::vector<size_t> order(n);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    emulator.random = seed;
+    for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[emulator_draw(i)]);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic)
+#endif
+    for (size_t i = 0; i < n; i++) emulator_run_block(kernel, body, grid, block, shared, order[i], seed);
+}
+
+/* ---- the runtime library ---- */
+
+typedef enum cudaError {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209
+} cudaError_t;
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+typedef struct emulator_stream *cudaStream_t;
+typedef struct emulator_event {
+    uint64_t ticket;
+} * cudaEvent_t;
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    int l2CacheSize;
+};
+struct cudaFuncAttributes {
+    int binaryVersion, ptxVersion, numRegs;
+    size_t sharedSizeBytes, localSizeBytes;
+};
+
+/* 99 kB of shared memory a block: the least that the GPUs of compute capability 8.0 to 12.0 have. */
+enum { EMULATOR_SHARED = 48 << 10, EMULATOR_SHARED_MOST = 99 << 10, EMULATOR_PROCESSORS = 4 };
+
+static struct {
+    std::deque<std::function<void()>> queue; // of the one stream
+    uint64_t asked, done;                    // how many were put there, have run
+    int lazy;
+    std::map<const char *, size_t> pinned; // cudaMallocHost's blocks
+    std::map<const void *, size_t> shared; // bytes that a kernel may ask for
+    cudaError_t error;
+    size_t limit, used; // device memory; limit 0: all there is
+    std::map<void *, size_t> blocks;
+} emulator_device;
+
+static inline void emulator_lazy(int lazy) { emulator_device.lazy = lazy; }
+static inline void emulator_memory(size_t limit) { emulator_device.limit = limit; }
+
+static void emulator_drain(uint64_t up_to) {
+    while (emulator_device.done < up_to && !emulator_device.queue.empty()) {
+        std::function<void()> work = std::move(emulator_device.queue.front());
+        emulator_device.queue.pop_front();
+        emulator_device.done++;
+        work();
+    }
+}
+
+static void emulator_ask(std::function<void()> work) {
+    emulator_device.asked++;
+    emulator_device.queue.push_back(std::move(work));
+    if (!emulator_device.lazy) emulator_drain(emulator_device.asked);
+    else if (emulator_device.queue.size() > 1000) emulator_drain(emulator_device.asked - 500); // as a GPU goes on unasked
+}
+
+/* Arguments are copied when a kernel is launched, as <<<...>>> does. */
+template <typename... P, typename... A>
+static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A... args) {
+    const std::tuple<P...> values(args...);
+    const std::map<const void *, size_t>::const_iterator most = emulator_device.shared.find((const void *)kernel);
+    const size_t threads = (size_t)block.x * block.y * block.z;
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads < 1 ||
+        threads > 1024 || block.z > 64 ||
+        shared > (most == emulator_device.shared.end() ? (size_t)EMULATOR_SHARED : most->second)) {
+        emulator_device.error = cudaErrorInvalidConfiguration;
+        return;
+    }
+    emulator_ask([=] {
+        emulator_run(
+            name, [&] { std::apply(kernel, values); }, grid, block, shared);
+    });
+}
+#define SLAM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                                \
+    emulator_launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+static inline cudaError_t cudaGetLastError(void) {
+    const cudaError_t error = emulator_device.error;
+    emulator_device.error = cudaSuccess;
+    return error;
+}
+static inline const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess                     ? "no error"
+           : error == cudaErrorMemoryAllocation     ? "out of memory"
+           : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+                                                    : "an error";
+}
+static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    memset(p, 0, sizeof *p);
+    snprintf(p->name, sizeof p->name, "emulated GPU");
+    p->major = 8;
+    p->multiProcessorCount = EMULATOR_PROCESSORS;
+    p->totalGlobalMem = emulator_device.limit ? emulator_device.limit : (size_t)8 << 30;
+    p->sharedMemPerBlockOptin = EMULATOR_SHARED_MOST;
+    p->sharedMemPerMultiprocessor = 100 << 10;
+    p->l2CacheSize = 4 << 20;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemGetInfo(size_t *free_, size_t *total) {
+    *total = emulator_device.limit ? emulator_device.limit : (size_t)8 << 30;
+    *free_ = *total > emulator_device.used ? *total - emulator_device.used : 0;
+    return cudaSuccess;
+}
+template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
+    if (emulator_device.limit && emulator_device.used + bytes > emulator_device.limit) return cudaErrorMemoryAllocation;
+    void *block = NULL;
+    if (posix_memalign(&block, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    memset(block, 0xff, bytes);
+    emulator_device.blocks[block] = bytes;
+    emulator_device.used += bytes;
+    *p = (T *)block;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *p) { // waits, as cudaFree does
+    emulator_drain(emulator_device.asked);
+    if (p && !emulator_device.blocks.count(p)) emulator_fail("cudaFree of %p, which cudaMalloc did not give", p);
+    if (p) emulator_device.used -= emulator_device.blocks[p], emulator_device.blocks.erase(p);
+    free(p);
+    return cudaSuccess;
+}
+template <typename T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
+    *p = (T *)malloc(bytes ? bytes : 1);
+    if (!*p) return cudaErrorMemoryAllocation;
+    emulator_device.pinned[(const char *)*p] = bytes;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFreeHost(void *p) {
+    emulator_drain(emulator_device.asked);
+    emulator_device.pinned.erase((const char *)p);
+    free(p);
+    return cudaSuccess;
+}
+static int emulator_is_pinned(const void *p) {
+    std::map<const char *, size_t>::const_iterator next = emulator_device.pinned.upper_bound((const char *)p);
+    if (next == emulator_device.pinned.begin()) return 0;
+    --next;
+    return (const char *)p < next->first + next->second;
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    const int pageable = (kind == cudaMemcpyHostToDevice && !emulator_is_pinned(from)) ||
+                         (kind == cudaMemcpyDeviceToHost && !emulator_is_pinned(to));
+    emulator_ask([=] { memcpy(to, from, bytes); });
+    if (pageable) emulator_drain(emulator_device.asked);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
+    emulator_ask([=] { memset(p, value, bytes); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return *s = NULL, cudaSuccess; }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator_drain(emulator_device.asked), cudaSuccess; }
+static inline cudaError_t cudaDeviceSynchronize(void) { return emulator_drain(emulator_device.asked), cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { return e->ticket = emulator_device.asked, cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return emulator_drain(e->ticket), cudaSuccess; }
+template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute what, int value) {
+    if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value > EMULATOR_SHARED_MOST) return emulator_device.error = cudaErrorInvalidValue;
+    emulator_device.shared[(const void *)kernel] = (size_t)value;
+    return cudaSuccess;
+}
+template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
+    return memset(a, 0, sizeof *a), cudaSuccess;
+}
+
+/* ---- matrix products, cuBLASLt's on a GPU ----
+   C (M,N) = op(A) op(B) + beta C + bias in row order, op(A) (M,K), op(B) (K,N); A, B and bias are of one type; sums in double. */
+static inline void emulator_product(int transA, int transB, int M, int N, int K, const void *A, int lda, const void *B, int ldb,
+                                    float beta, void *C, int ldc, const void *bias, int a_is_bf16, int c_is_bf16) {
+    const auto number = [](const void *p, size_t i, int is_bf16) {
+        return is_bf16 ? (float)((const __nv_bfloat16 *)p)[i] : ((const float *)p)[i];
+    };
+    emulator_ask([=] {
+        std::vector<float> b((size_t)K * N);
+        for (int k = 0; k < K; k++)
+            for (int j = 0; j < N; j++)
+                b[(size_t)k * N + j] = number(B, transB ? (size_t)j * ldb + k : (size_t)k * ldb + j, a_is_bf16);
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+        for (int i = 0; i < M; i++) {
+            std::vector<double> row((size_t)N);
+            for (int j = 0; j < N; j++) row[j] = bias ? (double)number(bias, j, a_is_bf16) : 0.0;
+            for (int k = 0; k < K; k++) {
+                const double a = number(A, transA ? (size_t)k * lda + i : (size_t)i * lda + k, a_is_bf16);
+                for (int j = 0; j < N; j++) row[j] += a * b[(size_t)k * N + j];
+            }
+            for (int j = 0; j < N; j++) {
+                const size_t at = (size_t)i * ldc + j;
+                const float sum = (float)(row[j] + (beta != 0 ? (double)beta * number(C, at, c_is_bf16) : 0.0));
+                if (c_is_bf16) ((__nv_bfloat16 *)C)[at] = sum;
+                else ((float *)C)[at] = sum;
+            }
+        }
+    });
+}
+#endif
