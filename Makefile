@@ -21,11 +21,14 @@ quote = '$(subst ','\'',$(1))'
 define HELP
 Programs    make            builds train, tokenize and eval; `make train` (and so on) builds one
 Checks      make test       builds and runs all tests; the last line is `N passed, N failed`
+            make gpu-test   runs the CUDA kernels and training on a GPU, under compute-sanitizer as well
+            make emulate    builds train-emulated, in which every CUDA kernel runs on the CPU
             make house      lists the sections of slam.h and which others each one uses
             make format-check    says what clang-format would change; `make format` changes it
             make fuzz       builds the fuzz targets of test/fuzz with clang into build/fuzz
 Figures     make bench      measures training steps beside PyTorch's and keeps them in test/results
                             (BENCH="..." are its options)
+            make gpu-bench  measures kernels and training steps on a GPU, beside PyTorch's
             make plot       draws the loss curves of RUNS (default: every folder in runs/) into loss.png;
                             PLOT=- draws them on the terminal
 Else        make clean      removes everything that was built
@@ -76,14 +79,29 @@ $(B)/%.o: %.c slam.h $(B)/config.mk | build/current
 $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 	$(LINK) $(filter %.o,$^) -o $@ $(LIBS)
 
+# ---- CUDA's kernels without a GPU ----
+
+# For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here.
+EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -O1 -g -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
+EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
+emulate: train-emulated
+$(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
+	$(EMULATE) -c $< -o $@
+train-emulated: $(B)/train.o $(B)/slam-emulated.o build/current
+	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
+$(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
+	$(EMULATE) $< -x none -o $@ $(LIBS)
+
 # ---- tests, measurements ----
 
 # Each of these programs holds all of slam.h, so that it reaches what is static there.
 TESTS := $(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c))
 $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h $(B)/config.mk | build/current
 	$(COMPILE) $< -o $@ $(LIBS)
-test: $(PROGRAMS) $(TESTS)
-	@$(SETTINGS) B=$(B) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(TESTS)
+# Without a C++ compiler the kernels' tests are left out.
+CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
+test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),train-emulated)
+	@$(SETTINGS) B=$(B) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
 
@@ -103,14 +121,14 @@ plot:
 	@command -v $(GNUPLOT) >/dev/null || { echo 'plot: gnuplot not found: apt install gnuplot-nox (macOS: brew install gnuplot)' >&2; exit 1; }
 	@$(GNUPLOT) -e "runs='$(patsubst %/log.jsonl,%,$(wildcard $(addsuffix /log.jsonl,$(RUNS))))'; out='$(or $(PLOT),loss.png)'" test/plot.gp
 
-SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/fuzz/*.[ch])
+SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/*.cu test/fuzz/*.[ch])
 format:
 	$(CLANG_FORMAT) -i $(SOURCES)
 format-check:
 	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
 clean:
-	rm -rf build train tokenize dpo eval
+	rm -rf build train tokenize dpo eval train-emulated
 
 FORCE:
-.PHONY: all help test bench fuzz house plot format format-check clean FORCE
+.PHONY: all help test bench gpu-test gpu-bench emulate fuzz house plot format format-check clean FORCE
 .DELETE_ON_ERROR:
