@@ -3473,34 +3473,1174 @@ template <int n> static __device__ __forceinline__ void copy_async_wait(void) {
 
 /* ---- the device ---- */
 
-enum { CUDA_WORKSPACE = 64 << 20 }; // bytes: partial sums; what cuBLASLt asks for on Hopper is 32 MB
+enum {
+    CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, and
+    PRODUCT_WORKSPACE = 32 << 20, // its first part: what cuBLASLt asks for on Hopper
+    SLOT = 4 << 20,               // bytes of pinned memory that a copy goes through,
+    SLOTS = 8,                    // and how many of them make the ring
+    ALGORITHMS = 64               // algorithms of products that are remembered
+};
+
+/* All that a product's algorithm hangs on. */
+typedef struct cuda_shape {
+    int transA, transB, M, N, K, lda, ldb, ldc, accumulates, biased, c_is_float, alignA, alignB, alignC;
+} cuda_shape;
 
 typedef struct cuda_ops {
     slam_ops ops; // first, so that a slam_ops pointer is also one to this
     char name[320];
     int device, processors; // its number, its multiprocessors
     cudaStream_t stream;
-    char *workspace;    // CUDA_WORKSPACE bytes; whoever uses it is done with it before the next kernel in the stream begins
-    cudaError_t failed; // the first error since the last finish, and of which operation
-    const char *failed_in;
+    char *workspace; // CUDA_WORKSPACE bytes; whoever uses it is done with it before the next kernel in the stream begins
+    const char *failed_in, *failed_why; // the first failure since the last finish; NULL: none
+    char *ring;                         // (SLOTS, SLOT) pinned bytes of the host
+    cudaEvent_t copied[SLOTS];          // each slot's last copy is done
+    int slot;                           // the next in turn
+#ifndef SLAM_EMULATOR
+    cublasLtHandle_t products;
+    int algorithms, oldest; // how many are known; the next to be replaced once the table is full
+    cuda_shape shape[ALGORITHMS];
+    cublasLtMatmulAlgo_t algorithm[ALGORITHMS];
+#endif
 } cuda_ops;
 
-/* After every launch: notes the first failure. */
-static void cuda_launched(slam_ops *ops, const char *operation) {
-    cuda_ops *cuda = (cuda_ops *)ops;
-    const cudaError_t error = cudaGetLastError();
-    if (error == cudaSuccess || cuda->failed != cudaSuccess) return;
-    cuda->failed = error;
+static void cuda_failed(cuda_ops *cuda, const char *operation, const char *why) {
+    if (cuda->failed_in) return;
     cuda->failed_in = operation;
+    cuda->failed_why = why;
+}
+
+/* Notes the first failure; whether it went well. */
+static int cuda_noted(cuda_ops *cuda, cudaError_t error, const char *operation) {
+    if (error != cudaSuccess) cuda_failed(cuda, operation, cudaGetErrorString(error));
+    return error == cudaSuccess;
+}
+
+/* After every launch. */
+static void cuda_launched(slam_ops *ops, const char *operation) { cuda_noted((cuda_ops *)ops, cudaGetLastError(), operation); }
+
+static cudaStream_t stream_of(slam_ops *ops) { return ((cuda_ops *)ops)->stream; }
+
+/* Blocks of a grid that deals n things, `each` to a block. */
+static int blocks(size_t n, size_t each) { return (int)((n + each - 1) / each); }
+
+/* Can all of these be read 16 bytes at a time? */
+static int aligned16(const void *a, const void *b = NULL, const void *c = NULL, const void *d = NULL, const void *e = NULL) {
+    return ((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e) % 16 == 0;
+}
+
+/* ---- memory ----
+   The host's memory goes through a ring of pinned slots: a copy to the GPU takes its turn in the stream while the host goes on,
+   and the caller may use its own memory again at once. The host waits only for a slot that is still under way when the ring has
+   gone round. */
+
+/* Chooses this device for the calling thread, for which CUDA otherwise takes the first. */
+static cuda_ops *cuda_of(slam_ops *ops) {
+    cuda_ops *cuda = (cuda_ops *)ops;
+    cuda_noted(cuda, cudaSetDevice(cuda->device), "cudaSetDevice");
+    return cuda;
+}
+
+static void cuda_zero(slam_ops *ops, void *p, size_t bytes) {
+    cuda_ops *cuda = cuda_of(ops);
+    if (bytes) cuda_noted(cuda, cudaMemsetAsync(p, 0, bytes, cuda->stream), "zero");
+}
+
+static void *cuda_alloc(slam_ops *ops, size_t bytes) {
+    cuda_ops *cuda = cuda_of(ops);
+    void *p = NULL;
+    size_t room = 0, all = 0;
+    const cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaSuccess) {
+        cuda_zero(ops, p, bytes);
+        return p;
+    }
+    cudaGetLastError(); // no room is no failure of a later launch
+    if (error == cudaErrorMemoryAllocation && cudaMemGetInfo(&room, &all) == cudaSuccess)
+        fail("%s: out of memory: %.2f GB were asked for, %.2f of %.2f GB are free: a smaller --micro-batch, a shorter --context or "
+             "--recompute needs less",
+             cuda->name, (double)bytes / 1e9, (double)room / 1e9, (double)all / 1e9);
+    else fail("%s: no memory, %.2f GB were asked for: %s", cuda->name, (double)bytes / 1e9, cudaGetErrorString(error));
+    return NULL;
+}
+
+static void cuda_release(slam_ops *ops, void *p) {
+    cuda_ops *cuda = cuda_of(ops);
+    if (p) cuda_noted(cuda, cudaFree(p), "release"); // waits for the kernels that still use it
+}
+
+/* The next slot of the ring, when its last copy is done; NULL after a failure. */
+static char *cuda_slot(cuda_ops *cuda, const char *operation) {
+    const int slot = cuda->slot;
+    if (!cuda_noted(cuda, cudaEventSynchronize(cuda->copied[slot]), operation)) return NULL;
+    return cuda->ring + (size_t)slot * SLOT;
+}
+
+/* Bytes of the part of a copy that begins at `done` and goes through one slot. */
+static size_t part_bytes(size_t bytes, size_t done) { return bytes - done < (size_t)SLOT ? bytes - done : (size_t)SLOT; }
+
+static void cuda_upload(slam_ops *ops, void *to, const void *host, size_t bytes) {
+    cuda_ops *cuda = cuda_of(ops);
+    for (size_t done = 0; done < bytes; done += SLOT) {
+        const size_t n = part_bytes(bytes, done);
+        char *slot = cuda_slot(cuda, "upload");
+        if (!slot) return;
+        memcpy(slot, (const char *)host + done, n);
+        cuda_noted(cuda, cudaMemcpyAsync((char *)to + done, slot, n, cudaMemcpyHostToDevice, cuda->stream), "upload");
+        cuda_noted(cuda, cudaEventRecord(cuda->copied[cuda->slot], cuda->stream), "upload");
+        cuda->slot = (cuda->slot + 1) % SLOTS;
+    }
+}
+
+/* Parts are asked for ahead, as many as there are slots, so that the bus carries one while the host copies another. After a
+   failure the host's memory holds zeros. */
+static void cuda_download(slam_ops *ops, void *host, const void *from, size_t bytes) {
+    cuda_ops *cuda = cuda_of(ops);
+    const size_t parts = (bytes + SLOT - 1) / SLOT;
+    const int first = cuda->slot;
+    int ok = 1;
+    for (size_t asked = 0, got = 0; got < parts; got++) {
+        for (; asked < parts && asked < got + SLOTS; asked++) {
+            const int k = (int)((first + asked) % SLOTS);
+            const size_t n = part_bytes(bytes, asked * SLOT);
+            ok = ok && cuda_noted(cuda,
+                                  cudaMemcpyAsync(cuda->ring + (size_t)k * SLOT, (const char *)from + asked * SLOT, n,
+                                                  cudaMemcpyDeviceToHost, cuda->stream),
+                                  "download");
+            ok = ok && cuda_noted(cuda, cudaEventRecord(cuda->copied[k], cuda->stream), "download");
+        }
+        const size_t n = part_bytes(bytes, got * SLOT);
+        cuda->slot = (int)((first + got) % SLOTS);
+        const char *slot = ok ? cuda_slot(cuda, "download") : NULL;
+        ok = slot != NULL;
+        if (ok) memcpy((char *)host + got * SLOT, slot, n);
+        else memset((char *)host + got * SLOT, 0, n);
+    }
+    cuda->slot = (int)((first + parts) % SLOTS);
+}
+
+static int cuda_finish(slam_ops *ops) {
+    cuda_ops *cuda = cuda_of(ops);
+    cuda_noted(cuda, cudaStreamSynchronize(cuda->stream), "an operation (CUDA_LAUNCH_BLOCKING=1 in the environment tells which)");
+    cudaGetLastError();
+    if (!cuda->failed_in) return 1;
+    fail("%s: failed in %s: %s", cuda->name, cuda->failed_in, cuda->failed_why);
+    cuda->failed_in = NULL;
+    return 0;
+}
+
+/* Also of what was made only in part. */
+static void cuda_close(slam_ops *ops) {
+    cuda_ops *cuda = cuda_of(ops);
+    if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+#ifndef SLAM_EMULATOR
+    if (cuda->products) cublasLtDestroy(cuda->products);
+#endif
+    for (int k = 0; k < SLOTS; k++)
+        if (cuda->copied[k]) cudaEventDestroy(cuda->copied[k]);
+    if (cuda->ring) cudaFreeHost(cuda->ring);
+    if (cuda->workspace) cudaFree(cuda->workspace);
+    if (cuda->stream) cudaStreamDestroy(cuda->stream);
+    free(cuda);
+}
+
+/* ---- what several operations need ---- */
+
+/* Sum over the threads of a block, always added in the same order; every thread gets it. `room` is a number a warp in shared
+   memory. Barriers on both sides: what was written before can be read after. */
+template <typename R> static __device__ R block_sum(R x, R *room) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    R sum = room[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) sum += room[warp];
+    __syncthreads();
+    return sum;
+}
+
+template <typename R> static __device__ R block_max(R x, R *room) {
+    for (int offset = 16; offset > 0; offset /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    R most = room[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) most = max(most, room[warp]);
+    __syncthreads();
+    return most;
+}
+
+/* out_k += x_k for P neighbours, at most 16 bytes at a time */
+template <int P> static __device__ void add_floats(float *out, const float x[P]) {
+    constexpr int Q = P < 4 ? P : 4;
+    for (int k = 0; k < P; k += Q) {
+        pack<float, Q> sum = *(const pack<float, Q> *)(out + k);
+        for (int j = 0; j < Q; j++) sum.at[j] += x[k + j];
+        *(pack<float, Q> *)(out + k) = sum;
+    }
+}
+
+/* exp(x), exact to a few units in the last place where activations are float; bf16 has no use for that. */
+template <typename T> static __device__ __forceinline__ float exp_for(float x) { return sizeof(T) == 2 ? __expf(x) : expf(x); }
+
+/* The second half of sums over rows: out (n) += the sum of `parts` rows of partial (parts,n). A block has 32 columns, a warp
+   every 32nd row of them; then the 32 sums of a column are added in order. Latency alone: a few hundred kB from L2. */
+static __global__ void __launch_bounds__(1024) add_partial_kernel(float *out, const float *partial, int parts, int n) {
+    float *sums = (float *)shared_memory(); // (32,32)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (c < n)
+        for (int k = warp; k < parts; k += 32) sum += partial[(size_t)k * n + c];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= n) return;
+    sum = 0;
+    for (int k = 0; k < 32; k++) sum += sums[k * 32 + lane];
+    out[c] += sum;
+}
+
+static void add_partial(slam_ops *ops, float *out, int parts, int n) {
+    SLAM_LAUNCH(add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), stream_of(ops), out,
+                (const float *)((cuda_ops *)ops)->workspace, parts, n);
+}
+
+/* ---- rounding ---- */
+
+/* A thread has P neighbours. Bound by memory: n (sizeof(To) + sizeof(From)) bytes. */
+template <typename To, typename From, int P>
+static __global__ void __launch_bounds__(256) convert_kernel(To *__restrict__ out, const From *__restrict__ in, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * P;
+    if (i >= n) return;
+    const pack<From, P> from = *(const pack<From, P> *)(in + i);
+    pack<To, P> to;
+    for (int k = 0; k < P; k++) to.at[k] = (To)(float)from.at[k];
+    *(pack<To, P> *)(out + i) = to;
+}
+
+template <typename To, typename From> static void cuda_convert(slam_ops *ops, To *out, const From *in, size_t n) {
+    if (n == 0 || (const void *)out == (const void *)in) return;
+    if (n % 4 == 0 && aligned16(out, in))
+        SLAM_LAUNCH((convert_kernel<To, From, 4>), blocks(n / 4, 256), 256, 0, stream_of(ops), out, in, n);
+    else SLAM_LAUNCH((convert_kernel<To, From, 1>), blocks(n, 256), 256, 0, stream_of(ops), out, in, n);
+}
+
+template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
+    cuda_convert(ops, (T *)out, in, n);
+    cuda_launched(ops, "to_act");
+}
+
+template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) {
+    cuda_convert(ops, out, (const T *)in, n);
+    cuda_launched(ops, "to_float");
+}
+
+/* ---- embedding ---- */
+
+/* A warp a row. Bound by memory: 2 N C sizeof(T) bytes, of which the table's come from L2 where the vocabulary is small. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256)
+    embedding_forward_kernel(T *__restrict__ x, const int *tokens, const T *__restrict__ table, int N, int C) {
+    const int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (i >= N) return;
+    const pack<T, P> *from = (const pack<T, P> *)(table + (size_t)tokens[i] * C);
+    pack<T, P> *to = (pack<T, P> *)(x + (size_t)i * C);
+    for (int p = lane; p < C / P; p += 32) to[p] = from[p];
+}
+
+template <typename T>
+static void cuda_embedding_forward(slam_ops *ops, slam_act *x_, const int *tokens, const slam_act *table_, int N, int C) {
+    constexpr int P = 16 / sizeof(T);
+    T *x = (T *)x_;
+    const T *table = (const T *)table_;
+    if (C % P == 0 && aligned16(x, table))
+        SLAM_LAUNCH((embedding_forward_kernel<T, P>), blocks(N, 8), 256, 0, stream_of(ops), x, tokens, table, N, C);
+    else SLAM_LAUNCH((embedding_forward_kernel<T, 1>), blocks(N, 8), 256, 0, stream_of(ops), x, tokens, table, N, C);
+    cuda_launched(ops, "embedding_forward");
+}
+
+enum {
+    EMBEDDING_THREADS = 128,                  // 112 have work with the Slam model's 896 channels of bf16
+    SCAN = 8,                                 // tokens that a thread looks at in one go
+    SCANNED = EMBEDDING_THREADS * SCAN,       // and a block
+    MATCHES = 2 * SCANNED,                    // the list's length: what is left of the last go, and a whole one more
+    EMBEDDING_SHARED = (2 * MATCHES + 4) * 4, // bytes: the list, and a count for each of the four warps
+    EMBEDDING_BLOCKS = 4096
+};
+
+/* dtable_v += dx_i for the i of the list whose token is v; thread by channels, so that each sum has one owner and the list's
+   order. Four rows are on their way at once. */
+template <typename T, int P>
+static __device__ void embedding_add(float *dtable, const T *dx, const int *at, const int *row, int n, int first, int rows, int C) {
+    for (int c = threadIdx.x * P; c < C; c += EMBEDDING_THREADS * P)
+        for (int v = 0; v < rows; v++) {
+            float sum[P];
+            int found = 0;
+            for (int k = 0; k < P; k++) sum[k] = 0;
+            for (int j = 0; j < n; j += 4) {
+                pack<T, P> x[4];
+                for (int u = 0; u < 4; u++) {
+                    const int mine = j + u < n && row[j + u] == v;
+                    for (int k = 0; k < P; k++) x[u].at[k] = (T)0.0f;
+                    if (mine) x[u] = *(const pack<T, P> *)(dx + (size_t)at[j + u] * C + c);
+                    found |= mine;
+                }
+                for (int u = 0; u < 4; u++)
+                    for (int k = 0; k < P; k++) sum[k] += (float)x[u].at[k];
+            }
+            if (found) add_floats<P>(dtable + (size_t)(first + v) * C + c, sum);
+        }
+}
+
+/* A block has `rows` rows of the table (one, up to 4096 of them). It looks through all tokens and lists those that are its own
+   in order: a warp's votes tell each lane how many stand before it, the warps' counts do it between warps. When the list may not
+   hold another go, and at the end, the rows of dx that it names are added. Bound by memory where the vocabulary is small: dx once,
+   N C sizeof(T) bytes, and the table's gradient, 8 V C. Reading the tokens costs each block 4 N bytes from L2. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(EMBEDDING_THREADS)
+    embedding_backward_kernel(float *dtable, const T *dx, const int *tokens, int N, int C, int V, int rows) {
+    int *at = (int *)shared_memory(), *row = at + MATCHES, *counts = row + MATCHES;
+    const int first = blockIdx.x * rows, end = min(first + rows, V), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int n = 0;
+    for (int i = 0; i < N; i += SCANNED) {
+        int token[SCAN], mine = 0;
+        unsigned hits[SCAN];
+        for (int k = 0; k < SCAN; k++) {
+            const int j = i + (warp * SCAN + k) * 32 + lane;
+            token[k] = j < N ? tokens[j] : -1;
+            hits[k] = __ballot_sync(0xffffffffu, token[k] >= first && token[k] < end);
+            mine += __popc(hits[k]);
+        }
+        if (lane == 0) counts[warp] = mine;
+        __syncthreads();
+        int place = n;
+        for (int w = 0; w < EMBEDDING_THREADS / 32; w++) {
+            if (w < warp) place += counts[w];
+            n += counts[w];
+        }
+        for (int k = 0; k < SCAN; k++) {
+            const int to = place + __popc(hits[k] & ((1u << lane) - 1));
+            if (hits[k] >> lane & 1) at[to] = i + (warp * SCAN + k) * 32 + lane, row[to] = token[k] - first;
+            place += __popc(hits[k]);
+        }
+        __syncthreads();
+        if (n <= MATCHES - SCANNED && i + SCANNED < N) continue;
+        embedding_add<T, P>(dtable, dx, at, row, n, first, end - first, C);
+        n = 0;
+        __syncthreads();
+    }
+}
+
+template <typename T>
+static void cuda_embedding_backward(slam_ops *ops, float *dtable, const slam_act *dx_, const int *tokens, int N, int C, int V) {
+    constexpr int P = 16 / sizeof(T);
+    const T *dx = (const T *)dx_;
+    const int rows = blocks(V, EMBEDDING_BLOCKS), grid = blocks(V, rows);
+    if (C % P == 0 && aligned16(dx, dtable))
+        SLAM_LAUNCH((embedding_backward_kernel<T, P>), grid, EMBEDDING_THREADS, EMBEDDING_SHARED, stream_of(ops), dtable, dx,
+                    tokens, N, C, V, rows);
+    else
+        SLAM_LAUNCH((embedding_backward_kernel<T, 1>), grid, EMBEDDING_THREADS, EMBEDDING_SHARED, stream_of(ops), dtable, dx,
+                    tokens, N, C, V, rows);
+    cuda_launched(ops, "embedding_backward");
+}
+
+/* ---- residual and RMSNorm ----
+   A row is read once and stays in registers, ROW_NUMBERS of it in each thread of its team: a warp for up to 1024 channels, a
+   block of 256 threads for up to 8192. In bf16 it is s as rounded and stored that is normalised, so that the backward pass, which
+   reads it, differentiates what was computed. */
+
+enum { ROW_NUMBERS = 32, NORM_MOST = 256 * ROW_NUMBERS };
+
+/* Makes the compiler forget what it knows of a pack. It would keep the numbers as floats from one use to the next, in twice the
+   registers; this way it keeps the pack. */
+template <typename T, int P> static __device__ __forceinline__ void stay_packed(pack<T, P> *p) {
+#ifndef SLAM_EMULATOR
+    uint32_t *word = (uint32_t *)p;
+    for (int k = 0; k < (int)sizeof *p / 4; k++) asm volatile("" : "+r"(word[k]));
+#endif
+    (void)p;
+}
+
+template <int TEAM> static __device__ float team_sum(float x, float *room) { return TEAM == 32 ? warp_sum(x) : block_sum(x, room); }
+
+/* Bound by memory: x and delta are read, s and y written, 4 N C sizeof(T) bytes; half of that without delta. */
+template <typename T, int P, int TEAM>
+static __global__ void __launch_bounds__(256)
+    rmsnorm_forward_kernel(T *s, T *y, float *r, const T *x, const T *delta, const T *w, float eps, int N, int C) {
+    constexpr int M = ROW_NUMBERS / P;
+    const int i = blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM, lane = threadIdx.x % TEAM, packs = C / P;
+    const size_t row = (size_t)i * packs;
+    if (i >= N) return; // a team as a whole
+    pack<T, P> a[M], b[M];
+    float sum = 0;
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs) a[m] = ((const pack<T, P> *)x)[row + lane + m * TEAM];
+    if (delta) {
+        for (int m = 0; m < M; m++)
+            if (lane + m * TEAM < packs) b[m] = ((const pack<T, P> *)delta)[row + lane + m * TEAM];
+        for (int m = 0; m < M; m++) {
+            if (lane + m * TEAM >= packs) continue;
+            for (int k = 0; k < P; k++) a[m].at[k] = (T)((float)a[m].at[k] + (float)b[m].at[k]);
+            ((pack<T, P> *)s)[row + lane + m * TEAM] = a[m];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs)
+            for (int k = 0; k < P; k++) sum += (float)a[m].at[k] * (float)a[m].at[k];
+    const float ri = 1 / sqrtf(team_sum<TEAM>(sum, (float *)shared_memory()) / (float)C + eps);
+    if (lane == 0) r[i] = ri;
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs) b[m] = ((const pack<T, P> *)w)[lane + m * TEAM];
+    for (int m = 0; m < M; m++) {
+        if (lane + m * TEAM >= packs) continue;
+        for (int k = 0; k < P; k++) a[m].at[k] = (T)((float)b[m].at[k] * (ri * (float)a[m].at[k]));
+        ((pack<T, P> *)y)[row + lane + m * TEAM] = a[m];
+    }
+}
+
+/* Teams take rows in turn and keep their part of dw in registers. At the end the eight warps of a block add theirs, in order,
+   through shared memory, so that a block leaves one row of partial (blocks,C), which add_partial_kernel sums. Bound by memory: dy,
+   s and ds are read, ds written, 4 N C sizeof(T) bytes. */
+template <typename T, int P, int TEAM>
+static __global__ void __launch_bounds__(256, sizeof(T) == 2 && P > 1 ? 2 : 1)
+    rmsnorm_backward_kernel(T *ds, float *partial, const T *dy, const T *s, const T *w, const float *r, int N, int C) {
+    constexpr int M = ROW_NUMBERS / P, TEAMS = 256 / TEAM;
+    const int team = threadIdx.x / TEAM, lane = threadIdx.x % TEAM, packs = C / P;
+    float *shared = (float *)shared_memory(), dw[ROW_NUMBERS];
+    for (int k = 0; k < ROW_NUMBERS; k++) dw[k] = 0;
+    for (int i = blockIdx.x * TEAMS + team; i < N; i += gridDim.x * TEAMS) {
+        const size_t row = (size_t)i * packs;
+        const float ri = r[i];
+        pack<T, P> a[M], b[M], d[M];
+        float sum = 0;
+        for (int m = 0; m < M; m++) {
+            if (lane + m * TEAM >= packs) continue;
+            a[m] = ((const pack<T, P> *)dy)[row + lane + m * TEAM];
+            b[m] = ((const pack<T, P> *)s)[row + lane + m * TEAM];
+            d[m] = ((const pack<T, P> *)ds)[row + lane + m * TEAM];
+        }
+        for (int m = 0; m < M; m++) {
+            if (lane + m * TEAM >= packs) continue;
+            const pack<T, P> W = ((const pack<T, P> *)w)[lane + m * TEAM];
+            for (int k = 0; k < P; k++) {
+                const float g = (float)a[m].at[k], x = (float)b[m].at[k];
+                sum += g * x * (float)W.at[k];
+                dw[m * P + k] += g * ri * x;
+            }
+        }
+        const float mean = team_sum<TEAM>(sum, shared) * ri * ri / (float)C;
+        for (int m = 0; m < M; m++) {
+            if (lane + m * TEAM >= packs) continue;
+            const pack<T, P> W = ((const pack<T, P> *)w)[lane + m * TEAM]; // again: L1 has it, the registers are full
+            stay_packed(&a[m]), stay_packed(&b[m]);
+            for (int k = 0; k < P; k++) {
+                const float g = (float)W.at[k] * (float)a[m].at[k] - (float)b[m].at[k] * mean;
+                d[m].at[k] = (T)((float)d[m].at[k] + ri * g);
+            }
+            ((pack<T, P> *)ds)[row + lane + m * TEAM] = d[m];
+        }
+    }
+    float *out = partial + (size_t)blockIdx.x * C, *mine = TEAM == 32 ? shared + (size_t)team * C : out;
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs)
+            for (int k = 0; k < P; k++) mine[(lane + m * TEAM) * P + k] = dw[m * P + k];
+    if (TEAM != 32) return;
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += 256) {
+        float sum = 0;
+        for (int k = 0; k < TEAMS; k++) sum += shared[(size_t)k * C + c];
+        out[c] = sum;
+    }
+}
+
+/* Teams of a warp, of a block, or of a block whose rows cannot be read 16 bytes at a time; 0: there is no kernel for such rows. */
+static int norm_team(slam_ops *ops, int C, int wide, const char *operation) {
+    if (C > NORM_MOST) cuda_failed((cuda_ops *)ops, operation, "rows of more than 8192 channels");
+    return C > NORM_MOST ? 0 : wide && C <= 32 * ROW_NUMBERS ? 32 : 256;
+}
+
+template <typename T>
+static void cuda_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float *r, const slam_act *x_, const slam_act *delta_,
+                                 const slam_act *w_, float eps, int N, int C) {
+    constexpr int P = 16 / sizeof(T);
+    T *s = (T *)s_, *y = (T *)y_;
+    const T *x = (const T *)x_, *delta = (const T *)delta_, *w = (const T *)w_;
+    const cudaStream_t stream = stream_of(ops);
+    const int wide = C % P == 0 && aligned16(delta ? s : NULL, y, x, delta, w);
+    const int team = norm_team(ops, C, wide, "rmsnorm_forward");
+    if (team == 0) return;
+    if (team == 32) SLAM_LAUNCH((rmsnorm_forward_kernel<T, P, 32>), blocks(N, 8), 256, 0, stream, s, y, r, x, delta, w, eps, N, C);
+    else if (wide)
+        SLAM_LAUNCH((rmsnorm_forward_kernel<T, P, 256>), N, 256, 8 * sizeof(float), stream, s, y, r, x, delta, w, eps, N, C);
+    else SLAM_LAUNCH((rmsnorm_forward_kernel<T, 1, 256>), N, 256, 8 * sizeof(float), stream, s, y, r, x, delta, w, eps, N, C);
+    cuda_launched(ops, "rmsnorm_forward");
+}
+
+template <typename T>
+static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_,
+                                  const slam_act *w_, const float *r, int N, int C) {
+    constexpr int P = 16 / sizeof(T);
+    cuda_ops *cuda = (cuda_ops *)ops;
+    T *ds = (T *)ds_;
+    const T *dy = (const T *)dy_, *s = (const T *)s_, *w = (const T *)w_;
+    const cudaStream_t stream = stream_of(ops);
+    const int wide = C % P == 0 && aligned16(ds, dy, s, w), team = norm_team(ops, C, wide, "rmsnorm_backward");
+    if (team == 0) return;
+    const int rows = blocks(N, 256 / team), most = 4 * cuda->processors, grid = rows < most ? rows : most;
+    const size_t shared = (team == 32 ? 8 * (size_t)C : 8) * sizeof(float);
+    float *partial = (float *)cuda->workspace;
+    if (team == 32) SLAM_LAUNCH((rmsnorm_backward_kernel<T, P, 32>), grid, 256, shared, stream, ds, partial, dy, s, w, r, N, C);
+    else if (wide) SLAM_LAUNCH((rmsnorm_backward_kernel<T, P, 256>), grid, 256, shared, stream, ds, partial, dy, s, w, r, N, C);
+    else SLAM_LAUNCH((rmsnorm_backward_kernel<T, 1, 256>), grid, 256, shared, stream, ds, partial, dy, s, w, r, N, C);
+    add_partial(ops, dw, grid, C);
+    cuda_launched(ops, "rmsnorm_backward");
+}
+
+/* ---- matrix products: cuBLASLt ----
+   It counts columns first. A matrix in row order is, read that way, its transpose, so it is asked for C^T = op(B)^T op(A)^T: the
+   operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
+
+#ifndef SLAM_EMULATOR
+/* Which of 16 to 256 bytes, or fewer, p is a multiple of. */
+static int alignment(const void *p) {
+    int bytes = 1;
+    while (bytes < 256 && (uintptr_t)p % (2 * bytes) == 0) bytes *= 2;
+    return bytes;
+}
+
+typedef struct cuda_product_plan {
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t A, B, C;
+} cuda_product_plan;
+
+static cublasStatus_t product_describe(cuda_product_plan *plan, const cuda_shape *s, cudaDataType type, const void *bias) {
+    const cublasOperation_t opA = s->transA ? CUBLAS_OP_T : CUBLAS_OP_N, opB = s->transB ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cublasStatus_t status = cublasLtMatmulDescInit(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    if (!status) status = cublasLtMatmulDescSetAttribute(&plan->product, CUBLASLT_MATMUL_DESC_TRANSA, &opB, sizeof opB);
+    if (!status) status = cublasLtMatmulDescSetAttribute(&plan->product, CUBLASLT_MATMUL_DESC_TRANSB, &opA, sizeof opA);
+    if (!status && bias) {
+        status = cublasLtMatmulDescSetAttribute(&plan->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+        if (!status) status = cublasLtMatmulDescSetAttribute(&plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    }
+    if (!status) status = cublasLtMatrixLayoutInit(&plan->A, type, s->transA ? s->M : s->K, s->transA ? s->K : s->M, s->lda);
+    if (!status) status = cublasLtMatrixLayoutInit(&plan->B, type, s->transB ? s->K : s->N, s->transB ? s->N : s->K, s->ldb);
+    if (!status) status = cublasLtMatrixLayoutInit(&plan->C, s->c_is_float ? CUDA_R_32F : type, s->N, s->M, s->ldc);
+    return status;
+}
+
+/* The library's candidates, best guess first; for the same shape always the same. Parts of a sum over K meet in float, in an order
+   that does not depend on timing. */
+static cublasStatus_t product_candidates(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
+                                         cuda_product_plan *plan, const cuda_shape *s) {
+    cublasLtMatmulPreferenceOpaque_t wish;
+    const size_t workspace = PRODUCT_WORKSPACE;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | (s->c_is_float ? CUBLASLT_REDUCTION_SCHEME_INPLACE : 0);
+    const uint32_t alignA = s->alignA, alignB = s->alignB, alignC = s->alignC;
+    cublasStatus_t status = cublasLtMatmulPreferenceInit(&wish);
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t name;
+        const void *value;
+        size_t bytes;
+    } attributes[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+                      {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
+                      {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignB, sizeof alignB},
+                      {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignA, sizeof alignA},
+                      {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignC, sizeof alignC},
+                      {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignC, sizeof alignC}};
+    for (int k = 0; k < 6 && !status; k++)
+        status = cublasLtMatmulPreferenceSetAttribute(&wish, attributes[k].name, attributes[k].value, attributes[k].bytes);
+    if (status) return status;
+    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &plan->product, &plan->B, &plan->A, &plan->C, &plan->C, &wish, most,
+                                          found, n);
+}
+
+/* With the algorithm that is remembered for the shape, or the first candidate that works, which is remembered then. */
+static cublasStatus_t product_run(cuda_ops *cuda, const cuda_shape *s, const void *A, const void *B, void *C, const void *bias) {
+    enum { CANDIDATES = 8 };
+    cuda_product_plan plan;
+    cublasLtMatmulHeuristicResult_t found[CANDIDATES];
+    const float one = 1, beta = s->accumulates ? 1.0f : 0.0f;
+    int n = 1, known = 0;
+    while (known < cuda->algorithms && memcmp(&cuda->shape[known], s, sizeof *s) != 0) known++;
+    cublasStatus_t status = product_describe(&plan, s, cuda->ops.bytes_per_act == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
+    if (!status && known == cuda->algorithms) status = product_candidates(found, CANDIDATES, &n, cuda, &plan, s);
+    if (status) return status;
+    status = CUBLAS_STATUS_NOT_SUPPORTED;
+    for (int k = 0; k < n && status; k++) {
+        const cublasLtMatmulAlgo_t *algorithm = known < cuda->algorithms ? &cuda->algorithm[known] : &found[k].algo;
+        status = cublasLtMatmul(cuda->products, &plan.product, &one, B, &plan.B, A, &plan.A, &beta, C, &plan.C, C, &plan.C,
+                                algorithm, cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
+        if (status || known < cuda->algorithms) continue;
+        const int place = cuda->algorithms < ALGORITHMS ? cuda->algorithms : cuda->oldest++ % ALGORITHMS;
+        cuda->shape[place] = *s;
+        cuda->algorithm[place] = *algorithm;
+        if (cuda->algorithms < ALGORITHMS) cuda->algorithms++;
+        break;
+    }
+    return status;
+}
+#endif
+
+/* C (M,N) = op(A) op(B), or += with `accumulates`, plus bias (N) where there is one, in row order; A, B and bias hold activations,
+   and so does C unless it is float. Bound by arithmetic: 2 M N K. */
+static void cuda_product(slam_ops *ops, const char *operation, int transA, int transB, int M, int N, int K, const void *A, int lda,
+                         const void *B, int ldb, int accumulates, void *C, int ldc, const void *bias, int c_is_float) {
+    if (M == 0 || N == 0) return;
+#ifdef SLAM_EMULATOR
+    const int is_bf16 = ops->bytes_per_act == 2;
+    (void)operation;
+    emulator_product(transA, transB, M, N, K, A, lda, B, ldb, accumulates ? 1.0f : 0.0f, C, ldc, bias, is_bf16,
+                     is_bf16 && !c_is_float);
+#else
+    const cuda_shape shape = {transA,       transB,       M,           N, K, lda, ldb, ldc, accumulates, bias != NULL, c_is_float,
+                              alignment(A), alignment(B), alignment(C)};
+    const cublasStatus_t status = product_run((cuda_ops *)ops, &shape, A, B, C, bias);
+    if (status) cuda_failed((cuda_ops *)ops, operation, cublasLtGetStatusString(status));
+#endif
+}
+
+/* ---- linear layer ---- */
+
+template <typename T>
+static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C,
+                                int OC) {
+    cuda_product(ops, "matmul_forward", 0, 1, N, OC, C, x, C, w, C, 0, out, OC, b, sizeof(T) == 4);
+}
+
+template <typename T>
+static void cuda_matmul_backward_input(slam_ops *ops, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC) {
+    cuda_product(ops, "matmul_backward_input", 0, 0, N, C, OC, dout, OC, w, C, 0, dx, C, NULL, sizeof(T) == 4);
+}
+
+/* Sums over rows: partial (gridDim.y,OC). Lane by columns, P of them; the 8 warps of a block and the blocks of a column take rows
+   in turn, and the warps' sums meet in shared memory. Bound by memory: dout once, N OC sizeof(T) bytes. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256) column_sums_kernel(float *partial, const T *dout, int N, int OC) {
+    float *sums = (float *)shared_memory(), sum[P]; // (8, 32 P)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * 32 * P, c = first + lane * P;
+    for (int k = 0; k < P; k++) sum[k] = 0;
+    if (c < OC)
+        for (int i = blockIdx.y * 8 + warp; i < N; i += gridDim.y * 8) {
+            const pack<T, P> d = *(const pack<T, P> *)(dout + (size_t)i * OC + c);
+            for (int k = 0; k < P; k++) sum[k] += (float)d.at[k];
+        }
+    for (int k = 0; k < P; k++) sums[warp * 32 * P + lane * P + k] = sum[k];
+    __syncthreads();
+    for (int k = threadIdx.x; k < 32 * P && first + k < OC; k += 256) {
+        float total = 0;
+        for (int j = 0; j < 8; j++) total += sums[j * 32 * P + k];
+        partial[(size_t)blockIdx.y * OC + first + k] = total;
+    }
+}
+
+template <typename T>
+static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, const slam_act *dout_, const slam_act *x, int N, int C,
+                                        int OC) {
+    cuda_ops *cuda = (cuda_ops *)ops;
+    const T *dout = (const T *)dout_;
+    cuda_product(ops, "matmul_backward_weight", 1, 0, OC, C, N, dout, OC, x, C, 1, dw, C, NULL, 1);
+    if (!db) return;
+    constexpr int wide = 16 / sizeof(T);
+    const int P = OC % wide == 0 && aligned16(dout) ? wide : 1, columns = blocks(OC, 32 * P), rows = blocks(N, 8);
+    const int most = 8 * cuda->processors / columns, parts = most < 1 ? 1 : most < rows ? most : rows;
+    const dim3 grid(columns, parts);
+    float *partial = (float *)cuda->workspace;
+    if (P > 1) SLAM_LAUNCH((column_sums_kernel<T, wide>), grid, 256, 256 * P * sizeof(float), cuda->stream, partial, dout, N, OC);
+    else SLAM_LAUNCH((column_sums_kernel<T, 1>), grid, 256, 256 * sizeof(float), cuda->stream, partial, dout, N, OC);
+    add_partial(ops, db, parts, OC);
+    cuda_launched(ops, "matmul_backward_weight");
+}
+
+/* ---- SwiGLU ----
+   A thread has P neighbours of a row of h: blockIdx.x is the row, blockIdx.y and the thread say where in it. */
+
+template <typename T> static __device__ __forceinline__ float sigmoid_of(float x) {
+    return sizeof(T) == 2 ? __fdividef(1.0f, 1 + __expf(-x)) : 1 / (1 + expf(-x));
+}
+
+/* Bound by memory: 3 N F sizeof(T) bytes. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(128) swiglu_forward_kernel(T *__restrict__ h, const T *__restrict__ gate_up, int F) {
+    const int c = (blockIdx.y * 128 + threadIdx.x) * P;
+    if (c >= F) return;
+    const T *from = gate_up + (size_t)blockIdx.x * 2 * F + c;
+    const pack<T, P> g = *(const pack<T, P> *)from, u = *(const pack<T, P> *)(from + F);
+    pack<T, P> out;
+    for (int k = 0; k < P; k++) out.at[k] = (T)((float)g.at[k] * sigmoid_of<T>((float)g.at[k]) * (float)u.at[k]);
+    *(pack<T, P> *)(h + (size_t)blockIdx.x * F + c) = out;
+}
+
+/* A thread reads its own g and u before it writes over them. Bound by memory: 5 N F sizeof(T) bytes. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(128) swiglu_backward_kernel(T *dgate_up, const T *dh, const T *gate_up, int F) {
+    const int c = (blockIdx.y * 128 + threadIdx.x) * P;
+    if (c >= F) return;
+    const size_t at = (size_t)blockIdx.x * 2 * F + c;
+    const pack<T, P> g = *(const pack<T, P> *)(gate_up + at), u = *(const pack<T, P> *)(gate_up + at + F),
+                     d = *(const pack<T, P> *)(dh + (size_t)blockIdx.x * F + c);
+    pack<T, P> dg, du;
+    for (int k = 0; k < P; k++) {
+        const float gk = (float)g.at[k], dk = (float)d.at[k], sigmoid = sigmoid_of<T>(gk);
+        dg.at[k] = (T)(dk * (float)u.at[k] * sigmoid * (1 + gk * (1 - sigmoid)));
+        du.at[k] = (T)(dk * gk * sigmoid);
+    }
+    *(pack<T, P> *)(dgate_up + at) = dg;
+    *(pack<T, P> *)(dgate_up + at + F) = du;
+}
+
+template <typename T> static void cuda_swiglu_forward(slam_ops *ops, slam_act *h_, const slam_act *gate_up_, int N, int F) {
+    constexpr int P = 16 / sizeof(T);
+    T *h = (T *)h_;
+    const T *gate_up = (const T *)gate_up_;
+    if (F % P == 0 && aligned16(h, gate_up))
+        SLAM_LAUNCH((swiglu_forward_kernel<T, P>), dim3(N, blocks(F, 128 * P)), 128, 0, stream_of(ops), h, gate_up, F);
+    else SLAM_LAUNCH((swiglu_forward_kernel<T, 1>), dim3(N, blocks(F, 128)), 128, 0, stream_of(ops), h, gate_up, F);
+    cuda_launched(ops, "swiglu_forward");
+}
+
+template <typename T>
+static void cuda_swiglu_backward(slam_ops *ops, slam_act *dgate_up_, const slam_act *dh_, const slam_act *gate_up_, int N, int F) {
+    constexpr int P = 16 / sizeof(T);
+    T *dgate_up = (T *)dgate_up_;
+    const T *dh = (const T *)dh_, *gate_up = (const T *)gate_up_;
+    if (F % P == 0 && aligned16(dgate_up, dh, gate_up))
+        SLAM_LAUNCH((swiglu_backward_kernel<T, P>), dim3(N, blocks(F, 128 * P)), 128, 0, stream_of(ops), dgate_up, dh, gate_up, F);
+    else SLAM_LAUNCH((swiglu_backward_kernel<T, 1>), dim3(N, blocks(F, 128)), 128, 0, stream_of(ops), dgate_up, dh, gate_up, F);
+    cuda_launched(ops, "swiglu_backward");
+}
+
+/* ---- cross-entropy ---- */
+
+/* A warp a row of up to 1024 numbers, which stays in registers. Bound by memory: 2 N V sizeof(T) bytes, half of that without a
+   gradient. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256)
+    crossentropy_warp_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int N, int V,
+                             int stride) {
+    constexpr int M = ROW_NUMBERS / P;
+    const int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (i >= N) return;
+    pack<T, P> *row = (pack<T, P> *)(logits + (size_t)i * stride);
+    const int target = targets[i];
+    float z[ROW_NUMBERS], most = -INFINITY, z_target = 0, sum = 0;
+    for (int m = 0; m < M; m++) {
+        const int p = m * 32 + lane;
+        pack<T, P> x;
+        if (p * P < V) x = row[p];
+        for (int k = 0; k < P; k++) {
+            z[m * P + k] = p * P + k < V ? (float)x.at[k] : -INFINITY;
+            most = fmaxf(most, z[m * P + k]);
+            if (p * P + k == target) z_target = z[m * P + k];
+        }
+    }
+    most = warp_max(most);
+    for (int k = 0; k < ROW_NUMBERS; k++) {
+        z[k] = exp_for<T>(z[k] - most);
+        sum += z[k];
+    }
+    sum = warp_sum(sum);
+    if (lane == (target < 0 ? 0 : target / P % 32)) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - most);
+    if (scale == 0) return;
+    const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
+    for (int m = 0; m < M; m++) {
+        const int p = m * 32 + lane;
+        pack<T, P> dz;
+        for (int k = 0; k < P; k++)
+            dz.at[k] = (T)(target < 0 || p * P + k >= V ? 0 : z[m * P + k] * factor - (p * P + k == target ? weight : 0));
+        if (p * P < stride) row[p] = dz;
+    }
+}
+
+/* A block a row of any length, in two passes: one for the largest logit and the sum, which is taken to a new scale wherever a larger
+   one turns up, one for the gradient. Bound by memory: 2 N V sizeof(T) bytes, and the second reading, from L2. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(512)
+    crossentropy_block_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int V, int stride) {
+    float *room = (float *)shared_memory();
+    const size_t i = blockIdx.x;
+    pack<T, P> *row = (pack<T, P> *)(logits + i * stride);
+    const int target = targets[i];
+    const float z_target = target < 0 ? 0 : (float)logits[i * stride + target]; // read before the barriers, written after
+    float most = -INFINITY, sum = 0;
+    for (int p = threadIdx.x; p * P < V; p += 512) {
+        const pack<T, P> x = row[p];
+        float here = (float)x.at[0];
+        for (int k = 1; k < P; k++)
+            if (p * P + k < V) here = fmaxf(here, (float)x.at[k]);
+        if (here > most) {
+            sum *= exp_for<T>(most - here);
+            most = here;
+        }
+        for (int k = 0; k < P; k++)
+            if (p * P + k < V) sum += exp_for<T>((float)x.at[k] - most);
+    }
+    const float top = block_max(most, room);
+    sum = block_sum(sum * exp_for<T>(most - top), room);
+    if (threadIdx.x == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
+    if (scale == 0) return;
+    const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
+    for (int p = threadIdx.x; p * P < stride; p += 512) {
+        const pack<T, P> x = row[p];
+        pack<T, P> dz;
+        for (int k = 0; k < P; k++) {
+            const float q = exp_for<T>((float)x.at[k] - top) * factor - (p * P + k == target ? weight : 0);
+            dz.at[k] = (T)(target < 0 || p * P + k >= V ? 0 : q);
+        }
+        row[p] = dz;
+    }
+}
+
+template <typename T>
+static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits_, const int *targets, const float *weights, float scale,
+                              int N, int V, int stride) {
+    constexpr int P = 16 / sizeof(T);
+    T *logits = (T *)logits_;
+    const cudaStream_t stream = stream_of(ops);
+    const int wide = stride % P == 0 && aligned16(logits), room = 16 * sizeof(float);
+    if (stride <= 32 * ROW_NUMBERS && wide)
+        SLAM_LAUNCH((crossentropy_warp_kernel<T, P>), blocks(N, 8), 256, 0, stream, loss, logits, targets, weights, scale, N, V,
+                    stride);
+    else if (stride <= 32 * ROW_NUMBERS)
+        SLAM_LAUNCH((crossentropy_warp_kernel<T, 1>), blocks(N, 8), 256, 0, stream, loss, logits, targets, weights, scale, N, V,
+                    stride);
+    else if (wide)
+        SLAM_LAUNCH((crossentropy_block_kernel<T, P>), N, 512, room, stream, loss, logits, targets, weights, scale, V, stride);
+    else SLAM_LAUNCH((crossentropy_block_kernel<T, 1>), N, 512, room, stream, loss, logits, targets, weights, scale, V, stride);
+    cuda_launched(ops, "crossentropy");
+}
+
+/* ---- sampling ----
+   A block a sequence. What top_k and top_p leave are all logits from a threshold upwards. A float's bits, read as a whole number
+   and a little turned, have the order of the floats, so a threshold is found bit by bit from the top: keep a bit where enough still
+   lies at or above it. 32 passes over the logits each, without a sort and for any V. Bound by latency where V is small. */
+
+enum { SAMPLE_THREADS = 512, SAMPLE_SHARED = (SAMPLE_THREADS + 1 + 16) * 8 };
+
+template <typename T> struct scores {
+    const T *z;
+    const unsigned char *seen;
+    float penalty, temperature; // temperature 1 where it is greedy
+    int V;
+};
+
+template <typename T> static __device__ float score(const scores<T> *s, int v) {
+    float x = (float)s->z[v];
+    if (s->seen && s->seen[v]) x = x < 0 ? x * s->penalty : x / s->penalty;
+    return x / s->temperature + 0.0f; // -0 becomes 0, of which it is no smaller
+}
+
+static __device__ unsigned ordered_bits(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* How many scores are at or above a threshold. */
+template <typename T> static __device__ int count_above(const scores<T> *s, unsigned threshold, void *room) {
+    int n = 0;
+    for (int v = 1 + threadIdx.x; v < s->V; v += SAMPLE_THREADS) n += ordered_bits(score(s, v)) >= threshold;
+    return block_sum(n, (int *)room);
+}
+
+/* The sum of exp(score - most) over those. */
+template <typename T> static __device__ double mass_above(const scores<T> *s, unsigned threshold, float most, void *room) {
+    double sum = 0;
+    for (int v = 1 + threadIdx.x; v < s->V; v += SAMPLE_THREADS) {
+        const float x = score(s, v);
+        if (ordered_bits(x) >= threshold) sum += expf(x - most);
+    }
+    return block_sum(sum, (double *)room);
+}
+
+/* The largest threshold that leaves k scores, or the share top_p of what these weigh; at most the largest score's own. */
+template <typename T>
+static __device__ unsigned sample_threshold(const scores<T> *s, int top_k, double top_p, float most, void *room) {
+    unsigned threshold = 0;
+    if (top_k > 0 && top_k < s->V - 1)
+        for (unsigned bit = 1u << 31; bit; bit >>= 1)
+            if (count_above(s, threshold | bit, room) >= top_k) threshold |= bit;
+    if (top_p < 1) {
+        const unsigned least = threshold;
+        const double enough = top_p * mass_above(s, least, most, room);
+        threshold = 0;
+        for (unsigned bit = 1u << 31; bit; bit >>= 1)
+            if (mass_above(s, max(threshold | bit, least), most, room) >= enough) threshold |= bit;
+        threshold = max(threshold, least);
+    }
+    return min(threshold, ordered_bits(most));
+}
+
+/* The first token at which the sum, in order of v, passes its share; -1 where there is none (NaN). Threads have runs of neighbours:
+   edges (SAMPLE_THREADS + 1) are the sums up to each run, and the one whose run holds the token walks through it. */
+template <typename T>
+static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float most, float uniform, double *edges, void *room) {
+    const int run = (s->V + SAMPLE_THREADS - 1) / SAMPLE_THREADS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first = max(1, (int)threadIdx.x * run), end = min(s->V, ((int)threadIdx.x + 1) * run);
+    double sum = 0, before = 0, *warps = (double *)room;
+    for (int v = first; v < end; v++)
+        if (ordered_bits(score(s, v)) >= threshold) sum += expf(score(s, v) - most);
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const double other = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    if (lane == 31) warps[warp] = sum;
+    __syncthreads();
+    for (int k = 0; k < warp; k++) before += warps[k];
+    edges[threadIdx.x + 1] = before + sum;
+    if (threadIdx.x == 0) edges[0] = 0;
+    __syncthreads();
+    double at = edges[threadIdx.x];
+    const double share = uniform * edges[SAMPLE_THREADS];
+    int drawn = -1;
+    if (at <= share && share < edges[threadIdx.x + 1])
+        for (int v = first; v < end && at <= share; v++) {
+            if (ordered_bits(score(s, v)) < threshold) continue;
+            at += expf(score(s, v) - most);
+            drawn = v;
+        }
+    // of several runs, which only rounding can make, the first
+    const int owner = -block_max(drawn < 0 ? -SAMPLE_THREADS : -(int)threadIdx.x, (int *)room);
+    return block_max((int)threadIdx.x == owner ? drawn : -1, (int *)room);
+}
+
+template <typename T>
+static __global__ void __launch_bounds__(SAMPLE_THREADS)
+    sample_kernel(int *tokens, const T *logits, unsigned char *seen, const float *uniform, float temperature, int top_k,
+                  double top_p, float penalty, int V, int stride) {
+    double *edges = (double *)shared_memory();
+    void *room = edges + SAMPLE_THREADS + 1;
+    const size_t b = blockIdx.x;
+    const scores<T> s = {logits + b * stride, seen ? seen + b * V : NULL, penalty, temperature > 0 ? temperature : 1, V};
+    float most = -INFINITY;
+    for (int v = 1 + threadIdx.x; v < V; v += SAMPLE_THREADS) most = fmaxf(most, score(&s, v));
+    most = block_max(most, (float *)room);
+    int drawn = -1;
+    if (temperature > 0) {
+        const unsigned threshold = sample_threshold(&s, top_k, top_p, most, room);
+        drawn = sample_draw(&s, threshold, most, uniform[b], edges, room);
+    }
+    int largest = V;
+    for (int v = 1 + threadIdx.x; v < V; v += SAMPLE_THREADS)
+        if (score(&s, v) == most) largest = min(largest, v);
+    largest = -block_max(-largest, (int *)room);
+    if (threadIdx.x > 0) return;
+    if (drawn < 0) drawn = largest < V ? largest : V > 1; // greedy, or there are only NaN
+    tokens[b] = drawn;
+    if (seen) seen[b * V + drawn] = 1;
+}
+
+template <typename T>
+static void cuda_sample(slam_ops *ops, int *tokens, const slam_act *logits, unsigned char *seen, const float *uniform,
+                        const slam_sampling *how, int B, int V, int stride) {
+    SLAM_LAUNCH((sample_kernel<T>), B, SAMPLE_THREADS, SAMPLE_SHARED, stream_of(ops), tokens, (const T *)logits, seen, uniform,
+                (float)how->temperature, how->top_k, how->top_p, (float)how->repetition_penalty, V, stride);
+    cuda_launched(ops, "sample");
+}
+
+/* ---- sums ----
+   Four neighbours are added in float, all else in double, of which many GPUs do little. The number of blocks hangs on n alone. */
+
+enum { SUM_BLOCKS = 1024 };
+
+/* Threads take fours in turn. Bound by memory: 4 n bytes. partial (gridDim.x) */
+template <int P, int squares> static __global__ void __launch_bounds__(256) sum_kernel(double *partial, const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * 256 + threadIdx.x; i < n / 4; i += (size_t)gridDim.x * 256) {
+        float four[4];
+        for (int k = 0; k < 4; k += P) {
+            const pack<float, P> a = *(const pack<float, P> *)(x + 4 * i + k);
+            for (int j = 0; j < P; j++) four[k + j] = squares ? a.at[j] * a.at[j] : a.at[j];
+        }
+        sum += (four[0] + four[1]) + (four[2] + four[3]);
+    }
+    if (blockIdx.x == 0 && threadIdx.x < n % 4) {
+        const double rest = x[n / 4 * 4 + threadIdx.x];
+        sum += squares ? rest * rest : rest;
+    }
+    sum = block_sum(sum, (double *)shared_memory());
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+/* One block: out[0] += the sum of partial (n). */
+static __global__ void __launch_bounds__(256) sum_partial_kernel(double *out, const double *partial, int n) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += 256) sum += partial[i];
+    sum = block_sum(sum, (double *)shared_memory());
+    if (threadIdx.x == 0) out[0] += sum;
+}
+
+template <int squares> static void cuda_sums(slam_ops *ops, double *out, const float *x, size_t n) {
+    const size_t room = 8 * sizeof(double);
+    const int grid = n / 1024 < SUM_BLOCKS ? (int)(n / 1024) + 1 : (int)SUM_BLOCKS;
+    double *partial = (double *)((cuda_ops *)ops)->workspace;
+    if (n == 0) return;
+    if (aligned16(x)) SLAM_LAUNCH((sum_kernel<4, squares>), grid, 256, room, stream_of(ops), partial, x, n);
+    else SLAM_LAUNCH((sum_kernel<1, squares>), grid, 256, room, stream_of(ops), partial, x, n);
+    SLAM_LAUNCH(sum_partial_kernel, 1, 256, room, stream_of(ops), out, (const double *)partial, grid);
+    cuda_launched(ops, squares ? "sum_squares" : "sum");
+}
+
+/* ---- AdamW ---- */
+
+typedef struct adamw_numbers {
+    double clip;
+    float decay, eps, beta2, rest1, rest2, step_size, root;
+} adamw_numbers;
+
+/* A thread has P neighbours. Its block's first works out by how much the gradient is scaled, since that takes double. Bound by memory:
+   w, m, v and g are read, w, m, v and w_act written, 28 n + n sizeof(T) bytes. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256)
+    adamw_kernel(T *w_act, float *w, float *m, float *v, const float *g, const double *stats, adamw_numbers h, size_t n) {
+    float *shared = (float *)shared_memory();
+    const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * P;
+    if (threadIdx.x == 0) {
+        const double clip = h.clip > 0 ? h.clip / (sqrt(stats[1]) + 1e-6) : 1;
+        shared[0] = isfinite(stats[0]) && isfinite(stats[1]) ? (clip < 1 ? (float)clip : 1) : -1;
+    }
+    __syncthreads();
+    const float scale = shared[0];
+    if (scale < 0 || i >= n) return;
+    const pack<float, P> gi = *(const pack<float, P> *)(g + i);
+    pack<float, P> wi = *(const pack<float, P> *)(w + i), mi = *(const pack<float, P> *)(m + i),
+                   vi = *(const pack<float, P> *)(v + i);
+    pack<T, P> act;
+    for (int k = 0; k < P; k++) {
+        const float gk = gi.at[k] * scale;
+        mi.at[k] += h.rest1 * (gk - mi.at[k]);
+        vi.at[k] = h.beta2 * vi.at[k] + h.rest2 * gk * gk;
+        wi.at[k] = wi.at[k] * h.decay - h.step_size * mi.at[k] / (sqrtf(vi.at[k]) / h.root + h.eps);
+        act.at[k] = (T)wi.at[k];
+    }
+    *(pack<float, P> *)(w + i) = wi;
+    *(pack<float, P> *)(m + i) = mi;
+    *(pack<float, P> *)(v + i) = vi;
+    if (w_act) *(pack<T, P> *)(w_act + i) = act;
+}
+
+template <typename T>
+static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
+                       const slam_adamw *h, size_t n) {
+    T *act = (void *)w_act == (void *)w ? NULL : (T *)w_act;
+    adamw_numbers a;
+    if (n == 0) return;
+    a.clip = h->clip;
+    a.decay = (float)(1 - h->lr * h->weight_decay);
+    a.eps = (float)h->eps;
+    a.beta2 = (float)h->beta2;
+    a.rest1 = (float)(1 - h->beta1);
+    a.rest2 = (float)(1 - h->beta2);
+    a.step_size = (float)(h->lr / (1 - pow(h->beta1, (double)h->step)));
+    a.root = (float)sqrt(1 - pow(h->beta2, (double)h->step));
+    if (n % 4 == 0 && aligned16(w, m, v, g) && (uintptr_t)act % (4 * sizeof(T)) == 0)
+        SLAM_LAUNCH((adamw_kernel<T, 4>), blocks(n / 4, 256), 256, sizeof(float), stream_of(ops), act, w, m, v, g, stats, a, n);
+    else SLAM_LAUNCH((adamw_kernel<T, 1>), blocks(n, 256), 256, sizeof(float), stream_of(ops), act, w, m, v, g, stats, a, n);
+    cuda_launched(ops, "adamw");
 }
 
 /* ---- attention ---- */
 
 /* ---- the backend ---- */
 
+/* The architectures of nvcc's -arch, as text. */
+#define CUDA_TEXT_OF(...) #__VA_ARGS__
+#define CUDA_TEXT(...)    CUDA_TEXT_OF(__VA_ARGS__)
+#ifdef __CUDA_ARCH_LIST__
+#define CUDA_BUILT_FOR CUDA_TEXT(__CUDA_ARCH_LIST__)
+#else
+#define CUDA_BUILT_FOR "another one"
+#endif
+
+/* Is there such a GPU, and can it run what was built? */
+static int cuda_usable(int device, cudaDeviceProp *p) {
+    int n = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error == cudaErrorInsufficientDriver)
+        return fail(
+            "cuda:%d: there is no NVIDIA driver here, or it is older than this build's CUDA wants: install or update the driver "
+            "(nvidia-smi shows what there is), or build with an older CUDA toolkit",
+            device);
+    if (error == cudaErrorNoDevice || (error == cudaSuccess && n == 0))
+        return fail("cuda:%d: no GPU was found: nvidia-smi lists those that the driver sees, CUDA_VISIBLE_DEVICES may hide them",
+                    device);
+    if (error != cudaSuccess) return fail("cuda:%d: CUDA does not start: %s", device, cudaGetErrorString(error));
+    if (device < 0 || device >= n)
+        return fail("cuda:%d: no such GPU: %d found, %s", device, n, n > 1 ? "numbered from 0" : "which is cuda:0");
+    error = cudaGetDeviceProperties(p, device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return fail("cuda:%d: the GPU cannot be used: %s", device, cudaGetErrorString(error));
+    if (p->major < 8)
+        return fail("cuda:%d: %s has compute capability %d.%d, 8.0 is needed (Ampere, 2020, or newer)", device, p->name, p->major,
+                    p->minor);
+    error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
+    if (error != cudaSuccess)
+        return fail("cuda:%d: %s has compute capability %d.%d, this build has code for %s (%s): build with CUDA_ARCH=native",
+                    device, p->name, p->major, p->minor, CUDA_BUILT_FOR, cudaGetErrorString(error));
+    return 1;
+}
+
+/* All that an operation needs besides its arguments, made once. */
+static int cuda_open(cuda_ops *cuda) {
+    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
+    if (error == cudaSuccess) error = cudaMallocHost(&cuda->ring, (size_t)SLOTS * SLOT);
+    for (int k = 0; k < SLOTS && error == cudaSuccess; k++)
+        error = cudaEventCreateWithFlags(&cuda->copied[k], cudaEventDisableTiming);
+    cudaGetLastError();
+    if (error != cudaSuccess) return fail("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
+#ifndef SLAM_EMULATOR
+    const cublasStatus_t status = cublasLtCreate(&cuda->products);
+    if (status) return fail("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
+#endif
+    return 1;
+}
+
+template <typename T> static void cuda_fill(slam_ops *ops) {
+    ops->to_act = cuda_to_act<T>;
+    ops->to_float = cuda_to_float<T>;
+    ops->embedding_forward = cuda_embedding_forward<T>;
+    ops->embedding_backward = cuda_embedding_backward<T>;
+    ops->rmsnorm_forward = cuda_rmsnorm_forward<T>;
+    ops->rmsnorm_backward = cuda_rmsnorm_backward<T>;
+    ops->matmul_forward = cuda_matmul_forward<T>;
+    ops->matmul_backward_input = cuda_matmul_backward_input<T>;
+    ops->matmul_backward_weight = cuda_matmul_backward_weight<T>;
+    ops->swiglu_forward = cuda_swiglu_forward<T>;
+    ops->swiglu_backward = cuda_swiglu_backward<T>;
+    ops->crossentropy = cuda_crossentropy<T>;
+    ops->sample = cuda_sample<T>;
+    ops->sum = cuda_sums<0>;
+    ops->sum_squares = cuda_sums<1>;
+    ops->adamw = cuda_adamw<T>;
+}
+
 slam_ops *slam_cuda(int device, int bytes_per_act) {
-    (void)bytes_per_act;
-    fail("cuda:%d: not yet", device);
+    cudaDeviceProp p;
+    if (bytes_per_act != 2 && bytes_per_act != 4) {
+        fail("cuda:%d: activations of %d bytes: they have 2 (bf16) or 4 (float)", device, bytes_per_act);
+        return NULL;
+    }
+    if (!cuda_usable(device, &p)) return NULL;
+    cuda_ops *cuda = (cuda_ops *)mem_new(1, sizeof *cuda);
+    if (!cuda) return NULL;
+    slam_ops *ops = &cuda->ops;
+    snprintf(cuda->name, sizeof cuda->name, "cuda:%d %s%s", device, p.name, bytes_per_act == 4 ? ", f32" : "");
+    cuda->device = device;
+    cuda->processors = p.multiProcessorCount;
+    ops->name = cuda->name;
+    ops->bytes_per_act = bytes_per_act;
+    ops->threads = threads_set(0); // reading and packing data is the host's
+    ops->memory = p.totalGlobalMem;
+    ops->alloc = cuda_alloc;
+    ops->release = cuda_release;
+    ops->upload = cuda_upload;
+    ops->download = cuda_download;
+    ops->zero = cuda_zero;
+    ops->finish = cuda_finish;
+    ops->close = cuda_close;
+    if (bytes_per_act == 2) cuda_fill<bf16>(ops);
+    else cuda_fill<float>(ops);
+    if (cuda_open(cuda)) return ops;
+    cuda_close(ops);
     return NULL;
 }
 #endif
