@@ -4536,7 +4536,535 @@ static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float
     cuda_launched(ops, "adamw");
 }
 
-/* ---- attention ---- */
+/* ---- attention ----
+   Section 3 has the mathematics. There are two sets of kernels. The plain ones take floats, and any head size up to 256: a warp
+   works on one query, or on one key. The fast ones take bf16 and head sizes 32, 64 and 128: all products run on tensor cores.
+
+   Neither holds a (T,T) matrix. The softmax of a query is taken over one run of keys after the other (Milakov and Gimelshein
+   2018): with m the maximum so far, l = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j over the keys so far, a new run with
+   maximum m' first scales l and o by exp(m - max(m, m')), then adds its own. In the end out = o / l and lse = m + log l. The
+   backward pass has lse, so that p_ij = exp(s_ij - lse_i) needs no second maximum: it computes s again, tile by tile, which costs
+   less than to store and to read it (Dao 2023).
+
+   Sums over queries and sums over keys are taken by different kernels, each of which owns what it writes: dq by tiles of queries,
+   dk and dv by tiles of keys. Both compute s and p, seven products instead of five, and in exchange nobody adds to what another
+   block has written: no atomics, the same bits every time. */
+
+/* The window of query i of row b: x, y: its first key and the one after its last; z, w: its hole likewise. Empty past the end. */
+static __device__ __forceinline__ int4 window_of(const slam_window &win, int b, int i) {
+    int4 w = {0, 0, 0, 0};
+    if (i >= win.T) return w;
+    const size_t at = (size_t)b * win.T + i;
+    w.x = win.doc_start[at];
+    w.y = win.doc_end ? win.doc_end[at] : i + 1;
+    if (win.hole) w.z = win.hole[2 * at], w.w = win.hole[2 * at + 1];
+    return w;
+}
+
+static __device__ __forceinline__ int window_sees(int4 w, int j) { return j >= w.x && j < w.y && (j < w.z || j >= w.w); }
+/* Some of the keys a .. b - 1, all of them */
+static __device__ __forceinline__ int window_sees_any(int4 w, int a, int b) {
+    a = max(a, w.x), b = min(b, w.y);
+    return a < b && (a < w.z || b > w.w);
+}
+static __device__ __forceinline__ int window_sees_all(int4 w, int a, int b) {
+    return a >= w.x && b <= w.y && max(a, w.z) >= min(b, w.w);
+}
+static __device__ __forceinline__ int window_position(int4 w, int i) { return i - w.x - (w.w - w.z); }
+
+/* Rotation of the query and key heads of qkv in place, R_p of section 3. A thread turns P neighbouring pairs: two accesses of P
+   numbers each way. Bound by memory: 2 N (NH + KVH) HS sizeof(T) bytes; the table of angles stays in the cache. */
+template <typename T, int P> static __global__ void __launch_bounds__(256) rotate_kernel(T *qkv, const slam_window win) {
+    const int half = win.HS / 2, heads = win.NH + win.KVH, threads = heads * half / P;
+    const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t row = index / threads;
+    if (row >= (size_t)win.B * win.T) return;
+    const int h = (int)(index % threads) / (half / P), c = (int)(index % threads) % (half / P) * P, b = row / win.T,
+              i = row % win.T;
+    const float *cosine = win.rope + (size_t)window_position(window_of(win, b, i), i) * win.HS + c, *sine = cosine + half;
+    T *x = qkv + (row * (heads + win.KVH) + h) * win.HS + c;
+    pack<T, P> x0 = *(const pack<T, P> *)x, x1 = *(const pack<T, P> *)(x + half);
+    for (int k = 0; k < P; k++) {
+        const float a = (float)x0.at[k], d = (float)x1.at[k];
+        x0.at[k] = (T)(a * cosine[k] - d * sine[k]);
+        x1.at[k] = (T)(d * cosine[k] + a * sine[k]);
+    }
+    *(pack<T, P> *)x = x0;
+    *(pack<T, P> *)(x + half) = x1;
+}
+
+template <typename T> static void cuda_rotate(slam_ops *ops, slam_act *qkv, const slam_window *win) {
+    enum { P = 16 / sizeof(T) };
+    const cudaStream_t stream = ((cuda_ops *)ops)->stream;
+    const size_t pairs = (size_t)win->B * win->T * (win->NH + win->KVH) * (win->HS / 2);
+    if (win->HS / 2 % P == 0)
+        SLAM_LAUNCH((rotate_kernel<T, P>), (unsigned)((pairs / P + 255) / 256), 256, 0, stream, (T *)qkv, *win);
+    else SLAM_LAUNCH((rotate_kernel<T, 1>), (unsigned)((pairs + 255) / 256), 256, 0, stream, (T *)qkv, *win);
+}
+
+/* ---- attention: plain kernels ----
+   Blocks of PLAIN_WARPS warps, each on its own, with HS numbers a lane apart in registers: channels lane, lane + 32, ... */
+
+enum { PLAIN_WARPS = 4, PLAIN_CHANNELS = 256 / 32 };
+
+/* Dot product of a row of T with floats in shared memory; P divides HS. */
+template <typename T, int P> static __device__ __forceinline__ float plain_dot(const float *a, const T *row, int HS) {
+    float sum = 0;
+    for (int c = 0; c < HS; c += P) {
+        const pack<T, P> x = *(const pack<T, P> *)(row + c);
+        for (int k = 0; k < P; k++) sum += a[c + k] * (float)x.at[k];
+    }
+    return sum;
+}
+
+/* sums_c += sum over n rows of weight_k x_kc, for this lane's channels */
+template <typename T>
+static __device__ __forceinline__ void plain_add(float *sums, const float *weight, const T *x, size_t stride, int n, int HS) {
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < n; k++)
+        for (int m = 0; m < PLAIN_CHANNELS; m++)
+            if (lane + 32 * m < HS) sums[m] += weight[k] * (float)x[k * stride + lane + 32 * m];
+}
+
+/* to = (HS) from this lane's channels times scale, turned back where there is a table; `turn` is HS floats in shared memory */
+template <typename T>
+static __device__ __forceinline__ void plain_store(T *to, const float *sums, float scale, float *turn, const slam_window &win,
+                                                   int position) {
+    const int lane = threadIdx.x % 32, HS = win.HS, half = HS / 2;
+    __syncwarp();
+    for (int m = 0; m < PLAIN_CHANNELS; m++)
+        if (lane + 32 * m < HS) turn[lane + 32 * m] = sums[m] * scale;
+    __syncwarp();
+    for (int c = lane; c < HS; c += 32) {
+        float x = turn[c];
+        if (win.rope) {
+            const float *angle = win.rope + (size_t)position * HS + c % half;
+            x = c < half ? x * angle[0] + turn[c + half] * angle[half] : x * angle[0] - turn[c - half] * angle[half];
+        }
+        to[c] = (T)x;
+    }
+}
+
+/* Forward: a warp a query. Of a run of 32 keys each lane takes one, for its score; then each lane takes its channels of all 32
+   values. Keys and values come from the caches, where the next query finds them again; bound by the instructions. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+    attention_forward_plain(T *out, float *lse, const T *qkv, const slam_window win) {
+    const int T_ = win.T, NH = win.NH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * win.KVH) * HS; // (b,h,i)
+    if (index >= (size_t)win.B * NH * T_) return;
+    const int i = index % T_, h = index / T_ % NH, b = index / T_ / NH;
+    float *query = (float *)shared_memory() + warp * (HS + 32), *p = query + HS;
+    const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
+    const T *value = key + win.KVH * HS;
+    const float scale = 1 / sqrtf((float)HS);
+    for (int c = lane; c < HS; c += 32) query[c] = (float)q[c] * scale;
+    const int4 w = window_of(win, b, i);
+    float max = -INFINITY, sum = 0, o[PLAIN_CHANNELS] = {0};
+    for (int j = w.x; j < w.y; j += 32) {
+        if (j >= w.z && j < w.w) j = w.w; // so that key j is always one that is seen
+        if (j >= w.y) break;
+        __syncwarp();
+        const int see = window_sees(w, j + lane);
+        const float s = see ? plain_dot<T, P>(query, key + (j + lane) * W, HS) : -INFINITY;
+        const float above = fmaxf(max, warp_max(s)), keep = expf(max - above), e = see ? expf(s - above) : 0;
+        p[lane] = e;
+        max = above;
+        sum = sum * keep + warp_sum(e);
+        for (int m = 0; m < PLAIN_CHANNELS; m++) o[m] *= keep;
+        __syncwarp();
+        plain_add(o, p, value + j * W, W, min(32, w.y - j), HS);
+    }
+    T *to = out + (((size_t)b * T_ + i) * NH + h) * HS;
+    for (int m = 0; m < PLAIN_CHANNELS; m++)
+        if (lane + 32 * m < HS) to[lane + 32 * m] = (T)(o[m] / sum);
+    if (lane == 0) lse[index] = max + logf(sum);
+}
+
+/* Backward for dq and D: as the forward pass, a warp a query. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+    attention_backward_queries_plain(T *dqkv, float *D, const T *dout, const T *out, const float *lse, const T *qkv,
+                                     const slam_window win) {
+    const int T_ = win.T, NH = win.NH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * win.KVH) * HS; // (b,h,i)
+    if (index >= (size_t)win.B * NH * T_) return;
+    const int i = index % T_, h = index / T_ % NH, b = index / T_ / NH;
+    float *query = (float *)shared_memory() + warp * (2 * HS + 32), *d = query + HS, *ds = d + HS;
+    const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
+    const T *value = key + win.KVH * HS;
+    const size_t at = (((size_t)b * T_ + i) * NH + h) * HS;
+    const float scale = 1 / sqrtf((float)HS), shift = lse[index];
+    float product = 0;
+    for (int c = lane; c < HS; c += 32) {
+        query[c] = (float)q[c] * scale;
+        d[c] = (float)dout[at + c];
+        product += d[c] * (float)out[at + c];
+    }
+    const float Di = warp_sum(product);
+    if (lane == 0) D[index] = Di;
+    const int4 w = window_of(win, b, i);
+    float dq[PLAIN_CHANNELS] = {0};
+    for (int j = w.x; j < w.y; j += 32) {
+        if (j >= w.z && j < w.w) j = w.w;
+        if (j >= w.y) break;
+        __syncwarp();
+        float x = 0;
+        if (window_sees(w, j + lane))
+            x = expf(plain_dot<T, P>(query, key + (j + lane) * W, HS) - shift) *
+                (plain_dot<T, P>(d, value + (j + lane) * W, HS) - Di);
+        ds[lane] = x;
+        __syncwarp();
+        plain_add(dq, ds, key + j * W, W, min(32, w.y - j), HS);
+    }
+    plain_store(dqkv + (size_t)b * T_ * W + i * W + h * HS, dq, scale, query, win, window_position(w, i));
+}
+
+/* Backward for dk and dv: a warp a key; it goes through the queries of all heads that read it, 32 at a time. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+    attention_backward_keys_plain(T *dqkv, const float *D, const T *dout, const float *lse, const T *qkv, const slam_window win) {
+    const int T_ = win.T, NH = win.NH, KVH = win.KVH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * KVH) * HS, O = (size_t)NH * HS; // (b,g,j)
+    if (index >= (size_t)win.B * KVH * T_) return;
+    const int j = index % T_, g = index / T_ % KVH, b = index / T_ / KVH;
+    float *key = (float *)shared_memory() + warp * (2 * HS + 64), *value = key + HS, *p = value + HS, *ds = p + 32;
+    const T *row = qkv + (size_t)b * T_ * W, *k = row + j * W + (NH + g) * HS;
+    const float scale = 1 / sqrtf((float)HS);
+    for (int c = lane; c < HS; c += 32) {
+        key[c] = (float)k[c] * scale;
+        value[c] = (float)k[KVH * HS + c];
+    }
+    float dk[PLAIN_CHANNELS] = {0}, dv[PLAIN_CHANNELS] = {0};
+    for (int h = g * (NH / KVH); h < (g + 1) * (NH / KVH); h++) {
+        const T *q = row + h * HS, *d = dout + (size_t)b * T_ * O + h * HS;
+        const size_t head = ((size_t)b * NH + h) * T_;
+        for (int first = win.doc_end ? 0 : j; first < T_; first += 32) {
+            const int i = first + lane, see = window_sees(window_of(win, b, i), j);
+            if (!__any_sync(0xffffffffu, see)) continue;
+            __syncwarp();
+            p[lane] = see ? expf(plain_dot<T, P>(key, q + i * W, HS) - lse[head + i]) : 0;
+            ds[lane] = see ? p[lane] * (plain_dot<T, P>(value, d + i * O, HS) - D[head + i]) : 0;
+            __syncwarp();
+            plain_add(dv, p, d + first * O, O, min(32, T_ - first), HS);
+            plain_add(dk, ds, q + first * W, W, min(32, T_ - first), HS);
+        }
+    }
+    T *to = dqkv + ((size_t)b * T_ + j) * W + (NH + g) * HS;
+    plain_store(to, dk, scale, key, win, window_position(window_of(win, b, j), j));
+    for (int m = 0; m < PLAIN_CHANNELS; m++)
+        if (lane + 32 * m < HS) to[KVH * HS + lane + 32 * m] = (T)dv[m];
+}
+
+template <typename T, int P>
+static void plain_forward(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
+    const size_t queries = (size_t)win->B * win->NH * win->T, shared = PLAIN_WARPS * (win->HS + 32) * sizeof(float);
+    SLAM_LAUNCH((attention_forward_plain<T, P>), (unsigned)((queries + PLAIN_WARPS - 1) / PLAIN_WARPS), 32 * PLAIN_WARPS, shared,
+                ((cuda_ops *)ops)->stream, (T *)out, lse, (const T *)qkv, *win);
+    cuda_launched(ops, "attention_forward");
+}
+
+template <typename T, int P>
+static void plain_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
+                           const slam_act *qkv, const slam_window *win) {
+    const cudaStream_t stream = ((cuda_ops *)ops)->stream;
+    const size_t queries = (size_t)win->B * win->NH * win->T, keys = (size_t)win->B * win->KVH * win->T;
+    const size_t shared = PLAIN_WARPS * (2 * win->HS + 64) * sizeof(float);
+    SLAM_LAUNCH((attention_backward_queries_plain<T, P>), (unsigned)((queries + PLAIN_WARPS - 1) / PLAIN_WARPS), 32 * PLAIN_WARPS,
+                shared, stream, (T *)dqkv, D, (const T *)dout, (const T *)out, lse, (const T *)qkv, *win);
+    SLAM_LAUNCH((attention_backward_keys_plain<T, P>), (unsigned)((keys + PLAIN_WARPS - 1) / PLAIN_WARPS), 32 * PLAIN_WARPS, shared,
+                stream, (T *)dqkv, D, (const T *)dout, lse, (const T *)qkv, *win);
+    cuda_launched(ops, "attention_backward");
+}
+
+/* ---- attention: what the fast kernels are made of ----
+   Tiles of rows of HS numbers lie in shared memory, row after row, in chunks of 16 bytes. ldmatrix reads one chunk of each of 8
+   rows at a time, which must lie in different banks: so chunk c of row r is kept where chunk c ^ r would be. */
+template <int HS> static __device__ __forceinline__ int tile_at(int row, int chunk) {
+    return row * HS * 2 + (chunk ^ (HS == 32 ? row >> 1 & 3 : row & 7)) * 16;
+}
+
+/* ROWS rows, `stride` numbers apart, on their way to shared memory by THREADS threads; rows from `valid` on become 0. */
+template <int HS, int ROWS, int THREADS>
+static __device__ __forceinline__ void tile_load(char *tile, const bf16 *from, size_t stride, int valid, int thread) {
+    constexpr int CHUNKS = HS / 8;
+    for (int k = 0; k < ROWS * CHUNKS / THREADS; k++) {
+        const int row = (k * THREADS + thread) / CHUNKS, chunk = (k * THREADS + thread) % CHUNKS;
+        copy_async(tile + tile_at<HS>(row, chunk), from + (row < valid ? row : 0) * stride + chunk * 8, row < valid);
+    }
+}
+
+/* Operands of mma_bf16 from a tile, 16 rows by 16 columns of it: an A with the tile's rows; Bs whose 8 columns are rows of the
+   tile and whose 16 rows are its columns (b[0], b[1] of rows 0..7; b[2], b[3] of rows 8..15); and Bs whose 16 rows are rows of
+   the tile (b[0], b[1] of columns 0..7; b[2], b[3] of columns 8..15). */
+template <int HS> static __device__ __forceinline__ void tile_a(uint32_t a[4], const char *tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix(a, tile + tile_at<HS>(row + lane % 16, column / 8 + lane / 16));
+}
+template <int HS> static __device__ __forceinline__ void tile_b(uint32_t b[4], const char *tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix(b, tile + tile_at<HS>(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+}
+template <int HS> static __device__ __forceinline__ void tile_b_transposed(uint32_t b[4], const char *tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_transposed(b, tile + tile_at<HS>(row + lane % 16, column / 8 + lane / 16));
+}
+
+/* The A operands of 16 whole rows straight from global memory; rows from `valid` on are 0. */
+template <int HS>
+static __device__ __forceinline__ void rows_a(uint32_t a[HS / 16][4], const bf16 *from, size_t stride, int valid) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int k = 0; k < HS / 16; k++)
+        for (int r = 0; r < 4; r++) {
+            const int row = g + r % 2 * 8;
+            a[k][r] = row < valid ? *(const uint32_t *)(from + row * stride + k * 16 + r / 2 * 8 + 2 * t) : 0;
+        }
+}
+
+/* Sums (16 by 16) of a product as the A operand of the next: two neighbours of C's tiles of 8 columns lie as A's fragments do. */
+static __device__ __forceinline__ void sums_a(uint32_t a[4], const float left[4], const float right[4]) {
+    a[0] = pack_bf16(left[0], left[1]);
+    a[1] = pack_bf16(left[2], left[3]);
+    a[2] = pack_bf16(right[0], right[1]);
+    a[3] = pack_bf16(right[2], right[3]);
+}
+
+/* A warp's 16 MT rows of sums, rounded, to global memory: by way of a tile of its own, so that accesses are 16 bytes and
+   sectors whole. */
+template <int HS, int MT>
+static __device__ __forceinline__ void rows_store(bf16 *to, size_t stride, int valid, const float c[MT][HS / 8][4], char *tile) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int r = 0; r < 2; r++)
+                *(uint32_t *)(tile + tile_at<HS>(16 * m + 8 * r + g, n) + 4 * t) = pack_bf16(c[m][n][2 * r], c[m][n][2 * r + 1]);
+    __syncwarp();
+    for (int k = lane; k < 16 * MT * HS / 8; k += 32) {
+        const int row = k / (HS / 8), chunk = k % (HS / 8);
+        if (row < valid) *(uint4 *)(to + row * stride + chunk * 8) = *(const uint4 *)(tile + tile_at<HS>(row, chunk));
+    }
+}
+
+/* R^-1 of a warp's rows of sums. A thread has both numbers of each pair, as tiles n and n + HS/16 of its columns. */
+template <int HS, int MT>
+static __device__ __forceinline__ void rows_turn_back(float c[MT][HS / 8][4], const float *rope, const int position[MT][2]) {
+    const int t = threadIdx.x % 4;
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) {
+            const float *angle = rope + (size_t)position[m][r] * HS + 2 * t;
+            for (int n = 0; n < HS / 16; n++) {
+                const float2 cosine = *(const float2 *)(angle + 8 * n), sine = *(const float2 *)(angle + HS / 2 + 8 * n);
+                float *x = c[m][n] + 2 * r, *y = c[m][n + HS / 16] + 2 * r;
+                const float x0 = x[0], x1 = x[1];
+                x[0] = x0 * cosine.x + y[0] * sine.x;
+                x[1] = x1 * cosine.y + y[1] * sine.y;
+                y[0] = y[0] * cosine.x - x0 * sine.x;
+                y[1] = y[1] * cosine.y - x1 * sine.y;
+            }
+        }
+}
+
+/* 2^x on the special function unit */
+static __device__ __forceinline__ float exp2_fast(float x) {
+#ifdef SLAM_EMULATOR
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+/* exp(s scale) = 2^(s scale log2 e) */
+#define LOG2_E 1.44269504f
+
+/* Which pairs of tiles have anything to compute. For every tile that a block may visit there is a word, and in it a byte for
+   each warp (or group of warps) w: 0: nothing is seen, 1: something, so the window decides for each pair, 2: everything. This
+   leaves only tiles that somebody visits, in order, as tile << 8 | sum of byte_w << 2 w, and returns how many there are.
+   Everybody comes, after a barrier behind the bytes' writers; there is a place for one word more. */
+static __device__ __forceinline__ int visits_list(int *visits, int tiles) {
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x < 32) {
+        int n = 0;
+        for (int first = 0; first < tiles; first += 32) {
+            const int tile = first + lane, seen = tile < tiles ? visits[tile] : 0;
+            const unsigned some = __ballot_sync(0xffffffffu, seen != 0);
+            const int bits = (seen & 3) | (seen >> 6 & 12) | (seen >> 12 & 48) | (seen >> 18 & 192);
+            if (seen) visits[n + __popc(some & ((1u << lane) - 1))] = tile << 8 | bits;
+            n += __popc(some);
+        }
+        if (lane == 0) visits[tiles] = n;
+    }
+    __syncthreads();
+    return visits[tiles];
+}
+
+/* The same for a tile of queries, 16 MT from i on for each of 4 warps, and tiles of KEYS keys; windows (64 MT) gets theirs. */
+template <int MT, int KEYS>
+static __device__ __forceinline__ int visits_of_queries(int *visits, int4 *windows, const slam_window &win, int b, int i) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (win.T + KEYS - 1) / KEYS;
+    const int4 w = window_of(win, b, i + warp * 16 * MT + lane % (16 * MT));
+    windows[warp * 16 * MT + lane % (16 * MT)] = w;
+    for (int k = threadIdx.x; k < tiles; k += 128) visits[k] = 0;
+    int first = w.y > w.x ? w.x : win.T, end = w.y;
+    for (int offset = 16; offset > 0; offset /= 2) {
+        first = min(first, __shfl_xor_sync(0xffffffffu, first, offset));
+        end = max(end, __shfl_xor_sync(0xffffffffu, end, offset));
+    }
+    __syncthreads();
+    for (int k = first / KEYS; k * KEYS < end; k++) {
+        const int some = __any_sync(0xffffffffu, window_sees_any(w, k * KEYS, k * KEYS + KEYS));
+        const int all = __all_sync(0xffffffffu, w.y == 0 || window_sees_all(w, k * KEYS, k * KEYS + KEYS));
+        if (lane == 0 && some) ((unsigned char *)(visits + k))[warp] = all ? 2 : 1;
+    }
+    __syncthreads();
+    return visits_list(visits, tiles);
+}
+
+/* ---- attention: fast forward pass ----
+   A block is a tile of 64 MT queries of one head: 4 warps, 16 MT queries each, whose q and o stay in registers. It goes through
+   the tiles of KEYS keys that any of them sees; while one is worked on, the next comes into the other half of shared memory. With
+   MT = 2 each fragment of k and v that is read from shared memory serves two products: with one the reads, 128 bytes a clock,
+   would take longer than the products. What bounds it: 4 HS flops and one exponential for each pair of query and key; on Hopper
+   with HS = 64 the products take twice the time of the exponentials, which other warps' products hide.
+   Blocks start in the order of their numbers, so those with late queries, which have most to do in long documents, get low ones. */
+template <int HS, int MT, int KEYS>
+static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
+    attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_window win) {
+    constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
+    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS;
+    const bf16 *row = qkv + (size_t)b * win.T * W, *key = row + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
+    char *stages = shared_memory(); // twice a tile of k and one of v
+    int4 *windows = (int4 *)(stages + 4 * TILE);
+    int *visits = (int *)(windows + QUERIES_);
+
+    const int i = i0 + warp * 16 * MT; // this warp's first query
+    uint32_t q[MT][HS / 16][4];
+    for (int m = 0; m < MT; m++) rows_a<HS>(q[m], row + (i + 16 * m) * W + h * HS, W, win.T - i - 16 * m);
+    const int n_visits = visits_of_queries<MT, KEYS>(visits, windows, win, b, i0);
+
+    float o[MT][HS / 8][4], max_[MT][2], sum[MT][2];
+    for (int m = 0; m < MT; m++) {
+        for (int n = 0; n < HS / 8; n++)
+            for (int k = 0; k < 4; k++) o[m][n][k] = 0;
+        for (int r = 0; r < 2; r++) max_[m][r] = -INFINITY, sum[m][r] = 0;
+    }
+    const float scale = rsqrtf((float)HS) * LOG2_E;
+    for (int visit = -1; visit < n_visits; visit++) {
+        copy_async_wait<0>();
+        __syncthreads(); // the tile has come, and nobody reads the one before it any more
+        if (visit + 1 < n_visits) {
+            const int j0 = (visits[visit + 1] >> 8) * KEYS;
+            char *stage = stages + (visit + 1) % 2 * 2 * TILE;
+            tile_load<HS, KEYS, 128>(stage, key + j0 * W, W, win.T - j0, threadIdx.x);
+            tile_load<HS, KEYS, 128>(stage + TILE, value + j0 * W, W, win.T - j0, threadIdx.x);
+        }
+        copy_async_commit();
+        if (visit < 0) continue;
+        const int seen = visits[visit] >> 2 * warp & 3, j0 = (visits[visit] >> 8) * KEYS;
+        if (seen == 0) continue;
+        const char *k_tile = stages + visit % 2 * 2 * TILE, *v_tile = k_tile + TILE;
+
+        float s[MT][KEYS / 8][4];
+        for (int m = 0; m < MT; m++)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int k = 0; k < 4; k++) s[m][n][k] = 0;
+        for (int k = 0; k < HS / 16; k++)
+            for (int n = 0; n < KEYS / 16; n++) {
+                uint32_t x[4];
+                tile_b<HS>(x, k_tile, 16 * n, 16 * k);
+                for (int m = 0; m < MT; m++) {
+                    mma_bf16(s[m][2 * n], q[m][k], x[0], x[1]);
+                    mma_bf16(s[m][2 * n + 1], q[m][k], x[2], x[3]);
+                }
+            }
+        if (seen == 1)
+            for (int m = 0; m < MT; m++)
+                for (int r = 0; r < 2; r++) {
+                    const int4 w = windows[warp * 16 * MT + 16 * m + 8 * r + g];
+                    for (int n = 0; n < KEYS / 8; n++)
+                        for (int e = 0; e < 2; e++)
+                            if (!window_sees(w, j0 + 8 * n + 2 * t + e)) s[m][n][2 * r + e] = -INFINITY;
+                }
+        for (int m = 0; m < MT; m++)
+            for (int r = 0; r < 2; r++) {
+                float above = max_[m][r];
+                for (int n = 0; n < KEYS / 8; n++) above = fmaxf(above, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
+                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
+                const float shift = above == -INFINITY ? 0 : above * scale; // this query may see nothing yet
+                const float keep = exp2_fast(max_[m][r] * scale - shift);
+                max_[m][r] = above;
+                float added = 0;
+                for (int n = 0; n < KEYS / 8; n++)
+                    for (int e = 0; e < 2; e++) {
+                        s[m][n][2 * r + e] = exp2_fast(s[m][n][2 * r + e] * scale - shift);
+                        added += s[m][n][2 * r + e];
+                    }
+                sum[m][r] = sum[m][r] * keep + added;
+                for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= keep, o[m][n][2 * r + 1] *= keep;
+            }
+        for (int k = 0; k < KEYS / 16; k++) {
+            uint32_t p[MT][4];
+            for (int m = 0; m < MT; m++) sums_a(p[m], s[m][2 * k], s[m][2 * k + 1]);
+            for (int n = 0; n < HS / 16; n++) {
+                uint32_t x[4];
+                tile_b_transposed<HS>(x, v_tile, 16 * k, 16 * n);
+                for (int m = 0; m < MT; m++) {
+                    mma_bf16(o[m][2 * n], p[m], x[0], x[1]);
+                    mma_bf16(o[m][2 * n + 1], p[m], x[2], x[3]);
+                }
+            }
+        }
+    }
+
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) {
+            sum[m][r] += __shfl_xor_sync(0xffffffffu, sum[m][r], 1);
+            sum[m][r] += __shfl_xor_sync(0xffffffffu, sum[m][r], 2);
+            const int at = i + 16 * m + 8 * r + g;
+            if (t == 0 && at < win.T) lse[(size_t)blockIdx.x * win.T + at] = max_[m][r] * rsqrtf((float)HS) + logf(sum[m][r]);
+            const float inverse = 1 / sum[m][r];
+            for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
+        }
+    __syncthreads(); // all have read the last tiles, whose place the output takes on its way
+    rows_store<HS, MT>(out + ((size_t)b * win.T + i) * O + h * HS, O, win.T - i, o, stages + warp * 16 * MT * HS * 2);
+}
+
+template <int HS, int MT, int KEYS>
+static void fast_forward(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
+    const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
+    const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
+    cudaFuncSetAttribute(attention_forward_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    SLAM_LAUNCH((attention_forward_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared, ((cuda_ops *)ops)->stream,
+                (bf16 *)out, lse, (const bf16 *)qkv, *win);
+    cuda_launched(ops, "attention_forward");
+}
+
+static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
+    const int wide = ops->bytes_per_act == 4;
+    if (win->rope && wide) cuda_rotate<float>(ops, qkv, win);
+    if (win->rope && !wide) cuda_rotate<bf16>(ops, qkv, win);
+    cuda_launched(ops, "attention_forward");
+    if (wide && win->HS % 4 == 0) plain_forward<float, 4>(ops, out, lse, qkv, win);
+    else if (wide) plain_forward<float, 1>(ops, out, lse, qkv, win);
+    else if (win->HS == 32) fast_forward<32, 2, 64>(ops, out, lse, qkv, win);
+    else if (win->HS == 64) fast_forward<64, 2, 64>(ops, out, lse, qkv, win);
+    else if (win->HS == 128) fast_forward<128, 1, 64>(ops, out, lse, qkv, win);
+    else if (win->HS % 8 == 0) plain_forward<bf16, 8>(ops, out, lse, qkv, win);
+    else plain_forward<bf16, 1>(ops, out, lse, qkv, win);
+}
+
+static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
+                                    const float *lse, const slam_act *qkv, const slam_window *win) {
+    const int wide = ops->bytes_per_act == 4;
+    if (wide && win->HS % 4 == 0) plain_backward<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else if (wide) plain_backward<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else if (win->HS % 8 == 0) plain_backward<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else plain_backward<bf16, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+}
 
 /* ---- the backend ---- */
 
