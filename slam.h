@@ -3041,24 +3041,29 @@ typedef struct tile {
     int first, keys; // its keys: rows first .. first + keys - 1
 } tile;
 
-static tile tile_of(const int *doc_start, int index, int T) {
+static tile tile_of(const slam_window *win, size_t row, int index) {
+    const int *doc_start = win->doc_start + row, *doc_end = win->doc_end ? win->doc_end + row : NULL;
     tile t;
     t.i = index * QUERIES;
-    t.n = T - t.i < QUERIES ? T - t.i : QUERIES;
+    t.n = win->T - t.i < QUERIES ? win->T - t.i : QUERIES;
     t.first = t.i;
-    for (int q = t.i; q < t.i + t.n; q++) t.first = doc_start[q] < t.first ? doc_start[q] : t.first;
-    t.keys = t.i + t.n - t.first;
+    int end = t.i + t.n;
+    for (int q = t.i; q < t.i + t.n; q++) {
+        t.first = doc_start[q] < t.first ? doc_start[q] : t.first;
+        end = doc_end && doc_end[q] > end ? doc_end[q] : end;
+    }
+    t.keys = end - t.first;
     return t;
 }
 
-/* The keys that query i of a row sees: two runs [a,b) and [c,d) on either side of its hole; b = a where it has none. */
+/* The keys that query i of a row sees: two runs [a,b) and [c,d) on either side of its hole, either of which may be empty. */
 typedef struct runs {
     int a, b, c, d;
 } runs;
 
 static runs visible(const slam_window *win, size_t row, int i) {
     const int start = win->doc_start[row + i], *hole = win->hole ? win->hole + 2 * (row + i) : NULL;
-    runs see = {start, start, start, i + 1};
+    runs see = {start, start, start, win->doc_end ? win->doc_end[row + i] : i + 1};
     if (hole && hole[1] > hole[0]) {
         see.b = hole[0];
         see.c = hole[1];
@@ -3082,9 +3087,10 @@ static int position(const slam_window *win, size_t row, int i) {
     return i - win->doc_start[row + i] - (hole ? hole[1] - hole[0] : 0);
 }
 
-/* Turns `heads` heads of x by the angles of a position (R_p), or back with sign -1 (R^-1 is its transpose). */
-static void rotate(float *x, int heads, int HS, const float *rope, float sign) {
-    const float *cosine = rope, *sine = rope + HS / 2;
+/* Turns `heads` heads of x by the angles of position p (R_p), or back with sign -1 (R^-1 is its transpose). */
+static void rotate(float *x, int heads, int HS, const float *rope, int p, float sign) {
+    if (!rope) return;
+    const float *cosine = rope + (size_t)p * HS, *sine = cosine + HS / 2;
     for (int h = 0; h < heads; h++, x += HS)
         for (int c = 0; c < HS / 2; c++) {
             const float x0 = x[c], x1 = x[c + HS / 2], s = sign * sine[c];
@@ -3104,11 +3110,9 @@ static void attention_tile_forward(float *out, float *lse, const float *q, const
     for (int i = 0; i < t.n; i++) {
         float *x = s + (size_t)i * t.keys;
         const runs see = visible(win, row, t.i + i);
-        float max = row_max(x + see.c - t.first, see.d - see.c);
-        if (see.b > see.a) {
-            const float before = row_max(x + see.a - t.first, see.b - see.a);
-            max = before > max ? before : max;
-        }
+        const float before = see.b > see.a ? row_max(x + see.a - t.first, see.b - see.a) : -HUGE_VALF,
+                    after = see.d > see.c ? row_max(x + see.c - t.first, see.d - see.c) : -HUGE_VALF,
+                    max = before > after ? before : after;
         sum[i] = softmax_row(x, t, see, scale, max * scale);
         lse[t.i + i] = max * scale + logf(sum[i]);
     }
@@ -3122,14 +3126,13 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     float *qkv = (float *)qkv_, *scratch = cpu_scratch(ops, (size_t)threads_count() * QUERIES * T);
     if (!scratch) return;
     SLAM_PARALLEL_FOR
-    for (int i = 0; i < win->B * T; i++)
-        rotate(qkv + (size_t)i * W, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, 1);
+    for (int i = 0; i < win->B * T; i++) rotate(qkv + (size_t)i * W, NH + KVH, HS, win->rope, position(win, i / T * T, i % T), 1);
     /* late tiles see the most keys and come first, so that no thread is left alone with one */
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < win->B * NH * tiles; task++) {
         const int h = task % NH, b = task / NH % win->B;
         const size_t row = (size_t)b * T;
-        const tile t = tile_of(win->doc_start + row, tiles - 1 - task / NH / win->B, T);
+        const tile t = tile_of(win, row, tiles - 1 - task / NH / win->B);
         const float *q = qkv + row * W + h * HS, *k = qkv + row * W + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
         attention_tile_forward((float *)out + row * NH * HS + h * HS, lse + ((size_t)b * NH + h) * T, q, k, v,
                                scratch + (size_t)thread_index() * QUERIES * T, win, row, t);
@@ -3175,7 +3178,7 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, con
         for (int i = 0; i < T; i++) Dh[i] = dot(dout + ((row + i) * NH + h) * HS, out + ((row + i) * NH + h) * HS, HS);
         for (int index = 0; index * QUERIES < T; index++)
             attention_tile_backward(dqkv + row * W + h * HS, dk, dk + head, dout + (row * NH + h) * HS, Dh, lse + (size_t)task * T,
-                                    q, k, v, p, p + work, win, row, tile_of(win->doc_start + row, index, T));
+                                    q, k, v, p, p + work, win, row, tile_of(win, row, index));
     }
     SLAM_PARALLEL_FOR
     for (int i = 0; i < B * T; i++) {
@@ -3187,7 +3190,34 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, con
             for (int c = 0; c < HS; c++) to[c] += dk[c];
             for (int c = 0; c < HS; c++) to[KVH * HS + c] += dv[c];
         }
-        rotate(d, NH + KVH, HS, win->rope + (size_t)position(win, i / T * T, i % T) * HS, -1);
+        rotate(d, NH + KVH, HS, win->rope, position(win, i / T * T, i % T), -1);
+    }
+}
+
+/* One query a head: two passes over the cache, scores and values, with a softmax between them. */
+static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache_, slam_act *qkv_, const int *lengths,
+                                 const slam_window *win) {
+    const int T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS;
+    const size_t K = 2 * (size_t)KVH * HS; // numbers of a place in the cache
+    const float scale = 1 / sqrtf((float)HS);
+    float *qkv = (float *)qkv_, *cache = (float *)cache_, *scratch = cpu_scratch(ops, (size_t)threads_count() * T);
+    if (!scratch) return;
+    for (int b = 0; b < win->B; b++) {
+        float *q = qkv + (size_t)b * W;
+        rotate(q, NH + KVH, HS, win->rope, lengths[b], 1);
+        memcpy(cache + ((size_t)b * T + lengths[b]) * K, q + NH * HS, K * sizeof(float));
+    }
+    SLAM_PARALLEL_FOR
+    for (int task = 0; task < win->B * NH; task++) {
+        const int b = task / NH, h = task % NH, n = lengths[b] + 1;
+        const float *q = qkv + (size_t)b * W + h * HS, *k = cache + (size_t)b * T * K + h * KVH / NH * HS, *v = k + KVH * HS;
+        float *s = scratch + (size_t)thread_index() * T, *o = (float *)out + (size_t)task * HS;
+        for (int j = 0; j < n; j++) s[j] = dot(q, k + j * K, HS);
+        const float sum = row_exp(s, s, scale, row_max(s, n) * scale, n);
+        for (int c = 0; c < HS; c++) o[c] = 0;
+        for (int j = 0; j < n; j++)
+            for (int c = 0; c < HS; c++) o[c] += s[j] * v[j * K + c];
+        for (int c = 0; c < HS; c++) o[c] /= sum;
     }
 }
 
@@ -3243,6 +3273,68 @@ static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const
             sum = row_exp_sum(z, max, V);
         }
         loss[i] = logf(sum) - (z_target - max);
+    }
+}
+
+/* ---- sampling ----
+   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. Each but the penalty leaves the order of the
+   logits alone, so what stays of a row is what is not below one of them. */
+
+static int larger_first(const void *a, const void *b) {
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+/* The smallest logit that stays, of n with the largest first. */
+static float sample_threshold(const float *z, int n, const slam_sampling *s) {
+    int k = s->top_k > 0 && s->top_k < n ? s->top_k : n, p = 0;
+    while (k < n && z[k] == z[k - 1]) k++;
+    if (s->top_p >= 1) return z[k - 1];
+    double total = 0, sum = 0;
+    for (int i = 0; i < k; i++) total += exp((double)(z[i] - z[0]) / s->temperature);
+    do sum += exp((double)(z[p++] - z[0]) / s->temperature);
+    while (p < k && sum < s->top_p * total);
+    return z[p - 1];
+}
+
+/* Draws for one row; z and sorted (V) are scratch. A logit that is not a number counts as -infinity. */
+static int sample_row(const float *logits, const unsigned char *seen, double uniform, const slam_sampling *s, int V, float *z,
+                      float *sorted) {
+    const float penalty = (float)s->repetition_penalty;
+    int drawn = 1;
+    z[0] = -HUGE_VALF;
+    for (int v = 1; v < V; v++) {
+        z[v] = logits[v] == logits[v] ? logits[v] : -HUGE_VALF;
+        if (seen && seen[v]) z[v] = z[v] < 0 ? z[v] * penalty : z[v] / penalty;
+        if (z[v] > z[drawn]) drawn = v;
+    }
+    if (s->temperature == 0) return drawn;
+    const float max = z[drawn];
+    float least = -HUGE_VALF;
+    double total = 0, sum = 0;
+    if (s->top_k > 0 || s->top_p < 1) {
+        memcpy(sorted, z + 1, (size_t)(V - 1) * sizeof *z);
+        qsort(sorted, (size_t)(V - 1), sizeof *sorted, larger_first);
+        least = sample_threshold(sorted, V - 1, s);
+    }
+    for (int v = 1; v < V; v++) total += z[v] >= least ? exp((double)(z[v] - max) / s->temperature) : 0;
+    for (int v = 1; v < V; v++) {
+        sum += z[v] >= least ? exp((double)(z[v] - max) / s->temperature) : 0;
+        if (sum > uniform * total) return v;
+    }
+    return drawn;
+}
+
+static void cpu_sample(slam_ops *ops, int *tokens, const slam_act *logits, unsigned char *seen, const float *uniform,
+                       const slam_sampling *s, int B, int V, int stride) {
+    float *scratch = cpu_scratch(ops, 2 * (size_t)threads_count() * V);
+    if (!scratch) return;
+    SLAM_PARALLEL_FOR
+    for (int b = 0; b < B; b++) {
+        unsigned char *seen_b = seen ? seen + (size_t)b * V : NULL;
+        float *z = scratch + 2 * (size_t)thread_index() * V;
+        tokens[b] = sample_row((const float *)logits + (size_t)b * stride, seen_b, uniform[b], s, V, z, z + V);
+        if (seen_b) seen_b[tokens[b]] = 1;
     }
 }
 
@@ -3326,9 +3418,11 @@ slam_ops *slam_cpu(int threads) {
     ops->matmul_backward_weight = cpu_matmul_backward_weight;
     ops->attention_forward = cpu_attention_forward;
     ops->attention_backward = cpu_attention_backward;
+    ops->attention_decode = cpu_attention_decode;
     ops->swiglu_forward = cpu_swiglu_forward;
     ops->swiglu_backward = cpu_swiglu_backward;
     ops->crossentropy = cpu_crossentropy;
+    ops->sample = cpu_sample;
     ops->sum = cpu_sum;
     ops->sum_squares = cpu_sum_squares;
     ops->adamw = cpu_adamw;

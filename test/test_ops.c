@@ -13,14 +13,16 @@ static float *random_floats(size_t n, double size) {
 static int random_int(int n) { return (int)rng_below(&seed, (uint64_t)n); }
 static slam_act *act(float *x) { return (slam_act *)x; }
 
-/* ---- the attention windows of a few documents, with a hole in the last one of each row if asked ---- */
+/* ---- the attention windows of a few documents; if asked, with a hole in the last one of each row, seen both ways (not only what
+   stands before), without rotation ---- */
 
 typedef struct shape {
-    int B, T, NH, KVH, HS, holes;
+    int B, T, NH, KVH, HS, holes, both, still;
 } shape;
 
 static slam_window make_window(shape s) {
-    int *doc = (int *)malloc(sizeof(int) * (size_t)(s.B * s.T)), *hole = (int *)calloc((size_t)(s.B * s.T), 2 * sizeof(int));
+    int *doc = (int *)malloc(sizeof(int) * (size_t)(s.B * s.T)), *hole = (int *)calloc((size_t)(s.B * s.T), 2 * sizeof(int)),
+        *end = (int *)malloc(sizeof(int) * (size_t)(s.B * s.T));
     float *rope = (float *)malloc(sizeof(float) * (size_t)(s.T * s.HS));
     for (int b = 0; b < s.B; b++) {
         int start = 0;
@@ -28,6 +30,8 @@ static slam_window make_window(shape s) {
             if (t > start && random_int(s.T / 3 + 1) == 0 && t < s.T - 8) start = t;
             doc[b * s.T + t] = start;
         }
+        for (int t = s.T - 1; t >= 0; t--)
+            end[b * s.T + t] = t + 1 < s.T && doc[b * s.T + t + 1] <= t ? end[b * s.T + t + 1] : t + 1;
         const int n = s.T - start;
         for (int t = start + 2 * n / 3; s.holes && n >= 6 && t < s.T; t++) {
             hole[2 * (b * s.T + t)] = start + n / 3;
@@ -40,13 +44,16 @@ static slam_window make_window(shape s) {
             rope[p * s.HS + c] = (float)cos(angle);
             rope[p * s.HS + s.HS / 2 + c] = (float)sin(angle);
         }
-    const slam_window w = {s.B, s.T, s.NH, s.KVH, s.HS, doc, NULL, s.holes ? hole : NULL, rope};
+    const slam_window w = {s.B, s.T, s.NH, s.KVH, s.HS, doc, s.both ? end : NULL, s.holes ? hole : NULL, s.still ? NULL : rope};
     if (!s.holes) free(hole);
+    if (!s.both) free(end);
+    if (s.still) free(rope);
     return w;
 }
 
 static void free_window(slam_window w) {
     free((void *)(uintptr_t)w.doc_start);
+    free((void *)(uintptr_t)w.doc_end);
     free((void *)(uintptr_t)w.hole);
     free((void *)(uintptr_t)w.rope);
 }
@@ -61,7 +68,7 @@ static void attention_in_double(double *out, const float *qkv, const slam_window
                 const int *hole = w->hole ? w->hole + 2 * (b * w->T + i) : NULL;
                 double sum = 0, *o = out + ((size_t)(b * w->T + i) * w->NH + h) * HS;
                 for (int c = 0; c < HS; c++) o[c] = 0;
-                for (int j = w->doc_start[b * w->T + i]; j <= i; j++) {
+                for (int j = w->doc_start[b * w->T + i]; j < (w->doc_end ? w->doc_end[b * w->T + i] : i + 1); j++) {
                     if (hole && j >= hole[0] && j < hole[1]) continue;
                     s[j] = 0;
                     for (int side = 0; side < 2; side++) {
@@ -70,7 +77,8 @@ static void attention_in_double(double *out, const float *qkv, const slam_window
                         const float *x = qkv + (size_t)(b * w->T + t) * W + (side ? w->NH + h / (w->NH / w->KVH) : h) * HS;
                         double *to = side ? k : q;
                         for (int c = 0; c < half; c++) {
-                            const double cosine = w->rope[p * HS + c], sine = w->rope[p * HS + half + c];
+                            const double cosine = w->rope ? w->rope[p * HS + c] : 1,
+                                         sine = w->rope ? w->rope[p * HS + half + c] : 0;
                             to[c] = x[c] * cosine - x[c + half] * sine;
                             to[c + half] = x[c + half] * cosine + x[c] * sine;
                         }
@@ -128,6 +136,43 @@ static void test_attention(slam_ops *ops, shape s) {
     }
     free(qkv), free(rotated), free(out), free(lse), free(D), free(dout), free(dqkv), free(expected), free(exact), free(moved),
         free(direction);
+    free_window(w);
+}
+
+/* Sequences of several lengths, token by token, each a row of the forward pass. */
+static void test_decode(slam_ops *ops, shape s) {
+    slam_window w = make_window(s);
+    const int W = (s.NH + 2 * s.KVH) * s.HS, K = 2 * s.KVH * s.HS, O = s.NH * s.HS;
+    const size_t N = (size_t)s.B * s.T;
+    for (size_t i = 0; i < N; i++) ((int *)(uintptr_t)w.doc_start)[i] = 0; // one document a row
+    float *qkv = random_floats(N * W, 1), *whole = random_floats(N * W, 0), *expected = random_floats(N * O, 0),
+          *lse = random_floats(N * s.NH, 0), *cache = random_floats(N * K, 0), *out = random_floats(N * O, 0),
+          *row = random_floats((size_t)s.B * W, 0), *drawn = random_floats((size_t)s.B * O, 0);
+    int *lengths = (int *)malloc(sizeof(int) * (size_t)s.B), steps = 0, wrong = 0;
+    memcpy(whole, qkv, N * W * sizeof *qkv);
+    for (size_t i = 0; i < N * K; i++) cache[i] = NAN; // beyond a sequence's end nothing is read
+    ops->attention_forward(ops, act(expected), lse, act(whole), &w);
+    for (int b = 0; b < s.B; b++) lengths[b] = -b; // later rows begin later
+    for (; steps < s.T + s.B - 1; steps++) {
+        slam_window now = w;
+        int first = 0, at[64], n = 0;
+        while (lengths[first] >= s.T) first++; // rows that are full lie in front
+        for (int b = first; b < s.B && lengths[b] >= 0; b++, n++) {
+            at[n] = lengths[b];
+            memcpy(row + (size_t)n * W, qkv + ((size_t)b * s.T + at[n]) * W, W * sizeof *row);
+        }
+        now.B = n;
+        ops->attention_decode(ops, act(drawn), act(cache + (size_t)first * s.T * K), act(row), at, &now);
+        for (int i = 0; i < n; i++) {
+            const size_t place = (size_t)(first + i) * s.T + at[i];
+            memcpy(out + place * O, drawn + (size_t)i * O, O * sizeof *out);
+            wrong += memcmp(row + (size_t)i * W, whole + place * W, W * sizeof *row) != 0;
+        }
+        for (int b = 0; b < s.B; b++) lengths[b]++;
+    }
+    check_close("attention decode", out, expected, N * O, 1e-6);
+    CHECK(wrong == 0, "%d rows are not rotated as the forward pass does it", wrong);
+    free(qkv), free(whole), free(expected), free(lse), free(cache), free(out), free(row), free(drawn), free(lengths);
     free_window(w);
 }
 
@@ -271,28 +316,35 @@ static void test_swiglu(slam_ops *ops, int N, int F) {
     free(p.in[0]), free(p.out), free(p.dout), free(expected), free(d), free(d2);
 }
 
-static void test_crossentropy(slam_ops *ops, int N, int V) {
-    const size_t n = (size_t)N * V;
+/* Rows `stride` apart, whose ends are no logits: far larger numbers. */
+static void test_crossentropy(slam_ops *ops, int N, int V, int stride, int weighted) {
+    const size_t n = (size_t)N * stride;
     float *z = random_floats(n, 3), *kept = random_floats(n, 0), *loss = random_floats(N, 1), *expected = random_floats(n, 0),
-          *expected_loss = random_floats(N, 0);
+          *expected_loss = random_floats(N, 0), *weights = random_floats(N, 1);
     int *targets = (int *)malloc(sizeof(int) * (size_t)N);
+    for (int i = 0; i < N; i++)
+        for (int v = V; v < stride; v++) z[i * stride + v] = 1e4f;
+    if (weighted) weights[0] = 0;
     memcpy(kept, z, n * sizeof *z);
     for (int i = 0; i < N; i++) {
         targets[i] = i % 5 == 1 ? -1 : random_int(V);
+        const double weight = 0.25 * (weighted ? weights[i] : 1);
+        float *zi = z + (size_t)i * stride;
         double sum = 0;
-        if (i % 7 == 3) z[i * V] = kept[i * V] = 300; // one logit far above
-        for (int v = 0; v < V; v++) sum += exp((double)z[i * V + v] - 300);
+        if (i % 7 == 3) zi[0] = kept[i * stride] = 300; // one logit far above
+        for (int v = 0; v < V; v++) sum += exp((double)zi[v] - 300);
         for (int v = 0; v < V; v++)
-            expected[i * V + v] = targets[i] < 0 ? 0 : (float)(0.25 * (exp((double)z[i * V + v] - 300) / sum - (v == targets[i])));
-        expected_loss[i] = targets[i] < 0 ? 0 : (float)(log(sum) + 300 - (double)z[i * V + targets[i]]);
+            expected[i * stride + v] = targets[i] < 0 ? 0 : (float)(weight * (exp((double)zi[v] - 300) / sum - (v == targets[i])));
+        expected_loss[i] = targets[i] < 0 ? 0 : (float)(log(sum) + 300 - (double)zi[targets[i]]);
     }
-    ops->crossentropy(ops, loss, act(z), targets, NULL, 0, N, V, V);
+    const float *w = weighted ? weights : NULL;
+    ops->crossentropy(ops, loss, act(z), targets, w, 0, N, V, stride);
     check_close("losses", loss, expected_loss, N, 1e-6);
     CHECK(memcmp(z, kept, n * sizeof *z) == 0, "logits are left alone with scale 0");
-    ops->crossentropy(ops, loss, act(z), targets, NULL, 0.25f, N, V, V);
+    ops->crossentropy(ops, loss, act(z), targets, w, 0.25f, N, V, stride);
     check_close("losses", loss, expected_loss, N, 1e-6);
     check_close("dlogits", z, expected, n, 2e-6);
-    free(z), free(kept), free(loss), free(expected), free(expected_loss), free(targets);
+    free(z), free(kept), free(loss), free(expected), free(expected_loss), free(weights), free(targets);
 }
 
 static void test_embedding(slam_ops *ops, int N, int C, int V) {
@@ -313,11 +365,113 @@ static void test_embedding(slam_ops *ops, int N, int C, int V) {
     free(table), free(x), free(dx), free(d), free(expected), free(tokens);
 }
 
+/* ---- sampling: probabilities as the definition says them, by sorting, in double ---- */
+
+typedef struct ranked {
+    double z;
+    int v;
+} ranked;
+
+static int by_size(const void *a, const void *b) {
+    const double x = ((const ranked *)a)->z, y = ((const ranked *)b)->z;
+    return x < y ? 1 : x > y ? -1 : ((const ranked *)a)->v - ((const ranked *)b)->v;
+}
+
+/* p (V), of which p[0] is 0; greedy: 1 for the one that is drawn. */
+static void probabilities(double *p, const float *logits, const unsigned char *seen, slam_sampling s, int V) {
+    ranked *r = (ranked *)malloc(sizeof *r * (size_t)V);
+    double total = 0, sum = 0, kept = 0;
+    for (int v = 1; v < V; v++) {
+        r[v].v = v, r[v].z = logits[v];
+        if (seen && seen[v]) r[v].z = (float)(r[v].z < 0 ? r[v].z * s.repetition_penalty : r[v].z / s.repetition_penalty);
+    }
+    qsort(r + 1, (size_t)(V - 1), sizeof *r, by_size);
+    for (int v = 0; v < V; v++) p[v] = 0;
+    if (s.temperature == 0) p[r[1].v] = 1;
+    else {
+        int k = s.top_k > 0 && s.top_k < V - 1 ? s.top_k : V - 1, n = 0;
+        while (k < V - 1 && r[k + 1].z == r[k].z) k++;
+        for (int i = 1; i <= k; i++) total += p[r[i].v] = exp((r[i].z - r[1].z) / s.temperature);
+        while (n < k && (n == 0 || sum / total < s.top_p || r[n + 1].z == r[n].z)) sum += p[r[++n].v];
+        for (int i = n + 1; i <= k; i++) p[r[i].v] = 0;
+        for (int v = 0; v < V; v++) kept += p[v];
+        for (int v = 0; v < V; v++) p[v] /= kept;
+    }
+    free(r);
+}
+
+/* Many uniforms for the same logits: each drawn token is the one whose share of [0,1) holds it, so that each is drawn as often as
+   its probability says. */
+static void test_sample(slam_ops *ops, int V, slam_sampling s, int with_seen, int coarse) {
+    enum { B = 2000 };
+    const int stride = V + 3;
+    float *logits = random_floats((size_t)B * stride, 0), *uniform = random_floats(B, 0), *one = random_floats(stride, 2);
+    unsigned char *seen = (unsigned char *)calloc((size_t)B, (size_t)V), *before = (unsigned char *)calloc((size_t)V, 1);
+    double *p = (double *)malloc(sizeof(double) * (size_t)V);
+    int *tokens = (int *)calloc(B, sizeof(int)), *count = (int *)calloc((size_t)V, sizeof(int)), wrong = 0, unmarked = 0;
+    for (int v = 0; v < V; v++) {
+        if (coarse) one[v] = roundf(2 * one[v]) / 2; // ties
+        before[v] = (unsigned char)(with_seen && random_int(3) == 0);
+    }
+    one[0] = 50; // the padding's, by far the largest
+    for (int v = V; v < stride; v++) one[v] = 60;
+    for (int b = 0; b < B; b++) {
+        memcpy(logits + (size_t)b * stride, one, sizeof(float) * (size_t)stride);
+        memcpy(seen + (size_t)b * V, before, (size_t)V);
+        uniform[b] = b == 0 ? 0 : b == 1 ? 0x1.fffffep-1f : (float)b / B;
+    }
+    ops->sample(ops, tokens, act(logits), with_seen ? seen : NULL, uniform, &s, B, V, stride);
+    probabilities(p, one, with_seen ? before : NULL, s, V);
+    for (int b = 0; b < B; b++) {
+        const int t = tokens[b];
+        double below = 0;
+        for (int v = 0; v < t; v++) below += p[v];
+        wrong += t < 1 || t >= V || p[t] == 0 || uniform[b] < below - 1e-6 || (uniform[b] > below + p[t] + 1e-6);
+        unmarked += with_seen && !seen[(size_t)b * V + t];
+        count[t]++;
+    }
+    CHECK(wrong == 0 || s.temperature == 0, "%d of %d draws are not the uniform's", wrong, B);
+    CHECK(unmarked == 0, "%d draws are not marked as seen", unmarked);
+    double worst = 0;
+    for (int v = 0; v < V; v++) worst = fmax(worst, fabs(count[v] - B * p[v]));
+    check_near("draws of a token", worst, 0, 2.01); // evenly spaced uniforms, and the two at the ends
+    free(logits), free(uniform), free(one), free(seen), free(before), free(p), free(tokens), free(count);
+}
+
+/* By hand: what is kept at a threshold, and the first of the largest. */
+static void test_sample_by_hand(slam_ops *ops) {
+    float z[2][8] = {{9, 1, 3, 2, 3, 0, 3, 2}, {9, -1, -1, -2, -1, -4, -8, -8}}, u[2] = {0, 0};
+    unsigned char seen[2][8] = {{0, 0, 1, 0, 0, 0, 0, 0}, {0, 1, 0, 0, 0, 0, 0, 0}};
+    int t[2];
+    const slam_sampling greedy = {0, 0, 1, 1}, two = {1, 2, 1, 1}, small = {1, 0, 1e-9, 1}, none = {1, 0, 0, 1},
+                        penalty = {0, 0, 1, 2};
+    ops->sample(ops, t, act(z[0]), NULL, u, &greedy, 2, 8, 8);
+    CHECK(t[0] == 2 && t[1] == 1, "greedy: %d and %d, the first of the largest are 2 and 1", t[0], t[1]);
+    u[0] = u[1] = 0.99f;
+    ops->sample(ops, t, act(z[0]), NULL, u, &two, 2, 8, 8);
+    CHECK(t[0] == 6 && t[1] == 4, "top-k 2: the last are %d and %d, with ties 6 and 4", t[0], t[1]);
+    ops->sample(ops, t, act(z[0]), NULL, u, &small, 2, 8, 8);
+    CHECK(t[0] == 6 && t[1] == 4, "top-p 1e-9: the last are %d and %d, with ties 6 and 4", t[0], t[1]);
+    ops->sample(ops, t, act(z[0]), NULL, u, &none, 2, 8, 8);
+    CHECK(t[0] == 6 && t[1] == 4, "top-p 0: the last are %d and %d, the largest stay", t[0], t[1]);
+    ops->sample(ops, t, act(z[0]), seen[0], u, &penalty, 2, 8, 8);
+    CHECK(t[0] == 4 && t[1] == 2, "penalty 2: %d and %d, expected 4 and 2", t[0], t[1]);
+    ops->sample(ops, t, act(z[0]), seen[0], u, &penalty, 2, 8, 8);
+    CHECK(t[0] == 6 && t[1] == 4, "penalty on what was drawn: %d and %d, expected 6 and 4", t[0], t[1]);
+    z[0][3] = NAN, z[0][5] = -INFINITY;
+    for (int i = 0; i < 1000; i++) {
+        const slam_sampling hot = {100, 0, 1, 1};
+        u[0] = (float)i / 1000;
+        ops->sample(ops, t, act(z[0]), NULL, u, &hot, 1, 8, 8);
+        CHECK(t[0] > 0 && t[0] < 8 && t[0] != 3 && t[0] != 5, "%d was drawn, which has no probability", t[0]);
+    }
+}
+
 /* Everything with one thread and with two: the same bits. */
 static void test_threads(void) {
     float *result[2];
     const int N = 150, C = 96, F = 200, V = 77;
-    const shape s = {2, 75, 6, 2, 16, 1};
+    const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
     const size_t n_qkv = (size_t)N * 160,
                  total = (size_t)N * C * 4 + 2 * n_qkv + (size_t)N * F * 4 + (size_t)C * F + (size_t)N * V + 5 * C;
     for (int run = 0; run < 2; run++) {
@@ -338,6 +492,8 @@ static void test_threads(void) {
             to += 2 * (size_t)N * C + C;
         ops->attention_forward(ops, act(to), lse, act(qkv), &w);
         ops->attention_backward(ops, act(to + (size_t)N * C), D, act(x), act(to), lse, act(qkv), &w), to += (size_t)N * C + n_qkv;
+        const slam_sampling sampling = {0.9, 20, 0.9, 1};
+        ops->sample(ops, tokens, act(logits), NULL, x, &sampling, N, V, V);
         ops->crossentropy(ops, r, act(logits), tokens, NULL, 1, N, V, V);
         memcpy(to, logits, sizeof(float) * (size_t)N * V);
         ops->swiglu_forward(ops, act(to), act(wide2), N, F);
@@ -383,13 +539,37 @@ static void test_adamw(slam_ops *ops) {
 
 int main(void) {
     slam_ops *ops = slam_cpu(0);
-    const shape shapes[] = {{1, 1, 1, 1, 2, 0},   {2, 70, 4, 2, 8, 0},    {1, 200, 7, 1, 16, 1},
-                            {3, 65, 3, 3, 12, 1}, {2, 129, 14, 2, 64, 1}, {1, 64, 6, 3, 6, 0}};
+    const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},    {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
+                            {3, 65, 3, 3, 12, 1, 0, 0},  {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
+                            {1, 1, 2, 1, 4, 0, 1, 1},    {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},
+                            {1, 65, 12, 12, 64, 0, 1, 0}};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         const shape s = shapes[k];
-        if (TEST("attention B %d T %d NH %d KVH %d HS %d%s", s.B, s.T, s.NH, s.KVH, s.HS, s.holes ? " with holes" : ""))
+        if (TEST("attention B %d T %d NH %d KVH %d HS %d%s%s%s", s.B, s.T, s.NH, s.KVH, s.HS, s.holes ? " with holes" : "",
+                 s.both ? " both ways" : "", s.still ? " without rotation" : ""))
             test_attention(ops, s);
     }
+    const shape decoded[] = {
+        {1, 1, 1, 1, 2, 0, 0, 0}, {3, 70, 4, 2, 8, 0, 0, 0}, {2, 129, 14, 2, 64, 0, 0, 0}, {5, 33, 6, 3, 6, 0, 0, 1}};
+    for (size_t k = 0; k < sizeof decoded / sizeof *decoded; k++) {
+        const shape s = decoded[k];
+        if (TEST("attention by tokens B %d T %d NH %d KVH %d HS %d", s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(ops, s);
+    }
+    const slam_sampling samplings[] = {{1, 0, 1, 1},      {0.7, 0, 1, 1},    {1.5, 5, 1, 1},    {1, 0, 0.8, 1},
+                                       {0.8, 10, 0.9, 1}, {1, 0, 1, 1.3},    {0.9, 7, 0.6, 2},  {0, 0, 1, 1.2},
+                                       {1, 1, 1, 1},      {1, 1000, 0.5, 1}, {3, 0, 0.999, 0.8}};
+    for (size_t k = 0; k < sizeof samplings / sizeof *samplings; k++) {
+        const slam_sampling s = samplings[k];
+        if (!TEST("sampling: temperature %g, top-k %d, top-p %g, penalty %g", s.temperature, s.top_k, s.top_p,
+                  s.repetition_penalty))
+            continue;
+        for (int coarse = 0; coarse < 2; coarse++) {
+            test_sample(ops, 2, s, 0, coarse);
+            test_sample(ops, 37, s, 1, coarse);
+            test_sample(ops, 502, s, s.repetition_penalty != 1, coarse);
+        }
+    }
+    if (TEST("sampling by hand")) test_sample_by_hand(ops);
     const int sizes[][2] = {{1, 2}, {7, 33}, {65, 128}, {130, 97}};
     for (int k = 0; k < 4; k++) {
         if (TEST("rmsnorm %d x %d", sizes[k][0], sizes[k][1])) {
@@ -401,7 +581,10 @@ int main(void) {
             test_matmul(ops, sizes[k][0], sizes[k][1], 130, 1);
         }
         if (TEST("swiglu %d x %d", sizes[k][0], sizes[k][1])) test_swiglu(ops, sizes[k][0], sizes[k][1]);
-        if (TEST("cross-entropy %d x %d", sizes[k][0], sizes[k][1])) test_crossentropy(ops, sizes[k][0], sizes[k][1]);
+        if (TEST("cross-entropy %d x %d", sizes[k][0], sizes[k][1])) {
+            test_crossentropy(ops, sizes[k][0], sizes[k][1], sizes[k][1], 0);
+            test_crossentropy(ops, sizes[k][0], sizes[k][1], sizes[k][1] + 6, 1);
+        }
         if (TEST("embedding %d x %d", sizes[k][0], sizes[k][1])) test_embedding(ops, sizes[k][0], sizes[k][1], 11);
     }
     if (TEST("AdamW")) test_adamw(ops);
