@@ -5361,10 +5361,15 @@ int slam_config_read(slam_config *config, const char *name_or_path) {
 /* ---- weights ----
    All weights are one array, so that the optimiser is a loop over it: first the matrices, which weight decay concerns, then the
    vectors. q, k and v are rows of one matrix, gate and up of another: one product computes them together, and since they are
-   neighbours Hugging Face's tensors are simply its parts. Blocks begin at multiples of 256 numbers. */
+   neighbours Hugging Face's tensors are simply its parts. Blocks begin at multiples of 256 numbers.
+
+   The vocabulary has P rows: V, and up to seven of zeros, which no file holds. They make a row of logits a multiple of 16 bytes,
+   which is what tensor cores read at once. Their gradients are zero, and so they stay zero. */
+
+static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
 
 typedef struct weights_layout {
-    size_t embed, head;                    // (V,C); head is embed where they are tied
+    size_t embed, head;                    // (P,C); head is embed where they are tied
     size_t layer, layer_size;              // the first layer's matrices; layer l is layer_size * l further
     size_t qkv, out, gate_up, down;        // within it: (W,C) (C,O) (2F,C) (C,F)   W = (NH + 2 KVH) HS, O = NH HS
     size_t vectors, vectors_size;          // the first layer's vectors, likewise
@@ -5381,10 +5386,11 @@ static size_t place(size_t *end, size_t n) {
 
 static weights_layout weights_of(const slam_config *c) {
     weights_layout w;
-    const size_t V = c->V, C = c->C, L = c->L, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS;
+    const size_t P = padded_vocabulary(c), C = c->C, L = c->L, F = c->F, O = (size_t)c->NH * c->HS,
+                 W = O + 2 * (size_t)c->KVH * c->HS;
     size_t end = 0, within = 0;
-    w.embed = place(&end, V * C);
-    w.head = c->tied ? w.embed : place(&end, V * C);
+    w.embed = place(&end, P * C);
+    w.head = c->tied ? w.embed : place(&end, P * C);
     w.qkv = place(&within, W * C);
     w.out = place(&within, C * O);
     w.gate_up = place(&within, 2 * F * C);
@@ -5461,7 +5467,7 @@ typedef struct activations_layout {
     size_t gate_up, swiglu;                        //            (N,2F) (N,F)
     size_t delta;                                  // what a sub-layer adds to the stream (N,C)
     size_t residual_end, head_in, head_r;          // the stream after the last layer, likewise
-    size_t losses, logits;                         // (N) (head_rows,V)
+    size_t losses, logits;                         // (N) (head_rows,P)
     size_t dresidual, dnormed, dwide, dqkv, D;     // backward: (N,C) (N,C) (N,max(F,O)) (N,W) (B,NH,T)
     size_t tokens, targets, doc_start, hole, rope; // (N) (N) (N) (N,2) (T,HS)
     size_t total;                                  // bytes
@@ -5495,9 +5501,9 @@ static activations_layout activations_of(const slam_config *c, size_t act, int B
     a.head_in = place(&end, N * C * act);
     a.head_r = place(&end, N * f);
     a.losses = place(&end, N * f);
-    const size_t rows = HEAD_BYTES / ((size_t)c->V * act);
+    const size_t P = padded_vocabulary(c), rows = HEAD_BYTES / (P * act);
     a.head_rows = rows < 1 ? 1 : rows < N ? (int)rows : (int)N;
-    a.logits = place(&end, a.head_rows * c->V * act);
+    a.logits = place(&end, a.head_rows * P * act);
     a.dresidual = place(&end, train ? N * C * act : 0);
     a.dnormed = place(&end, train ? N * C * act : 0);
     a.dwide = place(&end, train ? N * (F > O ? F : O) * act : 0);
@@ -5529,7 +5535,7 @@ slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, i
     m.weights = n * (bytes_per_act == 4 ? 4 : 4 + bytes_per_act);
     m.gradients = train ? 4 * n : 0;
     m.optimiser = train ? 8 * n : 0;
-    m.logits = (double)a.head_rows * c->V * bytes_per_act;
+    m.logits = (double)a.head_rows * padded_vocabulary(c) * bytes_per_act;
     m.activations = (double)a.total - m.logits;
     m.total = m.weights + m.gradients + m.optimiser + m.logits + m.activations;
     return m;
@@ -5898,16 +5904,16 @@ static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) {
 /* Logits and losses, a run of rows at a time; with scale not 0 the gradients of the head, and of head_in into dnormed. */
 static void head(slam_model *m, int N, float scale) {
     slam_ops *ops = m->ops;
-    const int C = m->config.C, V = m->config.V;
+    const int C = m->config.C, P = padded_vocabulary(&m->config);
     slam_act *logits = act_at(m, m->a.logits), *w = weight_at(m, m->w.head);
     for (int i = 0; i < N; i += m->a.head_rows) {
         const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
         slam_act *x = act_row(m, act_at(m, m->a.head_in), i, C);
-        ops->matmul_forward(ops, logits, x, w, NULL, n, C, V);
-        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, NULL, scale, n, V, V);
+        ops->matmul_forward(ops, logits, x, w, NULL, n, C, P);
+        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, NULL, scale, n, m->config.V, P);
         if (scale == 0) continue;
-        ops->matmul_backward_input(ops, act_row(m, act_at(m, m->a.dnormed), i, C), logits, w, n, C, V);
-        ops->matmul_backward_weight(ops, m->gradients + m->w.head, NULL, logits, x, n, C, V);
+        ops->matmul_backward_input(ops, act_row(m, act_at(m, m->a.dnormed), i, C), logits, w, n, C, P);
+        ops->matmul_backward_weight(ops, m->gradients + m->w.head, NULL, logits, x, n, C, P);
     }
 }
 
@@ -5983,21 +5989,24 @@ int slam_model_losses(slam_model *m, const slam_batch *batch, float *losses) {
 
 int slam_model_logits(slam_model *m, const slam_batch *batch, float *logits) {
     slam_ops *ops = m->ops;
-    const int N = batch->B * batch->T, C = m->config.C, V = m->config.V;
+    const int N = batch->B * batch->T, C = m->config.C, V = m->config.V, P = padded_vocabulary(&m->config);
     slam_window win;
     if (!batch_upload(m, batch, &win)) return 0;
-    float *rows = (float *)ops->alloc(ops, (size_t)m->a.head_rows * V * sizeof(float));
-    if (!rows) return 0;
-    forward(m, &win);
-    for (int i = 0; i < N; i += m->a.head_rows) {
+    float *rows = (float *)ops->alloc(ops, (size_t)m->a.head_rows * P * sizeof(float)),
+          *host = (float *)mem_new((size_t)m->a.head_rows * P, sizeof *host);
+    int ok = rows && host;
+    if (ok) forward(m, &win);
+    for (int i = 0; ok && i < N; i += m->a.head_rows) {
         const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
         ops->matmul_forward(ops, act_at(m, m->a.logits), act_row(m, act_at(m, m->a.head_in), i, C), weight_at(m, m->w.head), NULL,
-                            n, C, V);
-        ops->to_float(ops, rows, act_at(m, m->a.logits), (size_t)n * V);
-        ops->download(ops, logits + (size_t)i * V, rows, (size_t)n * V * sizeof(float));
+                            n, C, P);
+        ops->to_float(ops, rows, act_at(m, m->a.logits), (size_t)n * P);
+        ops->download(ops, host, rows, (size_t)n * P * sizeof(float));
+        for (int k = 0; k < n; k++) memcpy(logits + (size_t)(i + k) * V, host + (size_t)k * P, V * sizeof(float));
     }
-    const int ok = ops->finish(ops);
+    ok = ok && ops->finish(ops);
     ops->release(ops, rows);
+    free(host);
     return ok;
 }
 

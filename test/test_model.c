@@ -261,6 +261,36 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int holes) {
     slam_model_free(m);
 }
 
+/* The rows that follow the vocabulary are zero and stay zero; logits made some rows at a time are those made all at once. */
+static void test_padded_vocabulary(slam_ops *ops) {
+    const slam_config c = {27, 24, 2, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0.1, 0.5, 0};
+    uint64_t seed = 9;
+    if (!TEST("a vocabulary that is no multiple of 8")) return;
+    slam_model *m = slam_model_new(ops, &c, 1);
+    slam_optimiser *o = slam_optimiser_new(m, &settings);
+    slam_batch b = random_batch(2, 13, c.V, &seed, 0);
+    float whole[26 * 27], parts[26 * 27];
+    slam_step step;
+    for (int k = 0; k < 3; k++)
+        CHECK(slam_model_plan(m, 2, 13, 1) && slam_model_backward(m, &b, 1, NULL, NULL) && slam_optimiser_step(o, 1e-2, &step),
+              "%s", slam_error());
+    for (int i = 27 * 24; i < 32 * 24; i++)
+        CHECK(m->master[m->w.embed + i] == 0 && m->master[m->w.head + i] == 0, "row %d is not zero", i / 24);
+    CHECK(m->master[m->w.embed + 26 * 24] != 0 && m->master[m->w.head + 26 * 24] != 0, "the last row is zero");
+    CHECK(slam_model_logits(m, &b, whole) && slam_model_backward(m, &b, 1, NULL, NULL), "%s", slam_error());
+    float *gradients = (float *)malloc(m->w.total * sizeof *gradients);
+    memcpy(gradients, m->gradients, m->w.total * sizeof *gradients);
+    ops->zero(ops, m->gradients, m->w.total * sizeof *gradients);
+    m->a.head_rows = 4;
+    CHECK(slam_model_logits(m, &b, parts) && slam_model_backward(m, &b, 1, NULL, NULL), "%s", slam_error());
+    check_close("logits", parts, whole, 26 * 27, 1e-6);
+    check_close("gradients", m->gradients, gradients, m->w.total, 1e-6);
+    free(gradients), free(b.tokens);
+    slam_optimiser_free(o);
+    slam_model_free(m);
+}
+
 /* Attention in one packed row is attention in rows of their own. */
 static void test_packing(slam_ops *ops) {
     const slam_config c = {31, 24, 2, 3, 1, 8, 40, 64, 1, 1, 1e-6, 0.3, 10000};
@@ -503,6 +533,7 @@ int main(void) {
                       b = {7, 10, 3, 1, 1, 6, 9, 64, 0, 0, 1e-3, 0.2, 10000};
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
+    test_padded_vocabulary(ops);
     test_packing(ops);
     test_save_and_load(ops);
     test_configs();
