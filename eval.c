@@ -153,7 +153,8 @@ static int score(job *j, const char *argv0, const char *path) {
     for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
     for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
     fflush(stdout);
-    if (!slam_model_plan(j->model, o->batch, context, 0) || !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets))
+    if (!slam_model_plan(j->model, o->batch, context, SLAM_INFERENCE) ||
+        !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets))
         return 0;
     if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);

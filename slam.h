@@ -225,11 +225,15 @@ size_t slam_config_parameters(const slam_config *);
 /* FLOP of forward and backward a token at context T: 6 for each parameter that multiplies, and attention's products. */
 double slam_config_flops(const slam_config *, int T);
 
+/* What room is planned for: forward passes; training; training in less memory, where the norms and SwiGLU, which cost little, are
+   not kept for the backward pass but computed again in it, to the same bits. */
+enum { SLAM_INFERENCE, SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE };
+
 /* Bytes of device memory by kind. */
 typedef struct slam_memory {
     double weights, gradients, optimiser, activations, logits, total;
 } slam_memory;
-slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int train);
+slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int mode);
 
 /* A batch of B rows of T tokens on the host: token, next token (-1: none), first index of the token's piece in its row,
    holes (B,T,2) or NULL: see slam_window. */
@@ -251,8 +255,8 @@ const slam_config *slam_model_config(const slam_model *);
 /* The recipe starts from a text model but takes another base for the rotary angles. */
 void slam_model_set_rope_theta(slam_model *, double rope_theta);
 
-/* Plans and allocates room for batches of up to B rows of up to T tokens; train: with what backward needs. May be called again. */
-int slam_model_plan(slam_model *, int B, int T, int train);
+/* Plans and allocates room for batches of up to B rows of up to T tokens; mode: SLAM_INFERENCE and so on. May be called again. */
+int slam_model_plan(slam_model *, int B, int T, int mode);
 /* Forward: loss of every token (B,T) on the host, 0 where there is no target. */
 int slam_model_losses(slam_model *, const slam_batch *, float *losses);
 /* Forward: logits (B,T,V) on the host. */
@@ -613,10 +617,11 @@ typedef struct slam_task {
     int (*seek)(void *context, uint64_t epoch, uint64_t row);
 } slam_task;
 
-/* Pre-training: rows of `data`, micro rows at a time; val NULL: no validation; its sources go by val_names. */
+/* Pre-training: rows of `data`, micro rows at a time, the model planned for `mode`; val NULL: no validation; its sources go by
+   val_names. */
 typedef struct slam_pretraining slam_pretraining;
 slam_pretraining *slam_pretraining_new(slam_model *, const slam_data *data, const slam_data *val, const slam_list *val_names,
-                                       int context, int batch, int micro, uint64_t seed);
+                                       int context, int batch, int micro, int mode, uint64_t seed);
 void slam_pretraining_free(slam_pretraining *);
 slam_task slam_pretraining_task(slam_pretraining *);
 /* How many steps of `batch` rows it takes to see that many tokens. */
@@ -625,7 +630,7 @@ int slam_steps_for_tokens(const slam_data *, int context, int batch, uint64_t se
 int slam_data_hash(const slam_data *, const slam_data_size *, int context, uint64_t seed, uint64_t *hash);
 
 /* Rows that a device holds at once: goes by its memory in all, so that it is the same every time. */
-int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T);
+int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T, int mode);
 
 enum { SLAM_ENDED_LIMIT, SLAM_ENDED_TIME, SLAM_ENDED_SIGNAL };
 /* A training run: what it is made of, how it goes, where it stands. */
@@ -2804,7 +2809,8 @@ static void *cpu_alloc(slam_ops *ops, size_t bytes) {
     const size_t align = bytes >= (4u << 20) ? 2u << 20 : 256;
     char *raw = bytes < SIZE_MAX / 2 ? (char *)mem_new(bytes + align + sizeof(void *), 1) : NULL;
     if (!raw) {
-        fail("out of memory: %.1f MB were asked for", (double)bytes / 1e6);
+        fail("out of memory: %.1f MB were asked for; a smaller --micro-batch, a shorter --context or --recompute needs less",
+             (double)bytes / 1e6);
         return NULL;
     }
     char *p = (char *)(((uintptr_t)raw + sizeof(void *) + align - 1) / align * align);
@@ -5457,14 +5463,17 @@ static size_t parameter_size(const parameter *p) { return (p->rows ? p->rows : 1
 
 /* ---- activations ----
    One arena, planned from the configuration. What backward needs is kept for every layer; without training the layers share
-   one place. N = B T. */
+   one place. What is cheap to compute, from what is kept, stands apart: where it is recomputed, the layers share its place alone.
+   N = B T. */
 
 typedef struct activations_layout {
     size_t layer, layer_size;                      // the first layer's block in bytes; layer l is layer_size * l further
-    size_t residual, attention_in, attention_r;    // within it: the stream before attention (N,C), normed (N,C), 1/rms (N)
+    size_t residual, attention_r;                  // within it: the stream before attention (N,C), its 1/rms (N)
     size_t qkv, attention, lse;                    //            (N,W) (N,O) (B,NH,T)
-    size_t residual_mid, mlp_in, mlp_r;            //            the stream before the MLP, likewise
-    size_t gate_up, swiglu;                        //            (N,2F) (N,F)
+    size_t residual_mid, mlp_r;                    //            the stream before the MLP, likewise
+    size_t gate_up;                                //            (N,2F)
+    size_t cheap, cheap_size;                      // the first layer's block of what is cheap, likewise
+    size_t attention_in, mlp_in, swiglu;           // within it: the streams, normed (N,C), (N,C); (N,F)
     size_t delta;                                  // what a sub-layer adds to the stream (N,C)
     size_t residual_end, head_in, head_r;          // the stream after the last layer, likewise
     size_t losses, logits;                         // (N) (head_rows,P)
@@ -5477,25 +5486,28 @@ typedef struct activations_layout {
 /* The head works on runs of rows, so that a large vocabulary does not ask for N V numbers at once. */
 enum { HEAD_BYTES = 64 << 20 };
 
-static activations_layout activations_of(const slam_config *c, size_t act, int B, int T, int train) {
+static activations_layout activations_of(const slam_config *c, size_t act, int B, int T, int mode) {
     activations_layout a;
     const size_t N = (size_t)B * T, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, W = O + 2 * (size_t)c->KVH * c->HS,
                  H = N * c->NH;
     const size_t f = sizeof(float), i = sizeof(int);
-    size_t end = 0, within = 0;
+    const int train = mode != SLAM_INFERENCE;
+    size_t end = 0, within = 0, cheap = 0;
     a.residual = place(&within, N * C * act);
-    a.attention_in = place(&within, N * C * act);
     a.attention_r = place(&within, N * f);
     a.qkv = place(&within, N * W * act);
     a.attention = place(&within, N * O * act);
     a.lse = place(&within, H * f);
     a.residual_mid = place(&within, N * C * act);
-    a.mlp_in = place(&within, N * C * act);
     a.mlp_r = place(&within, N * f);
     a.gate_up = place(&within, 2 * N * F * act);
-    a.swiglu = place(&within, N * F * act);
     a.layer_size = train ? within : 0;
     a.layer = place(&end, train ? c->L * within : within);
+    a.attention_in = place(&cheap, N * C * act);
+    a.mlp_in = place(&cheap, N * C * act);
+    a.swiglu = place(&cheap, N * F * act);
+    a.cheap_size = mode == SLAM_TRAIN ? cheap : 0;
+    a.cheap = place(&end, mode == SLAM_TRAIN ? c->L * cheap : cheap);
     a.delta = place(&end, N * C * act);
     a.residual_end = place(&end, N * C * act);
     a.head_in = place(&end, N * C * act);
@@ -5528,10 +5540,11 @@ double slam_config_flops(const slam_config *c, int T) {
     return 6 * (c->V * C + c->L * (W * C + C * O + 3 * F * C)) + 6.0 * c->L * T * O;
 }
 
-slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, int T, int train) {
+slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, int T, int mode) {
     slam_memory m;
+    const int train = mode != SLAM_INFERENCE;
     const double n = (double)weights_of(c).total;
-    const activations_layout a = activations_of(c, bytes_per_act, B, T, train);
+    const activations_layout a = activations_of(c, bytes_per_act, B, T, mode);
     m.weights = n * (bytes_per_act == 4 ? 4 : 4 + bytes_per_act);
     m.gradients = train ? 4 * n : 0;
     m.optimiser = train ? 8 * n : 0;
@@ -5553,11 +5566,14 @@ struct slam_model {
     double *stats;     // sum of the losses since the last step, squared norm of the gradient
     activations_layout a;
     char *arena;
-    int B, T, train; // what the arena was planned for
+    int B, T, mode; // what the arena was planned for
 };
 
 static slam_act *act_at(const slam_model *m, size_t bytes) { return (slam_act *)(m->arena + bytes); }
 static slam_act *act_in(const slam_model *m, int l, size_t within) { return act_at(m, m->a.layer + l * m->a.layer_size + within); }
+static slam_act *cheap_in(const slam_model *m, int l, size_t within) {
+    return act_at(m, m->a.cheap + l * m->a.cheap_size + within);
+}
 static float *float_at(const slam_model *m, size_t bytes) { return (float *)(m->arena + bytes); }
 static float *float_in(const slam_model *m, int l, size_t within) { return (float *)act_in(m, l, within); }
 static int *int_at(const slam_model *m, size_t bytes) { return (int *)(m->arena + bytes); }
@@ -5810,20 +5826,21 @@ static int rope_table(slam_model *m, int T) {
     return 1;
 }
 
-int slam_model_plan(slam_model *m, int B, int T, int train) {
+int slam_model_plan(slam_model *m, int B, int T, int mode) {
     slam_ops *ops = m->ops;
+    const int train = mode != SLAM_INFERENCE;
     if (B < 1 || T < 1 || (size_t)B * T > INT_MAX / 4)
         return fail("a batch of %d rows of %d tokens: expected both positive and fewer than 2^29 tokens", B, T);
-    if (B <= m->B && T == m->T && train <= m->train) return 1;
+    if (B <= m->B && T == m->T && (mode == m->mode || !train)) return 1;
     ops->release(ops, m->arena);
     m->B = m->T = 0;
-    m->a = activations_of(&m->config, ops->bytes_per_act, B, T, train);
+    m->a = activations_of(&m->config, ops->bytes_per_act, B, T, mode);
     m->arena = (char *)ops->alloc(ops, m->a.total);
     if (!m->arena || !rope_table(m, T)) return 0;
     if (train && !m->gradients && !(m->gradients = (float *)ops->alloc(ops, m->w.total * sizeof(float)))) return 0;
     m->B = B;
     m->T = T;
-    m->train = train;
+    m->mode = mode;
     return 1;
 }
 
@@ -5877,9 +5894,9 @@ static void forward(slam_model *m, const slam_window *win) {
     ops->embedding_forward(ops, stream, int_at(m, a->tokens), weight_at(m, w->embed), N, C);
     for (int l = 0; l < c->L; l++) {
         slam_act *residual = act_in(m, l, a->residual), *residual_mid = act_in(m, l, a->residual_mid);
-        slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv),
+        slam_act *attention_in = cheap_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv),
                  *attention = act_in(m, l, a->attention);
-        slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
+        slam_act *mlp_in = cheap_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = cheap_in(m, l, a->swiglu);
         ops->rmsnorm_forward(ops, residual, attention_in, float_in(m, l, a->attention_r), stream, l ? delta : NULL,
                              weight_at(m, vector_of(m, l, w->attention_norm)), eps, N, C);
         ops->matmul_forward(ops, qkv, attention_in, weight_at(m, matrix_of(m, l, w->qkv)),
@@ -5924,31 +5941,37 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
     const slam_config *c = &m->config;
     const activations_layout *a = &m->a;
     const weights_layout *w = &m->w;
-    const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
-    float *g = m->gradients;
+    const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS,
+              again = m->mode == SLAM_TRAIN_RECOMPUTE;
+    const float eps = (float)c->eps;
+    float *g = m->gradients, *attention_r = float_in(m, l, a->attention_r), *mlp_r = float_in(m, l, a->mlp_r);
     slam_act *dresidual = act_at(m, a->dresidual), *dnormed = act_at(m, a->dnormed), *dwide = act_at(m, a->dwide),
              *dqkv = act_at(m, a->dqkv);
-    slam_act *attention_in = act_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv), *attention = act_in(m, l, a->attention);
-    slam_act *mlp_in = act_in(m, l, a->mlp_in), *gate_up = act_in(m, l, a->gate_up), *swiglu = act_in(m, l, a->swiglu);
+    slam_act *residual = act_in(m, l, a->residual), *attention_in = cheap_in(m, l, a->attention_in), *qkv = act_in(m, l, a->qkv),
+             *attention = act_in(m, l, a->attention);
+    slam_act *residual_mid = act_in(m, l, a->residual_mid), *mlp_in = cheap_in(m, l, a->mlp_in),
+             *gate_up = act_in(m, l, a->gate_up), *swiglu = cheap_in(m, l, a->swiglu);
     const size_t w_qkv = matrix_of(m, l, w->qkv), w_out = matrix_of(m, l, w->out), w_gate_up = matrix_of(m, l, w->gate_up),
                  w_down = matrix_of(m, l, w->down);
     const size_t attention_norm = vector_of(m, l, w->attention_norm), mlp_norm = vector_of(m, l, w->mlp_norm);
 
+    if (again) ops->swiglu_forward(ops, swiglu, gate_up, N, F);
     ops->matmul_backward_weight(ops, g + w_down, NULL, dresidual, swiglu, N, F, C);
     ops->matmul_backward_input(ops, dwide, dresidual, weight_at(m, w_down), N, F, C);
     ops->swiglu_backward(ops, gate_up, dwide, gate_up, N, F);
+    if (again) ops->rmsnorm_forward(ops, residual_mid, mlp_in, mlp_r, residual_mid, NULL, weight_at(m, mlp_norm), eps, N, C);
     ops->matmul_backward_weight(ops, g + w_gate_up, NULL, gate_up, mlp_in, N, C, 2 * F);
     ops->matmul_backward_input(ops, dnormed, gate_up, weight_at(m, w_gate_up), N, C, 2 * F);
-    ops->rmsnorm_backward(ops, dresidual, g + mlp_norm, dnormed, act_in(m, l, a->residual_mid), weight_at(m, mlp_norm),
-                          float_in(m, l, a->mlp_r), N, C);
+    ops->rmsnorm_backward(ops, dresidual, g + mlp_norm, dnormed, residual_mid, weight_at(m, mlp_norm), mlp_r, N, C);
 
     ops->matmul_backward_weight(ops, g + w_out, NULL, dresidual, attention, N, O, C);
     ops->matmul_backward_input(ops, dwide, dresidual, weight_at(m, w_out), N, O, C);
     ops->attention_backward(ops, dqkv, float_at(m, a->D), dwide, attention, float_in(m, l, a->lse), qkv, win);
+    if (again)
+        ops->rmsnorm_forward(ops, residual, attention_in, attention_r, residual, NULL, weight_at(m, attention_norm), eps, N, C);
     ops->matmul_backward_weight(ops, g + w_qkv, c->qkv_bias ? g + vector_of(m, l, w->bias) : NULL, dqkv, attention_in, N, C, W);
     ops->matmul_backward_input(ops, dnormed, dqkv, weight_at(m, w_qkv), N, C, W);
-    ops->rmsnorm_backward(ops, dresidual, g + attention_norm, dnormed, act_in(m, l, a->residual), weight_at(m, attention_norm),
-                          float_in(m, l, a->attention_r), N, C);
+    ops->rmsnorm_backward(ops, dresidual, g + attention_norm, dnormed, residual, weight_at(m, attention_norm), attention_r, N, C);
 }
 
 int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l),
@@ -5957,7 +5980,7 @@ int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, voi
     const activations_layout *a = &m->a;
     const int N = batch->B * batch->T, C = m->config.C;
     slam_window win;
-    if (!m->gradients || !m->train) return fail("the model was not planned for training");
+    if (!m->gradients || m->mode == SLAM_INFERENCE) return fail("the model was not planned for training");
     if (!batch->targets) return fail("a batch without targets cannot be trained on");
     if (!batch_upload(m, batch, &win)) return 0;
     forward(m, &win);
@@ -6020,7 +6043,7 @@ double slam_model_nll(slam_model *m, const int *tokens, int n) {
     int *ints = (int *)mem_new(3 * (size_t)T, sizeof *ints);
     float *losses = ints ? (float *)mem_new(T, sizeof *losses) : NULL;
     double sum = 0;
-    int ok = losses && slam_model_plan(m, 1, T, m->train);
+    int ok = losses && slam_model_plan(m, 1, T, m->mode);
     for (int start = 0, scored = 1; ok && scored < n; start += stride) {
         slam_batch b = {1, n - start < T ? n - start : T, ints, ints + T, ints + 2 * T, NULL};
         for (int t = 0; t < b.T; t++) {
@@ -9166,12 +9189,12 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
     return ops;
 }
 
-int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T) {
+int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode) {
     /* The CPU's caches hold no more of a larger one, so that it gains nothing beyond some thousand tokens. */
     const double room = (ops->bytes_per_act == 2 ? 0.9 : 0.6) * (double)ops->memory;
     const int most = ops->bytes_per_act == 2 ? batch : 4096 / T;
     int micro = batch < most ? batch : most > 1 ? most : 1;
-    while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, 1).total > room) micro--;
+    while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, mode).total > room) micro--;
     const int parts = (batch + micro - 1) / micro; // equal parts take as many passes and less memory
     return (batch + parts - 1) / parts;
 }
@@ -9527,7 +9550,7 @@ static int pretraining_seek(void *context, uint64_t epoch, uint64_t row) {
 }
 
 slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data, const slam_data *val, const slam_list *val_names,
-                                       int context, int batch, int micro, uint64_t seed) {
+                                       int context, int batch, int micro, int mode, uint64_t seed) {
     slam_pretraining *p = (slam_pretraining *)mem_new(1, sizeof *p);
     const size_t n = (size_t)batch * (size_t)context;
     if (!p) return NULL;
@@ -9539,7 +9562,7 @@ slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data,
     p->T = context;
     p->rows = slam_rows_new(data, -1, seed, 1);
     p->ints = p->rows ? (int *)mem_new(n, 3 * sizeof *p->ints) : NULL;
-    if (!p->ints || !slam_model_plan(model, micro, context, 1)) {
+    if (!p->ints || !slam_model_plan(model, micro, context, mode)) {
         slam_pretraining_free(p);
         return NULL;
     }

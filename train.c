@@ -10,7 +10,7 @@ typedef struct options {
     char *weights, *out, *init, *twist, *model, *recipe, *micro, *warmup, *schedule, *device, *dtype, *format;
     double val_fraction, epochs, seconds, lr, min_lr, beta1, beta2, eps, weight_decay, clip, rope_theta, rate;
     long steps, tokens, seed, eval_every, save_every, log_every;
-    int V, context, batch, threads, keep, resume, dry_run;
+    int V, context, batch, threads, keep, recompute, resume, dry_run;
 } options;
 
 /* All that a call of the program opens. */
@@ -39,7 +39,7 @@ static const char *const recipe_slam[][2] = {
 
 /* Flags that concern this call alone, those that may differ when a run goes on, and those that may then be greater. */
 static const char not_kept[] = "out resume dry-run rate val";
-static const char may_change[] = "threads device save-every keep log-every";
+static const char may_change[] = "threads device recompute save-every keep log-every";
 static const char may_grow[] = "steps tokens epochs time";
 
 static int flag_table(slam_flag *f, options *o) {
@@ -64,6 +64,8 @@ static int flag_table(slam_flag *f, options *o) {
         {NULL, 0, NULL, NULL, NULL, "Optimiser", 0, 0, 0, 0},
         {"batch", SLAM_INT, &o->batch, "N", "8 | 16", "rows of a step", 1, 1 << 20, 0, 0},
         {"micro-batch", SLAM_TEXT, &o->micro, "N|auto", "auto", "rows that the device holds at once", 0, 0, 0, 0},
+        {"recompute", SLAM_SWITCH, &o->recompute, NULL, NULL,
+         "compute norms and SwiGLU again instead of keeping them: a third less for activations", 0, 0, 0, 0},
         {"lr", SLAM_REAL, &o->lr, "X", "1e-3 | 5e-3", "peak learning rate", 0, 1e30, 0, 0},
         {"min-lr", SLAM_REAL, &o->min_lr, "X", NULL, "where cosine ends (lr / 20)", 0, 1e30, 0, 0},
         {"warmup", SLAM_TEXT, &o->warmup, "N|P%", "max(100, 1%) | 50", "steps until the peak, or their share of all", 0, 0, 0, 0},
@@ -316,13 +318,15 @@ static int open_model(job *j) {
 
 /* ---- how long, in which parts ---- */
 
+static int planned(const job *j) { return j->o.recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN; }
+
 /* The rows at once are kept with the run: another number would change the last bits. */
 static int fix_micro(job *j) {
     const options *o = &j->o;
     char spelled[32];
     int micro;
     if (!read_micro(o->micro, &micro)) return 0;
-    if (!micro) micro = slam_micro_batch(j->ops, &j->config, o->batch, o->context);
+    if (!micro) micro = slam_micro_batch(j->ops, &j->config, o->batch, o->context, planned(j));
     j->run.micro = micro < o->batch ? micro : o->batch;
     snprintf(spelled, sizeof spelled, "%d", j->run.micro);
     return slam_flags_set(&j->flags, "micro-batch", spelled);
@@ -362,7 +366,7 @@ static int fix_steps(job *j) {
 static void print_plan(const job *j, const char *note) {
     const options *o = &j->o;
     const slam_config *c = &j->config;
-    const slam_memory m = slam_config_memory(c, j->ops->bytes_per_act, j->run.micro, o->context, 1);
+    const slam_memory m = slam_config_memory(c, j->ops->bytes_per_act, j->run.micro, o->context, planned(j));
     char a[32], b[32], d[32];
     printf("device   %s%s%s%s\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "");
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", j->start ? j->start : o->model,
@@ -520,7 +524,8 @@ static int train(job *j) {
     options *o = &j->o;
     slam_run *r = &j->run;
     if (!open_model(j)) return 0;
-    j->task = slam_pretraining_new(r->model, j->data, j->val, val_names(j), o->context, o->batch, r->micro, (uint64_t)o->seed);
+    j->task = slam_pretraining_new(r->model, j->data, j->val, val_names(j), o->context, o->batch, r->micro, planned(j),
+                                   (uint64_t)o->seed);
     if (!j->task) return 0;
     r->task = slam_pretraining_task(j->task);
     if (j->measure && !slam_run_time(r)) {

@@ -135,6 +135,11 @@ check 'another seed gives others' 'the same' sh -c '! cmp one/latest/model.safet
 check '--micro-batch changes the last bits at most' 'too far' sh -c "grep -h '\"loss\"' one/log.jsonl micro/log.jsonl |
     awk '{ gsub(\",\", \"\"); if (\$2 in loss) { d = (\$6 - loss[\$2]) / \$6; if (d < 0) d = -d; n++; if (d > (\$2 == 1 ? 1e-6 : 1e-4)) bad = 1 }
     loss[\$2] = \$6 } END { exit bad || n != 20 }'"
+"$train" $few a.jsonl --val v.jsonl --steps 20 --save-every 5 --eval-every 10 --keep 2 --recompute --out again >/dev/null 2>&1
+check '--recompute changes no bit' 'differ' same_runs one again
+check 'and is kept with the run' 'setting' grep -q '"recompute": "1"' again/latest/trainer.json
+activations() { "$train" $few a.jsonl --steps 20 --dry-run --micro-batch 4 "$@" | sed -n 's/.*activations \([0-9.]*\).*/\1/p'; }
+check 'but takes less memory' 'as much' sh -c "echo $(activations) $(activations --recompute) | awk '{ exit !(\$2 > 0 && \$2 < 0.9 * \$1) }'"
 check '--format slamkit prefixes the names' 'no lm.' sh -c "'$train' $few a.jsonl --steps 2 --format slamkit --out kit && grep -q '\"lm.model.norm.weight\"' kit/latest/model.safetensors"
 check '--init takes a run of other names' 'status' "$train" $start a.jsonl --init kit --steps 2 --out from_kit
 check 'a shard trains' 'status' "$train" $few small.bin --steps 2 --out small
@@ -195,6 +200,11 @@ refuses 'a damaged trainer.json' 1 'trainer.json' "$train" --resume --out damage
 long="$few a.jsonl --val v.jsonl --steps 400 --eval-every 50 --save-every 20 --batch 8"
 "$train" $long --out whole >/dev/null 2>&1
 check 'a limit grows, lost links are mended' 'steps' sh -c "rm two/latest two/best && '$train' --resume --out two --steps 25 && test \$(readlink two/latest) = step_000025 && test -d two/best"
+cp -r again more
+check '--recompute may come with --resume' 'status' sh -c "'$train' --resume --out one --recompute --steps 25 && grep -q '\"recompute\": \"1\"' one/latest/trainer.json"
+check 'which goes on as it would have without' 'differ' same_runs one two
+check 'and stays with it' 'status' "$train" --resume --out more --steps 25
+check 'to the same bits' 'differ' same_runs more two
 check '--resume goes on where there is nothing yet' 'status' "$train" $few a.jsonl --steps 3 --resume --out fresh
 check '--resume from another folder' 'status' sh -c "mkdir -p elsewhere && cd elsewhere && '$train' --resume --out ../fresh --steps 5"
 "$train" $long --out term >term.out 2>&1 &

@@ -68,7 +68,7 @@ static void check_logits(slam_model *m, fixture *f, double tolerance) {
     size_t n = 0;
     float *expected = floats(f->file, "logits", &n), *got = (float *)calloc((size_t)N * V, sizeof *got);
     if (!CHECK(n == (size_t)N * V, "%zu logits, expected %d x %d", n, N, V)) return;
-    if (!CHECK(slam_model_plan(m, b->B, b->T, 0) && slam_model_logits(m, b, got), "%s", slam_error())) return;
+    if (!CHECK(slam_model_plan(m, b->B, b->T, SLAM_INFERENCE) && slam_model_logits(m, b, got), "%s", slam_error())) return;
     for (int i = 0; i < N; i++)
         if (b->tokens[i] == 0 && b->doc_start[i] == i % b->T) memset(got + (size_t)i * V, 0, V * sizeof *got);
     check_close("logits", got, expected, n, tolerance);
@@ -102,7 +102,7 @@ static int backward_in_parts(slam_model *m, const slam_batch *b, int rows, float
 static void check_training(slam_ops *ops, slam_model *m, fixture *f) {
     const int targets = count_targets(&f->batch);
     float *loss = floats(f->file, "loss", NULL);
-    if (!CHECK(slam_model_plan(m, f->batch.B, f->batch.T, 1), "%s", slam_error())) return;
+    if (!CHECK(slam_model_plan(m, f->batch.B, f->batch.T, SLAM_TRAIN), "%s", slam_error())) return;
     CHECK(backward_in_parts(m, &f->batch, f->batch.B, 1.0f / (float)targets), "%s", slam_error());
     check_near("loss", m->stats[0] / targets, loss[0], 1e-5 * loss[0]);
     check_gradients(m, f);
@@ -237,7 +237,7 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int holes) {
     parameter *list = parameters_of(&c, &n);
     for (size_t k = 0; k < n; k++)
         for (size_t i = 0; i < parameter_size(&list[k]); i++) m->master[list[k].at + i] += (float)(0.2 * rng_normal(&seed));
-    CHECK(slam_model_plan(m, 3, 21, 1) && slam_model_backward(m, &b, 1, NULL, NULL), "%s", slam_error());
+    CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN) && slam_model_backward(m, &b, 1, NULL, NULL), "%s", slam_error());
     CHECK(m->stats[0] == 0 || fabs(m->stats[0] - sum_of_losses(m, &b)) <= 1e-6 * m->stats[0], "backward's loss is not forward's");
     float *kept = (float *)malloc(m->w.total * sizeof *kept);
     memcpy(kept, m->master, m->w.total * sizeof *kept);
@@ -273,7 +273,8 @@ static void test_padded_vocabulary(slam_ops *ops) {
     float whole[26 * 27], parts[26 * 27];
     slam_step step;
     for (int k = 0; k < 3; k++)
-        CHECK(slam_model_plan(m, 2, 13, 1) && slam_model_backward(m, &b, 1, NULL, NULL) && slam_optimiser_step(o, 1e-2, &step),
+        CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN) && slam_model_backward(m, &b, 1, NULL, NULL) &&
+                  slam_optimiser_step(o, 1e-2, &step),
               "%s", slam_error());
     for (int i = 27 * 24; i < 32 * 24; i++)
         CHECK(m->master[m->w.embed + i] == 0 && m->master[m->w.head + i] == 0, "row %d is not zero", i / 24);
@@ -288,6 +289,38 @@ static void test_padded_vocabulary(slam_ops *ops) {
     check_close("gradients", m->gradients, gradients, m->w.total, 1e-6);
     free(gradients), free(b.tokens);
     slam_optimiser_free(o);
+    slam_model_free(m);
+}
+
+/* What is computed again has the bits of what would have been kept. */
+static void test_recompute(slam_ops *ops) {
+    const slam_config c = {27, 24, 3, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    const int modes[] = {SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE, SLAM_TRAIN};
+    uint64_t seed = 9;
+    if (!TEST("recomputed: the same bits in less memory")) return;
+    slam_model *m = slam_model_new(ops, &c, 1);
+    slam_batch b = random_batch(3, 21, c.V, &seed, 1);
+    float *kept = NULL;
+    double loss = 0;
+    size_t bytes[3];
+    for (int k = 0; k < 3; k++) {
+        ops->zero(ops, m->stats, 2 * sizeof(double));
+        if (m->gradients) ops->zero(ops, m->gradients, m->w.total * sizeof(float));
+        CHECK(slam_model_plan(m, 3, 21, modes[k]) && slam_model_backward(m, &b, 0.1f, NULL, NULL), "%s", slam_error());
+        bytes[k] = m->a.total;
+        if (!kept) {
+            loss = m->stats[0];
+            kept = (float *)malloc(m->w.total * sizeof *kept);
+            memcpy(kept, m->gradients, m->w.total * sizeof *kept);
+        }
+        CHECK(m->stats[0] == loss, "losses %.17g and %.17g", m->stats[0], loss);
+        CHECK(memcmp(kept, m->gradients, m->w.total * sizeof *kept) == 0, "the gradients differ");
+    }
+    CHECK(bytes[1] < bytes[0] && bytes[2] == bytes[0], "%zu, %zu and %zu bytes", bytes[0], bytes[1], bytes[2]);
+    CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN_RECOMPUTE) && slam_model_plan(m, 2, 21, SLAM_INFERENCE) &&
+              m->mode == SLAM_TRAIN_RECOMPUTE,
+          "a plan for training serves to evaluate");
+    free(kept), free(b.tokens);
     slam_model_free(m);
 }
 
@@ -307,7 +340,7 @@ static void test_packing(slam_ops *ops) {
             start[at] = at - i;
         }
     slam_batch b = {1, T, tokens, targets, start, NULL};
-    CHECK(slam_model_plan(m, 1, T, 0) && slam_model_losses(m, &b, packed), "%s", slam_error());
+    CHECK(slam_model_plan(m, 1, T, SLAM_INFERENCE) && slam_model_losses(m, &b, packed), "%s", slam_error());
     for (int k = 0, first = 0; k < 5; first += lengths[k++]) {
         int zero[64] = {0};
         slam_batch one = {1, lengths[k], tokens + first, targets + first, zero, NULL};
@@ -471,7 +504,7 @@ static void test_bad_batches(slam_ops *ops) {
     slam_batch b = {1, 4, tokens, targets, start, hole};
     float losses[4];
     check_fails(slam_model_losses(m, &b, losses), "planned");
-    CHECK(slam_model_plan(m, 1, 4, 0) && slam_model_losses(m, &b, losses), "%s", slam_error());
+    CHECK(slam_model_plan(m, 1, 4, SLAM_INFERENCE) && slam_model_losses(m, &b, losses), "%s", slam_error());
     check_fails(slam_model_backward(m, &b, 1, NULL, NULL), "not planned for training");
     tokens[1] = 11;
     check_fails(slam_model_losses(m, &b, losses), "token 11");
@@ -500,7 +533,7 @@ static void test_nll(slam_ops *ops) {
     uint64_t seed = 1;
     double sum = 0;
     for (int i = 0; i < 45; i++) tokens[i] = (int)rng_below(&seed, 11);
-    slam_model_plan(m, 1, 16, 0);
+    slam_model_plan(m, 1, 16, SLAM_INFERENCE);
     for (int first = 0, scored = 1; scored < 45; first += 8) {
         const int n = 45 - first < 16 ? 45 - first : 16;
         slam_batch b = {1, n, tokens + first, targets, start, NULL};
@@ -534,6 +567,7 @@ int main(void) {
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
     test_padded_vocabulary(ops);
+    test_recompute(ops);
     test_packing(ops);
     test_save_and_load(ops);
     test_configs();
