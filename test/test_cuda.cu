@@ -246,12 +246,12 @@ struct shape {
     int holes, both_ways;
 };
 
-struct window_of {
+struct windows {
     tensor_of start, end, hole, rope;
 };
 
-static window_of make_window(const shape &s) {
-    window_of w;
+static windows make_window(const shape &s) {
+    windows w;
     w.start = integers((size_t)s.B * s.T, 1);
     w.end = integers((size_t)s.B * s.T, 1);
     w.hole = integers((size_t)s.B * s.T * 2, 1);
@@ -281,7 +281,7 @@ static window_of make_window(const shape &s) {
 }
 
 static void test_attention(const shape &s) {
-    const window_of w = make_window(s);
+    const windows w = make_window(s);
     const size_t N = (size_t)s.B * s.T, O = (size_t)s.NH * s.HS, W = O + 2 * (size_t)s.KVH * s.HS;
     tensor_of qkv = numbers(ACT, N * W, 1, 1);
     for (int rope = 0; rope < 2; rope++)
@@ -298,7 +298,7 @@ static void test_attention(const shape &s) {
 }
 
 static void test_decode(const shape &s) {
-    const window_of w = make_window(s);
+    const windows w = make_window(s);
     const size_t O = (size_t)s.NH * s.HS, K = 2 * (size_t)s.KVH * s.HS;
     tensor_of lengths = integers(s.B, s.T);
     lengths.ints()[0] = s.T - 1;
@@ -372,7 +372,7 @@ static slam_batch random_batch(int B, int T, int V, int holes) {
                     (int *)malloc(sizeof(int) * B * T),
                     holes ? (int *)calloc((size_t)B * T, 2 * sizeof(int)) : NULL};
     const shape s = {B, T, 1, 1, 2, 3, holes, 0};
-    window_of w = make_window(s);
+    windows w = make_window(s);
     for (int i = 0; i < B * T; i++) {
         b.tokens[i] = 1 + random_int(V - 1);
         b.doc_start[i] = w.start.ints()[i];

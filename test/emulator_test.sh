@@ -1,0 +1,112 @@
+#!/bin/sh
+# What the emulator is for: mistakes planted into copies of slam.h's kernels must show, each in its way; the copy without one must
+# not. Then train-emulated, whose losses must follow the CPU's.
+passed=0 failed=0
+ok() { echo "ok $1"; passed=$((passed + 1)); }
+no() { echo "FAIL $1: $2"; failed=$((failed + 1)); }
+skip() { echo "skip $1: $2"; }
+end() { echo "$passed passed, $failed failed"; [ $failed -eq 0 ]; exit; }
+cd "$(dirname "$0")/.." || exit 1
+folder=${TEST_FOLDER:-$(mktemp -d)}
+CXX=${CXX:-g++}
+printf '#include <vector>\nint main() { return (int)std::vector<int>().size(); }\n' >"$folder/try.cc"
+$CXX -std=c++17 "$folder/try.cc" -o "$folder/try" 2>/dev/null || { skip emulator "$CXX makes no C++17 program"; end; }
+
+cat >"$folder/planted.cc" <<'C'
+#define SLAM_IMPLEMENTATION
+#include "slam.h"
+/* A norm and its gradients on both backends; status 1 where they differ. */
+enum { N = 70, C = 64 };
+static void *given(slam_ops *ops, const float *x, size_t n) {
+    void *p = ops->alloc(ops, n * sizeof *x);
+    ops->upload(ops, p, x, n * sizeof *x);
+    return p;
+}
+static void run(slam_ops *ops, const float *x, float *out) {
+    slam_act *dy = (slam_act *)given(ops, x, N * C), *s = (slam_act *)given(ops, x + 50, N * C), *ds = (slam_act *)given(ops, x + 9, N * C);
+    slam_act *w = (slam_act *)given(ops, x + 5, C), *y = (slam_act *)ops->alloc(ops, sizeof(float) * N * C);
+    float *r = (float *)ops->alloc(ops, sizeof(float) * N), *dw = (float *)ops->alloc(ops, sizeof(float) * C);
+    ops->rmsnorm_forward(ops, s, y, r, s, NULL, w, 1e-6f, N, C);
+    ops->rmsnorm_backward(ops, ds, dw, dy, s, w, r, N, C);
+    ops->download(ops, out, y, sizeof(float) * N * C);
+    ops->download(ops, out + N * C, ds, sizeof(float) * N * C);
+    ops->download(ops, out + 2 * N * C, dw, sizeof(float) * C);
+    if (!ops->finish(ops)) fprintf(stderr, "%s\n", slam_error()), exit(2);
+    void *all[] = {dy, s, ds, w, y, r, dw};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) ops->release(ops, all[i]);
+}
+int main() {
+    static float x[N * C + 50], out[2][2 * N * C + C];
+    uint64_t seed = 3;
+    for (size_t i = 0; i < sizeof x / sizeof *x; i++) x[i] = (float)rng_normal(&seed);
+    slam_ops *cpu = slam_cpu(1), *gpu = slam_cuda(0, 4);
+    if (!cpu || !gpu) return fprintf(stderr, "%s\n", slam_error()), 2;
+    run(cpu, x, out[0]);
+    run(gpu, x, out[1]);
+    slam_ops_free(cpu);
+    slam_ops_free(gpu);
+    for (int i = 0; i < 2 * N * C + C; i++)
+        if (!(fabsf(out[0][i] - out[1][i]) < 1e-4f)) return printf("number %d is %g, not %g\n", i, out[1][i], out[0][i]), 1;
+    return 0;
+}
+C
+plant() { # plant NAME KERNEL SCRIPT FLAGS...: the program with a copy of slam.h whose function KERNEL sed's SCRIPT has changed
+    name=$1 kernel=$2 script=$3
+    shift 3
+    mkdir -p "$folder/$name"
+    cp "$folder/planted.cc" "$folder/$name"
+    sed "/ $kernel(/,/^}/{$script
+}" slam.h >"$folder/$name/slam.h"
+    if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then no "$name" "nothing could be planted into $kernel"; return 1; fi
+    $CXX -std=c++17 -g -O1 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
+        -lm 2>"$folder/$name/log" || { no "$name" "$(head -n 1 "$folder/$name/log")"; return 1; }
+    "$folder/$name/planted" >"$folder/$name/log" 2>&1
+    status=$?
+}
+shows() { # shows NAME PATTERN: the planted program ended badly, and said so
+    if [ $status -eq 0 ]; then no "$1" 'nothing showed'
+    elif grep -q "$2" "$folder/$name/log"; then ok "$1: $(grep -m 1 -o "$2.*" "$folder/$name/log")"
+    else no "$1" "status $status, $(head -n 1 "$folder/$name/log")"; fi
+}
+
+if plant none warp_sum ''; then
+    if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else no 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
+fi
+plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
+plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
+if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
+    plant bounds rmsnorm_forward_kernel 's/TEAM < packs) a/TEAM <= packs) a/' -fsanitize=address &&
+        shows 'a read out of bounds' 'AddressSanitizer: heap-buffer-overflow'
+else
+    skip 'a read out of bounds' "$CXX has no AddressSanitizer"
+fi
+
+# losses LOG: a line for each step
+losses() { sed -n 's/.*"loss": \([^,]*\),.*/\1/p' "$1/log.jsonl"; }
+train() { # train NAME PROGRAM FLAGS...
+    name=$1
+    shift
+    "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 1e-3 --warmup 0 --eval-every 0 --save-every 0 --out "$folder/$name" \
+        >"$folder/$name.log" 2>&1 || no "$name" "$(tail -n 1 "$folder/$name.log")"
+}
+cat >"$folder/model.json" <<'J'
+{"model_type": "qwen2", "vocab_size": 102, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+ "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": true}
+J
+if [ -x ./train-emulated ]; then
+    train cpu ./train --device cpu
+    for dtype in f32 bf16; do
+        train $dtype ./train-emulated --device cuda --dtype $dtype
+        tolerance=1e-4
+        [ $dtype = f32 ] || tolerance=2e-2
+        losses "$folder/cpu" >"$folder/expected"
+        losses "$folder/$dtype" | paste "$folder/expected" - | awk -v most=$tolerance '
+            { d = $1 - $2; if (d < 0) d = -d; if (d > worst) worst = d; if (NF == 2) n++ }
+            END { print worst + 0; exit !(n == 20 && worst <= most) }' >"$folder/worst" &&
+            ok "train-emulated, $dtype: 20 losses within $(cat "$folder/worst") of the CPU's" ||
+            no "train-emulated, $dtype" "losses differ by $(cat "$folder/worst"), $tolerance is allowed"
+    done
+else
+    skip train-emulated 'not built'
+fi
+end
