@@ -5143,6 +5143,328 @@ static void fast_forward(slam_ops *ops, slam_act *out, float *lse, const slam_ac
     cuda_launched(ops, "attention_forward");
 }
 
+/* ---- attention: fast backward pass ----
+   dq: a block is a tile of 64 MT queries of one head, as in the forward pass; q and dout stay in registers. ds comes out of its
+   sums just as the product with k wants it. First of all D is computed, for the kernel that follows as well. What bounds it:
+   three products for each tile, 6 HS flops a pair. */
+template <int HS, int MT, int KEYS>
+static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
+    attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const bf16 *out, const float *lse, const bf16 *qkv,
+                                      const slam_window win) {
+    constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
+    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS, first = (size_t)b * win.T;
+    const bf16 *key = qkv + first * W + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
+    char *stages = shared_memory(); // twice a tile of k and one of v
+    int4 *windows = (int4 *)(stages + 4 * TILE);
+    int *visits = (int *)(windows + QUERIES_);
+
+    const int i = i0 + warp * 16 * MT; // this warp's first query
+    uint32_t q[MT][HS / 16][4], d[MT][HS / 16][4];
+    float shift[MT][2], Di[MT][2]; // lse log2 e, D
+    for (int m = 0; m < MT; m++) {
+        const int at = i + 16 * m;
+        rows_a<HS>(q[m], out + (first + at) * O + h * HS, O, win.T - at);
+        rows_a<HS>(d[m], dout + (first + at) * O + h * HS, O, win.T - at);
+        for (int r = 0; r < 2; r++) {
+            float sum = 0;
+            for (int k = 0; k < HS / 16; k++)
+                for (int e = 0; e < 2; e++) {
+                    const uint32_t x = q[m][k][r + 2 * e], y = d[m][k][r + 2 * e];
+                    sum += __uint_as_float(x << 16) * __uint_as_float(y << 16);
+                    sum += __uint_as_float(x & 0xffff0000u) * __uint_as_float(y & 0xffff0000u);
+                }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            Di[m][r] = sum;
+            const size_t query = (size_t)blockIdx.x * win.T + at + 8 * r + g;
+            const int inside = at + 8 * r + g < win.T;
+            shift[m][r] = inside ? lse[query] * LOG2_E : 0;
+            if (inside && t == 0) D[query] = sum;
+        }
+        rows_a<HS>(q[m], qkv + (first + at) * W + h * HS, W, win.T - at);
+    }
+    const int n_visits = visits_of_queries<MT, KEYS>(visits, windows, win, b, i0);
+
+    float dq[MT][HS / 8][4];
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int k = 0; k < 4; k++) dq[m][n][k] = 0;
+    const float scale = rsqrtf((float)HS);
+    for (int visit = -1; visit < n_visits; visit++) {
+        copy_async_wait<0>();
+        __syncthreads(); // the tile has come, and nobody reads the one before it any more
+        if (visit + 1 < n_visits) {
+            const int j0 = (visits[visit + 1] >> 8) * KEYS;
+            char *stage = stages + (visit + 1) % 2 * 2 * TILE;
+            tile_load<HS, KEYS, 128>(stage, key + j0 * W, W, win.T - j0, threadIdx.x);
+            tile_load<HS, KEYS, 128>(stage + TILE, value + j0 * W, W, win.T - j0, threadIdx.x);
+        }
+        copy_async_commit();
+        if (visit < 0) continue;
+        const int seen = visits[visit] >> 2 * warp & 3, j0 = (visits[visit] >> 8) * KEYS;
+        if (seen == 0) continue;
+        const char *k_tile = stages + visit % 2 * 2 * TILE, *v_tile = k_tile + TILE;
+
+        float p[MT][KEYS / 8][4], ds[MT][KEYS / 8][4];
+        for (int m = 0; m < MT; m++)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int k = 0; k < 4; k++) p[m][n][k] = 0, ds[m][n][k] = -Di[m][k / 2];
+        for (int k = 0; k < HS / 16; k++)
+            for (int n = 0; n < KEYS / 16; n++) {
+                uint32_t x[4], y[4];
+                tile_b<HS>(x, k_tile, 16 * n, 16 * k);
+                tile_b<HS>(y, v_tile, 16 * n, 16 * k);
+                for (int m = 0; m < MT; m++) {
+                    mma_bf16(p[m][2 * n], q[m][k], x[0], x[1]);
+                    mma_bf16(p[m][2 * n + 1], q[m][k], x[2], x[3]);
+                    mma_bf16(ds[m][2 * n], d[m][k], y[0], y[1]);
+                    mma_bf16(ds[m][2 * n + 1], d[m][k], y[2], y[3]);
+                }
+            }
+        for (int m = 0; m < MT; m++)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int k = 0; k < 4; k++) p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift[m][k / 2]);
+        if (seen == 1)
+            for (int m = 0; m < MT; m++)
+                for (int r = 0; r < 2; r++) {
+                    const int4 w = windows[warp * 16 * MT + 16 * m + 8 * r + g];
+                    for (int n = 0; n < KEYS / 8; n++)
+                        for (int e = 0; e < 2; e++)
+                            if (!window_sees(w, j0 + 8 * n + 2 * t + e)) p[m][n][2 * r + e] = 0;
+                }
+        for (int m = 0; m < MT; m++)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int k = 0; k < 4; k++) ds[m][n][k] *= p[m][n][k];
+        for (int k = 0; k < KEYS / 16; k++) {
+            uint32_t a[MT][4];
+            for (int m = 0; m < MT; m++) sums_a(a[m], ds[m][2 * k], ds[m][2 * k + 1]);
+            for (int n = 0; n < HS / 16; n++) {
+                uint32_t x[4];
+                tile_b_transposed<HS>(x, k_tile, 16 * k, 16 * n);
+                for (int m = 0; m < MT; m++) {
+                    mma_bf16(dq[m][2 * n], a[m], x[0], x[1]);
+                    mma_bf16(dq[m][2 * n + 1], a[m], x[2], x[3]);
+                }
+            }
+        }
+    }
+
+    int position[MT][2];
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) {
+            const int at = warp * 16 * MT + 16 * m + 8 * r + g;
+            position[m][r] = i0 + at < win.T ? window_position(windows[at], i0 + at) : 0;
+            for (int n = 0; n < HS / 8; n++) dq[m][n][2 * r] *= scale, dq[m][n][2 * r + 1] *= scale;
+        }
+    if (win.rope) rows_turn_back<HS, MT>(dq, win.rope, position);
+    __syncthreads(); // all have read the last tiles, whose place dq takes on its way
+    rows_store<HS, MT>(dqkv + (first + i) * W + h * HS, W, win.T - i, dq, stages + warp * 16 * MT * HS * 2);
+}
+
+/* dk and dv: a block is a tile of 16 MT KW keys of one key/value head. Its warps form GROUPS groups of KW, and the pairs of (head
+   that reads this one, tile of QUERIES_ queries) are dealt to the groups in turn; in the end the groups' sums are added pairwise.
+   So a block has many warps and yet few keys: there are enough blocks for all processors even where heads share keys, and since
+   the longest come first they end together. A warp has 16 MT keys, whose dk and dv stay in registers. s and dp are computed
+   transposed, keys by queries, which makes p and ds come out of their sums just as the products with dout and q want them.
+   What bounds it: four products for each pair of tiles, 8 HS flops a pair of query and key. */
+template <int HS, int MT, int KW, int GROUPS, int QUERIES_>
+static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
+    attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, const float *lse, const bf16 *qkv,
+                                   const slam_window win) {
+    constexpr int KEYS = 16 * MT * KW, THREADS = 32 * KW, TILE = QUERIES_ * HS * 2;
+    static_assert(2 * QUERIES_ <= THREADS && QUERIES_ <= 32 && KW <= 4, "threads for what is kept with each query");
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS, warp = thread / 32;
+    const int kv = blockIdx.x % win.KVH, b = blockIdx.x / win.KVH, j0 = blockIdx.y * KEYS;
+    const int heads = win.NH / win.KVH, tiles = (win.T + QUERIES_ - 1) / QUERIES_;
+    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS, first = (size_t)b * win.T;
+    char *k_tile = shared_memory(), *v_tile = k_tile + KEYS * HS * 2;
+    char *stages = v_tile + KEYS * HS * 2;                            // for each group twice a tile of q and one of dout
+    int4 *windows = (int4 *)(stages + GROUPS * 4 * TILE);             // for each of these tiles of its queries,
+    float2 *statistics = (float2 *)(windows + GROUPS * 2 * QUERIES_); // and (lse log2 e, D)
+    int *visits = (int *)(statistics + GROUPS * 2 * QUERIES_);
+    {
+        const bf16 *key = qkv + (first + j0) * W + (win.NH + kv) * HS;
+        tile_load<HS, KEYS, THREADS * GROUPS>(k_tile, key, W, win.T - j0, threadIdx.x);
+        tile_load<HS, KEYS, THREADS * GROUPS>(v_tile, key + win.KVH * HS, W, win.T - j0, threadIdx.x);
+        copy_async_commit();
+    }
+    const int none = win.doc_end ? 0 : j0 / QUERIES_; // tiles before this one see no key here
+    for (int k = threadIdx.x; k < none; k += THREADS * GROUPS) visits[k] = 0;
+    for (int k = none + threadIdx.x / 32; k < tiles; k += KW * GROUPS) {
+        const int i = k * QUERIES_ + lane % QUERIES_;
+        const int4 w = window_of(win, b, i);
+        int word = 0;
+        for (int part = 0; part < KW; part++) {
+            const int j = j0 + part * 16 * MT;
+            const int some = __any_sync(0xffffffffu, window_sees_any(w, j, j + 16 * MT));
+            const int all = __all_sync(0xffffffffu, i >= win.T || window_sees_all(w, j, j + 16 * MT));
+            word |= (some ? all ? 2 : 1 : 0) << 8 * part;
+        }
+        if (lane == 0) visits[k] = word;
+    }
+    __syncthreads();
+    const int n_visits = visits_list(visits, tiles);
+
+    float dk[MT][HS / 8][4], dv[MT][HS / 8][4];
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int k = 0; k < 4; k++) dk[m][n][k] = 0, dv[m][n][k] = 0;
+    const float scale = rsqrtf((float)HS);
+    /* what comes next and what is worked on: which head of those that read this one, which visit */
+    int next_head = group / n_visits, next = group % n_visits, head = heads, visit = 0;
+    for (int round = -1; round * GROUPS < heads * n_visits; round++) {
+        copy_async_wait<0>();
+        __syncthreads(); // the tiles have come, and nobody reads those before them any more
+        int4 held = {0, 0, 0, 0};
+        const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
+        if (more) {
+            const int h = kv * heads + next_head, i0 = (visits[next] >> 8) * QUERIES_;
+            char *stage = stages + next_stage * 2 * TILE;
+            tile_load<HS, QUERIES_, THREADS>(stage, qkv + (first + i0) * W + h * HS, W, win.T - i0, thread);
+            tile_load<HS, QUERIES_, THREADS>(stage + TILE, dout + (first + i0) * O + h * HS, O, win.T - i0, thread);
+            const int i = i0 + thread % QUERIES_;
+            if (thread < QUERIES_) held = window_of(win, b, i);
+            else if (thread < 2 * QUERIES_ && i < win.T) {
+                const size_t query = ((size_t)b * win.NH + h) * win.T + i;
+                held.x = __float_as_int(lse[query] * LOG2_E);
+                held.y = __float_as_int(D[query]);
+            }
+        }
+        copy_async_commit();
+        const int seen = head < heads ? visits[visit] >> 2 * warp & 3 : 0;
+        if (seen) {
+            const int stage = (round & 1) + 2 * group;
+            const char *q_tile = stages + stage * 2 * TILE, *d_tile = q_tile + TILE;
+            const float2 *statistic = statistics + stage * QUERIES_ + 2 * t;
+            float p[MT][QUERIES_ / 8][4], ds[MT][QUERIES_ / 8][4];
+            for (int n = 0; n < QUERIES_ / 8; n++)
+                for (int k = 0; k < 4; k++) {
+                    const float Di = statistic[8 * n + k % 2].y;
+                    for (int m = 0; m < MT; m++) p[m][n][k] = 0, ds[m][n][k] = -Di;
+                }
+            for (int k = 0; k < HS / 16; k++) {
+                uint32_t x[MT][4], y[MT][4];
+                for (int m = 0; m < MT; m++) {
+                    tile_a<HS>(x[m], k_tile, 16 * (warp * MT + m), 16 * k);
+                    tile_a<HS>(y[m], v_tile, 16 * (warp * MT + m), 16 * k);
+                }
+                for (int n = 0; n < QUERIES_ / 16; n++) {
+                    uint32_t q[4], d[4];
+                    tile_b<HS>(q, q_tile, 16 * n, 16 * k);
+                    tile_b<HS>(d, d_tile, 16 * n, 16 * k);
+                    for (int m = 0; m < MT; m++) {
+                        mma_bf16(p[m][2 * n], x[m], q[0], q[1]);
+                        mma_bf16(p[m][2 * n + 1], x[m], q[2], q[3]);
+                        mma_bf16(ds[m][2 * n], y[m], d[0], d[1]);
+                        mma_bf16(ds[m][2 * n + 1], y[m], d[2], d[3]);
+                    }
+                }
+            }
+            for (int n = 0; n < QUERIES_ / 8; n++)
+                for (int k = 0; k < 4; k++) {
+                    const float shift = statistic[8 * n + k % 2].x;
+                    for (int m = 0; m < MT; m++) p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift);
+                }
+            if (seen == 1)
+                for (int n = 0; n < QUERIES_ / 8; n++)
+                    for (int e = 0; e < 2; e++) {
+                        const int4 w = windows[stage * QUERIES_ + 8 * n + 2 * t + e];
+                        for (int m = 0; m < MT; m++)
+                            for (int r = 0; r < 2; r++)
+                                if (!window_sees(w, j0 + 16 * (warp * MT + m) + 8 * r + g)) p[m][n][2 * r + e] = 0;
+                    }
+            for (int m = 0; m < MT; m++)
+                for (int n = 0; n < QUERIES_ / 8; n++)
+                    for (int k = 0; k < 4; k++) ds[m][n][k] *= p[m][n][k];
+            for (int k = 0; k < QUERIES_ / 16; k++) {
+                uint32_t x[MT][4], y[MT][4];
+                for (int m = 0; m < MT; m++) {
+                    sums_a(x[m], p[m][2 * k], p[m][2 * k + 1]);
+                    sums_a(y[m], ds[m][2 * k], ds[m][2 * k + 1]);
+                }
+                for (int n = 0; n < HS / 16; n++) {
+                    uint32_t q[4], d[4];
+                    tile_b_transposed<HS>(d, d_tile, 16 * k, 16 * n);
+                    tile_b_transposed<HS>(q, q_tile, 16 * k, 16 * n);
+                    for (int m = 0; m < MT; m++) {
+                        mma_bf16(dv[m][2 * n], x[m], d[0], d[1]);
+                        mma_bf16(dv[m][2 * n + 1], x[m], d[2], d[3]);
+                        mma_bf16(dk[m][2 * n], y[m], q[0], q[1]);
+                        mma_bf16(dk[m][2 * n + 1], y[m], q[2], q[3]);
+                    }
+                }
+            }
+        }
+        if (more && thread < QUERIES_) windows[next_stage * QUERIES_ + thread] = held;
+        else if (more && thread < 2 * QUERIES_)
+            statistics[next_stage * QUERIES_ + thread - QUERIES_] = {__int_as_float(held.x), __int_as_float(held.y)};
+        head = next_head, visit = next;
+        for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
+    }
+
+    float *sums = (float *)stages + thread; // (half the groups, 8 MT HS/8, THREADS)
+    for (int half = GROUPS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        float *to = sums + group % half * (8 * MT * HS / 8) * THREADS;
+        if (group >= half && group < 2 * half)
+            for (int m = 0; m < MT; m++)
+                for (int n = 0; n < HS / 8; n++)
+                    for (int k = 0; k < 4; k++) {
+                        to[((m * HS / 8 + n) * 8 + k) * THREADS] = dk[m][n][k];
+                        to[((m * HS / 8 + n) * 8 + k + 4) * THREADS] = dv[m][n][k];
+                    }
+        __syncthreads();
+        if (group < half)
+            for (int m = 0; m < MT; m++)
+                for (int n = 0; n < HS / 8; n++)
+                    for (int k = 0; k < 4; k++) {
+                        dk[m][n][k] += to[((m * HS / 8 + n) * 8 + k) * THREADS];
+                        dv[m][n][k] += to[((m * HS / 8 + n) * 8 + k + 4) * THREADS];
+                    }
+    }
+    if (group > 0) return;
+    int position[MT][2];
+    const int j = j0 + warp * 16 * MT;
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) {
+            const int at = j + 16 * m + 8 * r + g;
+            position[m][r] = at < win.T ? window_position(window_of(win, b, at), at) : 0;
+            for (int n = 0; n < HS / 8; n++) dk[m][n][2 * r] *= scale, dk[m][n][2 * r + 1] *= scale;
+        }
+    if (win.rope) rows_turn_back<HS, MT>(dk, win.rope, position);
+    bf16 *to = dqkv + (first + j) * W + (win.NH + kv) * HS; // a warp reads no other's rows of k and v, so that they are free
+    rows_store<HS, MT>(to, W, win.T - j, dk, k_tile + warp * 16 * MT * HS * 2);
+    rows_store<HS, MT>(to + win.KVH * HS, W, win.T - j, dv, v_tile + warp * 16 * MT * HS * 2);
+}
+
+template <int HS, int MT, int KEYS>
+static void fast_backward_queries(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
+                                  const float *lse, const slam_act *qkv, const slam_window *win) {
+    const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
+    const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
+    cudaFuncSetAttribute(attention_backward_queries_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    SLAM_LAUNCH((attention_backward_queries_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared,
+                ((cuda_ops *)ops)->stream, (bf16 *)dqkv, D, (const bf16 *)dout, (const bf16 *)out, lse, (const bf16 *)qkv, *win);
+    cuda_launched(ops, "attention_backward");
+}
+
+template <int HS, int MT, int KW, int GROUPS, int QUERIES_>
+static void fast_backward_keys(slam_ops *ops, slam_act *dqkv, const float *D, const slam_act *dout, const float *lse,
+                               const slam_act *qkv, const slam_window *win) {
+    enum { KEYS = 16 * MT * KW };
+    const size_t visits = (win->T + QUERIES_ - 1) / QUERIES_ + 1, stages = GROUPS * 2 * QUERIES_;
+    const size_t shared = 2 * KEYS * HS * 2 + stages * (2 * HS * 2 + sizeof(int4) + sizeof(float2)) + visits * sizeof(int);
+    cudaFuncSetAttribute(attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         (int)shared);
+    SLAM_LAUNCH((attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>), dim3(win->B * win->KVH, (win->T + KEYS - 1) / KEYS),
+                32 * KW * GROUPS, shared, ((cuda_ops *)ops)->stream, (bf16 *)dqkv, D, (const bf16 *)dout, lse, (const bf16 *)qkv,
+                *win);
+    cuda_launched(ops, "attention_backward");
+}
+
 static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
     const int wide = ops->bytes_per_act == 4;
     if (win->rope && wide) cuda_rotate<float>(ops, qkv, win);
@@ -5162,7 +5484,16 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
     const int wide = ops->bytes_per_act == 4;
     if (wide && win->HS % 4 == 0) plain_backward<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
     else if (wide) plain_backward<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
-    else if (win->HS % 8 == 0) plain_backward<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else if (win->HS == 32) {
+        fast_backward_queries<32, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        fast_backward_keys<32, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
+    } else if (win->HS == 64) {
+        fast_backward_queries<64, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        fast_backward_keys<64, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
+    } else if (win->HS == 128) {
+        fast_backward_queries<128, 1, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        fast_backward_keys<128, 1, 4, 1, 32>(ops, dqkv, D, dout, lse, qkv, win);
+    } else if (win->HS % 8 == 0) plain_backward<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
     else plain_backward<bf16, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
 }
 
