@@ -9513,7 +9513,8 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
         ops = slam_cpu(threads);
     }
     if (ops && strcmp(dtype, "auto") && ops->bytes_per_act != (strcmp(dtype, "f32") ? 2 : 4)) {
-        fail("--dtype %s: %s computes in %s", dtype, ops->name, ops->bytes_per_act == 4 ? "f32" : "bf16");
+        fail("--dtype %s: %s computes in %s%s%s%s", dtype, ops->name, ops->bytes_per_act == 4 ? "f32" : "bf16", *note ? " (" : "",
+             note, *note ? ")" : "");
         slam_ops_free(ops);
         ops = NULL;
     }

@@ -15,6 +15,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 1' HUP INT TERM
 cd "$folder" || exit 1
+export CUDA_VISIBLE_DEVICES= # no GPU: numbers are compared with those of the CPU
 passed=0 failed=0
 
 ok() {
@@ -172,6 +173,8 @@ refuses 'a unit beyond the vocabulary' 1 'a.jsonl:[0-9]' "$train" $few a.jsonl -
 refuses '--vocab against the shard' 1 '300.*102' "$train" $few small.bin --vocab 300 --steps 1
 refuses 'data of another vocabulary than --init' 1 '300.*102' "$train" $start small.bin --init large --steps 1
 refuses 'bf16 on the CPU' 1 'f32' "$train" $few a.jsonl --device cpu --dtype bf16 --steps 1
+refuses 'bf16 where there is no GPU' 1 'dtype bf16: cpu.*f32 (cuda' "$train" $few a.jsonl --dtype bf16 --steps 1
+refuses 'a GPU where there is none' 1 'cuda:0: ' "$train" $few a.jsonl --device cuda --steps 1
 refuses 'eval with an unknown task' 2 'sing' "$eval" one sing
 refuses 'eval without data' 1 'nothing' "$eval" one ppl nothing.jsonl
 refuses 'resume with another setting' 1 'lr 0.1.*0.005' "$train" --resume --out one --lr 0.1
@@ -205,6 +208,21 @@ check '--recompute may come with --resume' 'status' sh -c "'$train' --resume --o
 check 'which goes on as it would have without' 'differ' same_runs one two
 check 'and stays with it' 'status' "$train" --resume --out more --steps 25
 check 'to the same bits' 'differ' same_runs more two
+check 'what is kept of the device' 'settings' sh -c "grep -q '\"device\": \"cpu\"' more/latest/trainer.json && grep -q '\"dtype\": \"f32\"' more/latest/trainer.json"
+refuses 'resume with another type of numbers' 1 'dtype bf16.*f32' "$train" --resume --out more --dtype bf16
+refuses 'resume on a GPU where there is none' 1 'cuda:0: ' "$train" --resume --out more --device cuda --micro-batch 2
+sed 's/"device": "cpu"/"device": "cuda"/; s/"dtype": "f32"/"dtype": "bf16"/; s/"micro-batch": "[0-9]*"/"micro-batch": "1"/' more/latest/trainer.json >changed.json && cp changed.json more/latest/trainer.json
+refuses 'a run from a GPU does not leave it by itself' 1 'cuda:0: ' "$train" --resume --out more --device auto --steps 30
+check 'but where it is told to' 'note' sh -c "'$train' --resume --out more --device cpu --steps 30 >moved.out && grep -q '^device .*cpu.*cuda before' moved.out"
+"$train" --resume --out two --steps 30 >/dev/null 2>&1
+check 'with rows and numbers of the new device' 'differ' same_runs more two
+check 'and stays there' 'status' "$train" --resume --out more --steps 31
+if (ulimit -v 400000 && "$train" --version) >/dev/null 2>&1; then
+    refuses 'too little memory' 1 'out of memory.*--micro-batch' sh -c "ulimit -v 400000; exec '$train' a.jsonl --context 1024 --batch 64 --micro-batch 64 --steps 1 --out none"
+    check 'leaves nothing' 'folder' test ! -e none
+else
+    echo 'skip too little memory: no limit can be set for this program'
+fi
 check '--resume goes on where there is nothing yet' 'status' "$train" $few a.jsonl --steps 3 --resume --out fresh
 check '--resume from another folder' 'status' sh -c "mkdir -p elsewhere && cd elsewhere && '$train' --resume --out ../fresh --steps 5"
 "$train" $long --out term >term.out 2>&1 &
