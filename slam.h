@@ -285,6 +285,9 @@ typedef struct slam_step {
 } slam_step;
 /* One update with learning rate lr; gradients and statistics are zero afterwards. */
 int slam_optimiser_step(slam_optimiser *, double lr, slam_step *);
+/* The same in two parts: the first asks for the update and returns, the second waits for it. Meanwhile the host is free. */
+int slam_optimiser_begin(slam_optimiser *, double lr);
+int slam_optimiser_end(slam_optimiser *, slam_step *);
 long slam_optimiser_updates(const slam_optimiser *); /* finished updates: Adam's step count */
 
 /* ------------------------------------------------------------------------------------------
@@ -602,7 +605,8 @@ int slam_run_find(const char *name, const char *out, char **folder, char **check
 /* What is trained on: train has rows of units, dpo has pairs. */
 typedef struct slam_task {
     void *context;
-    /* Takes the next global batch: its real tokens, and of how many terms the step's loss is the mean (targets; pairs). */
+    /* Takes the next global batch: its real tokens, and of how many terms the step's loss is the mean (targets; pairs). Called
+       while the device still computes with the one before, of which only the host's copy may be given up. */
     int (*next)(void *context, uint64_t *tokens, uint64_t *terms);
     /* Forward and backward over it, whose loss is the sum of the terms' losses / terms. */
     int (*accumulate)(void *context, uint64_t terms);
@@ -662,6 +666,9 @@ typedef struct slam_run {
     long val_step;   /* ... of this step; 0: there was none */
     long saved_step;
     double before, val_seconds, save_seconds; /* seconds of the run's earlier parts, of the last evaluation and checkpoint */
+    uint64_t epoch, row;                      /* where the batches of finished steps end */
+    int ready;                                /* 1: the batch after them is taken already, ... */
+    uint64_t ready_tokens, ready_terms;       /* ... of which task.next said this */
     int lock;                                 /* the folder's, which keeps a second process out; 0: none */
 } slam_run;
 
@@ -6450,10 +6457,9 @@ static void adamw_range(slam_optimiser *o, const slam_adamw *h, size_t first, si
 }
 
 /* Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and biases are not drawn to 0. */
-int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
+int slam_optimiser_begin(slam_optimiser *o, double lr) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
-    double stats[2];
     if (!m->gradients) return fail("the model was not planned for training");
     slam_adamw h = o->settings;
     h.lr = lr;
@@ -6462,14 +6468,25 @@ int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
     adamw_range(o, &h, 0, m->w.matrices);
     h.weight_decay = 0;
     adamw_range(o, &h, m->w.matrices, m->w.total);
+    ops->zero(ops, m->gradients, m->w.total * sizeof(float));
+    return 1;
+}
+
+int slam_optimiser_end(slam_optimiser *o, slam_step *step) {
+    slam_model *m = o->model;
+    slam_ops *ops = m->ops;
+    double stats[2];
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
-    ops->zero(ops, m->gradients, m->w.total * sizeof(float));
     step->loss_sum = stats[0];
     step->grad_norm = sqrt(stats[1]);
     step->skipped = !isfinite(stats[0]) || !isfinite(stats[1]);
     if (!step->skipped) o->updates++;
     return ops->finish(ops);
+}
+
+int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
+    return slam_optimiser_begin(o, lr) && slam_optimiser_end(o, step);
 }
 
 /* ==========================================================================================
@@ -10133,12 +10150,21 @@ static double learning_rate(const slam_run *r) {
     return slam_schedule(r->schedule, r->trainer.step, r->trainer.steps, warmup, r->lr, r->min_lr);
 }
 
-/* The next batch and one update; what the loop needs to know of it. */
+/* The next batch and one update; what the loop needs to know of it. While the device computes, the host takes the batch after
+   it, unless this step is the last. One that cannot be had is asked for again when its turn comes, and then it is an error. */
 static int run_step(slam_run *r, double lr, slam_step *step, uint64_t *tokens, double *loss) {
-    uint64_t terms;
-    if (!r->task.next(r->task.context, tokens, &terms) || !r->task.accumulate(r->task.context, terms) ||
-        !slam_optimiser_step(r->optimiser, lr, step))
-        return 0;
+    const slam_task *task = &r->task;
+    if (!r->ready && !task->next(task->context, &r->ready_tokens, &r->ready_terms)) return 0;
+    const uint64_t terms = r->ready_terms;
+    *tokens = r->ready_tokens;
+    r->ready = 0;
+    if (!task->accumulate(task->context, terms) || !slam_optimiser_begin(r->optimiser, lr)) return 0;
+    task->tell(task->context, &r->epoch, &r->row);
+    if (r->trainer.step + 1 != r->trainer.steps) {
+        r->ready = task->next(task->context, &r->ready_tokens, &r->ready_terms);
+        if (!r->ready && !task->seek(task->context, r->epoch, r->row)) return 0;
+    }
+    if (!slam_optimiser_end(r->optimiser, step)) return 0;
     *loss = step->loss_sum / (double)terms;
     return 1;
 }
@@ -10184,7 +10210,8 @@ static int run_save(slam_run *r, FILE *log, const char *path) {
     slam_trainer *t = &r->trainer;
     const double start = slam_clock();
     if (fsync(fileno(log)) != 0) return fail("%s: cannot be written: %s", path, strerror(errno));
-    r->task.tell(r->task.context, &t->epoch, &t->row);
+    t->epoch = r->epoch;
+    t->row = r->row;
     t->seconds = run_seconds(r);
     if (!slam_checkpoint_save(r->folder, r->model, r->optimiser, t, r->format, r->keep)) return 0;
     r->saved_step = t->step;
@@ -10327,6 +10354,7 @@ int slam_run_begin(slam_run *r, const char *checkpoint) {
         ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint,
                   slam_optimiser_updates(r->optimiser), t->step);
     r->before = t->seconds;
+    r->ready = 0; // slam_run_time may have taken one
     ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step) &&
          trainer_write(t, checkpoint ? checkpoint : r->folder) && folder_sync(r->folder);
     free(log);
