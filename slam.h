@@ -5570,6 +5570,8 @@ template <typename T> static void cuda_fill(slam_ops *ops) {
     ops->matmul_forward = cuda_matmul_forward<T>;
     ops->matmul_backward_input = cuda_matmul_backward_input<T>;
     ops->matmul_backward_weight = cuda_matmul_backward_weight<T>;
+    ops->attention_forward = cuda_attention_forward;
+    ops->attention_backward = cuda_attention_backward;
     ops->swiglu_forward = cuda_swiglu_forward<T>;
     ops->swiglu_backward = cuda_swiglu_backward<T>;
     ops->crossentropy = cuda_crossentropy<T>;
