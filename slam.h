@@ -4176,6 +4176,7 @@ static cublasStatus_t product_run(cuda_ops *cuda, const cuda_shape *s, const voi
         const cublasLtMatmulAlgo_t *algorithm = known < cuda->algorithms ? &cuda->algorithm[known] : &found[k].algo;
         status = cublasLtMatmul(cuda->products, &plan.product, &one, B, &plan.B, A, &plan.A, &beta, C, &plan.C, C, &plan.C,
                                 algorithm, cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
+        cudaGetLastError(); // a candidate that did not work is no failure of a later launch
         if (status || known < cuda->algorithms) continue;
         const int place = cuda->algorithms < ALGORITHMS ? cuda->algorithms : cuda->oldest++ % ALGORITHMS;
         cuda->shape[place] = *s;
@@ -4331,10 +4332,11 @@ static __global__ void __launch_bounds__(256)
     float z[ROW_NUMBERS], most = -INFINITY, z_target = 0, sum = 0;
     for (int m = 0; m < M; m++) {
         const int p = m * 32 + lane;
-        pack<T, P> x;
-        if (p * P < V) x = row[p];
+        for (int k = 0; k < P; k++) z[m * P + k] = -INFINITY;
+        if (p * P >= V) continue;
+        const pack<T, P> x = row[p];
         for (int k = 0; k < P; k++) {
-            z[m * P + k] = p * P + k < V ? (float)x.at[k] : -INFINITY;
+            if (p * P + k < V) z[m * P + k] = (float)x.at[k];
             most = fmaxf(most, z[m * P + k]);
             if (p * P + k == target) z_target = z[m * P + k];
         }
@@ -4425,14 +4427,21 @@ enum { SAMPLE_THREADS = 512, SAMPLE_SHARED = (SAMPLE_THREADS + 1 + 16) * 8 };
 template <typename T> struct scores {
     const T *z;
     const unsigned char *seen;
-    float penalty, temperature; // temperature 1 where it is greedy
+    float penalty, temperature;
     int V;
 };
 
+/* A logit with its penalty. What is no number counts as -infinity, -0 as 0, than which it is no smaller. */
 template <typename T> static __device__ float score(const scores<T> *s, int v) {
     float x = (float)s->z[v];
+    if (x != x) x = -INFINITY;
     if (s->seen && s->seen[v]) x = x < 0 ? x * s->penalty : x / s->penalty;
-    return x / s->temperature + 0.0f; // -0 becomes 0, of which it is no smaller
+    return x + 0.0f;
+}
+
+/* Its probability, times that of the largest. */
+template <typename T> static __device__ double weight_of(const scores<T> *s, float x, float most) {
+    return expf((x - most) / s->temperature);
 }
 
 static __device__ unsigned ordered_bits(float x) {
@@ -4447,12 +4456,12 @@ template <typename T> static __device__ int count_above(const scores<T> *s, unsi
     return block_sum(n, (int *)room);
 }
 
-/* The sum of exp(score - most) over those. */
+/* The sum of their weights. */
 template <typename T> static __device__ double mass_above(const scores<T> *s, unsigned threshold, float most, void *room) {
     double sum = 0;
     for (int v = 1 + threadIdx.x; v < s->V; v += SAMPLE_THREADS) {
         const float x = score(s, v);
-        if (ordered_bits(x) >= threshold) sum += expf(x - most);
+        if (ordered_bits(x) >= threshold) sum += weight_of(s, x, most);
     }
     return block_sum(sum, (double *)room);
 }
@@ -4475,7 +4484,7 @@ static __device__ unsigned sample_threshold(const scores<T> *s, int top_k, doubl
     return min(threshold, ordered_bits(most));
 }
 
-/* The first token at which the sum, in order of v, passes its share; -1 where there is none (NaN). Threads have runs of neighbours:
+/* The first token at which the sum, in order of v, passes its share; -1 where there is none (infinities). Threads have runs of neighbours:
    edges (SAMPLE_THREADS + 1) are the sums up to each run, and the one whose run holds the token walks through it. */
 template <typename T>
 static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float most, float uniform, double *edges, void *room) {
@@ -4483,7 +4492,7 @@ static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float 
     const int first = max(1, (int)threadIdx.x * run), end = min(s->V, ((int)threadIdx.x + 1) * run);
     double sum = 0, before = 0, *warps = (double *)room;
     for (int v = first; v < end; v++)
-        if (ordered_bits(score(s, v)) >= threshold) sum += expf(score(s, v) - most);
+        if (ordered_bits(score(s, v)) >= threshold) sum += weight_of(s, score(s, v), most);
     for (int offset = 1; offset < 32; offset *= 2) {
         const double other = __shfl_up_sync(0xffffffffu, sum, offset);
         if (lane >= offset) sum += other;
@@ -4500,7 +4509,7 @@ static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float 
     if (at <= share && share < edges[threadIdx.x + 1])
         for (int v = first; v < end && at <= share; v++) {
             if (ordered_bits(score(s, v)) < threshold) continue;
-            at += expf(score(s, v) - most);
+            at += weight_of(s, score(s, v), most);
             drawn = v;
         }
     // of several runs, which only rounding can make, the first
@@ -4515,7 +4524,7 @@ static __global__ void __launch_bounds__(SAMPLE_THREADS)
     double *edges = (double *)shared_memory();
     void *room = edges + SAMPLE_THREADS + 1;
     const size_t b = blockIdx.x;
-    const scores<T> s = {logits + b * stride, seen ? seen + b * V : NULL, penalty, temperature > 0 ? temperature : 1, V};
+    const scores<T> s = {logits + b * stride, seen ? seen + b * V : NULL, penalty, temperature, V};
     float most = -INFINITY;
     for (int v = 1 + threadIdx.x; v < V; v += SAMPLE_THREADS) most = fmaxf(most, score(&s, v));
     most = block_max(most, (float *)room);
@@ -4529,7 +4538,7 @@ static __global__ void __launch_bounds__(SAMPLE_THREADS)
         if (score(&s, v) == most) largest = min(largest, v);
     largest = -block_max(-largest, (int *)room);
     if (threadIdx.x > 0) return;
-    if (drawn < 0) drawn = largest < V ? largest : V > 1; // greedy, or there are only NaN
+    if (drawn < 0) drawn = largest; // greedy, or infinities left no sum
     tokens[b] = drawn;
     if (seen) seen[b * V + drawn] = 1;
 }
@@ -4592,13 +4601,19 @@ typedef struct adamw_numbers {
     float decay, eps, beta2, rest1, rest2, step_size, root;
 } adamw_numbers;
 
-/* A thread has P neighbours. Its block's first works out by how much the gradient is scaled, since that takes double. Bound by memory:
+/* A thread has P neighbours. Its block's first works out by how much the gradient is scaled, since that takes double, while the others
+   fetch their numbers. Bound by memory:
    w, m, v and g are read, w, m, v and w_act written, 28 n + n sizeof(T) bytes. */
 template <typename T, int P>
 static __global__ void __launch_bounds__(256)
     adamw_kernel(T *w_act, float *w, float *m, float *v, const float *g, const double *stats, adamw_numbers h, size_t n) {
     float *shared = (float *)shared_memory();
     const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * P;
+    pack<float, P> wi, mi, vi, gi;
+    if (i < n) {
+        wi = *(const pack<float, P> *)(w + i), mi = *(const pack<float, P> *)(m + i);
+        vi = *(const pack<float, P> *)(v + i), gi = *(const pack<float, P> *)(g + i);
+    }
     if (threadIdx.x == 0) {
         const double clip = h.clip > 0 ? h.clip / (sqrt(stats[1]) + 1e-6) : 1;
         shared[0] = isfinite(stats[0]) && isfinite(stats[1]) ? (clip < 1 ? (float)clip : 1) : -1;
@@ -4606,9 +4621,6 @@ static __global__ void __launch_bounds__(256)
     __syncthreads();
     const float scale = shared[0];
     if (scale < 0 || i >= n) return;
-    const pack<float, P> gi = *(const pack<float, P> *)(g + i);
-    pack<float, P> wi = *(const pack<float, P> *)(w + i), mi = *(const pack<float, P> *)(m + i),
-                   vi = *(const pack<float, P> *)(v + i);
     pack<T, P> act;
     for (int k = 0; k < P; k++) {
         const float gk = gi.at[k] * scale;
@@ -5506,20 +5518,27 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
 
 /* ---- the backend ---- */
 
-/* The architectures of nvcc's -arch, as text. */
-#define CUDA_TEXT_OF(...) #__VA_ARGS__
-#define CUDA_TEXT(...)    CUDA_TEXT_OF(__VA_ARGS__)
+/* The compute capabilities that nvcc's -arch named, as text. */
+static void cuda_built_for(char *text, size_t size) {
+    text[0] = 0;
 #ifdef __CUDA_ARCH_LIST__
-#define CUDA_BUILT_FOR CUDA_TEXT(__CUDA_ARCH_LIST__)
+    const int list[] = {__CUDA_ARCH_LIST__}; // 800: 8.0
+    for (const int arch : list) {
+        const size_t n = strlen(text);
+        snprintf(text + n, size - n, "%s%d.%d", n ? ", " : "", arch / 100, arch / 10 % 10);
+    }
 #else
-#define CUDA_BUILT_FOR "another one"
+    (void)size;
 #endif
+}
 
 /* Is there such a GPU, and can it run what was built? */
 static int cuda_usable(int device, cudaDeviceProp *p) {
     int n = 0;
+    char built_for[100];
     cudaFuncAttributes attributes;
     cudaError_t error = cudaGetDeviceCount(&n);
+    cudaGetLastError(); // what is said here is not said again of a kernel
     if (error == cudaErrorInsufficientDriver)
         return fail(
             "cuda:%d: there is no NVIDIA driver here, or it is older than this build's CUDA wants: install or update the driver "
@@ -5538,9 +5557,11 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
         return fail("cuda:%d: %s has compute capability %d.%d, 8.0 is needed (Ampere, 2020, or newer)", device, p->name, p->major,
                     p->minor);
     error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
+    cudaGetLastError();
+    cuda_built_for(built_for, sizeof built_for);
     if (error != cudaSuccess)
         return fail("cuda:%d: %s has compute capability %d.%d, this build has code for %s (%s): build with CUDA_ARCH=native",
-                    device, p->name, p->major, p->minor, CUDA_BUILT_FOR, cudaGetErrorString(error));
+                    device, p->name, p->major, p->minor, built_for, cudaGetErrorString(error));
     return 1;
 }
 
