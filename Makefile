@@ -82,15 +82,15 @@ $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 # ---- CUDA's kernels without a GPU ----
 
 # For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here.
-EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -O1 -g -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
+EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
 EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
 emulate: train-emulated
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
-	$(EMULATE) -c $< -o $@
+	$(EMULATE) -Og -c $< -o $@
 train-emulated: $(B)/train.o $(B)/slam-emulated.o build/current
 	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 $(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
-	$(EMULATE) $< -x none -o $@ $(LIBS)
+	$(EMULATE) -O1 $< -x none -o $@ $(LIBS)
 
 # ---- tests, measurements ----
 

@@ -4776,7 +4776,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
     float *query = (float *)shared_memory() + warp * (HS + 32), *p = query + HS;
     const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
     const T *value = key + win.KVH * HS;
-    const float scale = 1 / sqrtf((float)HS);
+    const float scale = rsqrtf((float)HS);
     for (int c = lane; c < HS; c += 32) query[c] = (float)q[c] * scale;
     const int4 w = window_of(win, b, i);
     float max = -INFINITY, sum = 0, o[PLAIN_CHANNELS] = {0};
@@ -4813,7 +4813,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
     const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
     const T *value = key + win.KVH * HS;
     const size_t at = (((size_t)b * T_ + i) * NH + h) * HS;
-    const float scale = 1 / sqrtf((float)HS), shift = lse[index];
+    const float scale = rsqrtf((float)HS), shift = lse[index];
     float product = 0;
     for (int c = lane; c < HS; c += 32) {
         query[c] = (float)q[c] * scale;
@@ -4849,7 +4849,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
     const int j = index % T_, g = index / T_ % KVH, b = index / T_ / KVH;
     float *key = (float *)shared_memory() + warp * (2 * HS + 64), *value = key + HS, *p = value + HS, *ds = p + 32;
     const T *row = qkv + (size_t)b * T_ * W, *k = row + j * W + (NH + g) * HS;
-    const float scale = 1 / sqrtf((float)HS);
+    const float scale = rsqrtf((float)HS);
     for (int c = lane; c < HS; c += 32) {
         key[c] = (float)k[c] * scale;
         value[c] = (float)k[KVH * HS + c];
@@ -4940,6 +4940,19 @@ static __device__ __forceinline__ void rows_a(uint32_t a[HS / 16][4], const bf16
         }
 }
 
+/* Dot products of rows of two operands, of row g + 8 r; the four lanes that share it all get it. */
+template <int HS>
+static __device__ __forceinline__ float rows_dot(const uint32_t a[HS / 16][4], const uint32_t b[HS / 16][4], int r) {
+    float sum = 0;
+    for (int k = 0; k < HS / 16; k++)
+        for (int e = r; e < 4; e += 2) {
+            sum += __uint_as_float(a[k][e] << 16) * __uint_as_float(b[k][e] << 16);
+            sum += __uint_as_float(a[k][e] & 0xffff0000u) * __uint_as_float(b[k][e] & 0xffff0000u);
+        }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
 /* Sums (16 by 16) of a product as the A operand of the next: two neighbours of C's tiles of 8 columns lie as A's fragments do. */
 static __device__ __forceinline__ void sums_a(uint32_t a[4], const float left[4], const float right[4]) {
     a[0] = pack_bf16(left[0], left[1]);
@@ -4981,6 +4994,25 @@ static __device__ __forceinline__ void rows_turn_back(float c[MT][HS / 8][4], co
                 y[1] = y[1] * cosine.y - x1 * sine.y;
             }
         }
+}
+
+/* Adds the sums of GROUPS groups of THREADS threads, pairwise, into those of group 0; `room` is for half of them. */
+template <int HS, int MT, int GROUPS, int THREADS>
+static __device__ __forceinline__ void groups_add(float c[MT][HS / 8][4], float *room) {
+    const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
+    for (int half = GROUPS / 2; half > 0; half /= 2) {
+        float *place = room + group % half * (MT * HS / 2) * THREADS + thread;
+        __syncthreads();
+        if (group >= half && group < 2 * half)
+            for (int m = 0; m < MT; m++)
+                for (int n = 0; n < HS / 8; n++)
+                    for (int k = 0; k < 4; k++) place[((m * HS / 8 + n) * 4 + k) * THREADS] = c[m][n][k];
+        __syncthreads();
+        if (group < half)
+            for (int m = 0; m < MT; m++)
+                for (int n = 0; n < HS / 8; n++)
+                    for (int k = 0; k < 4; k++) c[m][n][k] += place[((m * HS / 8 + n) * 4 + k) * THREADS];
+    }
 }
 
 /* 2^x on the special function unit */
@@ -5183,27 +5215,18 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     uint32_t q[MT][HS / 16][4], d[MT][HS / 16][4];
     float shift[MT][2], Di[MT][2]; // lse log2 e, D
     for (int m = 0; m < MT; m++) {
-        const int at = i + 16 * m;
-        rows_a<HS>(q[m], out + (first + at) * O + h * HS, O, win.T - at);
-        rows_a<HS>(d[m], dout + (first + at) * O + h * HS, O, win.T - at);
-        for (int r = 0; r < 2; r++) {
-            float sum = 0;
-            for (int k = 0; k < HS / 16; k++)
-                for (int e = 0; e < 2; e++) {
-                    const uint32_t x = q[m][k][r + 2 * e], y = d[m][k][r + 2 * e];
-                    sum += __uint_as_float(x << 16) * __uint_as_float(y << 16);
-                    sum += __uint_as_float(x & 0xffff0000u) * __uint_as_float(y & 0xffff0000u);
-                }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            Di[m][r] = sum;
-            const size_t query = (size_t)blockIdx.x * win.T + at + 8 * r + g;
-            const int inside = at + 8 * r + g < win.T;
-            shift[m][r] = inside ? lse[query] * LOG2_E : 0;
-            if (inside && t == 0) D[query] = sum;
-        }
-        rows_a<HS>(q[m], qkv + (first + at) * W + h * HS, W, win.T - at);
+        rows_a<HS>(q[m], out + (first + i + 16 * m) * O + h * HS, O, win.T - i - 16 * m);
+        rows_a<HS>(d[m], dout + (first + i + 16 * m) * O + h * HS, O, win.T - i - 16 * m);
     }
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) {
+            const int at = i + 16 * m + 8 * r + g;
+            const size_t query = (size_t)blockIdx.x * win.T + at;
+            Di[m][r] = rows_dot<HS>(q[m], d[m], r);
+            shift[m][r] = at < win.T ? lse[query] * LOG2_E : 0;
+            if (at < win.T && t == 0) D[query] = Di[m][r];
+        }
+    for (int m = 0; m < MT; m++) rows_a<HS>(q[m], qkv + (first + i + 16 * m) * W + h * HS, W, win.T - i - 16 * m);
     const int n_visits = visits_of_queries<MT, KEYS>(visits, windows, win, b, i0);
 
     float dq[MT][HS / 8][4];
@@ -5424,26 +5447,8 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
     }
 
-    float *sums = (float *)stages + thread; // (half the groups, 8 MT HS/8, THREADS)
-    for (int half = GROUPS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        float *to = sums + group % half * (8 * MT * HS / 8) * THREADS;
-        if (group >= half && group < 2 * half)
-            for (int m = 0; m < MT; m++)
-                for (int n = 0; n < HS / 8; n++)
-                    for (int k = 0; k < 4; k++) {
-                        to[((m * HS / 8 + n) * 8 + k) * THREADS] = dk[m][n][k];
-                        to[((m * HS / 8 + n) * 8 + k + 4) * THREADS] = dv[m][n][k];
-                    }
-        __syncthreads();
-        if (group < half)
-            for (int m = 0; m < MT; m++)
-                for (int n = 0; n < HS / 8; n++)
-                    for (int k = 0; k < 4; k++) {
-                        dk[m][n][k] += to[((m * HS / 8 + n) * 8 + k) * THREADS];
-                        dv[m][n][k] += to[((m * HS / 8 + n) * 8 + k + 4) * THREADS];
-                    }
-    }
+    groups_add<HS, MT, GROUPS, THREADS>(dk, (float *)stages);
+    groups_add<HS, MT, GROUPS, THREADS>(dv, (float *)stages);
     if (group > 0) return;
     int position[MT][2];
     const int j = j0 + warp * 16 * MT;
@@ -5484,6 +5489,116 @@ static void fast_backward_keys(slam_ops *ops, slam_act *dqkv, const float *D, co
     cuda_launched(ops, "attention_backward");
 }
 
+/* ---- attention: one token more ----
+   A block is a key/value head of one sequence. It turns the new queries and key and puts key and value into the cache, so that
+   it needs nobody else's; then each of its warps takes runs of 32 places, HEADS of the heads that read this one at a time. For the
+   scores a lane has a place, for the values its channels of all places. In the end the warps' sums are added, in order, as those
+   of two runs. Bound by memory: 2 HS (n + 1) sizeof(T) bytes of cache, read once for each HEADS heads. */
+
+enum { DECODE_WARPS = 8 };
+
+template <typename T, int P, int HEADS, int CHANNELS>
+static __global__ void __launch_bounds__(32 * DECODE_WARPS)
+    attention_decode_kernel(T *out, T *cache, T *qkv, const int *lengths, const slam_window win) {
+    const int NH = win.NH, KVH = win.KVH, HS = win.HS, half = HS / 2, heads = NH / KVH, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, g = blockIdx.x % KVH, b = blockIdx.x / KVH, n = lengths[b];
+    const size_t K = (size_t)2 * KVH * HS;
+    T *row = qkv + (size_t)b * (NH + 2 * KVH) * HS, *keys = cache + (size_t)b * win.T * K + g * HS, *values = keys + KVH * HS;
+    float *query = (float *)shared_memory();                                              // (HEADS,HS)
+    float *p = query + HEADS * HS + warp * 32 * HEADS;                                    // (warps,32,HEADS)
+    float *part = query + HEADS * (HS + DECODE_WARPS * 32);                               // (warps,HEADS,HS)
+    float *most = part + DECODE_WARPS * HEADS * HS, *total = most + DECODE_WARPS * HEADS; // (warps,HEADS)
+
+    for (int k = threadIdx.x; k < (heads + 1) * half; k += blockDim.x) {
+        const int c = k % half;
+        T *x = row + (k / half < heads ? g * heads + k / half : NH + g) * HS + c;
+        T x0 = x[0], x1 = x[half];
+        if (win.rope) {
+            const float *angle = win.rope + (size_t)n * HS + c;
+            x[0] = (T)((float)x0 * angle[0] - (float)x1 * angle[half]);
+            x[half] = (T)((float)x1 * angle[0] + (float)x0 * angle[half]);
+        }
+        if (k / half < heads) continue;
+        keys[n * K + c] = x[0];
+        keys[n * K + c + half] = x[half];
+        values[n * K + c] = x[KVH * HS];
+        values[n * K + c + half] = x[KVH * HS + half];
+    }
+    const float scale = rsqrtf((float)HS);
+    for (int first = 0; first < heads; first += HEADS) {
+        const int h = g * heads + first, now = min(HEADS, heads - first);
+        __syncthreads();
+        for (int k = threadIdx.x; k < HEADS * HS; k += blockDim.x) query[k] = k < now * HS ? (float)row[h * HS + k] * scale : 0;
+        __syncthreads();
+        float max_[HEADS], sum[HEADS], o[HEADS][CHANNELS];
+        for (int r = 0; r < HEADS; r++) {
+            max_[r] = -INFINITY, sum[r] = 0;
+            for (int m = 0; m < CHANNELS; m++) o[r][m] = 0;
+        }
+        for (int j = 32 * warp; j <= n; j += 32 * DECODE_WARPS) {
+            float s[HEADS];
+            for (int r = 0; r < HEADS; r++) s[r] = j + lane <= n ? 0 : -INFINITY;
+            for (int c = 0; c < HS && j + lane <= n; c += P) {
+                const pack<T, P> x = *(const pack<T, P> *)(keys + (j + lane) * K + c);
+                for (int r = 0; r < HEADS; r++)
+                    for (int k = 0; k < P; k++) s[r] += query[r * HS + c + k] * (float)x.at[k];
+            }
+            __syncwarp();
+            for (int r = 0; r < HEADS; r++) {
+                const float above = fmaxf(max_[r], warp_max(s[r])), keep = expf(max_[r] - above), e = expf(s[r] - above);
+                max_[r] = above;
+                sum[r] = sum[r] * keep + e;
+                p[lane * HEADS + r] = e;
+                for (int m = 0; m < CHANNELS; m++) o[r][m] *= keep;
+            }
+            __syncwarp();
+            for (int k = 0; k < min(32, n + 1 - j); k++)
+                for (int m = 0; m < CHANNELS; m++)
+                    if (lane + 32 * m < HS) {
+                        const float x = (float)values[(j + k) * K + lane + 32 * m];
+                        for (int r = 0; r < HEADS; r++) o[r][m] += p[k * HEADS + r] * x;
+                    }
+        }
+        for (int r = 0; r < HEADS; r++) {
+            sum[r] = warp_sum(sum[r]);
+            if (lane == 0) most[warp * HEADS + r] = max_[r];
+        }
+        __syncthreads();
+        for (int r = 0; r < HEADS; r++) {
+            float above = -INFINITY;
+            for (int w = 0; w < DECODE_WARPS; w++) above = fmaxf(above, most[w * HEADS + r]);
+            const float keep = expf(max_[r] - above); // 0 for a warp that had no place
+            for (int m = 0; m < CHANNELS; m++)
+                if (lane + 32 * m < HS) part[(warp * HEADS + r) * HS + lane + 32 * m] = o[r][m] * keep;
+            if (lane == 0) total[warp * HEADS + r] = sum[r] * keep;
+        }
+        __syncthreads();
+        for (int k = threadIdx.x; k < now * HS; k += blockDim.x) {
+            float x = 0, l = 0;
+            for (int w = 0; w < DECODE_WARPS; w++) x += part[w * HEADS * HS + k], l += total[w * HEADS + k / HS];
+            out[((size_t)b * NH + h) * HS + k] = (T)(x / l);
+        }
+    }
+}
+
+template <typename T, int P, int HEADS, int CHANNELS>
+static void decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
+    const size_t shared = HEADS * (win->HS + DECODE_WARPS * (win->HS + 34)) * sizeof(float);
+    cudaFuncSetAttribute(attention_decode_kernel<T, P, HEADS, CHANNELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    SLAM_LAUNCH((attention_decode_kernel<T, P, HEADS, CHANNELS>), win->B * win->KVH, 32 * DECODE_WARPS, shared,
+                ((cuda_ops *)ops)->stream, (T *)out, (T *)cache, (T *)qkv, lengths, *win);
+    cuda_launched(ops, "attention_decode");
+}
+
+template <typename T>
+static void decode_any(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
+    enum { P = 16 / sizeof(T) };
+    if (win->HS % P != 0) decode<T, 1, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
+    else if (win->HS > 64) decode<T, P, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
+    else if (win->NH > win->KVH) decode<T, P, 8, 2>(ops, out, cache, qkv, lengths, win);
+    else decode<T, P, 1, 2>(ops, out, cache, qkv, lengths, win);
+}
+
 static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
     const int wide = ops->bytes_per_act == 4;
     if (win->rope && wide) cuda_rotate<float>(ops, qkv, win);
@@ -5514,6 +5629,12 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
         fast_backward_keys<128, 1, 4, 1, 32>(ops, dqkv, D, dout, lse, qkv, win);
     } else if (win->HS % 8 == 0) plain_backward<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
     else plain_backward<bf16, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+}
+
+static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
+                                  const slam_window *win) {
+    if (ops->bytes_per_act == 4) decode_any<float>(ops, out, cache, qkv, lengths, win);
+    else decode_any<bf16>(ops, out, cache, qkv, lengths, win);
 }
 
 /* ---- the backend ---- */
@@ -5593,6 +5714,7 @@ template <typename T> static void cuda_fill(slam_ops *ops) {
     ops->matmul_backward_weight = cuda_matmul_backward_weight<T>;
     ops->attention_forward = cuda_attention_forward;
     ops->attention_backward = cuda_attention_backward;
+    ops->attention_decode = cuda_attention_decode;
     ops->swiglu_forward = cuda_swiglu_forward<T>;
     ops->swiglu_backward = cuda_swiglu_backward<T>;
     ops->crossentropy = cuda_crossentropy<T>;
@@ -9548,6 +9670,7 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
     ops = !strcmp(device, "cpu")
               ? slam_cpu(threads)
               : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : 0, strcmp(dtype, "f32") ? 2 : 4);
+    if (ops && threads > 0) ops->threads = slam_threads(threads);
     if (!ops && !strcmp(device, "auto")) {
         snprintf(note, 256, "%.255s", slam_error());
         ops = slam_cpu(threads);
