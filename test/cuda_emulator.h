@@ -53,7 +53,7 @@
 
 struct dim3 {
     unsigned x, y, z;
-    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -151,7 +151,7 @@ struct emulator_fiber {
     ~emulator_fiber();
 };
 
-enum { EMULATOR_STACK = 256 << 10 };
+enum { EMULATOR_STACK = 256 << 10, EMULATOR_THREADS = 1024 };
 
 emulator_fiber::emulator_fiber() {
     stack = (char *)mmap(NULL, EMULATOR_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -168,17 +168,17 @@ struct emulator_state {
     } index;
     char *shared;
     void *top; // the scheduler's stack pointer
-    emulator_fiber *now;
-    std::vector<emulator_fiber *> fibers; // of this block; more are kept for later ones
-    std::vector<int> ready;
-    int live;
+    emulator_fiber *now, *fibers[EMULATOR_THREADS];
+    int threads, ready[EMULATOR_THREADS], n_ready, live; // of this block: how many, who could go on, how many have not ended
+    unsigned lanes[EMULATOR_THREADS / 32];               // of a warp: that have not ended
+    int at_barrier, at_warp[EMULATOR_THREADS / 32];      // how many wait for a barrier, for a collective of their warp
     uint64_t random;
     const void *bottom; // the scheduler's stack, for AddressSanitizer
     size_t bottom_size;
     void *fake;
 };
 
-static thread_local emulator_state emulator;
+static thread_local emulator_state emulator = {}; // known when it is compiled: no check at every use
 #define threadIdx (emulator.now->thread)
 #define blockIdx  (emulator.index)
 #define blockDim  (emulator.block)
@@ -299,6 +299,7 @@ static void emulator_main(void) {
     emulator_deliver(f, f->groups);
     f->done = 1;
     emulator.live--;
+    emulator.lanes[f->index / 32] &= ~(1u << f->index % 32);
     emulator_check_barrier(); // it may have been the one that others wait for
     emulator_yield(1);
 }
@@ -306,24 +307,25 @@ static void emulator_main(void) {
 /* ---- collectives ---- */
 
 static emulator_fiber *emulator_lane(int warp, int lane) {
-    const size_t i = (size_t)warp * 32 + lane;
-    return i < emulator.fibers.size() && !emulator.fibers[i]->done ? emulator.fibers[i] : NULL;
+    const int i = warp * 32 + lane;
+    return i < emulator.threads && !emulator.fibers[i]->done ? emulator.fibers[i] : NULL;
 }
 
 static void emulator_release(emulator_fiber *f) {
+    if (f->kind == EMULATOR_BARRIER) emulator.at_barrier--;
+    else emulator.at_warp[f->index / 32]--;
     f->kind = EMULATOR_NONE;
-    emulator.ready.push_back(f->index);
+    emulator.ready[emulator.n_ready++] = f->index;
 }
 
 /* A barrier is complete when all threads that still run have come; then each gets the sum of what they brought. */
 static void emulator_check_barrier(void) {
-    int here = 0;
     uint64_t sum = 0;
-    for (emulator_fiber *f : emulator.fibers)
-        if (!f->done && f->kind == EMULATOR_BARRIER) here++, sum += f->value;
-    if (here == 0 || here < emulator.live) return;
-    for (emulator_fiber *f : emulator.fibers)
-        if (!f->done) f->result = sum, emulator_release(f);
+    if (emulator.at_barrier == 0 || emulator.at_barrier < emulator.live) return;
+    for (int i = 0; i < emulator.threads; i++)
+        if (!emulator.fibers[i]->done) sum += emulator.fibers[i]->value;
+    for (int i = 0; i < emulator.threads; i++)
+        if (!emulator.fibers[i]->done) emulator.fibers[i]->result = sum, emulator_release(emulator.fibers[i]);
 }
 
 /* The warp's product of mma_bf16, with the fragments' places as its comment in slam.h has them. */
@@ -394,12 +396,15 @@ static void emulator_collect(emulator_kind kind, unsigned mask) {
     emulator_fiber *f = emulator.now;
     f->kind = kind;
     f->mask = mask;
+    if (kind == EMULATOR_BARRIER) emulator.at_barrier++;
+    else emulator.at_warp[f->index / 32]++;
     if (!f->copies.empty() && emulator_draw(4) == 0) emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
     if (kind == EMULATOR_BARRIER) emulator_check_barrier();
     else {
         if (!(mask >> f->index % 32 & 1))
             emulator_fail("%s with mask %08x, without its own lane %d", emulator_kinds[kind], mask, f->index % 32);
-        emulator_check_warp(kind, f->index / 32, mask);
+        if (emulator.at_warp[f->index / 32] >= __builtin_popcount(mask & emulator.lanes[f->index / 32]))
+            emulator_check_warp(kind, f->index / 32, mask);
     }
     emulator_yield(0);
 }
@@ -514,8 +519,10 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
     if (posix_memalign(&memory, 128, shared ? shared : 1) != 0) emulator_fail("no memory for %zu bytes of shared memory", shared);
     memset(memory, 0xff, shared);
     e.shared = (char *)memory;
-    e.fibers.clear();
-    e.ready.clear();
+    e.threads = e.n_ready = e.live = (int)threads;
+    e.at_barrier = 0;
+    memset(e.at_warp, 0, sizeof e.at_warp);
+    memset(e.lanes, 0, sizeof e.lanes);
     for (size_t i = 0; i < threads; i++) {
         if (i >= fibers.size()) fibers.emplace_back();
         emulator_fiber *f = &fibers[i];
@@ -529,23 +536,24 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         f->groups = 0;
         f->copies.clear();
         f->top = emulator_first(f->stack);
-        e.fibers.push_back(f);
-        e.ready.push_back((int)i);
+        e.fibers[i] = f;
+        e.ready[i] = (int)i;
+        e.lanes[i / 32] |= 1u << i % 32;
     }
-    e.live = (int)threads;
-    while (!e.ready.empty()) {
-        const size_t i = emulator_draw(e.ready.size());
+    while (e.n_ready > 0) {
+        const uint64_t i = emulator_draw((uint64_t)e.n_ready);
         emulator_fiber *f = e.fibers[e.ready[i]];
-        e.ready[i] = e.ready.back();
-        e.ready.pop_back();
+        e.ready[i] = e.ready[--e.n_ready];
         emulator_resume(f);
     }
     if (e.live > 0) {
-        for (emulator_fiber *f : e.fibers)
-            if (!f->done)
-                fprintf(stderr, "emulator: thread %d waits at %s%s", f->index, emulator_kinds[f->kind],
-                        f->kind == EMULATOR_BARRIER ? "\n" : ""),
-                    f->kind == EMULATOR_BARRIER ? 0 : fprintf(stderr, " with mask %08x\n", f->mask);
+        for (size_t i = 0; i < threads; i++) {
+            const emulator_fiber *f = e.fibers[i];
+            if (f->done) continue;
+            fprintf(stderr, "emulator: thread %d waits at %s", f->index, emulator_kinds[f->kind]);
+            if (f->kind != EMULATOR_BARRIER) fprintf(stderr, " with mask %08x", f->mask);
+            fprintf(stderr, "\n");
+        }
         emulator_fail("%d of its %zu threads wait for others that do not come", e.live, threads);
     }
     free(e.shared);
@@ -643,7 +651,7 @@ static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, d
     const std::map<const void *, size_t>::const_iterator most = emulator_device.shared.find((const void *)kernel);
     const size_t threads = (size_t)block.x * block.y * block.z;
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads < 1 ||
-        threads > 1024 || block.z > 64 ||
+        threads > EMULATOR_THREADS || block.z > 64 ||
         shared > (most == emulator_device.shared.end() ? (size_t)EMULATOR_SHARED : most->second)) {
         emulator_device.error = cudaErrorInvalidConfiguration;
         return;
