@@ -1,31 +1,43 @@
 #!/usr/bin/env python3
-"""The other side of `make bench`: the same training steps by PyTorch and Transformers' Qwen2, float32 on the CPU.
+"""The other side of `make bench` and `make gpu-bench`: the same work by PyTorch and Transformers' Qwen2.
 
     python test/bench_torch.py --row tiny|10m|slam [--threads N] [--seconds S] [--compile] [--attention sdpa|eager]
+    python test/bench_torch.py --gpu attention|step [--keys FILE] [--seconds S] [--small] [--device cuda|cpu]
 
-A step is forward, loss, backward, clipping and AdamW (PyTorch's fused one) on random tokens, one document a row; of "slam" it is
-forward and backward alone, one micro-step. Two steps warm up ("slam": one; with --compile the first one compiles), then steps are
-timed one by one for S seconds, three at least. Prints one line of JSON; its tokens_per_second comes from the median step. A token's work is counted
-as 6 FLOP a parameter and 6 L T C for causal attention.
+--row, on the CPU in float32: a step is forward, loss, backward, clipping and AdamW (PyTorch's fused one) on random tokens, one
+document a row; of "slam" it is forward and backward alone, one micro-step. Two steps warm up ("slam": one; with --compile the first
+one compiles), then steps are timed one by one for S seconds, three at least. Prints one line of JSON; its tokens_per_second comes
+from the median step. A token's work is counted as 6 FLOP a parameter and 6 L T C for causal attention.
+
+--gpu: a table on stdout, and lines `key value` in FILE, each as soon as it is known; what would begin S seconds after the start or
+later is left out. attention: scaled_dot_product_attention by its flash and its cuDNN backend, forward and backward, without rotary
+positions; times by events, medians. step: the Slam model's training step on whole rows of 1024 tokens. --small: tiny shapes.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import statistics
 import time
 
+began = time.perf_counter()
 parser = argparse.ArgumentParser()
 parser.add_argument("--row", choices=["tiny", "10m", "slam"], default="tiny")
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 parser.add_argument("--seconds", type=float, default=10)
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what Transformers takes by itself")
+parser.add_argument("--gpu", choices=["attention", "step"])
+parser.add_argument("--device", default="cuda")
+parser.add_argument("--small", action="store_true")
+parser.add_argument("--keys")
 arguments = parser.parse_args()
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(arguments.threads)
+if not arguments.gpu:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(arguments.threads)
 
 import torch
-import transformers
 
 #         C    L   NH  KVH  F     V    B   T
 ROWS = {
@@ -35,16 +47,24 @@ ROWS = {
 }
 
 
-def main():
-    C, L, NH, KVH, F, V, B, T = ROWS[arguments.row]
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(1)
+def qwen2(C, L, NH, KVH, F, V):
+    import transformers
+
     config = transformers.Qwen2Config(
         hidden_size=C, num_hidden_layers=L, num_attention_heads=NH, num_key_value_heads=KVH, intermediate_size=F, vocab_size=V,
         max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-6, use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation=arguments.attention,
     )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).float().train()
+    return transformers.Qwen2ForCausalLM(config).float().train()
+
+
+def bench_cpu():
+    import transformers
+
+    C, L, NH, KVH, F, V, B, T = ROWS[arguments.row]
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(1)
+    model = qwen2(C, L, NH, KVH, F, V)
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     run = torch.compile(model) if arguments.compile else model
@@ -75,4 +95,188 @@ def main():
     print(json.dumps(result))
 
 
-main()
+# ---- on the GPU ----
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def key(name, value):
+    if arguments.keys:
+        with open(arguments.keys, "a") as f:
+            f.write(f"{name} {value:.6g}\n")
+
+
+def left():
+    return arguments.seconds - (time.perf_counter() - began)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+
+
+def synchronize():
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of_calls(work, n):
+    if arguments.device != "cuda":
+        start = time.perf_counter()
+        for _ in range(n):
+            work()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(n):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def seconds_of(work):
+    """As gpu_bench.cu: the median of seven rounds of 20 ms."""
+    seconds_of_calls(work, 2)
+    once = seconds_of_calls(work, 2) / 2
+    n = 2 if arguments.small or once > 0.01 else min(500, int(0.02 / once))
+    return statistics.median(seconds_of_calls(work, n) / n for _ in range(1 if arguments.small else 7))
+
+
+def attention_time(backend, B, T, NH, KVH, HS, shared):
+    """Seconds forward and backward; shared: k and v have KVH heads, otherwise they were copied to NH heads beforehand."""
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    heads = KVH if shared else NH
+    q, k, v, dout = (
+        torch.randn(B, T, h, HS, device=arguments.device, dtype=dtype).transpose(1, 2).requires_grad_(i < 3)
+        for i, h in enumerate((NH, heads, heads, NH))
+    )
+
+    def forward():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+
+    with torch.nn.attention.sdpa_kernel([backend]):
+        forward_time = seconds_of(forward)
+        out = forward()
+        backward_time = seconds_of(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+    return forward_time, backward_time
+
+
+def gpu_attention():
+    NH, KVH, HS = (2, 1, 64) if arguments.small else (14, 2, 64)
+    Backend = torch.nn.attention.SDPBackend
+    backends = {"flash": Backend.FLASH_ATTENTION, "cudnn": Backend.CUDNN_ATTENTION}
+    if arguments.device == "cpu":
+        backends = {"flash": Backend.MATH}
+    say(f"PyTorch {torch.__version__}, scaled_dot_product_attention, bf16, causal, one document a row, no rotation")
+    say("    T    B  backend    fwd ms  TFLOP/s     bwd ms  TFLOP/s   key/value heads")
+    for T in (1024, 2048, 4096):
+        T = T // 16 if arguments.small else T
+        B = 2 if arguments.small else 32768 // T
+        flop = 4 * T * T / 2 * HS * NH * B
+        for name, backend in backends.items():
+            results = []
+            for shared in (True, False):
+                if left() < 5:
+                    say(f"{T:5} {B:4}  {name}: left out, the time is used up")
+                    continue
+                try:
+                    forward, backward = attention_time(backend, B, T, NH, KVH, HS, shared)
+                    results.append((forward + backward, forward, backward, shared))
+                except Exception as error:
+                    say(f"{T:5} {B:4}  {name}, {'shared' if shared else 'copied'}: {first_line(error)}")
+            for _, forward, backward, shared in sorted(results):
+                say(
+                    f"{T:5} {B:4}  {name:8} {1e3 * forward:8.3f} {1e-12 * flop / forward:8.0f} {1e3 * backward:10.3f} "
+                    f"{2.5e-12 * flop / backward:8.0f}   {'shared (enable_gqa)' if shared else 'copied to all heads before'}"
+                )
+            if results:
+                _, forward, backward, _ = min(results)
+                key(f"torch/attention/forward/{T}/{name}", 1e3 * forward)
+                key(f"torch/attention/backward/{T}/{name}", 1e3 * backward)
+
+
+def step_time(compiled, autocast, B, T, shape, first):
+    """Seconds a token of a step of 78 rows, or as many whole micro-batches as come nearest; peak memory. first gets the seconds of
+    the first step, which compiles."""
+    torch.manual_seed(1)
+    model = qwen2(*shape).to(arguments.device)
+    if not autocast and arguments.device == "cuda":
+        model = model.bfloat16()
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    parts = 1 if arguments.small else max(1, round(78 / B))
+    tokens = [torch.randint(0, shape[5], (B, T), device=arguments.device) for _ in range(parts)]
+    mask = {"full_attention": None}  # causal, with nothing to build: so that attention takes the flash backend
+
+    def step():
+        for part in tokens:
+            with torch.autocast(arguments.device, torch.bfloat16) if autocast else contextlib.nullcontext():
+                loss = run(input_ids=part, labels=part, attention_mask=mask, use_cache=False).loss
+            (loss / parts).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    first.append(time.perf_counter() - start)
+    times = []
+    start = time.perf_counter()
+    step()
+    synchronize()
+    while len(times) < (1 if arguments.small else 3) or (time.perf_counter() - start < 6 and not arguments.small):
+        t = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - t)
+    memory = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
+    return statistics.median(times) / (parts * B * T), memory
+
+
+def gpu_step():
+    import transformers
+
+    shape = (128, 2, 2, 1, 192, 102) if arguments.small else ROWS["slam"][:6]
+    T = 64 if arguments.small else ROWS["slam"][7]
+    # Autocast keeps weights and their gradients in float32, as slam does and as Trainer does with bf16=True; weights in bf16 are
+    # faster, and lose updates smaller than 1/256 of a weight. The first plain row is there in case nothing compiles in time.
+    rows = [(False, True, 16), (True, True, 16), (True, True, 32), (True, False, 32), (True, True, 8), (True, False, 16)]
+    say(f"PyTorch {torch.__version__}, Transformers {transformers.__version__}: Qwen2ForCausalLM, sdpa, fused AdamW, clipping, rows of {T}")
+    say("compile  weights             micro   tokens/s   us/token   peak GB   first step s")
+    compiling = []  # seconds of the first steps that compiled
+    for compiled, autocast, B in rows:
+        B = B // 8 if arguments.small else B
+        how = f"{'yes' if compiled else 'no':7}  {'f32, bf16 autocast' if autocast else 'bf16':18} {B:6}"
+        needed = 15 + (1.3 * max(compiling, default=60) if compiled else 0)
+        if not arguments.small and left() < needed:
+            say(f"{how}   left out: {left():.0f} s are left, it may take {needed:.0f}")
+            continue
+        first = []
+        try:
+            seconds, memory = step_time(compiled, autocast, B, T, shape, first)
+            say(f"{how} {1 / seconds:10.0f} {1e6 * seconds:10.3f} {memory / 1e9:9.1f} {first[0]:10.1f}")
+            key(f"torch/step/{'compile' if compiled else 'eager'}{'' if autocast else '_bf16'}/{B}", 1 / seconds)
+        except Exception as error:
+            say(f"{how}   {first_line(error)}")
+        if compiled and first:
+            compiling.append(first[0])
+        gc.collect()
+        torch._dynamo.reset()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if arguments.gpu and arguments.device == "cuda" and not torch.cuda.is_available():
+    raise SystemExit("bench_torch.py: this PyTorch sees no GPU")
+if arguments.gpu == "attention":
+    gpu_attention()
+elif arguments.gpu == "step":
+    gpu_step()
+else:
+    bench_cpu()
