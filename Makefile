@@ -86,7 +86,7 @@ EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g -DSLAM_EMULATOR -include 
 EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
 emulate: train-emulated
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
-	$(EMULATE) -Og -c $< -o $@
+	$(EMULATE) -O0 -c $< -o $@
 train-emulated: $(B)/train.o $(B)/slam-emulated.o build/current
 	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 $(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
