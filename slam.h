@@ -590,8 +590,13 @@ char *slam_run_model(const char *path);     /* a model folder as it is, a run's 
 /* Keeps the value of every flag but of those named in `without` (words parted by spaces). */
 int slam_settings_keep(slam_settings *, const slam_flags *, const char *without);
 /* Gives the flags the values that a run was begun with. One that was given on the command line and says another is an error,
-   unless it may change, or may grow and does; "auto" contradicts nothing. `without`: flags that are no settings. */
+   unless it may change, or may grow and does; "auto" contradicts nothing. `without`: flags that are no settings. With a --device
+   of another kind than the run's, --dtype and --micro-batch are free. */
 int slam_settings_recall(const slam_settings *, slam_flags *, const char *without, const char *may_change, const char *may_grow);
+
+/* slam_device for a run with these settings (none: a new one). The flags device, dtype get what came out; `note` also says where
+   the run was on another kind of device before. */
+slam_ops *slam_run_device(const slam_settings *, slam_flags *, const char *device, const char *dtype, int threads, char note[256]);
 
 /* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them.
    Recall: given ones must be the run's, none given become the run's, which may be none (the bundled corpus); `paths` gets what
@@ -9889,11 +9894,39 @@ static int setting_agrees(const slam_flag *flag, const char *given, const char *
     return 1;
 }
 
+static const char *device_kind(const char *name) { return strncmp(name, "cuda", 4) ? "cpu" : "cuda"; }
+
+/* Whether the command line names another kind of device than the run's; -1: no memory. */
+static int device_moves(const slam_settings *s, const slam_flags *flags) {
+    const char *stored = slam_settings_get(s, "device");
+    if (!stored || !slam_flags_given(flags, "device")) return 0;
+    char *given = slam_flags_text(flags, "device");
+    const int moves = !given ? -1 : strcmp(given, "auto") && strcmp(device_kind(given), stored);
+    free(given);
+    return moves;
+}
+
+slam_ops *slam_run_device(const slam_settings *s, slam_flags *flags, const char *device, const char *dtype, int threads,
+                          char note[256]) {
+    const char *stored = slam_settings_get(s, "device");
+    slam_ops *ops = slam_device(device, dtype, threads, note);
+    if (!ops) return NULL;
+    if (stored && strcmp(stored, device_kind(ops->name)))
+        snprintf(note, 256, "the run was on %.64s before: the last bits may differ", stored);
+    if (slam_flags_set(flags, "device", device_kind(ops->name)) &&
+        slam_flags_set(flags, "dtype", ops->bytes_per_act == 4 ? "f32" : "bf16"))
+        return ops;
+    slam_ops_free(ops);
+    return NULL;
+}
+
 int slam_settings_recall(const slam_settings *s, slam_flags *flags, const char *without, const char *may_change,
                          const char *may_grow) {
+    const int moves = device_moves(s, flags);
+    if (moves < 0) return 0;
     for (int i = 0; i < flags->n; i++) {
         const slam_flag *flag = &flags->at[i];
-        if (!flag->name || among(without, flag->name)) continue;
+        if (!flag->name || among(without, flag->name) || (moves && among("dtype micro-batch", flag->name))) continue;
         const char *stored = slam_settings_get(s, flag->name);
         char *given = slam_flags_text(flags, flag->name);
         const int takes_stored = given && stored && (!flag->given || !strcmp(given, "auto"));

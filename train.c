@@ -20,7 +20,6 @@ typedef struct job {
     slam_flag table[48];
     slam_list data_paths, val_paths; /* what is opened; flags.rest and o.val are how the user calls it */
     int fresh, any_limit, measure;   /* not resumed; a limit was asked for; --time has to find the number of steps */
-    int moved;                       /* resumed on another kind of device than before */
     int is_bundled;
     slam_ops *ops;
     slam_config config;
@@ -38,10 +37,8 @@ static const char *const recipe_slam[][2] = {
     {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"},
 };
 
-/* Flags that concern this call alone (and, on another kind of device than before, what is that device's); those that may differ
-   when a run goes on, and those that may then be greater. */
+/* Flags that concern this call alone, those that may differ when a run goes on, and those that may then be greater. */
 static const char not_kept[] = "out resume dry-run rate val";
-static const char not_kept_elsewhere[] = "out resume dry-run rate val dtype micro-batch";
 static const char may_change[] = "threads device recompute save-every keep log-every";
 static const char may_grow[] = "steps tokens epochs time";
 
@@ -184,14 +181,6 @@ static int is_new_limit(const job *j, const slam_flag *f) {
     return f->given && !(stored && strtod(stored, NULL) == value);
 }
 
-static const char *kind_of(const char *device) { return strncmp(device, "cuda", 4) ? "cpu" : "cuda"; }
-
-/* Whether the command line asks for another kind of device than the run was on. There, type of numbers and rows at once are free. */
-static int is_moved(const job *j) {
-    const char *stored = slam_settings_get(&j->run.trainer.settings, "device");
-    return stored && slam_flags_given(&j->flags, "device") && strcmp(j->o.device, "auto") && strcmp(kind_of(j->o.device), stored);
-}
-
 /* Flags, then what the resumed run has, then the recipe, then defaults: the first to say a value decides. */
 static int settle(job *j) {
     options *o = &j->o;
@@ -202,8 +191,7 @@ static int settle(job *j) {
     if (o->resume && !slam_run_find("train", o->out, &j->folder, &j->checkpoint, t)) return 0;
     j->fresh = t->steps == 0;
     if (!j->fresh) {
-        j->moved = is_moved(j);
-        if (!slam_settings_recall(&t->settings, &j->flags, j->moved ? not_kept_elsewhere : not_kept, may_change, may_grow) ||
+        if (!slam_settings_recall(&t->settings, &j->flags, not_kept, may_change, may_grow) ||
             !slam_settings_recall_paths(&t->settings, "data", &j->flags.rest, &j->data_paths) ||
             !slam_settings_recall_paths(&t->settings, "val", &o->val, &j->val_paths))
             return 0;
@@ -515,21 +503,11 @@ static int keep_settings(job *j) {
            slam_settings_keep_paths(&t->settings, "val", &j->o.val);
 }
 
-/* A resumed run goes on on the kind of device that it was on, with its type of numbers, unless it is told otherwise. */
-static int open_device(job *j, char note[256]) {
-    const options *o = &j->o;
-    if (!(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
-    if (j->moved)
-        snprintf(note, 256, "the run was on %s before: the last bits may differ",
-                 slam_settings_get(&j->run.trainer.settings, "device"));
-    return slam_flags_set(&j->flags, "device", kind_of(j->ops->name)) &&
-           slam_flags_set(&j->flags, "dtype", j->ops->bytes_per_act == 4 ? "f32" : "bf16");
-}
-
 /* Settles all that is known before training: settings, device, data, vocabulary, length. */
 static int plan(job *j, const char *argv0, char note[256]) {
     options *o = &j->o;
-    if (!settle(j) || !name_data(j, argv0) || !open_device(j, note)) return 0;
+    if (!settle(j) || !name_data(j, argv0)) return 0;
+    if (!(j->ops = slam_run_device(&j->run.trainer.settings, &j->flags, o->device, o->dtype, o->threads, note))) return 0;
     if (!open_data(j) || !read_config(j) || !check_units(j)) return 0;
     if (!slam_data_prepare(j->data, j->config.V, o->val_fraction, (uint64_t)o->seed, o->val_fraction > 0 ? &j->val : NULL))
         return 0;

@@ -217,8 +217,8 @@ check 'but where it is told to' 'note' sh -c "'$train' --resume --out more --dev
 "$train" --resume --out two --steps 30 >/dev/null 2>&1
 check 'with rows and numbers of the new device' 'differ' same_runs more two
 check 'and stays there' 'status' "$train" --resume --out more --steps 31
-if (ulimit -v 400000 && "$train" --version) >/dev/null 2>&1; then
-    refuses 'too little memory' 1 'out of memory.*--micro-batch' sh -c "ulimit -v 400000; exec '$train' a.jsonl --context 1024 --batch 64 --micro-batch 64 --steps 1 --out none"
+if (ulimit -v 4000000 && "$train" --version) >/dev/null 2>&1; then
+    refuses 'too little memory' 1 'out of memory.*--micro-batch' sh -c "ulimit -v 4000000; exec '$train' a.jsonl --context 1024 --batch 512 --micro-batch 512 --steps 1 --out none"
     check 'leaves nothing' 'folder' test ! -e none
 else
     echo 'skip too little memory: no limit can be set for this program'
