@@ -547,6 +547,110 @@ static void test_nll(slam_ops *ops) {
     slam_model_free(m);
 }
 
+/* ---- a step: what is asked for and when it is waited for ---- */
+
+/* A task that makes its batches up, and what was called: n next, x a next that failed, a accumulate, s seek, d a download of the
+   step's statistics, w any other wait. */
+static struct {
+    slam_model *model;
+    slam_batch batch;
+    uint64_t row, missing;
+    char events[200];
+    int count;
+} made_up;
+
+static void event(char c) {
+    if (made_up.count < 199) made_up.events[made_up.count++] = c;
+}
+
+static int made_up_next(void *context, uint64_t *tokens, uint64_t *terms) {
+    (void)context;
+    event(made_up.row == made_up.missing ? 'x' : 'n');
+    if (made_up.row == made_up.missing) return fail("there is no batch %d", (int)made_up.row);
+    uint64_t seed = made_up.row++;
+    free(made_up.batch.tokens);
+    made_up.batch = random_batch(2, 13, 27, &seed, 0);
+    *tokens = 26;
+    *terms = (uint64_t)count_targets(&made_up.batch);
+    return 1;
+}
+
+static int made_up_accumulate(void *context, uint64_t terms) {
+    (void)context;
+    event('a');
+    return slam_model_backward(made_up.model, &made_up.batch, 1.0f / (float)terms, NULL, NULL);
+}
+
+static void made_up_tell(void *context, uint64_t *epoch, uint64_t *row) {
+    (void)context;
+    *epoch = 0;
+    *row = made_up.row;
+}
+
+static int made_up_seek(void *context, uint64_t epoch, uint64_t row) {
+    (void)context, (void)epoch;
+    event('s');
+    made_up.row = row;
+    return 1;
+}
+
+static void noting_download(slam_ops *ops, void *host, const void *from, size_t bytes) {
+    event(bytes == 2 * sizeof(double) ? 'd' : 'w');
+    cpu_copy(ops, host, from, bytes);
+}
+
+/* Trains `steps` steps with nothing on stdout. */
+static int train_made_up(slam_ops *ops, const char *folder, long steps, uint64_t missing, int save_every) {
+    slam_run r = SLAM_ZERO;
+    const int out = (fflush(stdout), dup(1)), null = open("/dev/null", O_WRONLY);
+    memset(&made_up, 0, sizeof made_up);
+    const slam_config c = {27, 24, 2, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    made_up.model = r.model = slam_model_new(ops, &c, 1);
+    made_up.missing = missing;
+    r.folder = folder, r.ops = ops, r.context = 13, r.micro = 2, r.lr = 1e-2, r.began = slam_clock();
+    r.adamw.beta1 = 0.9, r.adamw.beta2 = 0.999, r.adamw.eps = 1e-8;
+    r.save_every = save_every, r.trainer.steps = steps;
+    slam_task task = SLAM_ZERO;
+    task.next = made_up_next, task.accumulate = made_up_accumulate, task.tell = made_up_tell, task.seek = made_up_seek;
+    r.task = task;
+    dup2(null, 1);
+    int ok = slam_model_plan(r.model, 2, 13, SLAM_TRAIN) && slam_run_begin(&r, NULL);
+    ops->download = noting_download;
+    ok = ok && slam_run_train(&r);
+    ops->download = cpu_copy;
+    fflush(stdout);
+    dup2(out, 1);
+    close(out), close(null);
+    slam_run_end(&r);
+    slam_model_free(r.model);
+    free(made_up.batch.tokens);
+    return ok;
+}
+
+static void test_steps(slam_ops *ops) {
+    const char *folder = check_path("steps");
+    slam_trainer t;
+    char path[1200];
+    if (TEST("a step: the next batch is taken before the update is waited for")) {
+        CHECK(train_made_up(ops, folder, 4, 1000, 1000), "%s", slam_error());
+        /* before step 1, then batch 2 while 1 is computed, ...; the last takes none; its checkpoint downloads three arrays */
+        CHECK(strcmp(made_up.events, "snandandandadwww") == 0, "%s", made_up.events);
+        snprintf(path, sizeof path, "%s/latest", folder);
+        CHECK(slam_trainer_read(&t, path), "%s", slam_error());
+        CHECK(t.step == 4 && t.row == 4, "step %ld, row %d, expected 4 of both", t.step, (int)t.row);
+        slam_trainer_free(&t);
+        remove_tree(folder);
+    }
+    if (TEST("a batch that cannot be had is an error after the step before it")) {
+        check_fails(train_made_up(ops, folder, 10, 3, 1), "there is no batch 3");
+        snprintf(path, sizeof path, "%s/latest", folder);
+        CHECK(slam_trainer_read(&t, path), "%s", slam_error());
+        CHECK(t.step == 3 && t.row == 3, "step %ld, row %d, expected 3 of both", t.step, (int)t.row);
+        slam_trainer_free(&t);
+        remove_tree(folder);
+    }
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(0);
     names list = SLAM_ZERO;
@@ -574,6 +678,7 @@ int main(void) {
     test_damaged_weights(ops);
     test_bad_batches(ops);
     test_nll(ops);
+    test_steps(ops);
     slam_ops_free(ops);
     return check_end();
 }
