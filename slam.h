@@ -4694,24 +4694,29 @@ static __device__ __forceinline__ int window_sees_any(int4 w, int a, int b) {
 static __device__ __forceinline__ int window_sees_all(int4 w, int a, int b) {
     return a >= w.x && b <= w.y && max(a, w.z) >= min(b, w.w);
 }
+/* Bit k: key j + k, of 32 */
+static __device__ __forceinline__ unsigned window_bits(int4 w, int j) {
+    const int a = min(max(w.x - j, 0), 32), b = min(max(w.y - j, a), 32);
+    const int c = min(max(w.z - j, 0), 32), d = min(max(w.w - j, c), 32);
+    return (unsigned)((1ull << b) - (1ull << a)) & ~(unsigned)((1ull << d) - (1ull << c));
+}
 static __device__ __forceinline__ int window_position(int4 w, int i) { return i - w.x - (w.w - w.z); }
 
 /* Rotation of the query and key heads of qkv in place, R_p of section 3. A thread turns P neighbouring pairs: two accesses of P
    numbers each way. Bound by memory: 2 N (NH + KVH) HS sizeof(T) bytes; the table of angles stays in the cache. */
 template <typename T, int P> static __global__ void __launch_bounds__(256) rotate_kernel(T *qkv, const slam_window win) {
     const int half = win.HS / 2, heads = win.NH + win.KVH, threads = heads * half / P;
-    const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    const size_t row = index / threads;
-    if (row >= (size_t)win.B * win.T) return;
-    const int h = (int)(index % threads) / (half / P), c = (int)(index % threads) % (half / P) * P, b = row / win.T,
-              i = row % win.T;
-    const float *cosine = win.rope + (size_t)window_position(window_of(win, b, i), i) * win.HS + c, *sine = cosine + half;
-    T *x = qkv + (row * (heads + win.KVH) + h) * win.HS + c;
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x, row = index / threads, pair = index % threads * P;
+    if (row >= (unsigned)(win.B * win.T)) return;
+    const int h = pair / half, c = pair % half, b = row / win.T, i = row % win.T;
+    const float *angle = win.rope + (size_t)window_position(window_of(win, b, i), i) * win.HS + c;
+    const pack<float, P> cosine = *(const pack<float, P> *)angle, sine = *(const pack<float, P> *)(angle + half);
+    T *x = qkv + ((size_t)row * (heads + win.KVH) + h) * win.HS + c;
     pack<T, P> x0 = *(const pack<T, P> *)x, x1 = *(const pack<T, P> *)(x + half);
     for (int k = 0; k < P; k++) {
         const float a = (float)x0.at[k], d = (float)x1.at[k];
-        x0.at[k] = (T)(a * cosine[k] - d * sine[k]);
-        x1.at[k] = (T)(d * cosine[k] + a * sine[k]);
+        x0.at[k] = (T)(a * cosine.at[k] - d * sine.at[k]);
+        x1.at[k] = (T)(d * cosine.at[k] + a * sine.at[k]);
     }
     *(pack<T, P> *)x = x0;
     *(pack<T, P> *)(x + half) = x1;
@@ -4772,11 +4777,12 @@ static __device__ __forceinline__ void plain_store(T *to, const float *sums, flo
 /* Forward: a warp a query. Of a run of 32 keys each lane takes one, for its score; then each lane takes its channels of all 32
    values. Keys and values come from the caches, where the next query finds them again; bound by the instructions. */
 template <typename T, int P>
-static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS, 1)
     attention_forward_plain(T *out, float *lse, const T *qkv, const slam_window win) {
     const int T_ = win.T, NH = win.NH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * win.KVH) * HS; // (b,h,i)
-    if (index >= (size_t)win.B * NH * T_) return;
+    const int index = blockIdx.x * PLAIN_WARPS + warp; // (b,h,i)
+    const size_t W = (size_t)(NH + 2 * win.KVH) * HS;
+    if (index >= win.B * NH * T_) return;
     const int i = index % T_, h = index / T_ % NH, b = index / T_ / NH;
     float *query = (float *)shared_memory() + warp * (HS + 32), *p = query + HS;
     const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
@@ -4807,12 +4813,13 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
 
 /* Backward for dq and D: as the forward pass, a warp a query. */
 template <typename T, int P>
-static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS, 1)
     attention_backward_queries_plain(T *dqkv, float *D, const T *dout, const T *out, const float *lse, const T *qkv,
                                      const slam_window win) {
     const int T_ = win.T, NH = win.NH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * win.KVH) * HS; // (b,h,i)
-    if (index >= (size_t)win.B * NH * T_) return;
+    const int index = blockIdx.x * PLAIN_WARPS + warp; // (b,h,i)
+    const size_t W = (size_t)(NH + 2 * win.KVH) * HS;
+    if (index >= win.B * NH * T_) return;
     const int i = index % T_, h = index / T_ % NH, b = index / T_ / NH;
     float *query = (float *)shared_memory() + warp * (2 * HS + 32), *d = query + HS, *ds = d + HS;
     const T *row = qkv + (size_t)b * T_ * W, *q = row + i * W + h * HS, *key = row + (NH + h * win.KVH / NH) * HS;
@@ -4846,11 +4853,12 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
 
 /* Backward for dk and dv: a warp a key; it goes through the queries of all heads that read it, 32 at a time. */
 template <typename T, int P>
-static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
+static __global__ void __launch_bounds__(32 * PLAIN_WARPS, 1)
     attention_backward_keys_plain(T *dqkv, const float *D, const T *dout, const float *lse, const T *qkv, const slam_window win) {
     const int T_ = win.T, NH = win.NH, KVH = win.KVH, HS = win.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const size_t index = (size_t)blockIdx.x * PLAIN_WARPS + warp, W = (size_t)(NH + 2 * KVH) * HS, O = (size_t)NH * HS; // (b,g,j)
-    if (index >= (size_t)win.B * KVH * T_) return;
+    const int index = blockIdx.x * PLAIN_WARPS + warp; // (b,g,j)
+    const size_t W = (size_t)(NH + 2 * KVH) * HS, O = (size_t)NH * HS;
+    if (index >= win.B * KVH * T_) return;
     const int j = index % T_, g = index / T_ % KVH, b = index / T_ / KVH;
     float *key = (float *)shared_memory() + warp * (2 * HS + 64), *value = key + HS, *p = value + HS, *ds = p + 32;
     const T *row = qkv + (size_t)b * T_ * W, *k = row + j * W + (NH + g) * HS;
@@ -4881,7 +4889,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS)
 }
 
 template <typename T, int P>
-static void plain_forward(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
+static void cuda_forward_plain(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
     const size_t queries = (size_t)win->B * win->NH * win->T, shared = PLAIN_WARPS * (win->HS + 32) * sizeof(float);
     SLAM_LAUNCH((attention_forward_plain<T, P>), (unsigned)((queries + PLAIN_WARPS - 1) / PLAIN_WARPS), 32 * PLAIN_WARPS, shared,
                 ((cuda_ops *)ops)->stream, (T *)out, lse, (const T *)qkv, *win);
@@ -4889,8 +4897,8 @@ static void plain_forward(slam_ops *ops, slam_act *out, float *lse, const slam_a
 }
 
 template <typename T, int P>
-static void plain_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
-                           const slam_act *qkv, const slam_window *win) {
+static void cuda_backward_plain(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
+                                const float *lse, const slam_act *qkv, const slam_window *win) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
     const size_t queries = (size_t)win->B * win->NH * win->T, keys = (size_t)win->B * win->KVH * win->T;
     const size_t shared = PLAIN_WARPS * (2 * win->HS + 64) * sizeof(float);
@@ -4903,45 +4911,49 @@ static void plain_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_a
 
 /* ---- attention: what the fast kernels are made of ----
    Tiles of rows of HS numbers lie in shared memory, row after row, in chunks of 16 bytes. ldmatrix reads one chunk of each of 8
-   rows at a time, which must lie in different banks: so chunk c of row r is kept where chunk c ^ r would be. */
+   rows at a time, which must lie in different banks: so chunk c of row r is kept where chunk c ^ r would be. A tile is named by
+   its byte in shared memory, a multiple of 128. */
 template <int HS> static __device__ __forceinline__ int tile_at(int row, int chunk) {
     return row * HS * 2 + (chunk ^ (HS == 32 ? row >> 1 & 3 : row & 7)) * 16;
 }
 
-/* ROWS rows, `stride` numbers apart, on their way to shared memory by THREADS threads; rows from `valid` on become 0. */
+/* ROWS rows, `stride` numbers apart, on their way to a tile by THREADS threads; rows from `valid` on become 0. */
 template <int HS, int ROWS, int THREADS>
-static __device__ __forceinline__ void tile_load(char *tile, const bf16 *from, size_t stride, int valid, int thread) {
-    constexpr int CHUNKS = HS / 8;
-    for (int k = 0; k < ROWS * CHUNKS / THREADS; k++) {
-        const int row = (k * THREADS + thread) / CHUNKS, chunk = (k * THREADS + thread) % CHUNKS;
-        copy_async(tile + tile_at<HS>(row, chunk), from + (row < valid ? row : 0) * stride + chunk * 8, row < valid);
-    }
+static __device__ __forceinline__ void tile_load(int tile, const bf16 *from, int stride, int valid, int thread) {
+    constexpr int CHUNKS = HS / 8, STEP = THREADS / CHUNKS; // rows at a time
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "every step places its chunks alike");
+    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+    char *to = shared_memory() + tile + tile_at<HS>(row, chunk);
+    from += (ptrdiff_t)row * stride + chunk * 8;
+    for (int k = 0; k < ROWS; k += STEP, from += STEP * stride) copy_async(to + k * HS * 2, from, row + k < valid);
 }
 
 /* Operands of mma_bf16 from a tile, 16 rows by 16 columns of it: an A with the tile's rows; Bs whose 8 columns are rows of the
    tile and whose 16 rows are its columns (b[0], b[1] of rows 0..7; b[2], b[3] of rows 8..15); and Bs whose 16 rows are rows of
-   the tile (b[0], b[1] of columns 0..7; b[2], b[3] of columns 8..15). */
-template <int HS> static __device__ __forceinline__ void tile_a(uint32_t a[4], const char *tile, int row, int column) {
+   the tile (b[0], b[1] of columns 0..7; b[2], b[3] of columns 8..15). `at` is the tile plus where this lane reads of its first
+   16 x 16: row and column being multiples of 16, an exclusive or gets from there to the lane's chunk of any other. */
+template <int HS> static __device__ __forceinline__ int tile_lane(void) {
     const int lane = threadIdx.x % 32;
-    ldmatrix(a, tile + tile_at<HS>(row + lane % 16, column / 8 + lane / 16));
+    return tile_at<HS>(lane % 16, lane / 16);
 }
-template <int HS> static __device__ __forceinline__ void tile_b(uint32_t b[4], const char *tile, int row, int column) {
+template <int HS> static __device__ __forceinline__ int tile_lane_b(void) {
     const int lane = threadIdx.x % 32;
-    ldmatrix(b, tile + tile_at<HS>(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    return tile_at<HS>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
-template <int HS> static __device__ __forceinline__ void tile_b_transposed(uint32_t b[4], const char *tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_transposed(b, tile + tile_at<HS>(row + lane % 16, column / 8 + lane / 16));
+template <int HS> static __device__ __forceinline__ void tile_read(uint32_t r[4], int at, int row, int column) {
+    ldmatrix(r, shared_memory() + row * HS * 2 + (at ^ column * 2));
+}
+template <int HS> static __device__ __forceinline__ void tile_read_transposed(uint32_t r[4], int at, int row, int column) {
+    ldmatrix_transposed(r, shared_memory() + row * HS * 2 + (at ^ column * 2));
 }
 
 /* The A operands of 16 whole rows straight from global memory; rows from `valid` on are 0. */
-template <int HS>
-static __device__ __forceinline__ void rows_a(uint32_t a[HS / 16][4], const bf16 *from, size_t stride, int valid) {
+template <int HS> static __device__ __forceinline__ void rows_a(uint32_t a[HS / 16][4], const bf16 *from, int stride, int valid) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int k = 0; k < HS / 16; k++)
         for (int r = 0; r < 4; r++) {
             const int row = g + r % 2 * 8;
-            a[k][r] = row < valid ? *(const uint32_t *)(from + row * stride + k * 16 + r / 2 * 8 + 2 * t) : 0;
+            a[k][r] = row < valid ? *(const uint32_t *)(from + (ptrdiff_t)row * stride + k * 16 + r / 2 * 8 + 2 * t) : 0;
         }
 }
 
@@ -4969,7 +4981,8 @@ static __device__ __forceinline__ void sums_a(uint32_t a[4], const float left[4]
 /* A warp's 16 MT rows of sums, rounded, to global memory: by way of a tile of its own, so that accesses are 16 bytes and
    sectors whole. */
 template <int HS, int MT>
-static __device__ __forceinline__ void rows_store(bf16 *to, size_t stride, int valid, const float c[MT][HS / 8][4], char *tile) {
+static __device__ __forceinline__ void rows_store(bf16 *to, int stride, int valid, const float c[MT][HS / 8][4], int at) {
+    char *tile = shared_memory() + at;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     for (int m = 0; m < MT; m++)
         for (int n = 0; n < HS / 8; n++)
@@ -4978,7 +4991,7 @@ static __device__ __forceinline__ void rows_store(bf16 *to, size_t stride, int v
     __syncwarp();
     for (int k = lane; k < 16 * MT * HS / 8; k += 32) {
         const int row = k / (HS / 8), chunk = k % (HS / 8);
-        if (row < valid) *(uint4 *)(to + row * stride + chunk * 8) = *(const uint4 *)(tile + tile_at<HS>(row, chunk));
+        if (row < valid) *(uint4 *)(to + (ptrdiff_t)row * stride + chunk * 8) = *(const uint4 *)(tile + tile_at<HS>(row, chunk));
     }
 }
 
@@ -5031,8 +5044,23 @@ static __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-/* exp(s scale) = 2^(s scale log2 e) */
-#define LOG2_E 1.44269504f
+#define LOG2_E 1.44269504f // exp(s) = 2^(s log2 e)
+
+/* Scores (16 MT queries by KEYS keys from j on) of what is not seen become -INFINITY. windows: of these queries. */
+template <int MT, int KEYS> static __device__ __forceinline__ void rows_hide(float s[MT][KEYS / 8][4], const int4 *windows, int j) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int4 w = windows[lane % (16 * MT)]; // each lane works out the bits of one query
+    for (int part = 0; part < KEYS / 32; part++) {
+        const unsigned bits = window_bits(w, j + 32 * part);
+        for (int m = 0; m < MT; m++)
+            for (int r = 0; r < 2; r++) {
+                const unsigned see = __shfl_sync(0xffffffffu, bits, 16 * m + 8 * r + g) >> 2 * t;
+                for (int n = 0; n < 4; n++)
+                    for (int e = 0; e < 2; e++)
+                        if (!(see >> (8 * n + e) & 1)) s[m][4 * part + n][2 * r + e] = -INFINITY;
+            }
+    }
+}
 
 /* Which pairs of tiles have anything to compute. For every tile that a block may visit there is a word, and in it a byte for
    each warp (or group of warps) w: 0: nothing is seen, 1: something, so the window decides for each pair, 2: everything. This
@@ -5090,15 +5118,14 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
-    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS;
+    const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
     const bf16 *row = qkv + (size_t)b * win.T * W, *key = row + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
-    char *stages = shared_memory(); // twice a tile of k and one of v
-    int4 *windows = (int4 *)(stages + 4 * TILE);
+    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // behind twice a tile of k and one of v
     int *visits = (int *)(windows + QUERIES_);
 
     const int i = i0 + warp * 16 * MT; // this warp's first query
     uint32_t q[MT][HS / 16][4];
-    for (int m = 0; m < MT; m++) rows_a<HS>(q[m], row + (i + 16 * m) * W + h * HS, W, win.T - i - 16 * m);
+    for (int m = 0; m < MT; m++) rows_a<HS>(q[m], row + (ptrdiff_t)(i + 16 * m) * W + h * HS, W, win.T - i - 16 * m);
     const int n_visits = visits_of_queries<MT, KEYS>(visits, windows, win, b, i0);
 
     float o[MT][HS / 8][4], max_[MT][2], sum[MT][2];
@@ -5113,15 +5140,15 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         __syncthreads(); // the tile has come, and nobody reads the one before it any more
         if (visit + 1 < n_visits) {
             const int j0 = (visits[visit + 1] >> 8) * KEYS;
-            char *stage = stages + (visit + 1) % 2 * 2 * TILE;
-            tile_load<HS, KEYS, 128>(stage, key + j0 * W, W, win.T - j0, threadIdx.x);
-            tile_load<HS, KEYS, 128>(stage + TILE, value + j0 * W, W, win.T - j0, threadIdx.x);
+            const int stage = (visit + 1) % 2 * 2 * TILE;
+            tile_load<HS, KEYS, 128>(stage, key + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
+            tile_load<HS, KEYS, 128>(stage + TILE, value + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
         }
         copy_async_commit();
         if (visit < 0) continue;
         const int seen = visits[visit] >> 2 * warp & 3, j0 = (visits[visit] >> 8) * KEYS;
         if (seen == 0) continue;
-        const char *k_tile = stages + visit % 2 * 2 * TILE, *v_tile = k_tile + TILE;
+        const int k_tile = visit % 2 * 2 * TILE + tile_lane_b<HS>(), v_tile = visit % 2 * 2 * TILE + TILE + tile_lane<HS>();
 
         float s[MT][KEYS / 8][4];
         for (int m = 0; m < MT; m++)
@@ -5130,44 +5157,46 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         for (int k = 0; k < HS / 16; k++)
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t x[4];
-                tile_b<HS>(x, k_tile, 16 * n, 16 * k);
+                tile_read<HS>(x, k_tile, 16 * n, 16 * k);
                 for (int m = 0; m < MT; m++) {
                     mma_bf16(s[m][2 * n], q[m][k], x[0], x[1]);
                     mma_bf16(s[m][2 * n + 1], q[m][k], x[2], x[3]);
                 }
             }
-        if (seen == 1)
+        if (seen == 1) rows_hide<MT, KEYS>(s, windows + warp * 16 * MT, j0);
+        float above[MT][2], rise = 0;
+        for (int m = 0; m < MT; m++)
+            for (int r = 0; r < 2; r++) {
+                float x = s[m][0][2 * r];
+                for (int n = 0; n < KEYS / 8; n++) x = fmaxf(x, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+                above[m][r] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+                rise = fmaxf(rise, (above[m][r] - max_[m][r]) * scale); // NaN, which fmaxf passes over: nothing is seen yet
+            }
+        if (__any_sync(0xffffffffu, rise > 8)) // 2^8 is far from any limit: a rise of less may go into p
             for (int m = 0; m < MT; m++)
                 for (int r = 0; r < 2; r++) {
-                    const int4 w = windows[warp * 16 * MT + 16 * m + 8 * r + g];
-                    for (int n = 0; n < KEYS / 8; n++)
-                        for (int e = 0; e < 2; e++)
-                            if (!window_sees(w, j0 + 8 * n + 2 * t + e)) s[m][n][2 * r + e] = -INFINITY;
+                    const float higher = fmaxf(max_[m][r], above[m][r]);
+                    const float keep = exp2_fast(max_[m][r] * scale - (higher == -INFINITY ? 0 : higher * scale));
+                    max_[m][r] = higher;
+                    sum[m][r] *= keep;
+                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= keep, o[m][n][2 * r + 1] *= keep;
                 }
         for (int m = 0; m < MT; m++)
             for (int r = 0; r < 2; r++) {
-                float above = max_[m][r];
-                for (int n = 0; n < KEYS / 8; n++) above = fmaxf(above, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
-                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
-                const float shift = above == -INFINITY ? 0 : above * scale; // this query may see nothing yet
-                const float keep = exp2_fast(max_[m][r] * scale - shift);
-                max_[m][r] = above;
-                float added = 0;
+                const float shift = max_[m][r] == -INFINITY ? 0 : max_[m][r] * scale;
                 for (int n = 0; n < KEYS / 8; n++)
                     for (int e = 0; e < 2; e++) {
                         s[m][n][2 * r + e] = exp2_fast(s[m][n][2 * r + e] * scale - shift);
-                        added += s[m][n][2 * r + e];
+                        sum[m][r] += s[m][n][2 * r + e];
                     }
-                sum[m][r] = sum[m][r] * keep + added;
-                for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= keep, o[m][n][2 * r + 1] *= keep;
             }
         for (int k = 0; k < KEYS / 16; k++) {
             uint32_t p[MT][4];
             for (int m = 0; m < MT; m++) sums_a(p[m], s[m][2 * k], s[m][2 * k + 1]);
             for (int n = 0; n < HS / 16; n++) {
                 uint32_t x[4];
-                tile_b_transposed<HS>(x, v_tile, 16 * k, 16 * n);
+                tile_read_transposed<HS>(x, v_tile, 16 * k, 16 * n);
                 for (int m = 0; m < MT; m++) {
                     mma_bf16(o[m][2 * n], p[m], x[0], x[1]);
                     mma_bf16(o[m][2 * n + 1], p[m], x[2], x[3]);
@@ -5186,11 +5215,11 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
             for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
         }
     __syncthreads(); // all have read the last tiles, whose place the output takes on its way
-    rows_store<HS, MT>(out + ((size_t)b * win.T + i) * O + h * HS, O, win.T - i, o, stages + warp * 16 * MT * HS * 2);
+    rows_store<HS, MT>(out + ((size_t)b * win.T + i) * O + h * HS, O, win.T - i, o, warp * 16 * MT * HS * 2);
 }
 
 template <int HS, int MT, int KEYS>
-static void fast_forward(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
+static void cuda_forward_fast(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
     const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
     const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
     cudaFuncSetAttribute(attention_forward_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
@@ -5210,10 +5239,10 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
-    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS, first = (size_t)b * win.T;
+    const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
+    const size_t first = (size_t)b * win.T;
     const bf16 *key = qkv + first * W + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
-    char *stages = shared_memory(); // twice a tile of k and one of v
-    int4 *windows = (int4 *)(stages + 4 * TILE);
+    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // behind twice a tile of k and one of v
     int *visits = (int *)(windows + QUERIES_);
 
     const int i = i0 + warp * 16 * MT; // this warp's first query
@@ -5244,15 +5273,15 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         __syncthreads(); // the tile has come, and nobody reads the one before it any more
         if (visit + 1 < n_visits) {
             const int j0 = (visits[visit + 1] >> 8) * KEYS;
-            char *stage = stages + (visit + 1) % 2 * 2 * TILE;
-            tile_load<HS, KEYS, 128>(stage, key + j0 * W, W, win.T - j0, threadIdx.x);
-            tile_load<HS, KEYS, 128>(stage + TILE, value + j0 * W, W, win.T - j0, threadIdx.x);
+            const int stage = (visit + 1) % 2 * 2 * TILE;
+            tile_load<HS, KEYS, 128>(stage, key + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
+            tile_load<HS, KEYS, 128>(stage + TILE, value + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
         }
         copy_async_commit();
         if (visit < 0) continue;
         const int seen = visits[visit] >> 2 * warp & 3, j0 = (visits[visit] >> 8) * KEYS;
         if (seen == 0) continue;
-        const char *k_tile = stages + visit % 2 * 2 * TILE, *v_tile = k_tile + TILE;
+        const int stage = visit % 2 * 2 * TILE, k_tile = stage + tile_lane_b<HS>(), v_tile = k_tile + TILE;
 
         float p[MT][KEYS / 8][4], ds[MT][KEYS / 8][4];
         for (int m = 0; m < MT; m++)
@@ -5261,8 +5290,8 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         for (int k = 0; k < HS / 16; k++)
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t x[4], y[4];
-                tile_b<HS>(x, k_tile, 16 * n, 16 * k);
-                tile_b<HS>(y, v_tile, 16 * n, 16 * k);
+                tile_read<HS>(x, k_tile, 16 * n, 16 * k);
+                tile_read<HS>(y, v_tile, 16 * n, 16 * k);
                 for (int m = 0; m < MT; m++) {
                     mma_bf16(p[m][2 * n], q[m][k], x[0], x[1]);
                     mma_bf16(p[m][2 * n + 1], q[m][k], x[2], x[3]);
@@ -5270,26 +5299,16 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
                     mma_bf16(ds[m][2 * n + 1], d[m][k], y[2], y[3]);
                 }
             }
+        if (seen == 1) rows_hide<MT, KEYS>(p, windows + warp * 16 * MT, j0);
         for (int m = 0; m < MT; m++)
             for (int n = 0; n < KEYS / 8; n++)
-                for (int k = 0; k < 4; k++) p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift[m][k / 2]);
-        if (seen == 1)
-            for (int m = 0; m < MT; m++)
-                for (int r = 0; r < 2; r++) {
-                    const int4 w = windows[warp * 16 * MT + 16 * m + 8 * r + g];
-                    for (int n = 0; n < KEYS / 8; n++)
-                        for (int e = 0; e < 2; e++)
-                            if (!window_sees(w, j0 + 8 * n + 2 * t + e)) p[m][n][2 * r + e] = 0;
-                }
-        for (int m = 0; m < MT; m++)
-            for (int n = 0; n < KEYS / 8; n++)
-                for (int k = 0; k < 4; k++) ds[m][n][k] *= p[m][n][k];
+                for (int k = 0; k < 4; k++) ds[m][n][k] *= exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift[m][k / 2]);
         for (int k = 0; k < KEYS / 16; k++) {
             uint32_t a[MT][4];
             for (int m = 0; m < MT; m++) sums_a(a[m], ds[m][2 * k], ds[m][2 * k + 1]);
             for (int n = 0; n < HS / 16; n++) {
                 uint32_t x[4];
-                tile_b_transposed<HS>(x, k_tile, 16 * k, 16 * n);
+                tile_read_transposed<HS>(x, stage + tile_lane<HS>(), 16 * k, 16 * n);
                 for (int m = 0; m < MT; m++) {
                     mma_bf16(dq[m][2 * n], a[m], x[0], x[1]);
                     mma_bf16(dq[m][2 * n + 1], a[m], x[2], x[3]);
@@ -5307,7 +5326,7 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         }
     if (win.rope) rows_turn_back<HS, MT>(dq, win.rope, position);
     __syncthreads(); // all have read the last tiles, whose place dq takes on its way
-    rows_store<HS, MT>(dqkv + (first + i) * W + h * HS, W, win.T - i, dq, stages + warp * 16 * MT * HS * 2);
+    rows_store<HS, MT>(dqkv + (first + i) * W + h * HS, W, win.T - i, dq, warp * 16 * MT * HS * 2);
 }
 
 /* dk and dv: a block is a tile of 16 MT KW keys of one key/value head. Its warps form GROUPS groups of KW, and the pairs of (head
@@ -5326,16 +5345,16 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
     const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS, warp = thread / 32;
     const int kv = blockIdx.x % win.KVH, b = blockIdx.x / win.KVH, j0 = blockIdx.y * KEYS;
     const int heads = win.NH / win.KVH, tiles = (win.T + QUERIES_ - 1) / QUERIES_;
-    const size_t W = (size_t)(win.NH + 2 * win.KVH) * HS, O = (size_t)win.NH * HS, first = (size_t)b * win.T;
-    char *k_tile = shared_memory(), *v_tile = k_tile + KEYS * HS * 2;
-    char *stages = v_tile + KEYS * HS * 2;                            // for each group twice a tile of q and one of dout
-    int4 *windows = (int4 *)(stages + GROUPS * 4 * TILE);             // for each of these tiles of its queries,
-    float2 *statistics = (float2 *)(windows + GROUPS * 2 * QUERIES_); // and (lse log2 e, D)
-    int *visits = (int *)(statistics + GROUPS * 2 * QUERIES_);
+    const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
+    const size_t first = (size_t)b * win.T;
+    constexpr int V = KEYS * HS * 2, STAGES = 2 * V; // tiles of k, of v, and for each group twice a tile of q and of dout
+    int4 *windows = (int4 *)(shared_memory() + STAGES + GROUPS * 4 * TILE); // for each of these tiles of its queries,
+    float *statistics = (float *)(windows + GROUPS * 2 * QUERIES_);         // and their lse log2 e, then -D
+    int *visits = (int *)(statistics + GROUPS * 4 * QUERIES_);
     {
         const bf16 *key = qkv + (first + j0) * W + (win.NH + kv) * HS;
-        tile_load<HS, KEYS, THREADS * GROUPS>(k_tile, key, W, win.T - j0, threadIdx.x);
-        tile_load<HS, KEYS, THREADS * GROUPS>(v_tile, key + win.KVH * HS, W, win.T - j0, threadIdx.x);
+        tile_load<HS, KEYS, THREADS * GROUPS>(0, key, W, win.T - j0, threadIdx.x);
+        tile_load<HS, KEYS, THREADS * GROUPS>(V, key + win.KVH * HS, W, win.T - j0, threadIdx.x);
         copy_async_commit();
     }
     const int none = win.doc_end ? 0 : j0 / QUERIES_; // tiles before this one see no key here
@@ -5360,16 +5379,16 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         for (int n = 0; n < HS / 8; n++)
             for (int k = 0; k < 4; k++) dk[m][n][k] = 0, dv[m][n][k] = 0;
     const float scale = rsqrtf((float)HS);
-    /* what comes next and what is worked on: which head of those that read this one, which visit */
-    int next_head = group / n_visits, next = group % n_visits, head = heads, visit = 0;
-    for (int round = -1; round * GROUPS < heads * n_visits; round++) {
+    /* what comes next: which head of those that read this one, which visit; what this warp sees of the tiles that have come */
+    int next_head = group / max(n_visits, 1), next = group % max(n_visits, 1), seen = 0;
+    for (int round = -1; n_visits > 0 && round * GROUPS < heads * n_visits; round++) {
         copy_async_wait<0>();
         __syncthreads(); // the tiles have come, and nobody reads those before them any more
         int4 held = {0, 0, 0, 0};
         const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
         if (more) {
             const int h = kv * heads + next_head, i0 = (visits[next] >> 8) * QUERIES_;
-            char *stage = stages + next_stage * 2 * TILE;
+            const int stage = STAGES + next_stage * 2 * TILE;
             tile_load<HS, QUERIES_, THREADS>(stage, qkv + (first + i0) * W + h * HS, W, win.T - i0, thread);
             tile_load<HS, QUERIES_, THREADS>(stage + TILE, dout + (first + i0) * O + h * HS, O, win.T - i0, thread);
             const int i = i0 + thread % QUERIES_;
@@ -5377,55 +5396,62 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
             else if (thread < 2 * QUERIES_ && i < win.T) {
                 const size_t query = ((size_t)b * win.NH + h) * win.T + i;
                 held.x = __float_as_int(lse[query] * LOG2_E);
-                held.y = __float_as_int(D[query]);
+                held.y = __float_as_int(-D[query]);
             }
         }
         copy_async_commit();
-        const int seen = head < heads ? visits[visit] >> 2 * warp & 3 : 0;
         if (seen) {
             const int stage = (round & 1) + 2 * group;
-            const char *q_tile = stages + stage * 2 * TILE, *d_tile = q_tile + TILE;
-            const float2 *statistic = statistics + stage * QUERIES_ + 2 * t;
+            const int tile = STAGES + stage * 2 * TILE, q_tile = tile + tile_lane_b<HS>(), d_tile = q_tile + TILE;
+            const int k_tile = warp * 16 * MT * HS * 2 + tile_lane<HS>(), v_tile = k_tile + V;
+            const float *shift = statistics + stage * 2 * QUERIES_ + 2 * t, *minus_D = shift + QUERIES_;
             float p[MT][QUERIES_ / 8][4], ds[MT][QUERIES_ / 8][4];
             for (int n = 0; n < QUERIES_ / 8; n++)
                 for (int k = 0; k < 4; k++) {
-                    const float Di = statistic[8 * n + k % 2].y;
-                    for (int m = 0; m < MT; m++) p[m][n][k] = 0, ds[m][n][k] = -Di;
+                    for (int m = 0; m < MT; m++) p[m][n][k] = 0, ds[m][n][k] = minus_D[8 * n + k % 2];
                 }
             for (int k = 0; k < HS / 16; k++) {
-                uint32_t x[MT][4], y[MT][4];
-                for (int m = 0; m < MT; m++) {
-                    tile_a<HS>(x[m], k_tile, 16 * (warp * MT + m), 16 * k);
-                    tile_a<HS>(y[m], v_tile, 16 * (warp * MT + m), 16 * k);
-                }
+                uint32_t x[MT][4];
+                for (int m = 0; m < MT; m++) tile_read<HS>(x[m], k_tile, 16 * m, 16 * k);
                 for (int n = 0; n < QUERIES_ / 16; n++) {
-                    uint32_t q[4], d[4];
-                    tile_b<HS>(q, q_tile, 16 * n, 16 * k);
-                    tile_b<HS>(d, d_tile, 16 * n, 16 * k);
+                    uint32_t q[4];
+                    tile_read<HS>(q, q_tile, 16 * n, 16 * k);
                     for (int m = 0; m < MT; m++) {
                         mma_bf16(p[m][2 * n], x[m], q[0], q[1]);
                         mma_bf16(p[m][2 * n + 1], x[m], q[2], q[3]);
-                        mma_bf16(ds[m][2 * n], y[m], d[0], d[1]);
-                        mma_bf16(ds[m][2 * n + 1], y[m], d[2], d[3]);
                     }
                 }
             }
-            for (int n = 0; n < QUERIES_ / 8; n++)
-                for (int k = 0; k < 4; k++) {
-                    const float shift = statistic[8 * n + k % 2].x;
-                    for (int m = 0; m < MT; m++) p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift);
+            for (int k = 0; k < HS / 16; k++) {
+                uint32_t x[MT][4];
+                for (int m = 0; m < MT; m++) tile_read<HS>(x[m], v_tile, 16 * m, 16 * k);
+                for (int n = 0; n < QUERIES_ / 16; n++) {
+                    uint32_t d[4];
+                    tile_read<HS>(d, d_tile, 16 * n, 16 * k);
+                    for (int m = 0; m < MT; m++) {
+                        mma_bf16(ds[m][2 * n], x[m], d[0], d[1]);
+                        mma_bf16(ds[m][2 * n + 1], x[m], d[2], d[3]);
+                    }
                 }
-            if (seen == 1)
+            }
+            if (seen == 1) {
+                const int4 w = windows[stage * QUERIES_ + lane % QUERIES_];
+                const unsigned bits = window_bits(w, j0 + 16 * MT * warp);
                 for (int n = 0; n < QUERIES_ / 8; n++)
                     for (int e = 0; e < 2; e++) {
-                        const int4 w = windows[stage * QUERIES_ + 8 * n + 2 * t + e];
+                        const unsigned see = __shfl_sync(0xffffffffu, bits, 8 * n + 2 * t + e) >> g;
                         for (int m = 0; m < MT; m++)
                             for (int r = 0; r < 2; r++)
-                                if (!window_sees(w, j0 + 16 * (warp * MT + m) + 8 * r + g)) p[m][n][2 * r + e] = 0;
+                                if (!(see >> (16 * m + 8 * r) & 1)) p[m][n][2 * r + e] = -INFINITY;
                     }
-            for (int m = 0; m < MT; m++)
-                for (int n = 0; n < QUERIES_ / 8; n++)
-                    for (int k = 0; k < 4; k++) ds[m][n][k] *= p[m][n][k];
+            }
+            for (int n = 0; n < QUERIES_ / 8; n++)
+                for (int k = 0; k < 4; k++) {
+                    for (int m = 0; m < MT; m++) {
+                        p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift[8 * n + k % 2]);
+                        ds[m][n][k] *= p[m][n][k];
+                    }
+                }
             for (int k = 0; k < QUERIES_ / 16; k++) {
                 uint32_t x[MT][4], y[MT][4];
                 for (int m = 0; m < MT; m++) {
@@ -5434,8 +5460,8 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
                 }
                 for (int n = 0; n < HS / 16; n++) {
                     uint32_t q[4], d[4];
-                    tile_b_transposed<HS>(d, d_tile, 16 * k, 16 * n);
-                    tile_b_transposed<HS>(q, q_tile, 16 * k, 16 * n);
+                    tile_read_transposed<HS>(d, tile + TILE + tile_lane<HS>(), 16 * k, 16 * n);
+                    tile_read_transposed<HS>(q, tile + tile_lane<HS>(), 16 * k, 16 * n);
                     for (int m = 0; m < MT; m++) {
                         mma_bf16(dv[m][2 * n], x[m], d[0], d[1]);
                         mma_bf16(dv[m][2 * n + 1], x[m], d[2], d[3]);
@@ -5446,14 +5472,16 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
             }
         }
         if (more && thread < QUERIES_) windows[next_stage * QUERIES_ + thread] = held;
-        else if (more && thread < 2 * QUERIES_)
-            statistics[next_stage * QUERIES_ + thread - QUERIES_] = {__int_as_float(held.x), __int_as_float(held.y)};
-        head = next_head, visit = next;
+        else if (more && thread < 2 * QUERIES_) {
+            statistics[next_stage * 2 * QUERIES_ + thread - QUERIES_] = __int_as_float(held.x);
+            statistics[next_stage * 2 * QUERIES_ + thread] = __int_as_float(held.y);
+        }
+        seen = more ? visits[next] >> 2 * warp & 3 : 0;
         for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
     }
 
-    groups_add<HS, MT, GROUPS, THREADS>(dk, (float *)stages);
-    groups_add<HS, MT, GROUPS, THREADS>(dv, (float *)stages);
+    groups_add<HS, MT, GROUPS, THREADS>(dk, (float *)(shared_memory() + STAGES));
+    groups_add<HS, MT, GROUPS, THREADS>(dv, (float *)(shared_memory() + STAGES));
     if (group > 0) return;
     int position[MT][2];
     const int j = j0 + warp * 16 * MT;
@@ -5465,13 +5493,13 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         }
     if (win.rope) rows_turn_back<HS, MT>(dk, win.rope, position);
     bf16 *to = dqkv + (first + j) * W + (win.NH + kv) * HS; // a warp reads no other's rows of k and v, so that they are free
-    rows_store<HS, MT>(to, W, win.T - j, dk, k_tile + warp * 16 * MT * HS * 2);
-    rows_store<HS, MT>(to + win.KVH * HS, W, win.T - j, dv, v_tile + warp * 16 * MT * HS * 2);
+    rows_store<HS, MT>(to, W, win.T - j, dk, warp * 16 * MT * HS * 2);
+    rows_store<HS, MT>(to + win.KVH * HS, W, win.T - j, dv, V + warp * 16 * MT * HS * 2);
 }
 
 template <int HS, int MT, int KEYS>
-static void fast_backward_queries(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
-                                  const float *lse, const slam_act *qkv, const slam_window *win) {
+static void cuda_backward_queries_fast(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
+                                       const float *lse, const slam_act *qkv, const slam_window *win) {
     const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
     const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
     cudaFuncSetAttribute(attention_backward_queries_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
@@ -5481,11 +5509,11 @@ static void fast_backward_queries(slam_ops *ops, slam_act *dqkv, float *D, const
 }
 
 template <int HS, int MT, int KW, int GROUPS, int QUERIES_>
-static void fast_backward_keys(slam_ops *ops, slam_act *dqkv, const float *D, const slam_act *dout, const float *lse,
-                               const slam_act *qkv, const slam_window *win) {
+static void cuda_backward_keys_fast(slam_ops *ops, slam_act *dqkv, const float *D, const slam_act *dout, const float *lse,
+                                    const slam_act *qkv, const slam_window *win) {
     enum { KEYS = 16 * MT * KW };
     const size_t visits = (win->T + QUERIES_ - 1) / QUERIES_ + 1, stages = GROUPS * 2 * QUERIES_;
-    const size_t shared = 2 * KEYS * HS * 2 + stages * (2 * HS * 2 + sizeof(int4) + sizeof(float2)) + visits * sizeof(int);
+    const size_t shared = 2 * KEYS * HS * 2 + stages * (2 * HS * 2 + sizeof(int4) + 2 * sizeof(float)) + visits * sizeof(int);
     cudaFuncSetAttribute(attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          (int)shared);
     SLAM_LAUNCH((attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>), dim3(win->B * win->KVH, (win->T + KEYS - 1) / KEYS),
@@ -5503,7 +5531,7 @@ static void fast_backward_keys(slam_ops *ops, slam_act *dqkv, const float *D, co
 enum { DECODE_WARPS = 8 };
 
 template <typename T, int P, int HEADS, int CHANNELS>
-static __global__ void __launch_bounds__(32 * DECODE_WARPS)
+static __global__ void __launch_bounds__(32 * DECODE_WARPS, 1)
     attention_decode_kernel(T *out, T *cache, T *qkv, const int *lengths, const slam_window win) {
     const int NH = win.NH, KVH = win.KVH, HS = win.HS, half = HS / 2, heads = NH / KVH, warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32, g = blockIdx.x % KVH, b = blockIdx.x / KVH, n = lengths[b];
@@ -5587,7 +5615,7 @@ static __global__ void __launch_bounds__(32 * DECODE_WARPS)
 }
 
 template <typename T, int P, int HEADS, int CHANNELS>
-static void decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
+static void cuda_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
     const size_t shared = HEADS * (win->HS + DECODE_WARPS * (win->HS + 34)) * sizeof(float);
     cudaFuncSetAttribute(attention_decode_kernel<T, P, HEADS, CHANNELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     SLAM_LAUNCH((attention_decode_kernel<T, P, HEADS, CHANNELS>), win->B * win->KVH, 32 * DECODE_WARPS, shared,
@@ -5596,12 +5624,13 @@ static void decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv,
 }
 
 template <typename T>
-static void decode_any(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
+static void cuda_decode_any(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
+                            const slam_window *win) {
     enum { P = 16 / sizeof(T) };
-    if (win->HS % P != 0) decode<T, 1, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
-    else if (win->HS > 64) decode<T, P, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
-    else if (win->NH > win->KVH) decode<T, P, 8, 2>(ops, out, cache, qkv, lengths, win);
-    else decode<T, P, 1, 2>(ops, out, cache, qkv, lengths, win);
+    if (win->HS % P != 0) cuda_decode<T, 1, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
+    else if (win->HS > 64) cuda_decode<T, P, 8, PLAIN_CHANNELS>(ops, out, cache, qkv, lengths, win);
+    else if (win->NH > win->KVH) cuda_decode<T, P, 8, 2>(ops, out, cache, qkv, lengths, win);
+    else cuda_decode<T, P, 1, 2>(ops, out, cache, qkv, lengths, win);
 }
 
 static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
@@ -5609,37 +5638,37 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     if (win->rope && wide) cuda_rotate<float>(ops, qkv, win);
     if (win->rope && !wide) cuda_rotate<bf16>(ops, qkv, win);
     cuda_launched(ops, "attention_forward");
-    if (wide && win->HS % 4 == 0) plain_forward<float, 4>(ops, out, lse, qkv, win);
-    else if (wide) plain_forward<float, 1>(ops, out, lse, qkv, win);
-    else if (win->HS == 32) fast_forward<32, 2, 64>(ops, out, lse, qkv, win);
-    else if (win->HS == 64) fast_forward<64, 2, 64>(ops, out, lse, qkv, win);
-    else if (win->HS == 128) fast_forward<128, 1, 64>(ops, out, lse, qkv, win);
-    else if (win->HS % 8 == 0) plain_forward<bf16, 8>(ops, out, lse, qkv, win);
-    else plain_forward<bf16, 1>(ops, out, lse, qkv, win);
+    if (wide && win->HS % 4 == 0) cuda_forward_plain<float, 4>(ops, out, lse, qkv, win);
+    else if (wide) cuda_forward_plain<float, 1>(ops, out, lse, qkv, win);
+    else if (win->HS == 32) cuda_forward_fast<32, 2, 64>(ops, out, lse, qkv, win);
+    else if (win->HS == 64) cuda_forward_fast<64, 2, 64>(ops, out, lse, qkv, win);
+    else if (win->HS == 128) cuda_forward_fast<128, 1, 64>(ops, out, lse, qkv, win);
+    else if (win->HS % 8 == 0) cuda_forward_plain<bf16, 8>(ops, out, lse, qkv, win);
+    else cuda_forward_plain<bf16, 1>(ops, out, lse, qkv, win);
 }
 
 static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                     const float *lse, const slam_act *qkv, const slam_window *win) {
     const int wide = ops->bytes_per_act == 4;
-    if (wide && win->HS % 4 == 0) plain_backward<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
-    else if (wide) plain_backward<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+    if (wide && win->HS % 4 == 0) cuda_backward_plain<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else if (wide) cuda_backward_plain<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
     else if (win->HS == 32) {
-        fast_backward_queries<32, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
-        fast_backward_keys<32, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
+        cuda_backward_queries_fast<32, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        cuda_backward_keys_fast<32, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
     } else if (win->HS == 64) {
-        fast_backward_queries<64, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
-        fast_backward_keys<64, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
+        cuda_backward_queries_fast<64, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        cuda_backward_keys_fast<64, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
     } else if (win->HS == 128) {
-        fast_backward_queries<128, 1, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
-        fast_backward_keys<128, 1, 4, 1, 32>(ops, dqkv, D, dout, lse, qkv, win);
-    } else if (win->HS % 8 == 0) plain_backward<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
-    else plain_backward<bf16, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+        cuda_backward_queries_fast<128, 1, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
+        cuda_backward_keys_fast<128, 1, 4, 1, 32>(ops, dqkv, D, dout, lse, qkv, win);
+    } else if (win->HS % 8 == 0) cuda_backward_plain<bf16, 8>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else cuda_backward_plain<bf16, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
 }
 
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_window *win) {
-    if (ops->bytes_per_act == 4) decode_any<float>(ops, out, cache, qkv, lengths, win);
-    else decode_any<bf16>(ops, out, cache, qkv, lengths, win);
+    if (ops->bytes_per_act == 4) cuda_decode_any<float>(ops, out, cache, qkv, lengths, win);
+    else cuda_decode_any<bf16>(ops, out, cache, qkv, lengths, win);
 }
 
 /* ---- the backend ---- */
