@@ -58,7 +58,7 @@ plant() { # plant NAME KERNEL SCRIPT FLAGS...: the program with a copy of slam.h
     sed "/ $kernel(/,/^}/{$script
 }" slam.h >"$folder/$name/slam.h"
     if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then no "$name" "nothing could be planted into $kernel"; return 1; fi
-    $CXX -std=c++17 -g -O1 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
+    $CXX -std=c++17 -O0 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
         -lm 2>"$folder/$name/log" || { no "$name" "$(head -n 1 "$folder/$name/log")"; return 1; }
     "$folder/$name/planted" >"$folder/$name/log" 2>&1
     status=$?
@@ -86,7 +86,7 @@ losses() { sed -n 's/.*"loss": \([^,]*\),.*/\1/p' "$1/log.jsonl"; }
 train() { # train NAME PROGRAM FLAGS...
     name=$1
     shift
-    "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 1e-3 --warmup 0 --eval-every 0 --save-every 0 --out "$folder/$name" \
+    "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 5e-3 --warmup 0 --eval-every 0 --save-every 0 --out "$folder/$name" \
         >"$folder/$name.log" 2>&1 || no "$name" "$(tail -n 1 "$folder/$name.log")"
 }
 cat >"$folder/model.json" <<'J'
