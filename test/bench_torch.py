@@ -26,7 +26,7 @@ began = time.perf_counter()
 parser = argparse.ArgumentParser()
 parser.add_argument("--row", choices=["tiny", "10m", "slam"], default="tiny")
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-parser.add_argument("--seconds", type=float, default=10)
+parser.add_argument("--seconds", type=float, help="10, with --gpu 300")
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="sdpa is what Transformers takes by itself")
 parser.add_argument("--gpu", choices=["attention", "step"])
@@ -34,6 +34,8 @@ parser.add_argument("--device", default="cuda")
 parser.add_argument("--small", action="store_true")
 parser.add_argument("--keys")
 arguments = parser.parse_args()
+if arguments.seconds is None:
+    arguments.seconds = 300 if arguments.gpu else 10
 if not arguments.gpu:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(arguments.threads)
 
@@ -88,9 +90,9 @@ def bench_cpu():
     rate = B * T / statistics.median(times)
     flop = 6 * sum(p.numel() for p in parameters) + 6 * L * T * C
     result = {
-        "row": arguments.row, "tokens_per_second": round(rate, 1), "gflops": round(rate * flop / 1e9, 1), "threads": arguments.threads,
-        "steps": len(times), "compile": arguments.compile, "attention": arguments.attention, "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "row": arguments.row, "tokens_per_second": round(rate, 1), "gflops": round(rate * flop / 1e9, 1),
+        "threads": arguments.threads, "steps": len(times), "compile": arguments.compile,
+        "attention": arguments.attention, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     print(json.dumps(result))
 
@@ -146,6 +148,8 @@ def seconds_of(work):
 
 def attention_time(backend, B, T, NH, KVH, HS, shared):
     """Seconds forward and backward; shared: k and v have KVH heads, otherwise they were copied to NH heads beforehand."""
+    from torch.nn.attention import sdpa_kernel
+
     dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
     heads = KVH if shared else NH
     q, k, v, dout = (
@@ -156,7 +160,7 @@ def attention_time(backend, B, T, NH, KVH, HS, shared):
     def forward():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
 
-    with torch.nn.attention.sdpa_kernel([backend]):
+    with sdpa_kernel([backend]):
         forward_time = seconds_of(forward)
         out = forward()
         backward_time = seconds_of(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
@@ -164,11 +168,12 @@ def attention_time(backend, B, T, NH, KVH, HS, shared):
 
 
 def gpu_attention():
+    from torch.nn.attention import SDPBackend
+
     NH, KVH, HS = (2, 1, 64) if arguments.small else (14, 2, 64)
-    Backend = torch.nn.attention.SDPBackend
-    backends = {"flash": Backend.FLASH_ATTENTION, "cudnn": Backend.CUDNN_ATTENTION}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     if arguments.device == "cpu":
-        backends = {"flash": Backend.MATH}
+        backends = {"flash": SDPBackend.MATH}
     say(f"PyTorch {torch.__version__}, scaled_dot_product_attention, bf16, causal, one document a row, no rotation")
     say("    T    B  backend    fwd ms  TFLOP/s     bwd ms  TFLOP/s   key/value heads")
     for T in (1024, 2048, 4096):
@@ -198,8 +203,8 @@ def gpu_attention():
 
 
 def step_time(compiled, autocast, B, T, shape, first):
-    """Seconds a token of a step of 78 rows, or as many whole micro-batches as come nearest; peak memory. first gets the seconds of
-    the first step, which compiles."""
+    """Seconds a token of a step of 78 rows, or as many whole micro-batches as come nearest; peak memory. `first` gets the
+    seconds of the first step, which compiles."""
     torch.manual_seed(1)
     model = qwen2(*shape).to(arguments.device)
     if not autocast and arguments.device == "cuda":
@@ -247,7 +252,8 @@ def gpu_step():
     # Autocast keeps weights and their gradients in float32, as slam does and as Trainer does with bf16=True; weights in bf16 are
     # faster, and lose updates smaller than 1/256 of a weight. The first plain row is there in case nothing compiles in time.
     rows = [(False, True, 16), (True, True, 16), (True, True, 32), (True, False, 32), (True, True, 8), (True, False, 16)]
-    say(f"PyTorch {torch.__version__}, Transformers {transformers.__version__}: Qwen2ForCausalLM, sdpa, fused AdamW, clipping, rows of {T}")
+    versions = f"PyTorch {torch.__version__}, Transformers {transformers.__version__}"
+    say(f"{versions}: Qwen2ForCausalLM, sdpa, fused AdamW, clipping, rows of {T}")
     say("compile  weights             micro   tokens/s   us/token   peak GB   first step s")
     compiling = []  # seconds of the first steps that compiled
     for compiled, autocast, B in rows:

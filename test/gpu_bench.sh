@@ -49,7 +49,7 @@ gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 [ "$gpu" ] || gpu='unknown GPU'
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
-cuda=$(${NVCC:-nvcc} --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+cuda=$("${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 say "Operations and training step on the GPU, bf16; $gpu; $(date -u +%Y-%m-%d); commit ${commit:-unknown}; driver ${driver:-unknown}, CUDA ${cuda:-unknown}"
 
 part 'ceilings' 60 "$program" ceilings --keys "$keys" "$@"
@@ -119,7 +119,7 @@ say ""
 say "Transformers: Qwen2ForCausalLM, its best of the micro-batches above; compile and eager: float32 weights and bf16 autocast, as slam keeps"
 say "them; _bf16: weights in bf16. SDPA: the faster of shared and copied key/value heads. Attention of slam includes the rotation."
 
+[ -s "$keys" ] || exit 1
 results=${RESULTS:-test/results}
-name=$(echo "${gpu:-unknown GPU}" | sed 's/NVIDIA //; s/[^A-Za-z0-9]\{1,\}/-/g')
-mkdir -p "$results" && cp "$report" "$results/gpu-$(date -u +%Y-%m-%d)-$name.txt" && echo "written to $results/gpu-$(date -u +%Y-%m-%d)-$name.txt"
-[ -s "$keys" ]
+file=$results/gpu-$(date -u +%Y-%m-%d)-$(echo "${gpu:-unknown GPU}" | sed 's/NVIDIA //; s/[^A-Za-z0-9]\{1,\}/-/g').txt
+mkdir -p "$results" && cp "$report" "$file" && echo "written to $file"
