@@ -105,6 +105,18 @@ test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),train-emulated)
 bench: $(B)/bench
 	$< $(BENCH)
 
+# The kernels' tests and the measurements as nvcc builds them for a GPU.
+$(B)/gpu_test: test/test_cuda.cu
+$(B)/gpu_bench: test/gpu_bench.cu
+$(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h $(B)/config.mk | build/current
+	@[ $(call quote,$(CUDA)) ] || { echo 'slam: $(FOUND)' >&2; exit 1; }
+	$(CUDA) -lineinfo -c $(filter %.cu,$^) -o $@.o
+	$(LINK) $@.o -o $@ $(LIBS)
+gpu-test: $(B)/gpu_test train
+	@sh test/test_gpu.sh $<
+gpu-bench: $(B)/gpu_bench
+	@sh test/gpu_bench.sh $< $(BENCH)
+
 FUZZ_TARGETS := $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/*.c))
 fuzz: $(FUZZ_TARGETS)
 	@echo 'fuzz: run one with e.g. build/fuzz/$(notdir $(firstword $^)) -max_total_time=600 CORPUS_FOLDER'
