@@ -5109,8 +5109,8 @@ static __device__ __forceinline__ int visits_of_queries(int *visits, int4 *windo
    A block is a tile of 64 MT queries of one head: 4 warps, 16 MT queries each, whose q and o stay in registers. It goes through
    the tiles of KEYS keys that any of them sees; while one is worked on, the next comes into the other half of shared memory. With
    MT = 2 each fragment of k and v that is read from shared memory serves two products: with one the reads, 128 bytes a clock,
-   would take longer than the products. What bounds it: 4 HS flops and one exponential for each pair of query and key; on Hopper
-   with HS = 64 the products take twice the time of the exponentials, which other warps' products hide.
+   would take longer than the products. What bounds it: 4 HS flops and one exponential, of which a processor makes 16 a clock, for
+   each pair of query and key. With HS = 64 on Hopper both take about as long, and other warps do the one during the other.
    Blocks start in the order of their numbers, so those with late queries, which have most to do in long documents, get low ones. */
 template <int HS, int MT, int KEYS>
 static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
