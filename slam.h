@@ -5241,7 +5241,7 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
     const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
     const size_t first = (size_t)b * win.T;
-    const bf16 *key = qkv + first * W + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
+    const bf16 *key = qkv + first * W + (win.NH + h * win.KVH / win.NH) * HS;
     int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // behind twice a tile of k and one of v
     int *visits = (int *)(windows + QUERIES_);
 
@@ -5274,8 +5274,9 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
         if (visit + 1 < n_visits) {
             const int j0 = (visits[visit + 1] >> 8) * KEYS;
             const int stage = (visit + 1) % 2 * 2 * TILE;
-            tile_load<HS, KEYS, 128>(stage, key + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
-            tile_load<HS, KEYS, 128>(stage + TILE, value + (ptrdiff_t)j0 * W, W, win.T - j0, threadIdx.x);
+            const bf16 *k = key + (ptrdiff_t)j0 * W;
+            tile_load<HS, KEYS, 128>(stage, k, W, win.T - j0, threadIdx.x);
+            tile_load<HS, KEYS, 128>(stage + TILE, k + win.KVH * HS, W, win.T - j0, threadIdx.x);
         }
         copy_async_commit();
         if (visit < 0) continue;
