@@ -107,7 +107,7 @@ struct slam_ops {
     /* Memory of the device: zeroed, aligned to 256 bytes; NULL and slam_error() where there is no room. */
     void *(*alloc)(slam_ops *, size_t bytes);
     void (*release)(slam_ops *, void *p);
-    void (*upload)(slam_ops *, void *to, const void *host, size_t bytes);
+    void (*upload)(slam_ops *, void *to, const void *host, size_t bytes);     /* the host may change its memory at once */
     void (*download)(slam_ops *, void *host, const void *from, size_t bytes); /* waits for what was asked before */
     void (*zero)(slam_ops *, void *p, size_t bytes);
     /* Waits for all that was asked. 0 and slam_error() where something failed since the last finish. */
@@ -129,7 +129,8 @@ struct slam_ops {
            r_i = 1 / sqrt(mean_c s_ic^2 + eps)              y_ic = w_c r_i s_ic
            ds_ic += r_i (w_c dy_ic - s_ic r_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic r_i s_ic
-       s = (N,C)  y = (N,C)  r = (N)  from  x (N,C)  delta (N,C)  w (C); delta NULL: s is x and is not written.
+       s = (N,C)  y = (N,C)  r = (N)  from  x (N,C)  delta (N,C)  w (C); delta NULL: s is x and is not written. r and y are those of
+       s as it is stored, so that they come out the same when they are computed again.
        ds adds: it comes in holding the gradient that reaches s along the residual stream, and leaves as that of x and of delta. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *r, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int C);

@@ -280,6 +280,21 @@ static windows make_window(const shape &s) {
     return w;
 }
 
+/* Query heads to key/value heads as 1, 2 or 7 to 1; documents from one token to the whole row. */
+static shape random_shape(void) {
+    const int ratios[] = {1, 2, 7}, sizes[] = {32, 64, 128, 20}, documents[] = {0, 1, 2, 5, 30};
+    shape s;
+    s.B = 1 + random_int(2);
+    s.T = 1 + random_int(260);
+    s.KVH = 1 + random_int(2);
+    s.NH = s.KVH * ratios[random_int(3)];
+    s.HS = sizes[random_int(4)];
+    s.documents = documents[random_int(5)];
+    s.both_ways = random_int(4) == 0;
+    s.holes = !s.both_ways && random_int(2);
+    return s;
+}
+
 static void test_attention(const shape &s) {
     const windows w = make_window(s);
     const size_t N = (size_t)s.B * s.T, O = (size_t)s.NH * s.HS, W = O + 2 * (size_t)s.KVH * s.HS;
@@ -331,8 +346,9 @@ static void test_sample(int B, int V, int stride) {
 static void test_operations(void) {
     const char *dtype = gpu->bytes_per_act == 2 ? "bf16" : "f32";
     const int sizes[][2] = {{1, 8}, {3, 5}, {37, 64}, {130, 96}, {70, 33}, {18, 896}};
-    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
-        const int N = sizes[k][0], C = sizes[k][1];
+    enum { SIZES = sizeof sizes / sizeof *sizes };
+    for (int k = 0; k < SIZES + 3; k++) { // the last three at random, one of them with rows that are no multiple of 16 bytes
+        const int N = k < SIZES ? sizes[k][0] : 1 + random_int(99), C = k < SIZES ? sizes[k][1] : 8 * (1 + random_int(30)) + k % 2;
         if (TEST("op: embedding %s %d x %d", dtype, N, C)) test_embedding(N, C, 11);
         if (TEST("op: rmsnorm %s %d x %d", dtype, N, C)) test_rmsnorm(N, C);
         if (TEST("op: matmul %s %d x %d", dtype, N, C)) test_matmul(N, C, 24), test_matmul(N, C, 37);
@@ -347,16 +363,17 @@ static void test_operations(void) {
     if (TEST("op: embedding %s, many tokens", dtype)) test_embedding(3000, 24, 7);
     if (TEST("op: cross-entropy %s, a large vocabulary", dtype)) test_crossentropy(3, 20003, 20008);
     if (TEST("op: rmsnorm %s, wide", dtype)) test_rmsnorm(3, 5000);
-    const shape shapes[] = {{1, 1, 1, 1, 64, 1, 0, 0},    {2, 100, 2, 1, 64, 1, 0, 0},  {1, 200, 7, 1, 64, 4, 0, 0},
-                            {1, 150, 14, 2, 64, 3, 1, 0}, {1, 90, 4, 2, 32, 1, 1, 0},   {2, 131, 2, 2, 32, 3, 0, 1},
-                            {1, 70, 2, 1, 128, 2, 1, 0},  {1, 140, 1, 1, 128, 3, 0, 1}, {1, 65, 4, 2, 16, 2, 1, 0},
-                            {1, 40, 3, 3, 12, 0, 0, 0},   {1, 64, 2, 1, 64, 0, 0, 0},   {1, 300, 1, 1, 32, 2, 1, 0}};
-    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
-        const shape &s = shapes[k];
+    const shape corners[] = {{1, 1, 1, 1, 64, 1, 0, 0},    {2, 100, 2, 1, 64, 1, 0, 0}, {1, 200, 7, 1, 64, 4, 0, 0},
+                             {1, 150, 14, 2, 64, 3, 1, 0}, {1, 90, 4, 2, 32, 1, 1, 0},  {2, 131, 2, 2, 32, 3, 0, 1},
+                             {1, 70, 2, 1, 128, 2, 1, 0},  {1, 65, 4, 2, 16, 2, 1, 0},  {1, 40, 3, 3, 12, 0, 0, 0},
+                             {1, 64, 2, 1, 64, 0, 0, 0},   {1, 300, 1, 1, 32, 2, 1, 0}};
+    enum { CORNERS = sizeof corners / sizeof *corners, DRAWN = 8 };
+    for (int k = 0; k < CORNERS + DRAWN; k++) {
+        const shape s = k < CORNERS ? corners[k] : random_shape();
         if (TEST("op: attention %s B %d T %d NH %d KVH %d HS %d, %d documents%s%s", dtype, s.B, s.T, s.NH, s.KVH, s.HS, s.documents,
                  s.holes ? ", holes" : "", s.both_ways ? ", both ways" : ""))
             test_attention(s);
-        if (k % 2 == 0 && TEST("op: decode %s T %d NH %d KVH %d HS %d", dtype, s.T, s.NH, s.KVH, s.HS)) test_decode(s);
+        if (k % 2 == 0 && TEST("op: decode %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(s);
     }
 }
 
