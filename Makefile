@@ -81,8 +81,8 @@ $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 
 # ---- CUDA's kernels without a GPU ----
 
-# For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here.
-EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
+# For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here. -g3: threadIdx is a macro.
+EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g3 -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
 EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
 emulate: train-emulated
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current

@@ -3463,7 +3463,7 @@ slam_ops *slam_cpu(int threads) {
 #if !defined __CUDACC__ && !defined SLAM_EMULATOR
 slam_ops *slam_cuda(int device, int bytes_per_act) {
     (void)bytes_per_act;
-    fail("cuda:%d: this build has no CUDA: nvcc was not found when it was made", device);
+    fail("cuda:%d: this build has no CUDA: build it where nvcc and cuBLASLt are found (make says what it finds)", device);
     return NULL;
 }
 #else
@@ -3476,6 +3476,14 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 #endif
 
 /* ---- what kernels are made of ---- */
+
+/* PTX that wants compute capability 8.0. nvcc without -arch compiles for less: there these functions are empty, and slam_cuda()
+   refuses such a build. */
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ < 800
+#define SLAM_PTX(statement)
+#else
+#define SLAM_PTX(statement) statement
+#endif
 
 typedef __nv_bfloat16 bf16;
 
@@ -3508,8 +3516,8 @@ static __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
 #ifdef SLAM_EMULATOR
     return emulator_pack_bf16(lo, hi);
 #else
-    uint32_t out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    uint32_t out = 0;
+    SLAM_PTX(asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo)));
     return out;
 #endif
 }
@@ -3524,9 +3532,10 @@ static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4],
 #ifdef SLAM_EMULATOR
     emulator_mma_bf16(c, a, b0, b1);
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    SLAM_PTX(
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
 #endif
 }
 
@@ -3536,10 +3545,10 @@ static __device__ __forceinline__ void ldmatrix(uint32_t r[4], const void *row) 
 #ifdef SLAM_EMULATOR
     emulator_ldmatrix(r, row, 0);
 #else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row))
-                 : "memory");
+    SLAM_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                          : "r"((uint32_t)__cvta_generic_to_shared(row))
+                          : "memory"));
 #endif
 }
 
@@ -3548,10 +3557,10 @@ static __device__ __forceinline__ void ldmatrix_transposed(uint32_t r[4], const 
 #ifdef SLAM_EMULATOR
     emulator_ldmatrix(r, row, 1);
 #else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row))
-                 : "memory");
+    SLAM_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                          : "r"((uint32_t)__cvta_generic_to_shared(row))
+                          : "memory"));
 #endif
 }
 
@@ -3562,9 +3571,9 @@ static __device__ __forceinline__ void copy_async(void *shared, const void *glob
 #ifdef SLAM_EMULATOR
     emulator_copy_async(shared, global, valid ? 16 : 0);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+    SLAM_PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+                          "l"(global), "r"(valid ? 16 : 0)
+                          : "memory"));
 #endif
 }
 
@@ -3572,7 +3581,7 @@ static __device__ __forceinline__ void copy_async_commit(void) {
 #ifdef SLAM_EMULATOR
     emulator_copy_async_commit();
 #else
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    SLAM_PTX(asm volatile("cp.async.commit_group;" ::: "memory"));
 #endif
 }
 
@@ -3580,21 +3589,20 @@ template <int n> static __device__ __forceinline__ void copy_async_wait(void) {
 #ifdef SLAM_EMULATOR
     emulator_copy_async_wait(n);
 #else
-    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+    SLAM_PTX(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"));
 #endif
 }
 
 /* ---- the device ---- */
 
 enum {
-    CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, and
-    PRODUCT_WORKSPACE = 32 << 20, // its first part: what cuBLASLt asks for on Hopper
-    SLOT = 4 << 20,               // bytes of pinned memory that a copy goes through,
-    SLOTS = 8,                    // and how many of them make the ring
-    ALGORITHMS = 64               // algorithms of products that are remembered
+    CUDA_WORKSPACE = 32 << 20, // bytes: what cuBLASLt asks for on Hopper; partial sums need less
+    SLOT = 4 << 20,            // bytes of pinned memory that a copy goes through,
+    SLOTS = 8,                 // and how many of them make the ring
+    ALGORITHMS = 64            // algorithms of products that are remembered
 };
 
-/* All that a product's algorithm hangs on. */
+/* What decides which algorithm cuBLASLt may use. */
 typedef struct cuda_shape {
     int transA, transB, M, N, K, lda, ldb, ldc, accumulates, biased, c_is_float, alignA, alignB, alignC;
 } cuda_shape;
@@ -3623,7 +3631,7 @@ static void cuda_failed(cuda_ops *cuda, const char *operation, const char *why) 
     cuda->failed_why = why;
 }
 
-/* Notes the first failure; whether it went well. */
+/* Records the first failure. Returns 1 if there was none. */
 static int cuda_noted(cuda_ops *cuda, cudaError_t error, const char *operation) {
     if (error != cudaSuccess) cuda_failed(cuda, operation, cudaGetErrorString(error));
     return error == cudaSuccess;
@@ -3668,7 +3676,7 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
         cuda_zero(ops, p, bytes);
         return p;
     }
-    cudaGetLastError(); // no room is no failure of a later launch
+    cudaGetLastError(); // or the next launch would report it
     if (error == cudaErrorMemoryAllocation && cudaMemGetInfo(&room, &all) == cudaSuccess)
         fail("%s: out of memory: %.2f GB were asked for, %.2f of %.2f GB are free: a smaller --micro-batch, a shorter --context or "
              "--recompute needs less",
@@ -3742,7 +3750,7 @@ static int cuda_finish(slam_ops *ops) {
     return 0;
 }
 
-/* Also of what was made only in part. */
+/* Also closes a device that was opened only in part. */
 static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
@@ -3981,7 +3989,7 @@ static __global__ void __launch_bounds__(256)
     constexpr int M = ROW_NUMBERS / P;
     const int i = blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM, lane = threadIdx.x % TEAM, packs = C / P;
     const size_t row = (size_t)i * packs;
-    if (i >= N) return; // a team as a whole
+    if (i >= N) return; // all threads of a team return together
     pack<T, P> a[M], b[M];
     float sum = 0;
     for (int m = 0; m < M; m++)
@@ -4112,7 +4120,7 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const
    operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
 
 #ifndef SLAM_EMULATOR
-/* Which of 16 to 256 bytes, or fewer, p is a multiple of. */
+/* The largest power of two up to 256 that divides p. */
 static int alignment(const void *p) {
     int bytes = 1;
     while (bytes < 256 && (uintptr_t)p % (2 * bytes) == 0) bytes *= 2;
@@ -4140,12 +4148,12 @@ static cublasStatus_t product_describe(cuda_product_plan *plan, const cuda_shape
     return status;
 }
 
-/* The library's candidates, best guess first; for the same shape always the same. Parts of a sum over K meet in float, in an order
-   that does not depend on timing. */
+/* The library's candidates, best guess first; for the same shape always the same. A sum split over K is
+   added in float (in place only into floats), in an order that does not depend on timing. */
 static cublasStatus_t product_candidates(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
                                          cuda_product_plan *plan, const cuda_shape *s) {
     cublasLtMatmulPreferenceOpaque_t wish;
-    const size_t workspace = PRODUCT_WORKSPACE;
+    const size_t workspace = CUDA_WORKSPACE;
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | (s->c_is_float ? CUBLASLT_REDUCTION_SCHEME_INPLACE : 0);
     const uint32_t alignA = s->alignA, alignB = s->alignB, alignC = s->alignC;
     cublasStatus_t status = cublasLtMatmulPreferenceInit(&wish);
@@ -4181,8 +4189,8 @@ static cublasStatus_t product_run(cuda_ops *cuda, const cuda_shape *s, const voi
     for (int k = 0; k < n && status; k++) {
         const cublasLtMatmulAlgo_t *algorithm = known < cuda->algorithms ? &cuda->algorithm[known] : &found[k].algo;
         status = cublasLtMatmul(cuda->products, &plan.product, &one, B, &plan.B, A, &plan.A, &beta, C, &plan.C, C, &plan.C,
-                                algorithm, cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
-        cudaGetLastError(); // a candidate that did not work is no failure of a later launch
+                                algorithm, cuda->workspace, CUDA_WORKSPACE, cuda->stream);
+        cudaGetLastError(); // or the next launch would report it
         if (status || known < cuda->algorithms) continue;
         const int place = cuda->algorithms < ALGORITHMS ? cuda->algorithms : cuda->oldest++ % ALGORITHMS;
         cuda->shape[place] = *s;
@@ -4365,8 +4373,8 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-/* A block a row of any length, in two passes: one for the largest logit and the sum, which is taken to a new scale wherever a larger
-   one turns up, one for the gradient. Bound by memory: 2 N V sizeof(T) bytes, and the second reading, from L2. */
+/* A block a row of any length, in two passes: one for the largest logit and the sum, which is rescaled where a larger logit
+   appears (Milakov and Gimelshein 2018), one for the gradient. Bound by memory: 2 N V sizeof(T) bytes, and the second reading, from L2. */
 template <typename T, int P>
 static __global__ void __launch_bounds__(512)
     crossentropy_block_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int V, int stride) {
@@ -4425,7 +4433,7 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits_, con
 
 /* ---- sampling ----
    A block a sequence. What top_k and top_p leave are all logits from a threshold upwards. A float's bits, read as a whole number
-   and a little turned, have the order of the floats, so a threshold is found bit by bit from the top: keep a bit where enough still
+   all flipped where it is negative and else with the sign bit set, have the order of the floats, so a threshold is found bit by bit from the top: keep a bit where enough still
    lies at or above it. 32 passes over the logits each, without a sort and for any V. Bound by latency where V is small. */
 
 enum { SAMPLE_THREADS = 512, SAMPLE_SHARED = (SAMPLE_THREADS + 1 + 16) * 8 };
@@ -4437,7 +4445,7 @@ template <typename T> struct scores {
     int V;
 };
 
-/* A logit with its penalty. What is no number counts as -infinity, -0 as 0, than which it is no smaller. */
+/* A logit with its penalty. NaN counts as -infinity; -0 becomes 0, because their bits differ. */
 template <typename T> static __device__ float score(const scores<T> *s, int v) {
     float x = (float)s->z[v];
     if (x != x) x = -INFINITY;
@@ -4445,7 +4453,7 @@ template <typename T> static __device__ float score(const scores<T> *s, int v) {
     return x + 0.0f;
 }
 
-/* Its probability, times that of the largest. */
+/* exp((score - most) / temperature): its probability over that of the largest. */
 template <typename T> static __device__ double weight_of(const scores<T> *s, float x, float most) {
     return expf((x - most) / s->temperature);
 }
@@ -4518,7 +4526,7 @@ static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float 
             at += weight_of(s, score(s, v), most);
             drawn = v;
         }
-    // of several runs, which only rounding can make, the first
+    // rounding may let two runs claim it: the first
     const int owner = -block_max(drawn < 0 ? -SAMPLE_THREADS : -(int)threadIdx.x, (int *)room);
     return block_max((int)threadIdx.x == owner ? drawn : -1, (int *)room);
 }
@@ -4558,7 +4566,7 @@ static void cuda_sample(slam_ops *ops, int *tokens, const slam_act *logits, unsi
 }
 
 /* ---- sums ----
-   Four neighbours are added in float, all else in double, of which many GPUs do little. The number of blocks hangs on n alone. */
+   Four neighbours are added in float, all else in double, which is slow on most GPUs. The number of blocks depends on n alone. */
 
 enum { SUM_BLOCKS = 1024 };
 
@@ -4675,7 +4683,7 @@ static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float
    dk and dv by tiles of keys. Both compute s and p, seven products instead of five, and in exchange nobody adds to what another
    block has written: no atomics, the same bits every time. */
 
-/* The window of query i of row b: x, y: its first key and the one after its last; z, w: its hole likewise. Empty past the end. */
+/* The window of query i of row b: x, y: its first key and the one after its last; z, w: its hole likewise. Empty for i >= T. */
 static __device__ __forceinline__ int4 window_of(const slam_window &win, int b, int i) {
     int4 w = {0, 0, 0, 0};
     if (i >= win.T) return w;
@@ -4687,7 +4695,7 @@ static __device__ __forceinline__ int4 window_of(const slam_window &win, int b, 
 }
 
 static __device__ __forceinline__ int window_sees(int4 w, int j) { return j >= w.x && j < w.y && (j < w.z || j >= w.w); }
-/* Some of the keys a .. b - 1, all of them */
+/* Does it see any of the keys a to b - 1? All of them? */
 static __device__ __forceinline__ int window_sees_any(int4 w, int a, int b) {
     a = max(a, w.x), b = min(b, w.y);
     return a < b && (a < w.z || b > w.w);
@@ -4776,7 +4784,8 @@ static __device__ __forceinline__ void plain_store(T *to, const float *sums, flo
 }
 
 /* Forward: a warp a query. Of a run of 32 keys each lane takes one, for its score; then each lane takes its channels of all 32
-   values. Keys and values come from the caches, where the next query finds them again; bound by the instructions. */
+   values. Keys and values come from the caches, where the next query finds them again; bound by arithmetic,
+   4 HS flops a pair without tensor cores. */
 template <typename T, int P>
 static __global__ void __launch_bounds__(32 * PLAIN_WARPS, 1)
     attention_forward_plain(T *out, float *lse, const T *qkv, const slam_window win) {
@@ -4893,7 +4902,7 @@ template <typename T, int P>
 static void cuda_forward_plain(slam_ops *ops, slam_act *out, float *lse, const slam_act *qkv, const slam_window *win) {
     const size_t queries = (size_t)win->B * win->NH * win->T, shared = PLAIN_WARPS * (win->HS + 32) * sizeof(float);
     SLAM_LAUNCH((attention_forward_plain<T, P>), (unsigned)((queries + PLAIN_WARPS - 1) / PLAIN_WARPS), 32 * PLAIN_WARPS, shared,
-                ((cuda_ops *)ops)->stream, (T *)out, lse, (const T *)qkv, *win);
+                stream_of(ops), (T *)out, lse, (const T *)qkv, *win);
     cuda_launched(ops, "attention_forward");
 }
 
@@ -5039,8 +5048,8 @@ static __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef SLAM_EMULATOR
     return exp2f(x);
 #else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    float y = x;
+    SLAM_PTX(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
     return y;
 #endif
 }
@@ -5066,7 +5075,7 @@ template <int MT, int KEYS> static __device__ __forceinline__ void rows_hide(flo
 /* Which pairs of tiles have anything to compute. For every tile that a block may visit there is a word, and in it a byte for
    each warp (or group of warps) w: 0: nothing is seen, 1: something, so the window decides for each pair, 2: everything. This
    leaves only tiles that somebody visits, in order, as tile << 8 | sum of byte_w << 2 w, and returns how many there are.
-   Everybody comes, after a barrier behind the bytes' writers; there is a place for one word more. */
+   All threads call it, after a barrier that follows the writes; visits has tiles + 1 words. */
 static __device__ __forceinline__ int visits_list(int *visits, int tiles) {
     const int lane = threadIdx.x % 32;
     if (threadIdx.x < 32) {
@@ -5111,18 +5120,18 @@ static __device__ __forceinline__ int visits_of_queries(int *visits, int4 *windo
    the tiles of KEYS keys that any of them sees; while one is worked on, the next comes into the other half of shared memory. With
    MT = 2 each fragment of k and v that is read from shared memory serves two products: with one the reads, 128 bytes a clock,
    would take longer than the products. What bounds it: 4 HS flops and one exponential, of which a processor makes 16 a clock, for
-   each pair of query and key. With HS = 64 on Hopper both take about as long, and other warps do the one during the other.
+   each pair of query and key. At the tensor cores' peak, which mma.sync does not reach on Hopper, both would take equally long for HS = 64; other warps do the one during the other.
    Blocks start in the order of their numbers, so those with late queries, which have most to do in long documents, get low ones. */
 template <int HS, int MT, int KEYS>
 static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_window win) {
-    constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
+    constexpr int QUERY_TILE = 64 * MT, TILE = KEYS * HS * 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
+    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERY_TILE;
     const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
     const bf16 *row = qkv + (size_t)b * win.T * W, *key = row + (win.NH + h * win.KVH / win.NH) * HS, *value = key + win.KVH * HS;
-    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // behind twice a tile of k and one of v
-    int *visits = (int *)(windows + QUERIES_);
+    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // after two stages, each a tile of k and one of v
+    int *visits = (int *)(windows + QUERY_TILE);
 
     const int i = i0 + warp * 16 * MT; // this warp's first query
     uint32_t q[MT][HS / 16][4];
@@ -5172,9 +5181,10 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
                 for (int n = 0; n < KEYS / 8; n++) x = fmaxf(x, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
                 x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
                 above[m][r] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-                rise = fmaxf(rise, (above[m][r] - max_[m][r]) * scale); // NaN, which fmaxf passes over: nothing is seen yet
+                rise = fmaxf(rise,
+                             (above[m][r] - max_[m][r]) * scale); // -inf - -inf is NaN where nothing is seen yet: fmaxf ignores it
             }
-        if (__any_sync(0xffffffffu, rise > 8)) // 2^8 is far from any limit: a rise of less may go into p
+        if (__any_sync(0xffffffffu, rise > 8)) // p may grow to 2^8 before o and the sum are rescaled: far from any limit
             for (int m = 0; m < MT; m++)
                 for (int r = 0; r < 2; r++) {
                     const float higher = fmaxf(max_[m][r], above[m][r]);
@@ -5224,27 +5234,27 @@ static void cuda_forward_fast(slam_ops *ops, slam_act *out, float *lse, const sl
     const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
     const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
     cudaFuncSetAttribute(attention_forward_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    SLAM_LAUNCH((attention_forward_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared, ((cuda_ops *)ops)->stream,
-                (bf16 *)out, lse, (const bf16 *)qkv, *win);
+    SLAM_LAUNCH((attention_forward_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared, stream_of(ops), (bf16 *)out,
+                lse, (const bf16 *)qkv, *win);
     cuda_launched(ops, "attention_forward");
 }
 
 /* ---- attention: fast backward pass ----
    dq: a block is a tile of 64 MT queries of one head, as in the forward pass; q and dout stay in registers. ds comes out of its
-   sums just as the product with k wants it. First of all D is computed, for the kernel that follows as well. What bounds it:
+   sums just as the product with k wants it. D is computed first; the kernel of dk and dv reads it. What bounds it:
    three products for each tile, 6 HS flops a pair. */
 template <int HS, int MT, int KEYS>
 static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const bf16 *out, const float *lse, const bf16 *qkv,
                                       const slam_window win) {
-    constexpr int QUERIES_ = 64 * MT, TILE = KEYS * HS * 2;
+    constexpr int QUERY_TILE = 64 * MT, TILE = KEYS * HS * 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES_;
+    const int h = blockIdx.x % win.NH, b = blockIdx.x / win.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERY_TILE;
     const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
     const size_t first = (size_t)b * win.T;
     const bf16 *key = qkv + first * W + (win.NH + h * win.KVH / win.NH) * HS;
-    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // behind twice a tile of k and one of v
-    int *visits = (int *)(windows + QUERIES_);
+    int4 *windows = (int4 *)(shared_memory() + 4 * TILE); // after two stages, each a tile of k and one of v
+    int *visits = (int *)(windows + QUERY_TILE);
 
     const int i = i0 + warp * 16 * MT; // this warp's first query
     uint32_t q[MT][HS / 16][4], d[MT][HS / 16][4];
@@ -5332,37 +5342,37 @@ static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
 }
 
 /* dk and dv: a block is a tile of 16 MT KW keys of one key/value head. Its warps form GROUPS groups of KW, and the pairs of (head
-   that reads this one, tile of QUERIES_ queries) are dealt to the groups in turn; in the end the groups' sums are added pairwise.
+   that reads this one, tile of QUERY_TILE queries) are dealt to the groups in turn; in the end the groups' sums are added pairwise.
    So a block has many warps and yet few keys: there are enough blocks for all processors even where heads share keys, and since
    the longest come first they end together. A warp has 16 MT keys, whose dk and dv stay in registers. s and dp are computed
    transposed, keys by queries, which makes p and ds come out of their sums just as the products with dout and q want them.
    What bounds it: four products for each pair of tiles, 8 HS flops a pair of query and key. */
-template <int HS, int MT, int KW, int GROUPS, int QUERIES_>
+template <int HS, int MT, int KW, int GROUPS, int QUERY_TILE>
 static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
     attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, const float *lse, const bf16 *qkv,
                                    const slam_window win) {
-    constexpr int KEYS = 16 * MT * KW, THREADS = 32 * KW, TILE = QUERIES_ * HS * 2;
-    static_assert(2 * QUERIES_ <= THREADS && QUERIES_ <= 32 && KW <= 4, "threads for what is kept with each query");
+    constexpr int KEYS = 16 * MT * KW, THREADS = 32 * KW, TILE = QUERY_TILE * HS * 2;
+    static_assert(2 * QUERY_TILE <= THREADS && QUERY_TILE <= 32 && KW <= 4, "threads for what is kept with each query");
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS, warp = thread / 32;
     const int kv = blockIdx.x % win.KVH, b = blockIdx.x / win.KVH, j0 = blockIdx.y * KEYS;
-    const int heads = win.NH / win.KVH, tiles = (win.T + QUERIES_ - 1) / QUERIES_;
+    const int heads = win.NH / win.KVH, tiles = (win.T + QUERY_TILE - 1) / QUERY_TILE;
     const int W = (win.NH + 2 * win.KVH) * HS, O = win.NH * HS;
     const size_t first = (size_t)b * win.T;
     constexpr int V = KEYS * HS * 2, STAGES = 2 * V; // tiles of k, of v, and for each group twice a tile of q and of dout
     int4 *windows = (int4 *)(shared_memory() + STAGES + GROUPS * 4 * TILE); // for each of these tiles of its queries,
-    float *statistics = (float *)(windows + GROUPS * 2 * QUERIES_);         // and their lse log2 e, then -D
-    int *visits = (int *)(statistics + GROUPS * 4 * QUERIES_);
+    float *statistics = (float *)(windows + GROUPS * 2 * QUERY_TILE);       // and their lse log2 e, then -D
+    int *visits = (int *)(statistics + GROUPS * 4 * QUERY_TILE);
     {
         const bf16 *key = qkv + (first + j0) * W + (win.NH + kv) * HS;
         tile_load<HS, KEYS, THREADS * GROUPS>(0, key, W, win.T - j0, threadIdx.x);
         tile_load<HS, KEYS, THREADS * GROUPS>(V, key + win.KVH * HS, W, win.T - j0, threadIdx.x);
         copy_async_commit();
     }
-    const int none = win.doc_end ? 0 : j0 / QUERIES_; // tiles before this one see no key here
+    const int none = win.doc_end ? 0 : j0 / QUERY_TILE; // tiles before this one see no key here
     for (int k = threadIdx.x; k < none; k += THREADS * GROUPS) visits[k] = 0;
     for (int k = none + threadIdx.x / 32; k < tiles; k += KW * GROUPS) {
-        const int i = k * QUERIES_ + lane % QUERIES_;
+        const int i = k * QUERY_TILE + lane % QUERY_TILE;
         const int4 w = window_of(win, b, i);
         int word = 0;
         for (int part = 0; part < KW; part++) {
@@ -5381,7 +5391,7 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         for (int n = 0; n < HS / 8; n++)
             for (int k = 0; k < 4; k++) dk[m][n][k] = 0, dv[m][n][k] = 0;
     const float scale = rsqrtf((float)HS);
-    /* what comes next: which head of those that read this one, which visit; what this warp sees of the tiles that have come */
+    /* the next query head of the group, the next visit; what this warp sees of the tiles that have come */
     int next_head = group / max(n_visits, 1), next = group % max(n_visits, 1), seen = 0;
     for (int round = -1; n_visits > 0 && round * GROUPS < heads * n_visits; round++) {
         copy_async_wait<0>();
@@ -5389,13 +5399,13 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         int4 held = {0, 0, 0, 0};
         const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
         if (more) {
-            const int h = kv * heads + next_head, i0 = (visits[next] >> 8) * QUERIES_;
+            const int h = kv * heads + next_head, i0 = (visits[next] >> 8) * QUERY_TILE;
             const int stage = STAGES + next_stage * 2 * TILE;
-            tile_load<HS, QUERIES_, THREADS>(stage, qkv + (first + i0) * W + h * HS, W, win.T - i0, thread);
-            tile_load<HS, QUERIES_, THREADS>(stage + TILE, dout + (first + i0) * O + h * HS, O, win.T - i0, thread);
-            const int i = i0 + thread % QUERIES_;
-            if (thread < QUERIES_) held = window_of(win, b, i);
-            else if (thread < 2 * QUERIES_ && i < win.T) {
+            tile_load<HS, QUERY_TILE, THREADS>(stage, qkv + (first + i0) * W + h * HS, W, win.T - i0, thread);
+            tile_load<HS, QUERY_TILE, THREADS>(stage + TILE, dout + (first + i0) * O + h * HS, O, win.T - i0, thread);
+            const int i = i0 + thread % QUERY_TILE;
+            if (thread < QUERY_TILE) held = window_of(win, b, i);
+            else if (thread < 2 * QUERY_TILE && i < win.T) {
                 const size_t query = ((size_t)b * win.NH + h) * win.T + i;
                 held.x = __float_as_int(lse[query] * LOG2_E);
                 held.y = __float_as_int(-D[query]);
@@ -5406,16 +5416,16 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
             const int stage = (round & 1) + 2 * group;
             const int tile = STAGES + stage * 2 * TILE, q_tile = tile + tile_lane_b<HS>(), d_tile = q_tile + TILE;
             const int k_tile = warp * 16 * MT * HS * 2 + tile_lane<HS>(), v_tile = k_tile + V;
-            const float *shift = statistics + stage * 2 * QUERIES_ + 2 * t, *minus_D = shift + QUERIES_;
-            float p[MT][QUERIES_ / 8][4], ds[MT][QUERIES_ / 8][4];
-            for (int n = 0; n < QUERIES_ / 8; n++)
+            const float *shift = statistics + stage * 2 * QUERY_TILE + 2 * t, *minus_D = shift + QUERY_TILE;
+            float p[MT][QUERY_TILE / 8][4], ds[MT][QUERY_TILE / 8][4];
+            for (int n = 0; n < QUERY_TILE / 8; n++)
                 for (int k = 0; k < 4; k++) {
                     for (int m = 0; m < MT; m++) p[m][n][k] = 0, ds[m][n][k] = minus_D[8 * n + k % 2];
                 }
             for (int k = 0; k < HS / 16; k++) {
                 uint32_t x[MT][4];
                 for (int m = 0; m < MT; m++) tile_read<HS>(x[m], k_tile, 16 * m, 16 * k);
-                for (int n = 0; n < QUERIES_ / 16; n++) {
+                for (int n = 0; n < QUERY_TILE / 16; n++) {
                     uint32_t q[4];
                     tile_read<HS>(q, q_tile, 16 * n, 16 * k);
                     for (int m = 0; m < MT; m++) {
@@ -5427,7 +5437,7 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
             for (int k = 0; k < HS / 16; k++) {
                 uint32_t x[MT][4];
                 for (int m = 0; m < MT; m++) tile_read<HS>(x[m], v_tile, 16 * m, 16 * k);
-                for (int n = 0; n < QUERIES_ / 16; n++) {
+                for (int n = 0; n < QUERY_TILE / 16; n++) {
                     uint32_t d[4];
                     tile_read<HS>(d, d_tile, 16 * n, 16 * k);
                     for (int m = 0; m < MT; m++) {
@@ -5437,9 +5447,9 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
                 }
             }
             if (seen == 1) {
-                const int4 w = windows[stage * QUERIES_ + lane % QUERIES_];
+                const int4 w = windows[stage * QUERY_TILE + lane % QUERY_TILE];
                 const unsigned bits = window_bits(w, j0 + 16 * MT * warp);
-                for (int n = 0; n < QUERIES_ / 8; n++)
+                for (int n = 0; n < QUERY_TILE / 8; n++)
                     for (int e = 0; e < 2; e++) {
                         const unsigned see = __shfl_sync(0xffffffffu, bits, 8 * n + 2 * t + e) >> g;
                         for (int m = 0; m < MT; m++)
@@ -5447,14 +5457,14 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
                                 if (!(see >> (16 * m + 8 * r) & 1)) p[m][n][2 * r + e] = -INFINITY;
                     }
             }
-            for (int n = 0; n < QUERIES_ / 8; n++)
+            for (int n = 0; n < QUERY_TILE / 8; n++)
                 for (int k = 0; k < 4; k++) {
                     for (int m = 0; m < MT; m++) {
                         p[m][n][k] = exp2_fast(p[m][n][k] * (scale * LOG2_E) - shift[8 * n + k % 2]);
                         ds[m][n][k] *= p[m][n][k];
                     }
                 }
-            for (int k = 0; k < QUERIES_ / 16; k++) {
+            for (int k = 0; k < QUERY_TILE / 16; k++) {
                 uint32_t x[MT][4], y[MT][4];
                 for (int m = 0; m < MT; m++) {
                     sums_a(x[m], p[m][2 * k], p[m][2 * k + 1]);
@@ -5473,10 +5483,10 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
                 }
             }
         }
-        if (more && thread < QUERIES_) windows[next_stage * QUERIES_ + thread] = held;
-        else if (more && thread < 2 * QUERIES_) {
-            statistics[next_stage * 2 * QUERIES_ + thread - QUERIES_] = __int_as_float(held.x);
-            statistics[next_stage * 2 * QUERIES_ + thread] = __int_as_float(held.y);
+        if (more && thread < QUERY_TILE) windows[next_stage * QUERY_TILE + thread] = held;
+        else if (more && thread < 2 * QUERY_TILE) {
+            statistics[next_stage * 2 * QUERY_TILE + thread - QUERY_TILE] = __int_as_float(held.x);
+            statistics[next_stage * 2 * QUERY_TILE + thread] = __int_as_float(held.y);
         }
         seen = more ? visits[next] >> 2 * warp & 3 : 0;
         for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
@@ -5494,7 +5504,7 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
             for (int n = 0; n < HS / 8; n++) dk[m][n][2 * r] *= scale, dk[m][n][2 * r + 1] *= scale;
         }
     if (win.rope) rows_turn_back<HS, MT>(dk, win.rope, position);
-    bf16 *to = dqkv + (first + j) * W + (win.NH + kv) * HS; // a warp reads no other's rows of k and v, so that they are free
+    bf16 *to = dqkv + (first + j) * W + (win.NH + kv) * HS; // only this warp reads these rows of k and v, so it may write over them
     rows_store<HS, MT>(to, W, win.T - j, dk, warp * 16 * MT * HS * 2);
     rows_store<HS, MT>(to + win.KVH * HS, W, win.T - j, dv, V + warp * 16 * MT * HS * 2);
 }
@@ -5505,22 +5515,22 @@ static void cuda_backward_queries_fast(slam_ops *ops, slam_act *dqkv, float *D, 
     const int tiles = (win->T + 64 * MT - 1) / (64 * MT);
     const size_t shared = 4 * KEYS * HS * 2 + 64 * MT * sizeof(int4) + ((win->T + KEYS - 1) / KEYS + 1) * sizeof(int);
     cudaFuncSetAttribute(attention_backward_queries_kernel<HS, MT, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    SLAM_LAUNCH((attention_backward_queries_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared,
-                ((cuda_ops *)ops)->stream, (bf16 *)dqkv, D, (const bf16 *)dout, (const bf16 *)out, lse, (const bf16 *)qkv, *win);
+    SLAM_LAUNCH((attention_backward_queries_kernel<HS, MT, KEYS>), dim3(win->B * win->NH, tiles), 128, shared, stream_of(ops),
+                (bf16 *)dqkv, D, (const bf16 *)dout, (const bf16 *)out, lse, (const bf16 *)qkv, *win);
     cuda_launched(ops, "attention_backward");
 }
 
-template <int HS, int MT, int KW, int GROUPS, int QUERIES_>
+template <int HS, int MT, int KW, int GROUPS, int QUERY_TILE>
 static void cuda_backward_keys_fast(slam_ops *ops, slam_act *dqkv, const float *D, const slam_act *dout, const float *lse,
                                     const slam_act *qkv, const slam_window *win) {
     enum { KEYS = 16 * MT * KW };
-    const size_t visits = (win->T + QUERIES_ - 1) / QUERIES_ + 1, stages = GROUPS * 2 * QUERIES_;
+    const size_t visits = (win->T + QUERY_TILE - 1) / QUERY_TILE + 1, stages = GROUPS * 2 * QUERY_TILE;
     const size_t shared = 2 * KEYS * HS * 2 + stages * (2 * HS * 2 + sizeof(int4) + 2 * sizeof(float)) + visits * sizeof(int);
-    cudaFuncSetAttribute(attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)shared);
-    SLAM_LAUNCH((attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERIES_>), dim3(win->B * win->KVH, (win->T + KEYS - 1) / KEYS),
-                32 * KW * GROUPS, shared, ((cuda_ops *)ops)->stream, (bf16 *)dqkv, D, (const bf16 *)dout, lse, (const bf16 *)qkv,
-                *win);
+    cudaFuncSetAttribute(attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERY_TILE>,
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    SLAM_LAUNCH((attention_backward_keys_kernel<HS, MT, KW, GROUPS, QUERY_TILE>),
+                dim3(win->B * win->KVH, (win->T + KEYS - 1) / KEYS), 32 * KW * GROUPS, shared, stream_of(ops), (bf16 *)dqkv, D,
+                (const bf16 *)dout, lse, (const bf16 *)qkv, *win);
     cuda_launched(ops, "attention_backward");
 }
 
@@ -5620,8 +5630,8 @@ template <typename T, int P, int HEADS, int CHANNELS>
 static void cuda_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *win) {
     const size_t shared = HEADS * (win->HS + DECODE_WARPS * (win->HS + 34)) * sizeof(float);
     cudaFuncSetAttribute(attention_decode_kernel<T, P, HEADS, CHANNELS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    SLAM_LAUNCH((attention_decode_kernel<T, P, HEADS, CHANNELS>), win->B * win->KVH, 32 * DECODE_WARPS, shared,
-                ((cuda_ops *)ops)->stream, (T *)out, (T *)cache, (T *)qkv, lengths, *win);
+    SLAM_LAUNCH((attention_decode_kernel<T, P, HEADS, CHANNELS>), win->B * win->KVH, 32 * DECODE_WARPS, shared, stream_of(ops),
+                (T *)out, (T *)cache, (T *)qkv, lengths, *win);
     cuda_launched(ops, "attention_decode");
 }
 
@@ -5636,12 +5646,12 @@ static void cuda_decode_any(slam_ops *ops, slam_act *out, slam_act *cache, slam_
 }
 
 static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
-    const int wide = ops->bytes_per_act == 4;
-    if (win->rope && wide) cuda_rotate<float>(ops, qkv, win);
-    if (win->rope && !wide) cuda_rotate<bf16>(ops, qkv, win);
+    const int is_float = ops->bytes_per_act == 4;
+    if (win->rope && is_float) cuda_rotate<float>(ops, qkv, win);
+    if (win->rope && !is_float) cuda_rotate<bf16>(ops, qkv, win);
     cuda_launched(ops, "attention_forward");
-    if (wide && win->HS % 4 == 0) cuda_forward_plain<float, 4>(ops, out, lse, qkv, win);
-    else if (wide) cuda_forward_plain<float, 1>(ops, out, lse, qkv, win);
+    if (is_float && win->HS % 4 == 0) cuda_forward_plain<float, 4>(ops, out, lse, qkv, win);
+    else if (is_float) cuda_forward_plain<float, 1>(ops, out, lse, qkv, win);
     else if (win->HS == 32) cuda_forward_fast<32, 2, 64>(ops, out, lse, qkv, win);
     else if (win->HS == 64) cuda_forward_fast<64, 2, 64>(ops, out, lse, qkv, win);
     else if (win->HS == 128) cuda_forward_fast<128, 1, 64>(ops, out, lse, qkv, win);
@@ -5651,9 +5661,9 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
 
 static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                     const float *lse, const slam_act *qkv, const slam_window *win) {
-    const int wide = ops->bytes_per_act == 4;
-    if (wide && win->HS % 4 == 0) cuda_backward_plain<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
-    else if (wide) cuda_backward_plain<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
+    const int is_float = ops->bytes_per_act == 4;
+    if (is_float && win->HS % 4 == 0) cuda_backward_plain<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
+    else if (is_float) cuda_backward_plain<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
     else if (win->HS == 32) {
         cuda_backward_queries_fast<32, 2, 32>(ops, dqkv, D, dout, out, lse, qkv, win);
         cuda_backward_keys_fast<32, 2, 2, 4, 32>(ops, dqkv, D, dout, lse, qkv, win);
@@ -5695,11 +5705,11 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     char built_for[100];
     cudaFuncAttributes attributes;
     cudaError_t error = cudaGetDeviceCount(&n);
-    cudaGetLastError(); // what is said here is not said again of a kernel
+    cudaGetLastError(); // or the first launch would report it
     if (error == cudaErrorInsufficientDriver)
         return fail(
-            "cuda:%d: there is no NVIDIA driver here, or it is older than this build's CUDA wants: install or update the driver "
-            "(nvidia-smi shows what there is), or build with an older CUDA toolkit",
+            "cuda:%d: no NVIDIA driver, or one older than this build's CUDA: install or update it (nvidia-smi shows it), or build "
+            "with an older toolkit",
             device);
     if (error == cudaErrorNoDevice || (error == cudaSuccess && n == 0))
         return fail("cuda:%d: no GPU was found: nvidia-smi lists those that the driver sees, CUDA_VISIBLE_DEVICES may hide them",
@@ -5716,9 +5726,11 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
     cudaGetLastError();
     cuda_built_for(built_for, sizeof built_for);
-    if (error != cudaSuccess)
-        return fail("cuda:%d: %s has compute capability %d.%d, this build has code for %s (%s): build with CUDA_ARCH=native",
-                    device, p->name, p->major, p->minor, built_for, cudaGetErrorString(error));
+    if (error != cudaSuccess || attributes.ptxVersion < 80) // PTX of less is compiled for any newer GPU, but it has no kernels
+        return fail("cuda:%d: %s has compute capability %d.%d, this build has code for %s%s%s: build with nvcc -arch=native (make "
+                    "CUDA_ARCH=native)",
+                    device, p->name, p->major, p->minor, built_for, error == cudaSuccess ? "" : ", ",
+                    error == cudaSuccess ? "" : cudaGetErrorString(error));
     return 1;
 }
 
@@ -9712,8 +9724,7 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
         ops = slam_cpu(threads);
     }
     if (ops && strcmp(dtype, "auto") && ops->bytes_per_act != (strcmp(dtype, "f32") ? 2 : 4)) {
-        fail("--dtype %s: %s computes in %s%s%s%s", dtype, ops->name, ops->bytes_per_act == 4 ? "f32" : "bf16", *note ? " (" : "",
-             note, *note ? ")" : "");
+        fail("--dtype %s: the CPU computes in f32 only%s%s", dtype, *note ? ", and there is no GPU: " : "", note);
         slam_ops_free(ops);
         ops = NULL;
     }

@@ -16,6 +16,9 @@
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX wrappers: the run ends with a
      sentence that names kernel, block and thread, and where the others wait.
 
+   It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one), bank conflicts,
+   registers, speed, or anything of cuBLASLt, whose products are a loop here.
+
    A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host memory that
    is used again too early shows. There is one device. */
 #ifndef CUDA_EMULATOR_H
@@ -42,7 +45,7 @@
 #endif
 #endif
 
-/* ---- words of the language ---- */
+/* ---- words of the language: more than slam.h uses, for whoever changes a kernel ---- */
 
 #define __global__
 #define __device__
@@ -71,7 +74,7 @@ struct alignas(16) uint4 {
 struct __nv_bfloat16 {
     uint16_t bits;
     __nv_bfloat16() = default;
-    __nv_bfloat16(float f) { // to the nearest, to the even one of two
+    __nv_bfloat16(float f) { // to nearest, ties to even
         uint32_t u;
         memcpy(&u, &f, sizeof u);
         bits = f != f ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
@@ -138,7 +141,7 @@ struct emulator_fiber {
     /* what it has brought to the collective that it waits for, and takes from it */
     emulator_kind kind;
     unsigned mask;
-    int source; // a shuffle's lane, 0..31; of a barrier: 0 plain, 1 count
+    int source; // a shuffle's lane, 0..31
     uint64_t value, result;
     float *c;
     const uint32_t *a;
@@ -178,7 +181,7 @@ struct emulator_state {
     void *fake;
 };
 
-static thread_local emulator_state emulator = {}; // known when it is compiled: no check at every use
+static thread_local emulator_state emulator = {}; // constant-initialised: no guard at every use
 #define threadIdx (emulator.now->thread)
 #define blockIdx  (emulator.index)
 #define blockDim  (emulator.block)
@@ -374,7 +377,7 @@ static void emulator_check_warp(emulator_kind kind, int warp, unsigned mask) {
         lane[l] = NULL;
         if (!(mask >> l & 1)) continue;
         lane[l] = emulator_lane(warp, l);
-        if (!lane[l]) emulator_fail("%s with mask %08x, whose lane %d has ended or never was", emulator_kinds[kind], mask, l);
+        if (!lane[l]) emulator_fail("%s with mask %08x, whose lane %d has ended or does not exist", emulator_kinds[kind], mask, l);
         if (lane[l]->kind != kind || lane[l]->mask != mask) return;
         votes |= (lane[l]->value != 0 ? (uint64_t)1 : 0) << l;
     }
@@ -594,7 +597,7 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 typedef struct emulator_stream *cudaStream_t;
 typedef struct emulator_event {
@@ -603,8 +606,7 @@ typedef struct emulator_event {
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount;
-    size_t totalGlobalMem, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int l2CacheSize;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
 };
 struct cudaFuncAttributes {
     int binaryVersion, ptxVersion, numRegs;
@@ -613,6 +615,7 @@ struct cudaFuncAttributes {
 
 /* 99 kB of shared memory a block: the least that the GPUs of compute capability 8.0 to 12.0 have. */
 enum { EMULATOR_SHARED = 48 << 10, EMULATOR_SHARED_MOST = 99 << 10, EMULATOR_PROCESSORS = 4 };
+static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
 
 static struct {
     std::deque<std::function<void()>> queue; // of the one stream
@@ -621,7 +624,7 @@ static struct {
     std::map<const char *, size_t> pinned; // cudaMallocHost's blocks
     std::map<const void *, size_t> shared; // bytes that a kernel may ask for
     cudaError_t error;
-    size_t limit, used; // device memory; limit 0: all there is
+    size_t limit = EMULATOR_MEMORY, used; // bytes of device memory
     std::map<void *, size_t> blocks;
 } emulator_device;
 
@@ -682,19 +685,17 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     snprintf(p->name, sizeof p->name, "emulated GPU");
     p->major = 8;
     p->multiProcessorCount = EMULATOR_PROCESSORS;
-    p->totalGlobalMem = emulator_device.limit ? emulator_device.limit : (size_t)8 << 30;
+    p->totalGlobalMem = emulator_device.limit;
     p->sharedMemPerBlockOptin = EMULATOR_SHARED_MOST;
-    p->sharedMemPerMultiprocessor = 100 << 10;
-    p->l2CacheSize = 4 << 20;
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t *free_, size_t *total) {
-    *total = emulator_device.limit ? emulator_device.limit : (size_t)8 << 30;
+    *total = emulator_device.limit;
     *free_ = *total > emulator_device.used ? *total - emulator_device.used : 0;
     return cudaSuccess;
 }
 template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
-    if (emulator_device.limit && emulator_device.used + bytes > emulator_device.limit) return cudaErrorMemoryAllocation;
+    if (emulator_device.used + bytes > emulator_device.limit) return cudaErrorMemoryAllocation;
     void *block = NULL;
     if (posix_memalign(&block, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
     memset(block, 0xff, bytes);
@@ -742,7 +743,6 @@ static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cuda
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return *s = NULL, cudaSuccess; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator_drain(emulator_device.asked), cudaSuccess; }
-static inline cudaError_t cudaDeviceSynchronize(void) { return emulator_drain(emulator_device.asked), cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { return e->ticket = emulator_device.asked, cudaSuccess; }
@@ -754,7 +754,9 @@ template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, c
     return cudaSuccess;
 }
 template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
-    return memset(a, 0, sizeof *a), cudaSuccess;
+    memset(a, 0, sizeof *a);
+    a->ptxVersion = a->binaryVersion = 80;
+    return cudaSuccess;
 }
 
 /* ---- matrix products, cuBLASLt's on a GPU ----

@@ -497,7 +497,7 @@ static void test_memory(void) {
 #ifdef SLAM_EMULATOR
     emulator_memory(emulator_device.used + (1 << 20));
     check_fails(slam_model_plan(m, 64, 256, 1), "--micro-batch");
-    emulator_memory(0);
+    emulator_memory(EMULATOR_MEMORY);
 #else
     check_fails(slam_model_plan(m, 1 << 18, 256, 1), "--micro-batch");
 #endif
