@@ -3687,7 +3687,9 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
 
 static void cuda_release(slam_ops *ops, void *p) {
     cuda_ops *cuda = cuda_of(ops);
-    if (p) cuda_noted(cuda, cudaFree(p), "release"); // waits for the kernels that still use it
+    if (!p) return;
+    cuda_noted(cuda, cudaStreamSynchronize(cuda->stream), "release"); // kernels may still use it
+    cuda_noted(cuda, cudaFree(p), "release");
 }
 
 /* The next slot of the ring, when its last copy is done; NULL after a failure. */
@@ -4105,7 +4107,7 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const
     const cudaStream_t stream = stream_of(ops);
     const int wide = C % P == 0 && aligned16(ds, dy, s, w), team = norm_team(ops, C, wide, "rmsnorm_backward");
     if (team == 0) return;
-    const int rows = blocks(N, 256 / team), most = 4 * cuda->processors, grid = rows < most ? rows : most;
+    const int rows = blocks(N, 256 / team), most = 2 * cuda->processors, grid = rows < most ? rows : most;
     const size_t shared = (team == 32 ? 8 * (size_t)C : 8) * sizeof(float);
     float *partial = (float *)cuda->workspace;
     if (team == 32) SLAM_LAUNCH((rmsnorm_backward_kernel<T, P, 32>), grid, 256, shared, stream, ds, partial, dy, s, w, r, N, C);
@@ -4994,6 +4996,7 @@ template <int HS, int MT>
 static __device__ __forceinline__ void rows_store(bf16 *to, int stride, int valid, const float c[MT][HS / 8][4], int at) {
     char *tile = shared_memory() + at;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp(); // other lanes may still read what lies there
     for (int m = 0; m < MT; m++)
         for (int n = 0; n < HS / 8; n++)
             for (int r = 0; r < 2; r++)
@@ -5084,6 +5087,7 @@ static __device__ __forceinline__ int visits_list(int *visits, int tiles) {
             const int tile = first + lane, seen = tile < tiles ? visits[tile] : 0;
             const unsigned some = __ballot_sync(0xffffffffu, seen != 0);
             const int bits = (seen & 3) | (seen >> 6 & 12) | (seen >> 12 & 48) | (seen >> 18 & 192);
+            __syncwarp(); // all have read what is written over now
             if (seen) visits[n + __popc(some & ((1u << lane) - 1))] = tile << 8 | bits;
             n += __popc(some);
         }
@@ -5098,7 +5102,7 @@ template <int MT, int KEYS>
 static __device__ __forceinline__ int visits_of_queries(int *visits, int4 *windows, const slam_window &win, int b, int i) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (win.T + KEYS - 1) / KEYS;
     const int4 w = window_of(win, b, i + warp * 16 * MT + lane % (16 * MT));
-    windows[warp * 16 * MT + lane % (16 * MT)] = w;
+    if (lane < 16 * MT) windows[warp * 16 * MT + lane] = w;
     for (int k = threadIdx.x; k < tiles; k += 128) visits[k] = 0;
     int first = w.y > w.x ? w.x : win.T, end = w.y;
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -5492,6 +5496,7 @@ static __global__ void __launch_bounds__(32 * KW * GROUPS, 1)
         for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
     }
 
+    copy_async_wait<0>(); // where nothing was seen the keys are still on their way
     groups_add<HS, MT, GROUPS, THREADS>(dk, (float *)(shared_memory() + STAGES));
     groups_add<HS, MT, GROUPS, THREADS>(dv, (float *)(shared_memory() + STAGES));
     if (group > 0) return;
@@ -5645,7 +5650,14 @@ static void cuda_decode_any(slam_ops *ops, slam_act *out, slam_act *cache, slam_
     else cuda_decode<T, P, 1, 2>(ops, out, cache, qkv, lengths, win);
 }
 
+/* The plain kernels' lanes have room for 256 channels of a head. */
+static int attention_fits(slam_ops *ops, const slam_window *win, const char *operation) {
+    if (win->HS > 32 * PLAIN_CHANNELS) cuda_failed((cuda_ops *)ops, operation, "heads of more than 256 channels");
+    return win->HS <= 32 * PLAIN_CHANNELS;
+}
+
 static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win) {
+    if (!attention_fits(ops, win, "attention_forward")) return;
     const int is_float = ops->bytes_per_act == 4;
     if (win->rope && is_float) cuda_rotate<float>(ops, qkv, win);
     if (win->rope && !is_float) cuda_rotate<bf16>(ops, qkv, win);
@@ -5661,6 +5673,7 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
 
 static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                     const float *lse, const slam_act *qkv, const slam_window *win) {
+    if (!attention_fits(ops, win, "attention_backward")) return;
     const int is_float = ops->bytes_per_act == 4;
     if (is_float && win->HS % 4 == 0) cuda_backward_plain<float, 4>(ops, dqkv, D, dout, out, lse, qkv, win);
     else if (is_float) cuda_backward_plain<float, 1>(ops, dqkv, D, dout, out, lse, qkv, win);
@@ -5679,6 +5692,7 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
 
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_window *win) {
+    if (!attention_fits(ops, win, "attention_decode")) return;
     if (ops->bytes_per_act == 4) cuda_decode_any<float>(ops, out, cache, qkv, lengths, win);
     else cuda_decode_any<bf16>(ops, out, cache, qkv, lengths, win);
 }

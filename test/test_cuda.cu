@@ -377,6 +377,18 @@ static void test_operations(void) {
     }
 }
 
+/* What is beyond the kernels is an error, not other numbers. */
+static void test_limits(void) {
+    float *p = (float *)gpu->alloc(gpu, 4096 * sizeof(float));
+    const slam_window win = {1, 3, 1, 1, 288, (int *)p, NULL, NULL, NULL};
+    gpu->attention_forward(gpu, (slam_act *)p, p, (slam_act *)p, &win);
+    check_fails(gpu->finish(gpu), "256 channels");
+    gpu->rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1e-6f, 1, 10000);
+    check_fails(gpu->finish(gpu), "8192 channels");
+    CHECK(gpu->finish(gpu), "an error is told once, then forgotten: %s", slam_error());
+    gpu->release(gpu, p);
+}
+
 /* ---- whole models ---- */
 
 static const slam_config small_config = {30, 64, 2, 4, 2, 32, 96, 256, 1, 1, 1e-6, 0.1, 10000};
@@ -515,6 +527,7 @@ int main(void) {
         }
         const char *dtype = bytes == 2 ? "bf16" : "f32";
         test_operations();
+        if (TEST("op: limits %s", dtype)) test_limits();
         if (TEST("model: gradients %s", dtype)) test_gradients(0);
         if (TEST("model: gradients with holes %s", dtype)) test_gradients(1);
         if (TEST("model: 20 steps %s", dtype)) test_training();
