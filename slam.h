@@ -98,6 +98,13 @@ typedef struct slam_sampling {
     double repetition_penalty; /* logits of what was seen are divided by it, multiplied where negative; 1: none */
 } slam_sampling;
 
+/* A convolution over time: rows, groups, frames of a row, channels of a group, each in and out; taps, frames from one output to the
+   next. */
+typedef struct slam_conv {
+    int B, G, T, C, TO, OC, K, stride;
+    int gelu; /* the output goes through GELU */
+} slam_conv;
+
 struct slam_ops {
     const char *name;  /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
     int bytes_per_act; /* 4: float, 2: bf16 */
@@ -199,6 +206,42 @@ struct slam_ops {
        squared norm of the whole gradient: where either is not finite nothing is changed. */
     void (*adamw)(slam_ops *, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
                   const slam_adamw *, size_t n);
+
+    /* What follows serves speech encoders; there are no backward passes.
+
+       Convolution over time, in groups of channels, without padding
+           out_bt(g o) = sum_k sum_c x_bg(t stride + k)c w_(g o)kc + b_(g o)      with `gelu` followed by GELU
+       out = (B,TO,G OC)  from  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. A frame with t stride + K > T reads on into what lies
+       behind its row, which has to be memory but may hold anything: nobody uses such frames. */
+    void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, const slam_conv *);
+    /* What conv1d reads, with zeros around each row: channels in groups, `before` frames of zeros in front, zeros after the last
+           out_bgtc = scale_(g c) x_b(t - before)(g c) + shift_(g c)   where 0 <= t - before < length_b, else 0
+       out = (B,G,TO,C/G)  from  x (B,T,C)  lengths (B)  scale (C)  shift (C), both may be NULL: 1, 0 */
+    void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
+                         const slam_act *shift, int before, int B, int T, int TO, int C, int G);
+    /* x_bt = 0 for t >= length_b      x = (B,T,C)  lengths (B) */
+    void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
+
+    /* GELU (Hendrycks and Gimpel 2016), exact: x = x Phi(x), Phi the normal distribution's;  x = (n) */
+    void (*gelu)(slam_ops *, slam_act *x, size_t n);
+
+    /* Residual and layer norm (Ba, Kiros and Hinton 2016), with `gelu` followed by GELU
+           s = x + delta      y_ic = w_c (s_ic - mean_i) / sqrt(mean_c (s_ic - mean_i)^2 + eps) + b_c
+       s = (N,C)  y = (N,C)  from  x (N,C)  delta (N,C)  w (C)  b (C); delta NULL: s is x and is not written; s NULL: it is not kept;
+       y NULL: only s. s and y may be x. */
+    void (*layernorm)(slam_ops *, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta, const slam_act *w,
+                      const slam_act *b, float eps, int gelu, int N, int C);
+
+    /* Norm of each channel over the frames of its row (group norm with a channel a group: Wu and He 2018), followed by GELU
+           x_btc = gelu(w_c (x_btc - mean_bc) / sqrt(var_bc + eps) + b_c),    mean and var over t < length_b; later frames become 0
+       x = (B,T,C)  w (C)  b (C)  lengths (B) */
+    void (*channelnorm)(slam_ops *, slam_act *x, const slam_act *w, const slam_act *b, const int *lengths, float eps, int B, int T,
+                        int C);
+
+    /* The nearest centroid by squared distance, the first of those that tie: the least |c_k|^2 - 2 x_i . c_k
+       nearest = (N)  from  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K), scratch */
+    void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids, const float *squares,
+                    int N, int D, int K);
 };
 
 /* NULL and slam_error() where there is no memory, no such device, or no CUDA in this build. threads 0: one a core.
@@ -3066,7 +3109,7 @@ static tile tile_of(const slam_window *win, size_t row, int index) {
     t.i = index * QUERIES;
     t.n = win->T - t.i < QUERIES ? win->T - t.i : QUERIES;
     t.first = t.i;
-    int end = t.i + t.n;
+    int end = doc_end ? 0 : t.i + t.n;
     for (int q = t.i; q < t.i + t.n; q++) {
         t.first = doc_start[q] < t.first ? doc_start[q] : t.first;
         end = doc_end && doc_end[q] > end ? doc_end[q] : end;
@@ -3407,6 +3450,221 @@ static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float 
     if ((void *)w_act != (void *)w) cpu_to_act(ops, w_act, w, n);
 }
 
+/* ---- GELU ----
+   x Phi(x) with Phi(-z) = exp(-z^2/2) P(t), t = 1 / (1 + 0.26 z), z = |x|: P is a polynomial fitted to scaled erfc (in double, least
+   largest relative error: 2e-8). It is as exact far out on the negative side as near 0, and vanishes at infinity. */
+
+static inline float gelu_float(float x) {
+    const float z = x < 0 ? -x : x, t = 1 / (1 + 0.26f * z);
+    float p = 0.0308966339f;
+    p = p * t - 0.154742836f;
+    p = p * t + 0.255471989f;
+    p = p * t - 0.155542006f;
+    p = p * t + 0.164156649f;
+    p = p * t + 0.0496407005f;
+    p = p * t + 0.103391797f;
+    p = p * t + 0.102964868f;
+    p = p * t + 0.103762195f;
+    const float below = exp_float(-0.5f * z * z) * p * t; // Phi(-|x|)
+    return x * (x < 0 ? below : 1 - below);
+}
+
+static void row_gelu(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = gelu_float(x[i]);
+}
+
+enum { GELU_RUN = 4096 };
+
+static void cpu_gelu(slam_ops *ops, slam_act *x, size_t n) {
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (size_t i = 0; i < n; i += GELU_RUN) row_gelu((float *)x + i, n - i < GELU_RUN ? n - i : GELU_RUN);
+}
+
+/* ---- convolution ----
+   With channels last the K frames that an output frame reads are neighbours in memory: a row of K C numbers, `stride` C further on
+   for the next one. So it is a matrix product whose left side is x itself, in rows that overlap, and nothing is copied. Rows of the
+   batch whose length is a multiple of the stride go on into each other at the same pace: they are one long row. */
+
+enum { CONV_FRAMES = 768 }; // output frames at once: what they add up to, and GELU after it, stays in L2
+
+/* out (n, OC) of one group, in rows G OC apart. Libraries want rows that do not overlap: they get `stride` taps at a time. */
+static void conv1d_frames(float *out, const float *x, const float *w, const float *b, const slam_conv *c, int n) {
+    const size_t ldx = (size_t)c->stride * c->C, ldw = (size_t)c->K * c->C, ldo = (size_t)c->G * c->OC;
+#if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
+    const int taps = c->stride;
+#else
+    const int taps = c->K;
+#endif
+    for (int t = 0; b && t < n; t++) memcpy(out + t * ldo, b, (size_t)c->OC * sizeof(float));
+    for (int k = 0; k < c->K; k += taps)
+        gemm(0, 1, n, c->OC, (c->K - k < taps ? c->K - k : taps) * c->C, x + (size_t)k * c->C, ldx, w + (size_t)k * c->C, ldw,
+             b || k ? 1.0f : 0.0f, out, ldo);
+    for (int t = 0; c->gelu && t < n; t++) row_gelu(out + t * ldo, (size_t)c->OC);
+}
+
+static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
+                       const slam_conv *conv) {
+    slam_conv c = *conv;
+    const float *x = (const float *)x_, *w = (const float *)w_, *b = (const float *)b_;
+    float *out = (float *)out_;
+    if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
+    const int most = c.TO / ops->threads + 1, frames = most < CONV_FRAMES ? most : CONV_FRAMES,
+              parts = (c.TO + frames - 1) / frames;
+    const size_t row = (size_t)c.T * c.C;
+    SLAM_PRAGMA(omp parallel for schedule(dynamic))
+    for (int task = 0; task < c.B * c.G * parts; task++) {
+        const int first = task % parts * frames, g = task / parts % c.G, r = task / parts / c.G;
+        conv1d_frames(out + (((size_t)r * c.TO + first) * c.G + g) * c.OC,
+                      x + ((size_t)r * c.G + g) * row + (size_t)first * c.stride * c.C, w + (size_t)g * c.OC * c.K * c.C,
+                      b ? b + (size_t)g * c.OC : NULL, &c, c.TO - first < frames ? c.TO - first : frames);
+    }
+}
+
+static void cpu_group_frames(slam_ops *ops, slam_act *out_, const slam_act *x_, const int *lengths, const slam_act *scale_,
+                             const slam_act *shift_, int before, int B, int T, int TO, int C, int G) {
+    const float *scale = (const float *)scale_, *shift = (const float *)shift_;
+    const int width = C / G;
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int row = 0; row < B * G * TO; row++) {
+        const int t = row % TO - before, g = row / TO % G, b = row / TO / G;
+        float *out = (float *)out_ + (size_t)row * width;
+        const float *x = (const float *)x_ + ((size_t)b * T + t) * C + g * width;
+        if (t < 0 || t >= lengths[b]) memset(out, 0, (size_t)width * sizeof *out);
+        else
+            for (int c = 0; c < width; c++)
+                out[c] = (scale ? scale[g * width + c] * x[c] : x[c]) + (shift ? shift[g * width + c] : 0);
+    }
+}
+
+static void cpu_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int T, int C) {
+    (void)ops;
+    for (int b = 0; b < B; b++)
+        memset((float *)x + ((size_t)b * T + lengths[b]) * C, 0, (size_t)(T - lengths[b]) * C * sizeof(float));
+}
+
+/* ---- layer norm, channel norm ---- */
+
+static float row_sum(const float *x, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += x[c + k];
+    for (int k = 0; c + k < n; k++) lane[k] += x[c + k];
+    return lanes_sum(lane);
+}
+
+/* sum of (x_c - mean)^2 */
+static float row_variation(const float *x, float mean, int n) {
+    float lane[LANES] = SLAM_ZERO;
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += (x[c + k] - mean) * (x[c + k] - mean);
+    for (int k = 0; c + k < n; k++) lane[k] += (x[c + k] - mean) * (x[c + k] - mean);
+    return lanes_sum(lane);
+}
+
+static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_act *x_, const slam_act *delta_, const slam_act *w_,
+                          const slam_act *b_, float eps, int gelu, int N, int C) {
+    const float *w = (const float *)w_, *bias = (const float *)b_;
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const size_t row = (size_t)i * C;
+        const float *s = (const float *)x_ + row;
+        float *y = y_ ? (float *)y_ + row : NULL;
+        if (delta_) {
+            const float *x = s, *delta = (const float *)delta_ + row;
+            float *sum = s_ ? (float *)s_ + row : y;
+            for (int c = 0; c < C; c++) sum[c] = x[c] + delta[c];
+            s = sum;
+        }
+        if (!y) continue;
+        const float mean = row_sum(s, C) / (float)C, r = 1 / sqrtf(row_variation(s, mean, C) / (float)C + eps);
+        for (int c = 0; c < C; c++) y[c] = w[c] * ((s[c] - mean) * r) + bias[c];
+        if (gelu) row_gelu(y, (size_t)C);
+    }
+}
+
+/* Frames are taken in runs of NORM_FRAMES from a row's first on, whose sums and variations are added in order, in double (Chan,
+   Golub and LeVeque 1979): with counts n and m, means p and q
+       variation of both = their variations + (p - q)^2 n m / (n + m) */
+enum { NORM_FRAMES = 128 };
+
+/* sum, variation = (C) of n frames */
+static void channels_sum(float *sum, float *variation, const float *x, int n, int C) {
+    for (int c = 0; c < C; c++) sum[c] = variation[c] = 0;
+    for (int t = 0; t < n; t++)
+        for (int c = 0; c < C; c++) sum[c] += x[(size_t)t * C + c];
+    for (int t = 0; t < n; t++)
+        for (int c = 0; c < C; c++) {
+            const float d = x[(size_t)t * C + c] - sum[c] / (float)n;
+            variation[c] += d * d;
+        }
+}
+
+static void channels_join(float *mean, float *r, const float *sums, int n, float eps, int C) {
+    for (int c = 0; c < C; c++) {
+        double m = 0, variation = 0;
+        for (int first = 0; first < n; first += NORM_FRAMES) {
+            const float *part = sums + (size_t)(first / NORM_FRAMES) * 2 * C;
+            const double k = n - first < NORM_FRAMES ? n - first : NORM_FRAMES, d = part[c] / k - m;
+            variation += part[C + c] + d * d * first * k / (first + k);
+            m += d * k / (first + k);
+        }
+        mean[c] = (float)m;
+        r[c] = (float)(1 / sqrt(variation / n + eps));
+    }
+}
+
+static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths, float eps,
+                            int B, int T, int C) {
+    const float *w = (const float *)w_, *bias = (const float *)b_;
+    const int parts = (T + NORM_FRAMES - 1) / NORM_FRAMES;
+    float *x = (float *)x_, *sums = cpu_scratch(ops, (size_t)B * (parts + 1) * 2 * C), *joined = sums + (size_t)B * parts * 2 * C;
+    if (!sums) return;
+    SLAM_PARALLEL_FOR
+    for (int task = 0; task < B * parts; task++) {
+        const int b = task / parts, first = task % parts * NORM_FRAMES, rest = lengths[b] - first;
+        float *sum = sums + (size_t)task * 2 * C;
+        if (rest > 0) channels_sum(sum, sum + C, x + ((size_t)b * T + first) * C, rest < NORM_FRAMES ? rest : NORM_FRAMES, C);
+    }
+    SLAM_PARALLEL_FOR
+    for (int b = 0; b < B; b++) {
+        float *mean = joined + (size_t)b * 2 * C;
+        channels_join(mean, mean + C, sums + (size_t)b * parts * 2 * C, lengths[b], eps, C);
+    }
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < B * T; i++) {
+        const float *mean = joined + (size_t)(i / T) * 2 * C, *r = mean + C;
+        float *xi = x + (size_t)i * C;
+        if (i % T >= lengths[i / T]) {
+            memset(xi, 0, (size_t)C * sizeof *xi);
+            continue;
+        }
+        for (int c = 0; c < C; c++) xi[c] = gelu_float(w[c] * ((xi[c] - mean[c]) * r[c]) + bias[c]);
+    }
+}
+
+/* ---- nearest centroid ---- */
+
+static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
+                        const float *squares, int N, int D, int K) {
+    matmul_parallel(ops->threads, 0, 1, N, K, D, (const float *)x, D, (const float *)centroids, D, 0.0f, scores, K);
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < N; i++) {
+        const float *dots = scores + (size_t)i * K;
+        float least = HUGE_VALF;
+        nearest[i] = 0;
+        for (int k = 0; k < K; k++)
+            if (squares[k] - 2 * dots[k] < least) {
+                least = squares[k] - 2 * dots[k];
+                nearest[i] = k;
+            }
+    }
+}
+
 /* ---- the backend ---- */
 
 slam_ops *slam_cpu(int threads) {
@@ -3445,6 +3703,13 @@ slam_ops *slam_cpu(int threads) {
     ops->sum = cpu_sum;
     ops->sum_squares = cpu_sum_squares;
     ops->adamw = cpu_adamw;
+    ops->conv1d = cpu_conv1d;
+    ops->group_frames = cpu_group_frames;
+    ops->mask_frames = cpu_mask_frames;
+    ops->gelu = cpu_gelu;
+    ops->layernorm = cpu_layernorm;
+    ops->channelnorm = cpu_channelnorm;
+    ops->nearest = cpu_nearest;
     return ops;
 }
 

@@ -537,6 +537,170 @@ static void test_adamw(slam_ops *ops) {
     free(w), free(g), free(m), free(v);
 }
 
+/* ---- what speech encoders need, against the formulas of section 3 in double ---- */
+
+static double gelu_in_double(double x) { return x * 0.5 * erfc(-x / sqrt(2)); }
+
+static void test_gelu(slam_ops *ops) {
+    enum { N = 20001 };
+    float *x = random_floats(N, 0), *y = random_floats(N, 0), worst = 0;
+    for (int i = 0; i < N; i++) y[i] = x[i] = (float)(i - N / 2) * 1e-3f;
+    ops->gelu(ops, act(y), N);
+    for (int i = 0; i < N; i++) {
+        const double exact = gelu_in_double(x[i]), off = fabs(y[i] - exact) / (fabs(exact) + 1e-30);
+        if (off > worst && fabs(x[i]) < 5) worst = (float)off;
+        check_near("gelu", y[i], exact, 1e-6 * fabs(exact) + 1e-9);
+    }
+    check_near("worst relative error up to |x| = 5", worst, 0, 2e-6);
+    y[0] = NAN, y[1] = 1e30f, y[2] = -1e30f;
+    ops->gelu(ops, act(y), 3);
+    CHECK(y[0] != y[0] && y[1] == 1e30f && fabsf(y[2]) < 1e-6f, "gelu of NaN, 1e30, -1e30 is %g, %g, %g", y[0], y[1], y[2]);
+    free(x), free(y);
+}
+
+/* Frames beyond a row read on: x has room for them. */
+static void test_conv1d(slam_ops *ops, slam_conv c, int with_bias) {
+    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K) * c.C, nw = (size_t)c.G * c.OC * c.K * c.C,
+                 no = (size_t)c.B * c.TO * c.G * c.OC;
+    float *x = random_floats(nx, 1), *w = random_floats(nw, 0.5), *b = random_floats((size_t)c.G * c.OC, 1),
+          *out = random_floats(no, 9), *expected = random_floats(no, 0);
+    for (int r = 0; r < c.B; r++)
+        for (int t = 0; t < c.TO; t++)
+            for (int o = 0; o < c.G * c.OC; o++) {
+                double sum = with_bias ? b[o] : 0;
+                for (int k = 0; k < c.K * c.C; k++)
+                    sum += (double)x[((size_t)(r * c.G + o / c.OC) * c.T + t * c.stride) * c.C + k] * w[(size_t)o * c.K * c.C + k];
+                expected[((size_t)r * c.TO + t) * c.G * c.OC + o] = (float)(c.gelu ? gelu_in_double(sum) : sum);
+            }
+    ops->conv1d(ops, act(out), act(x), act(w), with_bias ? act(b) : NULL, &c);
+    check_close("conv1d", out, expected, no, 1e-6);
+    free(x), free(w), free(b), free(out), free(expected);
+}
+
+static void test_group_frames(slam_ops *ops) {
+    enum { B = 3, T = 7, C = 6, G = 2, TO = 11, BEFORE = 3 };
+    const int lengths[B] = {7, 0, 4};
+    float *x = random_floats(B * T * C, 1), *out = random_floats(B * TO * C, 1), *scale = random_floats(C, 1),
+          *shift = random_floats(C, 1);
+    for (int with = 0; with < 2; with++) {
+        ops->group_frames(ops, act(out), act(x), lengths, with ? act(scale) : NULL, with ? act(shift) : NULL, BEFORE, B, T, TO, C,
+                          G);
+        for (int i = 0; i < B * G * TO * C / G; i++) {
+            const int c = i % (C / G) + i / (C / G) / TO % G * (C / G), t = i / (C / G) % TO - BEFORE, b = i / (C / G) / TO / G;
+            const float from = t >= 0 && t < lengths[b] ? x[(b * T + t) * C + c] : 0;
+            check_near("group_frames", out[i], t < 0 || t >= lengths[b] ? 0 : with ? from * scale[c] + shift[c] : from, 1e-6);
+        }
+    }
+    ops->mask_frames(ops, act(x), lengths, B, T, C);
+    for (int i = 0; i < B * T * C; i++)
+        CHECK((x[i] == 0) == (i / C % T >= lengths[i / C / T]), "mask_frames: number %d is %g", i, x[i]);
+    free(x), free(out), free(scale), free(shift);
+}
+
+static void test_layernorm(slam_ops *ops, int N, int C, int gelu) {
+    const size_t n = (size_t)N * C;
+    float *x = random_floats(n, 2), *delta = random_floats(n, 1), *w = random_floats(C, 1), *b = random_floats(C, 1),
+          *s = random_floats(n, 0), *y = random_floats(n, 0), *expected = random_floats(n, 0), *sum = random_floats(n, 0);
+    for (size_t i = 0; i < n; i++) x[i] += 3;
+    for (int with = 0; with < 2; with++) {
+        for (int i = 0; i < N; i++) {
+            double mean = 0, var = 0;
+            for (int c = 0; c < C; c++) {
+                const size_t at = (size_t)i * C + c;
+                sum[at] = with ? x[at] + delta[at] : x[at];
+                mean += sum[at] / (double)C;
+            }
+            for (int c = 0; c < C; c++) var += pow(sum[(size_t)i * C + c] - mean, 2) / C;
+            for (int c = 0; c < C; c++) {
+                const double out = (sum[(size_t)i * C + c] - mean) / sqrt(var + 1e-5) * w[c] + b[c];
+                expected[(size_t)i * C + c] = (float)(gelu ? gelu_in_double(out) : out);
+            }
+        }
+        ops->layernorm(ops, with ? act(s) : NULL, act(y), act(x), with ? act(delta) : NULL, act(w), act(b), 1e-5f, gelu, N, C);
+        check_close("layernorm", y, expected, n, 1e-6);
+        if (with) CHECK(memcmp(s, sum, n * sizeof *s) == 0, "s is not the sum");
+    }
+    ops->layernorm(ops, act(y), NULL, act(x), act(delta), NULL, NULL, 0, 0, N, C);
+    CHECK(memcmp(y, sum, n * sizeof *s) == 0, "a sum alone is not the sum");
+    ops->layernorm(ops, NULL, act(x), act(x), act(delta), act(w), act(b), 1e-5f, gelu, N, C);
+    check_close("layernorm in place", x, expected, n, 1e-6);
+    free(x), free(delta), free(w), free(b), free(s), free(y), free(expected), free(sum);
+}
+
+static void test_channelnorm(slam_ops *ops, int B, int T, int C) {
+    const size_t n = (size_t)B * T * C;
+    int lengths[8];
+    float *x = random_floats(n, 2), *w = random_floats(C, 1), *bias = random_floats(C, 1), *expected = random_floats(n, 0),
+          *alone = random_floats(n, 0);
+    for (size_t i = 0; i < n; i++) x[i] += 3;
+    memcpy(alone, x, n * sizeof *x);
+    for (int b = 0; b < B; b++) {
+        lengths[b] = b == 1 ? 1 : b == 2 ? 0 : T - random_int(T);
+        for (int c = 0; c < C; c++) {
+            double mean = 0, var = 0;
+            for (int t = 0; t < lengths[b]; t++) mean += x[((size_t)b * T + t) * C + c] / (double)lengths[b];
+            for (int t = 0; t < lengths[b]; t++) var += pow(x[((size_t)b * T + t) * C + c] - mean, 2) / lengths[b];
+            for (int t = 0; t < lengths[b]; t++)
+                expected[((size_t)b * T + t) * C + c] =
+                    (float)gelu_in_double((x[((size_t)b * T + t) * C + c] - mean) / sqrt(var + 1e-5) * w[c] + bias[c]);
+        }
+    }
+    ops->channelnorm(ops, act(x), act(w), act(bias), lengths, 1e-5f, B, T, C);
+    check_close("channelnorm", x, expected, n, 1e-6);
+    for (int b = 0; b < B; b++) { // the same frames in a row of their own
+        float *row = alone + (size_t)b * T * C;
+        if (lengths[b]) ops->channelnorm(ops, act(row), act(w), act(bias), &lengths[b], 1e-5f, 1, lengths[b], C);
+        CHECK(memcmp(row, x + (size_t)b * T * C, sizeof *x * (size_t)lengths[b] * C) == 0, "row %d differs when it is alone", b);
+    }
+    free(x), free(w), free(bias), free(expected), free(alone);
+}
+
+static void test_nearest(slam_ops *ops, int N, int D, int K) {
+    float *x = random_floats((size_t)N * D, 1), *centroids = random_floats((size_t)K * D, 1), *squares = random_floats(K, 0),
+          *scores = random_floats((size_t)N * K, 0);
+    int *got = (int *)malloc(sizeof(int) * (size_t)N);
+    for (int d = 0; d < D; d++) centroids[(size_t)(K - 1) * D + d] = centroids[d]; // the first and the last tie
+    memcpy(x, centroids, (size_t)D * sizeof *x);
+    for (int k = 0; k < K; k++)
+        for (int d = 0; d < D; d++) squares[k] += centroids[(size_t)k * D + d] * centroids[(size_t)k * D + d];
+    ops->nearest(ops, got, scores, act(x), act(centroids), squares, N, D, K);
+    for (int i = 0; i < N; i++) {
+        double least = HUGE_VAL, ours = 0;
+        int first = 0;
+        for (int k = 0; k < K; k++) {
+            double distance = 0;
+            for (int d = 0; d < D; d++) distance += pow((double)x[(size_t)i * D + d] - centroids[(size_t)k * D + d], 2);
+            if (distance < least) least = distance, first = k;
+            if (k == got[i]) ours = distance;
+        }
+        CHECK(got[i] == first || fabs(ours - least) < 1e-5 * least, "frame %d: centroid %d, the nearest is %d", i, got[i], first);
+    }
+    CHECK(got[0] == 0, "of two centroids that tie, %d was taken", got[0]);
+    free(x), free(centroids), free(squares), free(scores), free(got);
+}
+
+static void test_speech_ops(slam_ops *ops) {
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1},    {3, 1, 41, 8, 20, 5, 2, 2, 0},
+                               {2, 3, 90, 6, 83, 6, 8, 1, 1},      {1, 2, 21, 4, 15, 4, 7, 1, 0},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1}};
+    for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
+        const slam_conv c = convs[k];
+        if (TEST("conv1d B %d G %d T %d C %d to T %d C %d, %d taps, stride %d%s", c.B, c.G, c.T, c.C, c.TO, c.OC, c.K, c.stride,
+                 c.gelu ? ", gelu" : ""))
+            test_conv1d(ops, c, 0), test_conv1d(ops, c, 1);
+    }
+    if (TEST("gelu")) test_gelu(ops);
+    if (TEST("frames in groups, masked")) test_group_frames(ops);
+    const int sizes[][2] = {{3, 5}, {7, 33}, {65, 128}, {13, 768}};
+    for (int k = 0; k < 4; k++) {
+        if (TEST("layernorm %d x %d", sizes[k][0], sizes[k][1]))
+            test_layernorm(ops, sizes[k][0], sizes[k][1], 0), test_layernorm(ops, sizes[k][0], sizes[k][1], 1);
+        if (TEST("channelnorm %d x %d", 4 * sizes[k][0], sizes[k][1])) test_channelnorm(ops, 4, 20 * sizes[k][0], sizes[k][1]);
+        if (TEST("nearest centroid %d x %d", sizes[k][0], sizes[k][1])) test_nearest(ops, sizes[k][0], sizes[k][1], 10 + 40 * k);
+    }
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(0);
     const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},    {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
@@ -588,6 +752,7 @@ int main(void) {
         if (TEST("embedding %d x %d", sizes[k][0], sizes[k][1])) test_embedding(ops, sizes[k][0], sizes[k][1], 11);
     }
     if (TEST("AdamW")) test_adamw(ops);
+    test_speech_ops(ops);
 #if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
     const int promised = 0; // not by libraries
 #else
