@@ -413,6 +413,19 @@ int slam_speech_width(const slam_speech *);
 size_t slam_speech_frames(const slam_speech *, size_t n);
 int slam_speech_features(const slam_speech *, float *out, const float *sample, size_t n);
 
+/* A HuBERT encoder (Hsu et al. 2021) from a Hugging Face folder: 16 kHz samples -> hidden states of a transformer layer, which are
+   hidden_states[layer] of Transformers' HubertModel: 0 is what enters the first layer, n what leaves layer n, never with the final
+   norm of a do_stable_layer_norm model. Only what that layer needs is loaded and computed. NULL and slam_error() where the folder
+   is not a HuBERT model or asks for what is not built. */
+typedef struct slam_hubert slam_hubert;
+slam_hubert *slam_hubert_load(slam_ops *, const char *folder, int layer);
+void slam_hubert_free(slam_hubert *);
+int slam_hubert_width(const slam_hubert *);
+/* Frames of so many samples, with 40 zeros on each side, as the encoder gets them; 0 where they are too few for one. */
+long slam_hubert_frames(const slam_hubert *, long samples);
+/* n utterances at once: features[i] = (frames_i, width) on the host. An utterance's features are the same in any batch. */
+int slam_hubert_features(slam_hubert *, int n, const float *const *samples, const long *lengths, float *const *features);
+
 /* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file is
    left out, and `because` is the sentence. */
 typedef struct slam_speech_progress {
@@ -3478,7 +3491,7 @@ enum { GELU_RUN = 4096 };
 static void cpu_gelu(slam_ops *ops, slam_act *x, size_t n) {
     (void)ops;
     SLAM_PARALLEL_FOR
-    for (size_t i = 0; i < n; i += GELU_RUN) row_gelu((float *)x + i, n - i < GELU_RUN ? n - i : GELU_RUN);
+    for (size_t i = 0; i < n; i += GELU_RUN) row_gelu((float *)x + i, n - i < (size_t)GELU_RUN ? n - i : (size_t)GELU_RUN);
 }
 
 /* ---- convolution ----
@@ -7791,7 +7804,7 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
    Audio of any rate becomes 16 kHz, 16 kHz becomes features, the nearest centroid of a frame of
    features is its unit. What is computed for a file depends on nothing but the file and the
    settings, so that threads take files in any order and the output stands in the input's.
-   may use: 1 base, 2 formats
+   may use: 1 base, 2 formats, 3 ops
    ========================================================================================== */
 #define SPEECH_RATE 16000
 #define SPEECH_PI   3.14159265358979323846
@@ -8184,6 +8197,654 @@ static float *features_of(const slam_speech *s, const float *sample, size_t n, s
     if (out && slam_speech_features(s, out, sample, n)) return out;
     free(out);
     return NULL;
+}
+
+/* ---- HuBERT: configuration ----
+   Samples go through convolutions without padding (each followed by GELU; a norm after the first or after all of them), a linear
+   layer, a convolution over many frames that stands for positions, and a transformer. Hugging Face has a few switches for each. */
+
+enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_SLICE = 1 << 20 }; // HUBERT_SLICE: samples that are convolved at once
+
+typedef struct hubert_config {
+    int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
+    int conv_bias, all_norms,
+        projection_norm; // all_norms: a layer norm after each convolution, else a channel norm after the first
+    int C, L, NH, F;
+    int taps, groups, batch_norm; // of the convolution for positions
+    int stable;                   // norms stand before attention and MLP, else after them
+    double eps;
+} hubert_config;
+
+static int hubert_refuse(const json *c, const char *path) {
+    const char *type = json_text(c, "model_type", "");
+    const char *const activations[] = {"hidden_act", "feat_extract_activation"};
+    const json *adapter = json_get(c, "adapter_attn_dim");
+    if (strcmp(type, "hubert")) return fail("%s: model_type is '%s', expected 'hubert'", path, type);
+    for (int k = 0; k < 2; k++) {
+        const char *name = json_text(c, activations[k], json_get(c, activations[k]) ? "" : "gelu");
+        if (strcmp(name, "gelu")) return fail("%s: %s is '%s', expected 'gelu'", path, activations[k], name);
+    }
+    if (adapter && adapter->type != JSON_NULL) return fail("%s: adapter_attn_dim is set: adapters are not supported", path);
+    return 1;
+}
+
+/* One number for each convolution, 1..max; where the key is absent the first is `first` and the others stay as they are. */
+static int hubert_list(const json *c, const char *key, const char *path, int max, int *out, int *n) {
+    const json *list = json_get(c, key);
+    int k = 0;
+    if (!list || list->type == JSON_NULL) return 1;
+    if (list->type != JSON_ARRAY || list->n < 1 || list->n > HUBERT_CONVS)
+        return fail("%s: '%s' is %.60s, expected a list of 1 to %d numbers", path, key, json_describe(list), HUBERT_CONVS);
+    for (const json *j = list->first; j; j = j->next) {
+        if (!json_whole(j) || j->number < 1 || j->number > max)
+            return fail("%s: '%s' holds %.60s, expected whole numbers from 1 to %d", path, key, json_describe(j), max);
+        out[k++] = (int)j->number;
+    }
+    *n = k;
+    return 1;
+}
+
+/* A whole number that has to be at least 1 */
+static int hubert_int(const json *c, const char *key, const char *path, long max, int *out) {
+    long n = *out;
+    if (!json_int(c, key, path, 1, max, &n)) return 0;
+    *out = (int)n;
+    return 1;
+}
+
+static int hubert_convolutions(hubert_config *k, const json *c, const char *path) {
+    const char *norm = json_text(c, "feat_extract_norm", json_get(c, "feat_extract_norm") ? "" : "group");
+    int widths = 7, kernels = 7, strides = 7, product = 1;
+    long n = 0;
+    const int kernel[] = {10, 3, 3, 3, 3, 2, 2};
+    for (int i = 0; i < 7; i++) { // HubertConfig's own values where a file is silent
+        k->width[i] = 512;
+        k->kernel[i] = kernel[i];
+        k->stride[i] = i ? 2 : 5;
+    }
+    if (!hubert_list(c, "conv_dim", path, 1 << 14, k->width, &widths) ||
+        !hubert_list(c, "conv_kernel", path, 1 << 10, k->kernel, &kernels) ||
+        !hubert_list(c, "conv_stride", path, 1 << 10, k->stride, &strides) ||
+        !json_int(c, "num_feat_extract_layers", path, 1, HUBERT_CONVS, &n))
+        return 0;
+    if (widths != kernels || widths != strides || (n && n != widths))
+        return fail("%s: conv_dim, conv_kernel and conv_stride have %d, %d and %d numbers, expected as many of each%s", path,
+                    widths, kernels, strides, n && n != widths ? " as num_feat_extract_layers says" : "");
+    k->convs = widths;
+    for (int i = 0; i < widths; i++) {
+        product *= k->stride[i];
+        if (product > 1 << 16) return fail("%s: conv_stride multiplies to more than %d samples a frame", path, 1 << 16);
+    }
+    if (strcmp(norm, "group") && strcmp(norm, "layer"))
+        return fail("%s: feat_extract_norm is '%s', expected 'group' or 'layer'", path, norm);
+    k->all_norms = norm[0] == 'l';
+    return json_flag(c, "conv_bias", path, &k->conv_bias);
+}
+
+static int hubert_config_read(hubert_config *k, const char *path) {
+    json *c = json_read(path);
+    int ok = c && hubert_refuse(c, path);
+    memset(k, 0, sizeof *k);
+    k->C = 768, k->L = k->NH = 12, k->F = 3072, k->taps = 128, k->groups = 16, k->projection_norm = 1, k->eps = 1e-5;
+    ok = ok && hubert_convolutions(k, c, path) && json_flag(c, "feat_proj_layer_norm", path, &k->projection_norm) &&
+         hubert_int(c, "hidden_size", path, 1 << 14, &k->C) && hubert_int(c, "num_hidden_layers", path, 1 << 10, &k->L) &&
+         hubert_int(c, "num_attention_heads", path, 1 << 10, &k->NH) && hubert_int(c, "intermediate_size", path, 1 << 16, &k->F) &&
+         hubert_int(c, "num_conv_pos_embeddings", path, 1 << 12, &k->taps) &&
+         hubert_int(c, "num_conv_pos_embedding_groups", path, 1 << 12, &k->groups) &&
+         json_flag(c, "conv_pos_batch_norm", path, &k->batch_norm) && json_flag(c, "do_stable_layer_norm", path, &k->stable) &&
+         json_real(c, "layer_norm_eps", path, 0, 1, &k->eps);
+    if (ok && k->C % k->NH) ok = fail("%s: hidden_size %d over %d heads, expected a multiple", path, k->C, k->NH);
+    if (ok && k->C % k->groups)
+        ok = fail("%s: hidden_size %d over %d groups (num_conv_pos_embedding_groups), expected a multiple", path, k->C, k->groups);
+    json_free(c);
+    return ok;
+}
+
+/* ---- HuBERT: weights ----
+   One array. A convolution's (OC,C,K) is stored as (OC,K,C), as conv1d reads it; q, k and v are one matrix. */
+
+typedef struct hubert_norm {
+    size_t w, b;
+} hubert_norm;
+
+typedef struct hubert_places {
+    size_t conv[HUBERT_CONVS], conv_bias[HUBERT_CONVS];
+    hubert_norm conv_norm[HUBERT_CONVS], projection_norm, norm; // norm: the encoder's, before the first layer
+    size_t projection, projection_bias;
+    size_t positions, positions_bias, scale, shift;                    // scale, shift: the batch norm before it
+    size_t layer, layer_size;                                          // the first layer; layer l is layer_size * l further
+    size_t qkv, qkv_bias, out, out_bias, up, up_bias, down, down_bias; // within it
+    hubert_norm attention_norm, mlp_norm;
+    size_t total;
+} hubert_places;
+
+/* A tensor of the file: its name and shape, and where it goes. */
+enum { HUBERT_PLAIN, HUBERT_CONV, HUBERT_ELSEWHERE }; // elsewhere: what weight norm and batch norm are computed from
+typedef struct hubert_tensor {
+    char name[96];
+    int rank, kind;
+    size_t shape[3], at;
+    const tensor *from;
+} hubert_tensor;
+
+struct slam_hubert {
+    slam_ops *ops;
+    hubert_config config;
+    hubert_places at;
+    int layer;
+    slam_act *weights;
+    char *arena;
+    size_t arena_bytes;
+};
+
+/* The list of tensors as it is made, and the end of the array so far; `list` NULL only counts. */
+typedef struct hubert_list_of {
+    hubert_tensor *list;
+    size_t n, end;
+} hubert_list_of;
+
+static size_t hubert_place(size_t *end, size_t n) {
+    const size_t at = *end;
+    *end += (n + 255) / 256 * 256;
+    return at;
+}
+
+static void SLAM_PRINTF(8, 9)
+    hubert_add(hubert_list_of *l, int kind, size_t at, int rank, size_t a, size_t b, size_t c, const char *format, ...) {
+    hubert_tensor *t = &l->list[l->n++];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(t->name, sizeof t->name, format, args);
+    va_end(args);
+    t->kind = kind;
+    t->at = at;
+    t->rank = rank;
+    t->shape[0] = a, t->shape[1] = b, t->shape[2] = c;
+}
+
+static hubert_norm hubert_add_norm(hubert_list_of *l, size_t *end, size_t base, size_t C, const char *name) {
+    const hubert_norm norm = {hubert_place(end, C), hubert_place(end, C)};
+    hubert_add(l, HUBERT_PLAIN, base + norm.w, 1, C, 0, 0, "%s.weight", name);
+    hubert_add(l, HUBERT_PLAIN, base + norm.b, 1, C, 0, 0, "%s.bias", name);
+    return norm;
+}
+
+static void hubert_add_convolutions(hubert_list_of *l, const hubert_config *k, hubert_places *p) {
+    char name[64];
+    for (int i = 0; i < k->convs; i++) {
+        const size_t OC = k->width[i], C = i ? k->width[i - 1] : 1, K = k->kernel[i];
+        p->conv[i] = hubert_place(&l->end, OC * C * K);
+        hubert_add(l, HUBERT_CONV, p->conv[i], 3, OC, C, K, "feature_extractor.conv_layers.%d.conv.weight", i);
+        if (k->conv_bias) {
+            p->conv_bias[i] = hubert_place(&l->end, OC);
+            hubert_add(l, HUBERT_PLAIN, p->conv_bias[i], 1, OC, 0, 0, "feature_extractor.conv_layers.%d.conv.bias", i);
+        }
+        snprintf(name, sizeof name, "feature_extractor.conv_layers.%d.layer_norm", i);
+        if (i == 0 || k->all_norms) p->conv_norm[i] = hubert_add_norm(l, &l->end, 0, OC, name);
+    }
+    const size_t C = k->width[k->convs - 1];
+    if (k->projection_norm) p->projection_norm = hubert_add_norm(l, &l->end, 0, C, "feature_projection.layer_norm");
+    p->projection = hubert_place(&l->end, C * k->C);
+    p->projection_bias = hubert_place(&l->end, k->C);
+    hubert_add(l, HUBERT_PLAIN, p->projection, 2, k->C, C, 0, "feature_projection.projection.weight");
+    hubert_add(l, HUBERT_PLAIN, p->projection_bias, 1, k->C, 0, 0, "feature_projection.projection.bias");
+}
+
+/* Weight norm has two spellings: by PyTorch's newer parametrizations, and the older one. */
+static void hubert_add_positions(hubert_list_of *l, const hubert_config *k, hubert_places *p, int newer) {
+    const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
+    const size_t C = k->C, K = k->taps, width = C / k->groups;
+    p->positions = hubert_place(&l->end, C * width * K);
+    p->positions_bias = hubert_place(&l->end, C);
+    hubert_add(l, HUBERT_PLAIN, p->positions_bias, 1, C, 0, 0, "%s.bias", conv);
+    if (k->batch_norm) {
+        p->scale = hubert_place(&l->end, C);
+        p->shift = hubert_place(&l->end, C);
+        hubert_add(l, HUBERT_CONV, p->positions, 3, C, width, K, "%s.weight", conv);
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 1, C, 0, 0, "%s.weight", norm);
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 1, C, 0, 0, "%s.bias", norm);
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 1, C, 0, 0, "%s.running_mean", norm);
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 1, C, 0, 0, "%s.running_var", norm);
+    } else {
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 3, 1, 1, K, "%s.%s", conv, newer ? "parametrizations.weight.original0" : "weight_g");
+        hubert_add(l, HUBERT_ELSEWHERE, 0, 3, C, width, K, "%s.%s", conv, newer ? "parametrizations.weight.original1" : "weight_v");
+    }
+    if (!k->stable) p->norm = hubert_add_norm(l, &l->end, 0, C, "encoder.layer_norm");
+}
+
+static void hubert_add_layer(hubert_list_of *l, const hubert_config *k, hubert_places *p, int i) {
+    static const char *const qkv[] = {"q_proj", "k_proj", "v_proj"};
+    const size_t C = k->C, F = k->F, base = p->layer + i * p->layer_size;
+    char name[64];
+    size_t end = 0;
+    p->qkv = hubert_place(&end, 3 * C * C);
+    p->qkv_bias = hubert_place(&end, 3 * C);
+    for (int j = 0; j < 3; j++) {
+        hubert_add(l, HUBERT_PLAIN, base + p->qkv + j * C * C, 2, C, C, 0, "encoder.layers.%d.attention.%s.weight", i, qkv[j]);
+        hubert_add(l, HUBERT_PLAIN, base + p->qkv_bias + j * C, 1, C, 0, 0, "encoder.layers.%d.attention.%s.bias", i, qkv[j]);
+    }
+    p->out = hubert_place(&end, C * C), p->out_bias = hubert_place(&end, C);
+    p->up = hubert_place(&end, F * C), p->up_bias = hubert_place(&end, F);
+    p->down = hubert_place(&end, C * F), p->down_bias = hubert_place(&end, C);
+    hubert_add(l, HUBERT_PLAIN, base + p->out, 2, C, C, 0, "encoder.layers.%d.attention.out_proj.weight", i);
+    hubert_add(l, HUBERT_PLAIN, base + p->out_bias, 1, C, 0, 0, "encoder.layers.%d.attention.out_proj.bias", i);
+    hubert_add(l, HUBERT_PLAIN, base + p->up, 2, F, C, 0, "encoder.layers.%d.feed_forward.intermediate_dense.weight", i);
+    hubert_add(l, HUBERT_PLAIN, base + p->up_bias, 1, F, 0, 0, "encoder.layers.%d.feed_forward.intermediate_dense.bias", i);
+    hubert_add(l, HUBERT_PLAIN, base + p->down, 2, C, F, 0, "encoder.layers.%d.feed_forward.output_dense.weight", i);
+    hubert_add(l, HUBERT_PLAIN, base + p->down_bias, 1, C, 0, 0, "encoder.layers.%d.feed_forward.output_dense.bias", i);
+    snprintf(name, sizeof name, "encoder.layers.%d.layer_norm", i);
+    p->attention_norm = hubert_add_norm(l, &end, base, C, name);
+    snprintf(name, sizeof name, "encoder.layers.%d.final_layer_norm", i);
+    p->mlp_norm = hubert_add_norm(l, &end, base, C, name);
+    p->layer_size = end;
+}
+
+/* What a HuBERT file may hold and this use of it does not need: layers above, what training and other heads add. */
+static int hubert_is_extra(const slam_hubert *h, const char *name, int with_head) {
+    int layer = 0, end = 0;
+    if (sscanf(name, "encoder.layers.%d.%n", &layer, &end) == 1 && end) return layer >= h->layer && layer < h->config.L;
+    return !strcmp(name, "masked_spec_embed") || path_ends(name, "num_batches_tracked") ||
+           (h->config.stable && !strncmp(name, "encoder.layer_norm.", 19)) ||
+           (with_head && (!strncmp(name, "lm_head.", 8) || !strncmp(name, "projector.", 10) || !strncmp(name, "classifier.", 11) ||
+                          !strcmp(name, "layer_weights")));
+}
+
+/* Every tensor of the list is in the file, with its shape; nothing unknown is. */
+static int hubert_match(const slam_hubert *h, hubert_list_of *l, const tensors *file, const char *folder, const char *prefix) {
+    const size_t skip = strlen(prefix);
+    for (size_t i = 0; i < l->n; i++) {
+        hubert_tensor *t = &l->list[i];
+        char name[128];
+        snprintf(name, sizeof name, "%s%s", prefix, t->name);
+        t->from = tensors_find(file, name);
+        if (!t->from) return fail("%s: tensor '%s' is missing", folder, name);
+        if (t->rank < 3 && !tensor_shape_is(t->from, t->rank, t->shape[0], t->shape[1])) return 0;
+        if (t->rank == 3 && (t->from->rank != 3 || memcmp(t->from->shape, t->shape, sizeof t->shape) != 0))
+            return fail("%s: tensor '%s' has another shape than the expected (%zu,%zu,%zu)", folder, name, t->shape[0], t->shape[1],
+                        t->shape[2]);
+    }
+    for (size_t k = 0; k < tensors_count(file); k++) {
+        const tensor *t = tensors_at(file, k);
+        const int inside = !strncmp(t->name, prefix, skip);
+        size_t i = 0;
+        while (i < l->n && l->list[i].from != t) i++;
+        if (i == l->n && !hubert_is_extra(h, t->name + (inside ? skip : 0), !inside || !skip))
+            return fail("%s: tensor '%s' is not part of this model", t->file, t->name);
+    }
+    return 1;
+}
+
+/* The tensor's numbers in memory of the caller's */
+static float *hubert_floats(const tensor *t) {
+    float *host = (float *)mem_new(t->count, sizeof *host);
+    int ok = host && tensor_floats(t, host, 0, t->count);
+    for (size_t i = 0; ok && i < t->count; i++)
+        if (!isfinite(host[i])) ok = fail("%s: tensor '%s' holds a number that is not finite", t->file, t->name);
+    if (ok) return host;
+    free(host);
+    return NULL;
+}
+
+static slam_act *hubert_weight(const slam_hubert *h, size_t at) {
+    return (slam_act *)((char *)h->weights + at * h->ops->bytes_per_act);
+}
+
+/* n numbers to the device, rounded to its type */
+static int hubert_upload(slam_hubert *h, size_t at, const float *host, size_t n) {
+    slam_ops *ops = h->ops;
+    float *wide = (float *)ops->alloc(ops, n * sizeof *wide);
+    if (!wide) return 0;
+    ops->upload(ops, wide, host, n * sizeof *wide);
+    ops->to_act(ops, hubert_weight(h, at), wide, n);
+    ops->release(ops, wide);
+    return 1;
+}
+
+/* (OC,C,K) to (OC,K,C), with what stands at tap k times scale[k], where there is one */
+static int hubert_upload_conv(slam_hubert *h, size_t at, const float *w, const float *scale, const size_t *shape) {
+    const size_t OC = shape[0], C = shape[1], K = shape[2];
+    float *turned = (float *)mem_new(OC * C * K, sizeof *turned);
+    if (!turned) return 0;
+    for (size_t o = 0; o < OC; o++)
+        for (size_t c = 0; c < C; c++)
+            for (size_t k = 0; k < K; k++) turned[(o * K + k) * C + c] = w[(o * C + c) * K + k] * (scale ? scale[k] : 1);
+    const int ok = hubert_upload(h, at, turned, OC * C * K);
+    free(turned);
+    return ok;
+}
+
+/* Weight norm (Salimans and Kingma 2016) over all but the taps: w_ock = g_k v_ock / |v_k| */
+static int hubert_weight_norm(slam_hubert *h, const hubert_tensor *g, const hubert_tensor *v) {
+    const size_t K = v->shape[2], rows = v->shape[0] * v->shape[1];
+    float *scale = hubert_floats(g->from), *w = hubert_floats(v->from);
+    for (size_t k = 0; scale && w && k < K; k++) {
+        double squares = 0;
+        for (size_t i = 0; i < rows; i++) squares += (double)w[i * K + k] * w[i * K + k];
+        scale[k] = squares > 0 ? (float)(scale[k] / sqrt(squares)) : 0;
+    }
+    const int ok = scale && w && hubert_upload_conv(h, h->at.positions, w, scale, v->shape);
+    free(scale);
+    free(w);
+    return ok;
+}
+
+/* Batch norm (Ioffe and Szegedy 2015) with the statistics of training: x (w / sqrt(var + 1e-5)) + b - mean (...); `list` has w, b,
+   mean and var */
+static int hubert_batch_norm(slam_hubert *h, const hubert_tensor *list) {
+    const size_t C = list->shape[0];
+    float *x[4];
+    int ok = 1;
+    for (int i = 0; i < 4; i++) ok = (x[i] = hubert_floats(list[i].from)) != NULL && ok;
+    for (size_t c = 0; ok && c < C; c++) {
+        const double scale = x[0][c] / sqrt((double)x[3][c] + 1e-5);
+        if (!isfinite(scale)) ok = fail("%s: tensor '%s' holds a variance of %g", list[3].from->file, list[3].from->name, x[3][c]);
+        x[0][c] = (float)scale;
+        x[1][c] = (float)(x[1][c] - x[2][c] * scale);
+    }
+    ok = ok && hubert_upload(h, h->at.scale, x[0], C) && hubert_upload(h, h->at.shift, x[1], C);
+    for (int i = 0; i < 4; i++) free(x[i]);
+    return ok;
+}
+
+static int hubert_fill(slam_hubert *h, const hubert_list_of *l) {
+    for (size_t i = 0; i < l->n; i++) {
+        const hubert_tensor *t = &l->list[i];
+        if (t->kind == HUBERT_ELSEWHERE) {
+            if (!(h->config.batch_norm ? hubert_batch_norm(h, t) : hubert_weight_norm(h, t, t + 1))) return 0;
+            i += h->config.batch_norm ? 3 : 1;
+            continue;
+        }
+        float *host = hubert_floats(t->from);
+        const int ok = host && (t->kind == HUBERT_CONV ? hubert_upload_conv(h, t->at, host, NULL, t->shape)
+                                                       : hubert_upload(h, t->at, host, t->from->count));
+        free(host);
+        if (!ok) return 0;
+    }
+    return h->ops->finish(h->ops);
+}
+
+void slam_hubert_free(slam_hubert *h) {
+    if (!h) return;
+    h->ops->release(h->ops, h->arena);
+    h->ops->release(h->ops, h->weights);
+    free(h);
+}
+
+/* The list is checked against the file before memory for the weights is asked for. */
+static int hubert_load(slam_hubert *h, const tensors *file, const char *folder) {
+    const char *prefix = tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias") ? "hubert." : "";
+    hubert_list_of l = {NULL, 0, 0};
+    char name[96];
+    l.list = (hubert_tensor *)mem_new(4 * HUBERT_CONVS + 16 + 16 * (size_t)h->layer, sizeof *l.list);
+    if (!l.list) return 0;
+    snprintf(name, sizeof name, "%sencoder.pos_conv_embed.conv.parametrizations.weight.original0", prefix);
+    hubert_add_convolutions(&l, &h->config, &h->at);
+    hubert_add_positions(&l, &h->config, &h->at, tensors_find(file, name) != NULL);
+    h->at.layer = l.end;
+    for (int i = 0; i < h->layer; i++) hubert_add_layer(&l, &h->config, &h->at, i);
+    h->at.total = l.end + h->layer * h->at.layer_size;
+    int ok = hubert_match(h, &l, file, folder, prefix);
+    if (ok) h->weights = (slam_act *)h->ops->alloc(h->ops, h->at.total * h->ops->bytes_per_act);
+    ok = ok && h->weights && hubert_fill(h, &l);
+    free(l.list);
+    return ok;
+}
+
+slam_hubert *slam_hubert_load(slam_ops *ops, const char *folder, int layer) {
+    slam_hubert *h = (slam_hubert *)mem_new(1, sizeof *h);
+    char *path = path_join(folder, "config.json");
+    int ok = h && path && hubert_config_read(&h->config, path);
+    if (ok && (layer < 0 || layer > h->config.L))
+        ok = fail("%s: layer %d was asked for, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
+    tensors *file = ok ? tensors_open(folder) : NULL;
+    if (h) h->ops = ops, h->layer = layer;
+    ok = file && hubert_load(h, file, folder);
+    tensors_close(file);
+    free(path);
+    if (ok) return h;
+    slam_hubert_free(h);
+    return NULL;
+}
+
+int slam_hubert_width(const slam_hubert *h) { return h->config.C; }
+
+/* ---- HuBERT: from samples to features ----
+   Utterances lie in rows of equal length, a multiple of what a frame of features covers, so that after each convolution a row has
+   its length divided by the stride. A frame that lies in an utterance never reads past its end; norms over time and attention are
+   told where it ends; before the convolution for positions, which looks both ways, later frames are zeroed. So nothing that stands
+   behind an utterance can change its features. */
+
+/* Frames after the first `convs` convolutions */
+static long hubert_frames(const hubert_config *k, long samples, int convs) {
+    long n = samples < 0 ? 0 : samples + 2 * HUBERT_PADDING;
+    for (int i = 0; i < convs; i++) n = n < k->kernel[i] ? 0 : (n - k->kernel[i]) / k->stride[i] + 1;
+    return n;
+}
+
+long slam_hubert_frames(const slam_hubert *h, long samples) { return hubert_frames(&h->config, samples, h->config.convs); }
+
+/* A batch as it goes through: places in the arena, in bytes. First what stays, then either the convolutions' or the transformer's. */
+typedef struct hubert_batch {
+    int B, T, slice; // utterances, frames of a row, rows convolved at once
+    size_t S;        // samples of a row
+    size_t x, doc_start, doc_end, frames,
+        first_frames;                // (B,T,C) (B,T) (B,T) (B) (B): frames in the end, after the first convolution
+    size_t wide, samples, even, odd; // (slice,S) float, (slice,S), outputs of the convolutions in turn
+    size_t grouped, delta, normed, qkv, attention, lse, mlp; // (B,G,T+K-1,C/G) (B,T,C) (B,T,C) (B,T,3C) (B,T,C) (B,NH,T) (B,T,F)
+    size_t total;
+} hubert_batch;
+
+static size_t hubert_bytes(size_t *end, size_t bytes) {
+    const size_t at = *end;
+    *end += (bytes + 255) / 256 * 256;
+    return at;
+}
+
+/* Frames behind the last row that the next convolution may read */
+static size_t hubert_slack(const hubert_config *k, int conv) { return conv < k->convs ? (size_t)k->kernel[conv] : 0; }
+
+static void hubert_plan(const slam_hubert *h, hubert_batch *b) {
+    const hubert_config *k = &h->config;
+    const size_t act = h->ops->bytes_per_act, C = k->C, N = (size_t)b->B * b->T, rows = b->slice;
+    size_t end = 0, frames = rows * b->S, largest[2] = {0, 0};
+    b->x = hubert_bytes(&end, N * C * act);
+    b->doc_start = hubert_bytes(&end, N * sizeof(int));
+    b->doc_end = hubert_bytes(&end, N * sizeof(int));
+    b->frames = hubert_bytes(&end, b->B * sizeof(int));
+    b->first_frames = hubert_bytes(&end, b->B * sizeof(int));
+    size_t other = end;
+    for (int i = 0; i < k->convs; i++) {
+        frames /= k->stride[i];
+        const size_t n = (frames + hubert_slack(k, i + 1)) * k->width[i];
+        if (n > largest[i % 2]) largest[i % 2] = n;
+    }
+    b->wide = hubert_bytes(&end, act == sizeof(float) ? 0 : rows * b->S * sizeof(float));
+    b->samples = hubert_bytes(&end, (rows * b->S + hubert_slack(k, 0)) * act);
+    b->even = hubert_bytes(&end, largest[0] * act);
+    b->odd = hubert_bytes(&end, largest[1] * act);
+    b->grouped = hubert_bytes(&other, (size_t)b->B * (b->T + k->taps - 1) * C * act);
+    b->delta = hubert_bytes(&other, N * C * act);
+    b->normed = hubert_bytes(&other, N * C * act);
+    b->qkv = hubert_bytes(&other, 3 * N * C * act);
+    b->attention = hubert_bytes(&other, N * C * act);
+    b->lse = hubert_bytes(&other, N * k->NH * sizeof(float));
+    b->mlp = hubert_bytes(&other, N * ((size_t)k->F > C ? (size_t)k->F : C) * sizeof(float));
+    b->total = other > end ? other : end;
+}
+
+static slam_act *hubert_act(const slam_hubert *h, size_t at) { return (slam_act *)(h->arena + at); }
+
+/* Samples of `rows` utterances from the first on, with zeros around them */
+static int hubert_samples(slam_hubert *h, const hubert_batch *b, const int *which, int rows, const float *const *samples,
+                          const long *lengths) {
+    slam_ops *ops = h->ops;
+    const size_t n = (size_t)rows * b->S;
+    float *host = (float *)mem_new(n, sizeof *host);
+    if (!host) return 0;
+    for (int r = 0; r < rows; r++)
+        memcpy(host + r * b->S + HUBERT_PADDING, samples[which[r]], (size_t)lengths[which[r]] * sizeof *host);
+    void *to = h->arena + (ops->bytes_per_act == sizeof(float) ? b->samples : b->wide);
+    ops->upload(ops, to, host, n * sizeof *host);
+    if (ops->bytes_per_act != sizeof(float)) ops->to_act(ops, hubert_act(h, b->samples), (const float *)to, n);
+    free(host);
+    return 1;
+}
+
+/* x rows first .. first + rows - 1 from the samples in the arena: convolutions with their norms, and the projection. */
+static void hubert_convolve(slam_hubert *h, const hubert_batch *b, int first, int rows) {
+    slam_ops *ops = h->ops;
+    const hubert_config *k = &h->config;
+    const hubert_places *at = &h->at;
+    const size_t act = ops->bytes_per_act;
+    const int *first_frames = (const int *)(h->arena + b->first_frames) + first;
+    char *x = h->arena + b->samples;
+    int T = (int)b->S, C = 1;
+    for (int i = 0; i < k->convs; i++) {
+        const int has_norm = i == 0 || k->all_norms, TO = T / k->stride[i], OC = k->width[i];
+        const slam_conv c = {rows, 1, T, C, TO, OC, k->kernel[i], k->stride[i], !has_norm};
+        slam_act *out = hubert_act(h, i % 2 ? b->odd : b->even), *w = hubert_weight(h, at->conv_norm[i].w),
+                 *bias = hubert_weight(h, at->conv_norm[i].b);
+        ops->zero(ops, x + (size_t)rows * T * C * act, hubert_slack(k, i) * C * act);
+        ops->conv1d(ops, out, (const slam_act *)x, hubert_weight(h, at->conv[i]),
+                    k->conv_bias ? hubert_weight(h, at->conv_bias[i]) : NULL, &c);
+        if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, w, bias, 1e-5f, 1, rows * TO, OC);
+        else if (i == 0) ops->channelnorm(ops, out, w, bias, first_frames, 1e-5f, rows, TO, OC);
+        x = (char *)out;
+        T = TO;
+        C = OC;
+    }
+    slam_act *features = (slam_act *)x;
+    if (k->projection_norm)
+        ops->layernorm(ops, NULL, features, features, NULL, hubert_weight(h, at->projection_norm.w),
+                       hubert_weight(h, at->projection_norm.b), (float)k->eps, 0, rows * T, C);
+    ops->matmul_forward(ops, hubert_act(h, b->x + (size_t)first * T * k->C * act), features, hubert_weight(h, at->projection),
+                        hubert_weight(h, at->projection_bias), rows * T, C, k->C);
+}
+
+static void hubert_positions(slam_hubert *h, const hubert_batch *b) {
+    slam_ops *ops = h->ops;
+    const hubert_config *k = &h->config;
+    const hubert_places *at = &h->at;
+    const int C = k->C, width = C / k->groups, T = b->T, padded = T + k->taps - 1;
+    const int *frames = (const int *)(h->arena + b->frames);
+    const slam_conv c = {b->B, k->groups, padded, width, T, width, k->taps, 1, 1};
+    slam_act *x = hubert_act(h, b->x), *grouped = hubert_act(h, b->grouped), *delta = hubert_act(h, b->delta);
+    ops->mask_frames(ops, x, frames, b->B, T, C);
+    ops->group_frames(ops, grouped, x, frames, k->batch_norm ? hubert_weight(h, at->scale) : NULL,
+                      k->batch_norm ? hubert_weight(h, at->shift) : NULL, k->taps / 2, b->B, T, padded, C, k->groups);
+    ops->conv1d(ops, delta, grouped, hubert_weight(h, at->positions), hubert_weight(h, at->positions_bias), &c);
+    if (k->stable) ops->layernorm(ops, x, NULL, x, delta, NULL, NULL, 0, 0, b->B * T, C);
+    else
+        ops->layernorm(ops, NULL, x, x, delta, hubert_weight(h, at->norm.w), hubert_weight(h, at->norm.b), (float)k->eps, 0,
+                       b->B * T, C);
+}
+
+static void hubert_layer(slam_hubert *h, const hubert_batch *b, const slam_window *win, int l) {
+    slam_ops *ops = h->ops;
+    const hubert_config *k = &h->config;
+    const hubert_places *at = &h->at;
+    const int C = k->C, F = k->F, N = b->B * b->T;
+    const size_t base = at->layer + l * at->layer_size;
+    const float eps = (float)k->eps;
+    slam_act *x = hubert_act(h, b->x), *delta = hubert_act(h, b->delta), *qkv = hubert_act(h, b->qkv),
+             *attention = hubert_act(h, b->attention), *mlp = hubert_act(h, b->mlp), *in = k->stable ? hubert_act(h, b->normed) : x;
+    slam_act *w1 = hubert_weight(h, base + at->attention_norm.w), *b1 = hubert_weight(h, base + at->attention_norm.b),
+             *w2 = hubert_weight(h, base + at->mlp_norm.w), *b2 = hubert_weight(h, base + at->mlp_norm.b);
+    if (k->stable) ops->layernorm(ops, NULL, in, x, NULL, w1, b1, eps, 0, N, C);
+    ops->matmul_forward(ops, qkv, in, hubert_weight(h, base + at->qkv), hubert_weight(h, base + at->qkv_bias), N, C, 3 * C);
+    ops->attention_forward(ops, attention, (float *)(h->arena + b->lse), qkv, win);
+    ops->matmul_forward(ops, delta, attention, hubert_weight(h, base + at->out), hubert_weight(h, base + at->out_bias), N, C, C);
+    if (k->stable) ops->layernorm(ops, x, in, x, delta, w2, b2, eps, 0, N, C);
+    else ops->layernorm(ops, NULL, x, x, delta, w1, b1, eps, 0, N, C);
+    ops->matmul_forward(ops, mlp, in, hubert_weight(h, base + at->up), hubert_weight(h, base + at->up_bias), N, C, F);
+    ops->gelu(ops, mlp, (size_t)N * F);
+    ops->matmul_forward(ops, delta, mlp, hubert_weight(h, base + at->down), hubert_weight(h, base + at->down_bias), N, F, C);
+    if (k->stable) ops->layernorm(ops, x, NULL, x, delta, NULL, NULL, 0, 0, N, C);
+    else ops->layernorm(ops, NULL, x, x, delta, w2, b2, eps, 0, N, C);
+}
+
+/* Frames of the utterances, and the windows of attention. Frames behind an utterance see its first one, so that no tile of
+   attention is wider than the utterance. */
+static int hubert_lengths(slam_hubert *h, const hubert_batch *b, const int *which, const long *lengths) {
+    const size_t N = (size_t)b->B * b->T;
+    int *ints = (int *)mem_new(N + 2 * (size_t)b->B, sizeof *ints), *frames = ints + N, *first = frames + b->B;
+    if (!ints) return 0;
+    for (int i = 0; i < b->B; i++) {
+        frames[i] = (int)slam_hubert_frames(h, lengths[which[i]]);
+        first[i] = (int)hubert_frames(&h->config, lengths[which[i]], 1);
+        for (int t = 0; t < b->T; t++) ints[(size_t)i * b->T + t] = t < frames[i] ? frames[i] : 1;
+    }
+    h->ops->upload(h->ops, h->arena + b->doc_end, ints, N * sizeof *ints);
+    h->ops->upload(h->ops, h->arena + b->frames, frames, b->B * sizeof *ints);
+    h->ops->upload(h->ops, h->arena + b->first_frames, first, b->B * sizeof *ints);
+    h->ops->zero(h->ops, h->arena + b->doc_start, N * sizeof *ints);
+    free(ints);
+    return 1;
+}
+
+/* The batch of those utterances that have a frame; `which` are their numbers. */
+static int hubert_run(slam_hubert *h, hubert_batch *b, const int *which, const float *const *samples, const long *lengths,
+                      float *const *features) {
+    slam_ops *ops = h->ops;
+    const size_t C = h->config.C;
+    hubert_plan(h, b);
+    if (b->total > h->arena_bytes) {
+        ops->release(ops, h->arena);
+        h->arena = (char *)ops->alloc(ops, b->total);
+        h->arena_bytes = h->arena ? b->total : 0;
+        if (!h->arena) return 0;
+    }
+    if (!hubert_lengths(h, b, which, lengths)) return 0;
+    for (int first = 0; first < b->B; first += b->slice) {
+        const int rows = b->B - first < b->slice ? b->B - first : b->slice;
+        if (!hubert_samples(h, b, which + first, rows, samples, lengths)) return 0;
+        hubert_convolve(h, b, first, rows);
+    }
+    const slam_window win = {b->B,
+                             b->T,
+                             h->config.NH,
+                             h->config.NH,
+                             h->config.C / h->config.NH,
+                             (const int *)(h->arena + b->doc_start),
+                             (const int *)(h->arena + b->doc_end),
+                             NULL,
+                             NULL};
+    hubert_positions(h, b);
+    for (int l = 0; l < h->layer; l++) hubert_layer(h, b, &win, l);
+    float *out = (float *)(h->arena + b->x);
+    if (ops->bytes_per_act != sizeof(float)) {
+        out = (float *)(h->arena + b->mlp);
+        ops->to_float(ops, out, hubert_act(h, b->x), (size_t)b->B * b->T * C);
+    }
+    for (int i = 0; i < b->B; i++)
+        ops->download(ops, features[which[i]], out + (size_t)i * b->T * C,
+                      (size_t)slam_hubert_frames(h, lengths[which[i]]) * C * sizeof(float));
+    return ops->finish(ops);
+}
+
+int slam_hubert_features(slam_hubert *h, int n, const float *const *samples, const long *lengths, float *const *features) {
+    const hubert_config *k = &h->config;
+    hubert_batch b = SLAM_ZERO;
+    long most = 0, step = 1;
+    int *which = (int *)mem_new((size_t)(n > 0 ? n : 0), sizeof *which), ok = which != NULL;
+    for (int i = 0; i < k->convs; i++) step *= k->stride[i];
+    for (int i = 0; ok && i < n; i++) {
+        if (lengths[i] > INT_MAX / 4) ok = fail("an utterance of %ld samples: expected at most %d", lengths[i], INT_MAX / 4);
+        if (!ok || slam_hubert_frames(h, lengths[i]) == 0) continue;
+        which[b.B++] = i;
+        if (lengths[i] > most) most = lengths[i];
+    }
+    b.S = (size_t)((most + 2 * HUBERT_PADDING + step - 1) / step * step);
+    b.T = (int)(b.S / (size_t)step);
+    b.slice = (long)HUBERT_SLICE / (long)b.S < 1 ? 1 : (int)(HUBERT_SLICE / b.S);
+    if (b.slice > b.B) b.slice = b.B;
+    if (ok && (double)b.B * b.T * (k->F > 3 * k->C ? k->F : 3 * k->C) > 1e15)
+        ok = fail("a batch of %d utterances is too large", b.B);
+    if (ok && (double)b.B * (b.T + k->taps) * k->groups > INT_MAX)
+        ok = fail("a batch of %d rows of %d frames: expected fewer", b.B, b.T);
+    ok = ok && (b.B == 0 || hubert_run(h, &b, which, samples, lengths, features));
+    free(which);
+    return ok;
 }
 
 /* ---- nearest centroids ----
