@@ -5975,6 +5975,343 @@ static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache,
     else cuda_decode_any<bf16>(ops, out, cache, qkv, lengths, win);
 }
 
+/* ---- GELU ---- */
+
+static __device__ __forceinline__ float gelu_of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+
+/* A thread has P neighbours. Bound by memory: 2 n sizeof(T) bytes. */
+template <typename T, int P> static __global__ void __launch_bounds__(256) gelu_kernel(T *x, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * P;
+    if (i >= n) return;
+    pack<T, P> a = *(const pack<T, P> *)(x + i);
+    for (int k = 0; k < P; k++) a.at[k] = (T)gelu_of((float)a.at[k]);
+    *(pack<T, P> *)(x + i) = a;
+}
+
+template <typename T> static void cuda_gelu(slam_ops *ops, slam_act *x, size_t n) {
+    constexpr int P = 16 / sizeof(T);
+    if (n == 0) return;
+    if (n % P == 0 && aligned16(x)) SLAM_LAUNCH((gelu_kernel<T, P>), blocks(n / P, 256), 256, 0, stream_of(ops), (T *)x, n);
+    else SLAM_LAUNCH((gelu_kernel<T, 1>), blocks(n, 256), 256, 0, stream_of(ops), (T *)x, n);
+    cuda_launched(ops, "gelu");
+}
+
+/* ---- convolution ----
+   As on the CPU it is a matrix product whose left side is x itself. But cuBLASLt wants the rows of a matrix apart: what overlaps is
+   cut into runs of `stride` taps, whose rows do not, and whose products add up. The convolutions that make frames from samples
+   have one or two such runs. Where there are more (positions: 128 taps, stride 1) the rows are written out for a run of frames
+   at a time. And where a row is only a few numbers, as of samples, a product has nothing to do: there is a kernel for that. */
+
+enum { NARROW_TAPS = 64, NARROW_CHANNELS = 128, NARROW_FRAMES = 64, NARROW_EACH = 4 };
+
+/* Rows of W = K C <= NARROW_TAPS numbers. A block makes NARROW_FRAMES frames of NARROW_CHANNELS channels, from x and w in shared
+   memory; a thread four neighbouring frames of as many neighbouring channels, so that eight numbers are fetched for sixteen products.
+   Bound by memory: the output, N OC sizeof(T) bytes. grid: runs of frames, runs of channels, rows and groups. */
+template <typename T>
+static __global__ void __launch_bounds__(NARROW_CHANNELS *NARROW_FRAMES / 16)
+    conv1d_narrow_kernel(T *out, const T *x, const T *w, const T *b, const slam_conv c) {
+    const int W = c.K * c.C, step = c.stride * c.C, first = blockIdx.x * NARROW_FRAMES, channel = blockIdx.y * NARROW_CHANNELS;
+    const int row = blockIdx.z / c.G, g = blockIdx.z % c.G, frames = min(c.TO - first, (int)NARROW_FRAMES);
+    const int n = (frames - 1) * step + W, threads = NARROW_CHANNELS * NARROW_FRAMES / 16;
+    float *weights = (float *)shared_memory(), *samples = weights + W * NARROW_CHANNELS; // (W,NARROW_CHANNELS), then x
+    const T *from = x + ((size_t)row * c.G + g) * c.T * c.C + (size_t)first * step;
+    for (int i = threadIdx.x; i < n; i += threads) samples[i] = (float)from[i];
+    for (int i = threadIdx.x; i < W * NARROW_CHANNELS; i += threads) {
+        const int o = channel + i / W;
+        weights[i % W * NARROW_CHANNELS + i / W] = o < c.OC ? (float)w[((size_t)g * c.OC + o) * W + i % W] : 0.0f;
+    }
+    __syncthreads();
+    const int o = threadIdx.x % (NARROW_CHANNELS / NARROW_EACH) * NARROW_EACH,
+              t = threadIdx.x / (NARROW_CHANNELS / NARROW_EACH) * NARROW_EACH;
+    float sum[NARROW_EACH][NARROW_EACH];
+    for (int i = 0; i < NARROW_EACH; i++)
+        for (int k = 0; k < NARROW_EACH; k++) sum[i][k] = b && channel + o + k < c.OC ? (float)b[g * c.OC + channel + o + k] : 0;
+    for (int j = 0; j < W; j++) {
+        const pack<float, NARROW_EACH> wj = *(const pack<float, NARROW_EACH> *)(weights + j * NARROW_CHANNELS + o);
+        for (int i = 0; i < NARROW_EACH; i++) {
+            const float xi = samples[min(t + i, frames - 1) * step + j];
+            for (int k = 0; k < NARROW_EACH; k++) sum[i][k] += xi * wj.at[k];
+        }
+    }
+    for (int i = 0; i < NARROW_EACH; i++) {
+        T *to = out + (((size_t)row * c.TO + first + t + i) * c.G + g) * c.OC + channel + o;
+        for (int k = 0; k < NARROW_EACH; k++)
+            if (t + i < frames && channel + o + k < c.OC) to[k] = (T)(c.gelu ? gelu_of(sum[i][k]) : sum[i][k]);
+    }
+}
+
+/* Writes rows out: columns (gridDim.x, W) from the frames first, first + 1, ... of group g, counted through the batch. A block a
+   row. Bound by memory: n W sizeof(T) bytes written; those read are neighbours' and come from the cache. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256) conv1d_rows_kernel(T *columns, const T *x, const slam_conv c, int g, int first) {
+    const int i = first + blockIdx.x, W = c.K * c.C;
+    const T *from = x + (((size_t)(i / c.TO) * c.G + g) * c.T + (size_t)(i % c.TO) * c.stride) * c.C;
+    T *to = columns + (size_t)blockIdx.x * W;
+    for (int k = threadIdx.x * P; k < W; k += 256 * P) *(pack<T, P> *)(to + k) = *(const pack<T, P> *)(from + k);
+}
+
+/* Rows written out into the second part of the workspace, the first being cuBLASLt's */
+template <typename T> static void conv1d_by_rows(slam_ops *ops, T *out, const T *x, const T *w, const T *b, const slam_conv *c) {
+    constexpr int P = 16 / sizeof(T);
+    const int W = c->K * c->C, wide = c->C % P == 0 && aligned16(x), N = c->B * c->TO;
+    const size_t room = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / sizeof(T) / W;
+    T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE);
+    if (room == 0) cuda_failed((cuda_ops *)ops, "conv1d", "too many taps and channels");
+    for (int g = 0; g < c->G && room; g++)
+        for (int first = 0; first < N;) {
+            const int n = (size_t)(N - first) < room ? N - first : (int)room;
+            if (wide) SLAM_LAUNCH((conv1d_rows_kernel<T, P>), n, 256, 0, stream_of(ops), columns, x, *c, g, first);
+            else SLAM_LAUNCH((conv1d_rows_kernel<T, 1>), n, 256, 0, stream_of(ops), columns, x, *c, g, first);
+            cuda_product(ops, "conv1d", 0, 1, n, c->OC, W, columns, W, w + (size_t)g * c->OC * W, W, 0,
+                         out + ((size_t)first * c->G + g) * c->OC, c->G * c->OC, b ? b + g * c->OC : NULL, sizeof(T) == 4);
+            first += n;
+        }
+}
+
+template <typename T>
+static void cuda_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
+                        const slam_conv *conv) {
+    slam_conv c = *conv;
+    T *out = (T *)out_;
+    const T *x = (const T *)x_, *w = (const T *)w_, *b = (const T *)b_;
+    if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1; // rows that go on into each other
+    const int W = c.K * c.C, step = c.stride * c.C;
+    const size_t samples = (size_t)(NARROW_FRAMES - 1) * step + W, shared = (samples + (size_t)W * NARROW_CHANNELS) * sizeof(float);
+    if (c.B * c.TO == 0) return;
+    if (W <= NARROW_TAPS && shared <= 48 << 10 && c.B * c.G <= 65535) {
+        const dim3 grid(blocks(c.TO, NARROW_FRAMES), blocks(c.OC, NARROW_CHANNELS), c.B * c.G);
+        SLAM_LAUNCH((conv1d_narrow_kernel<T>), grid, NARROW_CHANNELS * NARROW_FRAMES / 16, shared, stream_of(ops), out, x, w, b, c);
+        cuda_launched(ops, "conv1d");
+        return;
+    }
+    if (c.B * c.G > 1 || c.K > 2 * c.stride) conv1d_by_rows(ops, out, x, w, b, &c);
+    else
+        for (int k = 0; k < c.K; k += c.stride)
+            cuda_product(ops, "conv1d", 0, 1, c.TO, c.OC, (c.K - k < c.stride ? c.K - k : c.stride) * c.C, x + (size_t)k * c.C,
+                         step, w + (size_t)k * c.C, W, k > 0, out, c.OC, k ? NULL : b, sizeof(T) == 4);
+    cuda_launched(ops, "conv1d");
+    if (c.gelu) cuda_gelu<T>(ops, out_, (size_t)c.B * c.TO * c.G * c.OC);
+}
+
+/* A thread has a number of the output. Bound by memory: 2 B TO C sizeof(T) bytes. */
+template <typename T>
+static __global__ void __launch_bounds__(256)
+    group_frames_kernel(T *out, const T *x, const int *lengths, const T *scale, const T *shift, int before, int T_, int TO, int C,
+                        int G, size_t n) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= n) return;
+    const int width = C / G, t = (int)(i / width % TO) - before, g = (int)(i / width / TO % G), b = (int)(i / width / TO / G);
+    const int c = g * width + (int)(i % width);
+    float y = 0;
+    if (t >= 0 && t < lengths[b]) {
+        y = (float)x[((size_t)b * T_ + t) * C + c];
+        y = (scale ? (float)scale[c] * y : y) + (shift ? (float)shift[c] : 0);
+    }
+    out[i] = (T)y;
+}
+
+template <typename T>
+static void cuda_group_frames(slam_ops *ops, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
+                              const slam_act *shift, int before, int B, int T_, int TO, int C, int G) {
+    const size_t n = (size_t)B * TO * C;
+    if (n == 0) return;
+    SLAM_LAUNCH((group_frames_kernel<T>), blocks(n, 256), 256, 0, stream_of(ops), (T *)out, (const T *)x, lengths, (const T *)scale,
+                (const T *)shift, before, T_, TO, C, G, n);
+    cuda_launched(ops, "group_frames");
+}
+
+/* A thread has a number. Bound by memory: what is behind the lengths, once. */
+template <typename T>
+static __global__ void __launch_bounds__(256) mask_frames_kernel(T *x, const int *lengths, int T_, int C, size_t n) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n && (int)(i / C % T_) >= lengths[i / C / T_]) x[i] = (T)0.0f;
+}
+
+template <typename T> static void cuda_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int T_, int C) {
+    const size_t n = (size_t)B * T_ * C;
+    if (n == 0) return;
+    SLAM_LAUNCH((mask_frames_kernel<T>), blocks(n, 256), 256, 0, stream_of(ops), (T *)x, lengths, T_, C, n);
+    cuda_launched(ops, "mask_frames");
+}
+
+/* ---- layer norm, channel norm ---- */
+
+/* Rows in registers, as in RMSNorm. Bound by memory: x and delta are read, s and y written, up to 4 N C sizeof(T) bytes. */
+template <typename T, int P, int TEAM>
+static __global__ void __launch_bounds__(256)
+    layernorm_kernel(T *s, T *y, const T *x, const T *delta, const T *w, const T *b, float eps, int gelu, int N, int C) {
+    constexpr int M = ROW_NUMBERS / P;
+    const int i = blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM, lane = threadIdx.x % TEAM, packs = C / P;
+    const size_t row = (size_t)i * packs;
+    float *room = (float *)shared_memory();
+    if (i >= N) return; // a team as a whole
+    pack<T, P> a[M];
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs) a[m] = ((const pack<T, P> *)x)[row + lane + m * TEAM];
+    for (int m = 0; delta && m < M; m++) {
+        if (lane + m * TEAM >= packs) continue;
+        const pack<T, P> d = ((const pack<T, P> *)delta)[row + lane + m * TEAM];
+        for (int k = 0; k < P; k++) a[m].at[k] = (T)((float)a[m].at[k] + (float)d.at[k]);
+        if (s) ((pack<T, P> *)s)[row + lane + m * TEAM] = a[m];
+    }
+    if (!y) return;
+    float sum = 0, variation = 0;
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs)
+            for (int k = 0; k < P; k++) sum += (float)a[m].at[k];
+    const float mean = team_sum<TEAM>(sum, room) / (float)C;
+    for (int m = 0; m < M; m++)
+        if (lane + m * TEAM < packs)
+            for (int k = 0; k < P; k++) variation += ((float)a[m].at[k] - mean) * ((float)a[m].at[k] - mean);
+    const float r = 1 / sqrtf(team_sum<TEAM>(variation, room) / (float)C + eps);
+    for (int m = 0; m < M; m++) {
+        if (lane + m * TEAM >= packs) continue;
+        const pack<T, P> wm = ((const pack<T, P> *)w)[lane + m * TEAM], bm = ((const pack<T, P> *)b)[lane + m * TEAM];
+        for (int k = 0; k < P; k++) {
+            const float out = (float)wm.at[k] * (((float)a[m].at[k] - mean) * r) + (float)bm.at[k];
+            a[m].at[k] = (T)(gelu ? gelu_of(out) : out);
+        }
+        ((pack<T, P> *)y)[row + lane + m * TEAM] = a[m];
+    }
+}
+
+template <typename T>
+static void cuda_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_act *x_, const slam_act *delta_,
+                           const slam_act *w_, const slam_act *b_, float eps, int gelu, int N, int C) {
+    constexpr int P = 16 / sizeof(T);
+    T *s = (T *)s_, *y = (T *)y_;
+    const T *x = (const T *)x_, *delta = (const T *)delta_, *w = (const T *)w_, *b = (const T *)b_;
+    const int wide = C % P == 0 && aligned16(s, y, x, delta, w) && aligned16(b), team = norm_team(ops, C, wide, "layernorm");
+    const cudaStream_t stream = stream_of(ops);
+    const size_t room = 8 * sizeof(float);
+    if (team == 0 || N == 0) return;
+    if (team == 32) SLAM_LAUNCH((layernorm_kernel<T, P, 32>), blocks(N, 8), 256, 0, stream, s, y, x, delta, w, b, eps, gelu, N, C);
+    else if (wide) SLAM_LAUNCH((layernorm_kernel<T, P, 256>), N, 256, room, stream, s, y, x, delta, w, b, eps, gelu, N, C);
+    else SLAM_LAUNCH((layernorm_kernel<T, 1, 256>), N, 256, room, stream, s, y, x, delta, w, b, eps, gelu, N, C);
+    cuda_launched(ops, "layernorm");
+}
+
+/* Sums of a run of frames: partial (B,parts,2,C), sum and variation. Lane by channels, P of them; the 8 warps take frames in turn,
+   and the warps' sums meet in shared memory. The second pass over the run finds it in the cache. Bound by memory: x once. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256)
+    channels_sum_kernel(float *partial, const T *x, const int *lengths, int run, int T_, int C) {
+    float *sums = (float *)shared_memory(), sum[P], mean[P]; // (8, 32 P)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * 32 * P, c = first + lane * P, b = blockIdx.z;
+    const int begin = blockIdx.y * run, n = min(lengths[b] - begin, run);
+    float *out = partial + ((size_t)b * gridDim.y + blockIdx.y) * 2 * C;
+    if (n <= 0) return; // the block as a whole
+    for (int k = 0; k < P; k++) mean[k] = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int k = 0; k < P; k++) sum[k] = 0;
+        for (int t = warp; t < n && c < C; t += 8) {
+            const pack<T, P> a = *(const pack<T, P> *)(x + ((size_t)b * T_ + begin + t) * C + c);
+            for (int k = 0; k < P; k++) {
+                const float d = (float)a.at[k] - mean[k];
+                sum[k] += pass ? d * d : d;
+            }
+        }
+        for (int k = 0; k < P; k++) sums[warp * 32 * P + lane * P + k] = sum[k];
+        __syncthreads();
+        for (int k = 0; k < P; k++) {
+            float total = 0;
+            for (int j = 0; j < 8; j++) total += sums[j * 32 * P + lane * P + k];
+            mean[k] = total / (float)n;
+            if (warp == 0 && c < C) out[pass * C + c + k] = total;
+        }
+        __syncthreads();
+    }
+}
+
+/* Joins the runs of a row, in order: moments (B,2,C), mean and 1 / sqrt(variance + eps). A thread a channel; latency alone. */
+static __global__ void __launch_bounds__(128)
+    channels_join_kernel(float *moments, const float *partial, const int *lengths, int run, int parts, float eps, int C) {
+    const int c = blockIdx.x * 128 + threadIdx.x, row = blockIdx.y, n = lengths[row];
+    if (c >= C || n <= 0) return;
+    const float *part = partial + (size_t)row * parts * 2 * C + c;
+    double mean = 0, variation = 0;
+    for (int first = 0; first < n; first += run, part += 2 * C) {
+        const double k = min(n - first, run), d = part[0] / k - mean;
+        variation += part[C] + d * d * first * k / (first + k);
+        mean += d * k / (first + k);
+    }
+    moments[(size_t)row * 2 * C + c] = (float)mean;
+    moments[(size_t)row * 2 * C + C + c] = (float)(1 / sqrt(variation / n + eps));
+}
+
+/* A thread has P channels of a frame. Bound by memory: 2 B T C sizeof(T) bytes. */
+template <typename T, int P>
+static __global__ void __launch_bounds__(256)
+    channels_apply_kernel(T *x, const float *moments, const T *w, const T *b, const int *lengths, int T_, int C, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * P;
+    if (i >= n) return;
+    const int c = (int)(i % C), row = (int)(i / C / T_), inside = (int)(i / C % T_) < lengths[row];
+    const float *mean = moments + (size_t)row * 2 * C + c, *r = mean + C;
+    pack<T, P> a = *(const pack<T, P> *)(x + i);
+    for (int k = 0; k < P; k++)
+        a.at[k] = (T)(inside ? gelu_of((float)w[c + k] * (((float)a.at[k] - mean[k]) * r[k]) + (float)b[c + k]) : 0.0f);
+    *(pack<T, P> *)(x + i) = a;
+}
+
+template <typename T, int P>
+static void channels_norm(slam_ops *ops, T *x, const T *w, const T *b, const int *lengths, float eps, int B, int T_, int C) {
+    const size_t room = CUDA_WORKSPACE / sizeof(float) / (2 * (size_t)C) / B, n = (size_t)B * T_ * C;
+    int run = 128; // frames; more where the sums would not fit
+    while (run < T_ && (size_t)blocks(T_, run) + 1 > room) run *= 2;
+    const int parts = blocks(T_, run);
+    float *partial = (float *)((cuda_ops *)ops)->workspace, *moments = partial + (size_t)B * parts * 2 * C;
+    if ((size_t)parts + 1 > room || B > 65535 || parts > 65535) {
+        cuda_failed((cuda_ops *)ops, "channelnorm", "too many rows and channels");
+        return;
+    }
+    SLAM_LAUNCH((channels_sum_kernel<T, P>), dim3(blocks(C, 32 * P), parts, B), 256, 256 * P * sizeof(float), stream_of(ops),
+                partial, x, lengths, run, T_, C);
+    SLAM_LAUNCH(channels_join_kernel, dim3(blocks(C, 128), B), 128, 0, stream_of(ops), moments, (const float *)partial, lengths,
+                run, parts, eps, C);
+    SLAM_LAUNCH((channels_apply_kernel<T, P>), blocks(n / P, 256), 256, 0, stream_of(ops), x, (const float *)moments, w, b, lengths,
+                T_, C, n);
+    cuda_launched(ops, "channelnorm");
+}
+
+template <typename T>
+static void cuda_channelnorm(slam_ops *ops, slam_act *x, const slam_act *w, const slam_act *b, const int *lengths, float eps, int B,
+                             int T_, int C) {
+    constexpr int P = 16 / sizeof(T);
+    if (B == 0 || T_ == 0) return;
+    if (C % P == 0 && aligned16(x)) channels_norm<T, P>(ops, (T *)x, (const T *)w, (const T *)b, lengths, eps, B, T_, C);
+    else channels_norm<T, 1>(ops, (T *)x, (const T *)w, (const T *)b, lengths, eps, B, T_, C);
+}
+
+/* ---- nearest centroid ---- */
+
+/* A warp a row; a lane has every 32nd centroid, in order; then lanes are compared, the lower number where they tie. Bound by memory:
+   4 N K bytes. */
+static __global__ void __launch_bounds__(256)
+    nearest_kernel(int *nearest, const float *scores, const float *squares, int N, int K) {
+    const int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (i >= N) return; // a warp as a whole
+    float least = INFINITY;
+    int at = K;
+    for (int k = lane; k < K; k += 32) {
+        const float distance = squares[k] - 2 * scores[(size_t)i * K + k];
+        if (distance < least) least = distance, at = k;
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, least, offset);
+        const int other_at = __shfl_xor_sync(0xffffffffu, at, offset);
+        if (other < least || (other == least && other_at < at)) least = other, at = other_at;
+    }
+    if (lane == 0) nearest[i] = at < K ? at : 0; // nothing was less than infinity: no number
+}
+
+static void cuda_nearest(slam_ops *ops, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
+                         const float *squares, int N, int D, int K) {
+    if (N == 0) return;
+    cuda_product(ops, "nearest", 0, 1, N, K, D, x, D, centroids, D, 0, scores, K, NULL, 1);
+    SLAM_LAUNCH(nearest_kernel, blocks(N, 8), 256, 0, stream_of(ops), nearest, (const float *)scores, squares, N, K);
+    cuda_launched(ops, "nearest");
+}
+
 /* ---- the backend ---- */
 
 /* The compute capabilities that nvcc's -arch named, as text. */
@@ -6062,6 +6399,13 @@ template <typename T> static void cuda_fill(slam_ops *ops) {
     ops->sum = cuda_sums<0>;
     ops->sum_squares = cuda_sums<1>;
     ops->adamw = cuda_adamw<T>;
+    ops->conv1d = cuda_conv1d<T>;
+    ops->group_frames = cuda_group_frames<T>;
+    ops->mask_frames = cuda_mask_frames<T>;
+    ops->gelu = cuda_gelu<T>;
+    ops->layernorm = cuda_layernorm<T>;
+    ops->channelnorm = cuda_channelnorm<T>;
+    ops->nearest = cuda_nearest;
 }
 
 slam_ops *slam_cuda(int device, int bytes_per_act) {

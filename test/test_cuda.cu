@@ -389,6 +389,141 @@ static void test_limits(void) {
     gpu->release(gpu, p);
 }
 
+/* ---- what speech encoders need ---- */
+
+static void test_gelu(size_t n) {
+    check_operation("gelu", {numbers(ACT, n, 2, 1)}, [=](slam_ops *ops, void **p) { ops->gelu(ops, A(0), n); });
+}
+
+static void test_layernorm(int N, int C) {
+    const size_t n = (size_t)N * C;
+    for (int gelu = 0; gelu < 2; gelu++)
+        check_operation("layernorm",
+                        {numbers(ACT, n, 2, 1), numbers(ACT, n, 1), numbers(ACT, C, 1), numbers(ACT, C, 1), unwritten(ACT, n),
+                         unwritten(ACT, n), unwritten(ACT, n)},
+                        [=](slam_ops *ops, void **p) {
+                            ops->layernorm(ops, NULL, A(4), A(0), NULL, A(2), A(3), 1e-5f, gelu, N, C);
+                            ops->layernorm(ops, A(5), A(6), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
+                            ops->layernorm(ops, A(0), NULL, A(0), A(1), NULL, NULL, 1e-5f, gelu, N, C);
+                            ops->layernorm(ops, NULL, A(0), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
+                        });
+}
+
+static tensor_of random_lengths(int B, int T) {
+    tensor_of lengths = integers(B, T + 1);
+    lengths.ints()[0] = T;
+    if (B > 1) lengths.ints()[1] = 1;
+    if (B > 2) lengths.ints()[2] = 0;
+    return lengths;
+}
+
+static void test_channelnorm(int B, int T, int C) {
+    tensor_of x = numbers(ACT, (size_t)B * T * C, 2, 1);
+    for (size_t i = 0; i < x.n(); i++) x.floats()[i] += 1;
+    check_operation("channelnorm", {x, numbers(ACT, C, 1), numbers(ACT, C, 1), random_lengths(B, T)},
+                    [=](slam_ops *ops, void **p) { ops->channelnorm(ops, A(0), A(1), A(2), I(3), 1e-5f, B, T, C); });
+}
+
+static void test_frames(int B, int T, int width, int G, int taps) {
+    const int C = width * G, TO = T + taps - 1;
+    check_operation("frames in groups",
+                    {numbers(ACT, (size_t)B * T * C, 1, 1), numbers(ACT, C, 1), numbers(ACT, C, 1), random_lengths(B, T),
+                     unwritten(ACT, (size_t)B * TO * C), unwritten(ACT, (size_t)B * TO * C)},
+                    [=](slam_ops *ops, void **p) {
+                        ops->group_frames(ops, A(4), A(0), I(3), A(1), A(2), taps / 2, B, T, TO, C, G);
+                        ops->group_frames(ops, A(5), A(0), I(3), NULL, NULL, taps / 2, B, T, TO, C, G);
+                        ops->mask_frames(ops, A(0), I(3), B, T, C);
+                    });
+}
+
+static void test_conv1d(const slam_conv &c) {
+    const size_t x = (size_t)(c.B * c.G * c.T + c.K) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
+                 out = (size_t)c.B * c.TO * c.G * c.OC;
+    check_operation("conv1d",
+                    {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
+                     unwritten(ACT, out), unwritten(ACT, out)},
+                    [=](slam_ops *ops, void **p) {
+                        ops->conv1d(ops, A(3), A(0), A(1), A(2), &c);
+                        ops->conv1d(ops, A(4), A(0), A(1), NULL, &c);
+                    });
+}
+
+/* Centroids far enough apart that rounding changes no unit; some are there twice. */
+static void test_nearest(int N, int D, int K) {
+    tensor_of x = numbers(ACT, (size_t)N * D, 0), centroids = numbers(ACT, (size_t)K * D, 4), squares = numbers(FLOAT, K, 0);
+    for (size_t i = 0; i < centroids.n(); i++) centroids.floats()[i] = (float)bf16(centroids.floats()[i]);
+    for (int d = 0; K > 3 && d < D; d++) centroids.floats()[(size_t)(K - 1) * D + d] = centroids.floats()[D + d];
+    for (int k = 0; k < K; k++)
+        for (int d = 0; d < D; d++)
+            squares.floats()[k] += centroids.floats()[(size_t)k * D + d] * centroids.floats()[(size_t)k * D + d];
+    for (int i = 0; i < N; i++) {
+        const int k = i == 0 ? K - 1 : random_int(K);
+        for (int d = 0; d < D; d++)
+            x.floats()[(size_t)i * D + d] = centroids.floats()[(size_t)k * D + d] + 0.1f * (float)rng_normal(&seed);
+    }
+    check_operation("nearest", {x, centroids, squares, integers(N, 1, 1), numbers(FLOAT, (size_t)N * K, 0)},
+                    [=](slam_ops *ops, void **p) { ops->nearest(ops, I(3), F(4), A(0), A(1), F(2), N, D, K); });
+}
+
+static void test_speech_operations(const char *dtype) {
+    const int sizes[][2] = {{3, 5}, {9, 64}, {7, 33}, {21, 768}, {2, 2000}};
+    for (int k = 0; k < 5; k++) {
+        const int N = sizes[k][0], C = sizes[k][1];
+        if (TEST("op: gelu %s %d", dtype, N * C)) test_gelu((size_t)N * C);
+        if (TEST("op: layernorm %s %d x %d", dtype, N, C)) test_layernorm(N, C);
+        if (TEST("op: nearest centroid %s %d x %d", dtype, N, C)) test_nearest(N, C, 1 + 20 * k);
+    }
+    const int rows[][3] = {{1, 3, 1}, {4, 50, 8}, {3, 129, 40}, {2, 400, 33}, {4, 7, 300}};
+    for (int k = 0; k < 5; k++)
+        if (TEST("op: channelnorm %s %d x %d x %d", dtype, rows[k][0], rows[k][1], rows[k][2]))
+            test_channelnorm(rows[k][0], rows[k][1], rows[k][2]);
+    if (TEST("op: frames in groups %s", dtype))
+        test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
+    const slam_conv convs[] = {
+        {1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1},
+        {3, 1, 41, 48, 20, 5, 2, 2, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1},
+        {1, 1, 640, 1, 128, 200, 10, 5, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 0}};
+    for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
+        const slam_conv &c = convs[k];
+        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d%s", dtype, c.B, c.G, c.T, c.C, c.TO, c.OC, c.K,
+                 c.stride, c.gelu ? ", gelu" : ""))
+            test_conv1d(c);
+    }
+}
+
+/* A model of test/fixtures/hubert on the CPU and here, a batch and its utterances alone; the same bits every time. */
+static void test_hubert(const char *name, int layer) {
+    char folder[200];
+    snprintf(folder, sizeof folder, "test/fixtures/hubert/%s", name);
+    const long lengths[] = {1200, 300, 2500};
+    std::vector<float> samples[3], out[4][3];
+    const float *in[3];
+    for (int i = 0; i < 3; i++) {
+        for (long t = 0; t < lengths[i]; t++)
+            samples[i].push_back((float)(0.3 * sin((double)t * (i + 1) / 7) + 0.1 * rng_normal(&seed)));
+        in[i] = samples[i].data();
+    }
+    for (int run = 0; run < 4; run++) { // the CPU; twice here; each alone
+        slam_hubert *h = slam_hubert_load(run ? gpu : cpu, folder, layer);
+        if (!CHECK(h, "%s", slam_error())) return;
+        float *to[3];
+        emulator_seed((uint64_t)run);
+        for (int i = 0; i < 3; i++) {
+            out[run][i].assign((size_t)slam_hubert_frames(h, lengths[i]) * slam_hubert_width(h), NAN);
+            to[i] = out[run][i].data();
+        }
+        if (run < 3) CHECK(slam_hubert_features(h, 3, in, lengths, to), "%s", slam_error());
+        for (int i = 0; run == 3 && i < 3; i++) CHECK(slam_hubert_features(h, 1, in + i, lengths + i, to + i), "%s", slam_error());
+        slam_hubert_free(h);
+    }
+    const int is_bf16 = gpu->bytes_per_act == 2;
+    for (int i = 0; i < 3; i++) {
+        check_close("features", out[1][i].data(), out[0][i].data(), out[0][i].size(), is_bf16 ? 5e-2 : 1e-4);
+        check_close("features alone", out[3][i].data(), out[1][i].data(), out[0][i].size(), is_bf16 ? 2e-2 : 1e-5);
+        CHECK(out[1][i] == out[2][i], "another order of threads gives other bits");
+    }
+}
+
 /* ---- whole models ---- */
 
 static const slam_config small_config = {30, 64, 2, 4, 2, 32, 96, 256, 1, 1, 1e-6, 0.1, 10000};
@@ -528,6 +663,10 @@ int main(void) {
         const char *dtype = bytes == 2 ? "bf16" : "f32";
         test_operations();
         if (TEST("op: limits %s", dtype)) test_limits();
+        test_speech_operations(dtype);
+        const char *const hubert[] = {"older_spelling", "large", "stable_batch_norm", "no_projection_norm", "wide_heads"};
+        for (int k = 0; k < 5; k++)
+            if (TEST("hubert: %s %s", hubert[k], dtype)) test_hubert(hubert[k], hubert[k][0] == 'w' ? 1 : 2);
         if (TEST("model: gradients %s", dtype)) test_gradients(0);
         if (TEST("model: gradients with holes %s", dtype)) test_gradients(1);
         if (TEST("model: 20 steps %s", dtype)) test_training();
