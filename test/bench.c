@@ -1,10 +1,11 @@
-/* Measures the training step of three models on the CPU, beside PyTorch's (test/bench_torch.py) in the same run where there is a
-   Python with torch and transformers, and writes the table to test/results/.
+/* Measures the training step of three models on the CPU, and HuBERT, beside PyTorch's (test/bench_torch.py) in the same run where
+   there is a Python with torch and transformers, and writes the table to test/results/.
 
-       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam --python PATH"]
+       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,hubert --python PATH"]
 
    A step is forward, backward and AdamW with clipping on random tokens, one document a row; "slam" is one micro-step of the
-   358M model, forward and backward alone, as both sides measure it. The two sides take turns, ROUNDS times; figures are medians. */
+   358M model, forward and backward alone, as both sides measure it. "hubert" is features of noise, a quarter of a minute at once, in
+   mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. The two sides take turns, ROUNDS times; figures are medians. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 
@@ -42,6 +43,12 @@ static const row rows[] = {
      {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000},
      1,
      1024,
+     0},
+    {"hubert",
+     "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds a second",
+     {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+     1,
+     15,
      0},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
@@ -90,17 +97,99 @@ static double measure(const row *r, int threads, double seconds) {
     return N / median(times, n);
 }
 
+/* ---- HuBERT ---- */
+
+enum { HUBERT_LAYER = 11 };
+static const char hubert_settings[] =
+    "{\"architectures\": [\"HubertModel\"], \"model_type\": \"hubert\", \"num_hidden_layers\": 11, \"conv_pos_batch_norm\": true, "
+    "\"conv_dim\": [512, 512, 512, 512, 512, 512, 512, 512], \"conv_kernel\": [10, 3, 3, 3, 3, 2, 2, 2], "
+    "\"conv_stride\": [5, 2, 2, 2, 2, 2, 2, 2]}\n";
+
+/* Writes the model's folder, with random weights: every tensor that a HuBERT of these settings has. */
+static void hubert_write(const char *folder) {
+    slam_hubert h;
+    hubert_list_of l = {NULL, 0, 0};
+    uint64_t seed = 1;
+    memset(&h, 0, sizeof h);
+    char *config = path_join(folder, "config.json"), *path = path_join(folder, "model.safetensors");
+    if (!config || !path || !make_folders(folder) || !file_write(config, hubert_settings, strlen(hubert_settings)) ||
+        !hubert_config_read(&h.config, config))
+        die();
+    l.list = (hubert_tensor *)mem_new(500, sizeof *l.list);
+    tensor_out *out = (tensor_out *)mem_new(500, sizeof *out);
+    if (!l.list || !out) die();
+    hubert_add_convolutions(&l, &h.config, &h.at);
+    hubert_add_positions(&l, &h.config, &h.at, 1);
+    for (int i = 0; i < HUBERT_LAYER; i++) hubert_add_layer(&l, &h.config, &h.at, i);
+    for (size_t i = 0; i < l.n; i++) {
+        const hubert_tensor *t = &l.list[i];
+        size_t n = 1;
+        out[i].name = t->name;
+        out[i].rank = t->rank;
+        out[i].dtype = DTYPE_F32;
+        for (int k = 0; k < t->rank; k++) n *= out[i].shape[k] = t->shape[k];
+        float *data = (float *)mem_new(n, sizeof *data);
+        const int is_one = t->rank == 1 && (path_ends(t->name, "norm.weight") || path_ends(t->name, "running_var"));
+        if (!data) die();
+        for (size_t k = 0; k < n; k++)
+            data[k] = is_one ? 1 : t->rank == 1 ? 0 : (float)(rng_uniform(&seed) - 0.5) * 3 / sqrtf((float)(n / t->shape[0]));
+        out[i].data = data;
+    }
+    if (!tensors_write(path, out, l.n, NULL)) die();
+    for (size_t i = 0; i < l.n; i++) free((void *)(uintptr_t)out[i].data);
+    free(l.list), free(out), free(path), free(config);
+}
+
+/* FLOP for a second of audio: products of the convolutions, the projection, positions and layers, and attention's */
+static double hubert_flops(int seconds) {
+    const double C = 768, F = 3072, T = 25.0 * seconds;
+    const int kernel[] = {10, 3, 3, 3, 3, 2, 2, 2};
+    double flops = 0, rate = 3200;
+    for (int i = 0; i < 8; i++, rate /= 2) flops += 2 * rate * 512 * kernel[i] * (i ? 512 : 1);
+    return flops + 25 * 2 * (512 * C + C * C / 16 * 128 + HUBERT_LAYER * (4 * C * C + 2 * C * F + 2 * T * C));
+}
+
+/* audio seconds a second */
+static double measure_hubert(const row *r, const char *folder, int threads, double seconds) {
+    static double times[STEPS_MAX];
+    const long samples = 16000L * r->T;
+    int n = 0;
+    uint64_t seed = 1;
+    slam_ops *ops = slam_cpu(threads);
+    slam_hubert *h = ops ? slam_hubert_load(ops, folder, HUBERT_LAYER) : NULL;
+    float *x = (float *)mem_new((size_t)samples, sizeof *x), *out = NULL;
+    if (h) out = (float *)mem_new((size_t)slam_hubert_frames(h, samples) * (size_t)slam_hubert_width(h), sizeof *out);
+    if (!h || !x || !out) die();
+    for (long i = 0; i < samples; i++) x[i] = (float)(0.1 * rng_normal(&seed));
+    const float *in = x;
+    double start = 0;
+    for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
+        const double began = slam_clock();
+        if (k == 0) start = began;
+        if (!slam_hubert_features(h, 1, &in, &samples, &out)) die();
+        if (k >= 0) times[n++] = slam_clock() - began;
+    }
+    slam_hubert_free(h);
+    slam_ops_free(ops);
+    free(x), free(out);
+    return r->T / median(times, n);
+}
+
+/* ---- both sides ---- */
+
 /* The same row by PyTorch; 0 where it cannot be had. `versions` gets what it says of itself. */
-static double measure_torch(const row *r, const char *python, int threads, double seconds, char *versions, size_t n) {
+static double measure_torch(const row *r, const char *folder, const char *python, int threads, double seconds, char *versions,
+                            size_t n) {
     char command[512], line[1024] = "";
     double rate = 0;
-    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --threads %d --seconds %g 2>/dev/null", python, r->name,
-             threads, seconds);
+    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --folder '%s' --threads %d --seconds %g 2>/dev/null", python,
+             r->name, folder, threads, seconds);
     FILE *pipe = popen(command, "r");
     while (pipe && fgets(line, sizeof line, pipe))
         if (line[0] == '{') {
             json *j = json_parse(line, strlen(line), "bench_torch.py");
             json_real(j, "tokens_per_second", "bench_torch.py", 0, 1e12, &rate);
+            json_real(j, "audio_seconds_per_second", "bench_torch.py", 0, 1e12, &rate);
             snprintf(versions, n, "PyTorch %s, Transformers %s", json_text(j, "torch", "?"), json_text(j, "transformers", "?"));
             json_free(j);
         }
@@ -142,7 +231,7 @@ static void machine_name(char *name, size_t n) {
 int main(int argc, char **argv) {
     int threads = 0;
     double seconds = 10;
-    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam";
+    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,hubert";
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
         if (!strcmp(argv[i], "--seconds")) seconds = atof(argv[i + 1]);
@@ -150,6 +239,8 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--rows")) wanted = argv[i + 1];
     }
     if (threads < 1) threads = threads_set(0);
+    char folder[] = "/tmp/slam-bench-XXXXXX";
+    if (!mkdtemp(folder)) die();
     char machine[128], versions[128] = "PyTorch not found", day[32], path[128], commit[64] = "unknown";
     time_t now = time(NULL);
     text t = SLAM_ZERO;
@@ -158,32 +249,41 @@ int main(int argc, char **argv) {
     FILE *git = popen("git describe --always --dirty 2>/dev/null", "r");
     if (git && fgets(commit, sizeof commit, git)) commit[strcspn(commit, "\n")] = 0;
     if (git) pclose(git);
-    text_add(&t, "Training step on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads, machine, day,
-             commit, products);
+    text_add(&t, "Training steps, and HuBERT, on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads,
+             machine, day, commit, products);
     text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", sgemm_peak(threads) / 1e9);
-    text_add(&t, "%-5s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
+    text_add(&t, "%-6s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
     const double peak = sgemm_peak(threads);
     for (int k = 0; k < ROWS; k++) {
         const row *r = &rows[k];
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
         int has = 1;
+        const int is_hubert = r->config.V == 0;
         if (!strstr(wanted, r->name)) continue;
+        if (is_hubert) hubert_write(folder);
         for (int i = 0; i < ROUNDS; i++) {
-            ours[i] = measure(r, threads, seconds);
-            theirs[i] = has ? measure_torch(r, python, threads, seconds, versions, sizeof versions) : 0;
+            ours[i] = is_hubert ? measure_hubert(r, folder, threads, seconds) : measure(r, threads, seconds);
+            theirs[i] = has ? measure_torch(r, folder, python, threads, seconds, versions, sizeof versions) : 0;
             has = theirs[i] > 0;
             ratio[i] = has ? ours[i] / theirs[i] : 0;
-            printf("%s, round %d: slam %.0f tok/s, PyTorch %.0f tok/s\n", r->name, i + 1, ours[i], theirs[i]);
+            printf("%s, round %d: slam %.1f, PyTorch %.1f %s\n", r->name, i + 1, ours[i], theirs[i],
+                   is_hubert ? "audio s/s" : "tok/s");
             fflush(stdout);
         }
-        const double rate = median(ours, ROUNDS), flops = rate * slam_config_flops(&r->config, r->T);
-        text_add(&t, "%-5s %14.0f %10.0f %7.0f%% ", r->name, rate, flops / 1e9, 100 * flops / peak);
-        if (has) text_add(&t, "%16.0f %8.2f   %s\n", median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
+        const double rate = median(ours, ROUNDS),
+                     flops = rate * (is_hubert ? hubert_flops(r->T) : slam_config_flops(&r->config, r->T));
+        text_add(&t, "%-6s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
+        if (has) text_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
     text_add(
         &t, "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",
         versions, ROUNDS, seconds);
+    const char *const files[] = {"/model.safetensors", "/config.json", ""};
+    for (int k = 0; k < 3; k++) {
+        snprintf(path, sizeof path, "%s%s", folder, files[k]);
+        remove(path);
+    }
     snprintf(path, sizeof path, "test/results/cpu-%s.txt", day);
     printf("\n%s", t.at);
     if (!file_write(path, t.at, t.n)) die();

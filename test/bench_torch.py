@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The other side of `make bench` and `make gpu-bench`: the same work by PyTorch and Transformers' Qwen2.
 
+    python test/bench_torch.py --row hubert --folder MODEL [--threads N] [--seconds S]
     python test/bench_torch.py --row tiny|10m|slam [--threads N] [--seconds S] [--compile] [--attention sdpa|eager]
     python test/bench_torch.py --gpu attention|step [--keys FILE] [--seconds S] [--small] [--device cuda|cpu]
 
@@ -8,6 +9,8 @@
 document a row; of "slam" it is forward and backward alone, one micro-step. Two steps warm up ("slam": one; with --compile the first
 one compiles), then steps are timed one by one for S seconds, three at least. Prints one line of JSON; its tokens_per_second comes
 from the median step. A token's work is counted as 6 FLOP a parameter and 6 L T C for causal attention.
+
+"hubert": the features of 15 s of noise by the HubertModel in MODEL, all of its layers; audio_seconds_per_second likewise.
 
 --gpu: a table on stdout, and lines `key value` in FILE, each as soon as it is known; what would begin S seconds after the start or
 later is left out. attention: scaled_dot_product_attention by its flash and its cuDNN backend, forward and backward, without rotary
@@ -24,7 +27,8 @@ import time
 
 began = time.perf_counter()
 parser = argparse.ArgumentParser()
-parser.add_argument("--row", choices=["tiny", "10m", "slam"], default="tiny")
+parser.add_argument("--row", choices=["tiny", "10m", "slam", "hubert"], default="tiny")
+parser.add_argument("--folder")
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 parser.add_argument("--seconds", type=float, help="10, with --gpu 300")
 parser.add_argument("--compile", action="store_true")
@@ -95,6 +99,27 @@ def bench_cpu():
         "attention": arguments.attention, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     print(json.dumps(result))
+
+
+def bench_hubert(seconds=15):
+    import transformers
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(1)
+    model = transformers.HubertModel.from_pretrained(arguments.folder, attn_implementation=arguments.attention).eval()
+    audio = 0.1 * torch.randn(1, 16000 * seconds + 80)
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):
+            model(audio)
+        began = time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - began < arguments.seconds:
+            start = time.perf_counter()
+            model(audio)
+            times.append(time.perf_counter() - start)
+    rate = seconds / statistics.median(times)
+    print(json.dumps({"row": "hubert", "audio_seconds_per_second": round(rate, 2), "threads": arguments.threads, "steps": len(times),
+                      "torch": torch.__version__, "transformers": transformers.__version__}))  # fmt: skip
 
 
 # ---- on the GPU ----
@@ -284,5 +309,7 @@ if arguments.gpu == "attention":
     gpu_attention()
 elif arguments.gpu == "step":
     gpu_step()
+elif arguments.row == "hubert":
+    bench_hubert()
 else:
     bench_cpu()
