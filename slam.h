@@ -26,7 +26,7 @@
       7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
       8. OPTIMISER          optimiser, schedules, gradient clipping
       9. DATA               documents, pieces, packing, shuffling, mixing
-     10. SPEECH             resampler, MFCC, k-means, units, token files from audio files
+     10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
      12. SCORING            perplexity, n-grams
      13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
      14. RUN                what the programs share: flags, the training loop, log, progress, signals
@@ -8144,7 +8144,7 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
 }
 
 /* ==========================================================================================
-   10. SPEECH             resampler, MFCC, k-means, units, token files from audio files
+   10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
    Audio of any rate becomes 16 kHz, 16 kHz becomes features, the nearest centroid of a frame of
    features is its unit. What is computed for a file depends on nothing but the file and the
    settings, so that threads take files in any order and the output stands in the input's.
