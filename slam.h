@@ -8572,7 +8572,7 @@ static int hubert_refuse(const json *c, const char *path) {
     return 1;
 }
 
-/* One number for each convolution, 1..max; where the key is absent the first is `first` and the others stay as they are. */
+/* One number for each convolution, 1..max, and how many; where the key is absent both stay as they are. */
 static int hubert_list(const json *c, const char *key, const char *path, int max, int *out, int *n) {
     const json *list = json_get(c, key);
     int k = 0;
@@ -8588,7 +8588,7 @@ static int hubert_list(const json *c, const char *key, const char *path, int max
     return 1;
 }
 
-/* A whole number that has to be at least 1 */
+/* A whole number from 1 to max; where the key is absent it stays as it is. */
 static int hubert_int(const json *c, const char *key, const char *path, long max, int *out) {
     long n = *out;
     if (!json_int(c, key, path, 1, max, &n)) return 0;
@@ -8681,7 +8681,7 @@ struct slam_hubert {
     size_t arena_bytes;
 };
 
-/* The list of tensors as it is made, and the end of the array so far; `list` NULL only counts. */
+/* The list of tensors as it is made, and the end of the array so far. */
 typedef struct hubert_list_of {
     hubert_tensor *list;
     size_t n, end;
