@@ -3874,10 +3874,11 @@ template <int n> static __device__ __forceinline__ void copy_async_wait(void) {
 /* ---- the device ---- */
 
 enum {
-    CUDA_WORKSPACE = 32 << 20, // bytes: what cuBLASLt asks for on Hopper; partial sums need less
-    SLOT = 4 << 20,            // bytes of pinned memory that a copy goes through,
-    SLOTS = 8,                 // and how many of them make the ring
-    ALGORITHMS = 64            // algorithms of products that are remembered
+    CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums; convolutions' windows, behind
+    PRODUCT_WORKSPACE = 32 << 20, // the first part, which is what cuBLASLt asks for on Hopper
+    SLOT = 4 << 20,               // bytes of pinned memory that a copy goes through,
+    SLOTS = 8,                    // and how many of them make the ring
+    ALGORITHMS = 64               // algorithms of products that are remembered
 };
 
 /* What decides which algorithm cuBLASLt may use. */
@@ -4433,7 +4434,7 @@ static cublasStatus_t product_describe(cuda_product_plan *plan, const cuda_shape
 static cublasStatus_t product_candidates(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
                                          cuda_product_plan *plan, const cuda_shape *s) {
     cublasLtMatmulPreferenceOpaque_t wish;
-    const size_t workspace = CUDA_WORKSPACE;
+    const size_t workspace = PRODUCT_WORKSPACE;
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | (s->c_is_float ? CUBLASLT_REDUCTION_SCHEME_INPLACE : 0);
     const uint32_t alignA = s->alignA, alignB = s->alignB, alignC = s->alignC;
     cublasStatus_t status = cublasLtMatmulPreferenceInit(&wish);
@@ -4469,7 +4470,7 @@ static cublasStatus_t product_run(cuda_ops *cuda, const cuda_shape *s, const voi
     for (int k = 0; k < n && status; k++) {
         const cublasLtMatmulAlgo_t *algorithm = known < cuda->algorithms ? &cuda->algorithm[known] : &found[k].algo;
         status = cublasLtMatmul(cuda->products, &plan.product, &one, B, &plan.B, A, &plan.A, &beta, C, &plan.C, C, &plan.C,
-                                algorithm, cuda->workspace, CUDA_WORKSPACE, cuda->stream);
+                                algorithm, cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
         cudaGetLastError(); // or the next launch would report it
         if (status || known < cuda->algorithms) continue;
         const int place = cuda->algorithms < ALGORITHMS ? cuda->algorithms : cuda->oldest++ % ALGORITHMS;

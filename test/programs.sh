@@ -173,7 +173,7 @@ refuses 'a unit beyond the vocabulary' 1 'a.jsonl:[0-9]' "$train" $few a.jsonl -
 refuses '--vocab against the shard' 1 '300.*102' "$train" $few small.bin --vocab 300 --steps 1
 refuses 'data of another vocabulary than --init' 1 '300.*102' "$train" $start small.bin --init large --steps 1
 refuses 'bf16 on the CPU' 1 'f32' "$train" $few a.jsonl --device cpu --dtype bf16 --steps 1
-refuses 'bf16 where there is no GPU' 1 'dtype bf16: cpu.*f32 (cuda' "$train" $few a.jsonl --dtype bf16 --steps 1
+refuses 'bf16 where there is no GPU' 1 'dtype bf16: the CPU computes in f32.*cuda' "$train" $few a.jsonl --dtype bf16 --steps 1
 refuses 'a GPU where there is none' 1 'cuda:0: ' "$train" $few a.jsonl --device cuda --steps 1
 refuses 'eval with an unknown task' 2 'sing' "$eval" one sing
 refuses 'eval without data' 1 'nothing' "$eval" one ppl nothing.jsonl
