@@ -33,10 +33,10 @@ Figures     make bench      measures training steps beside PyTorch's and keeps t
                             PLOT=- draws them on the terminal
 Else        make clean      removes everything that was built
 
-Variables   MINIMAL=1       nothing but the compiler: no OpenMP, no BLAS, no CUDA
+Variables   MINIMAL=1       nothing but the compiler: no OpenMP, BLAS, libsndfile, CUDA
             SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA
             BLAS=openblas   CPU matrix products by own (default on x86-64), openblas or accelerate
-            WITHOUT="..."   leaves some of openmp, blas, cuda out
+            WITHOUT="..."   leaves some of openmp, blas, sndfile, cuda out
             CC CXX NVCC CUDA_HOME CUDA_ARCH    compilers (NVCC=/path/to/nvcc), toolkit folder, e.g. CUDA_ARCH=sm_90
             CFLAGS LDFLAGS  replace the default -O3 -march=native; are added when linking
 endef
@@ -48,11 +48,12 @@ help:
 
 # All that decides what test/detect will find, hashed: a change of any of it means another folder.
 ifneq ($(filter-out help fuzz house plot format format-check clean,$(or $(MAKECMDGOALS),all)),)
-override WITHOUT := $(sort $(WITHOUT) $(if $(MINIMAL),openmp blas cuda) $(if $(SANITIZE),cuda))
+override WITHOUT := $(sort $(WITHOUT) $(if $(MINIMAL),openmp blas sndfile cuda) $(if $(SANITIZE),cuda))
 SETTINGS := $(foreach v,CC CXX NVCC CUDA_HOME CUDA_ARCH BLAS CFLAGS LDFLAGS WITHOUT SANITIZE,$(v)=$(call quote,$($(v))))
 B := build/$(notdir $(firstword $(CC)))$(if $(MINIMAL),-minimal)$(if $(SANITIZE),-sanitize)-$(shell \
 	{ echo $(call quote,$(SETTINGS)); $(CC) --version; command -v nvcc && command -v python3; ls -d /usr/local/cuda/bin/nvcc \
-	/dev/nvidia0 /usr/lib*/libopenblas.so* /usr/lib*/*/libopenblas.so*; grep -m 1 -E '^(flags|Features)' /proc/cpuinfo; \
+	/dev/nvidia0 /usr/lib*/libopenblas.so* /usr/lib*/*/libopenblas.so* /usr/include/sndfile.h \
+	/opt/homebrew/include/sndfile.h /usr/local/include/sndfile.h; grep -m 1 -E '^(flags|Features)' /proc/cpuinfo; \
 	} 2>/dev/null | cksum | cut -d ' ' -f 1)
 include $(B)/config.mk
 endif
@@ -123,7 +124,8 @@ fuzz: $(FUZZ_TARGETS)
 build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h slam.h
 	@mkdir -p $(@D)
 	@command -v $(FUZZ_CC) >/dev/null || { echo 'fuzz: $(FUZZ_CC) not found: install clang' >&2; exit 1; }
-	$(FUZZ_CC) -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ -lm
+	$(FUZZ_CC) -g -O1 -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ \
+		$(if $(wildcard /usr/include/sndfile.h),-DSLAM_SNDFILE -lsndfile) -lm
 
 # ---- what needs no build ----
 

@@ -19,7 +19,7 @@
 
    CONTENTS (search for a number with its dot and name)
       1. BASE               errors, memory, clock, RNG, threads, files
-      2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, WAV
+      2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, audio files
       3. OPS                the list of operations (`slam_ops`) with each one's mathematics
       4. OPS ON THE CPU     the plain loops: read these first
       5. OPS ON CUDA        the same operations, one kernel or a few each
@@ -35,6 +35,7 @@
      SLAM_IMPLEMENTATION   this unit holds the definitions (slam.cu sets it)
      SLAM_OPENBLAS         CPU matrix products by OpenBLAS (link with -lopenblas)
      SLAM_ACCELERATE       CPU matrix products by Apple's Accelerate (link with -framework Accelerate)
+     SLAM_SNDFILE          audio other than WAV by libsndfile: FLAC, Ogg, MP3, AIFF, ... (link with -lsndfile)
      -fopenmp              loops are dealt to threads; without it there is one
 
    Functions that can fail return 0 or NULL and leave a sentence for slam_error(). Nothing exits, and only section 14 prints.
@@ -426,11 +427,11 @@ long slam_hubert_frames(const slam_hubert *, long samples);
 /* n utterances at once: features[i] = (frames_i, width) on the host. An utterance's features are the same in any batch. */
 int slam_hubert_features(slam_hubert *, int n, const float *const *samples, const long *lengths, float *const *features);
 
-/* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file is
-   left out, and `because` is the sentence. */
+/* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file or
+   line is left out, and `because` is the sentence. */
 typedef struct slam_speech_progress {
     const char *stage; /* "listen" (to audio, for a fit), "fit", "tokenize" */
-    size_t done, of;   /* files, or passes of an unknown number (0) */
+    size_t done, of;   /* files or lines, or passes of an unknown number (0) */
     double seconds;    /* of audio that were heard since the job started */
     const char *failed, *because;
 } slam_speech_progress;
@@ -483,28 +484,54 @@ int slam_list_add(slam_list *, const char *item); /* a copy of item */
 void slam_list_free(slam_list *);
 
 /* Adds the paths of audio files: of files as they are, of folders (searched to the bottom in the order of their names; what ends in
-   .wav) and of manifests (@LIST: a file or folder a line, as seen from the current folder). */
+   .wav, .flac, .ogg, .mp3 and so on) and of manifests (@LIST: a file or folder a line, as seen from the current folder). */
 int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
 
-/* Fits K centroids to at most `frames` frames, drawn evenly from files in an order of the seed's: as many as hold 8 x frames. */
-slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_list *files, int K, size_t frames, uint64_t seed,
+/* What becomes units: audio files, or lines of files; each is done or failed for itself. */
+typedef struct slam_sources slam_sources;
+/* A file that is longer than max_seconds (at least 1; 0: no limit) is cut into parts, each in the middle of the quietest 20 ms of
+   the limit's last fifth: no more than one part is ever in memory, and each becomes a document, with `start` and `end` in seconds. */
+slam_sources *slam_sources_audio(const slam_list *files, double max_seconds);
+/* Lines of SlamKit features or tokens: units that are there already. */
+slam_sources *slam_sources_units(const slam_list *files);
+/* Lines with prompt_path, chosen_path and rejected_path: audio files, where the file of pairs is unless they begin with a slash.
+   What else they hold (texts) is passed through. Where they have prompt_text and chosen_text, pairs whose slam_auto_bleu of both,
+   order 2, is max_repetition or more are left out; 0: none are. */
+slam_sources *slam_sources_pairs(const char *path, double max_repetition);
+/* Lines of text, to be spoken by `voices` in turn: commands that write WAV to stdout, in which {text} stands for the words. They
+   are run without a shell; blanks part their arguments, '...', "..." and \ keep them together. Lines of prompt, chosen and rejected
+   with tabs between them become pairs, the text beside the units. */
+slam_sources *slam_sources_text(const char *path, const slam_list *voices, double max_repetition);
+void slam_sources_free(slam_sources *);
+size_t slam_sources_count(const slam_sources *);
+int slam_sources_pairs_out(const slam_sources *); /* 1: what comes out are pairs */
+/* Keeps neighbours only: the 1st of `of` equal parts, the 2nd, ...; what comes out of all parts in order is what comes out of all. */
+int slam_sources_part(slam_sources *, size_t part, size_t of);
+
+/* The share of a text's n-grams that occur in it more than once, 0 if it has none (auto-BLEU: Lakhotia et al. 2021); words lie
+   between blanks, marks of punctuation are words. Negative where there is no memory. */
+double slam_auto_bleu(const char *text, int order);
+
+/* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x frames. */
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_sources *, int K, size_t frames, uint64_t seed,
                                    slam_speech_watch *, void *context, slam_kmeans_report *);
 /* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there
    already, made by the same call. 0 and the sentence: one of them is there and is another's, or they cannot be written. */
-int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const slam_list *files, int K, size_t frames,
+int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const slam_sources *, int K, size_t frames,
                            uint64_t seed);
 
-/* All files' units, in the order of the files, into OUT = NAME.bin (token shards: one that is full becomes NAME-00001.bin and
-   so on, the last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens). Files that fail are listed in
-   OUT.failed, that is NAME.bin.failed. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there,
-   to the same bytes, also after the machine ran out of memory. An OUT that exists, or that another process is at work on, is an
-   error. */
+/* All sources' units, in their order, into OUT = NAME.bin (token shards: one that is full becomes NAME-00001.bin and so on, the
+   last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens; SlamKit pairs). For units that are there already
+   the quantiser may be NULL: then a shard's header says nothing of them. Those that fail are listed in OUT.failed, that is
+   NAME.bin.failed, lines as FILE:12. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there, to the
+   same bytes, also after the machine ran out of memory. An OUT that exists, or that another process is at work on, is an error. */
 typedef struct slam_tokenize_report {
-    size_t files, failed, earlier; /* files done or failed, with those of earlier calls */
+    size_t files, failed, repeats, earlier; /* sources done, failed or left out as repeating, with those of earlier calls */
+    size_t documents;
     uint64_t samples, frames, units, tokens;
     int shards, stopped; /* stopped: by the watch */
 } slam_tokenize_report;
-int slam_tokenize(const slam_quantiser *, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
+int slam_tokenize(const slam_quantiser *, const slam_sources *, const char *out, int audio_repr, uint64_t shard_tokens,
                   slam_speech_watch *, void *context, slam_tokenize_report *);
 /* 0 and the sentence where slam_tokenize would refuse OUT, whatever goes into it. */
 int slam_tokenize_may(const char *out);
@@ -767,6 +794,7 @@ void slam_run_end(slam_run *); /* frees the optimiser and the settings */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -1207,7 +1235,7 @@ static int file_write(const char *path, const void *data, size_t n) {
 }
 
 /* ==========================================================================================
-   2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, WAV
+   2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, audio files
    Readers and writers of files that others made or will read. Whatever a file holds, a reader returns what it says or
    a sentence: every length is held against what is there before it is used. Files are little-endian, as are the machines.
    may use: 1 base
@@ -2269,13 +2297,15 @@ static int shard_end(shard_writer *w) {
 
 /* ---- units (SlamKit's JSON lines) ----
    features:   {"units": [3, 49, 7], "duration": [1, 2, 1], "file_name": "a.wav"}
-   tokens:     {"file_name": "a.wav", "audio_repr": "<Un3><Un49><Un7>"} */
+   tokens:     {"file_name": "a.wav", "audio_repr": "<Un3><Un49><Un7>"}
+   and of a part of a longer file, in either, , "start": 60.5, "end": 118.25 (seconds) */
 
 typedef struct units {
     char *name; // file_name, "" where the line has none
     int *unit;
     int *duration; // in frames; NULL where the line has none
     size_t n;
+    double start, end;  // in seconds, of a part of a longer file; end 0: it is the whole
     int *duration_room; // the rest: memory that is used again for the next line
     size_t unit_capacity, duration_capacity, name_capacity;
 } units;
@@ -2322,7 +2352,9 @@ static int units_from_json(const json *value, const char *what, units *u) {
     const json *list = json_get(value, "units"), *duration = json_get(value, "duration"), *spelled = json_get(value, "audio_repr");
     const char *name = json_text(value, "file_name", "");
     u->n = 0;
+    u->start = u->end = 0;
     u->duration = NULL;
+    if (!json_real(value, "start", what, 0, 1e9, &u->start) || !json_real(value, "end", what, 0, 1e9, &u->end)) return 0;
     if (!mem_grow((void **)&u->name, &u->name_capacity, strlen(name) + 1, 1)) return 0;
     memcpy(u->name, name, strlen(name) + 1);
     if (value->type == JSON_STRING) spelled = value;
@@ -2451,16 +2483,41 @@ static void text_add_ints(text *t, const int *x, size_t n) {
     text_add_bytes(t, "]", 1);
 }
 
+/* "units": [...], "duration": [...] */
+static void text_add_unit_lists(text *t, const units *u) {
+    text_add(t, "\"units\": ");
+    text_add_ints(t, u->unit, u->n);
+    if (!u->duration) return;
+    text_add(t, ", \"duration\": ");
+    text_add_ints(t, u->duration, u->n);
+}
+
+static void text_add_part(text *t, const units *u) {
+    if (u->end <= 0) return;
+    text_add(t, ", \"start\": ");
+    text_add_number(t, u->start);
+    text_add(t, ", \"end\": ");
+    text_add_number(t, u->end);
+}
+
 /* A line of SlamKit features, with its newline. */
 static void text_add_units(text *t, const units *u) {
-    text_add(t, "{\"units\": ");
-    text_add_ints(t, u->unit, u->n);
-    if (u->duration) {
-        text_add(t, ", \"duration\": ");
-        text_add_ints(t, u->duration, u->n);
-    }
+    text_add(t, "{");
+    text_add_unit_lists(t, u);
     text_add(t, ", \"file_name\": ");
     text_add_json(t, u->name ? u->name : "");
+    text_add_part(t, u);
+    text_add(t, "}\n");
+}
+
+/* A line of SlamKit tokens. */
+static void text_add_spelled(text *t, const units *u) {
+    text_add(t, "{\"file_name\": ");
+    text_add_json(t, u->name ? u->name : "");
+    text_add(t, ", \"audio_repr\": \"");
+    for (size_t i = 0; i < u->n; i++) text_add(t, "<Un%d>", u->unit[i]);
+    text_add(t, "\"");
+    text_add_part(t, u);
     text_add(t, "}\n");
 }
 
@@ -2471,17 +2528,6 @@ static void text_add_units(text *t, const units *u) {
              bits of a sample                                                             (16 bits where nothing else is said)
        data: frames of one sample for each channel: unsigned bytes, or signed 16, 24, 32 bits, or float32, float64
    The size that stands behind RIFF is not needed, and many writers get it wrong. */
-
-typedef struct audio {
-    float *sample; // one channel: the mean of the file's; full scale is 1
-    size_t n;
-    int rate;
-} audio;
-
-static void audio_free(audio *a) {
-    free(a->sample);
-    memset(a, 0, sizeof *a);
-}
 
 typedef struct wav_format {
     unsigned format, channels, rate, frame, bits;
@@ -2555,38 +2601,224 @@ static double wav_sample(const unsigned char *p, unsigned format, unsigned bits)
     return wide;
 }
 
-/* The audio in `size` bytes of a WAV file; `name` begins the sentence of an error. */
-static int wav_parse(const unsigned char *bytes, size_t size, const char *name, audio *a) {
-    wav_format w = SLAM_ZERO;
-    memset(a, 0, sizeof *a);
-    if (!wav_chunks(&w, bytes, size, name)) return 0;
-    a->n = w.size / w.frame;
-    a->rate = (int)w.rate;
-    a->sample = (float *)mem_new(a->n, sizeof *a->sample);
-    for (size_t i = 0; a->sample && i < a->n; i++) {
-        const unsigned char *frame = w.data + i * w.frame;
-        double sum = 0;
-        for (unsigned c = 0; c < w.channels; c++) sum += wav_sample(frame + c * (w.bits / 8), w.format, w.bits);
-        const double mean = sum / w.channels;
-        // float files may go beyond full scale, some to that of 16-bit numbers; what is further out is no audio (nor is NaN)
-        if (!(fabs(mean) <= 1e6)) {
-            fail("%s: sample %zu is %g, expected about -1 to 1", name, i, mean);
-            audio_free(a);
-            return 0;
-        }
-        a->sample[i] = (float)mean;
-    }
-    return a->sample != NULL;
+/* ---- audio files ----
+   Frames are read in order, some at a time, so that a long file needs no memory for the whole of it. WAV is read by what stands
+   above, the same in every build; other formats by libsndfile, where it was found. */
+
+#ifdef SLAM_SNDFILE
+#include <sndfile.h>
+#endif
+
+typedef struct sound {
+    const char *name; // begins the sentences of errors; the caller's
+    int rate;
+    uint64_t at; // frames that were read
+    file_map map;
+    size_t dropped; // bytes at the map's start that need no memory any more
+    wav_format wav; // no channels: it is no WAV file
+#ifdef SLAM_SNDFILE
+    SNDFILE *codec;
+    SF_INFO info;
+    sf_count_t place; // of the codec in the map
+    float *room;      // frames of all channels
+#endif
+} sound;
+
+enum { SOUND_BLOCK = 16384 }; // samples of all channels that are decoded at once
+
+static void sound_close(sound *s) {
+#ifdef SLAM_SNDFILE
+    if (s->codec) sf_close(s->codec);
+    free(s->room);
+#endif
+    map_close(&s->map);
+    memset(s, 0, sizeof *s);
 }
 
-static int wav_read(const char *path, audio *a) {
-    file_map map;
-    memset(a, 0, sizeof *a);
-    if (!map_open(&map, path)) return 0;
-    const int ok = wav_parse(map.data, map.size, path, a);
-    map_close(&map);
-    return ok;
+/* What the file's first bytes say it is; NULL: nothing known. */
+static const char *sound_kind(const unsigned char *p, size_t n) {
+    static const struct {
+        const char *begins, *name;
+    } kinds[] = {{"fLaC", "FLAC"}, {"OggS", "Ogg"}, {"ID3", "MP3"}, {"FORM", "AIFF"}, {".snd", "AU"}, {"caff", "CAF"}};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (n >= 4 && !memcmp(p, kinds[i].begins, strlen(kinds[i].begins))) return kinds[i].name;
+    return n >= 4 && p[0] == 0xff && p[1] >= 0xe0 ? "MP3" : NULL;
 }
+
+#ifdef SLAM_SNDFILE
+/* libsndfile reads the file from the map: a pipe can be read only once, and nothing is opened a second time. */
+static sf_count_t sound_file_length(void *context) { return (sf_count_t)((sound *)context)->map.size; }
+static sf_count_t sound_file_tell(void *context) { return ((sound *)context)->place; }
+
+static sf_count_t sound_file_seek(sf_count_t by, int from, void *context) {
+    sound *s = (sound *)context;
+    const sf_count_t size = (sf_count_t)s->map.size, base = from == SEEK_SET ? 0 : from == SEEK_CUR ? s->place : size;
+    if (by < -base || by > size - base) return -1;
+    return s->place = base + by;
+}
+
+static sf_count_t sound_file_read(void *to, sf_count_t n, void *context) {
+    sound *s = (sound *)context;
+    const sf_count_t rest = (sf_count_t)s->map.size - s->place;
+    if (n > rest) n = rest;
+    if (n <= 0) return 0;
+    memcpy(to, s->map.data + s->place, (size_t)n);
+    s->place += n;
+    return n;
+}
+
+static sf_count_t sound_file_write(const void *from, sf_count_t n, void *context) {
+    (void)from, (void)n, (void)context;
+    return 0;
+}
+
+static int sound_codec(sound *s, const char *kind) {
+    SF_VIRTUAL_IO file;
+    file.get_filelen = sound_file_length;
+    file.seek = sound_file_seek;
+    file.read = sound_file_read;
+    file.write = sound_file_write;
+    file.tell = sound_file_tell;
+    s->codec = sf_open_virtual(&file, SFM_READ, &s->info, s);
+    if (!s->codec) return fail("%s: %s: libsndfile: %s", s->name, kind ? kind : "not a WAV file", sf_strerror(NULL));
+    if (s->info.channels < 1 || s->info.channels > SOUND_BLOCK)
+        return fail("%s: %d channels, expected 1 to %d", s->name, s->info.channels, SOUND_BLOCK);
+    if (s->info.samplerate < 1000 || s->info.samplerate > 768000)
+        return fail("%s: %d samples a second, expected 1000 to 768000", s->name, s->info.samplerate);
+    s->rate = s->info.samplerate;
+    s->room = (float *)mem_new(SOUND_BLOCK, sizeof *s->room);
+    return s->room != NULL;
+}
+#else
+static int sound_codec(sound *s, const char *kind) {
+    if (!kind) return fail("%s: not a WAV file", s->name);
+    return fail("%s: is %s, and this program reads WAV alone: install libsndfile1-dev and build again", s->name, kind);
+}
+#endif
+
+/* What s->map holds. */
+static int sound_begin(sound *s) {
+    const unsigned char *p = s->map.data;
+    const size_t n = s->map.size;
+    const int wav = n >= 12 && !memcmp(p, "RIFF", 4) && !memcmp(p + 8, "WAVE", 4);
+    if (!(wav ? wav_chunks(&s->wav, p, n, s->name) : sound_codec(s, sound_kind(p, n)))) return 0;
+    if (wav) s->rate = (int)s->wav.rate;
+    return 1;
+}
+
+/* What the map holds, which becomes the sound's to close. The name must stay where it is until sound_close, and the sound as well. */
+static int sound_take(sound *s, const file_map *map, const char *name) {
+    memset(s, 0, sizeof *s);
+    s->name = name;
+    s->map = *map;
+    if (sound_begin(s)) return 1;
+    sound_close(s);
+    return 0;
+}
+
+static int sound_open(sound *s, const char *path) {
+    file_map map;
+    memset(s, 0, sizeof *s);
+    return map_open(&map, path) && sound_take(s, &map, path);
+}
+
+/* One sample of a frame of `channels` numbers whose sum this is. Float files may go beyond full scale, some to that of 16-bit
+   numbers; what is further out is no audio (nor is NaN). */
+static int sound_sample(const sound *s, size_t i, double sum, int channels, float *out) {
+    const double mean = sum / channels;
+    *out = (float)mean;
+    if (fabs(mean) <= 1e6) return 1;
+    return fail("%s: sample %llu is %g, expected about -1 to 1", s->name, (unsigned long long)(s->at + i), mean);
+}
+
+static ptrdiff_t sound_read_wav(const sound *s, float *out, size_t n) {
+    const wav_format *w = &s->wav;
+    const uint64_t rest = w->size / w->frame - s->at;
+    if (n > rest) n = (size_t)rest;
+    for (size_t i = 0; i < n; i++) {
+        const unsigned char *frame = w->data + (s->at + i) * w->frame;
+        double sum = 0;
+        for (unsigned c = 0; c < w->channels; c++) sum += wav_sample(frame + c * (w->bits / 8), w->format, w->bits);
+        if (!sound_sample(s, i, sum, (int)w->channels, out + i)) return -1;
+    }
+    return (ptrdiff_t)n;
+}
+
+#ifdef SLAM_SNDFILE
+/* At the end: whether it is the one that the header promised. MPEG headers promise nothing. */
+static int sound_whole(const sound *s) {
+    const uint64_t frames = (uint64_t)s->info.frames, no_word = (uint64_t)SF_COUNT_MAX;
+    if (sf_error(s->codec))
+        return fail("%s: cannot be decoded after %llu frames: %s", s->name, (unsigned long long)s->at, sf_strerror(s->codec));
+    if (s->at < frames && frames < no_word && (s->info.format & SF_FORMAT_TYPEMASK) != SF_FORMAT_MPEG)
+        return fail("%s: its header says %llu frames, but only %llu follow: the file is cut short or damaged", s->name,
+                    (unsigned long long)frames, (unsigned long long)s->at);
+    return 1;
+}
+
+static ptrdiff_t sound_read_codec(sound *s, float *out, size_t n) {
+    const int channels = s->info.channels;
+    const size_t most = SOUND_BLOCK / (size_t)channels;
+    const sf_count_t got = sf_readf_float(s->codec, s->room, (sf_count_t)(n < most ? n : most));
+    if (got <= 0) return sound_whole(s) ? 0 : -1;
+    for (size_t i = 0; i < (size_t)got; i++) {
+        double sum = 0;
+        for (int c = 0; c < channels; c++) sum += (double)s->room[i * (size_t)channels + (size_t)c];
+        if (!sound_sample(s, i, sum, channels, out + i)) return -1;
+    }
+    return (ptrdiff_t)got;
+}
+#endif
+
+/* Memory of what was read already goes back to the system. */
+static void sound_drop(sound *s) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t upto = s->wav.channels ? (size_t)(s->wav.data - s->map.data) + (size_t)s->at * s->wav.frame : 0;
+#ifdef SLAM_SNDFILE
+    if (s->codec) upto = (size_t)s->place;
+#endif
+    upto = upto / page * page;
+    if (!s->map.mapped || upto < s->dropped + ((size_t)1 << 22)) return;
+    madvise((char *)(uintptr_t)s->map.data + s->dropped, upto - s->dropped, MADV_DONTNEED);
+    s->dropped = upto;
+}
+
+/* The next frames as one channel, the mean of the file's; full scale is 1. How many of the n asked for: 0 at the end, -1 and the
+   sentence. A file without any frame is an error. */
+static ptrdiff_t sound_read(sound *s, float *out, size_t n) {
+    size_t done = 0;
+    while (done < n) {
+#ifdef SLAM_SNDFILE
+        const ptrdiff_t got = s->codec ? sound_read_codec(s, out + done, n - done) : sound_read_wav(s, out + done, n - done);
+#else
+        const ptrdiff_t got = sound_read_wav(s, out + done, n - done);
+#endif
+        if (got < 0) return -1;
+        if (got == 0) break;
+        done += (size_t)got;
+        s->at += (uint64_t)got;
+    }
+    sound_drop(s);
+    if (n && s->at == 0) {
+        fail("%s: it holds no audio", s->name);
+        return -1;
+    }
+    return (ptrdiff_t)done;
+}
+
+/* Frames until there are `most` of them in *room, which holds *n, or until the end. */
+static int sound_fill(sound *s, float **room, size_t *n, size_t *capacity, size_t most) {
+    while (*n < most) {
+        const size_t step = most - *n < (1 << 20) ? most - *n : 1 << 20; // a header may promise more than there is memory for
+        if (!mem_grow((void **)room, capacity, *n + step, sizeof **room)) return 0;
+        const ptrdiff_t got = sound_read(s, *room + *n, step);
+        if (got < 0) return 0;
+        *n += (size_t)got;
+        if ((size_t)got < step) break;
+    }
+    return 1;
+}
+
 /* ==========================================================================================
    3. OPS                the list of operations (`slam_ops`) with each one's mathematics
    The list itself stands above, among the public declarations: a struct of function pointers that
@@ -8151,6 +8383,14 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
    settings, so that threads take files in any order and the output stands in the input's.
    may use: 1 base, 2 formats, 3 ops
    ========================================================================================== */
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#ifdef __APPLE__
+#include <crt_externs.h>
+#endif
+
 #define SPEECH_RATE 16000
 #define SPEECH_PI   3.14159265358979323846
 
@@ -8518,21 +8758,85 @@ static const slam_resampler *decoder_resampler(decoder *d, int rate) {
     return r;
 }
 
-/* A file's samples at 16 kHz, in memory of the caller's. */
-static float *decode(decoder *d, const char *path, size_t *n) {
-    audio a;
-    if (!wav_read(path, &a)) return NULL;
-    const slam_resampler *r = decoder_resampler(d, a.rate);
-    float *out = NULL;
-    if (!r) fail("%s: %s", path, slam_error());
-    else if (a.rate == SPEECH_RATE) {
-        out = a.sample;
-        a.sample = NULL;
-    } else out = (float *)mem_new(slam_resampler_length(r, a.n), sizeof *out);
-    if (out) *n = slam_resampler_length(r, a.n);
-    if (out && a.sample) slam_resample(r, out, a.sample, a.n);
-    audio_free(&a);
-    return out;
+/* ---- parts of audio ----
+   A file longer than the limit is cut: each part is what a file of its own with these frames would be, so that no more than a part
+   is ever in memory. The cut lies in the middle of the quietest 20 ms of the limit's last fifth. */
+
+typedef struct audio_parts {
+    sound from;
+    decoder *tables;
+    double max_seconds;          // 0: all is one part
+    float *frame;                // of the file, from the part's first on
+    size_t n, capacity, used;    // that are there; of them the part's
+    uint64_t first;              // where the part begins in the file
+    int cut;                     // there are more parts than one
+    double start, end;           // of the part, in seconds
+    float *sample, *resampled;   // the part at 16 kHz
+    size_t samples, resampled_n; // resampled_n: capacity
+} audio_parts;
+
+static void parts_close(audio_parts *p) {
+    sound_close(&p->from);
+    free(p->frame);
+    free(p->resampled);
+    memset(p, 0, sizeof *p);
+}
+
+/* Of the sound that stands in p->from. */
+static void parts_begin(audio_parts *p, decoder *d, double max_seconds) {
+    p->tables = d;
+    p->max_seconds = max_seconds;
+}
+
+static int parts_open(audio_parts *p, decoder *d, const char *path, double max_seconds) {
+    memset(p, 0, sizeof *p);
+    parts_begin(p, d, max_seconds);
+    return sound_open(&p->from, path);
+}
+
+/* Where to cut x so that no more than `most` frames come before: the first of the places that tie. */
+SPEECH_EXACT static size_t quietest_place(const float *x, int rate, size_t most) {
+    const size_t window = (size_t)rate / 50;
+    size_t best = most - window;
+    double least = INFINITY;
+    for (size_t at = most - most / 5; at + window <= most; at += window / 2) {
+        double sum = 0;
+        for (size_t i = at; i < at + window; i++) sum += (double)x[i] * (double)x[i];
+        if (sum < least) {
+            least = sum;
+            best = at;
+        }
+    }
+    return best + window / 2;
+}
+
+static int parts_resample(audio_parts *p) {
+    const slam_resampler *r = decoder_resampler(p->tables, p->from.rate);
+    if (!r) return fail("%s: %s", p->from.name, slam_error());
+    p->samples = slam_resampler_length(r, p->used);
+    p->sample = p->frame;
+    if (p->from.rate == SPEECH_RATE) return 1;
+    if (!mem_grow((void **)&p->resampled, &p->resampled_n, p->samples, sizeof *p->resampled)) return 0;
+    slam_resample(r, p->resampled, p->frame, p->used);
+    p->sample = p->resampled;
+    return 1;
+}
+
+/* The next part: 1, 0 at the end, -1 and the sentence. */
+static int parts_next(audio_parts *p) {
+    const int rate = p->from.rate;
+    const size_t most = p->max_seconds > 0 ? (size_t)(p->max_seconds * rate) : SIZE_MAX - 1;
+    p->n -= p->used;
+    if (p->n) memmove(p->frame, p->frame + p->used, p->n * sizeof *p->frame);
+    p->first += p->used;
+    p->used = 0;
+    if (!sound_fill(&p->from, &p->frame, &p->n, &p->capacity, most + 1)) return -1;
+    if (p->n == 0) return 0;
+    p->cut |= p->n > most;
+    p->used = p->n > most ? quietest_place(p->frame, rate, most) : p->n;
+    p->start = (double)p->first / rate;
+    p->end = (double)(p->first + p->used) / rate;
+    return parts_resample(p) ? 1 : -1;
 }
 
 /* Features of 16 kHz samples, in memory of the caller's. */
@@ -9610,18 +9914,18 @@ int slam_quantiser_units(const slam_quantiser *q, const float *sample, size_t n,
     return ok;
 }
 
-static int units_decode(const slam_quantiser *q, decoder *d, const char *path, slam_units *u) {
-    size_t n = 0;
-    float *sample = decode(d, path, &n);
-    const int ok = sample && slam_quantiser_units(q, sample, n, u);
-    free(sample);
-    return ok;
+/* Of a whole sound. */
+static int units_whole(const slam_quantiser *q, audio_parts *p, slam_units *u) {
+    memset(u, 0, sizeof *u);
+    return parts_next(p) > 0 && slam_quantiser_units(q, p->sample, p->samples, u);
 }
 
 int slam_quantiser_file(const slam_quantiser *q, const char *path, slam_units *u) {
     decoder d = SLAM_ZERO;
+    audio_parts p;
     memset(u, 0, sizeof *u);
-    const int ok = units_decode(q, &d, path, u);
+    const int ok = parts_open(&p, &d, path, 0) && units_whole(q, &p, u);
+    parts_close(&p);
     decoder_close(&d);
     return ok;
 }
@@ -9670,11 +9974,15 @@ static int folder_note(folder_id **list, size_t *n, size_t *capacity, const stru
     return 1;
 }
 
+/* The same in every build: what libsndfile would be needed for is then reported, not passed over. */
 static int is_audio_name(const char *name) {
+    static const char *const ends[] = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"};
     const size_t n = strlen(name);
-    const char *end = n >= 4 ? name + n - 4 : "";
-    return end[0] == '.' && tolower((unsigned char)end[1]) == 'w' && tolower((unsigned char)end[2]) == 'a' &&
-           tolower((unsigned char)end[3]) == 'v';
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        const size_t m = strlen(ends[i]);
+        if (n >= m && !strcasecmp(name + n - m, ends[i])) return 1;
+    }
+    return 0;
 }
 
 static int list_folder(slam_list *list, folders *above, const char *path);
@@ -9715,7 +10023,8 @@ static int list_argument(slam_list *list, const char *path) {
     int ok = list_folder(list, &above, path);
     free(above.at);
     free(above.linked);
-    if (ok && list->n == before) ok = fail("%s: no file in this folder or below it ends in .wav", path);
+    if (ok && list->n == before)
+        ok = fail("%s: no file in this folder or below it has the name of audio (.wav, .flac, .ogg, .mp3, ...)", path);
     return ok;
 }
 
@@ -9748,39 +10057,449 @@ int slam_audio_list(slam_list *list, const char *const *arguments, size_t n) {
     return ok;
 }
 
-/* ---- many files at once ----
+/* ---- commands that speak ----
+   A command is cut into arguments by simple rules and run without a shell, so that no text can be taken for a command. */
+
+/* Cuts at blanks. '...' stands as it is, "..." but for \" and \\; elsewhere a backslash takes the next character as it is. */
+static int command_split(slam_list *arguments, const char *command) {
+    text word = SLAM_ZERO;
+    const char *c = command;
+    int ok = 1, holds = 0;
+    while (ok && *c) {
+        for (; *c == ' ' || *c == '\t' || *c == '\n'; c++) {}
+        if (!*c) break;
+        word.n = 0;
+        text_add_bytes(&word, "", 0);
+        char quote = 0;
+        for (; *c && (quote || (*c != ' ' && *c != '\t' && *c != '\n')); c++) {
+            if (*c == quote) quote = 0;
+            else if (!quote && (*c == '\'' || *c == '"')) quote = *c;
+            else {
+                if (*c == '\\' && c[1] && (!quote || (quote == '"' && (c[1] == '"' || c[1] == '\\')))) c++;
+                text_add_bytes(&word, c, 1);
+            }
+        }
+        if (quote) ok = fail("%s: a quote (%c) that is not closed", command, quote);
+        ok = ok && !word.failed && slam_list_add(arguments, word.at);
+        holds |= ok && strstr(word.at, "{text}") != NULL;
+    }
+    text_free(&word);
+    if (ok && arguments->n == 0) ok = fail("an empty command, expected one like 'espeak-ng --stdout {text}'");
+    return ok && (holds || fail("%s: has no {text}, where the words to speak would go", command));
+}
+
+/* The argument with the words for {text}. Alone they must not look like a flag: a blank before them changes no speech. */
+static char *command_argument(const char *argument, const char *words) {
+    text t = SLAM_ZERO;
+    if (!strcmp(argument, "{text}") && *words == '-') text_add(&t, " ");
+    for (const char *at = argument, *hole;; at = hole + strlen("{text}")) {
+        hole = strstr(at, "{text}");
+        text_add_bytes(&t, at, hole ? (size_t)(hole - at) : strlen(at));
+        if (!hole) break;
+        text_add_bytes(&t, words, strlen(words));
+    }
+    if (!t.failed) return t.at;
+    text_free(&t);
+    return NULL;
+}
+
+typedef struct child {
+    pid_t process;
+    int out, err; // the ends to read from
+    const char *program;
+} child;
+
+static void close_both(const int *ends) {
+    close(ends[0]);
+    close(ends[1]);
+}
+
+/* Its input is empty; it is in a process group of its own, so that a Ctrl-C which stops this program in good order is not its end. */
+static int child_spawn(child *c, char *const *argv, const int *out, const int *err) {
+    posix_spawn_file_actions_t files;
+    posix_spawnattr_t settings;
+    sigset_t usual;
+    if (posix_spawn_file_actions_init(&files) != 0) return ENOMEM;
+    if (posix_spawnattr_init(&settings) != 0) {
+        posix_spawn_file_actions_destroy(&files);
+        return ENOMEM;
+    }
+    sigemptyset(&usual);
+    sigaddset(&usual, SIGPIPE);
+    posix_spawnattr_setsigdefault(&settings, &usual);
+    posix_spawnattr_setpgroup(&settings, 0);
+    posix_spawnattr_setflags(&settings, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF);
+    posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
+    posix_spawn_file_actions_adddup2(&files, out[1], 1);
+    posix_spawn_file_actions_adddup2(&files, err[1], 2);
+#ifdef __APPLE__
+    const int why = posix_spawnp(&c->process, argv[0], &files, &settings, argv, *_NSGetEnviron());
+#else
+    const int why = posix_spawnp(&c->process, argv[0], &files, &settings, argv, environ);
+#endif
+    posix_spawnattr_destroy(&settings);
+    posix_spawn_file_actions_destroy(&files);
+    return why;
+}
+
+/* A pipe whose ends are above the standard files, of which one may be closed, and which no program that is started inherits. */
+static int pipe_open(int *ends) {
+    int low[2];
+    if (pipe(low) != 0) return 0;
+    for (int i = 0; i < 2; i++) ends[i] = fcntl(low[i], F_DUPFD_CLOEXEC, 3);
+    const int why = errno;
+    close_both(low);
+    if (ends[0] >= 0 && ends[1] >= 0) return 1;
+    if (ends[0] >= 0) close(ends[0]);
+    if (ends[1] >= 0) close(ends[1]);
+    errno = why;
+    return 0;
+}
+
+static int child_start(child *c, char *const *argv, const char *what) {
+    int out[2], err[2], why = 0;
+    c->program = argv[0];
+    /* one at a time: another one started meanwhile would inherit the pipes' low ends, and keep them open */
+    SLAM_PRAGMA(omp critical(slam_child)) {
+        if (!pipe_open(out)) why = errno;
+        else if (!pipe_open(err)) {
+            why = errno;
+            close_both(out);
+        } else {
+            why = child_spawn(c, argv, out, err);
+            close(out[1]);
+            close(err[1]);
+            c->out = out[0];
+            c->err = err[0];
+            if (why) {
+                close(out[0]);
+                close(err[0]);
+            }
+        }
+    }
+    if (!why) return 1;
+    machine_failed = 1; // no program, no processes: the same for every line
+    return fail("%s: %s cannot be started: %s", what, c->program, strerror(why));
+}
+
+enum { SAID = 400, SPOKEN = 1 << 30 };
+
+/* All that it writes; of what it says on stderr the last bytes. 0 and the sentence where that is more than one could say. */
+static int child_read(const child *c, text *wave, char *said, const char *what) {
+    struct pollfd ends[2] = {{c->out, POLLIN, 0}, {c->err, POLLIN, 0}};
+    char block[65536];
+    size_t n = 0;
+    while (ends[0].fd >= 0 || ends[1].fd >= 0) {
+        if (poll(ends, 2, -1) < 0 && errno != EINTR) return fail("%s: %s", what, strerror(errno));
+        for (int i = 0; i < 2; i++) {
+            if (ends[i].fd < 0 || !ends[i].revents) continue;
+            const ssize_t got = read(ends[i].fd, block, i ? SAID / 2 : sizeof block);
+            ends[i].revents = 0;
+            if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+            if (got <= 0) ends[i].fd = -1;
+            else if (i == 0) text_add_bytes(wave, block, (size_t)got);
+            else {
+                const size_t keep = n + (size_t)got < SAID ? n : SAID - 1 - (size_t)got;
+                memmove(said, said + n - keep, keep);
+                memcpy(said + keep, block, (size_t)got);
+                n = keep + (size_t)got;
+                said[n] = 0;
+            }
+        }
+        if (wave->failed) return 0;
+        if (wave->n > SPOKEN) return fail("%s: %s writes more than %d MB", what, c->program, SPOKEN >> 20);
+    }
+    return 1;
+}
+
+/* The last line. */
+static const char *last_said(char *said) {
+    size_t n = strlen(said);
+    while (n && isspace((unsigned char)said[n - 1])) said[--n] = 0;
+    const char *line = strrchr(said, '\n');
+    return line ? line + 1 : said;
+}
+
+/* What the command writes when it is run, as a file's bytes. */
+static int child_run(char *const *argv, const char *what, file_map *out) {
+    child c;
+    text wave = SLAM_ZERO;
+    char said[SAID] = "";
+    int status = 0;
+    memset(out, 0, sizeof *out);
+    if (!child_start(&c, argv, what)) return 0;
+    int ok = child_read(&c, &wave, said, what);
+    if (!ok) kill(c.process, SIGKILL);
+    close(c.out);
+    close(c.err);
+    while (waitpid(c.process, &status, 0) < 0 && errno == EINTR) {}
+    const char *line = last_said(said);
+    if (ok && WIFSIGNALED(status)) ok = fail("%s: %s was ended by signal %d", what, c.program, WTERMSIG(status));
+    else if (ok && WEXITSTATUS(status) != 0)
+        ok = fail("%s: %s failed with status %d%s%s", what, c.program, WEXITSTATUS(status), *line ? ": " : "", line);
+    if (!ok) text_free(&wave);
+    out->data = (const unsigned char *)wave.at;
+    out->size = wave.n;
+    return ok;
+}
+
+/* The words as a voice speaks them. */
+static int command_speak(const slam_list *voice, const char *words, const char *what, sound *s) {
+    char **argv = (char **)mem_new(voice->n + 1, sizeof *argv);
+    file_map map;
+    int ok = argv != NULL;
+    memset(s, 0, sizeof *s);
+    for (size_t i = 0; ok && i < voice->n; i++) ok = (argv[i] = command_argument(voice->at[i], words)) != NULL;
+    ok = ok && child_run(argv, what, &map) && sound_take(s, &map, what);
+    for (size_t i = 0; argv && i < voice->n; i++) free(argv[i]);
+    free(argv);
+    return ok;
+}
+
+/* ---- repetition ---- */
+
+static int compare_hashes(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The next word: a mark of punctuation, or what lies between blanks and such marks; NULL at the end. */
+static const char *next_word(const char *at, size_t *n) {
+    while (isspace((unsigned char)*at)) at++;
+    if (!*at) return NULL;
+    for (*n = 0; at[*n] && !isspace((unsigned char)at[*n]) && !ispunct((unsigned char)at[*n]);) ++*n;
+    if (*n == 0) *n = 1;
+    return at;
+}
+
+double slam_auto_bleu(const char *text, int order) {
+    uint64_t *word = NULL;
+    size_t n = 0, capacity = 0, length = 0, again = 0;
+    for (const char *at = next_word(text, &length); at; at = next_word(at + length, &length)) {
+        if (!mem_grow((void **)&word, &capacity, n + 1, sizeof *word)) {
+            free(word);
+            return -1;
+        }
+        word[n++] = hash_bytes(HASH_START, at, length);
+    }
+    const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
+    for (size_t i = 0; i < grams; i++) word[i] = hash_bytes(HASH_START, word + i, (size_t)order * sizeof *word);
+    if (grams) qsort(word, grams, sizeof *word, compare_hashes);
+    for (size_t i = 0; i < grams; i++) again += (i > 0 && word[i] == word[i - 1]) || (i + 1 < grams && word[i] == word[i + 1]);
+    free(word);
+    return grams ? (double)again / (double)grams : 0;
+}
+
+/* ---- sources: what becomes units, one after the other ----
+   A source is an audio file or a line of a file. It becomes a document (a long audio file several, a line of pairs one line), or
+   it fails and is passed over; nothing else tells the kinds apart for what follows. */
+
+enum { SOURCE_AUDIO, SOURCE_UNITS, SOURCE_PAIRS, SOURCE_TEXT };
+
+typedef struct source_line {
+    size_t file, at, n, number; // which file, bytes from where, the line's number from 1
+} source_line;
+
+struct slam_sources {
+    int kind, pairs;   // pairs: lines of them come out
+    size_t first, n;   // those that are taken
+    slam_list files;   // audio, or the files whose lines are the sources
+    file_map *map;     // of these
+    source_line *line; // NULL for audio
+    size_t capacity;
+    double max_seconds, max_repetition;
+    slam_list *voice; // (voices), each a command's arguments
+    size_t voices;
+};
+
+void slam_sources_free(slam_sources *s) {
+    if (!s) return;
+    for (size_t i = 0; s->map && i < s->files.n; i++) map_close(&s->map[i]);
+    for (size_t i = 0; i < s->voices; i++) slam_list_free(&s->voice[i]);
+    slam_list_free(&s->files);
+    free(s->map);
+    free(s->line);
+    free(s->voice);
+    free(s);
+}
+
+size_t slam_sources_count(const slam_sources *s) { return s->n; }
+int slam_sources_pairs_out(const slam_sources *s) { return s->pairs; }
+
+int slam_sources_part(slam_sources *s, size_t part, size_t of) {
+    if (part < 1 || part > of) return fail("part %zu of %zu: expected 1 to %zu", part, of, of);
+    const size_t each = s->n / of, more = s->n % of; // the first `more` parts have one more
+    s->first += (part - 1) * each + (part - 1 < more ? part - 1 : more);
+    s->n = each + (part - 1 < more);
+    return 1;
+}
+
+static source_line *source_at(const slam_sources *s, size_t i) { return &s->line[s->first + i]; }
+static const char *source_text(const slam_sources *s, size_t i) {
+    return (const char *)s->map[source_at(s, i)->file].data + source_at(s, i)->at;
+}
+
+/* a.wav, or stories.txt:12; in memory of the caller's */
+static char *source_name(const slam_sources *s, size_t i) {
+    if (!s->line) return text_copy(s->files.at[s->first + i]);
+    const source_line *l = source_at(s, i);
+    return text_print("%s:%zu", s->files.at[l->file], l->number);
+}
+
+/* Settings and sources, as far as they change what comes out. A file of lines is known by its name and size. */
+static uint64_t sources_hash(uint64_t hash, const slam_sources *s) {
+    const uint64_t numbers[] = {(uint64_t)s->kind, (uint64_t)s->pairs, s->first, s->n, s->voices};
+    const double limits[] = {s->max_seconds, s->max_repetition};
+    hash = hash_bytes(hash_bytes(hash, numbers, sizeof numbers), limits, sizeof limits);
+    for (size_t i = 0; !s->line && i < s->n; i++) {
+        const char *path = s->files.at[s->first + i];
+        hash = hash_bytes(hash, path, strlen(path) + 1);
+    }
+    for (size_t i = 0; s->map && i < s->files.n; i++) {
+        const uint64_t size = s->map[i].size;
+        hash = hash_bytes(hash_bytes(hash, s->files.at[i], strlen(s->files.at[i]) + 1), &size, sizeof size);
+    }
+    for (size_t i = 0; i < s->voices; i++)
+        for (size_t k = 0; k < s->voice[i].n; k++) hash = hash_bytes(hash, s->voice[i].at[k], strlen(s->voice[i].at[k]) + 1);
+    return hash;
+}
+
+static int list_copy(slam_list *to, const slam_list *from) {
+    int ok = 1;
+    for (size_t i = 0; ok && i < from->n; i++) ok = slam_list_add(to, from->at[i]);
+    return ok;
+}
+
+slam_sources *slam_sources_audio(const slam_list *files, double max_seconds) {
+    slam_sources *s = (slam_sources *)mem_new(1, sizeof *s);
+    if (!s) return NULL;
+    s->kind = SOURCE_AUDIO;
+    s->n = files->n;
+    s->max_seconds = max_seconds;
+    if (list_copy(&s->files, files)) return s;
+    slam_sources_free(s);
+    return NULL;
+}
+
+/* The lines of a file that are not blank. */
+static int sources_lines(slam_sources *s, size_t file) {
+    const char *start = (const char *)s->map[file].data, *at = start, *end = start + s->map[file].size;
+    for (size_t number = 1; at < end; number++) {
+        const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at)), *stop = newline ? newline : end, *from = at;
+        at = newline ? newline + 1 : end;
+        while (stop > from && isspace((unsigned char)stop[-1]) && stop[-1] != '\t') stop--;
+        while (from < stop && (*from == ' ' || *from == '\r')) from++;
+        if (from == stop) continue;
+        if (!mem_grow((void **)&s->line, &s->capacity, s->n + 1, sizeof *s->line)) return 0;
+        source_line *l = &s->line[s->n++];
+        l->file = file;
+        l->at = (size_t)(from - start);
+        l->n = (size_t)(stop - from);
+        l->number = number;
+    }
+    return 1;
+}
+
+static slam_sources *sources_of_lines(int kind, const slam_list *files) {
+    slam_sources *s = (slam_sources *)mem_new(1, sizeof *s);
+    if (!s) return NULL;
+    s->kind = kind;
+    s->map = (file_map *)mem_new(files->n, sizeof *s->map);
+    int ok = s->map && list_copy(&s->files, files);
+    for (size_t i = 0; ok && i < files->n; i++) ok = map_open(&s->map[i], files->at[i]) && sources_lines(s, i);
+    if (ok && s->n == 0) ok = fail("%s: it holds no line", files->n ? files->at[0] : "no file");
+    if (ok) return s;
+    slam_sources_free(s);
+    return NULL;
+}
+
+slam_sources *slam_sources_units(const slam_list *files) { return sources_of_lines(SOURCE_UNITS, files); }
+
+static slam_sources *sources_of_file(int kind, const char *path) {
+    slam_list one = SLAM_ZERO;
+    slam_sources *s = slam_list_add(&one, path) ? sources_of_lines(kind, &one) : NULL;
+    slam_list_free(&one);
+    return s;
+}
+
+slam_sources *slam_sources_pairs(const char *path, double max_repetition) {
+    slam_sources *s = sources_of_file(SOURCE_PAIRS, path);
+    if (!s) return NULL;
+    s->pairs = 1;
+    s->max_repetition = max_repetition;
+    return s;
+}
+
+static size_t count_tabs(const char *text, size_t n) {
+    size_t tabs = 0;
+    for (size_t i = 0; i < n; i++) tabs += text[i] == '\t';
+    return tabs;
+}
+
+slam_sources *slam_sources_text(const char *path, const slam_list *voices, double max_repetition) {
+    slam_sources *s = sources_of_file(SOURCE_TEXT, path);
+    if (!s) return NULL;
+    s->pairs = memchr(source_text(s, 0), '\t', source_at(s, 0)->n) != NULL;
+    s->max_repetition = s->pairs ? max_repetition : 0;
+    s->voice = (slam_list *)mem_new(voices->n, sizeof *s->voice);
+    int ok = s->voice != NULL;
+    for (size_t i = 0; ok && i < voices->n; i++, s->voices++) ok = command_split(&s->voice[i], voices->at[i]);
+    for (size_t i = 0; ok && s->pairs && i < s->n; i++) {
+        const size_t fields = 1 + count_tabs(source_text(s, i), source_at(s, i)->n);
+        if (fields != 3)
+            ok = fail("%s:%zu: %zu fields parted by tabs, expected 3 (prompt, chosen, rejected) as in line %zu", path,
+                      source_at(s, i)->number, fields, source_at(s, 0)->number);
+    }
+    if (ok) return s;
+    slam_sources_free(s);
+    return NULL;
+}
+
+/* ---- many sources at once ----
    A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two
    seconds, so that a job can be stopped soon; how long they are changes nothing else. */
 
+enum { WANT_FEATURES, WANT_TOKENS, WANT_UNITS, WANT_SPELLED }; // for a fit, OUT.bin, OUT.jsonl, with --audio-repr
+
 typedef struct heard {
+    char *name;
     float *features; // where they are asked for
-    size_t frames, samples;
-    slam_units units; // else
+    size_t features_capacity;
+    text out;         // else the documents, one after the other: their tokens, or their lines
+    size_t *document; // (documents), bytes
+    size_t documents, capacity;
+    uint64_t samples, frames, units, tokens;
     int failed;
-    int machine; // it failed for want of memory or open files: no word about the file
+    int repeats; // a pair that is left out because its text repeats itself
+    int dropped; // not heard to its end: the job was stopped
+    int machine; // it failed for want of memory or open files: no word about the source
     char *error; // where it failed: the sentence, NULL where there was no memory for it
 } heard;
 
 typedef struct audio_block {
     const slam_speech *speech;
-    const slam_quantiser *quantiser; // NULL: features are wanted
-    const slam_list *files;
+    const slam_quantiser *quantiser; // NULL: features are wanted, or units are there already
+    const slam_sources *sources;
     const size_t *order; // NULL: as they stand
+    int want;
     slam_speech_watch *watch;
     void *context;
     slam_speech_progress progress;
     heard *result;
     size_t n, capacity;
     decoder *decoders; // one a thread
-    int threads;
+    int threads, stop;
+    double told;
 } audio_block;
 
-static const char *block_path(const audio_block *b, size_t i) { return b->files->at[b->order ? b->order[i] : i]; }
+static size_t block_source(const audio_block *b, size_t i) { return b->order ? b->order[i] : i; }
 
 static void heard_free(heard *h) {
+    free(h->name);
     free(h->features);
+    free(h->document);
     free(h->error);
-    slam_units_free(&h->units);
+    text_free(&h->out);
     memset(h, 0, sizeof *h);
 }
 
@@ -9797,55 +10516,303 @@ static void block_end(audio_block *b) {
     free(b->result);
 }
 
-static void block_hear(audio_block *b, const char *path, heard *h) {
-    decoder *d = &b->decoders[thread_index()];
-    int ok;
-    machine_failed = 0;
-    if (b->quantiser) {
-        ok = units_decode(b->quantiser, d, path, &h->units);
-        h->samples = h->units.samples;
-        h->frames = h->units.frames;
-    } else {
-        float *sample = decode(d, path, &h->samples);
-        h->features = sample ? features_of(b->speech, sample, h->samples, &h->frames) : NULL;
-        ok = h->features != NULL;
-        free(sample);
-    }
-    if (ok) return;
-    h->failed = 1;
-    h->error = text_copy(slam_error());
-    h->machine = machine_failed;
-}
-
-/* Hears files first..first+n-1, at most; how many in *n. 0 and the sentence where there is no memory. */
-static int block_run(audio_block *b, size_t first, size_t *n) {
-    const double start = slam_clock();
-    *n = b->files->n - first < b->n ? b->files->n - first : b->n;
-    if (!mem_grow((void **)&b->result, &b->capacity, *n, sizeof *b->result)) return 0;
-    memset(b->result, 0, *n * sizeof *b->result);
-    /* Where there are fewer files than threads, the threads share each file's frames instead. */
-    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (*n >= (size_t)b->threads))
-    for (int64_t i = 0; i < (int64_t)*n; i++) block_hear(b, block_path(b, first + (size_t)i), &b->result[i]);
-    const double seconds = slam_clock() - start;
-    if (seconds < 1 && b->n < 4096) b->n *= 2;
-    if (seconds > 4 && b->n > (size_t)b->threads) b->n /= 2;
-    for (size_t i = 0; i < *n; i++) b->progress.seconds += (double)b->result[i].samples / SPEECH_RATE;
-    return 1;
-}
-
 /* Tells the watch; what it answers. */
 static int block_tell(audio_block *b, size_t done, size_t of, const char *failed, const char *because) {
     b->progress.done = done;
     b->progress.of = of;
     b->progress.failed = failed;
     b->progress.because = because;
+    b->told = slam_clock();
     return !b->watch || b->watch(b->context, &b->progress);
 }
 
-/* Tells of a file that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is room. */
+/* Asked by every thread before it begins something long; the first one asks the watch. */
+static int block_stopping(audio_block *b) {
+    int stop = 0;
+    if (thread_index() == 0 && slam_clock() - b->told > 0.5 && !block_tell(b, b->progress.done, b->progress.of, NULL, NULL))
+        stop = 1;
+    if (stop) {
+        SLAM_PRAGMA(omp atomic write)
+        b->stop = 1;
+    }
+    SLAM_PRAGMA(omp atomic read)
+    stop = b->stop;
+    return stop;
+}
+
+/* A document's tokens: 1, unit + 2, ..., 1. */
+static void text_add_tokens(text *t, const units *u) {
+    const uint16_t mark = DOCUMENT_MARK;
+    text_add_bytes(t, (const char *)&mark, sizeof mark);
+    for (size_t i = 0; i < u->n; i++) {
+        const uint16_t token = (uint16_t)(u->unit[i] + UNIT_TOKEN);
+        text_add_bytes(t, (const char *)&token, sizeof token);
+    }
+    text_add_bytes(t, (const char *)&mark, sizeof mark);
+}
+
+/* What h->out got since it had `before` bytes is a document. */
+static int hear_document(heard *h, size_t before) {
+    if (h->out.failed || !mem_grow((void **)&h->document, &h->capacity, h->documents + 1, sizeof *h->document)) return 0;
+    h->document[h->documents++] = h->out.n - before;
+    return 1;
+}
+
+static int hear_units(const audio_block *b, heard *h, const units *u) {
+    const size_t before = h->out.n;
+    if (b->want == WANT_TOKENS) text_add_tokens(&h->out, u);
+    else if (b->want == WANT_UNITS) text_add_units(&h->out, u);
+    else text_add_spelled(&h->out, u);
+    h->units += u->n;
+    h->tokens += u->n + 2;
+    return hear_document(h, before);
+}
+
+/* as a line has them; both point to the same memory */
+static units units_line_of(const slam_units *u, char *name) {
+    units line = SLAM_ZERO;
+    line.name = name;
+    line.unit = u->unit;
+    line.duration = u->duration;
+    line.n = u->n;
+    return line;
+}
+
+static int hear_part(const audio_block *b, heard *h, const audio_parts *p) {
+    slam_units u;
+    h->samples += p->samples;
+    if (b->want == WANT_FEATURES) {
+        const size_t D = (size_t)slam_speech_width(b->speech), n = slam_speech_frames(b->speech, p->samples);
+        const size_t there = (size_t)h->frames;
+        if (!mem_grow((void **)&h->features, &h->features_capacity, there + n, D * sizeof *h->features)) return 0;
+        h->frames += n;
+        return slam_speech_features(b->speech, h->features + there * D, p->sample, p->samples);
+    }
+    if (!slam_quantiser_units(b->quantiser, p->sample, p->samples, &u)) return 0;
+    units line = units_line_of(&u, h->name);
+    if (p->cut) {
+        line.start = p->start;
+        line.end = p->end;
+    }
+    const int ok = hear_units(b, h, &line);
+    h->frames += u.frames;
+    slam_units_free(&u);
+    return ok;
+}
+
+static int hear_audio(audio_block *b, heard *h, decoder *d) {
+    audio_parts p;
+    int more = parts_open(&p, d, h->name, b->sources->max_seconds) ? 1 : -1;
+    while (more > 0 && (more = parts_next(&p)) > 0) {
+        if (p.cut && block_stopping(b)) {
+            h->dropped = 1;
+            break;
+        }
+        if (!hear_part(b, h, &p)) more = -1;
+    }
+    parts_close(&p);
+    return more >= 0;
+}
+
+/* Units that are there already, in a line of either kind. */
+static int hear_line(const audio_block *b, heard *h, const char *line, size_t n) {
+    units u = SLAM_ZERO;
+    const int most = b->quantiser ? slam_quantiser_count(b->quantiser) : 65534;
+    json *root = json_parse(line, n, h->name);
+    int ok = root && units_from_json(root, h->name, &u);
+    for (size_t i = 0; ok && i < u.n; i++) {
+        h->frames += u.duration ? (uint64_t)u.duration[i] : 1;
+        if (u.unit[i] >= most) ok = fail("%s: unit %zu is %d, expected less than %d", h->name, i + 1, u.unit[i], most);
+    }
+    ok = ok && hear_units(b, h, &u);
+    json_free(root);
+    units_free(&u);
+    return ok;
+}
+
+static const char *const pair_names[] = {"prompt", "chosen", "rejected"};
+
+/* Adds , "prompt": {"units": ..., "duration": ...} of an open sound, which it closes. */
+static int hear_side(const audio_block *b, heard *h, audio_parts *p, int side) {
+    slam_units u;
+    const int ok = units_whole(b->quantiser, p, &u);
+    if (ok) {
+        const units line = units_line_of(&u, NULL);
+        text_add(&h->out, ", \"%s\": {", pair_names[side]);
+        text_add_unit_lists(&h->out, &line);
+        text_add(&h->out, "}");
+        h->samples += u.samples;
+        h->frames += u.frames;
+        h->units += u.n;
+        h->tokens += u.n + 1;
+        slam_units_free(&u);
+    }
+    parts_close(p);
+    return ok;
+}
+
+/* 1: the text of prompt and chosen is as it should be; 0: it repeats itself; -1: no memory */
+static int pair_may(const slam_sources *s, const char *prompt, const char *chosen) {
+    if (s->max_repetition <= 0) return 1;
+    char *both = text_print("%s %s", prompt, chosen);
+    const double repetition = both ? slam_auto_bleu(both, 2) : -1;
+    free(both);
+    return repetition < 0 ? -1 : repetition < s->max_repetition;
+}
+
+/* The audio that a pair names is where the file of pairs is. */
+static int hear_named(audio_block *b, heard *h, decoder *d, const json *root, int side) {
+    const char *file = b->sources->files.at[0], *name;
+    char key[24];
+    audio_parts p;
+    text path = SLAM_ZERO;
+    snprintf(key, sizeof key, "%s_path", pair_names[side]);
+    name = json_text(root, key, "");
+    if (!*name) return fail("%s: has no string '%s'", h->name, key);
+    if (*name != '/') text_add_bytes(&path, file, (size_t)(path_name(file) - file));
+    text_add(&path, "%s", name);
+    int ok = !path.failed && parts_open(&p, d, path.at, 0);
+    if (!ok && path.at) fail("%s: %s", h->name, slam_error());
+    else if (ok && !(ok = hear_side(b, h, &p, side))) fail("%s: %s", h->name, slam_error());
+    text_free(&path);
+    return ok;
+}
+
+/* What stands in a pair besides the three: strings, numbers and truth values stay as they are. */
+static void text_add_members(text *t, const json *root) {
+    int first = 1;
+    for (const json *j = root->first; j; j = j->next) {
+        int side = 0;
+        for (int i = 0; i < 3; i++) side |= !strcmp(j->key, pair_names[i]);
+        if (side || j->type == JSON_ARRAY || j->type == JSON_OBJECT) continue;
+        text_add(t, first ? "" : ", ");
+        text_add_json(t, j->key);
+        text_add(t, ": ");
+        if (j->type == JSON_STRING) text_add_json(t, j->string);
+        else text_add(t, "%s", json_describe(j));
+        first = 0;
+    }
+}
+
+static int hear_pair(audio_block *b, heard *h, decoder *d, const char *line, size_t n) {
+    json *root = json_parse(line, n, h->name);
+    int ok = root && (root->type == JSON_OBJECT || fail("%s: expected an object", h->name));
+    const char *prompt = ok ? json_text(root, "prompt_text", NULL) : NULL,
+               *chosen = ok ? json_text(root, "chosen_text", NULL) : NULL;
+    const int may = prompt && chosen ? pair_may(b->sources, prompt, chosen) : 1;
+    h->repeats = may == 0;
+    ok = ok && may >= 0;
+    if (ok && !h->repeats) {
+        text_add(&h->out, "{");
+        text_add_members(&h->out, root);
+        for (int side = 0; ok && side < 3; side++) ok = hear_named(b, h, d, root, side);
+        text_add(&h->out, "}\n");
+        ok = ok && hear_document(h, 0);
+    }
+    json_free(root);
+    return ok;
+}
+
+/* The voices take turns, line by line. */
+static const slam_list *source_voice(const slam_sources *s, size_t i) {
+    return &s->voice[(source_at(s, i)->number - 1) % s->voices];
+}
+
+/* Words of source i, spoken, as p. */
+static int hear_spoken(const audio_block *b, const heard *h, decoder *d, size_t i, const char *words, audio_parts *p) {
+    memset(p, 0, sizeof *p);
+    parts_begin(p, d, 0);
+    return command_speak(source_voice(b->sources, i), words, h->name, &p->from);
+}
+
+/* "prompt_text": ..., then the three as units; side = (3) */
+static int hear_sides(const audio_block *b, heard *h, decoder *d, size_t i, char *const *side) {
+    audio_parts p;
+    int ok = 1;
+    for (int k = 0; k < 3; k++) {
+        text_add(&h->out, "%s\"%s_text\": ", k ? ", " : "{", pair_names[k]);
+        text_add_json(&h->out, side[k]);
+    }
+    for (int k = 0; ok && k < 3; k++) ok = hear_spoken(b, h, d, i, side[k], &p) && hear_side(b, h, &p, k);
+    text_add(&h->out, "}\n");
+    return ok && hear_document(h, 0);
+}
+
+/* A line of text; of pairs: prompt, chosen and rejected with tabs between them, which become zeros here. */
+static int hear_text(audio_block *b, heard *h, decoder *d, size_t i, char *words, size_t n) {
+    char *side[3] = {words, NULL, NULL};
+    int sides = 1;
+    if (memchr(words, 0, n)) return fail("%s: holds a zero byte, expected text", h->name);
+    if (!b->sources->pairs) {
+        audio_parts p;
+        const int ok = hear_spoken(b, h, d, i, words, &p) && parts_next(&p) > 0 && hear_part(b, h, &p);
+        parts_close(&p);
+        return ok;
+    }
+    for (char *c = words; sides < 3 && *c; c++)
+        if (*c == '\t') {
+            *c = 0;
+            side[sides++] = c + 1;
+        }
+    const int may = pair_may(b->sources, side[0], side[1]);
+    h->repeats = may == 0;
+    return may > 0 ? hear_sides(b, h, d, i, side) : may == 0;
+}
+
+static int hear_source(audio_block *b, heard *h, size_t i) {
+    const slam_sources *s = b->sources;
+    decoder *d = &b->decoders[thread_index()];
+    if (!h->name) return 0;
+    if (s->kind == SOURCE_AUDIO) return hear_audio(b, h, d);
+    const char *line = source_text(s, i);
+    const size_t n = source_at(s, i)->n;
+    if (s->kind == SOURCE_UNITS) return hear_line(b, h, line, n);
+    if (s->kind == SOURCE_PAIRS) return hear_pair(b, h, d, line, n);
+    char *words = (char *)mem_new(n + 1, 1);
+    if (words) memcpy(words, line, n);
+    const int ok = words && hear_text(b, h, d, i, words, n);
+    free(words);
+    return ok;
+}
+
+static void block_hear(audio_block *b, size_t i, heard *h) {
+    machine_failed = 0;
+    if (block_stopping(b)) {
+        h->dropped = 1;
+        return;
+    }
+    h->name = source_name(b->sources, i);
+    if (hear_source(b, h, i)) return;
+    h->failed = 1;
+    h->error = text_copy(slam_error());
+    h->machine = machine_failed;
+}
+
+/* Hears sources first..first+n-1, at most; how many in *n: all before the first that a stop left out. 0 and the sentence where
+   there is no memory. */
+static int block_run(audio_block *b, size_t first, size_t *n) {
+    const double start = slam_clock();
+    const size_t rest = b->sources->n - first, all = rest < b->n ? rest : b->n;
+    if (!mem_grow((void **)&b->result, &b->capacity, all, sizeof *b->result)) return 0;
+    memset(b->result, 0, all * sizeof *b->result);
+    b->told = start;
+    b->stop = 0;
+    b->progress.failed = NULL;
+    /* Where there are fewer sources than threads, the threads share each one's frames instead. */
+    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (all >= (size_t)b->threads))
+    for (int64_t i = 0; i < (int64_t)all; i++) block_hear(b, block_source(b, first + (size_t)i), &b->result[i]);
+    const double seconds = slam_clock() - start;
+    if (seconds < 1 && b->n < 4096) b->n *= 2;
+    if (seconds > 4 && b->n > (size_t)b->threads) b->n /= 2;
+    for (*n = 0; *n < all && !b->result[*n].dropped; ++*n) b->progress.seconds += (double)b->result[*n].samples / SPEECH_RATE;
+    for (size_t i = *n; i < all; i++) heard_free(&b->result[i]);
+    return 1;
+}
+
+/* Tells of a source that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is room. */
 static int block_tell_failed(audio_block *b, size_t i, const heard *h) {
     if (h->machine) return fail("%s", h->error ? h->error : "out of memory");
-    block_tell(b, i, b->files->n, block_path(b, i), h->error);
+    block_tell(b, i, b->sources->n, h->name, h->error);
     return 1;
 }
 
@@ -9869,34 +10836,29 @@ static int reservoir_add(reservoir *r, const float *frames, size_t n, size_t D) 
 /* Whether a file is heard hangs on those before it in the order alone: of a block, whose length hangs on the clock, what lies
    beyond the file that fills the sample is dropped. */
 static int fit_listen(audio_block *b, reservoir *r) {
-    const size_t D = (size_t)slam_speech_width(b->speech);
+    const size_t D = (size_t)slam_speech_width(b->speech), of = b->sources->n;
     size_t n;
     b->progress.stage = "listen";
-    block_tell(b, 0, b->files->n, NULL, NULL);
-    for (size_t at = 0; at < b->files->n && r->seen / 8 < r->most; at += n) {
+    block_tell(b, 0, of, NULL, NULL);
+    for (size_t at = 0; at < of && r->seen / 8 < r->most; at += n) {
         if (!block_run(b, at, &n)) return 0;
         int ok = 1;
         for (size_t i = 0; i < n; i++) {
             const heard *h = &b->result[i];
             if (ok && r->seen / 8 < r->most)
-                ok = h->failed ? block_tell_failed(b, at + i, h) : reservoir_add(r, h->features, h->frames, D);
+                ok = h->failed ? block_tell_failed(b, at + i, h) : reservoir_add(r, h->features, (size_t)h->frames, D);
             heard_free(&b->result[i]);
         }
         if (!ok) return 0;
-        if (!block_tell(b, at + n, b->files->n, NULL, NULL)) return fail("stopped before the centroids were found");
+        if (b->stop || !block_tell(b, at + n, of, NULL, NULL)) return fail("stopped before the centroids were found");
     }
     return 1;
 }
 
-static uint64_t hash_list(uint64_t hash, const slam_list *list) {
-    for (size_t i = 0; i < list->n; i++) hash = hash_bytes(hash, list->at[i], strlen(list->at[i]) + 1);
-    return hash;
-}
-
-static uint64_t fit_origin(const slam_speech_settings *s, const slam_list *files, int K, size_t frames, uint64_t seed) {
+static uint64_t fit_origin(const slam_speech_settings *s, const slam_sources *sources, int K, size_t frames, uint64_t seed) {
     const uint64_t numbers[] = {
         (uint64_t)s->features, (uint64_t)s->rate, s->normalize != 0, s->dedup != 0, (uint64_t)K, frames, seed};
-    return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
+    return sources_hash(hash_bytes(HASH_START, numbers, sizeof numbers), sources);
 }
 
 /* Whether a file can be made at this path. */
@@ -9921,12 +10883,12 @@ static int fail_exists(const char *path) {
 }
 
 /* KM.json is written first: one without KM.npy, of the same origin, is what a kill between the two left. */
-int slam_quantiser_may_fit(const char *path, const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
-                           uint64_t seed) {
+int slam_quantiser_may_fit(const char *path, const slam_speech_settings *settings, const slam_sources *sources, int K,
+                           size_t frames, uint64_t seed) {
     char *json_path = settings_path(path), origin[20];
     if (!json_path) return 0;
     json *root = path_is_file(json_path) ? json_read(json_path) : NULL;
-    snprintf(origin, sizeof origin, "%016llx", (unsigned long long)fit_origin(settings, files, K, frames, seed));
+    snprintf(origin, sizeof origin, "%016llx", (unsigned long long)fit_origin(settings, sources, K, frames, seed));
     const int same = root && !strcmp(json_text(root, "origin", ""), origin);
     int may = path_can_be_made(path);
     if (may && path_exists(path)) may = same ? 2 : fail_exists(path);
@@ -9936,23 +10898,24 @@ int slam_quantiser_may_fit(const char *path, const slam_speech_settings *setting
     return may;
 }
 
-slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_list *files, int K, size_t frames,
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_sources *sources, int K, size_t frames,
                                    uint64_t seed, slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
     audio_block b = SLAM_ZERO;
     reservoir r = SLAM_ZERO;
     slam_quantiser *q = NULL;
     slam_speech *speech = slam_speech_new(settings);
-    size_t *order = (size_t *)mem_new(files->n, sizeof *order);
+    size_t *order = (size_t *)mem_new(sources->n, sizeof *order);
     r.most = frames;
     r.state = rng_stream(seed, 0x6b6d, 1);
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
-    for (size_t i = 0; order && i < files->n; i++) {
+    for (size_t i = 0; order && i < sources->n; i++) {
         const size_t j = (size_t)rng_below(&state, i + 1);
         order[i] = order[j];
         order[j] = i;
     }
     b.speech = speech;
-    b.files = files;
+    b.sources = sources;
+    b.want = WANT_FEATURES;
     b.order = order;
     b.watch = watch;
     b.context = context;
@@ -9960,7 +10923,7 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
         float *centroids = (float *)mem_new((size_t)K, (size_t)slam_speech_width(speech) * sizeof *centroids);
         if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, watch, context, report))
             q = slam_quantiser_new(settings, centroids, K);
-        report->origin = fit_origin(settings, files, K, frames, seed);
+        report->origin = fit_origin(settings, sources, K, frames, seed);
         free(centroids);
     }
     block_end(&b);
@@ -9976,24 +10939,21 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
 
 /* ---- tokenising ----
    OUT.partial takes what is done: tokens (uint16) for OUT.bin, lines for OUT.jsonl. OUT.journal says how much of it counts and
-   how many files that was, and is written when that much is on the disk. A call that finds a journal cuts OUT.partial to it and
+   how many sources that was, and is written when that much is on the disk. A call that finds a journal cuts OUT.partial to it and
    goes on from there. */
 
 typedef struct corpus {
-    const slam_quantiser *quantiser;
+    const slam_quantiser *quantiser; // NULL: the units were there, and nothing is said of them
     uint64_t shard_tokens;
-    int binary, audio_repr;
+    int binary, want;
     const char *out;
     char *partial, *journal, *failed, *failed_partial;
     FILE *data, *failures;
     int locked;                         // OUT.partial is this process's
-    uint64_t identity;                  // a hash of settings and files
-    uint64_t done, bytes, failed_bytes; // files; of the partial files
+    uint64_t identity;                  // a hash of settings and sources
+    uint64_t done, bytes, failed_bytes; // sources; of the partial files
     uint64_t shards;                    // that are written
     slam_tokenize_report *report;
-    text line;
-    uint16_t *token;
-    size_t token_capacity;
     double committed;
 } corpus;
 
@@ -10011,9 +10971,9 @@ static char *shard_path(const corpus *c, uint64_t number) {
     return path_beside(c->out, end);
 }
 
-static uint64_t corpus_identity(const corpus *c, const slam_list *files) {
-    const uint64_t numbers[] = {c->quantiser->fingerprint, (uint64_t)c->audio_repr, c->binary ? c->shard_tokens : 0};
-    return hash_list(hash_bytes(HASH_START, numbers, sizeof numbers), files);
+static uint64_t corpus_identity(const corpus *c, const slam_sources *sources) {
+    const uint64_t numbers[] = {c->quantiser ? c->quantiser->fingerprint : 0, (uint64_t)c->want, c->binary ? c->shard_tokens : 0};
+    return sources_hash(hash_bytes(HASH_START, numbers, sizeof numbers), sources);
 }
 
 /* What is done so far, on the disk. */
@@ -10027,9 +10987,10 @@ static int corpus_commit(corpus *c) {
     const struct {
         const char *name;
         uint64_t value;
-    } member[] = {{"done", c->done},     {"bytes", c->bytes},   {"failed_bytes", c->failed_bytes},
-                  {"shards", c->shards}, {"failed", r->failed}, {"samples", r->samples},
-                  {"frames", r->frames}, {"units", r->units},   {"tokens", r->tokens}};
+    } member[] = {{"done", c->done},           {"bytes", c->bytes},     {"failed_bytes", c->failed_bytes},
+                  {"shards", c->shards},       {"failed", r->failed},   {"repeats", r->repeats},
+                  {"documents", r->documents}, {"samples", r->samples}, {"frames", r->frames},
+                  {"units", r->units},         {"tokens", r->tokens}};
     for (size_t i = 0; i < sizeof member / sizeof *member; i++)
         text_add(&t, ", \"%s\": %llu", member[i].name, (unsigned long long)member[i].value);
     text_add(&t, "}\n");
@@ -10049,7 +11010,7 @@ static int journal_number(const json *root, const char *path, const char *name, 
 
 static int journal_read(corpus *c, const json *root) {
     slam_tokenize_report *r = c->report;
-    uint64_t failed = 0;
+    uint64_t failed = 0, repeats = 0, documents = 0;
     char identity[20];
     snprintf(identity, sizeof identity, "%016llx", (unsigned long long)c->identity);
     if (strcmp(json_text(root, "identity", ""), identity))
@@ -10059,14 +11020,17 @@ static int journal_read(corpus *c, const json *root) {
     if (!journal_number(root, c->journal, "done", &c->done) || !journal_number(root, c->journal, "bytes", &c->bytes) ||
         !journal_number(root, c->journal, "failed_bytes", &c->failed_bytes) ||
         !journal_number(root, c->journal, "shards", &c->shards) || !journal_number(root, c->journal, "failed", &failed) ||
+        !journal_number(root, c->journal, "repeats", &repeats) || !journal_number(root, c->journal, "documents", &documents) ||
         !journal_number(root, c->journal, "samples", &r->samples) || !journal_number(root, c->journal, "frames", &r->frames) ||
         !journal_number(root, c->journal, "units", &r->units) || !journal_number(root, c->journal, "tokens", &r->tokens))
         return 0;
-    if (failed > c->done)
+    if (failed > c->done || repeats > c->done - failed)
         return fail("%s: counts %llu failed files of %llu", c->journal, (unsigned long long)failed, (unsigned long long)c->done);
     if (c->binary && c->bytes % 2)
         return fail("%s: counts %llu bytes of tokens, expected 2 a token", c->journal, (unsigned long long)c->bytes);
     r->failed = (size_t)failed;
+    r->repeats = (size_t)repeats;
+    r->documents = (size_t)documents;
     r->earlier = (size_t)c->done;
     return 1;
 }
@@ -10122,32 +11086,33 @@ static int corpus_lock(corpus *c) {
     return !renamed || partial_take_back(c->partial, c->out);
 }
 
-static int corpus_resume(corpus *c, const slam_list *files) {
+static int corpus_resume(corpus *c, const slam_sources *sources) {
     if (!path_is_file(c->journal)) return 1;
     json *root = json_read(c->journal);
     int ok = root && journal_read(c, root);
-    if (ok && c->done > files->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, files->n);
+    if (ok && c->done > sources->n) ok = fail("%s: counts %llu files of %zu", c->journal, (unsigned long long)c->done, sources->n);
     json_free(root);
     return ok && partial_take_back(c->failed_partial, c->failed);
 }
 
-static int corpus_begin(corpus *c, const slam_list *files) {
+static int corpus_begin(corpus *c, const slam_sources *sources) {
     c->binary = path_ends(c->out, ".bin");
     c->partial = path_with(c->out, ".partial");
     c->journal = path_with(c->out, ".journal");
     c->failed = path_with(c->out, ".failed");
     c->failed_partial = path_with(c->out, ".failed.partial");
     if (!c->partial || !c->journal || !c->failed || !c->failed_partial || !slam_tokenize_may(c->out)) return 0;
-    c->identity = corpus_identity(c, files);
+    c->identity = corpus_identity(c, sources);
     /* once it is locked nothing changes any more: OUT may have come while it was looked for */
-    if (!corpus_lock(c) || !slam_tokenize_may(c->out) || !corpus_resume(c, files)) return 0;
+    if (!corpus_lock(c) || !slam_tokenize_may(c->out) || !corpus_resume(c, sources)) return 0;
     c->failures = partial_open(c->failed_partial);
     return c->failures && partial_cut(c->data, c->partial, c->bytes) &&
            partial_cut(c->failures, c->failed_partial, c->failed_bytes) && corpus_commit(c);
 }
 
-/* A call that was refused leaves nothing that was not there before. */
-static void corpus_end(corpus *c) {
+/* A call that was refused, or that failed before anything was done, leaves nothing that was not there before. */
+static void corpus_end(corpus *c, int ok) {
+    if (c->locked && !ok && c->done == 0) unlink(c->journal);
     if (c->locked && !path_exists(c->journal)) {
         unlink(c->partial);
         unlink(c->failed_partial);
@@ -10158,8 +11123,6 @@ static void corpus_end(corpus *c) {
     free(c->journal);
     free(c->failed);
     free(c->failed_partial);
-    free(c->token);
-    text_free(&c->line);
 }
 
 /* What OUT.partial holds becomes a shard. */
@@ -10170,7 +11133,7 @@ static int corpus_shard(corpus *c, const char *path) {
     if (!map_open(&map, c->partial)) return 0;
     int ok = map.size == c->bytes || fail("%s: has %zu bytes, expected %llu", c->partial, map.size, (unsigned long long)c->bytes);
     if (ok) {
-        ok = shard_begin(&w, path, c->quantiser->K + UNIT_TOKEN, c->quantiser->fingerprint);
+        ok = shard_begin(&w, path, c->quantiser ? c->quantiser->K + UNIT_TOKEN : 0, c->quantiser ? c->quantiser->fingerprint : 0);
         if (ok && !shard_add(&w, (const uint16_t *)(const void *)map.data, map.size / 2)) {
             shard_abandon(&w);
             ok = 0;
@@ -10195,74 +11158,56 @@ static int corpus_next_shard(corpus *c) {
     return 1;
 }
 
-/* A document's tokens: 1, unit + 2, ..., 1. */
-static int corpus_add_tokens(corpus *c, const slam_units *u) {
-    if (c->bytes && c->bytes / 2 + u->n + 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
-    if (!mem_grow((void **)&c->token, &c->token_capacity, u->n + 2, sizeof *c->token)) return 0;
-    c->token[0] = c->token[u->n + 1] = DOCUMENT_MARK;
-    for (size_t i = 0; i < u->n; i++) c->token[i + 1] = (uint16_t)(u->unit[i] + UNIT_TOKEN);
-    fwrite(c->token, sizeof *c->token, u->n + 2, c->data);
-    c->bytes += 2 * (u->n + 2);
-    return 1;
-}
-
-static int corpus_add_line(corpus *c, const char *path, const slam_units *u) {
-    c->line.n = 0;
-    if (c->audio_repr) {
-        text_add(&c->line, "{\"file_name\": ");
-        text_add_json(&c->line, path);
-        text_add(&c->line, ", \"audio_repr\": \"");
-        for (size_t i = 0; i < u->n; i++) text_add(&c->line, "<Un%d>", u->unit[i]);
-        text_add(&c->line, "\"}\n");
-    } else {
-        units line = SLAM_ZERO;
-        line.name = (char *)(uintptr_t)path;
-        line.unit = u->unit;
-        line.duration = u->duration;
-        line.n = u->n;
-        text_add_units(&c->line, &line);
+/* The documents of a source. No document crosses shards. */
+static int corpus_add_documents(corpus *c, const heard *h) {
+    const char *at = h->out.at;
+    for (size_t i = 0; i < h->documents; i++) {
+        const size_t n = h->document[i];
+        if (c->binary && c->bytes && (c->bytes + n) / 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
+        if (fwrite(at, 1, n, c->data) != n) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
+        c->bytes += n;
+        at += n;
     }
-    if (c->line.failed) return 0;
-    fwrite(c->line.at, 1, c->line.n, c->data);
-    c->bytes += c->line.n;
     return 1;
 }
 
-static int corpus_add(corpus *c, const char *path, const heard *h) {
+static int corpus_add(corpus *c, const heard *h) {
     slam_tokenize_report *r = c->report;
+    c->done++;
+    r->repeats += (size_t)h->repeats;
+    r->failed += (size_t)h->failed;
     if (h->failed) {
-        const int n = fprintf(c->failures, "%s\n", path);
+        const int n = fprintf(c->failures, "%s\n", h->name);
         if (n < 0) return fail("%s: cannot be written: %s", c->failed_partial, strerror(errno));
         c->failed_bytes += (uint64_t)n;
-        r->failed++;
-    } else if (!(c->binary ? corpus_add_tokens(c, &h->units) : corpus_add_line(c, path, &h->units))) return 0;
-    if (ferror(c->data)) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
-    c->done++;
+        return 1;
+    }
+    r->documents += h->documents;
     r->samples += h->samples;
     r->frames += h->frames;
-    r->units += h->units.n;
-    r->tokens += h->failed ? 0 : h->units.n + 2;
-    return 1;
+    r->units += h->units;
+    r->tokens += h->tokens;
+    return corpus_add_documents(c, h);
 }
 
-/* Blocks of files until the list ends or the watch says stop. */
+/* Blocks of sources until the list ends or the watch says stop. */
 static int corpus_run(corpus *c, audio_block *b) {
     size_t n;
     b->progress.stage = "tokenize";
-    block_tell(b, (size_t)c->done, b->files->n, NULL, NULL);
-    for (size_t at = (size_t)c->done; at < b->files->n; at += n) {
+    block_tell(b, (size_t)c->done, b->sources->n, NULL, NULL);
+    for (size_t at = (size_t)c->done; at < b->sources->n; at += n) {
         if (!block_run(b, at, &n)) return 0;
         int ok = 1;
         for (size_t i = 0; i < n; i++) {
             const heard *h = &b->result[i];
             if (ok && h->failed) ok = block_tell_failed(b, at + i, h);
-            ok = ok && corpus_add(c, block_path(b, at + i), h);
+            ok = ok && corpus_add(c, h);
             heard_free(&b->result[i]);
         }
         if (!ok) return 0;
-        const int last = at + n == b->files->n;
-        c->report->stopped = !block_tell(b, at + n, b->files->n, NULL, NULL) && !last;
-        if ((last || c->report->stopped || slam_clock() - c->committed > 5) && !corpus_commit(c)) return 0;
+        const int last = at + n == b->sources->n;
+        c->report->stopped = (b->stop || !block_tell(b, at + n, b->sources->n, NULL, NULL)) && !last;
+        if ((last || c->report->stopped || slam_clock() - c->committed > 1) && !corpus_commit(c)) return 0;
         if (c->report->stopped) return 1;
     }
     return 1;
@@ -10270,7 +11215,7 @@ static int corpus_run(corpus *c, audio_block *b) {
 
 /* All is in OUT.partial: it becomes OUT, the journal goes last but for what it describes. */
 static int corpus_finish(corpus *c) {
-    const int any = c->done > c->report->failed;
+    const int any = c->report->documents > 0;
     int ok = 1;
     if (any && c->binary) ok = corpus_shard(c, c->out);
     if (ok && any && !c->binary && rename(c->partial, c->out) != 0)
@@ -10285,26 +11230,28 @@ static int corpus_finish(corpus *c) {
     unlink(c->journal);
     unlink(c->partial);
     c->report->shards = any ? (int)c->shards + 1 : 0;
-    return any || fail("none of the %zu files could be used", (size_t)c->done);
+    return any || fail("none of the %zu files or lines could be used", (size_t)c->done);
 }
 
-int slam_tokenize(const slam_quantiser *quantiser, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
-                  slam_speech_watch *watch, void *context, slam_tokenize_report *report) {
+int slam_tokenize(const slam_quantiser *quantiser, const slam_sources *sources, const char *out, int audio_repr,
+                  uint64_t shard_tokens, slam_speech_watch *watch, void *context, slam_tokenize_report *report) {
     corpus c = SLAM_ZERO;
     audio_block b = SLAM_ZERO;
     memset(report, 0, sizeof *report);
+    if (!quantiser && sources->kind != SOURCE_UNITS) return fail("no centroids, expected those that make audio into units");
+    if (sources->pairs && !path_ends(out, ".jsonl")) return fail("%s: pairs go into a name that ends in .jsonl", out);
     c.quantiser = b.quantiser = quantiser;
     c.shard_tokens = shard_tokens;
-    c.audio_repr = audio_repr;
+    c.want = b.want = path_ends(out, ".bin") ? WANT_TOKENS : audio_repr ? WANT_SPELLED : WANT_UNITS;
     c.report = report;
     c.out = out;
-    b.files = files;
+    b.sources = sources;
     b.watch = watch;
     b.context = context;
-    int ok = block_begin(&b) && corpus_begin(&c, files) && corpus_run(&c, &b);
+    int ok = block_begin(&b) && corpus_begin(&c, sources) && corpus_run(&c, &b);
     report->files = (size_t)c.done;
     if (ok && !report->stopped) ok = corpus_finish(&c);
-    corpus_end(&c);
+    corpus_end(&c, ok);
     block_end(&b);
     return ok;
 }

@@ -1,6 +1,7 @@
 /* The resampler, MFCC against python_speech_features (fixture made by test/reference.py), k-means, units, and tokenising files. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
+#include <sys/resource.h>
 #include "check.h"
 
 /* ---- audio to test with ---- */
@@ -466,6 +467,15 @@ static void check_same_file(const char *a, const char *b) {
     text_free(&tb);
 }
 
+/* slam_tokenize of audio files. */
+static int tokenize(const slam_quantiser *q, const slam_list *files, const char *out, int audio_repr, uint64_t shard_tokens,
+                    slam_speech_watch *watch, void *context, slam_tokenize_report *r) {
+    slam_sources *s = slam_sources_audio(files, 60);
+    const int ok = s && slam_tokenize(q, s, out, audio_repr, shard_tokens, watch, context, r);
+    slam_sources_free(s);
+    return ok;
+}
+
 static void test_files(void) {
     slam_list files = SLAM_ZERO, list = SLAM_ZERO;
     slam_quantiser *q = make_quantiser(25, 1, 20, 1);
@@ -493,9 +503,9 @@ static void test_files(void) {
         const int threads = threads_count();
         threads_set(1);
         char *one = text_copy(check_path("one.bin")), *five = text_copy(check_path("five.bin"));
-        CHECK(slam_tokenize(q, &files, one, 0, 1000000, stop_after, &never, &r), "%s", slam_error());
+        CHECK(tokenize(q, &files, one, 0, 1000000, stop_after, &never, &r), "%s", slam_error());
         threads_set(5);
-        CHECK(slam_tokenize(q, &files, five, 0, 1000000, NULL, NULL, &r2), "%s", slam_error());
+        CHECK(tokenize(q, &files, five, 0, 1000000, NULL, NULL, &r2), "%s", slam_error());
         threads_set(threads);
         check_same_file(one, five);
         CHECK(r.files == files.n && r.failed == 5 && never.failed == 5 && r.shards == 1 && !memcmp(&r, &r2, sizeof r),
@@ -524,7 +534,7 @@ static void test_files(void) {
         CHECK(lines == 5 && strstr(failed.at, "10.WAV") && strstr(failed.at, "04.wav"), "%zu lines: %s", lines, failed.at);
         CHECK(!path_is_file(check_path("one.bin.partial")) && !path_is_file(check_path("one.bin.journal")),
               "something is left over");
-        check_fails(slam_tokenize(q, &files, one, 0, 1000000, NULL, NULL, &r2), "exists already");
+        check_fails(tokenize(q, &files, one, 0, 1000000, NULL, NULL, &r2), "exists already");
         text_free(&failed);
         free(one);
         free(five);
@@ -538,16 +548,16 @@ static void test_files(void) {
         char *whole = text_copy(check_path(kind ? "whole.jsonl" : "whole.bin")),
              *parts = text_copy(check_path(kind ? "parts.jsonl" : "parts.bin"));
         int stops = 0;
-        CHECK(slam_tokenize(q, &files, whole, kind == 2, most, NULL, NULL, &r), "%s", slam_error());
+        CHECK(tokenize(q, &files, whole, kind == 2, most, NULL, NULL, &r), "%s", slam_error());
         for (r2.stopped = 1; r2.stopped && stops < 60; stops++) {
             stopping soon = {0, 0};
-            if (!CHECK(slam_tokenize(q, &files, parts, kind == 2, most, stop_after, &soon, &r2), "%s", slam_error())) break;
+            if (!CHECK(tokenize(q, &files, parts, kind == 2, most, stop_after, &soon, &r2), "%s", slam_error())) break;
             if (stops == 1 && r2.stopped) { // what a kill leaves: more than the journal counts
                 FILE *f = fopen(check_path(kind ? "parts.jsonl.partial" : "parts.bin.partial"), "ab");
                 CHECK(f && fputs("half a docum", f) >= 0 && fclose(f) == 0, "write");
                 slam_list fewer = files;
                 fewer.n--;
-                check_fails(slam_tokenize(q, &fewer, parts, kind == 2, most, NULL, NULL, &r2), "other files or settings");
+                check_fails(tokenize(q, &fewer, parts, kind == 2, most, NULL, NULL, &r2), "other files or settings");
                 r2.stopped = 1;
             }
         }
@@ -588,48 +598,53 @@ static void test_files(void) {
         const char *out = check_path("two.bin");
         corpus other = SLAM_ZERO;
         other.out = out;
+        other.want = WANT_TOKENS;
         other.quantiser = q;
         other.shard_tokens = 100;
         other.report = &r;
         memset(&r, 0, sizeof r);
-        CHECK(corpus_begin(&other, &files), "%s", slam_error());
-        check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "another process is at work on it");
-        corpus_end(&other);
+        slam_sources *sources = slam_sources_audio(&files, 60);
+        CHECK(corpus_begin(&other, sources), "%s", slam_error());
+        check_fails(tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "another process is at work on it");
+        corpus_end(&other, 1);
+        slam_sources_free(sources);
         text journal = read_file(check_path("two.bin.journal"));
         char *bytes = strstr(journal.at, "\"bytes\": 0"), *left = strstr(journal.at, "\"failed\": 0");
         if (CHECK(bytes && left, "%s", journal.at)) {
             bytes[9] = '3';
             check_file("two.bin.journal", journal.at, journal.n);
-            check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 3 bytes of tokens");
+            check_fails(tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 3 bytes of tokens");
             bytes[9] = '0';
             left[10] = '1';
             check_file("two.bin.journal", journal.at, journal.n);
-            check_fails(slam_tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 1 failed files of 0");
+            check_fails(tokenize(q, &files, out, 0, 100, NULL, NULL, &r2), "counts 1 failed files of 0");
         }
         text_free(&journal);
         check_file("taken.bin", "mine", 4);
-        check_fails(slam_tokenize(q, &files, check_path("taken.bin"), 0, 100, NULL, NULL, &r2), "taken.bin: exists already");
+        check_fails(tokenize(q, &files, check_path("taken.bin"), 0, 100, NULL, NULL, &r2), "taken.bin: exists already");
         CHECK(!path_is_file(check_path("taken.bin.partial")) && !path_is_file(check_path("taken.bin.journal")), "left over");
         check_fails(slam_tokenize_may("/none/out.bin"), "/none/out.bin: cannot be written");
     }
     if (TEST("tokenize: nothing usable, a folder that is not there")) {
         slam_list none = SLAM_ZERO;
         slam_list_add(&none, "/none/a.wav");
-        check_fails(slam_tokenize(q, &none, check_path("none.bin"), 0, 100, NULL, NULL, &r), "none of the 1 files could be used");
+        check_fails(tokenize(q, &none, check_path("none.bin"), 0, 100, NULL, NULL, &r),
+                    "none of the 1 files or lines could be used");
         CHECK(!path_is_file(check_path("none.bin")) && path_is_file(check_path("none.bin.failed")), "files");
-        check_fails(slam_tokenize(q, &files, "/none/out.bin", 0, 100, NULL, NULL, &r), "/none/out.bin");
-        check_fails(slam_tokenize(q, &files, check_path("out.txt"), 0, 100, NULL, NULL, &r), "ends in .bin or .jsonl");
+        check_fails(tokenize(q, &files, "/none/out.bin", 0, 100, NULL, NULL, &r), "/none/out.bin");
+        check_fails(tokenize(q, &files, check_path("out.txt"), 0, 100, NULL, NULL, &r), "ends in .bin or .jsonl");
         slam_list_free(&none);
     }
     if (TEST("fit: from files, with fewer frames than they hold, for any number of threads")) {
         slam_speech_settings settings;
         slam_kmeans_report a, b;
+        slam_sources *sources = slam_sources_audio(&files, 60);
         const int threads = threads_count();
         slam_speech_defaults(&settings);
         threads_set(1);
-        slam_quantiser *first = slam_quantiser_fit(&settings, &files, 8, 100, 4, NULL, NULL, &a);
+        slam_quantiser *first = slam_quantiser_fit(&settings, sources, 8, 100, 4, NULL, NULL, &a);
         threads_set(3);
-        slam_quantiser *second = slam_quantiser_fit(&settings, &files, 8, 100, 4, stop_after, &never, &b);
+        slam_quantiser *second = slam_quantiser_fit(&settings, sources, 8, 100, 4, stop_after, &never, &b);
         threads_set(threads);
         if (CHECK(first && second, "%s", slam_error())) {
             CHECK(slam_quantiser_fingerprint(first) == slam_quantiser_fingerprint(second), "one thread and three differ");
@@ -641,34 +656,476 @@ static void test_files(void) {
         uint32_t mark[3];
         for (int i = 0; i < 3; i++) {
             threads_set(i + 1);
-            slam_quantiser *few = slam_quantiser_fit(&settings, &files, 8, 10, 4, NULL, NULL, &a);
+            slam_quantiser *few = slam_quantiser_fit(&settings, sources, 8, 10, 4, NULL, NULL, &a);
             mark[i] = CHECK(few, "%s", slam_error()) ? slam_quantiser_fingerprint(few) : (uint32_t)i;
             slam_quantiser_free(few);
         }
         threads_set(threads);
         CHECK(mark[0] == mark[1] && mark[0] == mark[2], "fits of less than all files differ");
-        check_fails(slam_quantiser_may_fit("/none/km.npy", &settings, &files, 8, 10, 4), "/none/km.npy: cannot be written");
+        check_fails(slam_quantiser_may_fit("/none/km.npy", &settings, sources, 8, 10, 4), "/none/km.npy: cannot be written");
         const char *path = check_path("fit.npy");
-        CHECK(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 1, "%s", slam_error());
-        slam_quantiser *few = slam_quantiser_fit(&settings, &files, 8, 10, 4, NULL, NULL, &a);
-        CHECK(slam_quantiser_save(few, path, &a) && slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 2, "made");
-        check_fails(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 5), "fit.npy: exists already");
+        CHECK(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 1, "%s", slam_error());
+        slam_quantiser *few = slam_quantiser_fit(&settings, sources, 8, 10, 4, NULL, NULL, &a);
+        CHECK(slam_quantiser_save(few, path, &a) && slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 2, "made");
+        check_fails(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 5), "fit.npy: exists already");
         unlink(path); // what a kill between the two files leaves
-        CHECK(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 4) == 1, "%s", slam_error());
-        check_fails(slam_quantiser_may_fit(path, &settings, &files, 8, 10, 5), "fit.json: exists already");
+        CHECK(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 1, "%s", slam_error());
+        check_fails(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 5), "fit.json: exists already");
         slam_quantiser_free(few);
-        check_fails(slam_quantiser_fit(&settings, &files, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
+        check_fails(slam_quantiser_fit(&settings, sources, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
+        slam_sources_free(sources);
     }
     slam_list_free(&files);
     slam_quantiser_free(q);
 }
 
+/* ---- audio files of other formats ---- */
+
+#ifdef SLAM_SNDFILE
+/* n mono samples as a file of another format. */
+static const char *write_sound(const char *name, int format, const float *sample, size_t n, int rate) {
+    SF_INFO info;
+    memset(&info, 0, sizeof info);
+    info.channels = 1;
+    info.samplerate = rate;
+    info.format = format;
+    const char *path = check_path(name);
+    SNDFILE *f = sf_open(path, SFM_WRITE, &info);
+    if (!f) return NULL;                         // this libsndfile does not write it
+    for (size_t i = 0, step; i < n; i += step) { // some encoders do not stand a long write
+        step = n - i < 1000 ? n - i : 1000;
+        sf_write_float(f, sample + i, (sf_count_t)step);
+    }
+    sf_close(f);
+    return path;
+}
+
+static void test_formats(void) {
+    static const struct {
+        const char *name;
+        int format, rate, exact;
+    } kinds[] = {{"a.flac", SF_FORMAT_FLAC | SF_FORMAT_PCM_16, 22050, 1},
+                 {"a.aiff", SF_FORMAT_AIFF | SF_FORMAT_PCM_16, 16000, 1},
+                 {"a.ogg", SF_FORMAT_OGG | SF_FORMAT_VORBIS, 44100, 0},
+                 {"a.opus", SF_FORMAT_OGG | 0x0064, 48000, 0},
+                 {"a.mp3", 0x230000 | 0x0082, 44100, 0}};
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        if (!TEST("audio: %s", kinds[k].name)) continue;
+        const int rate = kinds[k].rate;
+        const size_t n = (size_t)rate * 3;
+        float *x = make_audio(n, rate, k);
+        char *path = NULL;
+        decoder d = SLAM_ZERO;
+        audio_parts p, q;
+        const char *written = write_sound(kinds[k].name, kinds[k].format, x, n, rate);
+        if (!written) {
+            printf("skip %s: this libsndfile does not write it\n", kinds[k].name);
+            free(x);
+            continue;
+        }
+        path = text_copy(written);
+        const char *wav = write_wav("same.wav", x, n, rate);
+        if (CHECK(parts_open(&p, &d, path, 0) && parts_next(&p) == 1, "%s", slam_error()) &&
+            CHECK(parts_open(&q, &d, wav, 0) && parts_next(&q) == 1, "%s", slam_error())) {
+            CHECK(p.from.rate == rate && p.n + 3000 > n && p.n < n + 3000, "%zu frames, expected about %zu", p.n, n);
+            if (kinds[k].exact) CHECK(p.n == n && !memcmp(p.frame, q.frame, n * sizeof *x), "not the frames of the WAV file");
+            CHECK(parts_next(&p) == 0 && parts_next(&q) == 0, "no end");
+            parts_close(&q);
+        }
+        parts_close(&p);
+        if (k == 0) { // what a download that broke off leaves, and what a bad disk does
+            text bytes = read_file(path);
+            slam_quantiser *quantiser = make_quantiser(25, 1, 5, 1);
+            slam_units u;
+            uint64_t state = 5;
+            check_fails(slam_quantiser_file(quantiser, check_file("short.flac", bytes.at, bytes.n / 2), &u), "short.flac: ");
+            check_fails(slam_quantiser_file(quantiser, check_file("head.flac", bytes.at, 40), &u), "head.flac: ");
+            for (int i = 0; i < 100; i++) {
+                for (int j = 0; j < 4; j++) bytes.at[rng_below(&state, i % 2 ? bytes.n : 200)] = (char)rng_next(&state);
+                if (slam_quantiser_file(quantiser, check_file("bad.flac", bytes.at, bytes.n), &u)) slam_units_free(&u);
+            }
+            slam_quantiser_free(quantiser);
+            text_free(&bytes);
+        }
+        decoder_close(&d);
+        free(path);
+        free(x);
+    }
+    if (TEST("audio: nothing that is known")) {
+        sound s;
+        check_fails(sound_open(&s, check_file("x.mp3", "none of the formats", 19)), "x.mp3: not a WAV file: libsndfile: ");
+    }
+}
+#else
+static void test_formats(void) {
+    if (TEST("audio: what libsndfile would read")) {
+        sound s;
+        check_fails(sound_open(&s, check_file("x.flac", "fLaC....", 8)),
+                    "is FLAC, and this program reads WAV alone: install libsndfile1-dev");
+        check_fails(sound_open(&s, check_file("x.mp3", "\xff\xfb..", 4)), "is MP3");
+        check_fails(sound_open(&s, check_file("x.ogg", "none", 4)), "x.ogg: not a WAV file");
+    }
+}
+#endif
+
+/* ---- long files ---- */
+
+static void test_memory(void) {
+#if !defined __SANITIZE_ADDRESS__ && defined __linux__
+    if (TEST("parts: memory does not grow with the file")) {
+        enum { RATE = 16000, SECONDS = 1800 };
+        struct rusage before, after;
+        float none = 0;
+        slam_quantiser *q = make_quantiser(25, 1, 20, 1);
+        slam_list files = SLAM_ZERO;
+        slam_tokenize_report r;
+        unsigned char size[4];
+        const unsigned bytes = 2 * RATE * SECONDS;
+        char *path = text_copy(write_wav("long.wav", &none, 1, RATE));
+        for (int i = 0; i < 4; i++) size[i] = (unsigned char)(bytes >> 8 * i);
+        const int fd = open(path, O_RDWR);
+        CHECK(fd >= 0 && pwrite(fd, size, 4, 40) == 4 && ftruncate(fd, 44 + (off_t)bytes) == 0, "a long file");
+        close(fd);
+        slam_list_add(&files, path);
+        getrusage(RUSAGE_SELF, &before);
+        CHECK(tokenize(q, &files, check_path("long.jsonl"), 0, 1000, NULL, NULL, &r), "%s", slam_error());
+        getrusage(RUSAGE_SELF, &after);
+        CHECK(r.samples == RATE * SECONDS && r.documents > 30 && r.documents < 40, "%zu documents", r.documents);
+        check_near("MB that it took", (double)(after.ru_maxrss - before.ru_maxrss) / 1024, 0, 40);
+        unlink(path);
+        slam_list_free(&files);
+        slam_quantiser_free(q);
+        free(path);
+    }
+#endif
+}
+
+static void test_parts(void) {
+    enum { RATE = 8000, N = 47 * RATE };
+    float *x = make_audio(N, RATE, 3);
+    slam_quantiser *q = make_quantiser(25, 1, 20, 1);
+    slam_list files = SLAM_ZERO;
+    slam_tokenize_report r;
+    for (int k = 0; k < 100; k++) { // near 8.4 s and 16.9 s it is quiet, and nowhere else
+        x[(size_t)(8.4 * RATE) + (size_t)k * 4] = 0;
+        for (int j = 0; j < 4; j++)
+            x[(size_t)(8.4 * RATE) + (size_t)k * 4 + (size_t)j] = x[(size_t)(16.9 * RATE) + (size_t)k * 4 + (size_t)j] = 0;
+    }
+    slam_list_add(&files, write_wav("parts.wav", x, N, RATE));
+    if (TEST("parts: cut where it is quiet, each as a file of its own")) {
+        slam_sources *s = slam_sources_audio(&files, 10);
+        units_reader reader;
+        units u = SLAM_ZERO;
+        double end = 0;
+        int n = 0;
+        CHECK(slam_tokenize(q, s, check_path("parts10.jsonl"), 0, 1000, NULL, NULL, &r), "%s", slam_error());
+        CHECK(units_open(&reader, check_path("parts10.jsonl")), "%s", slam_error());
+        for (; units_next(&reader, &u) == 1; n++) {
+            slam_units alone;
+            const size_t from = (size_t)(u.start * RATE + 0.5), to = (size_t)(u.end * RATE + 0.5);
+            CHECK(u.start == end && u.end - u.start <= 10 && !strcmp(u.name, files.at[0]), "part %d from %g to %g", n, u.start,
+                  u.end);
+            if (n < 2) check_near("the cut", u.end, n ? 16.925 : 8.425, 0.02);
+            end = u.end;
+            if (!CHECK(slam_quantiser_file(q, write_wav("one.wav", x + from, to - from, RATE), &alone), "%s", slam_error())) break;
+            CHECK(alone.n == u.n && !memcmp(alone.unit, u.unit, u.n * sizeof *u.unit) &&
+                      !memcmp(alone.duration, u.duration, u.n * sizeof *u.unit),
+                  "part %d is not what a file of its own would be", n);
+            slam_units_free(&alone);
+        }
+        CHECK(end == 47 && n == 6 && r.documents == 6 && r.files == 1, "%d parts, %zu documents, up to %g s", n, r.documents, end);
+        units_close(&reader);
+        units_free(&u);
+        CHECK(slam_tokenize(q, s, check_path("parts10.bin"), 0, 100, NULL, NULL, &r) && r.shards > 2, "%d shards: %s", r.shards,
+              slam_error());
+        slam_sources_free(s);
+    }
+    if (TEST("parts: the whole where it is no longer than the limit")) {
+        for (int limit = 0; limit <= 47; limit += 47) {
+            slam_sources *s = slam_sources_audio(&files, limit);
+            const char *path = check_path(limit ? "whole47.jsonl" : "whole0.jsonl");
+            CHECK(slam_tokenize(q, s, path, 0, 1000, NULL, NULL, &r) && r.documents == 1, "%s", slam_error());
+            text t = read_file(path);
+            CHECK(t.n && !strstr(t.at, "\"start\""), "a part");
+            text_free(&t);
+            slam_sources_free(s);
+        }
+    }
+    slam_list_free(&files);
+    slam_quantiser_free(q);
+    free(x);
+}
+
+/* ---- other sources ---- */
+
+static void test_commands(void) {
+    if (TEST("commands: arguments, and words in them")) {
+        slam_list a = SLAM_ZERO;
+        CHECK(command_split(&a, " say  -v 'a b' \"c \\\" \\d\" e\\ f'g'  x{text}y{text} ") && a.n == 6, "%zu: %s", a.n,
+              slam_error());
+        static const char *const wanted[] = {"say", "-v", "a b", "c \" \\d", "e fg", "x{text}y{text}"};
+        for (size_t i = 0; i < 6 && i < a.n; i++) CHECK(!strcmp(a.at[i], wanted[i]), "%zu is '%s'", i, a.at[i]);
+        char *word = command_argument("x{text}y{text}", "$(ls) '"), *flag = command_argument("{text}", "-w x"),
+             *other = command_argument("{tex", "-");
+        CHECK(!strcmp(word, "x$(ls) 'y$(ls) '") && !strcmp(flag, " -w x") && !strcmp(other, "{tex"), "%s %s %s", word, flag, other);
+        free(word);
+        free(flag);
+        free(other);
+        slam_list_free(&a);
+        check_fails(command_split(&a, "say 'no end {text}"), "a quote (') that is not closed");
+        slam_list_free(&a);
+        check_fails(command_split(&a, "say"), "has no {text}");
+        slam_list_free(&a);
+        check_fails(command_split(&a, "  "), "an empty command");
+        slam_list_free(&a);
+    }
+    if (TEST("auto-BLEU: the share of n-grams that occur again")) {
+        check_near("none", slam_auto_bleu("", 2), 0, 0);
+        check_near("one word", slam_auto_bleu("a", 2), 0, 0);
+        check_near("no repeat", slam_auto_bleu("a b c d", 2), 0, 0);
+        check_near("a b, b a, a b", slam_auto_bleu("a b a b", 2), 2.0 / 3, 1e-15);
+        check_near("punctuation apart", slam_auto_bleu("go, go, x", 2), 0.5, 1e-15);
+        check_near("words", slam_auto_bleu("a b a", 1), 2.0 / 3, 1e-15);
+    }
+}
+
+/* The units of a WAV file, as a line has them: "units": [...], "duration": [...] */
+static text lists_of(const slam_quantiser *q, const char *path) {
+    text t = SLAM_ZERO;
+    slam_units u;
+    if (!CHECK(slam_quantiser_file(q, path, &u), "%s", slam_error())) return t;
+    const units line = units_line_of(&u, NULL);
+    text_add_unit_lists(&t, &line);
+    slam_units_free(&u);
+    return t;
+}
+
+/* Whole, and stopped again and again: the same bytes. */
+static void check_stops(const slam_quantiser *q, const slam_sources *s, const char *whole, const char *parts,
+                        slam_tokenize_report *r) {
+    slam_tokenize_report r2;
+    int stops = 0;
+    char *a = text_copy(check_path(whole)), *b = text_copy(check_path(parts));
+    CHECK(slam_tokenize(q, s, a, 0, 100, NULL, NULL, r), "%s", slam_error());
+    for (r2.stopped = 1; r2.stopped && stops < 60; stops++) {
+        stopping soon = {0, 0};
+        if (!CHECK(slam_tokenize(q, s, b, 0, 100, stop_after, &soon, &r2), "%s", slam_error())) break;
+    }
+    CHECK(stops > 2, "stopped %d times", stops);
+    r2.earlier = 0;
+    CHECK(!memcmp(r, &r2, sizeof r2), "the reports differ");
+    check_same_file(a, b);
+    free(a);
+    free(b);
+}
+
+static void test_sources(void) {
+    slam_quantiser *q = make_quantiser(25, 1, 20, 1);
+    slam_list files = SLAM_ZERO, voices = SLAM_ZERO;
+    slam_tokenize_report r, r2;
+    text lists[8];
+    text pairs = SLAM_ZERO, lines = SLAM_ZERO, tabs = SLAM_ZERO;
+    for (int i = 0; i < 8; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "s%d.wav", i);
+        float *x = make_audio(5000 + 3000 * (size_t)i, 16000, 50 + (uint64_t)i);
+        slam_list_add(&files, write_wav(name, x, 5000 + 3000 * (size_t)i, 16000));
+        lists[i] = lists_of(q, files.at[i]);
+        free(x);
+    }
+    if (TEST("conversions: features, tokens and shards without the audio")) {
+        char *bin = text_copy(check_path("direct.bin")), *features = text_copy(check_path("features.jsonl")),
+             *spelled = text_copy(check_path("spelled.jsonl"));
+        CHECK(tokenize(q, &files, bin, 0, 60, NULL, NULL, &r) && tokenize(q, &files, features, 0, 60, NULL, NULL, &r2), "%s",
+              slam_error());
+        CHECK(tokenize(q, &files, spelled, 1, 60, NULL, NULL, &r2), "%s", slam_error());
+        slam_list one = SLAM_ZERO;
+        slam_list_add(&one, features);
+        slam_sources *s = slam_sources_units(&one);
+        CHECK(slam_tokenize(q, s, check_path("again.bin"), 0, 60, NULL, NULL, &r2), "%s", slam_error());
+        CHECK(r2.shards == r.shards && r.shards > 1 && r2.tokens == r.tokens && r2.frames == r.frames, "%d shards of %d", r2.shards,
+              r.shards);
+        check_same_file(bin, check_path("again.bin"));
+        check_same_file(check_path("direct-00001.bin"), check_path("again-00001.bin"));
+        CHECK(slam_tokenize(NULL, s, check_path("again.jsonl"), 1, 60, NULL, NULL, &r2), "%s", slam_error());
+        check_same_file(spelled, check_path("again.jsonl"));
+        CHECK(slam_tokenize(NULL, s, check_path("copy.jsonl"), 0, 60, NULL, NULL, &r2), "%s", slam_error());
+        check_same_file(features, check_path("copy.jsonl"));
+        CHECK(slam_tokenize(NULL, s, check_path("unsaid.bin"), 0, 60, NULL, NULL, &r2), "%s", slam_error());
+        shard unsaid;
+        if (CHECK(shard_open(&unsaid, check_path("unsaid.bin")), "%s", slam_error())) {
+            CHECK(unsaid.V == 0 && unsaid.fingerprint == 0, "V %d", unsaid.V);
+            shard_close(&unsaid);
+        }
+        slam_sources_free(s);
+        slam_list_free(&one);
+        static const char bad[] = "{\"units\": [3, 25]}\n\n{\"units\": 3}\n{\"units\": [4], \"start\": 2.5, \"end\": 3}\n";
+        slam_list_add(&one, check_file("bad.jsonl", bad, strlen(bad)));
+        s = slam_sources_units(&one);
+        CHECK(s && slam_tokenize(q, s, check_path("good.jsonl"), 0, 60, NULL, NULL, &r) && r.failed == 2 && r.documents == 1,
+              "%zu failed: %s", r.failed, slam_error());
+        text good = read_file(check_path("good.jsonl")), failed = read_file(check_path("good.jsonl.failed"));
+        CHECK(good.n && !strcmp(good.at, "{\"units\": [4], \"file_name\": \"\", \"start\": 2.5, \"end\": 3}\n"), "%s", good.at);
+        CHECK(failed.n && strstr(failed.at, "bad.jsonl:1\n") && strstr(failed.at, "bad.jsonl:3\n"), "%s", failed.at);
+        text_free(&good);
+        text_free(&failed);
+        slam_sources_free(s);
+        slam_list_free(&one);
+        free(bin);
+        free(features);
+        free(spelled);
+    }
+    if (TEST("sources: parts in order are the whole")) {
+        text all = SLAM_ZERO;
+        for (size_t of = 1; of <= 9; of += 4) {
+            all.n = 0;
+            for (size_t i = 1; i <= of; i++) {
+                char name[32];
+                slam_sources *s = slam_sources_audio(&files, 60);
+                snprintf(name, sizeof name, "part%zu-%zu.jsonl", i, of);
+                CHECK(slam_sources_part(s, i, of), "%s", slam_error());
+                if (slam_sources_count(s)) {
+                    CHECK(slam_tokenize(q, s, check_path(name), 0, 60, NULL, NULL, &r), "%s", slam_error());
+                    text t = read_file(check_path(name));
+                    text_add_bytes(&all, t.at, t.n);
+                    text_free(&t);
+                } else CHECK(of == 9 && i == 9, "part %zu of %zu is empty", i, of);
+                check_fails(slam_sources_part(s, of + 1, of), "expected 1 to");
+                slam_sources_free(s);
+            }
+            text whole = read_file(check_path("part1-1.jsonl"));
+            CHECK(whole.n == all.n && !memcmp(whole.at, all.at, all.n), "%zu parts are not the whole", of);
+            text_free(&whole);
+        }
+        text_free(&all);
+    }
+    if (TEST("pairs: files become units, texts stay, in any order of threads and after stops")) {
+        for (int i = 0; i < 24; i++) {
+            if (i == 7)
+                text_add(&pairs,
+                         "{\"prompt_path\": \"s0.wav\", \"chosen_path\": \"none.wav\", \"rejected_path\": \"s0.wav\"}\n[]\n");
+            text_add(
+                &pairs,
+                "{\"id\": %d, \"prompt_path\": \"s%d.wav\", \"chosen_path\": \"%s\", \"rejected_path\": \"s%d.wav\", \"prompt_text\": \"the %s\", \"chosen_text\": \"end.\"}\n",
+                i, i % 8, files.at[(i + 1) % 8], (i + 2) % 8, i % 4 ? "\\\"x\\\"" : "a b a b a b");
+        }
+        slam_sources *s = slam_sources_pairs(check_file("pairs.jsonl", pairs.at, pairs.n), 0.3);
+        const int threads = threads_count();
+        CHECK(s && slam_sources_count(s) == 26 && slam_sources_pairs_out(s), "%s", slam_error());
+        threads_set(3);
+        check_stops(q, s, "pairs1.jsonl", "pairs2.jsonl", &r);
+        threads_set(1);
+        CHECK(slam_tokenize(q, s, check_path("pairs3.jsonl"), 0, 60, NULL, NULL, &r2), "%s", slam_error());
+        threads_set(threads);
+        check_same_file(check_path("pairs1.jsonl"), check_path("pairs3.jsonl"));
+        CHECK(r.failed == 2 && r.repeats == 6 && r.documents == 18 && r.files == 26, "%zu failed, %zu repeat, %zu documents",
+              r.failed, r.repeats, r.documents);
+        text got = read_file(check_path("pairs1.jsonl")), wanted = SLAM_ZERO;
+        text_add(&wanted, "{\"id\": 1, \"prompt_path\": \"s1.wav\", \"chosen_path\": ");
+        text_add_json(&wanted, files.at[2]);
+        text_add(
+            &wanted,
+            ", \"rejected_path\": \"s3.wav\", \"prompt_text\": \"the \\\"x\\\"\", \"chosen_text\": \"end.\", \"prompt\": {%s}, \"chosen\": {%s}, \"rejected\": {%s}}\n",
+            lists[1].at, lists[2].at, lists[3].at);
+        CHECK(got.n && !strncmp(got.at, wanted.at, wanted.n), "%.400s", got.at);
+        check_fails(slam_tokenize(q, s, check_path("pairs.bin"), 0, 60, NULL, NULL, &r2),
+                    "pairs go into a name that ends in .jsonl");
+        check_fails(slam_tokenize(NULL, s, check_path("p.jsonl"), 0, 60, NULL, NULL, &r2), "no centroids");
+        slam_sources_free(s);
+        text_free(&got);
+        text_free(&wanted);
+    }
+    if (TEST("text: spoken by voices in turn, in any order of threads and after stops")) {
+        text wanted = SLAM_ZERO;
+        char *path;
+        slam_list_add(&voices, "cat {text}");
+        slam_list_add(&voices, "sh -c 'cat \"$0\" >&2; exec cat \"$1\"' /dev/null {text}");
+        for (int i = 0; i < 30; i++) text_add(&lines, "%s\r\n%s", i == 9 ? "/none/x.wav" : files.at[i % 8], i == 3 ? "\n" : "");
+        path = text_copy(check_file("stories.txt", lines.at, lines.n));
+        slam_sources *s = slam_sources_text(path, &voices, 0.3);
+        CHECK(s && slam_sources_count(s) == 30 && !slam_sources_pairs_out(s), "%s", slam_error());
+        check_stops(q, s, "told1.jsonl", "told2.jsonl", &r);
+        CHECK(r.failed == 1 && r.documents == 29, "%zu failed", r.failed);
+        text got = read_file(check_path("told1.jsonl")), failed = read_file(check_path("told1.jsonl.failed"));
+        text_add(&wanted, "{%s, \"file_name\": ", lists[0].at);
+        text_add_json(&wanted, path);
+        wanted.n--;
+        wanted.at[wanted.n] = 0;
+        text_add(&wanted, ":1\"}\n{%s", lists[1].at);
+        CHECK(got.n && !strncmp(got.at, wanted.at, wanted.n), "%.300s", got.at);
+        CHECK(failed.n && strstr(failed.at, "stories.txt:11\n"), "%s", failed.at);
+        text_free(&got);
+        text_free(&failed);
+        text_free(&wanted);
+        slam_sources_free(s);
+        free(path);
+    }
+    if (TEST("text: prompt, chosen and rejected become pairs with their text")) {
+        for (int i = 0; i < 12; i++) text_add(&tabs, "%s\t%s\t%s\n", files.at[i % 8], files.at[(i + 1) % 8], files.at[5]);
+        char *path = text_copy(check_file("pairs.tsv", tabs.at, tabs.n));
+        slam_sources *s = slam_sources_text(path, &voices, 0);
+        CHECK(s && slam_sources_pairs_out(s), "%s", slam_error());
+        check_stops(q, s, "tsv1.jsonl", "tsv2.jsonl", &r);
+        text got = read_file(check_path("tsv1.jsonl")), wanted = SLAM_ZERO;
+        static const int side[] = {0, 1, 5};
+        for (int k = 0; k < 3; k++) {
+            text_add(&wanted, "%s\"%s_text\": ", k ? ", " : "{", pair_names[k]);
+            text_add_json(&wanted, files.at[side[k]]);
+        }
+        for (int k = 0; k < 3; k++) text_add(&wanted, ", \"%s\": {%s}", pair_names[k], lists[side[k]].at);
+        text_add(&wanted, "}\n");
+        CHECK(got.n && !strncmp(got.at, wanted.at, wanted.n) && r.documents == 12, "%.600s", got.at);
+        slam_sources_free(s);
+        text_free(&got);
+        text_free(&wanted);
+        free(path);
+        check_fails(slam_sources_text(check_file("four.tsv", "a\tb\tc\na\tb\n", 10), &voices, 0), "four.tsv:2: 2 fields");
+        check_fails(slam_sources_text(check_file("blank.txt", "\n \n", 3), &voices, 0), "blank.txt: it holds no line");
+    }
+    if (TEST("text: commands that fail")) {
+        static const char *const bad[][2] = {
+            {"sh -c 'echo first >&2; echo the reason >&2; exit 3' {text}", "sh failed with status 3: the reason"},
+            {"sh -c 'kill -9 $$' {text}", "sh was ended by signal 9"},
+            {"echo {text}", "not a WAV file"},
+            {"true {text}", "not a WAV file"}};
+        for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+            file_map map;
+            sound spoken;
+            slam_list voice = SLAM_ZERO;
+            CHECK(command_split(&voice, bad[i][0]), "%s", slam_error());
+            memset(&map, 0, sizeof map);
+            check_fails(command_speak(&voice, "words", "x.txt:1", &spoken), bad[i][1]);
+            slam_list_free(&voice);
+        }
+        slam_list one = SLAM_ZERO;
+        slam_list_add(&one, "/none/such {text}");
+        slam_sources *s = slam_sources_text(check_file("one.txt", "words\n", 6), &one, 0);
+        check_fails(slam_tokenize(q, s, check_path("no.bin"), 0, 60, NULL, NULL, &r),
+                    "one.txt:1: /none/such cannot be started: No such file");
+        CHECK(!path_exists(check_path("no.bin.journal")) && !path_exists(check_path("no.bin.partial")), "something is left over");
+        slam_sources_free(s);
+        slam_list_free(&one);
+    }
+    for (int i = 0; i < 8; i++) text_free(&lists[i]);
+    text_free(&pairs);
+    text_free(&lines);
+    text_free(&tabs);
+    slam_list_free(&voices);
+    slam_list_free(&files);
+    slam_quantiser_free(q);
+}
+
 int main(void) {
+    test_memory();
     test_resampler();
     test_resampler_without_table();
     test_mfcc();
     test_kmeans();
     test_quantiser();
     test_files();
+    test_formats();
+    test_parts();
+    test_commands();
+    test_sources();
     return check_end();
 }

@@ -1,7 +1,7 @@
 /* fuzz.h - what the fuzz targets share. A target is given bytes and hands them to one reader, which must return a value or an
    error; what it returned is then held against what else is known of it. `make fuzz`, then e.g.
 
-       build/fuzz/fuzz_wav -max_total_time=600 new-corpus test/fuzz/seeds/wav */
+       build/fuzz/fuzz_audio -max_total_time=600 new-corpus test/fuzz/seeds/audio */
 #ifndef FUZZ_H
 #define FUZZ_H
 #ifndef _GNU_SOURCE
