@@ -2350,11 +2350,15 @@ static int units_spelled(const json *spelled, const char *what, units *u) {
 /* The units of an object of either kind, or of a string of the second kind. `what` begins the sentence of an error. */
 static int units_from_json(const json *value, const char *what, units *u) {
     const json *list = json_get(value, "units"), *duration = json_get(value, "duration"), *spelled = json_get(value, "audio_repr");
+    const json *start = json_get(value, "start"), *end = json_get(value, "end");
     const char *name = json_text(value, "file_name", "");
     u->n = 0;
     u->start = u->end = 0;
     u->duration = NULL;
-    if (!json_real(value, "start", what, 0, 1e9, &u->start) || !json_real(value, "end", what, 0, 1e9, &u->end)) return 0;
+    if (start && end && start->type == JSON_NUMBER && end->type == JSON_NUMBER) { // others may mean something else by these names
+        u->start = start->number;
+        u->end = end->number;
+    }
     if (!mem_grow((void **)&u->name, &u->name_capacity, strlen(name) + 1, 1)) return 0;
     memcpy(u->name, name, strlen(name) + 1);
     if (value->type == JSON_STRING) spelled = value;

@@ -41,7 +41,7 @@ static int flag_table(options *o, slam_flag *f) {
          0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Input", 0, 0, 0, 0},
         {"max-seconds", SLAM_REAL, &o->max_seconds, "S", "60",
-         "a longer file is cut into parts of at most S seconds, each in the quietest 20 ms of the last fifth before S; a part is a "
+         "a longer file is cut into parts of at most S seconds, in the quietest 20 ms of the last fifth before S; a part is a "
          "document of its own, with start and end in FILE.jsonl; 0: never cut",
          0, 1e6, 0, 0},
         {"pairs", SLAM_TEXT, &o->pairs, "IN.jsonl", NULL,
