@@ -1,4 +1,5 @@
-/* Audio of any format: a file becomes units as a whole and in parts, each frame in one unit, whatever the file holds. */
+/* Audio of any format: a file becomes units in parts of a second, each frame in one unit, whatever the file holds. libsndfile leaks
+   with damaged Ogg files: run it with -detect_leaks=0. */
 #include "fuzz.h"
 
 enum { LARGEST = 1 << 18 }; // bytes; some formats make much audio out of few
