@@ -427,8 +427,8 @@ long slam_hubert_frames(const slam_hubert *, long samples);
 /* n utterances at once: features[i] = (frames_i, width) on the host. An utterance's features are the same in any batch. */
 int slam_hubert_features(slam_hubert *, int n, const float *const *samples, const long *lengths, float *const *features);
 
-/* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file or
-   line is left out, and `because` is the sentence. */
+/* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file is
+   left out, and `because` is the sentence. */
 typedef struct slam_speech_progress {
     const char *stage; /* "listen" (to audio, for a fit), "fit", "tokenize" */
     size_t done, of;   /* files or lines, or passes of an unknown number (0) */
