@@ -37,6 +37,8 @@
      SLAM_ACCELERATE       CPU matrix products by Apple's Accelerate (link with -framework Accelerate)
      SLAM_SNDFILE          audio other than WAV by libsndfile: FLAC, Ogg, MP3, AIFF, ... (link with -lsndfile)
      -fopenmp              loops are dealt to threads; without it there is one
+     nvcc -arch=native     section 5 as well (link with -lcublasLt); nvcc by itself is for older GPUs, and slam_cuda() refuses
+     SLAM_EMULATOR         section 5 by a C++17 compiler, against test/cuda_emulator.h
 
    Functions that can fail return 0 or NULL and leave a sentence for slam_error(). Nothing exits, and only section 14 prints.
    A slam_ops and what was made with it belong to one thread at a time. MIT licence. */
@@ -79,7 +81,7 @@ typedef struct slam_window {
     int B, T, NH, KVH, HS;
     const int *doc_start; /* (B,T)   query i sees key j iff doc_start[i] <= j < doc_end[i] ...                           */
     const int *doc_end;   /* (B,T)   ... NULL: i + 1, which is causal                                                      */
-    const int *hole;      /* (B,T,2) ... and not first <= j < end, the hole of i; NULL: no holes                           */
+    const int *hole;      /* (B,T,2) ... and not first <= j < end <= i, the hole of i; NULL: no holes. i sees some key */
     const float *rope;    /* (T,HS)  for each position HS/2 cosines, then HS/2 sines; position = i - doc_start[i] - (end - first);
                              NULL: no rotation */
 } slam_window;
@@ -170,10 +172,10 @@ struct slam_ops {
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_window *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
                                const slam_act *qkv, const slam_window *);
-    /* The same for one more token of each of B sequences, with keys and values of the tokens before in a cache: row b of qkv,
-       at position and place n = lengths_b < T, gets q' and k' for q and k; its k' and v go to place n of the cache; out_b reads
-       places 0 to n.
-       out = (B,NH HS)  from  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B); of the window B, T, NH, KVH, HS, rope count */
+    /* The same for one more token of each of B sequences, with keys and values of the tokens before in a cache: row b of qkv, at
+       position and place n = lengths_b < T, gets q' and k' for q and k; its k' and v go to place n of the cache; out_b reads
+       places 0 to n. Of the window B, T, NH, KVH, HS and rope count.
+       out = (B,NH HS)  from  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *);
 
     /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
@@ -489,8 +491,9 @@ int slam_audio_list(slam_list *, const char *const *arguments, size_t n);
 
 /* What becomes units: audio files, or lines of files; each is done or failed for itself. */
 typedef struct slam_sources slam_sources;
-/* A file that is longer than max_seconds (at least 1; 0: no limit) is cut into parts, each in the middle of the quietest 20 ms of
-   the limit's last fifth: no more than one part is ever in memory, and each becomes a document, with `start` and `end` in seconds. */
+/* A file that is longer than max_seconds (at least 1; 0: no limit) is cut into parts, each in the middle of the quietest 20 ms
+   of the limit's last fifth: no more than one part is ever in memory, and each becomes a document, with `start` and `end` in
+   seconds. */
 slam_sources *slam_sources_audio(const slam_list *files, double max_seconds);
 /* Lines of SlamKit features or tokens: units that are there already. */
 slam_sources *slam_sources_units(const slam_list *files);
@@ -505,14 +508,16 @@ slam_sources *slam_sources_text(const char *path, const slam_list *voices, doubl
 void slam_sources_free(slam_sources *);
 size_t slam_sources_count(const slam_sources *);
 int slam_sources_pairs_out(const slam_sources *); /* 1: what comes out are pairs */
-/* Keeps neighbours only: the 1st of `of` equal parts, the 2nd, ...; what comes out of all parts in order is what comes out of all. */
+/* Keeps neighbours only: the 1st of `of` equal parts, the 2nd, ...; what comes out of all parts in order is what comes out of
+   all. */
 int slam_sources_part(slam_sources *, size_t part, size_t of);
 
 /* The share of a text's n-grams that occur in it more than once, 0 if it has none (auto-BLEU: Lakhotia et al. 2021); words lie
    between blanks, marks of punctuation are words. Negative where there is no memory. */
 double slam_auto_bleu(const char *text, int order);
 
-/* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x frames. */
+/* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x
+   frames. */
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_sources *, int K, size_t frames, uint64_t seed,
                                    slam_speech_watch *, void *context, slam_kmeans_report *);
 /* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there
@@ -703,7 +708,8 @@ typedef struct slam_task {
     int (*evaluate)(void *context, double *losses);
     int sources;
     const char *(*source_name)(void *context, int source);
-    /* More members of a step's object in the log, as `, "margin": 0.5`; NULL: none. */
+    /* More members of a step's object in the log, as `, "margin": 0.5`; NULL: none. Called when next has taken the batch after
+       it. */
     const char *(*members)(void *context);
     /* Where the batches stand; seek goes there from anywhere. */
     void (*tell)(void *context, uint64_t *epoch, uint64_t *row);
@@ -2710,7 +2716,8 @@ static int sound_begin(sound *s) {
     return 1;
 }
 
-/* What the map holds, which becomes the sound's to close. The name must stay where it is until sound_close, and the sound as well. */
+/* What the map holds, which becomes the sound's to close. The name must stay where it is until sound_close, and the sound as
+   well. */
 static int sound_take(sound *s, const file_map *map, const char *name) {
     memset(s, 0, sizeof *s);
     s->name = name;
@@ -3114,8 +3121,10 @@ static void *cpu_alloc(slam_ops *ops, size_t bytes) {
     const size_t align = bytes >= (4u << 20) ? 2u << 20 : 256;
     char *raw = bytes < SIZE_MAX / 2 ? (char *)mem_new(bytes + align + sizeof(void *), 1) : NULL;
     if (!raw) {
-        fail("out of memory: %.1f MB were asked for; a smaller --micro-batch, a shorter --context or --recompute needs less",
-             (double)bytes / 1e6);
+        fail(
+            "out of memory: %.1f MB were asked for; a smaller --micro-batch (of eval: --batch), a shorter --context or --recompute "
+            "needs less",
+            (double)bytes / 1e6);
         return NULL;
     }
     char *p = (char *)(((uintptr_t)raw + sizeof(void *) + align - 1) / align * align);
@@ -3145,7 +3154,8 @@ static int cpu_finish(slam_ops *ops) {
     cpu_ops *cpu = (cpu_ops *)ops;
     if (!cpu->failed) return 1;
     cpu->failed = 0;
-    return fail("out of memory within an operation on the CPU");
+    return fail(
+        "out of memory within an operation on the CPU: a smaller --micro-batch (of eval: --batch) or a shorter --context needs less");
 }
 
 static void cpu_close(slam_ops *ops) {
@@ -3700,8 +3710,8 @@ static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float 
 }
 
 /* ---- GELU ----
-   x Phi(x) with Phi(-z) = exp(-z^2/2) P(t), t = 1 / (1 + 0.26 z), z = |x|: P is a polynomial fitted to scaled erfc (in double, least
-   largest relative error: 2e-8). It is as exact far out on the negative side as near 0, and vanishes at infinity. */
+   x Phi(x) with Phi(-z) = exp(-z^2/2) P(t), t = 1 / (1 + 0.26 z), z = |x|: P is a polynomial fitted to scaled erfc (in double,
+   least largest relative error: 2e-8). It is as exact far out on the negative side as near 0, and vanishes at infinity. */
 
 static inline float gelu_float(float x) {
     const float z = x < 0 ? -x : x, t = 1 / (1 + 0.26f * z);
@@ -4193,8 +4203,8 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
     }
     cudaGetLastError(); // or the next launch would report it
     if (error == cudaErrorMemoryAllocation && cudaMemGetInfo(&room, &all) == cudaSuccess)
-        fail("%s: out of memory: %.2f GB were asked for, %.2f of %.2f GB are free: a smaller --micro-batch, a shorter --context or "
-             "--recompute needs less",
+        fail("%s: out of memory: %.2f GB were asked for, %.2f of %.2f GB are free: a smaller --micro-batch (of eval: --batch), a "
+             "shorter --context or --recompute needs less",
              cuda->name, (double)bytes / 1e9, (double)room / 1e9, (double)all / 1e9);
     else fail("%s: no memory, %.2f GB were asked for: %s", cuda->name, (double)bytes / 1e9, cudaGetErrorString(error));
     return NULL;
@@ -4891,7 +4901,8 @@ static __global__ void __launch_bounds__(256)
 }
 
 /* A block a row of any length, in two passes: one for the largest logit and the sum, which is rescaled where a larger logit
-   appears (Milakov and Gimelshein 2018), one for the gradient. Bound by memory: 2 N V sizeof(T) bytes, and the second reading, from L2. */
+   appears (Milakov and Gimelshein 2018), one for the gradient. Bound by memory: 2 N V sizeof(T) bytes, and the second reading,
+   from L2. */
 template <typename T, int P>
 static __global__ void __launch_bounds__(512)
     crossentropy_block_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int V, int stride) {
@@ -4950,8 +4961,9 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits_, con
 
 /* ---- sampling ----
    A block a sequence. What top_k and top_p leave are all logits from a threshold upwards. A float's bits, read as a whole number
-   all flipped where it is negative and else with the sign bit set, have the order of the floats, so a threshold is found bit by bit from the top: keep a bit where enough still
-   lies at or above it. 32 passes over the logits each, without a sort and for any V. Bound by latency where V is small. */
+   all flipped where it is negative and else with the sign bit set, have the order of the floats, so a threshold is found bit by
+   bit from the top: keep a bit where enough still lies at or above it. 32 passes over the logits each, without a sort and for
+   any V. Bound by latency where V is small. */
 
 enum { SAMPLE_THREADS = 512, SAMPLE_SHARED = (SAMPLE_THREADS + 1 + 16) * 8 };
 
@@ -5015,8 +5027,8 @@ static __device__ unsigned sample_threshold(const scores<T> *s, int top_k, doubl
     return min(threshold, ordered_bits(most));
 }
 
-/* The first token at which the sum, in order of v, passes its share; -1 where there is none (infinities). Threads have runs of neighbours:
-   edges (SAMPLE_THREADS + 1) are the sums up to each run, and the one whose run holds the token walks through it. */
+/* The first token at which the sum, in order of v, passes its share; -1 where there is none (infinities). Threads have runs of
+   neighbours: edges (SAMPLE_THREADS + 1) are the sums up to each run, and the one whose run holds the token walks through it. */
 template <typename T>
 static __device__ int sample_draw(const scores<T> *s, unsigned threshold, float most, float uniform, double *edges, void *room) {
     const int run = (s->V + SAMPLE_THREADS - 1) / SAMPLE_THREADS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -5132,9 +5144,8 @@ typedef struct adamw_numbers {
     float decay, eps, beta2, rest1, rest2, step_size, root;
 } adamw_numbers;
 
-/* A thread has P neighbours. Its block's first works out by how much the gradient is scaled, since that takes double, while the others
-   fetch their numbers. Bound by memory:
-   w, m, v and g are read, w, m, v and w_act written, 28 n + n sizeof(T) bytes. */
+/* A thread has P neighbours. Its block's first works out by how much the gradient is scaled, since that takes double, while the
+   others fetch their numbers. Bound by memory: w, m, v and g are read, w, m, v and w_act written, 28 n + n sizeof(T) bytes. */
 template <typename T, int P>
 static __global__ void __launch_bounds__(256)
     adamw_kernel(T *w_act, float *w, float *m, float *v, const float *g, const double *stats, adamw_numbers h, size_t n) {
@@ -5636,11 +5647,12 @@ static __device__ __forceinline__ int visits_of_queries(int *visits, int4 *windo
 
 /* ---- attention: fast forward pass ----
    A block is a tile of 64 MT queries of one head: 4 warps, 16 MT queries each, whose q and o stay in registers. It goes through
-   the tiles of KEYS keys that any of them sees; while one is worked on, the next comes into the other half of shared memory. With
-   MT = 2 each fragment of k and v that is read from shared memory serves two products: with one the reads, 128 bytes a clock,
-   would take longer than the products. What bounds it: 4 HS flops and one exponential, of which a processor makes 16 a clock, for
-   each pair of query and key. At the tensor cores' peak, which mma.sync does not reach on Hopper, both would take equally long for HS = 64; other warps do the one during the other.
-   Blocks start in the order of their numbers, so those with late queries, which have most to do in long documents, get low ones. */
+   the tiles of KEYS keys that any of them sees; while one is worked on, the next comes into the other half of shared memory.
+   With MT = 2 each fragment of k and v that is read from shared memory serves two products: with one the reads, 128 bytes a
+   clock, would take longer than the products. What bounds it: 4 HS flops and one exponential, of which a processor makes 16 a
+   clock, for each pair of query and key. At the tensor cores' peak, which mma.sync does not reach on Hopper, both would take
+   equally long for HS = 64; other warps do the one during the other. Blocks start in the order of their numbers, so those with
+   late queries, which have most to do in long documents, get low ones. */
 template <int HS, int MT, int KEYS>
 static __global__ void __launch_bounds__(128, HS == 128 ? 1 : 2)
     attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_window win) {
@@ -6242,8 +6254,8 @@ template <typename T> static void cuda_gelu(slam_ops *ops, slam_act *x, size_t n
 enum { NARROW_TAPS = 64, NARROW_CHANNELS = 128, NARROW_FRAMES = 64, NARROW_EACH = 4 };
 
 /* Rows of W = K C <= NARROW_TAPS numbers. A block makes NARROW_FRAMES frames of NARROW_CHANNELS channels, from x and w in shared
-   memory; a thread four neighbouring frames of as many neighbouring channels, so that eight numbers are fetched for sixteen products.
-   Bound by memory: the output, N OC sizeof(T) bytes. grid: runs of frames, runs of channels, rows and groups. */
+   memory; a thread four neighbouring frames of as many neighbouring channels, so that eight numbers are fetched for sixteen
+   products. Bound by memory: the output, N OC sizeof(T) bytes. grid: runs of frames, runs of channels, rows and groups. */
 template <typename T>
 static __global__ void __launch_bounds__(NARROW_CHANNELS *NARROW_FRAMES / 16)
     conv1d_narrow_kernel(T *out, const T *x, const T *w, const T *b, const slam_conv c) {
@@ -6521,8 +6533,8 @@ static void cuda_channelnorm(slam_ops *ops, slam_act *x, const slam_act *w, cons
 
 /* ---- nearest centroid ---- */
 
-/* A warp a row; a lane has every 32nd centroid, in order; then lanes are compared, the lower number where they tie. Bound by memory:
-   4 N K bytes. */
+/* A warp a row; a lane has every 32nd centroid, in order; then lanes are compared, the lower number where they tie. Bound by
+   memory: 4 N K bytes. */
 static __global__ void __launch_bounds__(256)
     nearest_kernel(int *nearest, const float *scores, const float *squares, int N, int K) {
     const int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -9276,7 +9288,8 @@ static long hubert_frames(const hubert_config *k, long samples, int convs) {
 
 long slam_hubert_frames(const slam_hubert *h, long samples) { return hubert_frames(&h->config, samples, h->config.convs); }
 
-/* A batch as it goes through: places in the arena, in bytes. First what stays, then either the convolutions' or the transformer's. */
+/* A batch as it goes through: places in the arena, in bytes. First what stays, then either the convolutions' or the
+   transformer's. */
 typedef struct hubert_batch {
     int B, T, slice; // utterances, frames of a row, rows convolved at once
     size_t S;        // samples of a row
@@ -10118,7 +10131,8 @@ static void close_both(const int *ends) {
     close(ends[1]);
 }
 
-/* Its input is empty; it is in a process group of its own, so that a Ctrl-C which stops this program in good order is not its end. */
+/* Its input is empty; it is in a process group of its own, so that a Ctrl-C which stops this program in good order is not its
+   end. */
 static int child_spawn(child *c, char *const *argv, const int *out, const int *err) {
     posix_spawn_file_actions_t files;
     posix_spawnattr_t settings;
@@ -10813,7 +10827,8 @@ static int block_run(audio_block *b, size_t first, size_t *n) {
     return 1;
 }
 
-/* Tells of a source that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is room. */
+/* Tells of a source that failed. 0 and the sentence where the machine did: that ends the job, which can go on when there is
+   room. */
 static int block_tell_failed(audio_block *b, size_t i, const heard *h) {
     if (h->machine) return fail("%s", h->error ? h->error : "out of memory");
     block_tell(b, i, b->sources->n, h->name, h->error);
@@ -11969,8 +11984,9 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
 
 int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode) {
     /* The CPU's caches hold no more of a larger one, so that it gains nothing beyond some thousand tokens. */
-    const double room = (ops->bytes_per_act == 2 ? 0.9 : 0.6) * (double)ops->memory;
-    const int most = ops->bytes_per_act == 2 ? batch : 4096 / T;
+    const int is_gpu = !strncmp(ops->name, "cuda", 4);
+    const double room = (is_gpu ? 0.9 : 0.6) * (double)ops->memory;
+    const int most = is_gpu ? batch : 4096 / T;
     int micro = batch < most ? batch : most > 1 ? most : 1;
     while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, mode).total > room) micro--;
     const int parts = (batch + micro - 1) / micro; // equal parts take as many passes and less memory
@@ -12164,7 +12180,8 @@ int slam_settings_keep(slam_settings *s, const slam_flags *flags, const char *wi
 /* A flag that was given on the command line beside the value that the run has, NULL: none. */
 static int setting_agrees(const slam_flag *flag, const char *given, const char *stored, const char *may_change,
                           const char *may_grow) {
-    if (!strcmp(given, "auto") || among(may_change, flag->name) || (stored && !strcmp(given, stored))) return 1;
+    if (!strcmp(given, "auto") || among(may_change, flag->name) || (stored && (!strcmp(given, stored) || !strcmp(stored, "auto"))))
+        return 1;
     if (!among(may_grow, flag->name))
         return fail("--%s %s: the run that is resumed has %s", flag->name, given, stored ? stored : "none");
     if (stored && strtod(stored, NULL) > strtod(given, NULL))
@@ -12190,7 +12207,7 @@ slam_ops *slam_run_device(const slam_settings *s, slam_flags *flags, const char 
     slam_ops *ops = slam_device(device, dtype, threads, note);
     if (!ops) return NULL;
     if (stored && strcmp(stored, device_kind(ops->name)))
-        snprintf(note, 256, "the run was on %.64s before: the last bits may differ", stored);
+        snprintf(note, 256, "the run was on %.64s before: its numbers will differ a little", stored);
     if (slam_flags_set(flags, "device", device_kind(ops->name)) &&
         slam_flags_set(flags, "dtype", ops->bytes_per_act == 4 ? "f32" : "bf16"))
         return ops;

@@ -65,7 +65,7 @@ static int flag_table(slam_flag *f, options *o) {
         {"batch", SLAM_INT, &o->batch, "N", "8 | 16", "rows of a step", 1, 1 << 20, 0, 0},
         {"micro-batch", SLAM_TEXT, &o->micro, "N|auto", "auto", "rows that the device holds at once", 0, 0, 0, 0},
         {"recompute", SLAM_SWITCH, &o->recompute, NULL, NULL,
-         "compute norms and SwiGLU again instead of keeping them: a third less for activations", 0, 0, 0, 0},
+         "compute norms and SwiGLU again instead of keeping them: up to a third less for activations", 0, 0, 0, 0},
         {"lr", SLAM_REAL, &o->lr, "X", "1e-3 | 5e-3", "peak learning rate", 0, 1e30, 0, 0},
         {"min-lr", SLAM_REAL, &o->min_lr, "X", NULL, "where cosine ends (lr / 20)", 0, 1e30, 0, 0},
         {"warmup", SLAM_TEXT, &o->warmup, "N|P%", "max(100, 1%) | 50", "steps until the peak, or their share of all", 0, 0, 0, 0},
@@ -328,7 +328,7 @@ static int fix_micro(job *j) {
     if (!read_micro(o->micro, &micro)) return 0;
     if (!micro) micro = slam_micro_batch(j->ops, &j->config, o->batch, o->context, planned(j));
     j->run.micro = micro < o->batch ? micro : o->batch;
-    snprintf(spelled, sizeof spelled, "%d", j->run.micro);
+    snprintf(spelled, sizeof spelled, "%d", micro); // as it was asked for, so that the same command goes on
     return slam_flags_set(&j->flags, "micro-batch", spelled);
 }
 

@@ -4,6 +4,13 @@
 #include "../slam.h"
 #include "check.h"
 
+/* The same bits for the same sums: libraries do not promise them. */
+#if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
+enum { promised = 0 };
+#else
+enum { promised = 1 };
+#endif
+
 static uint64_t seed = 1;
 static float *random_floats(size_t n, double size) {
     float *x = (float *)malloc((n + 1) * sizeof *x);
@@ -673,9 +680,9 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
             if (distance < least) least = distance, first = k;
             if (k == got[i]) ours = distance;
         }
-        CHECK(got[i] == first || fabs(ours - least) < 1e-5 * least, "frame %d: centroid %d, the nearest is %d", i, got[i], first);
+        CHECK(got[i] == first || fabs(ours - least) <= 1e-5 * least, "frame %d: centroid %d, the nearest is %d", i, got[i], first);
     }
-    CHECK(got[0] == 0, "of two centroids that tie, %d was taken", got[0]);
+    if (promised) CHECK(got[0] == 0, "of two centroids that tie, %d was taken", got[0]);
     free(x), free(centroids), free(squares), free(scores), free(got);
 }
 
@@ -753,11 +760,6 @@ int main(void) {
     }
     if (TEST("AdamW")) test_adamw(ops);
     test_speech_ops(ops);
-#if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
-    const int promised = 0; // not by libraries
-#else
-    const int promised = 1;
-#endif
     if (promised && TEST("one thread and two give the same bits")) test_threads();
     slam_ops_free(ops);
     return check_end();
