@@ -1,6 +1,9 @@
-/* Audio of any format: a file becomes units in parts of a second, each frame in one unit, whatever the file holds. libsndfile leaks
-   with damaged Ogg files: run it with -detect_leaks=0. */
+/* Audio of any format: a file becomes units in parts of a second, each frame in one unit, whatever the file holds. */
 #include "fuzz.h"
+
+/* libsndfile 1.2.0 leaks with damaged Ogg files; what this project allocates is still looked at. */
+const char *__lsan_default_suppressions(void);
+const char *__lsan_default_suppressions(void) { return "leak:libsndfile\nleak:libvorbis\nleak:libogg\n"; }
 
 enum { LARGEST = 1 << 18 }; // bytes; some formats make much audio out of few
 
