@@ -113,6 +113,8 @@ struct slam_ops {
     int bytes_per_act; /* 4: float, 2: bf16 */
     int threads;       /* CPU threads that the loops use */
     size_t memory;     /* bytes that the device has in all */
+    int asynchronous;  /* 1: it computes while the host does other things */
+    int same_rows;     /* 1: a row of a product has the same bits whatever rows, and how many, there are beside it */
 
     /* Memory of the device: zeroed, aligned to 256 bytes; NULL and slam_error() where there is no room. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -386,12 +388,14 @@ int slam_rows_seek(slam_rows *, uint64_t epoch, uint64_t row);
    10. SPEECH      audio -> features -> units
    ------------------------------------------------------------------------------------------ */
 /* What makes audio into units: km.json says it, beside the centroids in km.npy. */
-enum { SLAM_MFCC };
+enum { SLAM_MFCC, SLAM_HUBERT };
 typedef struct slam_speech_settings {
-    int features;  /* SLAM_MFCC: 13 cepstra with their first and second differences, 39 numbers a frame */
-    int rate;      /* frames a second: 25 (windows of 64 ms) or 50 (of 32 ms) */
-    int normalize; /* each file's waveform to zero mean and unit variance first */
-    int dedup;     /* neighbouring frames of the same unit become one unit with a duration */
+    int features;      /* SLAM_MFCC: 13 cepstra with their first and second differences, 39 numbers a frame; SLAM_HUBERT: below */
+    int rate;          /* frames a second; MFCC: 25 (windows of 64 ms) or 50 (of 32 ms); HuBERT: the model's, or 0 */
+    int normalize;     /* each file's waveform to zero mean and unit variance first */
+    int dedup;         /* neighbouring frames of the same unit become one unit with a duration */
+    int layer;         /* of HuBERT: hidden_states[layer] */
+    char hubert[1024]; /* its folder, in Hugging Face's format */
 } slam_speech_settings;
 void slam_speech_defaults(slam_speech_settings *); /* MFCC, 25, not normalised, deduplicated */
 
@@ -408,9 +412,10 @@ void slam_resample(const slam_resampler *, float *out, const float *in, size_t n
 /* 16 kHz samples in [-1,1] -> features (frames, width). Frame t is the window that begins at sample t 16000 / rate. The last one
    reaches past the end, where the signal counts as 0, so that every sample is in some frame: none for no samples, 1 for up to a
    window (1024 samples at 25 frames a second, 512 at 50), else 1 + ceil((n - window) / step).
-   The numbers are those of the Python package python_speech_features (mfcc, then delta with N = 2, twice). */
+   The numbers are those of the Python package python_speech_features (mfcc, then delta with N = 2, twice).
+   HuBERT's frames are those of slam_hubert_frames; it needs the ops, which MFCC does not (NULL). */
 typedef struct slam_speech slam_speech;
-slam_speech *slam_speech_new(const slam_speech_settings *);
+slam_speech *slam_speech_new(const slam_speech_settings *, slam_ops *);
 void slam_speech_free(slam_speech *);
 int slam_speech_width(const slam_speech *);
 size_t slam_speech_frames(const slam_speech *, size_t n);
@@ -424,10 +429,16 @@ typedef struct slam_hubert slam_hubert;
 slam_hubert *slam_hubert_load(slam_ops *, const char *folder, int layer);
 void slam_hubert_free(slam_hubert *);
 int slam_hubert_width(const slam_hubert *);
+int slam_hubert_step(const slam_hubert *); /* samples from one frame to the next */
+/* A hash of the configuration and of the weights, as far as they are used: tells one encoder and layer from another. */
+uint64_t slam_hubert_hash(const slam_hubert *);
 /* Frames of so many samples, with 40 zeros on each side, as the encoder gets them; 0 where they are too few for one. */
 long slam_hubert_frames(const slam_hubert *, long samples);
 /* n utterances at once: features[i] = (frames_i, width) on the host. An utterance's features are the same in any batch. */
 int slam_hubert_features(slam_hubert *, int n, const float *const *samples, const long *lengths, float *const *features);
+
+/* 1: the folder's preprocessor_config.json asks for waveforms of zero mean and unit variance (do_normalize). */
+int slam_hubert_asks_normalize(const char *folder);
 
 /* How far a long job is, told from time to time; a watch that returns 0 stops it in good order. Where `failed` is set that file is
    left out, and `because` is the sentence. */
@@ -462,9 +473,12 @@ void slam_units_free(slam_units *);
 
 /* Features and centroids: what turns audio into units 0..K-1. */
 typedef struct slam_quantiser slam_quantiser;
-slam_quantiser *slam_quantiser_new(const slam_speech_settings *, const float *centroids, int K);
-/* KM.npy (K, D) with the settings of KM.json; `otherwise` where there is no such file. */
-slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise);
+slam_quantiser *slam_quantiser_new(const slam_speech_settings *, slam_ops *, const float *centroids, int K);
+/* The settings become those of KM.json beside KM.npy; where there is none, they stay. The folder of HuBERT stays where there is one:
+   models move. Says which device, if any, slam_quantiser_open will need. */
+int slam_quantiser_settings_read(const char *path, slam_speech_settings *);
+/* KM.npy (K, D) with the settings of KM.json; `otherwise` where there is no such file. ops: for HuBERT, which must outlive it. */
+slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise, slam_ops *);
 /* Writes KM.npy and KM.json; the report may be NULL. */
 int slam_quantiser_save(const slam_quantiser *, const char *path, const slam_kmeans_report *);
 void slam_quantiser_free(slam_quantiser *);
@@ -518,8 +532,8 @@ double slam_auto_bleu(const char *text, int order);
 
 /* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x
    frames. */
-slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, const slam_sources *, int K, size_t frames, uint64_t seed,
-                                   slam_speech_watch *, void *context, slam_kmeans_report *);
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, slam_ops *, const slam_sources *, int K, size_t frames,
+                                   uint64_t seed, slam_speech_watch *, void *context, slam_kmeans_report *);
 /* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there
    already, made by the same call. 0 and the sentence: one of them is there and is another's, or they cannot be written. */
 int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const slam_sources *, int K, size_t frames,
@@ -540,6 +554,9 @@ int slam_tokenize(const slam_quantiser *, const slam_sources *, const char *out,
                   slam_speech_watch *, void *context, slam_tokenize_report *);
 /* 0 and the sentence where slam_tokenize would refuse OUT, whatever goes into it. */
 int slam_tokenize_may(const char *out);
+/* The same in memory, of audio files: units (count), to be freed each. One that fails has no unit and no sample, and the watch is
+   told. */
+int slam_quantiser_sources(const slam_quantiser *, const slam_sources *, slam_units *units, slam_speech_watch *, void *context);
 
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity and n-grams
@@ -653,6 +670,15 @@ void slam_progress_clear(slam_progress *); /* before other output, and in the en
 
 /* A program's own sentence for slam_error(); returns 0. */
 int slam_refuse(const char *format, ...);
+
+/* The flags that say how units are made, as far as a program has them (NULL and 0: it has not). */
+typedef struct slam_unit_flags {
+    char *kmeans, *features, *rate, *hubert;
+    int layer, normalize, no_dedup;
+} slam_unit_flags;
+/* What they say; where --kmeans is there already (fit 0) KM.json beside it decides, and a flag that contradicts it is an error. With
+   SLAM_HUBERT in it slam_quantiser_open needs a device. */
+int slam_unit_settings(const slam_flags *, const slam_unit_flags *, int fit, slam_speech_settings *);
 
 /* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one ends the program at once. */
 void slam_signals_catch(void);
@@ -993,9 +1019,10 @@ static double rng_normal(uint64_t *state) {
 
 /* FNV-1a, 64 bits (Fowler, Noll and Vo): continue with the last result, begin with HASH_START. */
 #define HASH_START 0xcbf29ce484222325u
+#define HASH_PRIME 0x100000001b3u
 static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
     const unsigned char *p = (const unsigned char *)data;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ p[i]) * 0x100000001b3u;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ p[i]) * HASH_PRIME;
     return hash;
 }
 
@@ -3936,6 +3963,9 @@ slam_ops *slam_cpu(int threads) {
     ops->name = cpu->name;
     ops->bytes_per_act = sizeof(float);
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+#if !defined SLAM_OPENBLAS && !defined SLAM_ACCELERATE
+    ops->same_rows = 1;
+#endif
     ops->alloc = cpu_alloc;
     ops->release = cpu_release;
     ops->upload = cpu_copy;
@@ -6672,6 +6702,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
     cuda->processors = p.multiProcessorCount;
     ops->name = cuda->name;
     ops->bytes_per_act = bytes_per_act;
+    ops->asynchronous = 1;
     ops->threads = threads_set(0); // reading and packing data is the host's
     ops->memory = p.totalGlobalMem;
     ops->alloc = cuda_alloc;
@@ -8696,36 +8727,45 @@ typedef struct decoder {
 struct slam_speech {
     slam_speech_settings settings;
     mfcc tables;
+    slam_hubert *hubert; // NULL: MFCC
 };
 
 void slam_speech_defaults(slam_speech_settings *s) {
+    memset(s, 0, sizeof *s);
     s->features = SLAM_MFCC;
     s->rate = 25;
-    s->normalize = 0;
     s->dedup = 1;
+    s->layer = 11;
 }
 
-slam_speech *slam_speech_new(const slam_speech_settings *settings) {
-    if (settings->features != SLAM_MFCC || (settings->rate != 25 && settings->rate != 50)) {
-        if (settings->features != SLAM_MFCC) fail("features of kind %d: expected MFCC (%d)", settings->features, SLAM_MFCC);
-        else fail("%d frames of features a second: expected 25 or 50", settings->rate);
-        return NULL;
-    }
+slam_speech *slam_speech_new(const slam_speech_settings *settings, slam_ops *ops) {
     slam_speech *s = (slam_speech *)mem_new(1, sizeof *s);
-    if (!s) return NULL;
-    s->settings = *settings;
-    mfcc_init(&s->tables, settings->rate);
-    return s;
+    int ok = s != NULL;
+    if (s) s->settings = *settings;
+    if (ok && settings->features == SLAM_HUBERT) {
+        if (!ops) ok = fail("%s: HuBERT needs a device to run on", settings->hubert);
+        ok = ok && (s->hubert = slam_hubert_load(ops, settings->hubert, settings->layer)) != NULL;
+        if (ok) s->settings.rate = SPEECH_RATE / slam_hubert_step(s->hubert);
+        if (ok && settings->rate && settings->rate != s->settings.rate)
+            ok = fail("%s: has %d frames a second, not %d", settings->hubert, s->settings.rate, settings->rate);
+    } else if (ok && settings->rate != 25 && settings->rate != 50)
+        ok = fail("%d frames of features a second: expected 25 or 50", settings->rate);
+    else if (ok) mfcc_init(&s->tables, settings->rate);
+    if (ok) return s;
+    slam_speech_free(s);
+    return NULL;
 }
 
-void slam_speech_free(slam_speech *s) { free(s); }
-
-int slam_speech_width(const slam_speech *s) {
-    (void)s;
-    return MFCC_WIDTH;
+void slam_speech_free(slam_speech *s) {
+    if (!s) return;
+    slam_hubert_free(s->hubert);
+    free(s);
 }
+
+int slam_speech_width(const slam_speech *s) { return s->hubert ? slam_hubert_width(s->hubert) : MFCC_WIDTH; }
 
 size_t slam_speech_frames(const slam_speech *s, size_t n) {
+    if (s->hubert) return (size_t)slam_hubert_frames(s->hubert, (long)n);
     const size_t window = (size_t)s->tables.window, step = (size_t)s->tables.step;
     return n == 0 ? 0 : n <= window ? 1 : 1 + (n - window + step - 1) / step;
 }
@@ -8740,9 +8780,16 @@ SPEECH_EXACT static void normalize_waveform(float *out, const float *x, size_t n
     for (size_t i = 0; i < n; i++) out[i] = (float)((x[i] - mean) * scale);
 }
 
+static int speech_mfcc(const mfcc *m, float *out, const float *sample, size_t n, size_t frames) {
+    SLAM_PARALLEL_FOR
+    for (int64_t t = 0; t < (int64_t)frames; t++) mfcc_frame(m, out + t * MFCC_WIDTH, sample, n, (size_t)t * (size_t)m->step);
+    mfcc_differences(out, frames, 0, MFCC_CEPSTRA);
+    mfcc_differences(out, frames, MFCC_CEPSTRA, 2 * MFCC_CEPSTRA);
+    return 1;
+}
+
 int slam_speech_features(const slam_speech *s, float *out, const float *sample, size_t n) {
-    const int64_t frames = (int64_t)slam_speech_frames(s, n);
-    const mfcc *m = &s->tables;
+    const long samples = (long)n;
     float *normal = NULL;
     if (s->settings.normalize && n) {
         normal = (float *)mem_new(n, sizeof *normal);
@@ -8750,12 +8797,10 @@ int slam_speech_features(const slam_speech *s, float *out, const float *sample, 
         normalize_waveform(normal, sample, n);
         sample = normal;
     }
-    SLAM_PARALLEL_FOR
-    for (int64_t t = 0; t < frames; t++) mfcc_frame(m, out + t * MFCC_WIDTH, sample, n, (size_t)t * (size_t)m->step);
-    mfcc_differences(out, (size_t)frames, 0, MFCC_CEPSTRA);
-    mfcc_differences(out, (size_t)frames, MFCC_CEPSTRA, 2 * MFCC_CEPSTRA);
+    const int ok = s->hubert ? slam_hubert_features(s->hubert, 1, &sample, &samples, &out)
+                             : speech_mfcc(&s->tables, out, sample, n, slam_speech_frames(s, n));
     free(normal);
-    return 1;
+    return ok;
 }
 
 static void decoder_close(decoder *d) {
@@ -8853,15 +8898,6 @@ static int parts_next(audio_parts *p) {
     p->start = (double)p->first / rate;
     p->end = (double)(p->first + p->used) / rate;
     return parts_resample(p) ? 1 : -1;
-}
-
-/* Features of 16 kHz samples, in memory of the caller's. */
-static float *features_of(const slam_speech *s, const float *sample, size_t n, size_t *frames) {
-    *frames = slam_speech_frames(s, n);
-    float *out = (float *)mem_new(*frames, (size_t)slam_speech_width(s) * sizeof *out);
-    if (out && slam_speech_features(s, out, sample, n)) return out;
-    free(out);
-    return NULL;
 }
 
 /* ---- HuBERT: configuration ----
@@ -8965,6 +9001,16 @@ static int hubert_config_read(hubert_config *k, const char *path) {
     return ok;
 }
 
+int slam_hubert_asks_normalize(const char *folder) {
+    char *path = path_join(folder, "preprocessor_config.json");
+    json *c = path && path_is_file(path) ? json_read(path) : NULL;
+    int asks = 0;
+    if (c) json_flag(c, "do_normalize", path, &asks);
+    json_free(c);
+    free(path);
+    return asks;
+}
+
 /* ---- HuBERT: weights ----
    One array. A convolution's (OC,C,K) is stored as (OC,K,C), as conv1d reads it; q, k and v are one matrix. */
 
@@ -8997,6 +9043,7 @@ struct slam_hubert {
     hubert_config config;
     hubert_places at;
     int layer;
+    uint64_t hash;
     slam_act *weights;
     char *arena;
     size_t arena_bytes;
@@ -9154,11 +9201,17 @@ static slam_act *hubert_weight(const slam_hubert *h, size_t at) {
     return (slam_act *)((char *)h->weights + at * h->ops->bytes_per_act);
 }
 
-/* n numbers to the device, rounded to its type */
+/* n numbers to the device, rounded to its type; the hash takes them as they were, four bytes at a time for its speed */
 static int hubert_upload(slam_hubert *h, size_t at, const float *host, size_t n) {
     slam_ops *ops = h->ops;
     float *wide = (float *)ops->alloc(ops, n * sizeof *wide);
     if (!wide) return 0;
+    h->hash ^= at;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &host[i], sizeof bits);
+        h->hash = (h->hash ^ bits) * HASH_PRIME;
+    }
     ops->upload(ops, wide, host, n * sizeof *wide);
     ops->to_act(ops, hubert_weight(h, at), wide, n);
     ops->release(ops, wide);
@@ -9262,7 +9315,11 @@ slam_hubert *slam_hubert_load(slam_ops *ops, const char *folder, int layer) {
     if (ok && (layer < 0 || layer > h->config.L))
         ok = fail("%s: layer %d was asked for, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
     tensors *file = ok ? tensors_open(folder) : NULL;
-    if (h) h->ops = ops, h->layer = layer;
+    if (h) {
+        h->ops = ops;
+        h->layer = layer;
+        h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    }
     ok = file && hubert_load(h, file, folder);
     tensors_close(file);
     free(path);
@@ -9272,6 +9329,13 @@ slam_hubert *slam_hubert_load(slam_ops *ops, const char *folder, int layer) {
 }
 
 int slam_hubert_width(const slam_hubert *h) { return h->config.C; }
+uint64_t slam_hubert_hash(const slam_hubert *h) { return h->hash; }
+
+int slam_hubert_step(const slam_hubert *h) {
+    int step = 1;
+    for (int i = 0; i < h->config.convs; i++) step *= h->config.stride[i];
+    return step;
+}
 
 /* ---- HuBERT: from samples to features ----
    Utterances lie in rows of equal length, a multiple of what a frame of features covers, so that after each convolution a row has
@@ -9291,12 +9355,15 @@ long slam_hubert_frames(const slam_hubert *h, long samples) { return hubert_fram
 /* A batch as it goes through: places in the arena, in bytes. First what stays, then either the convolutions' or the
    transformer's. */
 typedef struct hubert_batch {
-    int B, T, slice; // utterances, frames of a row, rows convolved at once
-    size_t S;        // samples of a row
+    int B, n, T, slice; // rows, of which the first n have an utterance; frames of a row, rows convolved at once
+    size_t S;           // samples of a row
+    int K;              // centroids that the nearest is found of; 0: none are
     size_t x, doc_start, doc_end, frames,
         first_frames;                // (B,T,C) (B,T) (B,T) (B) (B): frames in the end, after the first convolution
     size_t wide, samples, even, odd; // (slice,S) float, (slice,S), outputs of the convolutions in turn
-    size_t grouped, delta, normed, qkv, attention, lse, mlp; // (B,G,T+K-1,C/G) (B,T,C) (B,T,C) (B,T,3C) (B,T,C) (B,NH,T) (B,T,F)
+    size_t grouped, delta, normed, qkv, attention, lse; // (B,G,T+K-1,C/G) (B,T,C) (B,T,C) (B,T,3C) (B,T,C) (B,NH,T)
+    size_t mlp;                                         // (B,T,F); in the end (B,T,C) or (B,T,K) float
+    size_t nearest;                                     // (B,T)
     size_t total;
 } hubert_batch;
 
@@ -9334,21 +9401,26 @@ static void hubert_plan(const slam_hubert *h, hubert_batch *b) {
     b->qkv = hubert_bytes(&other, 3 * N * C * act);
     b->attention = hubert_bytes(&other, N * C * act);
     b->lse = hubert_bytes(&other, N * k->NH * sizeof(float));
-    b->mlp = hubert_bytes(&other, N * ((size_t)k->F > C ? (size_t)k->F : C) * sizeof(float));
+    b->mlp = hubert_bytes(&other, N *
+                                      (size_t)(k->F > k->C   ? k->F > b->K ? k->F : b->K
+                                               : k->C > b->K ? k->C
+                                                             : b->K) *
+                                      sizeof(float));
+    b->nearest = hubert_bytes(&other, N * sizeof(int));
     b->total = other > end ? other : end;
 }
 
 static slam_act *hubert_act(const slam_hubert *h, size_t at) { return (slam_act *)(h->arena + at); }
 
-/* Samples of `rows` utterances from the first on, with zeros around them */
-static int hubert_samples(slam_hubert *h, const hubert_batch *b, const int *which, int rows, const float *const *samples,
+/* Samples of rows first .. first + rows - 1, with zeros around them */
+static int hubert_samples(slam_hubert *h, const hubert_batch *b, int first, int rows, const float *const *samples,
                           const long *lengths) {
     slam_ops *ops = h->ops;
     const size_t n = (size_t)rows * b->S;
     float *host = (float *)mem_new(n, sizeof *host);
     if (!host) return 0;
-    for (int r = 0; r < rows; r++)
-        memcpy(host + r * b->S + HUBERT_PADDING, samples[which[r]], (size_t)lengths[which[r]] * sizeof *host);
+    for (int r = 0; r < rows && first + r < b->n; r++)
+        memcpy(host + r * b->S + HUBERT_PADDING, samples[first + r], (size_t)lengths[first + r] * sizeof *host);
     void *to = h->arena + (ops->bytes_per_act == sizeof(float) ? b->samples : b->wide);
     ops->upload(ops, to, host, n * sizeof *host);
     if (ops->bytes_per_act != sizeof(float)) ops->to_act(ops, hubert_act(h, b->samples), (const float *)to, n);
@@ -9430,14 +9502,14 @@ static void hubert_layer(slam_hubert *h, const hubert_batch *b, const slam_windo
 }
 
 /* Frames of the utterances, and the windows of attention. Frames behind an utterance see its first one, so that no tile of
-   attention is wider than the utterance. */
-static int hubert_lengths(slam_hubert *h, const hubert_batch *b, const int *which, const long *lengths) {
+   attention is wider than the utterance. A row without an utterance has a frame of silence. */
+static int hubert_lengths(slam_hubert *h, const hubert_batch *b, const long *lengths) {
     const size_t N = (size_t)b->B * b->T;
     int *ints = (int *)mem_new(N + 2 * (size_t)b->B, sizeof *ints), *frames = ints + N, *first = frames + b->B;
     if (!ints) return 0;
     for (int i = 0; i < b->B; i++) {
-        frames[i] = (int)slam_hubert_frames(h, lengths[which[i]]);
-        first[i] = (int)hubert_frames(&h->config, lengths[which[i]], 1);
+        frames[i] = i < b->n ? (int)slam_hubert_frames(h, lengths[i]) : 1;
+        first[i] = i < b->n ? (int)hubert_frames(&h->config, lengths[i], 1) : 1;
         for (int t = 0; t < b->T; t++) ints[(size_t)i * b->T + t] = t < frames[i] ? frames[i] : 1;
     }
     h->ops->upload(h->ops, h->arena + b->doc_end, ints, N * sizeof *ints);
@@ -9448,22 +9520,31 @@ static int hubert_lengths(slam_hubert *h, const hubert_batch *b, const int *whic
     return 1;
 }
 
-/* The batch of those utterances that have a frame; `which` are their numbers. */
-static int hubert_run(slam_hubert *h, hubert_batch *b, const int *which, const float *const *samples, const long *lengths,
-                      float *const *features) {
+/* Room for B rows of S samples, a multiple of slam_hubert_step. */
+static int hubert_room(slam_hubert *h, hubert_batch *b) {
+    const hubert_config *k = &h->config;
     slam_ops *ops = h->ops;
-    const size_t C = h->config.C;
+    b->T = (int)(b->S / (size_t)slam_hubert_step(h));
+    b->slice = (long)HUBERT_SLICE / (long)b->S < 1 ? 1 : (int)(HUBERT_SLICE / b->S);
+    if (b->slice > b->B) b->slice = b->B;
+    if ((double)b->B * b->T * (k->F > 3 * k->C ? k->F : 3 * k->C) > 1e15)
+        return fail("a batch of %d utterances is too large", b->B);
+    if ((double)b->B * (b->T + k->taps) * k->groups > INT_MAX)
+        return fail("a batch of %d rows of %d frames: expected fewer", b->B, b->T);
     hubert_plan(h, b);
-    if (b->total > h->arena_bytes) {
-        ops->release(ops, h->arena);
-        h->arena = (char *)ops->alloc(ops, b->total);
-        h->arena_bytes = h->arena ? b->total : 0;
-        if (!h->arena) return 0;
-    }
-    if (!hubert_lengths(h, b, which, lengths)) return 0;
+    if (b->total <= h->arena_bytes) return 1;
+    ops->release(ops, h->arena);
+    h->arena = (char *)ops->alloc(ops, b->total);
+    h->arena_bytes = h->arena ? b->total : 0;
+    return h->arena != NULL;
+}
+
+/* The batch of n utterances, each of one frame at least, as far as the layer: x in the arena. */
+static int hubert_run(slam_hubert *h, const hubert_batch *b, const float *const *samples, const long *lengths) {
+    if (!hubert_lengths(h, b, lengths)) return 0;
     for (int first = 0; first < b->B; first += b->slice) {
         const int rows = b->B - first < b->slice ? b->B - first : b->slice;
-        if (!hubert_samples(h, b, which + first, rows, samples, lengths)) return 0;
+        if (!hubert_samples(h, b, first, rows, samples, lengths)) return 0;
         hubert_convolve(h, b, first, rows);
     }
     const slam_window win = {b->B,
@@ -9477,39 +9558,46 @@ static int hubert_run(slam_hubert *h, hubert_batch *b, const int *which, const f
                              NULL};
     hubert_positions(h, b);
     for (int l = 0; l < h->layer; l++) hubert_layer(h, b, &win, l);
+    return 1;
+}
+
+/* features[i] (frames_i, C) */
+static int hubert_features(slam_hubert *h, const hubert_batch *b, const long *lengths, float *const *features) {
+    slam_ops *ops = h->ops;
+    const size_t row = (size_t)b->T * h->config.C;
     float *out = (float *)(h->arena + b->x);
     if (ops->bytes_per_act != sizeof(float)) {
         out = (float *)(h->arena + b->mlp);
-        ops->to_float(ops, out, hubert_act(h, b->x), (size_t)b->B * b->T * C);
+        ops->to_float(ops, out, hubert_act(h, b->x), b->B * row);
     }
-    for (int i = 0; i < b->B; i++)
-        ops->download(ops, features[which[i]], out + (size_t)i * b->T * C,
-                      (size_t)slam_hubert_frames(h, lengths[which[i]]) * C * sizeof(float));
+    for (int i = 0; i < b->n; i++)
+        ops->download(ops, features[i], out + i * row, (size_t)slam_hubert_frames(h, lengths[i]) * h->config.C * sizeof(float));
     return ops->finish(ops);
 }
 
+/* The utterances that have a frame, in a batch whose rows are as long as the longest. */
 int slam_hubert_features(slam_hubert *h, int n, const float *const *samples, const long *lengths, float *const *features) {
-    const hubert_config *k = &h->config;
+    const size_t room = (size_t)(n > 0 ? n : 0), step = (size_t)slam_hubert_step(h);
     hubert_batch b = SLAM_ZERO;
-    long most = 0, step = 1;
-    int *which = (int *)mem_new((size_t)(n > 0 ? n : 0), sizeof *which), ok = which != NULL;
-    for (int i = 0; i < k->convs; i++) step *= k->stride[i];
+    long most = 0, *long_enough = (long *)mem_new(room, sizeof *long_enough);
+    const float **from = (const float **)mem_new(room, sizeof *from);
+    float **to = (float **)mem_new(room, sizeof *to);
+    int ok = long_enough && from && to;
     for (int i = 0; ok && i < n; i++) {
         if (lengths[i] > INT_MAX / 4) ok = fail("an utterance of %ld samples: expected at most %d", lengths[i], INT_MAX / 4);
         if (!ok || slam_hubert_frames(h, lengths[i]) == 0) continue;
-        which[b.B++] = i;
         if (lengths[i] > most) most = lengths[i];
+        from[b.n] = samples[i];
+        to[b.n] = features[i];
+        long_enough[b.n++] = lengths[i];
     }
-    b.S = (size_t)((most + 2 * HUBERT_PADDING + step - 1) / step * step);
-    b.T = (int)(b.S / (size_t)step);
-    b.slice = (long)HUBERT_SLICE / (long)b.S < 1 ? 1 : (int)(HUBERT_SLICE / b.S);
-    if (b.slice > b.B) b.slice = b.B;
-    if (ok && (double)b.B * b.T * (k->F > 3 * k->C ? k->F : 3 * k->C) > 1e15)
-        ok = fail("a batch of %d utterances is too large", b.B);
-    if (ok && (double)b.B * (b.T + k->taps) * k->groups > INT_MAX)
-        ok = fail("a batch of %d rows of %d frames: expected fewer", b.B, b.T);
-    ok = ok && (b.B == 0 || hubert_run(h, &b, which, samples, lengths, features));
-    free(which);
+    b.B = b.n;
+    b.S = ((size_t)most + 2 * HUBERT_PADDING + step - 1) / step * step;
+    ok =
+        ok && (b.n == 0 || (hubert_room(h, &b) && hubert_run(h, &b, from, long_enough) && hubert_features(h, &b, long_enough, to)));
+    free(long_enough);
+    free(from);
+    free(to);
     return ok;
 }
 
@@ -9769,48 +9857,90 @@ struct slam_quantiser {
     slam_speech *speech;
     int K, D;
     float *centroid, *lanes;
+    slam_ops *ops; // of HuBERT, with the centroids and their squares
+    slam_act *on_device;
+    float *squares;
     uint32_t fingerprint;
 };
 
-static const char *const feature_names[] = {"mfcc"};
+static const char *const feature_names[] = {"mfcc", "hubert"};
 
 /* Whatever changes a unit, or what stands in a document, changes it. */
 static uint32_t quantiser_hash(const slam_quantiser *q) {
     const slam_speech_settings *s = &q->speech->settings;
-    char spelled[128];
-    const int n = snprintf(spelled, sizeof spelled, "%s rate %d normalize %d dedup %d units %d width %d",
-                           feature_names[s->features], s->rate, s->normalize != 0, s->dedup != 0, q->K, q->D);
+    char spelled[192];
+    int n = snprintf(spelled, sizeof spelled, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[s->features],
+                     s->rate, s->normalize != 0, s->dedup != 0, q->K, q->D);
+    if (q->speech->hubert)
+        n += snprintf(spelled + n, sizeof spelled - (size_t)n, " layer %d model %016llx", s->layer,
+                      (unsigned long long)slam_hubert_hash(q->speech->hubert));
     uint64_t hash = hash_bytes(HASH_START, spelled, (size_t)n);
     hash = hash_bytes(hash, q->centroid, (size_t)q->K * (size_t)q->D * sizeof *q->centroid);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     return folded ? folded : 1;
 }
 
-slam_quantiser *slam_quantiser_new(const slam_speech_settings *settings, const float *centroids, int K) {
-    if (K < 1 || K > 65534) {
-        fail("%d centroids: expected 1 to 65534, so that a token fits 16 bits", K);
+/* The squares are of the centroids as the device rounds them. */
+static int quantiser_upload(slam_quantiser *q, slam_ops *ops) {
+    const size_t n = (size_t)q->K * (size_t)q->D;
+    float *host = (float *)mem_new(n, sizeof *host), *wide = (float *)ops->alloc(ops, n * sizeof *wide);
+    q->ops = ops;
+    q->on_device = (slam_act *)ops->alloc(ops, n * ops->bytes_per_act);
+    q->squares = (float *)ops->alloc(ops, (size_t)q->K * sizeof *q->squares);
+    int ok = host && wide && q->on_device && q->squares;
+    if (ok) {
+        ops->upload(ops, wide, q->centroid, n * sizeof *wide);
+        ops->to_act(ops, q->on_device, wide, n);
+        ops->to_float(ops, wide, q->on_device, n);
+        ops->download(ops, host, wide, n * sizeof *wide);
+        for (int k = 0; k < q->K; k++) {
+            double sum = 0;
+            for (int d = 0; d < q->D; d++) sum += (double)host[(size_t)k * q->D + d] * host[(size_t)k * q->D + d];
+            host[k] = (float)sum; // which stands in a row that was read
+        }
+        ops->upload(ops, q->squares, host, (size_t)q->K * sizeof *host);
+        ok = ops->finish(ops);
+    }
+    if (wide) ops->release(ops, wide);
+    free(host);
+    return ok;
+}
+
+/* Takes the speech, which may be NULL: an error is there already. */
+static slam_quantiser *quantiser_of(slam_speech *speech, slam_ops *ops, const float *centroids, int K) {
+    slam_quantiser *q = speech ? (slam_quantiser *)mem_new(1, sizeof *q) : NULL;
+    if (!q) {
+        slam_speech_free(speech);
         return NULL;
     }
-    slam_quantiser *q = (slam_quantiser *)mem_new(1, sizeof *q);
-    if (!q) return NULL;
-    q->speech = slam_speech_new(settings);
+    q->speech = speech;
     q->K = K;
-    q->D = q->speech ? slam_speech_width(q->speech) : 1;
+    q->D = slam_speech_width(speech);
     q->centroid = (float *)mem_new((size_t)K * (size_t)q->D, sizeof *q->centroid);
     q->lanes = (float *)mem_new(centroid_blocks(K) * CENTROID_LANES * (size_t)q->D, sizeof *q->lanes);
-    if (!q->speech || !q->centroid || !q->lanes) {
-        slam_quantiser_free(q);
-        return NULL;
+    int ok = q->centroid && q->lanes;
+    if (ok) {
+        memcpy(q->centroid, centroids, (size_t)K * (size_t)q->D * sizeof *centroids);
+        centroid_lanes(q->lanes, centroids, K, q->D);
+        q->fingerprint = quantiser_hash(q);
+        ok = !speech->hubert || quantiser_upload(q, ops);
     }
-    memcpy(q->centroid, centroids, (size_t)K * (size_t)q->D * sizeof *centroids);
-    centroid_lanes(q->lanes, centroids, K, q->D);
-    q->fingerprint = quantiser_hash(q);
-    return q;
+    if (ok) return q;
+    slam_quantiser_free(q);
+    return NULL;
+}
+
+slam_quantiser *slam_quantiser_new(const slam_speech_settings *settings, slam_ops *ops, const float *centroids, int K) {
+    if (K >= 1 && K <= 65534) return quantiser_of(slam_speech_new(settings, ops), ops, centroids, K);
+    fail("%d centroids: expected 1 to 65534, so that a token fits 16 bits", K);
+    return NULL;
 }
 
 void slam_quantiser_free(slam_quantiser *q) {
     if (!q) return;
     slam_speech_free(q->speech);
+    if (q->ops) q->ops->release(q->ops, q->on_device);
+    if (q->ops) q->ops->release(q->ops, q->squares);
     free(q->centroid);
     free(q->lanes);
     free(q);
@@ -9837,6 +9967,10 @@ int slam_quantiser_save(const slam_quantiser *q, const char *path, const slam_km
         "{\"features\": \"%s\", \"rate\": %d, \"normalize\": %s, \"dedup\": %s, \"units\": %d, \"width\": %d, \"fingerprint\": %u",
         feature_names[s->features], s->rate, s->normalize ? "true" : "false", s->dedup ? "true" : "false", q->K, q->D,
         (unsigned)q->fingerprint);
+    if (q->speech->hubert) {
+        text_add(&t, ", \"layer\": %d, \"hubert\": ", s->layer);
+        text_add_json(&t, s->hubert);
+    }
     if (report) {
         text_add(&t, ", \"frames\": %zu, \"inertia\": ", report->frames);
         text_add_number(&t, report->inertia);
@@ -9852,44 +9986,63 @@ int slam_quantiser_save(const slam_quantiser *q, const char *path, const slam_km
 }
 
 static int settings_parse(const json *root, const char *path, slam_speech_settings *s, long *fingerprint) {
-    const char *features = json_text(root, "features", "");
-    long rate = s->rate;
-    s->features = -1;
-    for (int i = 0; i < (int)(sizeof feature_names / sizeof *feature_names); i++)
-        if (!strcmp(features, feature_names[i])) s->features = i;
-    if (s->features < 0) return fail("%s: 'features' is \"%s\", expected \"mfcc\"", path, features);
-    if (!json_int(root, "rate", path, 25, 50, &rate) || !json_flag(root, "normalize", path, &s->normalize) ||
-        !json_flag(root, "dedup", path, &s->dedup) || !json_int(root, "fingerprint", path, 1, UINT32_MAX, fingerprint))
+    const char *features = json_text(root, "features", ""), *hubert = json_text(root, "hubert", "");
+    long rate = s->rate, layer = s->layer;
+    if (strcmp(features, "mfcc") && strcmp(features, "hubert"))
+        return fail("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
+    s->features = features[0] == 'm' ? SLAM_MFCC : SLAM_HUBERT;
+    if (!json_int(root, "rate", path, 1, SPEECH_RATE, &rate) || !json_flag(root, "normalize", path, &s->normalize) ||
+        !json_flag(root, "dedup", path, &s->dedup) || !json_int(root, "fingerprint", path, 1, UINT32_MAX, fingerprint) ||
+        !json_int(root, "layer", path, 0, 1 << 10, &layer))
         return 0;
-    if (rate != 25 && rate != 50) return fail("%s: 'rate' is %ld, expected 25 or 50", path, rate);
+    if (s->features == SLAM_MFCC && rate != 25 && rate != 50) return fail("%s: 'rate' is %ld, expected 25 or 50", path, rate);
+    if (strlen(hubert) >= sizeof s->hubert) return fail("%s: 'hubert' has %zu bytes, expected a path", path, strlen(hubert));
+    if (!*s->hubert) snprintf(s->hubert, sizeof s->hubert, "%s", hubert);
     s->rate = (int)rate;
+    s->layer = (int)layer;
     return 1;
 }
 
-slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise) {
+/* fingerprint: 0 where KM.json does not say */
+static int settings_read(const char *path, slam_speech_settings *s, long *fingerprint) {
+    char *json_path = settings_path(path);
+    int ok = json_path != NULL;
+    *fingerprint = 0;
+    if (ok && path_is_file(json_path)) {
+        json *root = json_read(json_path);
+        ok = root && settings_parse(root, json_path, s, fingerprint);
+        json_free(root);
+    }
+    free(json_path);
+    return ok;
+}
+
+int slam_quantiser_settings_read(const char *path, slam_speech_settings *s) {
+    long fingerprint;
+    return settings_read(path, s, &fingerprint);
+}
+
+slam_quantiser *slam_quantiser_open(const char *path, const slam_speech_settings *otherwise, slam_ops *ops) {
     slam_speech_settings settings = *otherwise;
     slam_quantiser *q = NULL;
     float *centroids = NULL;
     size_t K = 0, D = 0;
     long fingerprint = 0;
-    if (!npy_read(path, &centroids, &K, &D)) return NULL;
-    char *json_path = settings_path(path);
-    int ok = json_path != NULL;
-    if (ok && path_is_file(json_path)) {
-        json *root = json_read(json_path);
-        ok = root && settings_parse(root, json_path, &settings, &fingerprint);
-        json_free(root);
-    }
-    if (ok && (D != MFCC_WIDTH || K < 1 || K > 65534))
-        ok = fail("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (MFCC)", path, K, D, MFCC_WIDTH);
-    if (ok) q = slam_quantiser_new(&settings, centroids, (int)K);
+    if (!settings_read(path, &settings, &fingerprint) || !npy_read(path, &centroids, &K, &D)) return NULL;
+    slam_speech *speech = slam_speech_new(&settings, ops);
+    const size_t width = speech ? (size_t)slam_speech_width(speech) : D;
+    if (D != width || K < 1 || K > 65534) {
+        fail("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %zu numbers (%s)", path, K, D, width,
+             feature_names[settings.features]);
+        slam_speech_free(speech);
+    } else q = quantiser_of(speech, ops, centroids, (int)K);
     if (q && fingerprint && (uint32_t)fingerprint != q->fingerprint) {
-        fail("%s: its 'fingerprint' is %ld, but that of its settings with the centroids of %s is %u: they do not belong together",
-             json_path, fingerprint, path_name(path), (unsigned)q->fingerprint);
+        fail(
+            "%s: the 'fingerprint' beside it is %ld, but that of its centroids with its settings%s is %u: they do not belong together",
+            path, fingerprint, q->speech->hubert ? " and the model" : "", (unsigned)q->fingerprint);
         slam_quantiser_free(q);
         q = NULL;
     }
-    free(json_path);
     free(centroids);
     return q;
 }
@@ -9916,32 +10069,178 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
     return to;
 }
 
-int slam_quantiser_units(const slam_quantiser *q, const float *sample, size_t n, slam_units *u) {
-    memset(u, 0, sizeof *u);
-    u->samples = n;
-    float *features = features_of(q->speech, sample, n, &u->frames);
-    u->unit = (int *)mem_new(u->frames, sizeof *u->unit);
-    u->duration = (int *)mem_new(u->frames, sizeof *u->duration);
-    const int ok = features && u->unit && u->duration;
-    if (ok) {
-        slam_quantiser_nearest(q, features, u->frames, u->unit, NULL);
-        u->n = units_merge(u->unit, u->duration, u->frames, q->speech->settings.dedup);
-    } else slam_units_free(u);
-    free(features);
+/* A frame's unit for each frame; they become runs. */
+static int units_new(slam_units *u, size_t frames) {
+    u->frames = frames;
+    u->unit = (int *)mem_new(frames, sizeof *u->unit);
+    u->duration = (int *)mem_new(frames, sizeof *u->duration);
+    return u->unit && u->duration;
+}
+
+static void units_runs(slam_units *u, int dedup) { u->n = units_merge(u->unit, u->duration, u->frames, dedup); }
+
+/* ---- clips: audio on its way to features or units ----
+   MFCC are computed where a clip is decoded. HuBERT's clips wait, until they go to the device with others of about the same length.
+   Where a row of a matrix product may hang on how many there are (same_rows 0), a batch has a shape that hangs on the length of
+   its clips alone, and is filled up with silence: so a clip's units are the same bits in any company. */
+
+typedef struct clip {
+    slam_units u;
+    float *sample;     // (u.samples), while they wait; else NULL
+    float *feature;    // (u.frames, width), where they are asked for
+    double start, end; // of its file, in seconds; ...
+    int cut;           // ... of which it is a part
+} clip;
+
+typedef struct clip_list {
+    clip **at;
+    size_t n, capacity;
+} clip_list;
+
+static int clips_add(clip_list *list, clip *c) {
+    if (!mem_grow((void **)&list->at, &list->capacity, list->n + 1, sizeof *list->at)) return 0;
+    list->at[list->n++] = c;
+    return 1;
+}
+
+static void clip_free(clip *c) {
+    if (!c) return;
+    slam_units_free(&c->u);
+    free(c->sample);
+    free(c->feature);
+    free(c);
+}
+
+/* Samples become what is wanted of them: units, or features where there is no quantiser. */
+static int clip_mfcc(clip *c, const slam_speech *s, const slam_quantiser *q, const float *sample) {
+    const size_t n = slam_speech_frames(s, c->u.samples), D = (size_t)slam_speech_width(s);
+    c->u.frames = n;
+    c->feature = (float *)mem_new(n, D * sizeof *c->feature);
+    if (!c->feature || !slam_speech_features(s, c->feature, sample, c->u.samples)) return 0;
+    if (!q) return 1;
+    if (!units_new(&c->u, n)) return 0;
+    slam_quantiser_nearest(q, c->feature, n, c->u.unit, NULL);
+    units_runs(&c->u, s->settings.dedup);
+    free(c->feature);
+    c->feature = NULL;
+    return 1;
+}
+
+/* Keeps the samples for the device. */
+static int clip_wait(clip *c, const slam_speech *s, const float *sample) {
+    c->u.frames = slam_speech_frames(s, c->u.samples);
+    c->sample = (float *)mem_new(c->u.samples, sizeof *c->sample);
+    if (!c->sample) return 0;
+    if (s->settings.normalize) normalize_waveform(c->sample, sample, c->u.samples);
+    else memcpy(c->sample, sample, c->u.samples * sizeof *sample);
+    return 1;
+}
+
+enum { ENCODE_FRAMES = 512, ENCODE_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, where a clip is not longer
+
+/* Frames of a row for a clip: its own, rounded up in eight to sixteen steps an octave. */
+static size_t encode_frames(const slam_hubert *h, size_t samples) {
+    const size_t step = (size_t)slam_hubert_step(h), frames = (samples + 2 * HUBERT_PADDING + step - 1) / step;
+    size_t grain = 1;
+    while (frames / grain >= 16) grain *= 2;
+    return (frames + grain - 1) / grain * grain;
+}
+
+static size_t encode_rows(const slam_hubert *h, size_t frames) {
+    const size_t most = h->ops->asynchronous ? ENCODE_FRAMES_ASYNCHRONOUS : ENCODE_FRAMES;
+    return frames < most ? most / frames : 1;
+}
+
+/* The units of a batch of clips: the nearest centroids of x in the arena. */
+static int encode_nearest(slam_hubert *h, const hubert_batch *b, const slam_quantiser *q, clip *const *c) {
+    slam_ops *ops = h->ops;
+    const size_t N = (size_t)b->B * b->T;
+    int *nearest = (int *)(h->arena + b->nearest), *host = (int *)mem_new(N, sizeof *host), ok = host != NULL;
+    if (!ok) return 0;
+    ops->nearest(ops, nearest, (float *)(h->arena + b->mlp), hubert_act(h, b->x), q->on_device, q->squares, (int)N, q->D, q->K);
+    ops->download(ops, host, nearest, N * sizeof *host);
+    ok = ops->finish(ops);
+    for (int i = 0; ok && i < b->n; i++) {
+        slam_units *u = &c[i]->u;
+        if (!(ok = units_new(u, u->frames))) break;
+        memcpy(u->unit, host + (size_t)i * b->T, u->frames * sizeof *host);
+        units_runs(u, q->speech->settings.dedup);
+    }
+    free(host);
     return ok;
 }
 
-/* Of a whole sound. */
-static int units_whole(const slam_quantiser *q, audio_parts *p, slam_units *u) {
+static int encode_features(slam_hubert *h, const hubert_batch *b, const long *lengths, clip *const *c) {
+    float **to = (float **)mem_new((size_t)b->n, sizeof *to);
+    int ok = to != NULL;
+    for (int i = 0; ok && i < b->n; i++) {
+        c[i]->feature = (float *)mem_new(c[i]->u.frames, (size_t)h->config.C * sizeof *c[i]->feature);
+        ok = (to[i] = c[i]->feature) != NULL;
+    }
+    ok = ok && hubert_features(h, b, lengths, to);
+    free(to);
+    return ok;
+}
+
+/* n clips whose encode_frames are `frames`, the longest first, no more than encode_rows; their samples go. */
+static int encode_batch(const slam_speech *s, const slam_quantiser *q, clip *const *c, size_t n, size_t frames) {
+    slam_hubert *h = s->hubert;
+    const size_t step = (size_t)slam_hubert_step(h);
+    hubert_batch b = SLAM_ZERO;
+    const float **samples = (const float **)mem_new(n, sizeof *samples);
+    long *lengths = (long *)mem_new(n, sizeof *lengths);
+    int ok = samples && lengths;
+    for (size_t i = 0; ok && i < n; i++) {
+        samples[i] = c[i]->sample;
+        lengths[i] = (long)c[i]->u.samples;
+    }
+    b.n = (int)n;
+    b.B = (int)(h->ops->same_rows ? n : encode_rows(h, frames));
+    b.S = h->ops->same_rows ? (c[0]->u.samples + 2 * HUBERT_PADDING + step - 1) / step * step : frames * step;
+    b.K = q ? q->K : 0;
+    ok = ok && hubert_room(h, &b) && hubert_run(h, &b, samples, lengths) &&
+         (q ? encode_nearest(h, &b, q, c) : encode_features(h, &b, lengths, c));
+    for (size_t i = 0; i < n; i++) {
+        free(c[i]->sample);
+        c[i]->sample = NULL;
+    }
+    free(samples);
+    free(lengths);
+    return ok;
+}
+
+static int clip_is_shorter(const void *a, const void *b) {
+    const size_t x = (*(clip *const *)a)->u.samples, y = (*(clip *const *)b)->u.samples;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* How many of the n clips, sorted, from the first on, go into one batch. */
+static size_t encode_next(const slam_hubert *h, clip *const *c, size_t n, size_t *frames) {
+    size_t k = 1;
+    *frames = encode_frames(h, c[0]->u.samples);
+    while (k < n && k < encode_rows(h, *frames) && encode_frames(h, c[k]->u.samples) == *frames) k++;
+    return k;
+}
+
+int slam_quantiser_units(const slam_quantiser *q, const float *sample, size_t n, slam_units *u) {
+    const slam_speech *s = q->speech;
+    clip c = SLAM_ZERO, *one = &c;
     memset(u, 0, sizeof *u);
-    return parts_next(p) > 0 && slam_quantiser_units(q, p->sample, p->samples, u);
+    c.u.samples = n;
+    const int ok = !s->hubert
+                       ? clip_mfcc(&c, s, q, sample)
+                       : clip_wait(&c, s, sample) && (c.u.frames == 0 || encode_batch(s, q, &one, 1, encode_frames(s->hubert, n)));
+    free(c.sample);
+    if (ok) *u = c.u;
+    else slam_units_free(&c.u);
+    return ok;
 }
 
 int slam_quantiser_file(const slam_quantiser *q, const char *path, slam_units *u) {
     decoder d = SLAM_ZERO;
     audio_parts p;
     memset(u, 0, sizeof *u);
-    const int ok = parts_open(&p, &d, path, 0) && units_whole(q, &p, u);
+    const int ok = parts_open(&p, &d, path, 0) && parts_next(&p) > 0 && slam_quantiser_units(q, p.sample, p.samples, u);
     parts_close(&p);
     decoder_close(&d);
     return ok;
@@ -10477,16 +10776,24 @@ slam_sources *slam_sources_text(const char *path, const slam_list *voices, doubl
    A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two
    seconds, so that a job can be stopped soon; how long they are changes nothing else. */
 
-enum { WANT_FEATURES, WANT_TOKENS, WANT_UNITS, WANT_SPELLED }; // for a fit, OUT.bin, OUT.jsonl, with --audio-repr
+enum {
+    WANT_FEATURES,
+    WANT_CLIPS,
+    WANT_TOKENS,
+    WANT_UNITS,
+    WANT_SPELLED
+}; // for a fit, in memory, OUT.bin, OUT.jsonl, with --audio-repr
 
 typedef struct heard {
     char *name;
-    float *features; // where they are asked for
-    size_t features_capacity;
-    text out;         // else the documents, one after the other: their tokens, or their lines
-    size_t *document; // (documents), bytes
+    clip_list clips;    // of a pair, three: prompt, chosen and rejected
+    audio_parts *parts; // of a long file that waits to be heard on
+    text head;          // of a pair: what stands before its units
+    text out;           // the documents, one after the other: their tokens, or their lines
+    size_t *document;   // (documents), bytes
     size_t documents, capacity;
     uint64_t samples, frames, units, tokens;
+    int finished; // heard to its end
     int failed;
     int repeats; // a pair that is left out because its text repeats itself
     int dropped; // not heard to its end: the job was stopped
@@ -10495,7 +10802,7 @@ typedef struct heard {
 } heard;
 
 typedef struct audio_block {
-    const slam_speech *speech;
+    const slam_speech *speech;       // NULL: units are there already
     const slam_quantiser *quantiser; // NULL: features are wanted, or units are there already
     const slam_sources *sources;
     const size_t *order; // NULL: as they stand
@@ -10507,23 +10814,41 @@ typedef struct audio_block {
     size_t n, capacity;
     decoder *decoders; // one a thread
     int threads, stop;
+    int64_t waiting, most_waiting; // samples that wait for the device; more are not decoded meanwhile
     double told;
 } audio_block;
 
 static size_t block_source(const audio_block *b, size_t i) { return b->order ? b->order[i] : i; }
+static slam_hubert *block_hubert(const audio_block *b) { return b->speech ? b->speech->hubert : NULL; }
+
+static void heard_parts_close(heard *h) {
+    if (h->parts) parts_close(h->parts);
+    free(h->parts);
+    h->parts = NULL;
+}
+
+static void heard_clips_free(heard *h) {
+    for (size_t i = 0; i < h->clips.n; i++) clip_free(h->clips.at[i]);
+    free(h->clips.at);
+    memset(&h->clips, 0, sizeof h->clips);
+}
 
 static void heard_free(heard *h) {
+    heard_parts_close(h);
+    heard_clips_free(h);
     free(h->name);
-    free(h->features);
     free(h->document);
     free(h->error);
+    text_free(&h->head);
     text_free(&h->out);
     memset(h, 0, sizeof *h);
 }
 
 static int block_begin(audio_block *b) {
+    const slam_hubert *h = block_hubert(b);
     b->threads = threads_count();
     b->n = (size_t)b->threads;
+    b->most_waiting = (int64_t)(h && h->ops->asynchronous ? 3600 : 300) * SPEECH_RATE;
     b->decoders = (decoder *)mem_new((size_t)b->threads, sizeof *b->decoders);
     return b->decoders != NULL;
 }
@@ -10596,39 +10921,64 @@ static units units_line_of(const slam_units *u, char *name) {
     return line;
 }
 
-static int hear_part(const audio_block *b, heard *h, const audio_parts *p) {
-    slam_units u;
+/* Whether enough samples wait. */
+static int block_full(audio_block *b) {
+    int64_t waiting;
+    SLAM_PRAGMA(omp atomic read)
+    waiting = b->waiting;
+    return waiting >= b->most_waiting;
+}
+
+/* Such a part of audio becomes a clip of h; `must`: an error where it is too short for a frame, else it is passed over. */
+static int hear_clip(audio_block *b, heard *h, const audio_parts *p, int must) {
+    const slam_hubert *hubert = block_hubert(b);
+    const size_t frames = slam_speech_frames(b->speech, p->samples);
+    if (hubert && p->samples > INT_MAX / 4)
+        return fail("%s: %.0f s in one piece are too long; --max-seconds cuts it", p->from.name, (double)p->samples / SPEECH_RATE);
+    if (frames == 0 && must)
+        return fail("%s: %.1f ms of audio, which is too short for a frame of HuBERT", p->from.name,
+                    1e3 * (double)p->samples / SPEECH_RATE);
+    if (frames == 0) return 1;
+    clip *c = (clip *)mem_new(1, sizeof *c);
+    if (!c || !clips_add(&h->clips, c)) {
+        free(c);
+        return 0;
+    }
+    c->start = p->start;
+    c->end = p->end;
+    c->cut = p->cut;
+    c->u.samples = p->samples;
     h->samples += p->samples;
-    if (b->want == WANT_FEATURES) {
-        const size_t D = (size_t)slam_speech_width(b->speech), n = slam_speech_frames(b->speech, p->samples);
-        const size_t there = (size_t)h->frames;
-        if (!mem_grow((void **)&h->features, &h->features_capacity, there + n, D * sizeof *h->features)) return 0;
-        h->frames += n;
-        return slam_speech_features(b->speech, h->features + there * D, p->sample, p->samples);
-    }
-    if (!slam_quantiser_units(b->quantiser, p->sample, p->samples, &u)) return 0;
-    units line = units_line_of(&u, h->name);
-    if (p->cut) {
-        line.start = p->start;
-        line.end = p->end;
-    }
-    const int ok = hear_units(b, h, &line);
-    h->frames += u.frames;
-    slam_units_free(&u);
+    if (!hubert) return clip_mfcc(c, b->speech, b->quantiser, p->sample);
+    SLAM_PRAGMA(omp atomic update)
+    b->waiting += (int64_t)p->samples;
+    return clip_wait(c, b->speech, p->sample);
+}
+
+/* A whole sound, which it closes. */
+static int hear_whole(audio_block *b, heard *h, audio_parts *p) {
+    const int ok = parts_next(p) > 0 && hear_clip(b, h, p, 1);
+    parts_close(p);
     return ok;
 }
 
+/* A file's parts, until enough samples wait; h->parts then stays. */
 static int hear_audio(audio_block *b, heard *h, decoder *d) {
-    audio_parts p;
-    int more = parts_open(&p, d, h->name, b->sources->max_seconds) ? 1 : -1;
-    while (more > 0 && (more = parts_next(&p)) > 0) {
-        if (p.cut && block_stopping(b)) {
+    int more = 1;
+    if (!h->parts) {
+        h->parts = (audio_parts *)mem_new(1, sizeof *h->parts);
+        more = h->parts && parts_open(h->parts, d, h->name, b->sources->max_seconds) ? 1 : -1;
+    } else h->parts->tables = d;
+    while (more > 0 && (more = parts_next(h->parts)) > 0) {
+        if (h->parts->cut && block_stopping(b)) {
             h->dropped = 1;
             break;
         }
-        if (!hear_part(b, h, &p)) more = -1;
+        if (!hear_clip(b, h, h->parts, !h->parts->cut)) more = -1;
+        else if (h->parts->cut && block_full(b)) return 1;
     }
-    parts_close(&p);
+    heard_parts_close(h);
+    h->finished = 1;
     return more >= 0;
 }
 
@@ -10650,25 +11000,6 @@ static int hear_line(const audio_block *b, heard *h, const char *line, size_t n)
 
 static const char *const pair_names[] = {"prompt", "chosen", "rejected"};
 
-/* Adds , "prompt": {"units": ..., "duration": ...} of an open sound, which it closes. */
-static int hear_side(const audio_block *b, heard *h, audio_parts *p, int side) {
-    slam_units u;
-    const int ok = units_whole(b->quantiser, p, &u);
-    if (ok) {
-        const units line = units_line_of(&u, NULL);
-        text_add(&h->out, ", \"%s\": {", pair_names[side]);
-        text_add_unit_lists(&h->out, &line);
-        text_add(&h->out, "}");
-        h->samples += u.samples;
-        h->frames += u.frames;
-        h->units += u.n;
-        h->tokens += u.n + 1;
-        slam_units_free(&u);
-    }
-    parts_close(p);
-    return ok;
-}
-
 /* 1: the text of prompt and chosen is as it should be; 0: it repeats itself; -1: no memory */
 static int pair_may(const slam_sources *s, const char *prompt, const char *chosen) {
     if (s->max_repetition <= 0) return 1;
@@ -10689,9 +11020,8 @@ static int hear_named(audio_block *b, heard *h, decoder *d, const json *root, in
     if (!*name) return fail("%s: has no string '%s'", h->name, key);
     if (*name != '/') text_add_bytes(&path, file, (size_t)(path_name(file) - file));
     text_add(&path, "%s", name);
-    int ok = !path.failed && parts_open(&p, d, path.at, 0);
+    const int ok = !path.failed && parts_open(&p, d, path.at, 0) && hear_whole(b, h, &p);
     if (!ok && path.at) fail("%s: %s", h->name, slam_error());
-    else if (ok && !(ok = hear_side(b, h, &p, side))) fail("%s: %s", h->name, slam_error());
     text_free(&path);
     return ok;
 }
@@ -10721,11 +11051,9 @@ static int hear_pair(audio_block *b, heard *h, decoder *d, const char *line, siz
     h->repeats = may == 0;
     ok = ok && may >= 0;
     if (ok && !h->repeats) {
-        text_add(&h->out, "{");
-        text_add_members(&h->out, root);
+        text_add(&h->head, "{");
+        text_add_members(&h->head, root);
         for (int side = 0; ok && side < 3; side++) ok = hear_named(b, h, d, root, side);
-        text_add(&h->out, "}\n");
-        ok = ok && hear_document(h, 0);
     }
     json_free(root);
     return ok;
@@ -10743,17 +11071,16 @@ static int hear_spoken(const audio_block *b, const heard *h, decoder *d, size_t 
     return command_speak(source_voice(b->sources, i), words, h->name, &p->from);
 }
 
-/* "prompt_text": ..., then the three as units; side = (3) */
-static int hear_sides(const audio_block *b, heard *h, decoder *d, size_t i, char *const *side) {
+/* "prompt_text": ..., and the three as clips; side = (3) */
+static int hear_sides(audio_block *b, heard *h, decoder *d, size_t i, char *const *side) {
     audio_parts p;
     int ok = 1;
     for (int k = 0; k < 3; k++) {
-        text_add(&h->out, "%s\"%s_text\": ", k ? ", " : "{", pair_names[k]);
-        text_add_json(&h->out, side[k]);
+        text_add(&h->head, "%s\"%s_text\": ", k ? ", " : "{", pair_names[k]);
+        text_add_json(&h->head, side[k]);
     }
-    for (int k = 0; ok && k < 3; k++) ok = hear_spoken(b, h, d, i, side[k], &p) && hear_side(b, h, &p, k);
-    text_add(&h->out, "}\n");
-    return ok && hear_document(h, 0);
+    for (int k = 0; ok && k < 3; k++) ok = hear_spoken(b, h, d, i, side[k], &p) && hear_whole(b, h, &p);
+    return ok;
 }
 
 /* A line of text; of pairs: prompt, chosen and rejected with tabs between them, which become zeros here. */
@@ -10763,9 +11090,7 @@ static int hear_text(audio_block *b, heard *h, decoder *d, size_t i, char *words
     if (memchr(words, 0, n)) return fail("%s: holds a zero byte, expected text", h->name);
     if (!b->sources->pairs) {
         audio_parts p;
-        const int ok = hear_spoken(b, h, d, i, words, &p) && parts_next(&p) > 0 && hear_part(b, h, &p);
-        parts_close(&p);
-        return ok;
+        return hear_spoken(b, h, d, i, words, &p) && hear_whole(b, h, &p);
     }
     for (char *c = words; sides < 3 && *c; c++)
         if (*c == '\t') {
@@ -10782,6 +11107,7 @@ static int hear_source(audio_block *b, heard *h, size_t i) {
     decoder *d = &b->decoders[thread_index()];
     if (!h->name) return 0;
     if (s->kind == SOURCE_AUDIO) return hear_audio(b, h, d);
+    h->finished = 1;
     const char *line = source_text(s, i);
     const size_t n = source_at(s, i)->n;
     if (s->kind == SOURCE_UNITS) return hear_line(b, h, line, n);
@@ -10793,36 +11119,128 @@ static int hear_source(audio_block *b, heard *h, size_t i) {
     return ok;
 }
 
-static void block_hear(audio_block *b, size_t i, heard *h) {
-    machine_failed = 0;
-    if (block_stopping(b)) {
-        h->dropped = 1;
-        return;
-    }
-    h->name = source_name(b->sources, i);
-    if (hear_source(b, h, i)) return;
-    h->failed = 1;
+/* Says so where a source failed. */
+static void heard_check(heard *h, int ok) {
+    if (ok) return;
+    heard_parts_close(h);
+    h->finished = h->failed = 1;
     h->error = text_copy(slam_error());
     h->machine = machine_failed;
 }
 
+/* Source i, from where it was left; not where enough samples wait. */
+static void block_hear(audio_block *b, size_t i, heard *h) {
+    if (h->finished || block_full(b)) return;
+    machine_failed = 0;
+    if (block_stopping(b)) {
+        heard_parts_close(h);
+        h->finished = h->dropped = 1;
+        return;
+    }
+    if (!h->name) h->name = source_name(b->sources, i);
+    heard_check(h, hear_source(b, h, i));
+}
+
+/* What the device makes of the clips that wait. 0: it failed, which ends the job. */
+static int block_encode(audio_block *b, clip_list *waiting) {
+    size_t n, frames;
+    int ok = 1;
+    if (waiting->n) qsort(waiting->at, waiting->n, sizeof *waiting->at, clip_is_shorter);
+    for (size_t i = 0; ok && i < waiting->n && !block_stopping(b); i += n) {
+        n = encode_next(block_hubert(b), waiting->at + i, waiting->n - i, &frames);
+        for (size_t k = i; k < i + n; k++) b->progress.seconds += (double)waiting->at[k]->u.samples / SPEECH_RATE;
+        ok = encode_batch(b->speech, b->quantiser, waiting->at + i, n, frames);
+    }
+    waiting->n = 0;
+    return ok;
+}
+
+/* Decodes what there is room for. An asynchronous device meanwhile encodes what was decoded before: the first thread sees to
+   that, the others go ahead. */
+static int block_round(audio_block *b, size_t first, size_t all, clip_list *waiting) {
+    const slam_hubert *h = block_hubert(b);
+    const int beside = h && h->ops->asynchronous && b->threads > 1;
+    int ok = beside || block_encode(b, waiting);
+    b->waiting = 0;
+    /* Where there are fewer sources than threads, the threads share each one's frames instead. */
+    SLAM_PRAGMA(omp parallel if (beside || all >= (size_t)b->threads)) {
+        SLAM_PRAGMA(omp master)
+        if (beside) ok = block_encode(b, waiting);
+        SLAM_PRAGMA(omp for schedule(dynamic))
+        for (int64_t i = 0; i < (int64_t)all; i++) block_hear(b, block_source(b, first + (size_t)i), &b->result[i]);
+    }
+    for (size_t i = 0; ok && h && !b->stop && i < all; i++)
+        for (size_t k = 0; ok && k < b->result[i].clips.n; k++)
+            if (b->result[i].clips.at[k]->sample) ok = clips_add(waiting, b->result[i].clips.at[k]);
+    return ok;
+}
+
+/* A source that was heard: its clips become documents. */
+static int block_spell(const audio_block *b, heard *h) {
+    if (b->sources->kind == SOURCE_UNITS || h->repeats) return 1;
+    for (size_t i = 0; i < h->clips.n; i++) {
+        clip *c = h->clips.at[i];
+        units line = units_line_of(&c->u, h->name);
+        h->frames += c->u.frames;
+        if (c->cut) {
+            line.start = c->start;
+            line.end = c->end;
+        }
+        if (b->sources->pairs) {
+            text_add(&h->head, ", \"%s\": {", pair_names[i]);
+            text_add_unit_lists(&h->head, &line);
+            text_add(&h->head, "}");
+            h->units += c->u.n;
+            h->tokens += c->u.n + 1;
+        } else if (!hear_units(b, h, &line)) return 0;
+    }
+    if (!b->sources->pairs) return 1;
+    text_add(&h->head, "}\n");
+    h->out = h->head;
+    memset(&h->head, 0, sizeof h->head);
+    return hear_document(h, 0);
+}
+
+static void block_finish(const audio_block *b, heard *h) {
+    if (!h->failed && !h->dropped && b->want > WANT_CLIPS) {
+        machine_failed = 0;
+        heard_check(h, block_spell(b, h));
+        heard_clips_free(h);
+    } else
+        for (size_t i = 0; i < h->clips.n; i++) h->frames += h->clips.at[i]->u.frames;
+}
+
 /* Hears sources first..first+n-1, at most; how many in *n: all before the first that a stop left out. 0 and the sentence where
-   there is no memory. */
+   the machine failed. */
 static int block_run(audio_block *b, size_t first, size_t *n) {
     const double start = slam_clock();
     const size_t rest = b->sources->n - first, all = rest < b->n ? rest : b->n;
+    clip_list waiting = SLAM_ZERO;
+    size_t finished = 0;
+    int ok = 1;
     if (!mem_grow((void **)&b->result, &b->capacity, all, sizeof *b->result)) return 0;
     memset(b->result, 0, all * sizeof *b->result);
     b->told = start;
     b->stop = 0;
     b->progress.failed = NULL;
-    /* Where there are fewer sources than threads, the threads share each one's frames instead. */
-    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (all >= (size_t)b->threads))
-    for (int64_t i = 0; i < (int64_t)all; i++) block_hear(b, block_source(b, first + (size_t)i), &b->result[i]);
+    while (ok && (finished < all || waiting.n)) {
+        ok = block_round(b, first, all, &waiting);
+        while (finished < all && b->result[finished].finished) finished++;
+    }
+    free(waiting.at);
+    if (!ok) {
+        for (size_t i = 0; i < all; i++) heard_free(&b->result[i]);
+        return 0;
+    }
+    for (size_t i = 0; i < all && b->stop; i++) // what a stop left in the queue
+        for (size_t k = 0; k < b->result[i].clips.n; k++) b->result[i].dropped |= b->result[i].clips.at[k]->sample != NULL;
+    SLAM_PRAGMA(omp parallel for schedule(dynamic))
+    for (int64_t i = 0; i < (int64_t)all; i++) block_finish(b, &b->result[i]);
     const double seconds = slam_clock() - start;
     if (seconds < 1 && b->n < 4096) b->n *= 2;
     if (seconds > 4 && b->n > (size_t)b->threads) b->n /= 2;
-    for (*n = 0; *n < all && !b->result[*n].dropped; ++*n) b->progress.seconds += (double)b->result[*n].samples / SPEECH_RATE;
+    for (*n = 0; *n < all && !b->result[*n].dropped; ++*n)
+        if (!block_hubert(b)) b->progress.seconds += (double)b->result[*n].samples / SPEECH_RATE;
     for (size_t i = *n; i < all; i++) heard_free(&b->result[i]);
     return 1;
 }
@@ -10852,23 +11270,35 @@ static int reservoir_add(reservoir *r, const float *frames, size_t n, size_t D) 
     return 1;
 }
 
+/* The frames of one source */
+static int fit_add(reservoir *r, const heard *h, size_t D) {
+    for (size_t i = 0; i < h->clips.n; i++)
+        if (!reservoir_add(r, h->clips.at[i]->feature, h->clips.at[i]->u.frames, D)) return 0;
+    return 1;
+}
+
+enum { FIT_BYTES = 1 << 28 }; // of features that a block should not exceed by much
+
 /* Whether a file is heard hangs on those before it in the order alone: of a block, whose length hangs on the clock, what lies
    beyond the file that fills the sample is dropped. */
 static int fit_listen(audio_block *b, reservoir *r) {
     const size_t D = (size_t)slam_speech_width(b->speech), of = b->sources->n;
     size_t n;
     b->progress.stage = "listen";
+    if (block_hubert(b)) b->n = 1;
     block_tell(b, 0, of, NULL, NULL);
     for (size_t at = 0; at < of && r->seen / 8 < r->most; at += n) {
         if (!block_run(b, at, &n)) return 0;
         int ok = 1;
+        uint64_t bytes = 0;
         for (size_t i = 0; i < n; i++) {
             const heard *h = &b->result[i];
-            if (ok && r->seen / 8 < r->most)
-                ok = h->failed ? block_tell_failed(b, at + i, h) : reservoir_add(r, h->features, (size_t)h->frames, D);
+            bytes += h->frames * D * sizeof(float);
+            if (ok && r->seen / 8 < r->most) ok = h->failed ? block_tell_failed(b, at + i, h) : fit_add(r, h, D);
             heard_free(&b->result[i]);
         }
         if (!ok) return 0;
+        if (bytes > FIT_BYTES) b->n = b->n / 4 + 1;
         if (b->stop || !block_tell(b, at + n, of, NULL, NULL)) return fail("stopped before the centroids were found");
     }
     return 1;
@@ -10877,7 +11307,9 @@ static int fit_listen(audio_block *b, reservoir *r) {
 static uint64_t fit_origin(const slam_speech_settings *s, const slam_sources *sources, int K, size_t frames, uint64_t seed) {
     const uint64_t numbers[] = {
         (uint64_t)s->features, (uint64_t)s->rate, s->normalize != 0, s->dedup != 0, (uint64_t)K, frames, seed};
-    return sources_hash(hash_bytes(HASH_START, numbers, sizeof numbers), sources);
+    uint64_t hash = hash_bytes(HASH_START, numbers, sizeof numbers);
+    if (s->features == SLAM_HUBERT) hash = hash_bytes(hash_bytes(hash, &s->layer, sizeof s->layer), s->hubert, strlen(s->hubert));
+    return sources_hash(hash, sources);
 }
 
 /* Whether a file can be made at this path. */
@@ -10917,12 +11349,13 @@ int slam_quantiser_may_fit(const char *path, const slam_speech_settings *setting
     return may;
 }
 
-slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const slam_sources *sources, int K, size_t frames,
-                                   uint64_t seed, slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
+slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, slam_ops *ops, const slam_sources *sources, int K,
+                                   size_t frames, uint64_t seed, slam_speech_watch *watch, void *context,
+                                   slam_kmeans_report *report) {
     audio_block b = SLAM_ZERO;
     reservoir r = SLAM_ZERO;
     slam_quantiser *q = NULL;
-    slam_speech *speech = slam_speech_new(settings);
+    slam_speech *speech = slam_speech_new(settings, ops);
     size_t *order = (size_t *)mem_new(sources->n, sizeof *order);
     r.most = frames;
     r.state = rng_stream(seed, 0x6b6d, 1);
@@ -10941,8 +11374,9 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, const s
     if (speech && order && block_begin(&b) && fit_listen(&b, &r)) {
         float *centroids = (float *)mem_new((size_t)K, (size_t)slam_speech_width(speech) * sizeof *centroids);
         if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, watch, context, report))
-            q = slam_quantiser_new(settings, centroids, K);
+            q = quantiser_of(speech, ops, centroids, K);
         report->origin = fit_origin(settings, sources, K, frames, seed);
+        if (q) speech = NULL; // it has it now
         free(centroids);
     }
     block_end(&b);
@@ -11260,6 +11694,7 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_sources *sources, 
     if (!quantiser && sources->kind != SOURCE_UNITS) return fail("no centroids, expected those that make audio into units");
     if (sources->pairs && !path_ends(out, ".jsonl")) return fail("%s: pairs go into a name that ends in .jsonl", out);
     c.quantiser = b.quantiser = quantiser;
+    b.speech = quantiser ? quantiser->speech : NULL;
     c.shard_tokens = shard_tokens;
     c.want = b.want = path_ends(out, ".bin") ? WANT_TOKENS : audio_repr ? WANT_SPELLED : WANT_UNITS;
     c.report = report;
@@ -11271,6 +11706,38 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_sources *sources, 
     report->files = (size_t)c.done;
     if (ok && !report->stopped) ok = corpus_finish(&c);
     corpus_end(&c, ok);
+    block_end(&b);
+    return ok;
+}
+
+int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources, slam_units *units, slam_speech_watch *watch,
+                           void *context) {
+    audio_block b = SLAM_ZERO;
+    size_t n;
+    memset(units, 0, sources->n * sizeof *units);
+    if (sources->kind != SOURCE_AUDIO || sources->max_seconds > 0) return fail("expected audio files that are not cut");
+    b.speech = q->speech;
+    b.quantiser = q;
+    b.sources = sources;
+    b.want = WANT_CLIPS;
+    b.watch = watch;
+    b.context = context;
+    b.progress.stage = "tokenize";
+    int ok = block_begin(&b);
+    for (size_t at = 0; ok && at < sources->n; at += n) {
+        if (!(ok = block_run(&b, at, &n))) break;
+        for (size_t i = 0; i < n; i++) {
+            heard *h = &b.result[i];
+            if (ok && h->failed) ok = block_tell_failed(&b, at + i, h);
+            else if (ok) {
+                units[at + i] = h->clips.at[0]->u;
+                memset(&h->clips.at[0]->u, 0, sizeof h->clips.at[0]->u);
+            }
+            heard_free(h);
+        }
+        if (ok && (b.stop || !block_tell(&b, at + n, sources->n, NULL, NULL))) ok = fail("stopped before all audio was heard");
+    }
+    for (size_t i = 0; !ok && i < sources->n; i++) slam_units_free(&units[i]);
     block_end(&b);
     return ok;
 }
@@ -11980,6 +12447,53 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
         ops = NULL;
     }
     return ops;
+}
+
+/* ---- how units are made ---- */
+
+static int unit_flag_agrees(const slam_flags *flags, const slam_unit_flags *f, const char *flag, int differs, const char *says) {
+    if (!differs || !slam_flags_given(flags, flag)) return 1;
+    return fail("--%s: %s was made for %s; leave the flag out, or fit other centroids", flag, f->kmeans, says);
+}
+
+static int unit_settings_agree(const slam_flags *flags, const slam_unit_flags *f, const slam_speech_settings *asked,
+                               const slam_speech_settings *s) {
+    const char *const features[] = {"MFCC", "HuBERT's features"};
+    char rate[32], layer[32];
+    snprintf(rate, sizeof rate, "%d frames a second", s->rate);
+    snprintf(layer, sizeof layer, "layer %d", s->layer);
+    const int other = s->features != asked->features;
+    return unit_flag_agrees(flags, f, "features", other, features[s->features]) &&
+           unit_flag_agrees(flags, f, "hubert", other, features[s->features]) &&
+           unit_flag_agrees(flags, f, "rate", s->rate != asked->rate, rate) &&
+           unit_flag_agrees(flags, f, "layer", s->features == SLAM_HUBERT && s->layer != asked->layer, layer) &&
+           unit_flag_agrees(flags, f, "normalize", s->normalize != asked->normalize, "waveforms as they are") &&
+           unit_flag_agrees(flags, f, "no-dedup", s->dedup != asked->dedup, "deduplicated units");
+}
+
+int slam_unit_settings(const slam_flags *flags, const slam_unit_flags *f, int fit, slam_speech_settings *s) {
+    slam_speech_defaults(s);
+    if (f->hubert) {
+        char *path = slam_path_absolute(f->hubert); // KM.json keeps it
+        const int fits = path && strlen(path) < sizeof s->hubert;
+        if (fits) snprintf(s->hubert, sizeof s->hubert, "%s", path);
+        else if (path)
+            fail("--hubert %s: the path has %zu bytes, expected fewer than %zu", f->hubert, strlen(path), sizeof s->hubert);
+        free(path);
+        if (!fits) return 0;
+    }
+    if (f->features ? !strcmp(f->features, "hubert") : f->hubert != NULL) s->features = SLAM_HUBERT;
+    if (s->features == SLAM_HUBERT) s->rate = 0;
+    if (f->rate && slam_flags_given(flags, "rate")) s->rate = atoi(f->rate);
+    if (slam_flags_given(flags, "layer")) s->layer = f->layer;
+    s->normalize = f->normalize;
+    s->dedup = !f->no_dedup;
+    slam_speech_settings asked = *s;
+    if (!fit && (!slam_quantiser_settings_read(f->kmeans, s) || !unit_settings_agree(flags, f, &asked, s))) return 0;
+    if (s->features == SLAM_HUBERT && !*s->hubert)
+        return fail("HuBERT's features: expected --hubert DIR, a HuBERT model in Hugging Face's format");
+    if (s->features == SLAM_MFCC && f->hubert) return fail("--hubert: MFCC need no model; leave --features mfcc out");
+    return s->features == SLAM_HUBERT || !slam_flags_given(flags, "layer") || fail("--layer: is for --hubert DIR");
 }
 
 int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode) {

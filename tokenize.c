@@ -5,17 +5,19 @@
 #include <string.h>
 
 typedef struct options {
-    char *features, *rate, *kmeans, *out, *pairs, *text, *part;
+    slam_unit_flags units;
+    char *out, *pairs, *text, *part, *device, *dtype;
     slam_list tts;
-    int normalize, no_dedup, fit, audio_repr, threads;
+    int fit, audio_repr, threads;
     long fit_frames, shard_tokens, seed;
     double max_seconds, max_repetition;
 } options;
 
 typedef struct job {
     options o;
-    slam_flag table[28];
+    slam_flag table[32];
     slam_flags flags;
+    slam_ops *ops; // of HuBERT
     slam_sources *sources;
     const char *what; // they are: "file" or "line"
     int units;        // they are units already: there is nothing to compute
@@ -26,19 +28,25 @@ typedef struct job {
 static int flag_table(options *o, slam_flag *f) {
     const slam_flag table[] = {
         {NULL, 0, NULL, NULL, NULL, "Units", 0, 0, 0, 0},
-        {"kmeans", SLAM_TEXT, &o->kmeans, "FILE.npy", NULL,
+        {"kmeans", SLAM_TEXT, &o->units.kmeans, "FILE.npy", NULL,
          "the centroids, one a unit; FILE.json beside it says what they are of, and a flag that contradicts it is an error", 0, 0,
          0, 0},
         {"fit", SLAM_INT, &o->fit, "K", NULL, "find K centroids in the audio first and write them to --kmeans", 1, 65534, 0, 0},
-        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000", "frames that --fit goes by, drawn evenly from the audio", 1, 1e9,
-         0, 0},
+        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000 | 200000",
+         "frames that --fit goes by, drawn evenly from the audio; HuBERT's take 3 kB each", 1, 1e9, 0, 0},
         {"seed", SLAM_LONG, &o->seed, "N", "0", "of --fit", 0, 9e15, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Features (of --fit, or of centroids without a FILE.json)", 0, 0, 0, 0},
-        {"features", SLAM_CHOICE, &o->features, "mfcc", "mfcc", "13 MFCC with their first and second differences", 0, 0, 0, 0},
-        {"rate", SLAM_CHOICE, &o->rate, "25|50", "25", "frames a second", 0, 0, 0, 0},
-        {"normalize", SLAM_SWITCH, &o->normalize, NULL, NULL, "each file's waveform to zero mean and unit variance", 0, 0, 0, 0},
-        {"no-dedup", SLAM_SWITCH, &o->no_dedup, NULL, NULL, "a unit for every frame; else neighbours that are the same become one",
-         0, 0, 0, 0},
+        {"features", SLAM_CHOICE, &o->units.features, "mfcc|hubert", "mfcc | hubert",
+         "mfcc: 13 MFCC with their first and second differences, which need no model; hubert: a layer of --hubert", 0, 0, 0, 0},
+        {"rate", SLAM_CHOICE, &o->units.rate, "25|50", "25 | -", "frames a second", 0, 0, 0, 0},
+        {"hubert", SLAM_TEXT, &o->units.hubert, "DIR", NULL,
+         "a HuBERT model in Hugging Face's format (config.json, model.safetensors)", 0, 0, 0, 0},
+        {"layer", SLAM_INT, &o->units.layer, "N", "11",
+         "of --hubert: what leaves its Nth transformer layer; 0: what enters the first", 0, 1000, 0, 0},
+        {"normalize", SLAM_SWITCH, &o->units.normalize, NULL, NULL, "each file's waveform to zero mean and unit variance", 0, 0, 0,
+         0},
+        {"no-dedup", SLAM_SWITCH, &o->units.no_dedup, NULL, NULL,
+         "a unit for every frame; else neighbours that are the same become one", 0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Input", 0, 0, 0, 0},
         {"max-seconds", SLAM_REAL, &o->max_seconds, "S", "60",
          "a longer file is cut into parts of at most S seconds, in the quietest 20 ms of the last fifth before S; a part is a "
@@ -73,6 +81,8 @@ static int flag_table(options *o, slam_flag *f) {
          "a FILE.bin that would grow larger becomes FILE-00001.bin, FILE-00002.bin, ..., and FILE.bin the last", 2, 2147483647, 0,
          0},
         {NULL, 0, NULL, NULL, NULL, "Machine", 0, 0, 0, 0},
+        {"device", SLAM_TEXT, &o->device, "NAME", "auto", "of --hubert: auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
+        {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "of --hubert: f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
         {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core. The output is the same for any number", 0, 4096, 0,
          0},
     };
@@ -116,24 +126,18 @@ static const char *plural(size_t n) { return n == 1 ? "" : "s"; }
 
 /* ---- the quantiser ---- */
 
-static int contradicts(const job *j, const char *flag, int differs, const char *says) {
-    if (!differs || !slam_flags_given(&j->flags, flag)) return 0;
-    slam_refuse("--%s: %s was made for %s; leave the flag out, or fit other centroids", flag, j->o.kmeans, says);
+/* HuBERT runs on a device; MFCC need none. */
+static int open_device(job *j, const slam_speech_settings *s) {
+    const options *o = &j->o;
+    char note[256];
+    if (s->features != SLAM_HUBERT) return 1;
+    if (!(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
+    printf("device   %s%s%s%s\nmodel    %s, layer %d\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", s->hubert,
+           s->layer);
+    if (!s->normalize && slam_hubert_asks_normalize(s->hubert))
+        printf("         its preprocessor_config.json asks for normalised waveforms, which are not: --normalize makes them so\n");
+    fflush(stdout);
     return 1;
-}
-
-/* KM.npy, whose KM.json decides; the flags are for centroids that have none. */
-static slam_quantiser *open_quantiser(job *j, const slam_speech_settings *flags) {
-    slam_quantiser *q = slam_quantiser_open(j->o.kmeans, flags);
-    if (!q) return NULL;
-    const slam_speech_settings *s = slam_quantiser_settings(q);
-    if (contradicts(j, "rate", s->rate != flags->rate, s->rate == 25 ? "--rate 25" : "--rate 50") ||
-        contradicts(j, "normalize", s->normalize != flags->normalize, "waveforms as they are") ||
-        contradicts(j, "no-dedup", s->dedup != flags->dedup, "deduplicated units")) {
-        slam_quantiser_free(q);
-        return NULL;
-    }
-    return q;
 }
 
 static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *settings) {
@@ -141,15 +145,15 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
     const size_t frames = (size_t)o->fit_frames;
     const double began = slam_clock();
     slam_kmeans_report r;
-    const int may = slam_quantiser_may_fit(o->kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
+    const int may = slam_quantiser_may_fit(o->units.kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
     if (!may || (o->out && !slam_tokenize_may(o->out))) return NULL;
     if (may == 2) {
-        printf("fit      %s was made by this command before\n", o->kmeans);
-        return slam_quantiser_open(o->kmeans, settings);
+        printf("fit      %s was made by this command before\n", o->units.kmeans);
+        return slam_quantiser_open(o->units.kmeans, settings, j->ops);
     }
-    slam_quantiser *q = slam_quantiser_fit(settings, j->sources, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
+    slam_quantiser *q = slam_quantiser_fit(settings, j->ops, j->sources, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
     slam_progress_clear(&j->progress);
-    if (q && !slam_quantiser_save(q, o->kmeans, &r)) {
+    if (q && !slam_quantiser_save(q, o->units.kmeans, &r)) {
         slam_quantiser_free(q);
         q = NULL;
     }
@@ -158,7 +162,7 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
            slam_clock() - began, r.passes, r.inertia);
     if (r.reseeded) printf("         centroids without a frame were moved to the furthest frames, %d times\n", r.reseeded);
     if (r.dead) printf("         %d centroids have no frame: the audio holds fewer different ones than %d\n", r.dead, o->fit);
-    printf("wrote    %s, and its settings beside it\n", o->kmeans);
+    printf("wrote    %s, and its settings beside it\n", o->units.kmeans);
     return q;
 }
 
@@ -236,18 +240,15 @@ static int open_sources(job *j) {
 static int run(job *j) {
     slam_speech_settings settings;
     const options *o = &j->o;
-    slam_speech_defaults(&settings);
-    settings.rate = atoi(o->rate);
-    settings.normalize = o->normalize;
-    settings.dedup = !o->no_dedup;
     if (!open_sources(j)) return -1;
     slam_progress_begin(&j->progress);
-    if (j->units && !o->kmeans) return tokenize(j, NULL);
-    slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : open_quantiser(j, &settings);
+    if (j->units && !o->units.kmeans) return tokenize(j, NULL);
+    if (!slam_unit_settings(&j->flags, &o->units, o->fit, &settings) || !open_device(j, &settings)) return -1;
+    slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : slam_quantiser_open(o->units.kmeans, &settings, j->ops);
     int status = -1;
     if (q && o->out) status = tokenize(j, q);
     else if (q) {
-        printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->kmeans);
+        printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->units.kmeans);
         status = j->left_out ? 3 : 0;
     } else if (j->stopped) {
         printf("stopped  before the centroids were found; the same command begins anew\n");
@@ -266,7 +267,8 @@ static int check_unused(const job *j, const char *why, const char *const *flags)
 
 /* AUDIO, units, --pairs or --text: one of them. */
 static int check_input(job *j) {
-    static const char *const of_audio[] = {"fit", "features", "rate", "normalize", "no-dedup", "max-seconds", NULL};
+    static const char *const of_audio[] = {"fit",      "features",    "rate",   "hubert", "layer", "normalize",
+                                           "no-dedup", "max-seconds", "device", "dtype",  NULL};
     static const char *const of_files[] = {"fit", "max-seconds", NULL};
     static const char *const of_text[] = {"max-repetition", NULL};
     const options *o = &j->o;
@@ -299,7 +301,7 @@ static int check_part(const options *o) {
 static int check_flags(job *j) {
     const options *o = &j->o;
     if (!check_input(j) || !check_part(o)) return 0;
-    if (!o->kmeans && !j->units)
+    if (!o->units.kmeans && !j->units)
         return slam_refuse(o->fit ? "--fit: expected --kmeans FILE.npy, where the centroids go"
                                   : "expected --kmeans FILE.npy; --fit K makes one");
     if (!o->fit && !o->out) return slam_refuse("expected -o OUT.bin or OUT.jsonl, or --fit K");
@@ -329,7 +331,7 @@ int main(int argc, char **argv) {
     }
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
     if (parsed == 2) return 0;
-    if (!parsed || !slam_flags_defaults(&j.flags, 0) || !check_flags(&j)) {
+    if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j)) {
         slam_flags_usage(&j.flags);
         return 2;
     }
@@ -342,6 +344,7 @@ int main(int argc, char **argv) {
         status = 1;
     }
     slam_sources_free(j.sources);
+    slam_ops_free(j.ops);
     slam_flags_free(&j.flags);
     return status;
 }

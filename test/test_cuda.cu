@@ -524,6 +524,41 @@ static void test_hubert(const char *name, int layer) {
     }
 }
 
+/* Units by way of a batch that is filled up, and the nearest centroids on the device. */
+static void test_units(void) {
+    slam_speech_settings settings;
+    slam_units u[2];
+    std::vector<float> samples, centroids;
+    slam_speech_defaults(&settings);
+    settings.features = SLAM_HUBERT;
+    settings.rate = 0;
+    settings.layer = 1;
+    snprintf(settings.hubert, sizeof settings.hubert, "test/fixtures/hubert/older_spelling");
+    for (int t = 0; t < 2500; t++) samples.push_back((float)(0.3 * sin(t * t / 3e4) + 0.1 * rng_normal(&seed)));
+    for (int i = 0; i < 10 * 24; i++) centroids.push_back((float)rng_normal(&seed));
+    for (int k = 0; k < 2; k++) {
+        slam_quantiser *q = slam_quantiser_new(&settings, k ? gpu : cpu, centroids.data(), 10);
+        CHECK(q && slam_quantiser_units(q, samples.data(), samples.size(), &u[k]), "%s", slam_error());
+        slam_quantiser_free(q);
+    }
+    std::vector<int> frames[2];
+    for (int k = 0; k < 2; k++) {
+        for (size_t i = 0; i < u[k].n; i++)
+            for (int d = 0; d < u[k].duration[i]; d++) frames[k].push_back(u[k].unit[i]);
+        slam_units_free(&u[k]);
+    }
+    if (!CHECK(frames[0].size() == frames[1].size() && frames[0].size() > 100, "%zu and %zu frames", frames[0].size(),
+               frames[1].size()))
+        return;
+    int differ = 0, kinds = 0;
+    for (size_t t = 0; t < frames[0].size(); t++) {
+        differ += frames[0][t] != frames[1][t];
+        kinds += t && frames[0][t] != frames[0][t - 1];
+    }
+    CHECK(kinds > 10 && differ <= (gpu->bytes_per_act == 2 ? (int)frames[0].size() / 10 : 0), "%d of %zu units differ", differ,
+          frames[0].size());
+}
+
 /* ---- whole models ---- */
 
 static const slam_config small_config = {30, 64, 2, 4, 2, 32, 96, 256, 1, 1, 1e-6, 0.1, 10000};
@@ -667,6 +702,7 @@ int main(void) {
         const char *const hubert[] = {"older_spelling", "large", "stable_batch_norm", "no_projection_norm", "wide_heads"};
         for (int k = 0; k < 5; k++)
             if (TEST("hubert: %s %s", hubert[k], dtype)) test_hubert(hubert[k], hubert[k][0] == 'w' ? 1 : 2);
+        if (TEST("hubert: units %s", dtype)) test_units();
         if (TEST("model: gradients %s", dtype)) test_gradients(0);
         if (TEST("model: gradients with holes %s", dtype)) test_gradients(1);
         if (TEST("model: 20 steps %s", dtype)) test_training();

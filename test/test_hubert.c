@@ -218,6 +218,277 @@ static void test_refused(slam_ops *ops) {
     slam_hubert_free(h);
 }
 
+/* ---- from files to units ---- */
+
+enum { FILES = 12, K = 9 };
+
+typedef struct speech_files {
+    slam_list paths;
+    float *x[FILES];
+    size_t n[FILES];
+} speech_files;
+
+/* Noise under a slow envelope, of lengths from 5 ms (too short for a frame of HuBERT) to 3 s. */
+static void make_files(speech_files *f) {
+    static const size_t lengths[FILES] = {8000, 80, 48000, 8100, 16000, 2000, 31000, 8000, 640, 12345, 30500, 5000};
+    uint64_t state = 5;
+    memset(f, 0, sizeof *f);
+    for (int i = 0; i < FILES; i++) {
+        char name[32];
+        f->n[i] = lengths[i];
+        f->x[i] = (float *)malloc(lengths[i] * sizeof(float));
+        int16_t *pcm = (int16_t *)malloc(lengths[i] * sizeof *pcm);
+        for (size_t t = 0; t < lengths[i]; t++) {
+            pcm[t] = (int16_t)(9000 * rng_normal(&state) * sin(t * 4e-4 + i) * 0.3);
+            f->x[i][t] = (float)pcm[t] / 32768;
+        }
+        snprintf(name, sizeof name, "h%02d.wav", i);
+        text wav = SLAM_ZERO;
+        const uint32_t bytes = (uint32_t)(2 * lengths[i]), head[] = {36 + bytes, 16, 16000, 32000, bytes};
+        const uint16_t kind[] = {1, 1}, size[] = {2, 16};
+        text_add_bytes(&wav, "RIFF", 4), text_add_bytes(&wav, (const char *)head, 4), text_add_bytes(&wav, "WAVEfmt ", 8);
+        text_add_bytes(&wav, (const char *)(head + 1), 4), text_add_bytes(&wav, (const char *)kind, 4);
+        text_add_bytes(&wav, (const char *)(head + 2), 8), text_add_bytes(&wav, (const char *)size, 4);
+        text_add_bytes(&wav, "data", 4), text_add_bytes(&wav, (const char *)(head + 4), 4);
+        text_add_bytes(&wav, (const char *)pcm, bytes);
+        slam_list_add(&f->paths, check_file(name, wav.at, wav.n));
+        text_free(&wav);
+        free(pcm);
+    }
+}
+
+static void free_files(speech_files *f) {
+    for (int i = 0; i < FILES; i++) free(f->x[i]);
+    slam_list_free(&f->paths);
+}
+
+static slam_speech_settings settings_of(const char *folder, int layer) {
+    slam_speech_settings s;
+    slam_speech_defaults(&s);
+    s.features = SLAM_HUBERT;
+    s.rate = 0;
+    s.layer = layer;
+    snprintf(s.hubert, sizeof s.hubert, "%s", folder);
+    return s;
+}
+
+static float *features_of(slam_hubert *h, const float *x, size_t n, size_t *frames) {
+    const long length = (long)n;
+    *frames = (size_t)slam_hubert_frames(h, length);
+    float *out = (float *)malloc((1 + *frames * slam_hubert_width(h)) * sizeof *out);
+    CHECK(slam_hubert_features(h, 1, &x, &length, &out), "%s", slam_error());
+    return out;
+}
+
+/* Centroids near features of the longest file. */
+static slam_quantiser *quantiser_near(slam_ops *ops, const slam_speech_settings *s, const speech_files *f) {
+    slam_hubert *h = slam_hubert_load(ops, s->hubert, s->layer);
+    if (!CHECK(h, "%s", slam_error())) return NULL;
+    size_t frames, D = (size_t)slam_hubert_width(h);
+    float *x = features_of(h, f->x[2], f->n[2], &frames), *c = (float *)malloc(K * D * sizeof *c);
+    for (size_t k = 0; k < K; k++)
+        for (size_t d = 0; d < D; d++) c[k * D + d] = 0.9f * x[k * (frames / K) * D + d];
+    slam_quantiser *q = slam_quantiser_new(s, ops, c, K);
+    CHECK(q, "%s", slam_error());
+    slam_hubert_free(h);
+    free(x);
+    free(c);
+    return q;
+}
+
+/* The units of a file are the nearest centroids of its features, by a loop of its own. */
+static void check_units(slam_hubert *h, const slam_quantiser *q, const float *x, size_t n, const slam_units *u) {
+    size_t frames, D = (size_t)slam_hubert_width(h), t = 0;
+    float *features = features_of(h, x, n, &frames);
+    CHECK(u->frames == frames && u->samples == n, "%zu frames, expected %zu", u->frames, frames);
+    for (size_t i = 0; i < u->n; i++)
+        for (int k = 0; k < u->duration[i] && t < frames; k++, t++) {
+            double best = HUGE_VAL, ours = 0;
+            for (int c = 0; c < K; c++) {
+                double sum = 0;
+                for (size_t d = 0; d < D; d++) {
+                    const double e = features[t * D + d] - q->centroid[c * D + d];
+                    sum += e * e;
+                }
+                if (sum < best) best = sum;
+                if (c == u->unit[i]) ours = sum;
+            }
+            CHECK(ours <= best * (1 + 1e-5), "frame %zu: unit %d at %g, the nearest at %g", t, u->unit[i], ours, best);
+        }
+    CHECK(t == frames, "durations of %zu frames, expected %zu", t, frames);
+    free(features);
+}
+
+static int count_failed(void *context, const slam_speech_progress *p) {
+    if (p->failed) {
+        CHECK(strstr(p->because, "5.0 ms of audio, which is too short"), "%s", p->because);
+        ++*(int *)context;
+    }
+    return 1;
+}
+
+/* Lets `left` calls pass, then stops. */
+static int stop_soon(void *context, const slam_speech_progress *p) { return p->failed || (*(int *)context)-- > 0; }
+
+static void check_bytes(const char *a, const char *b) {
+    size_t n[2];
+    char *text[2] = {file_text("", a, &n[0]), file_text("", b, &n[1])};
+    CHECK(n[0] == n[1] && n[0] > 0 && !memcmp(text[0], text[1], n[0]), "%s (%zu bytes) and %s (%zu) differ", a, n[0], b, n[1]);
+    free(text[0]);
+    free(text[1]);
+}
+
+/* As slam_quantiser_sources, with room for so many samples and, where `asynchronous`, as for a device of that kind. */
+static void check_rounds(const slam_quantiser *q, const slam_sources *s, int64_t room, int asynchronous,
+                         const slam_units *expected) {
+    audio_block b = SLAM_ZERO;
+    size_t n, clip_at = 0;
+    const slam_ops before = *q->ops;
+    b.speech = q->speech;
+    b.quantiser = q;
+    b.sources = s;
+    b.want = WANT_CLIPS;
+    q->ops->asynchronous = asynchronous;
+    q->ops->same_rows = before.same_rows && !asynchronous;
+    CHECK(block_begin(&b), "%s", slam_error());
+    b.most_waiting = room;
+    for (size_t at = 0; at < s->n; at += n) {
+        if (!CHECK(block_run(&b, at, &n) && n, "%s", slam_error())) break;
+        for (size_t i = 0; i < n; i++) {
+            heard *h = &b.result[i];
+            CHECK(h->failed == (at + i == 1 && s->max_seconds == 0), "%s: %s", h->name, h->error ? h->error : "");
+            for (size_t k = 0; k < h->clips.n; k++) {
+                const slam_units *u = &h->clips.at[k]->u, *e = &expected[s->max_seconds > 0 ? clip_at++ : at + i];
+                CHECK(u->n == e->n && u->frames == e->frames && !memcmp(u->unit, e->unit, u->n * sizeof *u->unit) &&
+                          !memcmp(u->duration, e->duration, u->n * sizeof *u->unit),
+                      "%s, part %zu: other units with room for %lld samples", h->name, k, (long long)room);
+            }
+            heard_free(h);
+        }
+    }
+    block_end(&b);
+    q->ops->asynchronous = before.asynchronous;
+    q->ops->same_rows = before.same_rows;
+}
+
+/* Parts of the longest file, alone and in rounds. */
+static void test_parts(const slam_quantiser *q, const speech_files *f) {
+    slam_list one = SLAM_ZERO;
+    slam_units expected[16];
+    audio_parts p;
+    decoder d = SLAM_ZERO;
+    int n = 0;
+    slam_list_add(&one, f->paths.at[2]);
+    CHECK(parts_open(&p, &d, f->paths.at[2], 1), "%s", slam_error());
+    for (; n < 16 && parts_next(&p) > 0; n++) CHECK(slam_quantiser_units(q, p.sample, p.samples, &expected[n]), "%s", slam_error());
+    CHECK(n >= 3, "%d parts", n);
+    slam_sources *s = slam_sources_audio(&one, 1);
+    check_rounds(q, s, 1, 0, expected);
+    check_rounds(q, s, 20000, 0, expected);
+    slam_sources_free(s);
+    for (int i = 0; i < n; i++) slam_units_free(&expected[i]);
+    parts_close(&p);
+    decoder_close(&d);
+    slam_list_free(&one);
+}
+
+static void test_tokenize(const slam_quantiser *q, const slam_sources *s) {
+    slam_tokenize_report r, r2;
+    int stops = 0;
+    char *whole = text_copy(check_path("whole.jsonl")), *parts = text_copy(check_path("parts.jsonl"));
+    CHECK(slam_tokenize(q, s, whole, 0, 100, NULL, NULL, &r), "%s", slam_error());
+    CHECK(r.files == FILES && r.failed == 1 && r.documents == FILES - 1, "%zu files, %zu failed", r.files, r.failed);
+    do {
+        int soon = 1;
+        if (!CHECK(slam_tokenize(q, s, parts, 0, 100, stop_soon, &soon, &r2), "%s", slam_error())) break;
+    } while (r2.stopped && ++stops < 40);
+    CHECK(stops > 2 && !r2.stopped, "stopped %d times", stops);
+    check_bytes(whole, parts);
+    free(whole);
+    free(parts);
+}
+
+static void test_units(slam_ops *ops) {
+    const slam_speech_settings settings = settings_of("test/fixtures/hubert/mhubert", 2);
+    slam_units u[FILES];
+    speech_files f;
+    int failed = 0;
+    make_files(&f);
+    slam_quantiser *q = quantiser_near(ops, &settings, &f);
+    slam_hubert *h = slam_hubert_load(ops, settings.hubert, 2);
+    slam_sources *s = slam_sources_audio(&f.paths, 0);
+    if (q && TEST("hubert: units of files")) {
+        CHECK(slam_quantiser_sources(q, s, u, count_failed, &failed) && failed == 1, "%d failed: %s", failed, slam_error());
+        for (int i = 0; i < FILES; i++)
+            if (i != 1) check_units(h, q, f.x[i], f.n[i], &u[i]);
+        for (int i = 0; i < FILES; i++) slam_units_free(&u[i]);
+    }
+    if (q && TEST("hubert: units in any company are those alone")) {
+        memset(u, 0, sizeof u);
+        for (int i = 0; i < FILES; i++)
+            if (i != 1) CHECK(slam_quantiser_file(q, f.paths.at[i], &u[i]), "%s", slam_error());
+        for (int asynchronous = 0; asynchronous < 2; asynchronous++)
+            for (int64_t room = 1; room < 1000000; room *= 30) check_rounds(q, s, room, asynchronous, u);
+        for (int i = 0; i < FILES; i++) slam_units_free(&u[i]);
+        test_parts(q, &f);
+    }
+    if (q && TEST("hubert: a job that is stopped goes on")) test_tokenize(q, s);
+    slam_sources_free(s);
+    slam_hubert_free(h);
+    slam_quantiser_free(q);
+    free_files(&f);
+}
+
+/* km.json says which model and layer the centroids are of, and other weights are told. */
+static void test_settings(slam_ops *ops) {
+    slam_speech_settings settings = settings_of("test/fixtures/hubert/mhubert", 1), other;
+    slam_kmeans_report r, r2;
+    speech_files f;
+    make_files(&f);
+    slam_sources *s = slam_sources_audio(&f.paths, 0);
+    char *path = text_copy(check_path("kmh.npy"));
+    settings.normalize = 1;
+    if (TEST("hubert: a fit, and what km.json says of it")) {
+        slam_quantiser *q = slam_quantiser_fit(&settings, ops, s, K, 100, 3, NULL, NULL, &r);
+        if (!CHECK(q, "%s", slam_error())) return;
+        slam_ops_free(slam_cpu(1));
+        slam_quantiser *again = slam_quantiser_fit(&settings, ops, s, K, 100, 3, NULL, NULL, &r2);
+        slam_ops_free(slam_cpu(ops->threads));
+        CHECK(again && (!SAME_BITS || !memcmp(q->centroid, again->centroid, K * (size_t)q->D * sizeof(float))),
+              "one thread fits others");
+        CHECK(r.frames == 100 && r.inertia > 0 && slam_quantiser_settings(q)->rate == 25, "%zu frames, %d a second", r.frames,
+              slam_quantiser_settings(q)->rate);
+        CHECK(slam_quantiser_save(q, path, &r), "%s", slam_error());
+        CHECK(slam_quantiser_may_fit(path, &settings, s, K, 100, 3) == 2, "not known again");
+        slam_speech_defaults(&other);
+        CHECK(slam_quantiser_settings_read(path, &other) && other.features == SLAM_HUBERT && other.layer == 1 &&
+                  other.normalize == 1 && !strcmp(other.hubert, settings.hubert),
+              "layer %d of '%s'", other.layer, other.hubert);
+        slam_speech_defaults(&other);
+        slam_quantiser_free(again);
+        again = slam_quantiser_open(path, &other, ops);
+        CHECK(again && slam_quantiser_fingerprint(again) == slam_quantiser_fingerprint(q), "%s", slam_error());
+        slam_quantiser_free(again);
+        slam_quantiser_free(q);
+    }
+    if (TEST("hubert: another model than that of the centroids")) {
+        snprintf(other.hubert, sizeof other.hubert, "%s",
+                 changed("mhubert", "config.json", "\"layer_norm_eps\": 1e-05", "\"layer_norm_eps\": 2e-05"));
+        check_fails(slam_quantiser_open(path, &other, ops), "do not belong together");
+        check_fails(slam_quantiser_open(path, &other, NULL), "HuBERT needs a device");
+        other = settings;
+        other.rate = 50;
+        check_fails(slam_speech_new(&other, ops), "has 25 frames a second, not 50");
+        const float wrong[12] = {0};
+        CHECK(npy_write(check_path("wrong.npy"), wrong, 3, 4), "%s", slam_error());
+        check_fails(slam_quantiser_open(check_path("wrong.npy"), &settings, ops),
+                    "has shape (3, 4), expected 1 to 65534 centroids of 24 numbers");
+    }
+    slam_sources_free(s);
+    free_files(&f);
+    free(path);
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(2);
     for (int k = 0; k < MODELS; k++)
@@ -234,6 +505,8 @@ int main(void) {
         slam_hubert_free(h);
     }
     if (TEST("hubert: what is refused")) test_refused(ops);
+    test_units(ops);
+    test_settings(ops);
     slam_ops_free(ops);
     return check_end();
 }

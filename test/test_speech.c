@@ -156,7 +156,7 @@ static void test_mfcc(void) {
             const tensor *wanted = tensors_find(fixture, name);
             slam_speech_defaults(&settings);
             settings.rate = rate;
-            slam_speech *s = slam_speech_new(&settings);
+            slam_speech *s = slam_speech_new(&settings, NULL);
             if (CHECK(signal && wanted && s, "the fixture has no %s", name) &&
                 CHECK(slam_speech_frames(s, signal->count) == wanted->shape[0], "%zu frames, expected %zu",
                       slam_speech_frames(s, signal->count), wanted->shape[0])) {
@@ -180,9 +180,9 @@ static void test_mfcc(void) {
     if (TEST("mfcc: frames of short, silent and loud audio; --normalize")) {
         slam_speech_settings settings;
         slam_speech_defaults(&settings);
-        slam_speech *plain = slam_speech_new(&settings);
+        slam_speech *plain = slam_speech_new(&settings, NULL);
         settings.normalize = 1;
-        slam_speech *normal = slam_speech_new(&settings);
+        slam_speech *normal = slam_speech_new(&settings, NULL);
         CHECK(slam_speech_frames(plain, 0) == 0 && slam_speech_frames(plain, 1) == 1 && slam_speech_frames(plain, 1024) == 1 &&
                   slam_speech_frames(plain, 1025) == 2 && slam_speech_frames(plain, 1664) == 2 &&
                   slam_speech_frames(plain, 1665) == 3,
@@ -198,7 +198,7 @@ static void test_mfcc(void) {
         check_close("normalised, of another level", a, b, 39 * 4, 1e-4);
         CHECK(slam_speech_features(plain, b, x, 3000) && b[0] != a[0], "normalising changes nothing");
         settings.rate = 30;
-        check_fails(slam_speech_new(&settings), "expected 25 or 50");
+        check_fails(slam_speech_new(&settings, NULL), "expected 25 or 50");
         free(x);
         slam_speech_free(plain);
         slam_speech_free(normal);
@@ -310,7 +310,7 @@ static slam_quantiser *make_quantiser(int rate, int dedup, int K, uint64_t seed)
     slam_speech_defaults(&s);
     s.rate = rate;
     s.dedup = dedup;
-    slam_quantiser *q = slam_quantiser_new(&s, centroids, K);
+    slam_quantiser *q = slam_quantiser_new(&s, NULL, centroids, K);
     free(centroids);
     return q;
 }
@@ -326,7 +326,7 @@ static void test_quantiser(void) {
         for (int d = 0; d < 39; d++) centroids[66 * 39 + d] = centroids[5 * 39 + d]; // the same place twice
         for (int i = 0; i < 50 * 39; i++) x[i] = i < 39 ? centroids[5 * 39 + i] : (float)(int)(4 * rng_normal(&seed));
         slam_speech_defaults(&s);
-        slam_quantiser *q = slam_quantiser_new(&s, centroids, 70);
+        slam_quantiser *q = slam_quantiser_new(&s, NULL, centroids, 70);
         slam_quantiser_nearest(q, x, 50, unit, distance);
         CHECK(unit[0] == 5 && distance[0] == 0, "unit %d at %g, expected 5 at 0", unit[0], (double)distance[0]);
         for (int i = 0; i < 50; i++) {
@@ -365,14 +365,15 @@ static void test_quantiser(void) {
         const char *path = check_path("km.npy"), *json_path;
         slam_speech_defaults(&other);
         CHECK(slam_quantiser_save(q, path, NULL), "%s", slam_error());
-        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error())) {
+        if (CHECK(back = slam_quantiser_open(path, &other, NULL), "%s", slam_error())) {
             CHECK(slam_quantiser_fingerprint(back) == slam_quantiser_fingerprint(q) && slam_quantiser_settings(back)->rate == 50 &&
                       !slam_quantiser_settings(back)->dedup && slam_quantiser_count(back) == 20,
                   "what was read is not what was written");
             slam_quantiser_free(back);
         }
         static const char *const damaged[][2] = {
-            {"{\"features\": \"hubert\"}", "'features' is \"hubert\""},
+            {"{\"features\": \"whisper\"}", "'features' is \"whisper\""},
+            {"{\"features\": \"hubert\", \"hubert\": \"none\"}", "HuBERT needs a device"},
             {"{\"features\": \"mfcc\", \"rate\": 30}", "'rate' is 30"},
             {"{\"features\": \"mfcc\", \"rate\": 25, \"normalize\": 3}", "expected true or false"},
             {"{\"features\": \"mfcc\", \"fingerprint\": 5}", "do not belong together"},
@@ -380,17 +381,17 @@ static void test_quantiser(void) {
             {"[]", "'features' is \"\""}};
         for (size_t i = 0; i < sizeof damaged / sizeof *damaged; i++) {
             check_file("km.json", damaged[i][0], strlen(damaged[i][0]));
-            check_fails(slam_quantiser_open(path, &other), damaged[i][1]);
+            check_fails(slam_quantiser_open(path, &other, NULL), damaged[i][1]);
         }
         json_path = check_path("km.json");
         unlink(json_path);
         other.rate = 25;
-        if (CHECK(back = slam_quantiser_open(path, &other), "%s", slam_error()))
+        if (CHECK(back = slam_quantiser_open(path, &other, NULL), "%s", slam_error()))
             CHECK(slam_quantiser_settings(back)->rate == 25, "the caller's settings");
         slam_quantiser_free(back);
         float wrong[12] = {0};
         CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
-        check_fails(slam_quantiser_open(path, &other), "has shape (3, 4)");
+        check_fails(slam_quantiser_open(path, &other, NULL), "has shape (3, 4)");
         slam_quantiser_free(q);
     }
     if (TEST("units: of a sample, of silence, of a file at another rate")) {
@@ -642,9 +643,9 @@ static void test_files(void) {
         const int threads = threads_count();
         slam_speech_defaults(&settings);
         threads_set(1);
-        slam_quantiser *first = slam_quantiser_fit(&settings, sources, 8, 100, 4, NULL, NULL, &a);
+        slam_quantiser *first = slam_quantiser_fit(&settings, NULL, sources, 8, 100, 4, NULL, NULL, &a);
         threads_set(3);
-        slam_quantiser *second = slam_quantiser_fit(&settings, sources, 8, 100, 4, stop_after, &never, &b);
+        slam_quantiser *second = slam_quantiser_fit(&settings, NULL, sources, 8, 100, 4, stop_after, &never, &b);
         threads_set(threads);
         if (CHECK(first && second, "%s", slam_error())) {
             CHECK(slam_quantiser_fingerprint(first) == slam_quantiser_fingerprint(second), "one thread and three differ");
@@ -656,7 +657,7 @@ static void test_files(void) {
         uint32_t mark[3];
         for (int i = 0; i < 3; i++) {
             threads_set(i + 1);
-            slam_quantiser *few = slam_quantiser_fit(&settings, sources, 8, 10, 4, NULL, NULL, &a);
+            slam_quantiser *few = slam_quantiser_fit(&settings, NULL, sources, 8, 10, 4, NULL, NULL, &a);
             mark[i] = CHECK(few, "%s", slam_error()) ? slam_quantiser_fingerprint(few) : (uint32_t)i;
             slam_quantiser_free(few);
         }
@@ -665,14 +666,14 @@ static void test_files(void) {
         check_fails(slam_quantiser_may_fit("/none/km.npy", &settings, sources, 8, 10, 4), "/none/km.npy: cannot be written");
         const char *path = check_path("fit.npy");
         CHECK(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 1, "%s", slam_error());
-        slam_quantiser *few = slam_quantiser_fit(&settings, sources, 8, 10, 4, NULL, NULL, &a);
+        slam_quantiser *few = slam_quantiser_fit(&settings, NULL, sources, 8, 10, 4, NULL, NULL, &a);
         CHECK(slam_quantiser_save(few, path, &a) && slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 2, "made");
         check_fails(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 5), "fit.npy: exists already");
         unlink(path); // what a kill between the two files leaves
         CHECK(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 4) == 1, "%s", slam_error());
         check_fails(slam_quantiser_may_fit(path, &settings, sources, 8, 10, 5), "fit.json: exists already");
         slam_quantiser_free(few);
-        check_fails(slam_quantiser_fit(&settings, sources, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
+        check_fails(slam_quantiser_fit(&settings, NULL, sources, 5000, 100000, 4, NULL, NULL, &a), "fewer than the 5000 centroids");
         slam_sources_free(sources);
     }
     slam_list_free(&files);

@@ -16,7 +16,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     double end = 0;
     if (size > LARGEST) return 0;
     slam_speech_defaults(&settings);
-    if (!q) q = slam_quantiser_new(&settings, centroid, 2);
+    if (!q) q = slam_quantiser_new(&settings, NULL, centroid, 2);
     MUST(q);
     int more = parts_open(&p, &d, fuzz_file(bytes, size), 1) ? 1 : -1;
     for (int i = 0; more > 0 && i < 20 && (more = parts_next(&p)) > 0; i++) {
