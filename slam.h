@@ -515,8 +515,8 @@ slam_sources *slam_sources_units(const slam_list *files);
    What else they hold (texts) is passed through. Where they have prompt_text and chosen_text, pairs whose slam_auto_bleu of both,
    order 2, is max_repetition or more are left out; 0: none are. */
 slam_sources *slam_sources_pairs(const char *path, double max_repetition);
-/* Lines of text, to be spoken by `voices` in turn: commands that write WAV to stdout, in which {text} stands for the words. They
-   are run without a shell; blanks part their arguments, '...', "..." and \ keep them together. Lines of prompt, chosen and rejected
+/* Lines of text, to be spoken by `voices` in turn: commands that write WAV to stdout, in which {text} stands for the words; one
+   without {text} reads them from its stdin. They are run without a shell; blanks part their arguments, '...', "..." and \ keep them together. Lines of prompt, chosen and rejected
    with tabs between them become pairs, the text beside the units. */
 slam_sources *slam_sources_text(const char *path, const slam_list *voices, double max_repetition);
 void slam_sources_free(slam_sources *);
@@ -3816,11 +3816,12 @@ static void cpu_group_frames(slam_ops *ops, slam_act *out_, const slam_act *x_, 
     for (int row = 0; row < B * G * TO; row++) {
         const int t = row % TO - before, g = row / TO % G, b = row / TO / G;
         float *out = (float *)out_ + (size_t)row * width;
+        if (t < 0 || t >= lengths[b]) {
+            memset(out, 0, (size_t)width * sizeof *out);
+            continue;
+        }
         const float *x = (const float *)x_ + ((size_t)b * T + t) * C + g * width;
-        if (t < 0 || t >= lengths[b]) memset(out, 0, (size_t)width * sizeof *out);
-        else
-            for (int c = 0; c < width; c++)
-                out[c] = (scale ? scale[g * width + c] * x[c] : x[c]) + (shift ? shift[g * width + c] : 0);
+        for (int c = 0; c < width; c++) out[c] = (scale ? scale[g * width + c] * x[c] : x[c]) + (shift ? shift[g * width + c] : 0);
     }
 }
 
@@ -10380,7 +10381,7 @@ int slam_audio_list(slam_list *list, const char *const *arguments, size_t n) {
 static int command_split(slam_list *arguments, const char *command) {
     text word = SLAM_ZERO;
     const char *c = command;
-    int ok = 1, holds = 0;
+    int ok = 1;
     while (ok && *c) {
         for (; *c == ' ' || *c == '\t' || *c == '\n'; c++) {}
         if (!*c) break;
@@ -10397,11 +10398,10 @@ static int command_split(slam_list *arguments, const char *command) {
         }
         if (quote) ok = fail("%s: a quote (%c) that is not closed", command, quote);
         ok = ok && !word.failed && slam_list_add(arguments, word.at);
-        holds |= ok && strstr(word.at, "{text}") != NULL;
     }
     text_free(&word);
     if (ok && arguments->n == 0) ok = fail("an empty command, expected one like 'espeak-ng --stdout {text}'");
-    return ok && (holds || fail("%s: has no {text}, where the words to speak would go", command));
+    return ok;
 }
 
 /* The argument with the words for {text}. Alone they must not look like a flag: a blank before them changes no speech. */
@@ -10430,9 +10430,9 @@ static void close_both(const int *ends) {
     close(ends[1]);
 }
 
-/* Its input is empty; it is in a process group of its own, so that a Ctrl-C which stops this program in good order is not its
-   end. */
-static int child_spawn(child *c, char *const *argv, const int *out, const int *err) {
+/* Its input is the file `in`, or empty where that is -1; it is in a process group of its own, so that a Ctrl-C which stops this
+   program in good order is not its end. */
+static int child_spawn(child *c, char *const *argv, int in, const int *out, const int *err) {
     posix_spawn_file_actions_t files;
     posix_spawnattr_t settings;
     sigset_t usual;
@@ -10446,7 +10446,8 @@ static int child_spawn(child *c, char *const *argv, const int *out, const int *e
     posix_spawnattr_setsigdefault(&settings, &usual);
     posix_spawnattr_setpgroup(&settings, 0);
     posix_spawnattr_setflags(&settings, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF);
-    posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
+    if (in >= 0) posix_spawn_file_actions_adddup2(&files, in, 0);
+    else posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
     posix_spawn_file_actions_adddup2(&files, out[1], 1);
     posix_spawn_file_actions_adddup2(&files, err[1], 2);
 #ifdef __APPLE__
@@ -10473,7 +10474,7 @@ static int pipe_open(int *ends) {
     return 0;
 }
 
-static int child_start(child *c, char *const *argv, const char *what) {
+static int child_start(child *c, char *const *argv, int in, const char *what) {
     int out[2], err[2], why = 0;
     c->program = argv[0];
     /* one at a time: another one started meanwhile would inherit the pipes' low ends, and keep them open */
@@ -10483,7 +10484,7 @@ static int child_start(child *c, char *const *argv, const char *what) {
             why = errno;
             close_both(out);
         } else {
-            why = child_spawn(c, argv, out, err);
+            why = child_spawn(c, argv, in, out, err);
             close(out[1]);
             close(err[1]);
             c->out = out[0];
@@ -10538,13 +10539,13 @@ static const char *last_said(char *said) {
 }
 
 /* What the command writes when it is run, as a file's bytes. */
-static int child_run(char *const *argv, const char *what, file_map *out) {
+static int child_run(char *const *argv, int in, const char *what, file_map *out) {
     child c;
     text wave = SLAM_ZERO;
     char said[SAID] = "";
     int status = 0;
     memset(out, 0, sizeof *out);
-    if (!child_start(&c, argv, what)) return 0;
+    if (!child_start(&c, argv, in, what)) return 0;
     int ok = child_read(&c, &wave, said, what);
     if (!ok) kill(c.process, SIGKILL);
     close(c.out);
@@ -10560,14 +10561,33 @@ static int child_run(char *const *argv, const char *what, file_map *out) {
     return ok;
 }
 
-/* The words as a voice speaks them. */
+/* A line of words in a file without a name, to be read; above the standard files. -1 and the sentence on failure. */
+static int words_file(const char *words, const char *what) {
+    FILE *f = tmpfile();
+    int in = -1;
+    if (f && fprintf(f, "%s\n", words) > 0 && fflush(f) == 0 && fseek(f, 0, SEEK_SET) == 0)
+        in = fcntl(fileno(f), F_DUPFD_CLOEXEC, 3);
+    if (in < 0) {
+        machine_failed = 1;
+        fail("%s: no temporary file: %s", what, strerror(errno));
+    }
+    if (f) fclose(f);
+    return in;
+}
+
+/* The words as a voice speaks them: they stand for {text} in its arguments, or where there is none on its standard input. */
 static int command_speak(const slam_list *voice, const char *words, const char *what, sound *s) {
     char **argv = (char **)mem_new(voice->n + 1, sizeof *argv);
     file_map map;
-    int ok = argv != NULL;
+    int ok = argv != NULL, holds = 0, in = -1;
     memset(s, 0, sizeof *s);
-    for (size_t i = 0; ok && i < voice->n; i++) ok = (argv[i] = command_argument(voice->at[i], words)) != NULL;
-    ok = ok && child_run(argv, what, &map) && sound_take(s, &map, what);
+    for (size_t i = 0; ok && i < voice->n; i++) {
+        holds |= strstr(voice->at[i], "{text}") != NULL;
+        ok = (argv[i] = command_argument(voice->at[i], words)) != NULL;
+    }
+    if (ok && !holds) ok = (in = words_file(words, what)) >= 0;
+    ok = ok && child_run(argv, in, what, &map) && sound_take(s, &map, what);
+    if (in >= 0) close(in);
     for (size_t i = 0; argv && i < voice->n; i++) free(argv[i]);
     free(argv);
     return ok;

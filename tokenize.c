@@ -60,7 +60,8 @@ static int flag_table(options *o, slam_flag *f) {
          "text that --tts speaks: a document a line; lines of prompt, chosen and rejected with tabs between them become pairs", 0,
          0, 0, 0},
         {"tts", SLAM_LIST, &o->tts, "'COMMAND {text}'", NULL,
-         "writes WAV to its stdout, e.g. 'espeak-ng --stdout {text}'; it is run without a shell, --threads at a time. Given several "
+         "writes WAV to its stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from its stdin, as piper does. It "
+         "is run without a shell, --threads at a time. Given several "
          "times: voices that take turns",
          0, 0, 0, 0},
         {"max-repetition", SLAM_REAL, &o->max_repetition, "X", "0.3",

@@ -386,12 +386,30 @@ ls speech/*.wav speech/b/*.wav >stories.txt
 ls speech/*.wav | paste -d '\t' - - - | head -n 8 | awk -F '\t' 'NF == 3' >pairs.tsv
 slow="sh -c 'sleep 0.02; exec cat \"\$0\"' {text}"
 check '--text' 'status' "$tokenize" --text stories.txt --tts 'cat {text}' --kmeans km.npy -o told.bin
+check 'a voice without {text} reads its input' 'differ' sh -c "'$tokenize' --text stories.txt --tts 'xargs cat' --kmeans km.npy -o read.bin && cmp told.bin read.bin"
 check 'text that becomes pairs' 'lines' sh -c "'$tokenize' --text pairs.tsv --tts 'cat {text}' --max-repetition 0 --kmeans km.npy -o pairs.jsonl && test \$(wc -l <pairs.jsonl) = \$(wc -l <pairs.tsv)"
 awk -F '\t' '{ printf "{\"prompt_path\": \"%s\", \"chosen_path\": \"%s\", \"rejected_path\": \"%s\"}\n", $1, $2, $3 }' pairs.tsv >paths.jsonl
 check '--pairs gives the same units' 'differ' sh -c "'$tokenize' --pairs paths.jsonl --kmeans km.npy -o named.jsonl &&
     sed 's/.*\"prompt\": {/{/' pairs.jsonl >pairs.1 && sed 's/.*\"prompt\": {/{/' named.jsonl >pairs.2 && test -s pairs.1 && cmp pairs.1 pairs.2"
 refuses 'a voice that is not there' 1 'stories.txt:1: nosuchvoice cannot be started' "$tokenize" --text stories.txt --tts 'nosuchvoice {text}' --kmeans km.npy -o voice.bin
 check 'leaves nothing' 'leftover' sh -c '! ls voice.bin*'
+
+# ---- tokenize: HuBERT ----
+
+hubert="--hubert $root/test/fixtures/hubert/mhubert --layer 2"
+check 'tokenize --hubert --fit' 'status' "$tokenize" speech $hubert --fit 20 --kmeans kmh.npy
+check 'km.json knows the model' 'status' "$tokenize" speech --kmeans kmh.npy -o hubert.jsonl
+check 'the same for any number of threads and given the model' 'differ' sh -c "'$tokenize' speech $hubert --kmeans kmh.npy --threads 1 -o hubert1.jsonl && cmp hubert.jsonl hubert1.jsonl"
+check 'HuBERT: parts of a file, and pairs' 'status' sh -c "'$tokenize' speech --kmeans kmh.npy --max-seconds 1 -o hubert.bin && '$tokenize' --pairs paths.jsonl --kmeans kmh.npy -o hubertpairs.jsonl &&
+    test \$(wc -l <hubertpairs.jsonl) = \$(wc -l <pairs.tsv)"
+"$tokenize" hostile --kmeans kmh.npy -o hubert_hostile.jsonl >hostile.out 2>hostile.err
+check 'HuBERT: what is too short for a frame is left out' "status $?" sh -c "test $? = 3 && grep -q '10ms.wav: 10.0 ms of audio, which is too short' hostile.err && grep -q silent.wav hubert_hostile.jsonl"
+refuses 'another layer than that of the centroids' 1 'made for layer 2' "$tokenize" speech --hubert "$root/test/fixtures/hubert/mhubert" --layer 1 --kmeans kmh.npy -o x.bin
+refuses 'MFCC of centroids of HuBERT' 1 "made for HuBERT's features" "$tokenize" speech --features mfcc --kmeans kmh.npy -o x.bin
+refuses 'HuBERT with centroids of MFCC' 1 'made for MFCC' "$tokenize" speech $hubert --kmeans km.npy -o x.bin
+refuses 'HuBERT without a model' 1 'expected --hubert DIR' "$tokenize" speech --features hubert --fit 20 --kmeans kmx.npy
+refuses 'a model that is not there' 1 'nowhere/config.json' "$tokenize" speech --hubert nowhere --fit 20 --kmeans kmx.npy
+refuses '--layer without a model' 1 'is for --hubert' "$tokenize" speech --layer 3 --fit 20 --kmeans kmx.npy
 
 # Kills and signals at moments of chance: in the end the bytes of a call that nothing disturbed.
 rounds=0 bad=
