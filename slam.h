@@ -65,6 +65,13 @@ const char *slam_error(void);
 double slam_clock(void);
 
 /* ------------------------------------------------------------------------------------------
+   2. FORMATS      of what stands in files, what a program may want to know by itself
+   ------------------------------------------------------------------------------------------ */
+/* The share of a text's n-grams that occur in it more than once, 0 if it has none (auto-BLEU: Lakhotia et al. 2021); words lie
+   between blanks, marks of punctuation are words. Negative where there is no memory. */
+double slam_auto_bleu(const char *text, int order);
+
+/* ------------------------------------------------------------------------------------------
    3. OPS          every operation that a model needs: its mathematics, stated once
 
    (N,C) is a matrix of N rows in row order. `slam_act` is an activation or a weight that takes part in products: float on
@@ -525,10 +532,6 @@ int slam_sources_pairs_out(const slam_sources *); /* 1: what comes out are pairs
 /* Keeps neighbours only: the 1st of `of` equal parts, the 2nd, ...; what comes out of all parts in order is what comes out of
    all. */
 int slam_sources_part(slam_sources *, size_t part, size_t of);
-
-/* The share of a text's n-grams that occur in it more than once, 0 if it has none (auto-BLEU: Lakhotia et al. 2021); words lie
-   between blanks, marks of punctuation are words. Negative where there is no memory. */
-double slam_auto_bleu(const char *text, int order);
 
 /* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x
    frames. */
@@ -2487,8 +2490,9 @@ static int units_line(units_reader *r, const char **line, size_t *n) {
     }
 }
 
-/* The next line that is not empty: 1, 0 at the file's end, -1 and a sentence that begins with file:line. */
-static int units_next(units_reader *r, units *u) {
+/* The next line that is not empty, parsed (to be freed by json_free): 1, 0 at the file's end, -1 and a sentence that begins with
+   file:line, as r->what does. */
+static int units_json(units_reader *r, json **root) {
     const char *line = NULL;
     size_t n = 0;
     int got;
@@ -2499,8 +2503,16 @@ static int units_next(units_reader *r, units *u) {
     }
     if (got <= 0) return got;
     snprintf(r->what, strlen(r->path) + 32, "%s:%zu", r->path, r->line);
-    json *root = json_parse(line, n, r->what);
-    const int ok = root && units_from_json(root, r->what, u);
+    *root = json_parse(line, n, r->what);
+    return *root ? 1 : -1;
+}
+
+/* The units of the next line that is not empty: 1, 0 at the file's end, -1 and a sentence that begins with file:line. */
+static int units_next(units_reader *r, units *u) {
+    json *root;
+    const int got = units_json(r, &root);
+    if (got <= 0) return got;
+    const int ok = units_from_json(root, r->what, u);
     json_free(root);
     return ok ? 1 : -1;
 }
@@ -2556,6 +2568,49 @@ static void text_add_spelled(text *t, const units *u) {
     text_add(t, "\"");
     text_add_part(t, u);
     text_add(t, "}\n");
+}
+
+/* ---- repetition ---- */
+
+static int compare_hashes(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The next word: a mark of punctuation, or what lies between blanks and such marks; NULL at the end. */
+static const char *next_word(const char *at, size_t *n) {
+    while (isspace((unsigned char)*at)) at++;
+    if (!*at) return NULL;
+    for (*n = 0; at[*n] && !isspace((unsigned char)at[*n]) && !ispunct((unsigned char)at[*n]);) ++*n;
+    if (*n == 0) *n = 1;
+    return at;
+}
+
+double slam_auto_bleu(const char *text, int order) {
+    uint64_t *word = NULL;
+    size_t n = 0, capacity = 0, length = 0, again = 0;
+    for (const char *at = next_word(text, &length); at; at = next_word(at + length, &length)) {
+        if (!mem_grow((void **)&word, &capacity, n + 1, sizeof *word)) {
+            free(word);
+            return -1;
+        }
+        word[n++] = hash_bytes(HASH_START, at, length);
+    }
+    const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
+    for (size_t i = 0; i < grams; i++) word[i] = hash_bytes(HASH_START, word + i, (size_t)order * sizeof *word);
+    if (grams) qsort(word, grams, sizeof *word, compare_hashes);
+    for (size_t i = 0; i < grams; i++) again += (i > 0 && word[i] == word[i - 1]) || (i + 1 < grams && word[i] == word[i + 1]);
+    free(word);
+    return grams ? (double)again / (double)grams : 0;
+}
+
+/* Whether a pair's text repeats itself less than it may (0: it may). 1: it does; 0: it does not; -1: no memory */
+static int pair_may(const char *prompt, const char *chosen, double max_repetition) {
+    if (max_repetition <= 0) return 1;
+    char *both = text_print("%s %s", prompt, chosen);
+    const double repetition = both ? slam_auto_bleu(both, 2) : -1;
+    free(both);
+    return repetition < 0 ? -1 : repetition < max_repetition;
 }
 
 /* ---- WAV ----
@@ -10593,40 +10648,6 @@ static int command_speak(const slam_list *voice, const char *words, const char *
     return ok;
 }
 
-/* ---- repetition ---- */
-
-static int compare_hashes(const void *a, const void *b) {
-    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* The next word: a mark of punctuation, or what lies between blanks and such marks; NULL at the end. */
-static const char *next_word(const char *at, size_t *n) {
-    while (isspace((unsigned char)*at)) at++;
-    if (!*at) return NULL;
-    for (*n = 0; at[*n] && !isspace((unsigned char)at[*n]) && !ispunct((unsigned char)at[*n]);) ++*n;
-    if (*n == 0) *n = 1;
-    return at;
-}
-
-double slam_auto_bleu(const char *text, int order) {
-    uint64_t *word = NULL;
-    size_t n = 0, capacity = 0, length = 0, again = 0;
-    for (const char *at = next_word(text, &length); at; at = next_word(at + length, &length)) {
-        if (!mem_grow((void **)&word, &capacity, n + 1, sizeof *word)) {
-            free(word);
-            return -1;
-        }
-        word[n++] = hash_bytes(HASH_START, at, length);
-    }
-    const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
-    for (size_t i = 0; i < grams; i++) word[i] = hash_bytes(HASH_START, word + i, (size_t)order * sizeof *word);
-    if (grams) qsort(word, grams, sizeof *word, compare_hashes);
-    for (size_t i = 0; i < grams; i++) again += (i > 0 && word[i] == word[i - 1]) || (i + 1 < grams && word[i] == word[i + 1]);
-    free(word);
-    return grams ? (double)again / (double)grams : 0;
-}
-
 /* ---- sources: what becomes units, one after the other ----
    A source is an audio file or a line of a file. It becomes a document (a long audio file several, a line of pairs one line), or
    it fails and is passed over; nothing else tells the kinds apart for what follows. */
@@ -11020,15 +11041,6 @@ static int hear_line(const audio_block *b, heard *h, const char *line, size_t n)
 
 static const char *const pair_names[] = {"prompt", "chosen", "rejected"};
 
-/* 1: the text of prompt and chosen is as it should be; 0: it repeats itself; -1: no memory */
-static int pair_may(const slam_sources *s, const char *prompt, const char *chosen) {
-    if (s->max_repetition <= 0) return 1;
-    char *both = text_print("%s %s", prompt, chosen);
-    const double repetition = both ? slam_auto_bleu(both, 2) : -1;
-    free(both);
-    return repetition < 0 ? -1 : repetition < s->max_repetition;
-}
-
 /* The audio that a pair names is where the file of pairs is. */
 static int hear_named(audio_block *b, heard *h, decoder *d, const json *root, int side) {
     const char *file = b->sources->files.at[0], *name;
@@ -11067,7 +11079,7 @@ static int hear_pair(audio_block *b, heard *h, decoder *d, const char *line, siz
     int ok = root && (root->type == JSON_OBJECT || fail("%s: expected an object", h->name));
     const char *prompt = ok ? json_text(root, "prompt_text", NULL) : NULL,
                *chosen = ok ? json_text(root, "chosen_text", NULL) : NULL;
-    const int may = prompt && chosen ? pair_may(b->sources, prompt, chosen) : 1;
+    const int may = prompt && chosen ? pair_may(prompt, chosen, b->sources->max_repetition) : 1;
     h->repeats = may == 0;
     ok = ok && may >= 0;
     if (ok && !h->repeats) {
@@ -11117,7 +11129,7 @@ static int hear_text(audio_block *b, heard *h, decoder *d, size_t i, char *words
             *c = 0;
             side[sides++] = c + 1;
         }
-    const int may = pair_may(b->sources, side[0], side[1]);
+    const int may = pair_may(side[0], side[1], b->sources->max_repetition);
     h->repeats = may == 0;
     return may > 0 ? hear_sides(b, h, d, i, side) : may == 0;
 }
