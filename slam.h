@@ -321,6 +321,11 @@ int slam_model_logits(slam_model *, const slam_batch *, float *logits);
    after_layer (may be NULL) is called when the gradients of layer l (L: the head and final norm; -1: the embedding) are
    complete. */
 int slam_model_backward(slam_model *, const slam_batch *, float scale, void (*after_layer)(void *context, int l), void *context);
+/* Backward of the pass that slam_model_losses made last, planned for training, for a loss that hangs on those of the tokens: adds
+   d(sum of weights_i losses_i) to the gradients, weights (B,T) on the host, and `loss` to the step's statistics. An error where the
+   model has done anything else since. */
+int slam_model_backward_from(slam_model *, const float *weights, double loss, void (*after_layer)(void *context, int l),
+                             void *context);
 /* Mean loss of tokens[1..n-1] given what stands before each, in windows of the config's T; negative and slam_error() on failure. */
 double slam_model_nll(slam_model *, const int *tokens, int n);
 
@@ -2604,7 +2609,7 @@ double slam_auto_bleu(const char *text, int order) {
     return grams ? (double)again / (double)grams : 0;
 }
 
-/* Whether a pair's text repeats itself less than it may (0: it may). 1: it does; 0: it does not; -1: no memory */
+/* 1: the text of prompt and chosen is as it should be; 0: it repeats itself that much or more (0: never); -1: no memory */
 static int pair_may(const char *prompt, const char *chosen, double max_repetition) {
     if (max_repetition <= 0) return 1;
     char *both = text_print("%s %s", prompt, chosen);
@@ -6979,7 +6984,7 @@ typedef struct activations_layout {
     size_t attention_in, mlp_in, swiglu;           // within it: the streams, normed (N,C), (N,C); (N,F)
     size_t delta;                                  // what a sub-layer adds to the stream (N,C)
     size_t residual_end, head_in, head_r;          // the stream after the last layer, likewise
-    size_t losses, logits;                         // (N) (head_rows,P)
+    size_t losses, logits, weights;                // (N) (head_rows,P) (N)
     size_t dresidual, dnormed, dwide, dqkv, D;     // backward: (N,C) (N,C) (N,max(F,O)) (N,W) (B,NH,T)
     size_t tokens, targets, doc_start, hole, rope; // (N) (N) (N) (N,2) (T,HS)
     size_t total;                                  // bytes
@@ -7019,6 +7024,7 @@ static activations_layout activations_of(const slam_config *c, size_t act, int B
     const size_t P = padded_vocabulary(c), rows = HEAD_BYTES / (P * act);
     a.head_rows = rows < 1 ? 1 : rows < N ? (int)rows : (int)N;
     a.logits = place(&end, a.head_rows * P * act);
+    a.weights = place(&end, train ? N * f : 0);
     a.dresidual = place(&end, train ? N * C * act : 0);
     a.dnormed = place(&end, train ? N * C * act : 0);
     a.dwide = place(&end, train ? N * (F > O ? F : O) * act : 0);
@@ -7069,7 +7075,9 @@ struct slam_model {
     double *stats;     // sum of the losses since the last step, squared norm of the gradient
     activations_layout a;
     char *arena;
-    int B, T, mode; // what the arena was planned for
+    int B, T, mode;   // what the arena was planned for
+    int held;         // 1: the arena holds all that the backward pass of ...
+    slam_window pass; // ... this forward pass needs
 };
 
 static slam_act *act_at(const slam_model *m, size_t bytes) { return (slam_act *)(m->arena + bytes); }
@@ -7146,7 +7154,7 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
 
 void slam_model_set_rope_theta(slam_model *m, double rope_theta) {
     m->config.rope_theta = rope_theta;
-    m->B = m->T = 0; // the table in the arena is the old one's: the next pass plans again
+    m->B = m->T = m->held = 0; // the table in the arena is the old one's: the next pass plans again
 }
 
 /* ---- Hugging Face's files ---- */
@@ -7336,7 +7344,7 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
         return fail("a batch of %d rows of %d tokens: expected both positive and fewer than 2^29 tokens", B, T);
     if (B <= m->B && T == m->T && (mode == m->mode || !train)) return 1;
     ops->release(ops, m->arena);
-    m->B = m->T = 0;
+    m->B = m->T = m->held = 0;
     m->a = activations_of(&m->config, ops->bytes_per_act, B, T, mode);
     m->arena = (char *)ops->alloc(ops, m->a.total);
     if (!m->arena || !rope_table(m, T)) return 0;
@@ -7353,6 +7361,7 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
 static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window) {
     const slam_config *c = &m->config;
     const size_t N = (size_t)b->B * b->T;
+    m->held = 0;
     if (!m->arena || b->B < 1 || b->T < 1 || b->B > m->B || b->T > m->T)
         return fail("a batch of %d rows of %d tokens, expected at most the planned %d rows of %d", b->B, b->T, m->B, m->T);
     for (size_t i = 0; i < N; i++) {
@@ -7421,8 +7430,9 @@ static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) {
     return (slam_act *)((char *)x + (size_t)row * width * m->ops->bytes_per_act);
 }
 
-/* Logits and losses, a run of rows at a time; with scale not 0 the gradients of the head, and of head_in into dnormed. */
-static void head(slam_model *m, int N, float scale) {
+/* Logits and losses, a run of rows at a time; with scale not 0 the gradients of the head, and of head_in into dnormed. weights (N)
+   of the losses, NULL: 1. */
+static void head(slam_model *m, int N, float scale, const float *weights) {
     slam_ops *ops = m->ops;
     const int C = m->config.C, P = padded_vocabulary(&m->config);
     slam_act *logits = act_at(m, m->a.logits), *w = weight_at(m, m->w.head);
@@ -7430,7 +7440,8 @@ static void head(slam_model *m, int N, float scale) {
         const int n = N - i < m->a.head_rows ? N - i : m->a.head_rows;
         slam_act *x = act_row(m, act_at(m, m->a.head_in), i, C);
         ops->matmul_forward(ops, logits, x, w, NULL, n, C, P);
-        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, NULL, scale, n, m->config.V, P);
+        ops->crossentropy(ops, float_at(m, m->a.losses) + i, logits, int_at(m, m->a.targets) + i, weights ? weights + i : NULL,
+                          scale, n, m->config.V, P);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_row(m, act_at(m, m->a.dnormed), i, C), logits, w, n, C, P);
         ops->matmul_backward_weight(ops, m->gradients + m->w.head, NULL, logits, x, n, C, P);
@@ -7477,28 +7488,34 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
     ops->rmsnorm_backward(ops, dresidual, g + attention_norm, dnormed, residual, weight_at(m, attention_norm), attention_r, N, C);
 }
 
-int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l),
-                        void *context) {
+/* From the gradient that the head has left in dnormed down to the embedding. */
+static void backward(slam_model *m, const slam_window *win, void (*after_layer)(void *context, int l), void *context) {
     slam_ops *ops = m->ops;
     const activations_layout *a = &m->a;
-    const int N = batch->B * batch->T, C = m->config.C;
-    slam_window win;
-    if (!m->gradients || m->mode == SLAM_INFERENCE) return fail("the model was not planned for training");
-    if (!batch->targets) return fail("a batch without targets cannot be trained on");
-    if (!batch_upload(m, batch, &win)) return 0;
-    forward(m, &win);
-    head(m, N, scale);
-    ops->sum(ops, m->stats, float_at(m, a->losses), N);
+    const int N = win->B * win->T, C = m->config.C;
     ops->zero(ops, act_at(m, a->dresidual), (size_t)N * C * ops->bytes_per_act);
     ops->rmsnorm_backward(ops, act_at(m, a->dresidual), m->gradients + m->w.norm, act_at(m, a->dnormed), act_at(m, a->residual_end),
                           weight_at(m, m->w.norm), float_at(m, a->head_r), N, C);
     if (after_layer) after_layer(context, m->config.L);
     for (int l = m->config.L - 1; l >= 0; l--) {
-        backward_layer(m, l, &win);
+        backward_layer(m, l, win);
         if (after_layer) after_layer(context, l);
     }
     ops->embedding_backward(ops, m->gradients + m->w.embed, act_at(m, a->dresidual), int_at(m, a->tokens), N, C, m->config.V);
     if (after_layer) after_layer(context, -1);
+}
+
+int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l),
+                        void *context) {
+    const int N = batch->B * batch->T;
+    slam_window win;
+    if (!m->gradients || m->mode == SLAM_INFERENCE) return fail("the model was not planned for training");
+    if (!batch->targets) return fail("a batch without targets cannot be trained on");
+    if (!batch_upload(m, batch, &win)) return 0;
+    forward(m, &win);
+    head(m, N, scale, NULL);
+    m->ops->sum(m->ops, m->stats, float_at(m, m->a.losses), N);
+    backward(m, &win, after_layer, context);
     return 1;
 }
 
@@ -7508,9 +7525,28 @@ int slam_model_losses(slam_model *m, const slam_batch *batch, float *losses) {
     if (!batch->targets) return fail("a batch without targets has no loss");
     if (!batch_upload(m, batch, &win)) return 0;
     forward(m, &win);
-    head(m, N, 0);
+    head(m, N, 0, NULL);
     m->ops->download(m->ops, losses, float_at(m, m->a.losses), N * sizeof(float));
+    m->held = m->mode != SLAM_INFERENCE;
+    m->pass = win;
     return m->ops->finish(m->ops);
+}
+
+/* The logits are made once more, into gradients this time: for a vocabulary of units that is next to nothing. */
+int slam_model_backward_from(slam_model *m, const float *weights, double loss, void (*after_layer)(void *context, int l),
+                             void *context) {
+    slam_ops *ops = m->ops;
+    const slam_window win = m->pass;
+    const int N = win.B * win.T;
+    const float sum = (float)loss;
+    if (!m->held || !m->gradients) return fail("no forward pass to go back from: slam_model_losses, planned for training, comes first");
+    m->held = 0; // the backward pass writes over what it needs no more
+    ops->upload(ops, float_at(m, m->a.weights), weights, (size_t)N * sizeof *weights);
+    head(m, N, 1, float_at(m, m->a.weights));
+    ops->upload(ops, float_at(m, m->a.losses), &sum, sizeof sum);
+    ops->sum(ops, m->stats, float_at(m, m->a.losses), 1);
+    backward(m, &win, after_layer, context);
+    return 1;
 }
 
 int slam_model_logits(slam_model *m, const slam_batch *batch, float *logits) {

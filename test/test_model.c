@@ -292,6 +292,45 @@ static void test_padded_vocabulary(slam_ops *ops) {
     slam_model_free(m);
 }
 
+/* Forward and backward apart are both together; a weight of 2 counts a token twice, one of 0 not at all. */
+static void test_backward_from(slam_ops *ops) {
+    const slam_config c = {27, 24, 2, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    uint64_t seed = 9;
+    float losses[42], weights[42];
+    if (!TEST("backward from given losses")) return;
+    slam_model *m = slam_model_new(ops, &c, 1);
+    slam_batch b = random_batch(2, 21, c.V, &seed, 1);
+    CHECK(slam_model_plan(m, 2, 21, SLAM_INFERENCE) && slam_model_losses(m, &b, losses), "%s", slam_error());
+    check_fails(slam_model_backward_from(m, weights, 0, NULL, NULL), "planned for training");
+    CHECK(slam_model_plan(m, 2, 21, SLAM_TRAIN) && slam_model_backward(m, &b, 0.5f, NULL, NULL), "%s", slam_error());
+    float *twice = (float *)malloc(m->w.total * sizeof *twice), *kept = (float *)malloc(m->w.total * sizeof *kept);
+    memcpy(kept, m->gradients, m->w.total * sizeof *kept);
+    ops->zero(ops, m->gradients, m->w.total * sizeof *kept);
+    for (int i = 0; i < 42; i++) weights[i] = 0.5f;
+    CHECK(slam_model_losses(m, &b, losses) && slam_model_backward_from(m, weights, 1.5, NULL, NULL), "%s", slam_error());
+    CHECK(memcmp(kept, m->gradients, m->w.total * sizeof *kept) == 0, "the gradients differ");
+    double sum = 1.5;
+    for (int i = 0; i < 42; i++) sum += losses[i];
+    check_near("statistics", m->stats[0], sum, 1e-5 * sum);
+    check_fails(slam_model_backward_from(m, weights, 0, NULL, NULL), "slam_model_losses");
+    ops->zero(ops, m->gradients, m->w.total * sizeof *kept);
+    for (int i = 0; i < 42; i++) weights[i] = i % 3 == 0 ? 1 : i % 3 == 1 ? 0 : -0.5f;
+    CHECK(slam_model_losses(m, &b, losses) && slam_model_backward_from(m, weights, 0, NULL, NULL), "%s", slam_error());
+    memcpy(kept, m->gradients, m->w.total * sizeof *kept);
+    ops->zero(ops, m->gradients, m->w.total * sizeof *kept);
+    for (int part = 0; part < 2; part++) { // the same as two passes with other targets
+        int targets[42];
+        for (int i = 0; i < 42; i++) targets[i] = i % 3 == 2 * part ? b.targets[i] : -1;
+        slam_batch one = b;
+        one.targets = targets;
+        CHECK(slam_model_backward(m, &one, part ? -0.5f : 1, NULL, NULL), "%s", slam_error());
+    }
+    memcpy(twice, m->gradients, m->w.total * sizeof *twice);
+    check_close("weighted", kept, twice, m->w.total, 1e-6);
+    free(twice), free(kept), free(b.tokens);
+    slam_model_free(m);
+}
+
 /* What is computed again has the bits of what would have been kept. */
 static void test_recompute(slam_ops *ops) {
     const slam_config c = {27, 24, 3, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
@@ -671,6 +710,7 @@ int main(void) {
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
     test_padded_vocabulary(ops);
+    test_backward_from(ops);
     test_recompute(ops);
     test_packing(ops);
     test_save_and_load(ops);
