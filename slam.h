@@ -27,6 +27,7 @@
       8. OPTIMISER          optimiser, schedules, gradient clipping
       9. DATA               documents, pieces, packing, shuffling, mixing
      10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
+     11. PREFERENCE         pairs of endings, of which one is preferred: DPO
      12. SCORING            perplexity, n-grams
      13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
      14. RUN                what the programs share: flags, the training loop, log, progress, signals
@@ -308,6 +309,8 @@ enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 const slam_config *slam_model_config(const slam_model *);
+/* A hash of configuration and weights: tells one model from another. */
+int slam_model_hash(slam_model *, uint64_t *hash);
 /* The recipe starts from a text model but takes another base for the rotary angles. */
 void slam_model_set_rope_theta(slam_model *, double rope_theta);
 
@@ -565,6 +568,77 @@ int slam_tokenize_may(const char *out);
 /* The same in memory, of audio files: units (count), to be freed each. One that fails has no unit and no sample, and the watch is
    told. */
 int slam_quantiser_sources(const slam_quantiser *, const slam_sources *, slam_units *units, slam_speech_watch *, void *context);
+
+/* ------------------------------------------------------------------------------------------
+   11. PREFERENCE  two endings of a prompt, one of them preferred: DPO
+   ------------------------------------------------------------------------------------------ */
+/* Pairs: a prompt with an ending that is preferred (chosen) and another one (rejected). As tokens the prompt is `1 u..`, an ending
+   `u.. 1`; an ending's log-probability is the sum over all of its tokens. Belongs to one thread. */
+typedef struct slam_pairs slam_pairs;
+/* V: the vocabulary of the model that reads them, all units are below V - 2. context (at least 4): the most tokens of `1 prompt
+   ending 1`, and the length of a row; a prompt that is too long for that loses its beginning. share 1: a prompt is computed once for
+   both endings (which see it, and not each other) where all three fit into a row. max_repetition: pairs with prompt_text and
+   chosen_text whose slam_auto_bleu of both, order 2, is that or more are left out; 0: none are. */
+slam_pairs *slam_pairs_new(int V, int context, int share, double max_repetition);
+void slam_pairs_free(slam_pairs *);
+/* Adds a file or glob of SlamKit preference pairs (.jsonl): objects with `prompt`, `chosen` and `rejected`, each with units, with
+   audio_repr, or a string "<Un3><Un49>". validation 1: they are not trained on. A pair that says nothing is left out: with an ending
+   that has no unit, or with two endings that are the same. */
+int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
+/* Moves round(fraction * pairs), at least one, chosen by seed, from training to validation (0: none). Call once, after the last
+   add; an error where nothing is left to train on. */
+int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
+typedef struct slam_pairs_size {
+    uint64_t train, validation;            /* pairs that there are */
+    uint64_t repeats, silent, same, large; /* that were left out: by their text; an ending without a unit; the same ending twice; an
+                                              ending that is too long even without a prompt */
+    uint64_t cut, apart;                   /* with a prompt that lost its beginning; computed apart though prompts are shared */
+    uint64_t tokens, rows;                 /* of epoch 0: positions that are not padding, and the rows they are packed into */
+    int least_rows;                        /* rows that must be computed at once: 2 where a pair fits into no row, else 1 */
+    int most_rows;                         /* of a batch */
+} slam_pairs_size;
+/* Of batches of `batch` pairs, in the order of `seed`. */
+int slam_pairs_measure(const slam_pairs *, int batch, uint64_t seed, slam_pairs_size *);
+/* A hash of all that the pairs say, as they will be read: tells one set of pairs from another. */
+uint64_t slam_pairs_hash(const slam_pairs *);
+
+/* The reference's log-probabilities of every ending, which DPO sets the model's beside. They are computed once, before training, and
+   appended to a file, some hundred pairs at a time: what a kill leaves is good as far as it goes.
+   recall: takes what the file says, *known pairs. An error where it is of other pairs or another model; what is torn or damaged, or
+   no file at all, is not known.
+   compute: the rest, by `reference`, which is planned for `micro` rows of the context. `model`: its slam_model_hash. path NULL: no
+   file. The watch (NULL: none) is told how many of how many are known. 1; 2 where the watch returned 0; 0: failed. */
+typedef int slam_pairs_watch(void *context, uint64_t done, uint64_t of);
+int slam_pairs_recall(slam_pairs *, const char *path, uint64_t model, uint64_t *known);
+int slam_pairs_compute(slam_pairs *, slam_model *reference, int micro, const char *path, uint64_t model, slam_pairs_watch *,
+                       void *context);
+
+/* Direct preference optimisation (Rafailov et al. 2023, with label smoothing: Mitchell 2023). With D how much more the model
+   prefers the chosen ending than the reference does,
+       D = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))        s(x) = 1 / (1 + exp(-x))
+       loss = -(1 - e) log s(b D) - e log s(-b D)              dloss/dD = -b ((1 - e) s(-b D) - e s(b D))
+   b: beta, e: label_smoothing. Takes `batch` pairs a step, in an order of seed and epoch alone, over the ends of epochs; packs them
+   into rows of the context, of which `micro` are computed at once, the endings of a pair together, and plans the model for it
+   (mode: SLAM_TRAIN or SLAM_TRAIN_RECOMPUTE). */
+typedef struct slam_dpo slam_dpo;
+slam_dpo *slam_dpo_new(slam_model *, const slam_pairs *, double beta, double label_smoothing, int batch, int micro, int mode,
+                       uint64_t seed);
+void slam_dpo_free(slam_dpo *);
+/* Means over pairs: loss, D, the share with D > 0 (0 counts half), log-probabilities of the endings. */
+typedef struct slam_dpo_figures {
+    double loss, margin, accuracy, logp_chosen, logp_rejected;
+} slam_dpo_figures;
+/* The next batch: positions that are not padding, and pairs. */
+int slam_dpo_next(slam_dpo *, uint64_t *tokens, uint64_t *pairs);
+/* Forward and backward over it: adds d(sum of losses) / pairs to the gradients, the sum of losses to the step's statistics. */
+int slam_dpo_accumulate(slam_dpo *, uint64_t pairs);
+/* Over all pairs of the validation. */
+int slam_dpo_evaluate(slam_dpo *);
+/* Of the last batch that was accumulated, or of the last evaluation. */
+slam_dpo_figures slam_dpo_last(const slam_dpo *, int evaluation);
+/* Epochs finished and pairs taken of the current one; seek goes there from anywhere. */
+void slam_dpo_tell(const slam_dpo *, uint64_t *epoch, uint64_t *pair);
+int slam_dpo_seek(slam_dpo *, uint64_t epoch, uint64_t pair);
 
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity and n-grams
@@ -7157,6 +7231,20 @@ void slam_model_set_rope_theta(slam_model *m, double rope_theta) {
     m->B = m->T = m->held = 0; // the table in the arena is the old one's: the next pass plans again
 }
 
+int slam_model_hash(slam_model *m, uint64_t *hash) {
+    const slam_config *c = &m->config;
+    const int shape[] = {c->V, c->C, c->L, c->NH, c->KVH, c->HS, c->F, c->tied, c->qkv_bias};
+    const double reals[] = {c->eps, c->rope_theta};
+    float *host = (float *)mem_new(m->w.total, sizeof *host);
+    if (!host) return 0;
+    m->ops->download(m->ops, host, m->master, m->w.total * sizeof *host);
+    const int ok = m->ops->finish(m->ops);
+    *hash = hash_bytes(hash_bytes(HASH_START, shape, sizeof shape), reals, sizeof reals);
+    *hash = hash_bytes(*hash, host, m->w.total * sizeof *host);
+    free(host);
+    return ok;
+}
+
 /* ---- Hugging Face's files ---- */
 
 /* Tensors that files hold and a model does not need. */
@@ -7539,7 +7627,8 @@ int slam_model_backward_from(slam_model *m, const float *weights, double loss, v
     const slam_window win = m->pass;
     const int N = win.B * win.T;
     const float sum = (float)loss;
-    if (!m->held || !m->gradients) return fail("no forward pass to go back from: slam_model_losses, planned for training, comes first");
+    if (!m->held || !m->gradients)
+        return fail("no forward pass to go back from: slam_model_losses, planned for training, comes first");
     m->held = 0; // the backward pass writes over what it needs no more
     ops->upload(ops, float_at(m, m->a.weights), weights, (size_t)N * sizeof *weights);
     head(m, N, 1, float_at(m, m->a.weights));
@@ -11811,6 +11900,718 @@ int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources,
 }
 
 /* ==========================================================================================
+   11. PREFERENCE         two endings of a prompt, one of them preferred: DPO
+   Pairs are read, cut and packed into rows; a file keeps what the reference says of them; a step is
+   a forward pass, the pairs' losses from its log-probabilities, and the backward pass of it.
+   may use: 1 base, 2 formats, 3 ops, 7 model, 9 data
+   ========================================================================================== */
+
+/* ---- pairs ---- */
+
+/* Where in all tokens the units of a pair stand: the prompt's, the chosen ending's, the rejected one's. */
+typedef struct preference {
+    size_t first;
+    uint32_t n[3];
+} preference;
+enum { PROMPT, CHOSEN, REJECTED };
+static const char *const pair_parts[] = {"prompt", "chosen", "rejected"};
+
+struct slam_pairs {
+    int V, context, share, prepared;
+    double max_repetition;
+    uint16_t *tokens; // of units, without the marks
+    size_t n_tokens, tokens_capacity;
+    preference *at;
+    size_t n, capacity, validation_from; // until they are prepared those from here on are to validate on
+    uint32_t *train, *validation;        // numbers of pairs
+    size_t n_train, n_validation, validation_capacity;
+    double *reference; // (n,2): log-probabilities of chosen and rejected
+    size_t known;      // of so many pairs from the first
+    slam_pairs_size size;
+};
+
+slam_pairs *slam_pairs_new(int V, int context, int share, double max_repetition) {
+    if (V <= UNIT_TOKEN || context < 4 || context > LONGEST_CONTEXT) {
+        fail("pairs for a vocabulary of %d and a context of %d, expected at least %d and 4 to %d", V, context, UNIT_TOKEN + 1,
+             LONGEST_CONTEXT);
+        return NULL;
+    }
+    slam_pairs *p = (slam_pairs *)mem_new(1, sizeof *p);
+    if (!p) return NULL;
+    p->V = V;
+    p->context = context;
+    p->share = share;
+    p->max_repetition = max_repetition;
+    p->size.least_rows = 1;
+    return p;
+}
+
+void slam_pairs_free(slam_pairs *p) {
+    if (!p) return;
+    free(p->tokens);
+    free(p->at);
+    free(p->train);
+    free(p->validation);
+    free(p->reference);
+    free(p);
+}
+
+/* Positions of a prompt up to its last token, which heads each ending; and of an ending with that head. The 1 that closes an ending
+   is a target alone: nothing comes after it. */
+static int prompt_size(const preference *q) { return (int)q->n[PROMPT]; }
+static int ending_size(const preference *q, int part) { return (int)q->n[part] + 1; }
+static int shared_size(const preference *q) { return prompt_size(q) + ending_size(q, CHOSEN) + ending_size(q, REJECTED); }
+static int apart_size(const preference *q, int part) { return prompt_size(q) + ending_size(q, part); }
+static int is_shared(const slam_pairs *p, const preference *q) { return p->share && shared_size(q) <= p->context; }
+/* What a pair takes of a row; more than the context: it takes two rows. */
+static int pair_size(const slam_pairs *p, const preference *q) {
+    return is_shared(p, q) ? shared_size(q) : apart_size(q, CHOSEN) + apart_size(q, REJECTED);
+}
+
+/* ---- reading ---- */
+
+/* One of a pair's three parts, appended to the tokens. */
+static int pair_read_part(slam_pairs *p, preference *q, const json *root, int part, const char *what, units *u) {
+    const int most = (p->V < 65536 ? p->V : 65536) - UNIT_TOKEN;
+    const json *value = json_get(root, pair_parts[part]);
+    char *name = text_print("%s: '%s'", what, pair_parts[part]);
+    int ok = name != NULL;
+    if (ok && !value) ok = fail("%s: has no '%s'", what, pair_parts[part]);
+    ok = ok && units_from_json(value, name, u) &&
+         mem_grow((void **)&p->tokens, &p->tokens_capacity, p->n_tokens + u->n, sizeof *p->tokens);
+    for (size_t i = 0; ok && i < u->n; i++) {
+        if (u->unit[i] >= most)
+            ok = fail("%s: unit %zu is %d, expected below %d (a vocabulary of %d tokens)", name, i + 1, u->unit[i], most, p->V);
+        else p->tokens[p->n_tokens++] = (uint16_t)(u->unit[i] + UNIT_TOKEN);
+    }
+    if (ok) q->n[part] = (uint32_t)u->n;
+    free(name);
+    return ok;
+}
+
+/* Whether a pair is good to learn from; counts those that are not. */
+static int pair_speaks(slam_pairs *p, const preference *q) {
+    const uint16_t *chosen = p->tokens + q->first + q->n[PROMPT], *rejected = chosen + q->n[CHOSEN];
+    const uint32_t longer = q->n[CHOSEN] > q->n[REJECTED] ? q->n[CHOSEN] : q->n[REJECTED];
+    if (!q->n[CHOSEN] || !q->n[REJECTED]) p->size.silent++;
+    else if (q->n[CHOSEN] == q->n[REJECTED] && !memcmp(chosen, rejected, q->n[CHOSEN] * sizeof *chosen)) p->size.same++;
+    else if (longer > (uint32_t)p->context - 2) p->size.large++;
+    else return 1;
+    return 0;
+}
+
+/* The prompt's end is what an ending goes on from: its beginning gives way. */
+static void pair_cut(slam_pairs *p, preference *q) {
+    const uint32_t longer = q->n[CHOSEN] > q->n[REJECTED] ? q->n[CHOSEN] : q->n[REJECTED], room = (uint32_t)p->context - 2 - longer;
+    if (q->n[PROMPT] <= room) return;
+    q->first += q->n[PROMPT] - room;
+    q->n[PROMPT] = room;
+    p->size.cut++;
+}
+
+static int pair_read(slam_pairs *p, const json *root, const char *what, units *u) {
+    preference q = SLAM_ZERO;
+    if (root->type != JSON_OBJECT) return fail("%s: found %s, expected an object", what, json_describe(root));
+    q.first = p->n_tokens;
+    for (int part = PROMPT; part <= REJECTED; part++)
+        if (!pair_read_part(p, &q, root, part, what, u)) return 0;
+    const char *prompt = json_text(root, "prompt_text", NULL), *chosen = json_text(root, "chosen_text", NULL);
+    const int may = prompt && chosen ? pair_may(prompt, chosen, p->max_repetition) : 1;
+    if (may < 0) return 0;
+    p->size.repeats += !may;
+    if (!may || !pair_speaks(p, &q)) {
+        p->n_tokens = q.first;
+        return 1;
+    }
+    pair_cut(p, &q);
+    if (p->n == UINT32_MAX) return fail("%s: more than %u pairs", what, UINT32_MAX);
+    if (!mem_grow((void **)&p->at, &p->capacity, p->n + 1, sizeof *p->at)) return 0;
+    p->at[p->n++] = q;
+    p->size.apart += p->share && !is_shared(p, &q);
+    if (pair_size(p, &q) > p->context) p->size.least_rows = 2;
+    return 1;
+}
+
+static int pairs_read(slam_pairs *p, const char *path) {
+    units_reader reader;
+    units u = SLAM_ZERO;
+    json *root;
+    int got = 0;
+    if (path_is_folder(path)) return fail("%s: is a folder, expected a file or a pattern such as %s/*.jsonl", path, path);
+    if (!path_ends(path, ".jsonl")) return fail("%s: expected preference pairs (.jsonl)", path);
+    if (!units_open(&reader, path)) return 0;
+    while ((got = units_json(&reader, &root)) > 0) {
+        const int ok = pair_read(p, root, reader.what, &u);
+        json_free(root);
+        if (!ok) got = -1;
+        if (!ok) break;
+    }
+    if (got == 0 && reader.line == 0) got = fail("%s: is empty, expected preference pairs", path) - 1;
+    units_free(&u);
+    units_close(&reader);
+    return got == 0;
+}
+
+int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
+    names list = SLAM_ZERO;
+    const size_t before = p->n;
+    if (p->prepared) return fail("%s: cannot be added to pairs that are prepared", pattern);
+    int ok = match_files(pattern, &list);
+    for (size_t i = 0; ok && i < list.n; i++) ok = pairs_read(p, list.at[i]);
+    names_free(&list);
+    if (ok && validation && p->n == before) ok = fail("%s: holds no pair to validate on", pattern);
+    if (!ok || !validation) return ok;
+    if (!mem_grow((void **)&p->validation, &p->validation_capacity, p->n_validation + p->n - before, sizeof *p->validation))
+        return 0;
+    for (size_t i = before; i < p->n; i++) p->validation[p->n_validation++] = (uint32_t)i;
+    return 1;
+}
+
+/* Selection sampling, as documents are held out. */
+int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
+    if (p->prepared) return fail("pairs can be prepared only once");
+    if (!(fraction >= 0 && fraction < 1)) return fail("held-out fraction %g, expected at least 0 and below 1", fraction);
+    const size_t given = p->n_validation, n = p->n - given;
+    uint64_t held = fraction > 0 ? (uint64_t)(fraction * (double)n + 0.5) : 0, random = rng_stream(seed, 0, STREAM_HELD_OUT);
+    if (fraction > 0 && held < 1) held = 1;
+    if (n <= held)
+        return fail(
+            "no pair is left to train on: %zu there were, %llu held out; %llu left out that repeat themselves, %llu without a "
+            "unit, %llu of which both endings are the same, %llu too long",
+            n, (unsigned long long)held, (unsigned long long)p->size.repeats, (unsigned long long)p->size.silent,
+            (unsigned long long)p->size.same, (unsigned long long)p->size.large);
+    p->train = (uint32_t *)mem_new(n, sizeof *p->train);
+    p->reference = (double *)mem_new(2 * p->n, sizeof *p->reference);
+    if (!p->train || !p->reference ||
+        !mem_grow((void **)&p->validation, &p->validation_capacity, given + (size_t)held, sizeof *p->validation))
+        return 0;
+    for (size_t i = 0, left = n, next = 0; i < p->n; i++) {
+        if (next < given && p->validation[next] == i) {
+            next++;
+            continue;
+        }
+        const int chosen = held && rng_below(&random, left) < held;
+        left--;
+        held -= (uint64_t)chosen;
+        if (chosen) p->validation[p->n_validation++] = (uint32_t)i;
+        else p->train[p->n_train++] = (uint32_t)i;
+    }
+    p->prepared = 1;
+    p->size.train = p->n_train;
+    p->size.validation = p->n_validation;
+    return 1;
+}
+
+uint64_t slam_pairs_hash(const slam_pairs *p) {
+    const uint64_t numbers[] = {(uint64_t)p->V, (uint64_t)p->context, p->n, p->n_train};
+    uint64_t hash = hash_bytes(HASH_START, numbers, sizeof numbers);
+    for (size_t i = 0; i < p->n; i++) {
+        const preference *q = &p->at[i];
+        hash = hash_bytes(hash, q->n, sizeof q->n);
+        hash = hash_bytes(hash, p->tokens + q->first, ((size_t)q->n[0] + q->n[1] + q->n[2]) * sizeof *p->tokens);
+    }
+    return hash_bytes(hash, p->validation, p->n_validation * sizeof *p->validation);
+}
+
+/* ---- packing: pairs -> rows ---- */
+
+/* A pair in the rows of a batch: where the heads of its endings stand. */
+typedef struct pair_place {
+    uint32_t pair, turn; // turn: in the batch, as it was drawn
+    int size, row[2], at[2];
+} pair_place;
+
+/* A batch of pairs, packed; and room for some rows of it at once. */
+typedef struct pair_rows {
+    const slam_pairs *pairs;
+    pair_place *place; // (n), in the order of rows
+    double *logp;      // (n,2), of the endings
+    size_t n, capacity;
+    int rows, *used, *bound; // (rows): positions that are taken; 1: the row holds half a pair, the next row the other half
+    uint64_t tokens;
+    int micro;     // rows at once
+    int *ints;     // (micro,T) tokens, targets, doc_start, (micro,T,2) holes
+    float *losses; // (micro,T), and as many weights
+} pair_rows;
+
+static void rows_free(pair_rows *r) {
+    free(r->place);
+    free(r->logp);
+    free(r->used);
+    free(r->bound);
+    free(r->ints);
+    free(r->losses);
+    memset(r, 0, sizeof *r);
+}
+
+/* For batches of up to `capacity` pairs; micro 0: they are only counted. */
+static int rows_new(pair_rows *r, const slam_pairs *p, size_t capacity, int micro) {
+    const size_t n = (size_t)micro * (size_t)p->context;
+    memset(r, 0, sizeof *r);
+    r->pairs = p;
+    r->capacity = capacity;
+    r->micro = micro;
+    int ok = (r->place = (pair_place *)mem_new(capacity, sizeof *r->place)) != NULL;
+    ok = ok && (r->logp = (double *)mem_new(capacity, 2 * sizeof *r->logp)) != NULL;
+    ok = ok && (r->used = (int *)mem_new(2 * capacity, sizeof *r->used)) != NULL;
+    ok = ok && (r->bound = (int *)mem_new(2 * capacity, sizeof *r->bound)) != NULL;
+    ok = ok && (r->ints = (int *)mem_new(n, 5 * sizeof *r->ints)) != NULL;
+    ok = ok && (r->losses = (float *)mem_new(n, 2 * sizeof *r->losses)) != NULL;
+    if (!ok) rows_free(r);
+    return ok;
+}
+
+static int larger_pair(const void *a, const void *b) {
+    const pair_place *x = (const pair_place *)a, *y = (const pair_place *)b;
+    return x->size != y->size ? (x->size < y->size) - (x->size > y->size) : (x->turn > y->turn) - (x->turn < y->turn);
+}
+
+static int earlier_place(const void *a, const void *b) {
+    const pair_place *x = (const pair_place *)a, *y = (const pair_place *)b;
+    return x->row[0] != y->row[0] ? (x->row[0] > y->row[0]) - (x->row[0] < y->row[0])
+                                  : (x->at[0] > y->at[0]) - (x->at[0] < y->at[0]);
+}
+
+/* Both endings in one row, behind what stands there. */
+static void place_together(pair_rows *r, pair_place *place, int row) {
+    const preference *q = &r->pairs->at[place->pair];
+    const int start = r->used[row], first = start + prompt_size(q), second = first + ending_size(q, CHOSEN);
+    place->row[0] = place->row[1] = row;
+    place->at[0] = first;
+    place->at[1] = is_shared(r->pairs, q) ? second : second + prompt_size(q);
+    r->used[row] += place->size;
+}
+
+/* Two new rows, an ending in each. */
+static void place_apart(pair_rows *r, pair_place *place) {
+    const preference *q = &r->pairs->at[place->pair];
+    r->bound[r->rows] = 1;
+    for (int side = 0; side < 2; side++) {
+        place->row[side] = r->rows;
+        place->at[side] = prompt_size(q);
+        r->used[r->rows++] = apart_size(q, CHOSEN + side);
+    }
+}
+
+static void order_pairs(const slam_pairs *p, uint32_t *order, uint64_t seed, uint64_t epoch) {
+    memcpy(order, p->train, p->n_train * sizeof *order);
+    shuffle_numbers(order, p->n_train, rng_stream(seed, epoch, STREAM_ORDER));
+}
+
+/* First fit, the largest first (Johnson 1973): how a batch is packed hangs on its pairs and their order alone. */
+static void pack_pairs(pair_rows *r, const uint32_t *list, size_t n) {
+    r->n = n;
+    r->rows = 0;
+    r->tokens = 0;
+    memset(r->used, 0, 2 * n * sizeof *r->used);
+    memset(r->bound, 0, 2 * n * sizeof *r->bound);
+    for (size_t i = 0; i < n; i++) {
+        r->place[i].pair = list[i];
+        r->place[i].turn = (uint32_t)i;
+        r->place[i].size = pair_size(r->pairs, &r->pairs->at[list[i]]);
+        r->tokens += (uint64_t)r->place[i].size;
+    }
+    qsort(r->place, n, sizeof *r->place, larger_pair);
+    for (size_t i = 0; i < n; i++) {
+        int row = 0;
+        const int size = r->place[i].size;
+        if (size > r->pairs->context) {
+            place_apart(r, &r->place[i]);
+            continue;
+        }
+        while (row < r->rows && r->used[row] + size > r->pairs->context) row++;
+        if (row == r->rows) r->rows++;
+        place_together(r, &r->place[i], row);
+    }
+    qsort(r->place, n, sizeof *r->place, earlier_place);
+}
+
+static void put_token(slam_batch *b, size_t i, int token, int target, int start, int hole, int hole_end) {
+    b->tokens[i] = token;
+    b->targets[i] = target;
+    b->doc_start[i] = start;
+    b->hole[2 * i] = hole;
+    b->hole[2 * i + 1] = hole_end;
+}
+
+/* All of the prompt but its last token; nothing in it is a target. */
+static void put_prompt(slam_batch *b, const uint16_t *prompt, int n, int row, int start) {
+    for (int k = 0; k < n; k++)
+        put_token(b, (size_t)row * b->T + start + k, k ? (int)prompt[k - 1] : (int)DOCUMENT_MARK, -1, start, 0, 0);
+}
+
+/* The prompt's last token and an ending, each with what comes next for a target. The piece begins at `start`; from hole to hole_end
+   stands the other ending. */
+static void put_ending(slam_batch *b, int head, const uint16_t *ending, int n, int row, int at, int start, int hole, int hole_end) {
+    for (int k = 0; k <= n; k++)
+        put_token(b, (size_t)row * b->T + at + k, k ? ending[k - 1] : head, k < n ? (int)ending[k] : (int)DOCUMENT_MARK, start,
+                  hole, hole_end);
+}
+
+static void put_pair(slam_batch *b, const slam_pairs *p, const pair_place *place, int first_row) {
+    const preference *q = &p->at[place->pair];
+    const uint16_t *prompt = p->tokens + q->first, *ending = prompt + q->n[PROMPT];
+    const int n = prompt_size(q), head = n ? (int)prompt[n - 1] : (int)DOCUMENT_MARK, shared = is_shared(p, q);
+    for (int side = 0; side < 2; side++) {
+        const int row = place->row[side] - first_row, at = place->at[side], start = shared ? place->at[0] - n : at - n,
+                  hole = shared && side;
+        if (!hole) put_prompt(b, prompt, n, row, start);
+        put_ending(b, head, ending, (int)q->n[CHOSEN + side], row, at, start, hole ? place->at[0] : 0, hole ? place->at[1] : 0);
+        ending += q->n[CHOSEN];
+    }
+}
+
+/* How many rows from `row` on are computed at once: parts of about the same size, no pair torn. */
+static int rows_at_once(const pair_rows *r, int row) {
+    const int parts = (r->rows + r->micro - 1) / r->micro, even = (r->rows + parts - 1) / parts;
+    const int most = even < 2 && r->micro > 1 ? 2 : even;
+    int n = 0;
+    while (row + n < r->rows && n + 1 + r->bound[row + n] <= most) n += 1 + r->bound[row + n];
+    return n;
+}
+
+/* The next rows, beginning with place `first`, as a batch as short as its longest row; returns the end of its places. */
+static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
+    const int row = r->place[first].row[0];
+    size_t end = first;
+    b->B = rows_at_once(r, row);
+    b->T = 1;
+    for (int i = 0; i < b->B; i++) b->T = r->used[row + i] > b->T ? r->used[row + i] : b->T;
+    b->T = (b->T + 15) / 16 * 16 < r->pairs->context ? (b->T + 15) / 16 * 16 : r->pairs->context;
+    const size_t n = (size_t)b->B * b->T;
+    b->tokens = r->ints;
+    b->targets = r->ints + n;
+    b->doc_start = r->ints + 2 * n;
+    b->hole = r->ints + 3 * n;
+    for (size_t i = 0; i < n; i++) put_token(b, i, 0, -1, (int)(i % b->T), 0, 0);
+    for (; end < r->n && r->place[end].row[0] < row + b->B; end++) put_pair(b, r->pairs, &r->place[end], row);
+    return end;
+}
+
+/* ---- what a model says of the endings ---- */
+
+/* The head of an ending in a batch whose first row is `row`. */
+static size_t ending_at(const slam_batch *b, const pair_place *place, int side, int row) {
+    return (size_t)(place->row[side] - row) * b->T + place->at[side];
+}
+
+/* Forward of the rows that begin with place `first`: log-probabilities of their endings, up to place *end. */
+static int rows_forward(pair_rows *r, slam_model *m, size_t first, slam_batch *b, size_t *end) {
+    const int row = r->place[first].row[0];
+    *end = rows_fill(r, first, b);
+    if (!slam_model_losses(m, b, r->losses)) return 0;
+    for (size_t i = first; i < *end; i++)
+        for (int side = 0; side < 2; side++) {
+            const float *losses = r->losses + ending_at(b, &r->place[i], side, row);
+            const int n = ending_size(&r->pairs->at[r->place[i].pair], CHOSEN + side);
+            double sum = 0;
+            for (int k = 0; k < n; k++) sum += losses[k];
+            r->logp[2 * i + side] = -sum;
+        }
+    return 1;
+}
+
+int slam_pairs_measure(const slam_pairs *p, int batch, uint64_t seed, slam_pairs_size *size) {
+    pair_rows r;
+    *size = p->size;
+    uint32_t *order = (uint32_t *)mem_new(p->n_train, sizeof *order);
+    if (!order || !rows_new(&r, p, (size_t)batch < p->n_train ? (size_t)batch : p->n_train, 0)) {
+        free(order);
+        return 0;
+    }
+    order_pairs(p, order, seed, 0);
+    for (size_t first = 0; first < p->n_train; first += (size_t)batch) {
+        pack_pairs(&r, order + first, p->n_train - first < (size_t)batch ? p->n_train - first : (size_t)batch);
+        size->tokens += r.tokens;
+        size->rows += (uint64_t)r.rows;
+        if (r.rows > size->most_rows) size->most_rows = r.rows;
+    }
+    rows_free(&r);
+    free(order);
+    return 1;
+}
+
+/* ---- the reference's file: a header, then chunks of log-probabilities (chosen, rejected), each with its hash ---- */
+
+enum { REFERENCE_CHUNK = 256 };
+
+static size_t chunk_of(size_t left) { return left < REFERENCE_CHUNK ? left : (size_t)REFERENCE_CHUNK; }
+
+typedef struct reference_header {
+    char mark[8];
+    uint64_t pairs, model, n, check; // hashes; how many pairs; a hash of all that
+} reference_header;
+
+static reference_header reference_describe(const slam_pairs *p, uint64_t model) {
+    reference_header h;
+    memcpy(h.mark, "slamref1", sizeof h.mark);
+    h.pairs = slam_pairs_hash(p);
+    h.model = model;
+    h.n = p->n;
+    h.check = hash_bytes(HASH_START, &h, offsetof(reference_header, check));
+    return h;
+}
+
+static uint64_t reference_check(size_t first, const double *logp, size_t n) {
+    const uint64_t at = first;
+    return hash_bytes(hash_bytes(HASH_START, &at, sizeof at), logp, 2 * n * sizeof *logp);
+}
+
+/* As many whole chunks as there are from `at` on. */
+static int reference_take(slam_pairs *p, const unsigned char *at, size_t size, const char *path) {
+    while (p->known < p->n) {
+        const size_t n = chunk_of(p->n - p->known), bytes = 2 * n * sizeof(double);
+        double *logp = p->reference + 2 * p->known;
+        uint64_t check;
+        if (size < bytes + sizeof check) break;
+        memcpy(logp, at, bytes);
+        memcpy(&check, at + bytes, sizeof check);
+        if (check != reference_check(p->known, logp, n)) break;
+        for (size_t i = 0; i < 2 * n; i++)
+            if (!isfinite(logp[i])) return fail("%s: a log-probability of pair %zu is not finite", path, p->known + i / 2 + 1);
+        p->known += n;
+        at += bytes + sizeof check;
+        size -= bytes + sizeof check;
+    }
+    return 1;
+}
+
+int slam_pairs_recall(slam_pairs *p, const char *path, uint64_t model, uint64_t *known) {
+    reference_header h;
+    file_map map;
+    *known = p->known = 0;
+    if (!p->prepared) return fail("pairs that are not prepared have no reference");
+    if (!path_is_file(path)) return 1;
+    if (!map_open(&map, path)) return 0;
+    const reference_header want = reference_describe(p, model);
+    int ok = 1;
+    if (map.size >= sizeof h) {
+        memcpy(&h, map.data, sizeof h);
+        const int whole = h.check == hash_bytes(HASH_START, &h, offsetof(reference_header, check));
+        if (memcmp(h.mark, want.mark, sizeof h.mark)) ok = fail("%s: holds no log-probabilities of a reference model", path);
+        else if (whole && h.model != want.model)
+            ok = fail("%s: log-probabilities of model %016llx, expected those of %016llx: the reference is another one", path,
+                      (unsigned long long)h.model, (unsigned long long)want.model);
+        else if (whole && (h.pairs != want.pairs || h.n != want.n))
+            ok = fail("%s: log-probabilities of other pairs (%llu, %016llx), expected %llu, %016llx", path, (unsigned long long)h.n,
+                      (unsigned long long)h.pairs, (unsigned long long)want.n, (unsigned long long)want.pairs);
+        else if (whole) ok = reference_take(p, map.data + sizeof h, map.size - sizeof h, path);
+    }
+    map_close(&map);
+    *known = p->known;
+    return ok;
+}
+
+/* The file, cut to what is known of it. */
+static FILE *reference_open(const slam_pairs *p, const char *path, uint64_t model) {
+    const reference_header h = reference_describe(p, model);
+    const size_t chunks = (p->known + REFERENCE_CHUNK - 1) / REFERENCE_CHUNK,
+                 size = sizeof h + 2 * p->known * sizeof(double) + chunks * sizeof(uint64_t);
+    FILE *f = fopen(path, p->known ? "r+b" : "wb");
+    if (f && (p->known ? ftruncate(fileno(f), (off_t)size) == 0 && fseek(f, 0, SEEK_END) == 0 : fwrite(&h, sizeof h, 1, f) == 1))
+        return f;
+    fail("%s: cannot be written: %s", path, strerror(errno));
+    if (f) fclose(f);
+    return NULL;
+}
+
+/* The next chunk; on the disk before the one after it is begun. */
+static int reference_write(FILE *f, const char *path, const slam_pairs *p, size_t n) {
+    const double *logp = p->reference + 2 * p->known;
+    const uint64_t check = reference_check(p->known, logp, n);
+    return part_write(f, path, logp, 2 * n * sizeof *logp) && part_write(f, path, &check, sizeof check) &&
+           (fflush(f) == 0 && fsync(fileno(f)) == 0 ? 1 : fail("%s: cannot be written: %s", path, strerror(errno)));
+}
+
+static int reference_next(slam_pairs *p, pair_rows *r, slam_model *m, size_t n) {
+    uint32_t list[REFERENCE_CHUNK] = SLAM_ZERO;
+    slam_batch b;
+    for (size_t i = 0; i < n; i++) list[i] = (uint32_t)(p->known + i);
+    pack_pairs(r, list, n);
+    for (size_t first = 0, end; first < n; first = end)
+        if (!rows_forward(r, m, first, &b, &end)) return 0;
+    for (size_t i = 0; i < 2 * n; i++) {
+        if (!isfinite(r->logp[i]))
+            return fail("the reference's log-probability of pair %u (from 1) is not finite", r->place[i / 2].pair + 1);
+        p->reference[2 * (size_t)r->place[i / 2].pair + i % 2] = r->logp[i];
+    }
+    return 1;
+}
+
+int slam_pairs_compute(slam_pairs *p, slam_model *reference, int micro, const char *path, uint64_t model, slam_pairs_watch *watch,
+                       void *context) {
+    pair_rows r;
+    FILE *f = NULL;
+    int going = 1;
+    if (!p->prepared) return fail("pairs that are not prepared have no reference");
+    if (micro < p->size.least_rows) return fail("%d row at once, but there are pairs that take %d", micro, p->size.least_rows);
+    if (!rows_new(&r, p, REFERENCE_CHUNK, micro)) return 0;
+    int ok = !path || (f = reference_open(p, path, model)) != NULL;
+    while (ok && p->known < p->n && (going = !watch || watch(context, p->known, p->n))) {
+        const size_t n = chunk_of(p->n - p->known);
+        ok = reference_next(p, &r, reference, n) && (!f || reference_write(f, path, p, n));
+        if (ok) p->known += n;
+    }
+    if (f && ok) ok = file_finish(f, path);
+    else if (f) fclose(f);
+    rows_free(&r);
+    return !ok ? 0 : going ? 1 : 2;
+}
+
+/* ---- DPO ---- */
+
+struct slam_dpo {
+    slam_model *model;
+    const slam_pairs *pairs;
+    double beta, label_smoothing;
+    int batch;
+    uint64_t seed, epoch, turn; // turn: pairs of this epoch that were taken
+    uint32_t *order, *drawn;    // the epoch's; the batch's
+    int begun;                  // the order is of this epoch
+    pair_rows rows, few;        // the batch; some hundred pairs to validate on
+    slam_dpo_figures step, evaluation;
+};
+
+void slam_dpo_free(slam_dpo *d) {
+    if (!d) return;
+    rows_free(&d->rows);
+    rows_free(&d->few);
+    free(d->order);
+    free(d->drawn);
+    free(d);
+}
+
+slam_dpo *slam_dpo_new(slam_model *model, const slam_pairs *pairs, double beta, double label_smoothing, int batch, int micro,
+                       int mode, uint64_t seed) {
+    if (!pairs->prepared || batch < 1 || micro < pairs->size.least_rows || !(beta > 0) ||
+        !(label_smoothing >= 0 && label_smoothing <= 0.5)) {
+        fail(
+            "DPO with beta %g, label smoothing %g, batches of %d pairs and %d rows at once: expected beta above 0, smoothing from 0 to "
+            "0.5, at least 1 pair and %d rows, of pairs that are prepared",
+            beta, label_smoothing, batch, micro, pairs->size.least_rows);
+        return NULL;
+    }
+    slam_dpo *d = (slam_dpo *)mem_new(1, sizeof *d);
+    if (!d) return NULL;
+    d->model = model;
+    d->pairs = pairs;
+    d->beta = beta;
+    d->label_smoothing = label_smoothing;
+    d->batch = batch;
+    d->seed = seed;
+    int ok = (d->order = (uint32_t *)mem_new(pairs->n_train, sizeof *d->order)) != NULL;
+    ok = ok && (d->drawn = (uint32_t *)mem_new((size_t)batch, sizeof *d->drawn)) != NULL;
+    ok = ok && rows_new(&d->rows, pairs, (size_t)batch, micro) && rows_new(&d->few, pairs, REFERENCE_CHUNK, micro);
+    if (ok && slam_model_plan(model, micro, pairs->context, mode)) return d;
+    slam_dpo_free(d);
+    return NULL;
+}
+
+int slam_dpo_next(slam_dpo *d, uint64_t *tokens, uint64_t *pairs) {
+    for (int i = 0; i < d->batch; i++) {
+        if (d->begun && d->turn == d->pairs->n_train) {
+            d->epoch++;
+            d->turn = 0;
+            d->begun = 0;
+        }
+        if (!d->begun) order_pairs(d->pairs, d->order, d->seed, d->epoch);
+        d->begun = 1;
+        d->drawn[i] = d->order[d->turn++];
+    }
+    pack_pairs(&d->rows, d->drawn, (size_t)d->batch);
+    *tokens = d->rows.tokens;
+    *pairs = (uint64_t)d->batch;
+    return 1;
+}
+
+void slam_dpo_tell(const slam_dpo *d, uint64_t *epoch, uint64_t *turn) {
+    *epoch = d->epoch;
+    *turn = d->turn;
+}
+
+int slam_dpo_seek(slam_dpo *d, uint64_t epoch, uint64_t turn) {
+    if (turn > d->pairs->n_train)
+        return fail("pair %llu of epoch %llu, but there are %zu: the pairs are not those of before", (unsigned long long)turn,
+                    (unsigned long long)epoch, d->pairs->n_train);
+    order_pairs(d->pairs, d->order, d->seed, epoch);
+    d->begun = 1;
+    d->epoch = epoch;
+    d->turn = turn;
+    return 1;
+}
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+static double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
+
+/* Adds a pair to the figures and returns how its loss grows with its margin. */
+static double pair_loss(const slam_dpo *d, uint32_t number, const double logp[2], slam_dpo_figures *sum) {
+    const double *reference = d->pairs->reference + 2 * (size_t)number, e = d->label_smoothing;
+    const double D = (logp[0] - reference[0]) - (logp[1] - reference[1]), x = d->beta * D;
+    sum->loss += -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x);
+    sum->margin += D;
+    sum->accuracy += D > 0 ? 1 : D == 0 ? 0.5 : 0;
+    sum->logp_chosen += logp[0];
+    sum->logp_rejected += logp[1];
+    return -d->beta * ((1 - e) * sigmoid(-x) - e * sigmoid(x));
+}
+
+static slam_dpo_figures figures_mean(slam_dpo_figures sum, double n) {
+    const slam_dpo_figures mean = {sum.loss / n, sum.margin / n, sum.accuracy / n, sum.logp_chosen / n, sum.logp_rejected / n};
+    return mean;
+}
+
+static int reference_known(const slam_pairs *p) {
+    return p->known == p->n ? 1 : fail("the reference's log-probabilities are known of %zu pairs of %zu", p->known, p->n);
+}
+
+/* The losses of tokens are -log p, so an ending's share of the gradient comes in with the sign turned: minus dloss/dD for the chosen
+   one, plus for the rejected one. */
+int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs) {
+    pair_rows *r = &d->rows;
+    slam_dpo_figures sum = SLAM_ZERO;
+    if (!reference_known(d->pairs)) return 0;
+    for (size_t first = 0, end; first < r->n; first = end) {
+        slam_batch b;
+        const int row = r->place[first].row[0];
+        const double before = sum.loss;
+        if (!rows_forward(r, d->model, first, &b, &end)) return 0;
+        float *weights = r->losses + (size_t)r->micro * (size_t)d->pairs->context;
+        memset(weights, 0, (size_t)b.B * b.T * sizeof *weights);
+        for (size_t i = first; i < end; i++) {
+            const double slope = pair_loss(d, r->place[i].pair, r->logp + 2 * i, &sum) / (double)pairs;
+            for (int side = 0; side < 2; side++) {
+                const size_t at = ending_at(&b, &r->place[i], side, row);
+                const int n = ending_size(&d->pairs->at[r->place[i].pair], CHOSEN + side);
+                for (int k = 0; k < n; k++) weights[at + k] = (float)(side ? slope : -slope);
+            }
+        }
+        if (!slam_model_backward_from(d->model, weights, sum.loss - before, NULL, NULL)) return 0;
+    }
+    d->step = figures_mean(sum, (double)r->n);
+    return 1;
+}
+
+int slam_dpo_evaluate(slam_dpo *d) {
+    const slam_pairs *p = d->pairs;
+    pair_rows *r = &d->few;
+    slam_dpo_figures sum = SLAM_ZERO;
+    if (!reference_known(p)) return 0;
+    if (p->n_validation == 0) return fail("there are no pairs to validate on");
+    for (size_t done = 0; done < p->n_validation; done += r->n) {
+        pack_pairs(r, p->validation + done, chunk_of(p->n_validation - done));
+        for (size_t first = 0, end; first < r->n; first = end) {
+            slam_batch b;
+            if (!rows_forward(r, d->model, first, &b, &end)) return 0;
+        }
+        for (size_t i = 0; i < r->n; i++) pair_loss(d, r->place[i].pair, r->logp + 2 * i, &sum);
+    }
+    d->evaluation = figures_mean(sum, (double)p->n_validation);
+    return 1;
+}
+
+slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evaluation ? d->evaluation : d->step; }
+
+/* ==========================================================================================
    12. SCORING            perplexity, n-grams
    What a model has learned, in nats a token: its loss on data, and beside it what counting
    alone reaches on the same tokens.
@@ -12450,7 +13251,8 @@ int slam_optimiser_load(slam_optimiser *o, const char *folder) {
 /* ==========================================================================================
    14. RUN                what the programs share: flags, the training loop, log, progress, signals
    And what goes with them: devices, run folders, the settings of a run that goes on.
-   may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 7 model, 8 optimiser, 9 data, 10 speech, 12 scoring, 13 checkpoints
+   may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 7 model, 8 optimiser, 9 data, 10 speech, 11 preference,
+            12 scoring, 13 checkpoints
    ========================================================================================== */
 #include <signal.h>
 #include <sys/file.h>
