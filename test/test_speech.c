@@ -362,7 +362,8 @@ static void test_quantiser(void) {
     if (TEST("quantiser: km.npy and km.json")) {
         slam_speech_settings other;
         slam_quantiser *q = make_quantiser(50, 0, 20, 1), *back;
-        const char *path = check_path("km.npy"), *json_path;
+        char *path = text_copy(check_path("km.npy"));
+        const char *json_path;
         slam_speech_defaults(&other);
         CHECK(slam_quantiser_save(q, path, NULL), "%s", slam_error());
         if (CHECK(back = slam_quantiser_open(path, &other, NULL), "%s", slam_error())) {
@@ -393,6 +394,7 @@ static void test_quantiser(void) {
         CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
         check_fails(slam_quantiser_open(path, &other, NULL), "has shape (3, 4)");
         slam_quantiser_free(q);
+        free(path);
     }
     if (TEST("units: of a sample, of silence, of a file at another rate")) {
         slam_quantiser *q = make_quantiser(25, 1, 20, 1);
