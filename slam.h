@@ -187,6 +187,11 @@ struct slam_ops {
        places 0 to n. Of the window B, T, NH, KVH, HS and rope count.
        out = (B,NH HS)  from  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths, const slam_window *);
+    /* What begins a sequence in that cache: row b of qkv, as the forward pass left it, gives k' and v' of its first lengths_b <= T
+       tokens to the same places of sequence slots_b, whose places lie `room` to a sequence. Of the window B, T, NH, KVH, HS count.
+       cache (slots,room,2 KVH HS)  from  qkv (B,T,(NH + 2 KVH) HS)  slots (B)  lengths (B) */
+    void (*attention_fill)(slam_ops *, slam_act *cache, const slam_act *qkv, const int *slots, const int *lengths, int room,
+                           const slam_window *);
 
     /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
            dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))    du = dh g sigmoid(g)
@@ -331,6 +336,22 @@ int slam_model_backward_from(slam_model *, const float *weights, double loss, vo
                              void *context);
 /* Mean loss of tokens[1..n-1] given what stands before each, in windows of the config's T; negative and slam_error() on failure. */
 double slam_model_nll(slam_model *, const int *tokens, int n);
+
+/* Sequences that grow by a token at a time, with keys and values of their tokens in a cache: `slots` of them, of up to T tokens.
+   What is computed for one does not depend on the others (to the bit on the CPU, where the products are section 4's own). The
+   model is planned for inference and must outlive the decoder; it may do other things in between. */
+typedef struct slam_decoder slam_decoder;
+slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
+void slam_decoder_free(slam_decoder *);
+/* n sequences begin, in slots that differ, in place of what was there: tokens[i] (lengths[i]), at least one. */
+int slam_decoder_begin(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
+/* A slot's sequence ends. */
+void slam_decoder_end(slam_decoder *, int slot);
+/* Draws the next token of every sequence and appends it. tokens (slots), on the host: -1 where there is no sequence. uniform
+   (slots) in [0,1), which greedy does without (NULL); the penalty concerns all tokens of the sequence. */
+int slam_decoder_step(slam_decoder *, const slam_sampling *, const float *uniform, int *tokens);
+/* The logits (slots,V), on the host, that the last step drew from. */
+int slam_decoder_logits(slam_decoder *, float *logits);
 
 /* ------------------------------------------------------------------------------------------
    8. OPTIMISER    AdamW, schedules, clipping
@@ -3703,6 +3724,19 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache_,
     }
 }
 
+static void cpu_attention_fill(slam_ops *ops, slam_act *cache, const slam_act *qkv, const int *slots, const int *lengths, int room,
+                               const slam_window *win) {
+    const int T = win->T, O = win->NH * win->HS;
+    const size_t K = 2 * (size_t)win->KVH * win->HS, W = O + K;
+    (void)ops;
+    SLAM_PARALLEL_FOR
+    for (int i = 0; i < win->B * T; i++) {
+        const int b = i / T, t = i % T;
+        if (t < lengths[b])
+            memcpy((float *)cache + ((size_t)slots[b] * room + t) * K, (const float *)qkv + i * W + O, K * sizeof(float));
+    }
+}
+
 /* ---- SwiGLU ---- */
 
 static void cpu_swiglu_forward(slam_ops *ops, slam_act *h_, const slam_act *gate_up, int N, int F) {
@@ -4120,6 +4154,7 @@ slam_ops *slam_cpu(int threads) {
     ops->attention_forward = cpu_attention_forward;
     ops->attention_backward = cpu_attention_backward;
     ops->attention_decode = cpu_attention_decode;
+    ops->attention_fill = cpu_attention_fill;
     ops->swiglu_forward = cpu_swiglu_forward;
     ops->swiglu_backward = cpu_swiglu_backward;
     ops->crossentropy = cpu_crossentropy;
@@ -6389,6 +6424,25 @@ static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache,
     else cuda_decode_any<bf16>(ops, out, cache, qkv, lengths, win);
 }
 
+/* A thread has a number of a place in the cache. Bound by memory: 4 KVH HS sizeof(T) bytes a token. */
+template <typename T>
+static __global__ void __launch_bounds__(256)
+    attention_fill_kernel(T *cache, const T *qkv, const int *slots, const int *lengths, int room, const slam_window win, size_t n) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, K = (size_t)2 * win.KVH * win.HS, O = (size_t)win.NH * win.HS;
+    if (i >= n) return;
+    const int t = (int)(i / K % win.T), b = (int)(i / K / win.T);
+    if (t < lengths[b]) cache[((size_t)slots[b] * room + t) * K + i % K] = qkv[i / K * (O + K) + O + i % K];
+}
+
+template <typename T>
+static void cuda_attention_fill(slam_ops *ops, slam_act *cache, const slam_act *qkv, const int *slots, const int *lengths, int room,
+                                const slam_window *win) {
+    const size_t n = (size_t)win->B * win->T * 2 * win->KVH * win->HS;
+    SLAM_LAUNCH((attention_fill_kernel<T>), blocks(n, 256), 256, 0, stream_of(ops), (T *)cache, (const T *)qkv, slots, lengths,
+                room, *win, n);
+    cuda_launched(ops, "attention_fill");
+}
+
 /* ---- GELU ---- */
 
 static __device__ __forceinline__ float gelu_of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
@@ -6806,6 +6860,7 @@ template <typename T> static void cuda_fill(slam_ops *ops) {
     ops->attention_forward = cuda_attention_forward;
     ops->attention_backward = cuda_attention_backward;
     ops->attention_decode = cuda_attention_decode;
+    ops->attention_fill = cuda_attention_fill<T>;
     ops->swiglu_forward = cuda_swiglu_forward<T>;
     ops->swiglu_backward = cuda_swiglu_backward<T>;
     ops->crossentropy = cuda_crossentropy<T>;
@@ -6857,8 +6912,8 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 
 /* ==========================================================================================
    7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
-   The configuration, where each weight and activation lies in memory, Hugging Face's files, and
-   the passes. Nothing here knows a backend.
+   The configuration, where each weight and activation lies in memory, Hugging Face's files, the
+   passes, and decoding a token at a time. Nothing here knows a backend.
    may use: 1 base, 2 formats, 3 ops
    ========================================================================================== */
 
@@ -7450,8 +7505,9 @@ static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window)
     const slam_config *c = &m->config;
     const size_t N = (size_t)b->B * b->T;
     m->held = 0;
-    if (!m->arena || b->B < 1 || b->T < 1 || b->B > m->B || b->T > m->T)
-        return fail("a batch of %d rows of %d tokens, expected at most the planned %d rows of %d", b->B, b->T, m->B, m->T);
+    if (!m->arena || b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
+        return fail("a batch of %d rows of %d tokens, expected no more tokens than the planned %d rows of %d have", b->B, b->T,
+                    m->B, m->T);
     for (size_t i = 0; i < N; i++) {
         const int t = (int)(i % b->T), start = b->doc_start[i], first = b->hole ? b->hole[2 * i] : 0,
                   end = b->hole ? b->hole[2 * i + 1] : 0;
@@ -7480,15 +7536,36 @@ static int batch_upload(slam_model *m, const slam_batch *b, slam_window *window)
     return 1;
 }
 
+/* Keys and values of sequences that are continued. A pass over what they begin with fills it; a pass over one more token of each
+   reads it and adds to it. */
+typedef struct key_cache {
+    char *at;           // (L,slots,room,2 KVH HS)
+    size_t layer;       // bytes of a layer
+    int room;           // tokens of a sequence
+    const int *slots;   // (B), of the sequences that begin; NULL: one more token of each
+    const int *lengths; // (B), tokens of a row that go into the cache; or that are there before this one
+} key_cache;
+
+static void attend(slam_model *m, int l, slam_act *out, slam_act *qkv, const slam_window *win, const key_cache *cache) {
+    slam_ops *ops = m->ops;
+    slam_act *kept = cache ? (slam_act *)(cache->at + l * cache->layer) : NULL;
+    if (cache && !cache->slots) {
+        ops->attention_decode(ops, out, kept, qkv, cache->lengths, win);
+        return;
+    }
+    ops->attention_forward(ops, out, float_in(m, l, m->a.lse), qkv, win);
+    if (cache) ops->attention_fill(ops, kept, qkv, cache->slots, cache->lengths, cache->room, win);
+}
+
 /* Embedding, L times (norm, attention, norm, MLP) around a residual stream, norm:
        x_0 = embed(tokens)      x_mid = x_l + O attention(QKV norm(x_l))      x_{l+1} = x_mid + D swiglu(GU norm(x_mid))
-   What a sub-layer adds (delta) is added by the norm that follows it. Leaves norm(x_L) in head_in. */
-static void forward(slam_model *m, const slam_window *win) {
+   What a sub-layer adds (delta) is added by the norm that follows it. Leaves norm(x_L) in head_in. cache NULL: N = B T. */
+static void layers(slam_model *m, int N, const slam_window *win, const key_cache *cache) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const activations_layout *a = &m->a;
     const weights_layout *w = &m->w;
-    const int N = win->B * win->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
     const float eps = (float)c->eps;
     slam_act *delta = act_at(m, a->delta), *stream = act_in(m, 0, a->residual);
     ops->embedding_forward(ops, stream, int_at(m, a->tokens), weight_at(m, w->embed), N, C);
@@ -7501,7 +7578,7 @@ static void forward(slam_model *m, const slam_window *win) {
                              weight_at(m, vector_of(m, l, w->attention_norm)), eps, N, C);
         ops->matmul_forward(ops, qkv, attention_in, weight_at(m, matrix_of(m, l, w->qkv)),
                             c->qkv_bias ? weight_at(m, vector_of(m, l, w->bias)) : NULL, N, C, W);
-        ops->attention_forward(ops, attention, float_in(m, l, a->lse), qkv, win);
+        attend(m, l, attention, qkv, win, cache);
         ops->matmul_forward(ops, delta, attention, weight_at(m, matrix_of(m, l, w->out)), NULL, N, O, C);
         ops->rmsnorm_forward(ops, residual_mid, mlp_in, float_in(m, l, a->mlp_r), residual, delta,
                              weight_at(m, vector_of(m, l, w->mlp_norm)), eps, N, C);
@@ -7513,6 +7590,8 @@ static void forward(slam_model *m, const slam_window *win) {
     ops->rmsnorm_forward(ops, act_at(m, a->residual_end), act_at(m, a->head_in), float_at(m, a->head_r), stream, delta,
                          weight_at(m, w->norm), eps, N, C);
 }
+
+static void forward(slam_model *m, const slam_window *win) { layers(m, win->B * win->T, win, NULL); }
 
 static slam_act *act_row(const slam_model *m, slam_act *x, int row, int width) {
     return (slam_act *)((char *)x + (size_t)row * width * m->ops->bytes_per_act);
@@ -7686,6 +7765,203 @@ double slam_model_nll(slam_model *m, const int *tokens, int n) {
     free(ints);
     free(losses);
     return ok ? sum / (n - 1) : -1;
+}
+
+/* ---- decoding ----
+   The last token of a sequence is not in the cache yet: the step that predicts what follows computes it. So one kind of step makes
+   all predictions, the first included, and a sequence of one token has nothing to fill the cache with. */
+
+/* PREFILL_UNIT: rows of a pass that begins sequences are a multiple of it long. Queries are worked on in tiles of so many at most:
+   whole tiles see as many keys, and add them up in the same order, whatever the longest row beside them. */
+enum { PREFILL_TOKENS = 4096, PREFILL_UNIT = 64 };
+
+struct slam_decoder {
+    slam_model *model;
+    int slots, T, room;   // room: T in whole units
+    slam_act *cache;      // (L,slots,room,2 KVH HS)
+    slam_act *logits;     // (slots,P)
+    unsigned char *seen;  // (slots,V), 1: the token is in the sequence
+    int *drawn;           // (slots)
+    int *state;           // (3,slots): of a step last tokens, lengths without them, uniform numbers (as floats); of a beginning
+                          // slots, lengths
+    int *host;            // the same on the host
+    int *last, *length;   // (slots), on the host: a sequence's last token, its length with it (0: there is none)
+    int *batch;           // (2,planned tokens), on the host
+    unsigned char *marks; // (V), on the host
+};
+
+/* Rows that are as long as the cache's, for one pass of a beginning or a step. */
+static int decoder_rows(const slam_decoder *d) {
+    const int rows = PREFILL_TOKENS / d->room, least = (d->slots - 1) / d->room + 1;
+    return rows > least ? rows : least;
+}
+
+static int decoder_plan(slam_decoder *d) { return slam_model_plan(d->model, decoder_rows(d), d->room, SLAM_INFERENCE); }
+
+slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const size_t act = ops->bytes_per_act, K = 2 * (size_t)c->KVH * c->HS;
+    if (slots < 1 || slots > 1 << 20 || T < 1 || T > 1 << 28 || (size_t)slots * T > INT_MAX / 4) {
+        fail("a decoder of %d sequences of %d tokens, expected both positive and fewer than 2^29 tokens", slots, T);
+        return NULL;
+    }
+    slam_decoder *d = (slam_decoder *)mem_new(1, sizeof *d);
+    if (!d) return NULL;
+    d->model = m;
+    d->slots = slots;
+    d->T = T;
+    d->room = (T + PREFILL_UNIT - 1) / PREFILL_UNIT * PREFILL_UNIT;
+    d->cache = (slam_act *)ops->alloc(ops, c->L * (size_t)slots * d->room * K * act);
+    d->logits = (slam_act *)ops->alloc(ops, (size_t)slots * padded_vocabulary(c) * act);
+    d->seen = (unsigned char *)ops->alloc(ops, (size_t)slots * c->V);
+    d->drawn = (int *)ops->alloc(ops, slots * sizeof(int));
+    d->state = (int *)ops->alloc(ops, 3 * (size_t)slots * sizeof(int));
+    if (d->cache && d->logits && d->seen && d->drawn && d->state) {
+        d->host = (int *)mem_new(3 * (size_t)slots, sizeof(int));
+        d->last = (int *)mem_new(slots, sizeof(int));
+        d->length = (int *)mem_new(slots, sizeof(int));
+        d->batch = (int *)mem_new(2 * (size_t)decoder_rows(d) * d->room, sizeof(int));
+        d->marks = (unsigned char *)mem_new(c->V, 1);
+        if (d->host && d->last && d->length && d->batch && d->marks && decoder_plan(d)) return d;
+    }
+    slam_decoder_free(d);
+    return NULL;
+}
+
+void slam_decoder_free(slam_decoder *d) {
+    if (!d) return;
+    slam_ops *ops = d->model->ops;
+    ops->release(ops, d->cache);
+    ops->release(ops, d->logits);
+    ops->release(ops, d->seen);
+    ops->release(ops, d->drawn);
+    ops->release(ops, d->state);
+    free(d->host), free(d->last), free(d->length), free(d->batch), free(d->marks);
+    free(d);
+}
+
+/* Rows of T tokens: what goes into the cache, then padding, each a document of its own. */
+static int decoder_fill(slam_decoder *d, int n, int T, const int *slots, const int *const *tokens, const int *lengths) {
+    slam_model *m = d->model;
+    slam_ops *ops = m->ops;
+    const size_t K = 2 * (size_t)m->config.KVH * m->config.HS;
+    slam_batch b = {n, T, d->batch, NULL, d->batch + (size_t)n * T, NULL};
+    slam_window win;
+    for (int i = 0; i < n; i++) {
+        d->host[i] = slots[i];
+        d->host[d->slots + i] = lengths[i] - 1;
+        for (int t = 0; t < T; t++) {
+            b.tokens[(size_t)i * T + t] = t < lengths[i] - 1 ? tokens[i][t] : 0;
+            b.doc_start[(size_t)i * T + t] = t < lengths[i] - 1 ? 0 : t;
+        }
+    }
+    if (!batch_upload(m, &b, &win)) return 0;
+    ops->upload(ops, d->state, d->host, 2 * (size_t)d->slots * sizeof(int));
+    const key_cache cache = {(char *)d->cache, (size_t)d->slots * d->room * K * ops->bytes_per_act, d->room, d->state,
+                             d->state + d->slots};
+    layers(m, n * T, &win, &cache);
+    return 1;
+}
+
+static int decoder_check(const slam_decoder *d, int slot, const int *tokens, int length) {
+    const int V = d->model->config.V;
+    if (slot < 0 || slot >= d->slots) return fail("slot %d of a decoder, expected 0 to %d", slot, d->slots - 1);
+    if (length < 1 || length > d->T) return fail("a sequence begins with %d tokens, expected 1 to %d", length, d->T);
+    for (int t = 0; t < length; t++)
+        if (tokens[t] < 0 || tokens[t] >= V) return fail("token %d at position %d, expected 0 to %d", tokens[t], t, V - 1);
+    return 1;
+}
+
+int slam_decoder_begin(slam_decoder *d, int n, const int *slots, const int *const *tokens, const int *lengths) {
+    slam_ops *ops = d->model->ops;
+    const size_t V = d->model->config.V, most = (size_t)decoder_rows(d) * d->room;
+    for (int i = 0; i < n; i++)
+        if (!decoder_check(d, slots[i], tokens[i], lengths[i])) return 0;
+    if (!decoder_plan(d)) return 0;
+    for (int i = 0; i < n; i++) {
+        memset(d->marks, 0, V);
+        for (int t = 0; t < lengths[i]; t++) d->marks[tokens[i][t]] = 1;
+        ops->upload(ops, d->seen + slots[i] * V, d->marks, V);
+        d->length[slots[i]] = lengths[i];
+        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+    }
+    for (int i = 0, rows; i < n; i += rows) { // as many rows as the plan has room for, the longest among them
+        int T = 0;
+        for (rows = 0; i + rows < n; rows++) {
+            const int need = (lengths[i + rows] - 1 + PREFILL_UNIT - 1) / PREFILL_UNIT * PREFILL_UNIT, longer = need > T ? need : T;
+            if (rows && (size_t)(rows + 1) * longer > most) break;
+            T = longer;
+        }
+        if (T && !decoder_fill(d, rows, T, slots + i, tokens + i, lengths + i)) return 0;
+    }
+    return ops->finish(ops);
+}
+
+void slam_decoder_end(slam_decoder *d, int slot) {
+    if (slot >= 0 && slot < d->slots) d->length[slot] = 0;
+}
+
+static int sampling_check(const slam_sampling *s) {
+    if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
+        return fail("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
+    if (s->top_k < 0) return fail("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
+    if (!(s->top_p >= 0 && s->top_p <= 1)) return fail("top-p of %g, expected 0 to 1", s->top_p);
+    if (!(s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL))
+        return fail("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
+    return 1;
+}
+
+int slam_decoder_step(slam_decoder *d, const slam_sampling *sampling, const float *uniform, int *tokens) {
+    slam_model *m = d->model;
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const size_t K = 2 * (size_t)c->KVH * c->HS;
+    const int P = padded_vocabulary(c);
+    int n = 0; // up to the last slot with a sequence
+    if (!sampling_check(sampling) || !decoder_plan(d)) return 0;
+    for (int s = 0; s < d->slots; s++) {
+        if (d->length[s] > d->T) return fail("the sequence in slot %d has %d tokens: there is no room for more", s, d->length[s]);
+        d->host[s] = d->length[s] ? d->last[s] : 0;
+        d->host[d->slots + s] = d->length[s] ? d->length[s] - 1 : 0;
+        if (uniform) memcpy(d->host + 2 * (size_t)d->slots + s, uniform + s, sizeof(float));
+        if (d->length[s]) n = s + 1;
+    }
+    ops->upload(ops, d->state, d->host, 3 * (size_t)d->slots * sizeof(int));
+    ops->upload(ops, int_at(m, m->a.tokens), d->host, d->slots * sizeof(int));
+    const slam_window win = {n, d->room, c->NH, c->KVH, c->HS, NULL, NULL, NULL, float_at(m, m->a.rope)};
+    const key_cache cache = {(char *)d->cache, (size_t)d->slots * d->room * K * ops->bytes_per_act, d->room, NULL,
+                             d->state + d->slots};
+    if (n) {
+        layers(m, n, &win, &cache);
+        ops->matmul_forward(ops, d->logits, act_at(m, m->a.head_in), weight_at(m, m->w.head), NULL, n, c->C, P);
+        ops->sample(ops, d->drawn, d->logits, sampling->repetition_penalty == 1 ? NULL : d->seen,
+                    (const float *)(d->state + 2 * (size_t)d->slots), sampling, n, c->V, P);
+        ops->download(ops, tokens, d->drawn, n * sizeof(int));
+    }
+    if (!ops->finish(ops)) return 0;
+    for (int s = 0; s < d->slots; s++) {
+        if (!d->length[s]) tokens[s] = -1;
+        else d->last[s] = tokens[s], d->length[s]++;
+    }
+    return 1;
+}
+
+int slam_decoder_logits(slam_decoder *d, float *logits) {
+    slam_ops *ops = d->model->ops;
+    const int V = d->model->config.V, P = padded_vocabulary(&d->model->config);
+    const size_t n = (size_t)d->slots * P;
+    float *wide = (float *)ops->alloc(ops, n * sizeof(float)), *host = (float *)mem_new(n, sizeof *host);
+    int ok = wide && host;
+    if (ok) {
+        ops->to_float(ops, wide, d->logits, n);
+        ops->download(ops, host, wide, n * sizeof(float));
+        for (int s = 0; s < d->slots; s++) memcpy(logits + (size_t)s * V, host + (size_t)s * P, V * sizeof(float));
+        ok = ops->finish(ops);
+    }
+    ops->release(ops, wide);
+    free(host);
+    return ok;
 }
 
 /* ==========================================================================================

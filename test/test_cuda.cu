@@ -327,6 +327,19 @@ static void test_decode(const shape &s) {
         });
 }
 
+static void test_fill(const shape &s) {
+    const size_t O = (size_t)s.NH * s.HS, K = 2 * (size_t)s.KVH * s.HS;
+    const int room = s.T + 2;
+    tensor_of slots = integers(s.B, 1), lengths = integers(s.B, s.T + 1);
+    for (int b = 0; b < s.B; b++) slots.ints()[b] = s.B - b;
+    check_operation("keys and values into the cache",
+                    {slots, lengths, numbers(ACT, (size_t)s.B * s.T * (O + K), 1), numbers(ACT, (s.B + 1) * room * K, 1, 1)},
+                    [=](slam_ops *ops, void **p) {
+                        const slam_window win = {s.B, s.T, s.NH, s.KVH, s.HS, NULL, NULL, NULL, NULL};
+                        ops->attention_fill(ops, A(3), A(2), I(0), I(1), room, &win);
+                    });
+}
+
 static void test_sample(int B, int V, int stride) {
     const slam_sampling ways[] = {{0, 0, 1, 1}, {1, 0, 1, 1}, {0.8, 25, 1, 1.1}, {1.3, 0, 0.7, 1}, {0.5, 3, 0.9, 1.5}};
     tensor_of seen, uniform = numbers(FLOAT, B, 0), logits = numbers(ACT, (size_t)B * stride, 2);
@@ -374,6 +387,7 @@ static void test_operations(void) {
                  s.holes ? ", holes" : "", s.both_ways ? ", both ways" : ""))
             test_attention(s);
         if (k % 2 == 0 && TEST("op: decode %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(s);
+        if (k % 2 == 0 && TEST("op: cache %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS)) test_fill(s);
     }
 }
 

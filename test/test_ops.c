@@ -183,6 +183,26 @@ static void test_decode(slam_ops *ops, shape s) {
     free_window(w);
 }
 
+/* Rows into the cache, back to front: what was asked for is there, all else is untouched. */
+static void test_fill(slam_ops *ops, shape s) {
+    slam_window w = make_window(s);
+    const int O = s.NH * s.HS, K = 2 * s.KVH * s.HS, room = s.T + 3;
+    float *qkv = random_floats((size_t)s.B * s.T * (O + K), 1), *cache = random_floats((size_t)(s.B + 1) * room * K, 0);
+    int slots[64], lengths[64], wrong = 0;
+    for (size_t i = 0; i < (size_t)(s.B + 1) * room * K; i++) cache[i] = NAN;
+    for (int b = 0; b < s.B; b++) slots[b] = s.B - b, lengths[b] = b == 1 ? 0 : s.T - b;
+    ops->attention_fill(ops, act(cache), act(qkv), slots, lengths, room, &w);
+    for (int slot = 0; slot <= s.B; slot++)
+        for (int t = 0; t < room; t++) {
+            const int b = s.B - slot, there = slot > 0 && t < lengths[b];
+            const float *got = cache + ((size_t)slot * room + t) * K, *from = qkv + ((size_t)b * s.T + t) * (O + K) + O;
+            for (int c = 0; c < K; c++) wrong += there ? !(got[c] == from[c]) : got[c] == got[c];
+        }
+    CHECK(wrong == 0, "%d numbers of the cache are not what they have to be", wrong);
+    free(qkv), free(cache);
+    free_window(w);
+}
+
 /* ---- finite differences: sum(dout * op(x)) must change by grad . direction ---- */
 
 typedef struct problem {
@@ -725,6 +745,7 @@ int main(void) {
     for (size_t k = 0; k < sizeof decoded / sizeof *decoded; k++) {
         const shape s = decoded[k];
         if (TEST("attention by tokens B %d T %d NH %d KVH %d HS %d", s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(ops, s);
+        if (TEST("keys and values into the cache B %d T %d KVH %d HS %d", s.B, s.T, s.KVH, s.HS)) test_fill(ops, s);
     }
     const slam_sampling samplings[] = {{1, 0, 1, 1},      {0.7, 0, 1, 1},    {1.5, 5, 1, 1},    {1, 0, 0.8, 1},
                                        {0.8, 10, 0.9, 1}, {1, 0, 1, 1.3},    {0.9, 7, 0.6, 2},  {0, 0, 1, 1.2},
