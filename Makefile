@@ -97,7 +97,7 @@ $(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
 
 # Each of these programs holds all of slam.h, so that it reaches what is static there.
 TESTS := $(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c))
-$(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h $(B)/config.mk | build/current
+$(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $(B)/config.mk | build/current
 	$(COMPILE) $< -o $@ $(LIBS)
 # Without a C++ compiler the kernels' tests are left out.
 CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
@@ -109,7 +109,7 @@ bench: $(B)/bench
 # The kernels' tests and the measurements as nvcc builds them for a GPU.
 $(B)/gpu_test: test/test_cuda.cu
 $(B)/gpu_bench: test/gpu_bench.cu
-$(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h $(B)/config.mk | build/current
+$(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h test/random_hubert.h $(B)/config.mk | build/current
 	@[ $(call quote,$(CUDA)) ] || { echo 'slam: $(FOUND)' >&2; exit 1; }
 	$(CUDA) -lineinfo -c $(filter %.cu,$^) -o $@.o
 	$(LINK) $@.o -o $@ $(LIBS)

@@ -8,6 +8,7 @@
    mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. The two sides take turns, ROUNDS times; figures are medians. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
+#include "random_hubert.h"
 
 enum { ROUNDS = 3, STEPS_MAX = 4096 };
 
@@ -98,56 +99,6 @@ static double measure(const row *r, int threads, double seconds) {
 }
 
 /* ---- HuBERT ---- */
-
-enum { HUBERT_LAYER = 11 };
-static const char hubert_settings[] =
-    "{\"architectures\": [\"HubertModel\"], \"model_type\": \"hubert\", \"num_hidden_layers\": 11, \"conv_pos_batch_norm\": true, "
-    "\"conv_dim\": [512, 512, 512, 512, 512, 512, 512, 512], \"conv_kernel\": [10, 3, 3, 3, 3, 2, 2, 2], "
-    "\"conv_stride\": [5, 2, 2, 2, 2, 2, 2, 2]}\n";
-
-/* Writes the model's folder, with random weights: every tensor that a HuBERT of these settings has. */
-static void hubert_write(const char *folder) {
-    slam_hubert h;
-    hubert_list_of l = {NULL, 0, 0};
-    uint64_t seed = 1;
-    memset(&h, 0, sizeof h);
-    char *config = path_join(folder, "config.json"), *path = path_join(folder, "model.safetensors");
-    if (!config || !path || !make_folders(folder) || !file_write(config, hubert_settings, strlen(hubert_settings)) ||
-        !hubert_config_read(&h.config, config))
-        die();
-    l.list = (hubert_tensor *)mem_new(500, sizeof *l.list);
-    tensor_out *out = (tensor_out *)mem_new(500, sizeof *out);
-    if (!l.list || !out) die();
-    hubert_add_convolutions(&l, &h.config, &h.at);
-    hubert_add_positions(&l, &h.config, &h.at, 1);
-    for (int i = 0; i < HUBERT_LAYER; i++) hubert_add_layer(&l, &h.config, &h.at, i);
-    for (size_t i = 0; i < l.n; i++) {
-        const hubert_tensor *t = &l.list[i];
-        size_t n = 1;
-        out[i].name = t->name;
-        out[i].rank = t->rank;
-        out[i].dtype = DTYPE_F32;
-        for (int k = 0; k < t->rank; k++) n *= out[i].shape[k] = t->shape[k];
-        float *data = (float *)mem_new(n, sizeof *data);
-        const int is_one = t->rank == 1 && (path_ends(t->name, "norm.weight") || path_ends(t->name, "running_var"));
-        if (!data) die();
-        for (size_t k = 0; k < n; k++)
-            data[k] = is_one ? 1 : t->rank == 1 ? 0 : (float)(rng_uniform(&seed) - 0.5) * 3 / sqrtf((float)(n / t->shape[0]));
-        out[i].data = data;
-    }
-    if (!tensors_write(path, out, l.n, NULL)) die();
-    for (size_t i = 0; i < l.n; i++) free((void *)(uintptr_t)out[i].data);
-    free(l.list), free(out), free(path), free(config);
-}
-
-/* FLOP for a second of audio: products of the convolutions, the projection, positions and layers, and attention's */
-static double hubert_flops(int seconds) {
-    const double C = 768, F = 3072, T = 25.0 * seconds;
-    const int kernel[] = {10, 3, 3, 3, 3, 2, 2, 2};
-    double flops = 0, rate = 3200;
-    for (int i = 0; i < 8; i++, rate /= 2) flops += 2 * rate * 512 * kernel[i] * (i ? 512 : 1);
-    return flops + 25 * 2 * (512 * C + C * C / 16 * 128 + HUBERT_LAYER * (4 * C * C + 2 * C * F + 2 * T * C));
-}
 
 /* audio seconds a second */
 static double measure_hubert(const row *r, const char *folder, int threads, double seconds) {
@@ -260,7 +211,7 @@ int main(int argc, char **argv) {
         int has = 1;
         const int is_hubert = r->config.V == 0;
         if (!strstr(wanted, r->name)) continue;
-        if (is_hubert) hubert_write(folder);
+        if (is_hubert && !random_hubert(folder)) die();
         for (int i = 0; i < ROUNDS; i++) {
             ours[i] = is_hubert ? measure_hubert(r, folder, threads, seconds) : measure(r, threads, seconds);
             theirs[i] = has ? measure_torch(r, folder, python, threads, seconds, versions, sizeof versions) : 0;
@@ -271,7 +222,7 @@ int main(int argc, char **argv) {
             fflush(stdout);
         }
         const double rate = median(ours, ROUNDS),
-                     flops = rate * (is_hubert ? hubert_flops(r->T) : slam_config_flops(&r->config, r->T));
+                     flops = rate * (is_hubert ? random_hubert_flops(r->T) : slam_config_flops(&r->config, r->T));
         text_add(&t, "%-6s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
         if (has) text_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);

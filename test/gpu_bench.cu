@@ -1,7 +1,7 @@
 /* gpu_bench.cu - measures the CUDA operations and the training step of the Slam model, each against what the card can do at most:
    copying from its memory to its memory, and a matrix product of size 8192 through the same operation that the model uses.
 
-       gpu_bench ceilings|products|memory|attention|step
+       gpu_bench ceilings|products|memory|attention|step|hubert
                  [--copy GB/s] [--peak TFLOP/s] [--keys FILE] [--seconds S] [--small] [--cpu]
 
    `make gpu-bench` (test/gpu_bench.sh) runs one part after the other, each in a process of its own, since after a kernel that
@@ -15,6 +15,7 @@
    them. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
+#include "random_hubert.h"
 
 enum { ROUNDS = 7, SETS = 32, ROWS = 78, BATCHES = 4 };
 static const double SPAN = 512e6; // bytes; the L2 cache of an H200 has 60 MB
@@ -824,6 +825,76 @@ static void bench_step(bench *b) {
     packed_free(&whole);
 }
 
+/* ---- HuBERT's units ---- */
+
+enum { CLIPS = 600 };
+
+/* Clips of noise as long as LibriSpeech's utterances, two thirds of 12 to 17 s, others from 1 s on. */
+static double clips_make(const bench *b, clip_list *list, const slam_speech *s, const float *noise) {
+    double seconds = 0;
+    uint64_t seed = 3;
+    list->n = 0;
+    for (int i = 0; i < (b->small ? 3 : CLIPS); i++) {
+        const double length = (rng_below(&seed, 3) ? 12 : 1) + rng_uniform(&seed) * (i % 3 ? 5 : 11);
+        clip *c = (clip *)mem_new(1, sizeof *c);
+        if (!c || !clips_add(list, c)) stop(slam_error());
+        c->u.samples = (size_t)(16000 * (b->small ? 1 : length));
+        seconds += (double)c->u.samples / 16000;
+        if (!clip_wait(c, s, noise + rng_below(&seed, 16000))) stop(slam_error());
+    }
+    return seconds;
+}
+
+/* From samples on the host to units on the host, by the batches that tokenize makes. */
+static void bench_hubert(bench *b) {
+    char folder[] = "/tmp/gpu_bench.XXXXXX", path[64];
+    slam_speech_settings settings;
+    clip_list list = SLAM_ZERO;
+    double times[8], seconds = 0;
+    uint64_t seed = 1;
+    audio_block block = SLAM_ZERO;
+    if (!mkdtemp(folder) || !random_hubert(folder)) stop(slam_error());
+    slam_speech_defaults(&settings);
+    settings.features = SLAM_HUBERT;
+    settings.rate = 0;
+    settings.layer = b->small ? 1 : HUBERT_LAYER;
+    snprintf(settings.hubert, sizeof settings.hubert, "%s", folder);
+    float *noise = (float *)mem_new(18 * 16000, sizeof *noise), *centroids = (float *)mem_new(500 * 768, sizeof *centroids);
+    for (int i = 0; noise && i < 18 * 16000; i++) noise[i] = (float)(0.1 * rng_normal(&seed));
+    for (int i = 0; centroids && i < 500 * 768; i++) centroids[i] = (float)rng_normal(&seed);
+    slam_quantiser *q = noise && centroids ? slam_quantiser_new(&settings, b->ops, centroids, 500) : NULL;
+    if (!q) stop(slam_error());
+    block.speech = q->speech;
+    block.quantiser = q;
+    const int rounds = b->small ? 1 : 5;
+    int done = -1;
+    for (; done < rounds && !(done > 0 && late(b, "further rounds")); done++) {
+        seconds = clips_make(b, &list, q->speech, noise);
+        clip **all = (clip **)mem_new(list.n, sizeof *all);
+        const size_t n = list.n;
+        if (!all) stop(slam_error());
+        memcpy(all, list.at, n * sizeof *all);
+        block.told = slam_clock();
+        if (!block_encode(&block, &list)) stop(slam_error());
+        times[done < 0 ? 0 : done] = slam_clock() - block.told;
+        for (size_t i = 0; i < n; i++) clip_free(all[i]);
+        free(all);
+    }
+    const double rate = seconds / median(times, done), flops = rate * random_hubert_flops(12);
+    printf("%-44s %12s %9s\n%-44s %12.0f %9.1f", "", "audio s/s", "TFLOPS", "mHuBERT-25Hz to layer 11, 500 units", rate,
+           1e-12 * flops);
+    share(flops, b->peak);
+    printf("\n%.0f s of audio in %d clips\n", seconds, b->small ? 3 : CLIPS);
+    key(b, rate, "hubert");
+    slam_quantiser_free(q);
+    free(list.at), free(noise), free(centroids);
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, i ? "config.json" : "model.safetensors");
+        unlink(path);
+    }
+    rmdir(folder);
+}
+
 int main(int argc, char **argv) {
     static bench b;
     const char *part = argc > 1 ? argv[1] : "", *keys = NULL;
@@ -833,7 +904,7 @@ int main(int argc, char **argv) {
     for (int i = 2; i < argc; i++) {
         if (!strcmp(argv[i], "--small")) b.small = 1;
         else if (!strcmp(argv[i], "--cpu")) cpu = 1;
-        else if (i + 1 == argc) stop("gpu_bench ceilings|products|memory|attention|step [--copy GB/s] [--peak TFLOP/s] ...");
+        else if (i + 1 == argc) stop("gpu_bench ceilings|products|memory|attention|step|hubert [--copy GB/s] [--peak TFLOP/s] ...");
         else if (!strcmp(argv[i], "--copy")) b.copy = 1e9 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--peak")) b.peak = 1e12 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--seconds")) b.seconds = atof(argv[++i]);
@@ -848,13 +919,14 @@ int main(int argc, char **argv) {
     if (!b.ops) stop(slam_error());
     if (!cpu) b.stream = ((cuda_ops *)b.ops)->stream;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    if (strcmp(part, "step")) tensors_open(&b);
+    if (strcmp(part, "step") && strcmp(part, "hubert")) tensors_open(&b);
     if (!strcmp(part, "ceilings")) bench_ceilings(&b);
     else if (!strcmp(part, "products")) bench_products(&b);
     else if (!strcmp(part, "memory")) bench_memory(&b);
     else if (!strcmp(part, "attention")) bench_attention(&b);
     else if (!strcmp(part, "step")) bench_step(&b);
-    else stop("name a part: ceilings, products, memory, attention or step");
+    else if (!strcmp(part, "hubert")) bench_hubert(&b);
+    else stop("name a part: ceilings, products, memory, attention, step or hubert");
     b.ops->release(b.ops, b.arena);
     b.ops->release(b.ops, b.acts);
     b.ops->release(b.ops, b.numbers);
