@@ -28,7 +28,7 @@
       9. DATA               documents, pieces, packing, shuffling, mixing
      10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
      11. PREFERENCE         pairs of endings, of which one is preferred: DPO
-     12. SCORING            perplexity, n-grams
+     12. SCORING            perplexity, n-grams, generation
      13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
      14. RUN                what the programs share: flags, the training loop, log, progress, signals
 
@@ -662,7 +662,7 @@ void slam_dpo_tell(const slam_dpo *, uint64_t *epoch, uint64_t *pair);
 int slam_dpo_seek(slam_dpo *, uint64_t epoch, uint64_t pair);
 
 /* ------------------------------------------------------------------------------------------
-   12. SCORING     perplexity and n-grams
+   12. SCORING     perplexity, n-grams, generation
    ------------------------------------------------------------------------------------------ */
 /* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of
    them: a loss of 0). B rows at a time: the caller has planned the model for B rows of the data's context. */
@@ -672,6 +672,39 @@ int slam_score_data(slam_model *, const slam_data *, int source, int B, double *
    training data:
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))      p_0 = 1/V      T(h): how many different words follow h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
+
+/* Generation: prompts, and what a model continues them with. */
+typedef struct slam_generation {
+    slam_sampling sampling;
+    int max_new; /* tokens at most; where token 1 is drawn a sequence ends before that */
+    int context; /* tokens of prompt and continuation at most: a longer prompt loses its left, but for the leading 1 */
+    int batch;   /* sequences at once */
+    uint64_t seed;
+} slam_generation;
+typedef struct slam_prompt {
+    char *name;        /* where it is from */
+    int *tokens;       /* (n), the first of them 1 */
+    int n, cut;        /* cut: tokens that it lost because the context had no room for them */
+    int *continuation; /* (length), without the 1 that ended it; NULL: not made yet */
+    int length, ended; /* ended: 1 by token 1, 0 by max_new */
+} slam_prompt;
+typedef struct slam_prompts {
+    slam_prompt *at;
+    size_t n, capacity;
+} slam_prompts;
+void slam_prompts_free(slam_prompts *);
+/* One more prompt, of units 0, 1, ...: token 1, then unit u as token u + 2. */
+int slam_prompts_add(slam_prompts *, const char *name, const int *units, size_t n);
+
+/* Called after every step; returns 0 to stop. done: prompts whose continuations are made; tokens: that were drawn. */
+typedef int slam_generate_watch(void *context, size_t done, uint64_t tokens);
+/* Makes the continuations that are not made yet, a batch at a time; a sequence that ends makes room for the next prompt. One
+   uniform number a token decides, from a stream that hangs on the seed and the prompt's tokens (of equal prompts also on how many
+   of them stand before it), so that a continuation is the same alone, in any batch and in any order. 1 also where the watch has
+   stopped it. The watch may be NULL. */
+int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_generate_watch *, void *context);
+/* slam_auto_bleu of units (n). */
+double slam_unit_auto_bleu(const int *units, size_t n, int order);
 
 /* ------------------------------------------------------------------------------------------
    13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
@@ -12888,7 +12921,7 @@ int slam_dpo_evaluate(slam_dpo *d) {
 slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evaluation ? d->evaluation : d->step; }
 
 /* ==========================================================================================
-   12. SCORING            perplexity, n-grams
+   12. SCORING            perplexity, n-grams, generation
    What a model has learned, in nats a token: its loss on data, and beside it what counting
    alone reaches on the same tokens.
    may use: 1 base, 2 formats, 3 ops, 7 model, 9 data, 10 speech
@@ -13116,6 +13149,205 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
     }
     return ok;
 }
+
+/* ---- generation ---- */
+
+void slam_prompts_free(slam_prompts *p) {
+    for (size_t i = 0; i < p->n; i++) free(p->at[i].name), free(p->at[i].tokens), free(p->at[i].continuation);
+    free(p->at);
+    memset(p, 0, sizeof *p);
+}
+
+int slam_prompts_add(slam_prompts *p, const char *name, const int *units, size_t n) {
+    if (n >= INT_MAX / 4) return fail("%s: a prompt of %zu units", name, n);
+    for (size_t i = 0; i < n; i++)
+        if (units[i] < 0 || units[i] > 1 << 20) return fail("%s: unit %d at position %zu", name, units[i], i);
+    if (!mem_grow((void **)&p->at, &p->capacity, p->n + 1, sizeof *p->at)) return 0;
+    slam_prompt *q = &p->at[p->n];
+    memset(q, 0, sizeof *q);
+    q->name = text_copy(name);
+    q->tokens = (int *)mem_new(n + 1, sizeof(int));
+    if (!q->name || !q->tokens) {
+        free(q->name), free(q->tokens);
+        return 0;
+    }
+    q->n = (int)n + 1;
+    q->tokens[0] = 1;
+    for (size_t i = 0; i < n; i++) q->tokens[i + 1] = units[i] + 2;
+    p->n++;
+    return 1;
+}
+
+/* A prompt that waits for its turn, or is at work in a slot of the decoder. */
+typedef struct generation_task {
+    uint64_t hash, stream; // of its tokens; the state of its random numbers
+    slam_prompt *prompt;
+    int *drawn, n; // (max_new), and how many were drawn
+} generation_task;
+
+typedef struct generating {
+    const slam_generation *how;
+    slam_decoder *decoder;
+    generation_task *tasks, **at; // (n); (room), NULL: a free slot
+    size_t n, next;               // tasks, how many have begun
+    int room, free;               // slots, free ones
+    int *slots, *lengths;         // (room), of sequences that begin
+    const int **tokens;           // (room), likewise
+    int *drawn, *kept;            // (room), (room,max_new)
+    float *uniform;               // (room)
+    size_t done;
+    uint64_t count;
+} generating;
+
+static int compare_generation_hashes(const void *a, const void *b) {
+    const generation_task *x = (const generation_task *)a, *y = (const generation_task *)b;
+    return x->hash != y->hash ? (x->hash > y->hash) - (x->hash < y->hash) : (x->prompt > y->prompt) - (x->prompt < y->prompt);
+}
+
+/* Long ones first: rows of one pass are about as long, and little is left to wait for in the end. */
+static int compare_generation_lengths(const void *a, const void *b) {
+    const generation_task *x = (const generation_task *)a, *y = (const generation_task *)b;
+    return x->prompt->n != y->prompt->n ? (x->prompt->n < y->prompt->n) - (x->prompt->n > y->prompt->n)
+                                        : (x->prompt > y->prompt) - (x->prompt < y->prompt);
+}
+
+static int generation_check(const slam_generation *how, const slam_prompts *p, int V) {
+    if (how->max_new < 1) return fail("%d new tokens, expected at least 1", how->max_new);
+    if (how->batch < 1) return fail("a batch of %d sequences, expected at least 1", how->batch);
+    if (how->max_new >= how->context)
+        return fail("%d new tokens leave no room for a prompt in a context of %d, expected fewer", how->max_new, how->context);
+    for (size_t i = 0; i < p->n; i++) {
+        const slam_prompt *q = &p->at[i];
+        if (q->n < 1 || q->tokens[0] != 1) return fail("%s: a prompt that does not begin with token 1", q->name);
+        for (int t = 0; t < q->n; t++)
+            if (q->tokens[t] < 0 || q->tokens[t] >= V)
+                return fail("%s: token %d at position %d of the prompt, the model has a vocabulary of %d (units 0 to %d)", q->name,
+                            q->tokens[t], t, V, V - 3);
+    }
+    return 1;
+}
+
+/* What there is to do, cut, seeded and in order. */
+static int generation_plan(generating *g, slam_prompts *p) {
+    const int most = g->how->context - g->how->max_new;
+    generation_task *all = g->tasks = (generation_task *)mem_new(p->n, sizeof *all);
+    if (!all) return 0;
+    for (size_t i = 0; i < p->n; i++) {
+        slam_prompt *q = all[i].prompt = &p->at[i];
+        const int cut = q->n > most ? q->n - most : 0;
+        memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1 - cut) * sizeof *q->tokens);
+        q->n -= cut;
+        q->cut += cut;
+        all[i].hash = hash_bytes(HASH_START, q->tokens, q->n * sizeof *q->tokens);
+    }
+    qsort(all, p->n, sizeof *all, compare_generation_hashes);
+    uint64_t equal = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        equal = i && all[i].hash == all[i - 1].hash ? equal + 1 : 0;
+        all[i].stream = rng_stream(g->how->seed, all[i].hash, equal);
+    }
+    for (size_t i = 0; i < p->n; i++)
+        if (!all[i].prompt->continuation) {
+            const generation_task kept = all[i]; // from a place that may be its own
+            all[g->n++] = kept;
+        }
+    if (g->n) qsort(all, g->n, sizeof *all, compare_generation_lengths);
+    return 1;
+}
+
+static int generation_open(generating *g, slam_model *model, slam_prompts *p) {
+    if (!generation_plan(g, p)) return 0;
+    if (g->n == 0) return 1;
+    g->room = g->free = (size_t)g->how->batch < g->n ? g->how->batch : (int)g->n;
+    const size_t room = g->room;
+    g->at = (generation_task **)mem_new(room, sizeof *g->at);
+    g->slots = (int *)mem_new(room, sizeof(int));
+    g->lengths = (int *)mem_new(room, sizeof(int));
+    g->tokens = (const int **)mem_new(room, sizeof *g->tokens);
+    g->drawn = (int *)mem_new(room, sizeof(int));
+    g->kept = room <= SIZE_MAX / g->how->max_new ? (int *)mem_new(room * g->how->max_new, sizeof(int)) : NULL;
+    g->uniform = (float *)mem_new(room, sizeof(float));
+    if (!g->at || !g->slots || !g->lengths || !g->tokens || !g->drawn || !g->kept || !g->uniform) return 0;
+    return (g->decoder = slam_decoder_new(model, g->room, g->tasks[0].prompt->n + g->how->max_new)) != NULL;
+}
+
+static void generation_close(generating *g) {
+    slam_decoder_free(g->decoder);
+    free(g->tasks), free(g->at), free(g->slots), free(g->lengths);
+    free((void *)g->tokens), free(g->drawn), free(g->kept), free(g->uniform);
+}
+
+/* Prompts into free slots. */
+static int generation_begin(generating *g) {
+    int n = 0;
+    for (int s = 0; s < g->room && g->next < g->n; s++) {
+        if (g->at[s]) continue;
+        generation_task *t = g->at[s] = &g->tasks[g->next++];
+        t->drawn = g->kept + (size_t)s * g->how->max_new;
+        g->slots[n] = s;
+        g->tokens[n] = t->prompt->tokens;
+        g->lengths[n++] = t->prompt->n;
+    }
+    g->free -= n;
+    return slam_decoder_begin(g->decoder, n, g->slots, g->tokens, g->lengths);
+}
+
+/* What was drawn for the sequence in slot s. */
+static int generation_take(generating *g, int s) {
+    generation_task *t = g->at[s];
+    slam_prompt *q = t->prompt;
+    const int ended = g->drawn[s] == 1;
+    g->count++;
+    if (!ended) t->drawn[t->n++] = g->drawn[s];
+    if (!ended && t->n < g->how->max_new) return 1;
+    if (!(q->continuation = (int *)mem_new(t->n, sizeof(int)))) return 0;
+    memcpy(q->continuation, t->drawn, t->n * sizeof(int));
+    q->length = t->n;
+    q->ended = ended;
+    slam_decoder_end(g->decoder, s);
+    g->at[s] = NULL;
+    g->free++;
+    g->done++;
+    return 1;
+}
+
+/* A model that has gone wrong would draw token 1 and say nothing. */
+static int generation_finite(const generating *g, int V) {
+    float *logits = (float *)mem_new((size_t)g->room * V, sizeof *logits);
+    int ok = logits && slam_decoder_logits(g->decoder, logits);
+    for (int s = 0; ok && s < g->room; s++)
+        for (int v = 0; ok && v < V; v++)
+            if (!isfinite(logits[(size_t)s * V + v])) ok = fail("%s: the model's logits are not finite", g->at[s]->prompt->name);
+    free(logits);
+    return ok;
+}
+
+int slam_generate(slam_model *model, const slam_generation *how, slam_prompts *prompts, slam_generate_watch *watch, void *context) {
+    const int V = slam_model_config(model)->V;
+    generating g = SLAM_ZERO;
+    g.how = how;
+    int ok = generation_check(how, prompts, V) && generation_open(&g, model, prompts);
+    while (ok && (g.next < g.n || g.free < g.room)) {
+        const int first = g.next == 0;
+        /* a pass over a single prompt costs as much as a step of all: a few free slots are waited for */
+        if (g.next < g.n && g.free > g.room / 8) ok = generation_begin(&g);
+        for (int s = 0; s < g.room; s++) g.uniform[s] = g.at[s] ? (float)(rng_next(&g.at[s]->stream) >> 40) * 0x1p-24f : 0;
+        ok = ok && slam_decoder_step(g.decoder, &how->sampling, g.uniform, g.drawn) && (!first || generation_finite(&g, V));
+        for (int s = 0; ok && s < g.room; s++) ok = !g.at[s] || generation_take(&g, s);
+        if (ok && watch && !watch(context, g.done, g.count)) break;
+    }
+    generation_close(&g);
+    return ok;
+}
+
+double slam_unit_auto_bleu(const int *units, size_t n, int order) {
+    text t = SLAM_ZERO;
+    for (size_t i = 0; i < n; i++) text_add(&t, "%d ", units[i]);
+    const double share = t.failed ? -1 : t.n ? slam_auto_bleu(t.at, order) : 0;
+    text_free(&t);
+    return share;
+}
+
 /* ==========================================================================================
    13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
    A checkpoint is written into a temporary folder, synced, and renamed: a folder that carries its
