@@ -701,6 +701,62 @@ static void test_memory(void) {
     slam_model_free(m);
 }
 
+/* Prompts of several lengths, continued on one of both; the first step's logits of all as well. */
+static std::vector<int> generate_on(slam_ops *ops, const slam_sampling &how, int batch, std::vector<float> *logits) {
+    const int lengths[] = {65, 1, 2, 40}, slots[] = {2, 0, 3, 1};
+    slam_config config = small_config;
+    slam_prompts p = SLAM_ZERO;
+    std::vector<int> all;
+    config.init_std = 0.3; // no two tokens are about as likely
+    seed = 21;
+    slam_model *m = slam_model_new(ops, &config, 9);
+    for (int length : lengths) {
+        std::vector<int> units;
+        for (int t = 0; t < length; t++) units.push_back(random_int(config.V - 2));
+        CHECK(slam_prompts_add(&p, "prompt", units.data(), units.size()), "%s", slam_error());
+    }
+    const slam_generation g = {how, 12, 100, batch, 3};
+    CHECK(m && slam_generate(m, &g, &p, NULL, NULL), "%s", slam_error());
+    for (size_t i = 0; i < p.n; i++) {
+        all.insert(all.end(), p.at[i].continuation, p.at[i].continuation + p.at[i].length);
+        all.push_back(-1);
+    }
+    if (logits) {
+        const int *at[] = {p.at[0].tokens, p.at[1].tokens, p.at[2].tokens, p.at[3].tokens}, n[] = {p.at[0].n, 2, 3, 41};
+        int drawn[4];
+        slam_decoder *d = slam_decoder_new(m, 4, 70);
+        logits->resize(4 * config.V);
+        CHECK(d && slam_decoder_begin(d, 4, slots, at, n) && slam_decoder_step(d, &how, NULL, drawn) &&
+                  slam_decoder_logits(d, logits->data()),
+              "%s", slam_error());
+        slam_decoder_free(d);
+    }
+    slam_prompts_free(&p);
+    slam_model_free(m);
+    return all;
+}
+
+static void test_generation(void) {
+    const slam_sampling greedy = {0, 0, 1, 1}, penalty = {0, 0, 1, 1.3}, usual = {0.8, 25, 0.95, 1.1};
+    std::vector<float> expected, got;
+    const std::vector<int> tokens = generate_on(cpu, greedy, 4, &expected), same = generate_on(gpu, greedy, 4, &got);
+    check_close("logits", got.data(), expected.data(), expected.size(), gpu->bytes_per_act == 2 ? 3e-2 : 1e-5);
+    if (gpu->bytes_per_act == 4) {
+        CHECK(same == tokens, "other tokens than the CPU's");
+        CHECK(generate_on(gpu, greedy, 3, NULL) == tokens, "other tokens than the CPU's, three at once");
+        CHECK(generate_on(gpu, penalty, 2, NULL) == generate_on(cpu, penalty, 2, NULL), "with a penalty other tokens");
+        CHECK(generate_on(gpu, usual, 4, NULL) == generate_on(cpu, usual, 4, NULL), "sampled: other tokens");
+    }
+    emulator_seed(77);
+#ifdef SLAM_EMULATOR
+    emulator_lazy(1);
+#endif
+    CHECK(generate_on(gpu, greedy, 4, NULL) == same, "another order of threads draws other tokens");
+#ifdef SLAM_EMULATOR
+    emulator_lazy(0);
+#endif
+}
+
 int main(void) {
     cpu = slam_cpu(0);
     for (int bytes = 4; bytes >= 2; bytes -= 2) {
@@ -721,6 +777,7 @@ int main(void) {
         if (TEST("model: gradients with holes %s", dtype)) test_gradients(1);
         if (TEST("model: 20 steps %s", dtype)) test_training();
         if (TEST("model: the same bits every time %s", dtype)) test_determinism();
+        if (TEST("model: generation %s", dtype)) test_generation();
         if (TEST("model: out of memory %s", dtype)) test_memory();
         slam_ops_free(gpu);
     }
