@@ -695,6 +695,19 @@ typedef struct slam_prompts {
 void slam_prompts_free(slam_prompts *);
 /* One more prompt, of units 0, 1, ...: token 1, then unit u as token u + 2. */
 int slam_prompts_add(slam_prompts *, const char *name, const int *units, size_t n);
+/* How much of a recording is its prompt. */
+typedef struct slam_prompt_length {
+    size_t units;   /* the first so many; 0: by seconds */
+    double seconds; /* units that begin before that many seconds, by their durations; 0: all. Without durations 18 units count as a
+                       second, about what is left of 25 frames a second without repeats */
+    int rate;       /* frames of a duration a second */
+} slam_prompt_length;
+/* The lines of a file of SlamKit features or tokens. *guessed (may be NULL) counts those whose durations were missed. */
+int slam_prompts_units(slam_prompts *, const char *path, const slam_prompt_length *, size_t *guessed);
+/* The documents of token shards: the data's pieces that open one. */
+int slam_prompts_data(slam_prompts *, const slam_data *, const slam_prompt_length *);
+/* An audio file. */
+int slam_prompts_audio(slam_prompts *, const slam_quantiser *, const char *path, const slam_prompt_length *);
 
 /* Called after every step; returns 0 to stop. done: prompts whose continuations are made; tokens: that were drawn. */
 typedef int slam_generate_watch(void *context, size_t done, uint64_t tokens);
@@ -703,8 +716,15 @@ typedef int slam_generate_watch(void *context, size_t done, uint64_t tokens);
    of them stand before it), so that a continuation is the same alone, in any batch and in any order. 1 also where the watch has
    stopped it. The watch may be NULL. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_generate_watch *, void *context);
+/* The continuations that are made as a file of SlamKit features, whole or not at all: {"file_name", "prompt": [units], "units":
+   [units]} a line; prompt is what the model saw of it. */
+int slam_prompts_write(const slam_prompts *, const char *path);
 /* slam_auto_bleu of units (n). */
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
+/* Its means: over the continuations that are made; over the lines of a file of texts, *n of them. Negative and slam_error() on
+   failure; 0 of nothing. */
+double slam_prompts_auto_bleu(const slam_prompts *, int order);
+double slam_texts_auto_bleu(const char *path, int order, size_t *n);
 
 /* ------------------------------------------------------------------------------------------
    13. CHECKPOINTS     a run's folders step_000200/, the links latest and best, trainer.json
@@ -13178,6 +13198,92 @@ int slam_prompts_add(slam_prompts *p, const char *name, const int *units, size_t
     return 1;
 }
 
+enum { PROMPT_UNITS_A_SECOND = 18 };
+
+/* How many of n units are the prompt; duration may be NULL. */
+static size_t prompt_length(const slam_prompt_length *length, const int *duration, size_t n) {
+    size_t taken = length->units ? length->units : length->seconds > 0 ? 0 : n;
+    if (taken) return taken < n ? taken : n;
+    for (double frames = 0; taken < n && frames < length->seconds * length->rate; taken++)
+        frames += duration ? duration[taken] : (double)length->rate / PROMPT_UNITS_A_SECOND;
+    return taken;
+}
+
+int slam_prompts_units(slam_prompts *p, const char *path, const slam_prompt_length *length, size_t *guessed) {
+    units_reader reader = SLAM_ZERO;
+    units u = SLAM_ZERO;
+    int got;
+    if (!units_open(&reader, path)) return 0;
+    if (guessed) *guessed = 0;
+    while ((got = units_next(&reader, &u)) > 0) {
+        if (guessed && !u.duration && !length->units && length->seconds > 0) ++*guessed;
+        if (!slam_prompts_add(p, u.name && *u.name ? u.name : reader.what, u.unit, prompt_length(length, u.duration, u.n))) {
+            got = -1;
+            break;
+        }
+    }
+    units_free(&u);
+    units_close(&reader);
+    return got == 0;
+}
+
+int slam_prompts_data(slam_prompts *p, const slam_data *data, const slam_prompt_length *length) {
+    int *unit = NULL, ok = 1;
+    size_t capacity = 0;
+    for (size_t i = 0; ok && i < data->n; i++) {
+        const uint16_t *tokens = piece_tokens(data, &data->pieces[i]);
+        const char *path = data->files->at[data->pieces[i].file].path;
+        size_t n = data->pieces[i].n;
+        if (tokens[0] != DOCUMENT_MARK) continue;
+        if (n > 1 && tokens[n - 1] == DOCUMENT_MARK) n--; // a piece that the context has cut has no end
+        n = prompt_length(length, NULL, n - 1);
+        ok = mem_grow((void **)&unit, &capacity, n, sizeof *unit);
+        for (size_t t = 0; ok && t < n; t++) unit[t] = tokens[t + 1] - 2;
+        char *name = ok ? text_print("%s:%zu", path, i + 1) : NULL;
+        ok = name && slam_prompts_add(p, name, unit, n);
+        free(name);
+    }
+    free(unit);
+    return ok;
+}
+
+int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, const char *path, const slam_prompt_length *length) {
+    slam_units u;
+    slam_prompt_length by = *length;
+    by.rate = slam_quantiser_settings(q)->rate;
+    const int ok = slam_quantiser_file(q, path, &u) && slam_prompts_add(p, path, u.unit, prompt_length(&by, u.duration, u.n));
+    slam_units_free(&u);
+    return ok;
+}
+
+/* The units of tokens, as an array. */
+static void text_add_token_units(text *t, const int *tokens, int n) {
+    for (int i = 0; i < n; i++) text_add(t, "%s%d", i ? ", " : "[", tokens[i] - 2);
+    text_add(t, n ? "]" : "[]");
+}
+
+int slam_prompts_write(const slam_prompts *p, const char *path) {
+    text t = SLAM_ZERO;
+    char *part;
+    FILE *f = part_open(path, &part);
+    int ok = f != NULL;
+    for (size_t i = 0; ok && i < p->n; i++) {
+        const slam_prompt *q = &p->at[i];
+        if (!q->continuation) continue;
+        t.n = 0;
+        text_add(&t, "{\"file_name\": ");
+        text_add_json(&t, q->name);
+        text_add(&t, ", \"prompt\": ");
+        text_add_token_units(&t, q->tokens + 1, q->n - 1);
+        text_add(&t, ", \"units\": ");
+        text_add_token_units(&t, q->continuation, q->length);
+        text_add(&t, "}\n");
+        ok = t.failed ? fail("%s: out of memory", path) : part_write(f, path, t.at, t.n);
+    }
+    text_free(&t);
+    return f && part_close(f, path, part, ok);
+}
+
 /* A prompt that waits for its turn, or is at work in a slot of the decoder. */
 typedef struct generation_task {
     uint64_t hash, stream; // of its tokens; the state of its random numbers
@@ -13346,6 +13452,40 @@ double slam_unit_auto_bleu(const int *units, size_t n, int order) {
     const double share = t.failed ? -1 : t.n ? slam_auto_bleu(t.at, order) : 0;
     text_free(&t);
     return share;
+}
+
+double slam_prompts_auto_bleu(const slam_prompts *p, int order) {
+    double sum = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        const slam_prompt *q = &p->at[i];
+        if (!q->continuation) continue;
+        const double share = slam_unit_auto_bleu(q->continuation, (size_t)q->length, order);
+        if (share < 0) return -1;
+        sum += share;
+        n++;
+    }
+    return n ? sum / (double)n : 0;
+}
+
+double slam_texts_auto_bleu(const char *path, int order, size_t *n) {
+    file_map map;
+    text line = SLAM_ZERO;
+    double sum = 0, share = 0;
+    *n = 0;
+    if (!map_open(&map, path)) return -1;
+    for (size_t at = 0; at < map.size && share >= 0; ++*n) {
+        const char *from = (const char *)map.data + at, *end = (const char *)memchr(from, '\n', map.size - at);
+        const size_t length = end ? (size_t)(end - from) : map.size - at;
+        line.n = 0;
+        text_add_bytes(&line, from, length);
+        share = line.failed ? -1 : slam_auto_bleu(line.at, order);
+        sum += share;
+        at += length + 1;
+    }
+    map_close(&map);
+    text_free(&line);
+    return share < 0 ? -1 : *n ? sum / (double)*n : 0;
 }
 
 /* ==========================================================================================

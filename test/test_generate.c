@@ -352,6 +352,87 @@ static void test_repetition(void) {
     }
 }
 
+static int units_are(const slam_prompt *p, const char *name, int first, int n) {
+    int wrong = strcmp(p->name, name) != 0 || p->n != n + 1 || p->tokens[0] != 1;
+    for (int i = 0; i < n && !wrong; i++) wrong = p->tokens[1 + i] != first + i + 2;
+    return CHECK(!wrong, "%s has %d tokens, expected %s with %d", p->name, p->n, name, n + 1);
+}
+
+/* Ten units of 3 frames each, with and without their durations; 60 units; none. */
+static void test_prompt_files(void) {
+    text t = SLAM_ZERO;
+    slam_prompts p = SLAM_ZERO;
+    const slam_prompt_length first4 = {4, 3, 25}, second = {0, 1, 25}, edge = {0, 0.96, 25}, slow = {0, 0.3, 50}, all = {0, 0, 25};
+    size_t guessed;
+    text_add(
+        &t,
+        "{\"units\": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], \"duration\": [3, 3, 3, 3, 3, 3, 3, 3, 3, 3], \"file_name\": \"a \\\"b\\\"\"}\n\n");
+    text_add(&t, "{\"audio_repr\": \"");
+    for (int i = 0; i < 60; i++) text_add(&t, "<Un%d>", i);
+    text_add(&t, "\", \"file_name\": \"b\"}\n{\"units\": [], \"duration\": []}\n");
+    const char *path = check_file("prompts.jsonl", t.at, t.n);
+    char third[1100];
+    snprintf(third, sizeof third, "%s:4", path);
+    CHECK(slam_prompts_units(&p, path, &first4, &guessed) && p.n == 3 && guessed == 0, "%s", slam_error());
+    units_are(&p.at[0], "a \"b\"", 0, 4), units_are(&p.at[1], "b", 0, 4), units_are(&p.at[2], third, 0, 0);
+    slam_prompts_free(&p);
+    CHECK(slam_prompts_units(&p, path, &second, &guessed) && guessed == 1, "%s", slam_error()); // frame 25 is in the ninth unit
+    units_are(&p.at[0], "a \"b\"", 0, 9), units_are(&p.at[1], "b", 0, 18), units_are(&p.at[2], third, 0, 0);
+    slam_prompts_free(&p);
+    CHECK(slam_prompts_units(&p, path, &edge, NULL), "%s", slam_error()); // the ninth begins with frame 24
+    units_are(&p.at[0], "a \"b\"", 0, 8);
+    slam_prompts_free(&p);
+    CHECK(slam_prompts_units(&p, path, &slow, NULL), "%s", slam_error());
+    units_are(&p.at[0], "a \"b\"", 0, 5);
+    CHECK(slam_prompts_units(&p, path, &all, &guessed) && p.n == 6 && guessed == 0, "%s", slam_error());
+    units_are(&p.at[3], "a \"b\"", 0, 10), units_are(&p.at[4], "b", 0, 60);
+    check_fails(slam_prompts_units(&p, check_file("bad.jsonl", "{\"units\": [1]}\n{\"units\": [-1]}\n", 30), &all, NULL),
+                "bad.jsonl:2");
+    check_fails(slam_prompts_units(&p, check_path("none.jsonl"), &all, NULL), "cannot be opened");
+    slam_prompts_free(&p);
+    slam_data *data = slam_data_new(8);
+    CHECK(slam_data_add(data, path, 1) && slam_data_prepare(data, 62, 0, 0, NULL) && slam_prompts_data(&p, data, &first4), "%s",
+          slam_error());
+    CHECK(p.n == 2 && p.at[0].n == 5 && p.at[1].n == 5 && p.at[1].tokens[4] == 5, "%zu documents", p.n); // the empty one is none
+    slam_prompts_free(&p);
+    CHECK(slam_prompts_data(&p, data, &all) && p.n == 2 && p.at[1].n == 8, "%s", slam_error());
+    slam_data_free(data);
+    slam_prompts_free(&p);
+    text_free(&t);
+}
+
+/* What is written can be read again, and has only what is made. */
+static void test_output(slam_model *m) {
+    slam_prompts p = fixture_prompts(), again = SLAM_ZERO;
+    const slam_generation how = settings(usual, 20, 3);
+    const slam_prompt_length all = {0, 0, 25};
+    const char *path = check_path("out.jsonl");
+    double sum = 0;
+    CHECK(slam_generate(m, &how, &p, NULL, NULL), "%s", slam_error());
+    free(p.at[2].continuation);
+    p.at[2].continuation = NULL;
+    CHECK(slam_prompts_write(&p, path) && slam_prompts_units(&again, path, &all, NULL) && again.n + 1 == p.n, "%s", slam_error());
+    for (size_t i = 0; i < again.n; i++) {
+        const slam_prompt *q = &p.at[i < 2 ? i : i + 1];
+        CHECK(again.at[i].n == q->length + 1 && !strcmp(again.at[i].name, q->name) &&
+                  memcmp(again.at[i].tokens + 1, q->continuation, sizeof(int) * (size_t)q->length) == 0,
+              "%s is not what was written", q->name);
+        sum += slam_unit_auto_bleu(q->continuation, (size_t)q->length, 2);
+    }
+    check_near("mean auto-BLEU-2", slam_prompts_auto_bleu(&p, 2), sum / (double)again.n, 1e-12);
+    check_fails(slam_prompts_write(&p, check_path("no/such/folder.jsonl")), "cannot be written");
+    slam_prompts_free(&p), slam_prompts_free(&again);
+}
+
+static void test_texts(void) {
+    const char texts[] = "a b a b\n\nnothing twice here\na, a, a"; // (ab ba ab: 2 of 3), 0, 0, (a, ,a a, ,a: 4 of 4)
+    size_t n = 0;
+    check_near("mean", slam_texts_auto_bleu(check_file("t.txt", texts, sizeof texts - 1), 2, &n), (2.0 / 3 + 1) / 4, 1e-12);
+    CHECK(n == 4, "%zu lines", n);
+    check_near("of nothing", slam_texts_auto_bleu(check_file("t.txt", "", 0), 2, &n), 0, 0);
+    check_fails(slam_texts_auto_bleu(check_path("none.txt"), 2, &n) >= 0, "cannot be opened");
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(0);
     slam_model *m = slam_model_load(ops, FOLDER);
@@ -366,7 +447,10 @@ int main(void) {
     if (TEST("long, empty and stopped; wrong settings")) test_limits(m);
     if (TEST("decoder: full, wrong slots")) test_decoder_limits(m);
     if (TEST("a model that has gone wrong")) test_not_finite(ops);
+    if (TEST("prompts from files")) test_prompt_files();
+    if (TEST("continuations as a file")) test_output(m);
     if (TEST("auto-BLEU-2 of units")) test_repetition();
+    if (TEST("auto-BLEU-2 of texts")) test_texts();
     free(prompt_tokens), free(prompt_lengths);
     tensors_close(file);
     slam_model_free(m);
