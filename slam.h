@@ -645,15 +645,17 @@ typedef struct slam_dpo slam_dpo;
 slam_dpo *slam_dpo_new(slam_model *, const slam_pairs *, double beta, double label_smoothing, int batch, int micro, int mode,
                        uint64_t seed);
 void slam_dpo_free(slam_dpo *);
-/* Means over pairs: loss, D, the share with D > 0 (0 counts half), log-probabilities of the endings. */
+/* Means over pairs: loss, D, the share with D > 0, log-probabilities of the endings; the share of those of which the model, and of
+   which the reference, gives the chosen ending the higher log-probability. What is equal counts half. */
 typedef struct slam_dpo_figures {
-    double loss, margin, accuracy, logp_chosen, logp_rejected;
+    double loss, margin, accuracy, logp_chosen, logp_rejected, preferred, reference_preferred;
 } slam_dpo_figures;
 /* The next batch: positions that are not padding, and pairs. */
 int slam_dpo_next(slam_dpo *, uint64_t *tokens, uint64_t *pairs);
 /* Forward and backward over it: adds d(sum of losses) / pairs to the gradients, the sum of losses to the step's statistics. */
 int slam_dpo_accumulate(slam_dpo *, uint64_t pairs);
-/* Over all pairs of the validation. */
+/* Over all pairs of the validation, where there are any. */
+int slam_dpo_validates(const slam_dpo *);
 int slam_dpo_evaluate(slam_dpo *);
 /* Of the last batch that was accumulated, or of the last evaluation. */
 slam_dpo_figures slam_dpo_last(const slam_dpo *, int evaluation);
@@ -878,6 +880,11 @@ int slam_settings_recall_paths(const slam_settings *, const char *name, slam_lis
    how it stands, steps 0: nothing is there yet. */
 int slam_run_find(const char *name, const char *out, char **folder, char **checkpoint, slam_trainer *);
 
+typedef struct slam_figure {
+    const char *name;
+    double value;
+} slam_figure;
+
 /* What is trained on: train has rows of units, dpo has pairs. */
 typedef struct slam_task {
     void *context;
@@ -890,9 +897,9 @@ typedef struct slam_task {
     int (*evaluate)(void *context, double *losses);
     int sources;
     const char *(*source_name)(void *context, int source);
-    /* More members of a step's object in the log, as `, "margin": 0.5`; NULL: none. Called when next has taken the batch after
-       it. */
-    const char *(*members)(void *context);
+    /* Figures beside the loss of the last step, or of the last evaluation, into the log; the first two are shown as well. Writes up
+       to 8 and returns how many; NULL: there are none. Called when next has taken the batch after it. */
+    int (*figures)(void *context, int evaluation, slam_figure *figures);
     /* Where the batches stand; seek goes there from anywhere. */
     void (*tell)(void *context, uint64_t *epoch, uint64_t *row);
     int (*seek)(void *context, uint64_t epoch, uint64_t row);
@@ -905,6 +912,8 @@ slam_pretraining *slam_pretraining_new(slam_model *, const slam_data *data, cons
                                        int context, int batch, int micro, int mode, uint64_t seed);
 void slam_pretraining_free(slam_pretraining *);
 slam_task slam_pretraining_task(slam_pretraining *);
+/* Preference optimisation: the pairs of a slam_dpo. */
+slam_task slam_dpo_task(slam_dpo *);
 /* How many steps of `batch` rows it takes to see that many tokens. */
 int slam_steps_for_tokens(const slam_data *, int context, int batch, uint64_t seed, uint64_t tokens, long *steps);
 /* A hash of the data's size (slam_data_measure of all) and of its first rows: tells one data set from another. */
@@ -959,6 +968,69 @@ int slam_run_begin(slam_run *, const char *checkpoint);
 /* Trains until a limit or a signal, evaluating, logging and saving. */
 int slam_run_train(slam_run *);
 void slam_run_end(slam_run *); /* frees the optimiser and the settings */
+
+/* A call of a program that trains: the flags that all of them have, and what comes of them. Fields are filled by the functions below
+   in their order. */
+typedef struct slam_options {
+    slam_list val;
+    char *init, *micro, *warmup, *schedule, *out, *device, *dtype, *format;
+    double val_fraction, epochs, lr, min_lr, beta1, beta2, eps, weight_decay, clip;
+    long steps, seed, eval_every, save_every, log_every;
+    int context, batch, recompute, resume, threads, keep, dry_run;
+} slam_options;
+typedef struct slam_job {
+    const char *program; /* whose runs are resumed, and what new ones are called */
+    const char *key;     /* how a run's settings call its data */
+    /* Names of flags, parted by spaces: those that concern a call alone, may differ when a run goes on, may then be greater (the
+       limits of a run). */
+    const char *not_kept, *may_change, *may_grow;
+    slam_options o;
+    slam_flags flags; /* rest: the data, as they are called */
+    slam_flag table[64];
+    slam_list data, val; /* what is opened */
+    int fresh;           /* it is not resumed */
+    int any_limit;       /* one was asked for */
+    int is_bundled;      /* the data are those beside the program */
+    char *folder, *checkpoint;
+    slam_run run;
+} slam_job;
+/* The table: n of the program's own flags, then those of the optimiser and of the run. presets: name, fallback, help (NULL: as it
+   is) of such that this program has its own for. */
+void slam_job_flags(slam_job *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
+/* What the table cannot say of what stands on the command line. */
+int slam_job_check(slam_job *);
+/* A flag's path made absolute, so that a run can be resumed from another folder. */
+int slam_job_absolute(slam_job *, const char *flag);
+/* Finds the run to resume, and recalls its settings. */
+int slam_job_recall(slam_job *);
+/* Fallbacks (without data those of the second column) for what neither the command line nor the run has said. */
+int slam_job_defaults(slam_job *);
+/* Data and validation data: as they are called, or where there are none the bundled ones. Such a run keeps empty lists, so that it
+   goes on wherever the program lies. */
+int slam_job_name_data(slam_job *, const char *argv0, const char *bundled, const char *bundled_val);
+/* The run's part of the options; rows that are computed at once, of `rows` a step. */
+int slam_job_fill(slam_job *, slam_ops *, const slam_config *, int rows);
+int slam_job_mode(const slam_job *); /* SLAM_TRAIN, or with --recompute SLAM_TRAIN_RECOMPUTE */
+/* Whether the command line gives a limit that the run does not have already; NULL: any of them, or the run is a new one. */
+int slam_job_grows(const slam_job *, const char *limit);
+/* Fixes the number of steps by the first of the limits: --steps, --epochs of so many steps, most (0: none). A resumed run keeps its
+   own unless a limit grows. */
+int slam_job_steps(slam_job *, double epoch, long most);
+/* Writes down what the run has to be resumed with; `data`: a hash, an error where the resumed run had another. */
+int slam_job_keep(slam_job *, uint64_t data);
+/* Names the folder, and slam_run_begin. */
+int slam_job_begin(slam_job *);
+/* Lines of the plan: the device, with a note ("": none); memory, of `rows` a step; learning rate. */
+void slam_job_print_device(const slam_job *, const char *note);
+void slam_job_print_memory(const slam_job *, const slam_config *, int rows);
+void slam_job_print_schedule(const slam_job *);
+/* What came of it: a line, with `validation` in it ("": none), and the checkpoints; first: the step it began with. */
+void slam_job_print_end(const slam_job *, long first, const char *validation);
+/* The call that goes on with the run, up to its limits. */
+void slam_job_print_resume(const slam_job *);
+void slam_print_path(const char *path); /* as a shell takes it */
+/* Ends the run and frees; prints the sentence of an error (status 1), and how the program is called (2). Returns the status. */
+int slam_job_end(slam_job *, int status);
 
 #ifdef __cplusplus
 }
@@ -2756,6 +2828,8 @@ double slam_auto_bleu(const char *text, int order) {
     free(word);
     return grams ? (double)again / (double)grams : 0;
 }
+
+static const char *const pair_names[] = {"prompt", "chosen", "rejected"};
 
 /* 1: the text of prompt and chosen is as it should be; 0: it repeats itself that much or more (0: never); -1: no memory */
 static int pair_may(const char *prompt, const char *chosen, double max_repetition) {
@@ -11493,8 +11567,6 @@ static int hear_line(const audio_block *b, heard *h, const char *line, size_t n)
     return ok;
 }
 
-static const char *const pair_names[] = {"prompt", "chosen", "rejected"};
-
 /* The audio that a pair names is where the file of pairs is. */
 static int hear_named(audio_block *b, heard *h, decoder *d, const json *root, int side) {
     const char *file = b->sources->files.at[0], *name;
@@ -12243,7 +12315,6 @@ typedef struct preference {
     uint32_t n[3];
 } preference;
 enum { PROMPT, CHOSEN, REJECTED };
-static const char *const pair_parts[] = {"prompt", "chosen", "rejected"};
 
 struct slam_pairs {
     int V, context, share, prepared;
@@ -12302,10 +12373,10 @@ static int pair_size(const slam_pairs *p, const preference *q) {
 /* One of a pair's three parts, appended to the tokens. */
 static int pair_read_part(slam_pairs *p, preference *q, const json *root, int part, const char *what, units *u) {
     const int most = (p->V < 65536 ? p->V : 65536) - UNIT_TOKEN;
-    const json *value = json_get(root, pair_parts[part]);
-    char *name = text_print("%s: '%s'", what, pair_parts[part]);
+    const json *value = json_get(root, pair_names[part]);
+    char *name = text_print("%s: '%s'", what, pair_names[part]);
     int ok = name != NULL;
-    if (ok && !value) ok = fail("%s: has no '%s'", what, pair_parts[part]);
+    if (ok && !value) ok = fail("%s: has no '%s'", what, pair_names[part]);
     ok = ok && units_from_json(value, name, u) &&
          mem_grow((void **)&p->tokens, &p->tokens_capacity, p->n_tokens + u->n, sizeof *p->tokens);
     for (size_t i = 0; ok && i < u->n; i++) {
@@ -12872,20 +12943,25 @@ int slam_dpo_seek(slam_dpo *d, uint64_t epoch, uint64_t turn) {
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
 
+static double above(double x, double y) { return x > y ? 1 : x == y ? 0.5 : 0; }
+
 /* Adds a pair to the figures and returns how its loss grows with its margin. */
 static double pair_loss(const slam_dpo *d, uint32_t number, const double logp[2], slam_dpo_figures *sum) {
     const double *reference = d->pairs->reference + 2 * (size_t)number, e = d->label_smoothing;
     const double D = (logp[0] - reference[0]) - (logp[1] - reference[1]), x = d->beta * D;
     sum->loss += -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x);
     sum->margin += D;
-    sum->accuracy += D > 0 ? 1 : D == 0 ? 0.5 : 0;
+    sum->accuracy += above(D, 0);
     sum->logp_chosen += logp[0];
     sum->logp_rejected += logp[1];
+    sum->preferred += above(logp[0], logp[1]);
+    sum->reference_preferred += above(reference[0], reference[1]);
     return -d->beta * ((1 - e) * sigmoid(-x) - e * sigmoid(x));
 }
 
 static slam_dpo_figures figures_mean(slam_dpo_figures sum, double n) {
-    const slam_dpo_figures mean = {sum.loss / n, sum.margin / n, sum.accuracy / n, sum.logp_chosen / n, sum.logp_rejected / n};
+    const slam_dpo_figures mean = {sum.loss / n,          sum.margin / n,    sum.accuracy / n,           sum.logp_chosen / n,
+                                   sum.logp_rejected / n, sum.preferred / n, sum.reference_preferred / n};
     return mean;
 }
 
@@ -12919,6 +12995,8 @@ int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs) {
     d->step = figures_mean(sum, (double)r->n);
     return 1;
 }
+
+int slam_dpo_validates(const slam_dpo *d) { return d->pairs->n_validation > 0; }
 
 int slam_dpo_evaluate(slam_dpo *d) {
     const slam_pairs *p = d->pairs;
@@ -14448,6 +14526,43 @@ slam_task slam_pretraining_task(slam_pretraining *p) {
     return task;
 }
 
+/* ---- preference optimisation: a task over pairs ---- */
+
+static int dpo_next(void *context, uint64_t *tokens, uint64_t *pairs) { return slam_dpo_next((slam_dpo *)context, tokens, pairs); }
+static int dpo_accumulate(void *context, uint64_t pairs) { return slam_dpo_accumulate((slam_dpo *)context, pairs); }
+static void dpo_tell(void *context, uint64_t *epoch, uint64_t *pair) { slam_dpo_tell((slam_dpo *)context, epoch, pair); }
+static int dpo_seek(void *context, uint64_t epoch, uint64_t pair) { return slam_dpo_seek((slam_dpo *)context, epoch, pair); }
+
+static int dpo_evaluate(void *context, double *losses) {
+    if (!slam_dpo_evaluate((slam_dpo *)context)) return 0;
+    losses[0] = losses[1] = slam_dpo_last((slam_dpo *)context, 1).loss;
+    return 1;
+}
+
+static int dpo_figures(void *context, int evaluation, slam_figure *figures) {
+    const slam_dpo_figures f = slam_dpo_last((slam_dpo *)context, evaluation);
+    const slam_figure all[] = {
+        {"margin", f.margin}, {"accuracy", f.accuracy}, {"logp_chosen", f.logp_chosen}, {"logp_rejected", f.logp_rejected}};
+    memcpy(figures, all, sizeof all);
+    return (int)(sizeof all / sizeof *all);
+}
+
+slam_task slam_dpo_task(slam_dpo *d) {
+    slam_task task;
+    memset(&task, 0, sizeof task);
+    task.context = d;
+    task.next = dpo_next;
+    task.accumulate = dpo_accumulate;
+    task.evaluate = slam_dpo_validates(d) ? dpo_evaluate : NULL;
+    task.sources = task.evaluate ? 1 : 0;
+    task.figures = dpo_figures;
+    task.tell = dpo_tell;
+    task.seek = dpo_seek;
+    return task;
+}
+
+/* ---- the whole stream of rows ---- */
+
 /* Calls `use` with the rows of the shuffled stream until it returns 0. */
 static int rows_each(const slam_data *data, int T, uint64_t seed, int (*use)(void *, const int *row, int tokens), void *context) {
     slam_rows *rows = slam_rows_new(data, -1, seed, 1);
@@ -14605,7 +14720,17 @@ const char *slam_spell_time(char s[32], double seconds) {
 
 typedef struct step_report {
     double loss, grad_norm, lr, tokens_per_second, peak_share, seconds_left;
+    slam_figure figures[8];
+    int n_figures;
 } step_report;
+
+static int task_figures(const slam_task *task, int evaluation, slam_figure figures[8]) {
+    return task->figures ? task->figures(task->context, evaluation, figures) : 0;
+}
+
+static void show_figures(const slam_figure *figures, int n) {
+    for (int i = 0; i < n && i < 2; i++) printf("  %s %.3f", figures[i].name, figures[i].value);
+}
 
 static void show_bar(slam_run *r, const step_report *s) {
     char rate[32], seen[32], peak[32] = "", what[160];
@@ -14621,9 +14746,10 @@ static void show_bar(slam_run *r, const step_report *s) {
 
 static void show_line(const slam_run *r, const step_report *s) {
     char rate[32], seen[32], left[32];
-    printf("step %ld/%ld  %s tokens  loss %.4f  norm %.3f  lr %.2e  %s tok/s", r->trainer.step, r->trainer.steps,
-           slam_spell_count(seen, (double)r->trainer.tokens), s->loss, s->grad_norm, s->lr,
-           slam_spell_count(rate, s->tokens_per_second));
+    printf("step %ld/%ld  %s tokens  loss %.4f", r->trainer.step, r->trainer.steps,
+           slam_spell_count(seen, (double)r->trainer.tokens), s->loss);
+    show_figures(s->figures, s->n_figures);
+    printf("  norm %.3f  lr %.2e  %s tok/s", s->grad_norm, s->lr, slam_spell_count(rate, s->tokens_per_second));
     if (s->peak_share > 0) printf("  %.0f%% of peak", 100 * s->peak_share);
     printf("  %s left\n", slam_spell_time(left, s->seconds_left));
     fflush(stdout);
@@ -14689,8 +14815,14 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
             t->best_loss = losses[0];
             t->best_step = t->step;
         }
+        slam_figure figures[8];
+        const int n_figures = task_figures(&r->task, 1, figures);
         text_add(&line, "{\"step\": %ld", t->step);
         add_member(&line, "val_loss", losses[0]);
+        for (int i = 0; i < n_figures; i++) {
+            text_add(&line, ", \"val_%s\": ", figures[i].name);
+            text_add_number(&line, figures[i].value);
+        }
         if (r->task.sources > 1) text_add(&line, ", \"val_loss_by_source\": {");
         for (int s = 0; r->task.sources > 1 && s < r->task.sources; s++) {
             if (s) text_add(&line, ", ");
@@ -14702,6 +14834,7 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
         ok = log_line(log, path, &line);
         slam_progress_clear(&r->bar);
         printf("step %ld/%ld  val_loss %.4f", t->step, t->steps, losses[0]);
+        show_figures(figures, n_figures);
         for (int s = 0; r->task.sources > 1 && s < r->task.sources; s++)
             printf("%s %s %.4f", s ? "," : " :", path_name(r->task.source_name(r->task.context, s)), losses[1 + s]);
         printf("\n");
@@ -14732,7 +14865,7 @@ static int log_step(const slam_run *r, FILE *log, const char *path, const step_r
     add_member(&t, "grad_norm", s->grad_norm);
     add_member(&t, "lr", s->lr);
     if (r->trainer.skipped) text_add(&t, ", \"skipped\": %ld", r->trainer.skipped);
-    if (r->task.members) text_add(&t, "%s", r->task.members(r->task.context));
+    for (int i = 0; i < s->n_figures; i++) add_member(&t, s->figures[i].name, s->figures[i].value);
     add_member(&t, "seconds", run_seconds(r));
     add_member(&t, "tokens_per_second", s->tokens_per_second);
     add_member(&t, "peak_share", s->peak_share);
@@ -14787,6 +14920,7 @@ static int run_update(slam_run *r, FILE *log, const char *path, run_pace *p) {
     t->step++;
     p->slowest = seconds > p->slowest ? seconds : p->slowest;
     if (p->peak == 0) p->peak = measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
+    s.n_figures = task_figures(&r->task, 0, s.figures);
     s.grad_norm = step.grad_norm;
     s.tokens_per_second = (double)tokens / seconds;
     s.peak_share = p->peak > 0 ? p->flops * s.tokens_per_second / p->peak : 0;
@@ -15197,6 +15331,312 @@ char *slam_flags_text(const slam_flags *f, const char *name) {
 }
 
 int slam_threads(int threads) { return threads_set(threads); }
+
+/* ---- a call of a program that trains ---- */
+
+static int job_flags_table(slam_flag *f, slam_options *o) {
+    const slam_flag table[] = {
+        {NULL, 0, NULL, NULL, NULL, "Optimiser", 0, 0, 0, 0},
+        {"batch", SLAM_INT, &o->batch, "N", NULL, NULL, 1, 1 << 20, 0, 0},
+        {"micro-batch", SLAM_TEXT, &o->micro, "N|auto", "auto", "rows that the device holds at once", 0, 0, 0, 0},
+        {"recompute", SLAM_SWITCH, &o->recompute, NULL, NULL,
+         "compute norms and SwiGLU again instead of keeping them: up to a third less for activations", 0, 0, 0, 0},
+        {"lr", SLAM_REAL, &o->lr, "X", NULL, "peak learning rate", 0, 1e30, 0, 0},
+        {"min-lr", SLAM_REAL, &o->min_lr, "X", NULL, "where cosine ends (lr / 20)", 0, 1e30, 0, 0},
+        {"warmup", SLAM_TEXT, &o->warmup, "N|P%", NULL, "steps until the peak, or their share of all", 0, 0, 0, 0},
+        {"schedule", SLAM_CHOICE, &o->schedule, "cosine|inverse-sqrt|linear|constant", NULL, "after the warm-up", 0, 0, 0, 0},
+        {"beta1", SLAM_REAL, &o->beta1, "X", "0.9", "of AdamW", 0, 0.999999, 0, 0},
+        {"beta2", SLAM_REAL, &o->beta2, "X", "0.999", "of AdamW", 0, 0.999999999, 0, 0},
+        {"eps", SLAM_REAL, &o->eps, "X", "1e-8", "of AdamW", 1e-30, 1, 0, 0},
+        {"weight-decay", SLAM_REAL, &o->weight_decay, "X", "0", "of AdamW", 0, 100, 0, 0},
+        {"clip", SLAM_REAL, &o->clip, "X", "0.5", "largest norm of the gradient; 0: any", 0, 1e9, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Run", 0, 0, 0, 0},
+        {"out", SLAM_TEXT, &o->out, "DIR", NULL, NULL, 0, 0, 0, 0},
+        {"resume", SLAM_SWITCH, &o->resume, NULL, NULL, "go on with --out, or with the newest run; limits may grow", 0, 0, 0, 0},
+        {"eval-every", SLAM_LONG, &o->eval_every, "N", "500", "steps between evaluations; 0: never", 0, 1e12, 0, 0},
+        {"save-every", SLAM_LONG, &o->save_every, "N", "500", "steps between checkpoints; 0: only the last and the best", 0, 1e12,
+         0, 0},
+        {"keep", SLAM_INT, &o->keep, "N", "3", "newest checkpoints that stay, beside the best; 0: all", 0, 1 << 30, 0, 0},
+        {"log-every", SLAM_LONG, &o->log_every, "N", "10", "steps between lines; on a terminal a bar, lines where this is given", 0,
+         1e12, 0, 0},
+        {"format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "names in the checkpoints", 0, 0, 0, 0},
+        {"device", SLAM_TEXT, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
+        {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
+        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core", 0, 4096, 0, 0},
+        {"seed", SLAM_LONG, &o->seed, "N", "0", NULL, 0, 9e15, 0, 0},
+        {"dry-run", SLAM_SWITCH, &o->dry_run, NULL, NULL, "print the plan, train nothing", 0, 0, 0, 0},
+    };
+    const int n = (int)(sizeof table / sizeof *table);
+    for (int i = 0; i < n; i++) f[i] = table[i];
+    return n;
+}
+
+void slam_job_flags(slam_job *j, const slam_flag *own, int n, const char *const presets[][3], int n_presets) {
+    for (int i = 0; i < n; i++) j->table[i] = own[i];
+    j->flags.at = j->table;
+    j->flags.n = n + job_flags_table(j->table + n, &j->o);
+    j->o.min_lr = -1;
+    for (int i = 0; i < n_presets; i++) {
+        slam_flag *f = flag_find(&j->flags, presets[i][0], strlen(presets[i][0]));
+        if (f && presets[i][1]) f->fallback = presets[i][1];
+        if (f && presets[i][2]) f->help = presets[i][2];
+    }
+}
+
+/* N, P% or max(N, P%) */
+static int read_warmup(slam_run *r, const char *spelled) {
+    char *end;
+    const int both = !strncmp(spelled, "max(", 4);
+    double n = strtod(spelled + (both ? 4 : 0), &end), share = 0;
+    if (both && *end == ',') {
+        share = strtod(end + 1, &end);
+        if (strcmp(end, "%)")) end = NULL;
+    } else if (!strcmp(end, "%")) {
+        share = n;
+        n = 0;
+    } else if (*end) end = NULL;
+    if (!end || end == spelled || n < 0 || n != floor(n) || n > 1e12 || !(share >= 0 && share <= 100))
+        return fail("--warmup %s: expected steps (100), a share of all (1%%) or the larger of both, max(100, 1%%)", spelled);
+    r->warmup = (long)n;
+    r->warmup_share = share / 100;
+    return 1;
+}
+
+/* rows; 0: auto */
+static int read_micro(const char *spelled, int *micro) {
+    char *end;
+    const long n = strtol(spelled, &end, 10);
+    *micro = 0;
+    if (!strcmp(spelled, "auto")) return 1;
+    if (*end || n < 1 || n > 1 << 20) return fail("--micro-batch %s: expected a number of rows, or auto", spelled);
+    *micro = (int)n;
+    return 1;
+}
+
+int slam_job_check(slam_job *j) {
+    const slam_options *o = &j->o;
+    int micro;
+    if (o->val.n && o->val_fraction > 0) return fail("--val and --val-fraction: validation data are given or held out, not both");
+    return (!o->warmup || read_warmup(&j->run, o->warmup)) && (!o->micro || read_micro(o->micro, &micro)) &&
+           (!o->device || slam_device_check(o->device));
+}
+
+int slam_job_absolute(slam_job *j, const char *flag) {
+    char *path = slam_flags_text(&j->flags, flag), *whole = path && *path ? slam_path_absolute(path) : NULL;
+    const int ok = path && (!*path || (whole && slam_flags_set(&j->flags, flag, whole)));
+    free(path);
+    free(whole);
+    return ok;
+}
+
+int slam_job_recall(slam_job *j) {
+    slam_options *o = &j->o;
+    slam_trainer *t = &j->run.trainer;
+    if (o->out && !o->resume && !o->dry_run && !slam_run_claim(o->out)) return 0;
+    if (o->resume && !slam_run_find(j->program, o->out, &j->folder, &j->checkpoint, t)) return 0;
+    j->fresh = t->steps == 0;
+    return j->fresh || (slam_settings_recall(&t->settings, &j->flags, j->not_kept, j->may_change, j->may_grow) &&
+                        slam_settings_recall_paths(&t->settings, j->key, &j->flags.rest, &j->data) &&
+                        slam_settings_recall_paths(&t->settings, "val", &o->val, &j->val));
+}
+
+static double limit_value(const slam_flag *f) { return f->type == SLAM_LONG ? (double)*(long *)f->to : *(double *)f->to; }
+static int is_limit(const slam_job *j, const slam_flag *f) { return f->name && among(j->may_grow, f->name); }
+
+int slam_job_defaults(slam_job *j) {
+    slam_options *o = &j->o;
+    for (int i = 0; i < j->flags.n; i++)
+        j->any_limit = j->any_limit || (is_limit(j, &j->table[i]) && limit_value(&j->table[i]) > 0);
+    for (int i = 0; i < j->flags.n; i++)
+        if (is_limit(j, &j->table[i]) && (j->any_limit || !j->fresh)) j->table[i].fallback = NULL;
+    if (!slam_flags_defaults(&j->flags, j->flags.rest.n == 0)) return 0;
+    if (o->min_lr >= 0) return 1;
+    char spelled[32];
+    snprintf(spelled, sizeof spelled, "%.15g", o->lr / 20);
+    return slam_flags_set(&j->flags, "min-lr", spelled);
+}
+
+static int add_beside(slam_list *list, const char *argv0, const char *name) {
+    char *path = slam_path_beside(argv0, name);
+    const int ok = path && slam_list_add(list, path);
+    free(path);
+    return ok;
+}
+
+int slam_job_name_data(slam_job *j, const char *argv0, const char *bundled, const char *bundled_val) {
+    slam_options *o = &j->o;
+    for (size_t i = 0; j->fresh && i < j->flags.rest.n; i++)
+        if (!slam_list_add(&j->data, j->flags.rest.at[i])) return 0;
+    for (size_t i = 0; j->fresh && i < o->val.n; i++)
+        if (!slam_list_add(&j->val, o->val.at[i])) return 0;
+    j->is_bundled = j->data.n == 0;
+    return !j->is_bundled ||
+           (add_beside(&j->data, argv0, bundled) && (j->val.n || o->val_fraction > 0 || add_beside(&j->val, argv0, bundled_val)));
+}
+
+int slam_job_mode(const slam_job *j) { return j->o.recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN; }
+
+/* The rows at once are kept with the run: another number would change the last bits. */
+static int fix_micro(slam_job *j, const slam_config *config, int rows) {
+    char spelled[32];
+    int micro;
+    if (!read_micro(j->o.micro, &micro)) return 0;
+    if (!micro) micro = slam_micro_batch(j->run.ops, config, rows, j->o.context, slam_job_mode(j));
+    j->run.micro = micro < rows ? micro : rows;
+    snprintf(spelled, sizeof spelled, "%d", micro); // as it was asked for, so that the same command goes on
+    return slam_flags_set(&j->flags, "micro-batch", spelled);
+}
+
+int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int rows) {
+    const slam_options *o = &j->o;
+    slam_run *r = &j->run;
+    const char *const schedules[] = {"cosine", "inverse-sqrt", "linear", "constant"};
+    r->ops = ops;
+    r->adamw.beta1 = o->beta1;
+    r->adamw.beta2 = o->beta2;
+    r->adamw.eps = o->eps;
+    r->adamw.weight_decay = o->weight_decay;
+    r->adamw.clip = o->clip;
+    r->lr = o->lr;
+    r->min_lr = o->min_lr;
+    for (int i = 0; i < 4; i++)
+        if (!strcmp(o->schedule, schedules[i])) r->schedule = i;
+    r->eval_every = o->eval_every;
+    r->save_every = o->save_every;
+    r->log_every = o->log_every;
+    r->lines = slam_flags_given(&j->flags, "log-every");
+    r->keep = o->keep;
+    r->format = strcmp(o->format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
+    r->context = o->context;
+    return read_warmup(r, o->warmup) && fix_micro(j, config, rows);
+}
+
+int slam_job_grows(const slam_job *j, const char *limit) {
+    int grows = !limit && j->fresh;
+    for (int i = 0; i < j->flags.n; i++) {
+        const slam_flag *f = &j->table[i];
+        if (!f->given || !is_limit(j, f) || (limit && strcmp(f->name, limit))) continue;
+        const char *stored = slam_settings_get(&j->run.trainer.settings, f->name);
+        grows = grows || !(stored && strtod(stored, NULL) == limit_value(f));
+    }
+    return grows;
+}
+
+int slam_job_steps(slam_job *j, double epoch, long most) {
+    slam_trainer *t = &j->run.trainer;
+    const long stored = t->steps;
+    long steps = j->o.steps;
+    if (!slam_job_grows(j, NULL)) return 1;
+    const long fit = j->o.epochs > 0 ? (long)ceil(j->o.epochs * epoch) : 0;
+    if (fit && (!steps || fit < steps)) steps = fit;
+    if (most && (!steps || most < steps)) steps = most;
+    if (steps && steps < stored)
+        return fail("the limits make %ld steps, the run that is resumed has %ld, and a limit may only grow", steps, stored);
+    t->steps = steps;
+    j->run.min_steps = stored;
+    return 1;
+}
+
+int slam_job_keep(slam_job *j, uint64_t data) {
+    slam_trainer *t = &j->run.trainer;
+    text without = SLAM_ZERO;
+    text_add(&without, "%s %s", j->not_kept, j->any_limit ? "" : j->may_grow);
+    int ok = !without.failed;
+    if (!j->fresh && data != t->data) ok = fail("%s: the data are not those that this run was begun with", j->data.at[0]);
+    t->data = data;
+    ok = ok && slam_settings_set(&t->settings, "program", j->program) && slam_settings_keep(&t->settings, &j->flags, without.at) &&
+         slam_settings_keep_paths(&t->settings, j->key, &j->flags.rest) && slam_settings_keep_paths(&t->settings, "val", &j->o.val);
+    text_free(&without);
+    return ok;
+}
+
+int slam_job_begin(slam_job *j) {
+    slam_run *r = &j->run;
+    r->folder = j->folder ? j->folder : j->o.out ? j->o.out : (j->folder = slam_run_new(j->program));
+    if (!r->folder) return 0;
+    printf("run      %s\n", r->folder);
+    fflush(stdout);
+    return slam_run_begin(r, j->checkpoint);
+}
+
+void slam_job_print_device(const slam_job *j, const char *note) {
+    printf("device   %s%s%s%s\n", j->run.ops->name, *note ? " (" : "", note, *note ? ")" : "");
+}
+
+void slam_job_print_memory(const slam_job *j, const slam_config *config, int rows) {
+    const slam_memory m = slam_config_memory(config, j->run.ops->bytes_per_act, j->run.micro, j->o.context, slam_job_mode(j));
+    printf(
+        "memory   %.1f MB: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at "
+        "once\n",
+        m.total / 1e6, m.weights / 1e6, m.gradients / 1e6, m.optimiser / 1e6, m.activations / 1e6, m.logits / 1e6, j->run.micro,
+        rows);
+}
+
+void slam_job_print_schedule(const slam_job *j) {
+    const long steps = j->run.trainer.steps;
+    printf("schedule lr %g, %s, warm-up %s\n", j->o.lr, j->o.schedule, j->o.warmup);
+    if (steps && steps < j->run.warmup) printf("         the warm-up is longer than the run: lr does not reach its peak\n");
+}
+
+void slam_print_path(const char *path) {
+    if (!strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`")) printf("%s", path);
+    else {
+        printf("'");
+        for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
+        printf("'");
+    }
+}
+
+/* Twice what was asked for; the number of steps where nothing was. */
+static void print_twice(const slam_job *j) {
+    char spelled[32];
+    if (j->o.steps || !j->any_limit) printf(" --steps %ld", 2 * (j->o.steps ? j->o.steps : j->run.trainer.steps));
+    for (int i = 0; i < j->flags.n; i++) {
+        const slam_flag *f = &j->table[i];
+        if (!is_limit(j, f) || !strcmp(f->name, "steps") || !j->any_limit || limit_value(f) <= 0) continue;
+        const double twice = 2 * limit_value(f);
+        if (f->type == SLAM_TIME) printf(" --%s %s", f->name, slam_spell_time(spelled, twice));
+        else printf(" --%s %.15g", f->name, twice);
+    }
+}
+
+void slam_job_print_resume(const slam_job *j) {
+    const int stopped = j->run.ended == SLAM_ENDED_SIGNAL;
+    printf("./%s --resume --out ", j->program);
+    slam_print_path(j->run.folder);
+    if (!stopped) print_twice(j);
+    printf("\n          %s\n", stopped ? "goes on where this stopped" : "goes on for as long again");
+}
+
+void slam_job_print_end(const slam_job *j, long first, const char *validation) {
+    const slam_run *r = &j->run;
+    const slam_trainer *t = &r->trainer;
+    char a[32], b[32];
+    const char *why = r->ended == SLAM_ENDED_SIGNAL ? "stopped"
+                      : r->ended == SLAM_ENDED_TIME ? "out of time"
+                      : first == t->step            ? "complete"
+                                                    : "done";
+    printf("%s after %ld of %ld steps, %s tokens, %s", why, t->step, t->steps, slam_spell_count(b, (double)t->tokens),
+           slam_spell_time(a, t->seconds));
+    if (t->skipped) printf(", %ld updates left out", t->skipped);
+    if (*validation) printf(": %s", validation);
+    printf("\n");
+    if (t->step) printf("checkpoint %s/step_%06ld, which is %s/latest\n", r->folder, t->step, r->folder);
+    if (t->best_step)
+        printf("           %s/best, of the lowest validation loss, is step %ld (%.4f)\n", r->folder, t->best_step, t->best_loss);
+}
+
+int slam_job_end(slam_job *j, int status) {
+    if (status == 2) slam_flags_usage(&j->flags);
+    else if (status) fprintf(stderr, "%s: error: %s\n", j->program, slam_error());
+    slam_run_end(&j->run);
+    slam_list_free(&j->data);
+    slam_list_free(&j->val);
+    slam_flags_free(&j->flags);
+    free(j->folder);
+    free(j->checkpoint);
+    return status;
+}
 
 /* ---- progress ---- */
 

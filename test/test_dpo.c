@@ -20,7 +20,7 @@ static const char *random_pairs(const char *name, int n, int V, const int most[3
         for (int part = 0; part < 3; part++) {
             const int length =
                 part ? 1 + (int)rng_below(&seed, (uint64_t)most[part]) : (int)rng_below(&seed, (uint64_t)most[0] + 1);
-            text_add(&t, "%s\"%s\": {\"units\": [", part ? ", " : "{", pair_parts[part]);
+            text_add(&t, "%s\"%s\": {\"units\": [", part ? ", " : "{", pair_names[part]);
             for (int k = 0; k < length; k++) text_add(&t, "%s%d", k ? ", " : "", (int)rng_below(&seed, (uint64_t)V - 2));
             text_add(&t, "]}%s", part == 2 ? "}\n" : "");
         }
