@@ -1,10 +1,10 @@
 #!/bin/sh
-# test/programs.sh [FOLDER]: train, eval and tokenize from end to end, as FOLDER holds them (default: the project's own folder). Prints `ok NAME`,
+# test/programs.sh [FOLDER]: train, eval, tokenize and dpo from end to end, as FOLDER holds them (default: the project's own folder). Prints `ok NAME`,
 # `FAIL NAME: why` or `skip NAME: why` and last `N passed, N failed`. A model of 22,000 parameters keeps every run under a second or two.
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 programs=$(cd "${1:-$root}" && pwd) || exit 1
-train=$programs/train eval=$programs/eval tokenize=$programs/tokenize
+train=$programs/train eval=$programs/eval tokenize=$programs/tokenize dpo=$programs/dpo
 folder=${TEST_FOLDER:-$(mktemp -d)} || exit 1
 mounted=
 cleanup() {
@@ -96,13 +96,13 @@ few="$start --model model.json"
 
 # ---- flags ----
 
-for program in train eval tokenize; do
+for program in train eval tokenize dpo; do
     check "$program --help" 'status' "$programs/$program" --help
     check "$program --version" 'no version' sh -c "'$programs/$program' --version | grep -q '[0-9]\.[0-9]'"
     refuses "$program: an unknown flag" 2 'nosuch' "$programs/$program" --nosuch
 done
-"$train" --help | awk 'length($0) > 80 { bad = 1; print } END { exit bad }' >wide.txt
-check 'train --help fits 80 columns' "$(head -n 1 wide.txt)" test ! -s wide.txt
+for program in train dpo; do "$programs/$program" --help | awk 'length($0) > 80 { bad = 1; print } END { exit bad }'; done >wide.txt
+check 'help fits 80 columns' "$(head -n 1 wide.txt)" test ! -s wide.txt
 refuses 'a flag without its value' 2 'lr' "$train" a.jsonl --lr
 refuses 'a value that is no number' 2 'lr' "$train" a.jsonl --lr fast
 refuses 'a wrong choice' 2 'schedule' "$train" a.jsonl --schedule wavy
@@ -437,6 +437,102 @@ if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=12k tmpfs small 2>/dev/null; the
 else
     echo 'skip tokenize: a full disk: no small file system can be mounted here'
 fi
+
+# ---- dpo: pairs whose chosen ending follows the small grammar and whose rejected one does not ----
+
+# pairs SEED PAIRS
+pairs() {
+    awk -v seed="$1" -v pairs="$2" 'function draw(n) { seed = (seed * 16807) % 2147483647; return seed % n }
+    function ending(u, rule,  i, n, s) { n = 2 + draw(8); for (i = 0; i < n; i++) { u = rule ? (u * 7 + 3) % 100 : draw(100); s = s (i ? ", " : "") u }; return s }
+    BEGIN { for (i = 0; i < 5; i++) draw(2); for (p = 0; p < pairs; p++) {
+        n = 3 + draw(20); u = draw(100); s = u; for (i = 1; i < n; i++) { u = (u * 7 + 3) % 100; s = s ", " u }
+        printf "{\"prompt\": {\"units\": [%s]}, \"chosen\": {\"units\": [%s]}, \"rejected\": {\"units\": [%s]}}\n", s, ending(u, 1), ending(u, 0) } }'
+}
+pairs 1 120 >pairs-train.jsonl
+pairs 2 40 >pairs-val.jsonl
+{ cat pairs-train.jsonl && echo '{"prompt": {"units": [1]}, "chosen": {"units": [2]}, "rejected": {"units": [100]}}'; } >pairs-stray.jsonl
+prefer="pairs-train.jsonl --val pairs-val.jsonl --init one --batch 8 --lr 1e-3 --warmup 2 --threads 1 --eval-every 10 --save-every 10"
+last() { grep "\"$2\"" "$1/log.jsonl" | tail -n 1 | sed "s/.*\"$2\": //; s/[,}].*//"; }
+
+check 'dpo' 'status' "$dpo" $prefer --epochs 2 --out d1
+check 'dpo: each step stands in the log' 'steps' each_step d1 30
+check 'dpo: with margin, accuracy, log-probabilities' 'members' sh -c "test \$(grep -c '\"loss\".*\"margin\".*\"accuracy\".*\"logp_chosen\".*\"logp_rejected\"' d1/log.jsonl) = 30 -a \$(grep -c '\"val_loss\".*\"val_margin\".*\"val_accuracy\"' d1/log.jsonl) = 3"
+check 'dpo: the first loss is log 2' "$(sed -n 's/.*"loss": \([^,]*\),.*/\1/p' d1/log.jsonl | head -n 1)" sh -c "sed -n 's/.*\"loss\": \([^,]*\),.*/\1/p' d1/log.jsonl | head -n 1 | grep -q '^0\.69314'"
+check 'dpo: what is preferred is learned' "$(last d1 val_accuracy)" sh -c "echo $(last d1 val_accuracy) $(last d1 val_loss) | awk '{ exit !(\$1 > 0.9 && \$2 < 0.6) }'"
+"$dpo" $prefer --epochs 2 --out d2 >/dev/null 2>&1
+check 'dpo: the same seed gives the same bytes' 'differ' same_runs d1 d2
+"$dpo" $prefer --epochs 2 --share-prompt --out d3 >/dev/null 2>&1
+check 'dpo: --share-prompt changes the last bits at most, in fewer tokens' 'too far' sh -c "grep -h '\"loss\"' d1/log.jsonl d3/log.jsonl | awk '{ gsub(\",\", \"\")
+    if (\$2 in loss) { d = (\$6 - loss[\$2]) / \$6; if (d < 0) d = -d; n++; if (d > 1e-3 || \$4 >= 0.9 * tokens[\$2]) bad = 1 } loss[\$2] = \$6; tokens[\$2] = \$4 } END { exit bad || n != 30 }'"
+check 'dpo: folders of their own, from the newest run of train' 'folders' sh -c "mkdir -p own && cd own && '$train' $start --model ../model.json ../a.jsonl --steps 2 &&
+    '$dpo' ../pairs-train.jsonl --steps 2 --batch 4 && '$dpo' ../pairs-train.jsonl --steps 2 --batch 4 && test -d runs/dpo/latest -a -d runs/dpo-2/latest &&
+    grep -q 'runs/train/step_000002' runs/dpo-2/latest/trainer.json && grep -q '\"context\": \"64\"' runs/dpo-2/latest/trainer.json"
+check 'dpo: eval takes the newest run' 'other' sh -c "cd own && '$eval' ppl ../v.jsonl | grep -q runs/dpo-2"
+check 'dpo: --dry-run computes nothing' 'folder' sh -c "'$dpo' $prefer --dry-run --out dry | grep -q '120 to train on, 40 to validate on' && test ! -e dry"
+check 'dpo: --val-fraction' 'pairs' sh -c "'$dpo' pairs-train.jsonl --init one --val-fraction 0.25 --dry-run | grep -q '90 to train on, 30 to validate on'"
+refuses 'dpo: a unit beyond the vocabulary' 1 "pairs-stray.jsonl:121: 'rejected': unit 1 is 100, expected below 100" "$dpo" pairs-stray.jsonl --init one --out none
+refuses 'dpo: units, not pairs' 1 "a.jsonl:1: has no 'prompt'" "$dpo" a.jsonl --init one --out none
+refuses 'dpo: a token shard' 1 'small.bin: expected preference pairs' "$dpo" small.bin --init one --out none
+refuses 'dpo: no model' 1 '\-\-init: no model' sh -c "mkdir -p bare && cd bare && exec '$dpo' ../pairs-train.jsonl"
+refuses 'dpo: a longer context than the model has' 1 'context 512.*256' "$dpo" pairs-train.jsonl --init one --context 512 --out none
+refuses 'dpo: --val and --val-fraction' 2 'val-fraction' "$dpo" $prefer --val-fraction 0.1
+refuses 'dpo: a folder that holds a run' 1 'd1.*--resume.*another' "$dpo" $prefer --out d1
+refuses 'dpo: resume with another beta' 1 'beta 0.5.*0.1' "$dpo" --resume --out d1 --beta 0.5
+refuses 'dpo: resume with a shared prompt' 1 'share-prompt 1.*none' "$dpo" --resume --out d1 --share-prompt
+refuses 'dpo: resume with other pairs' 1 'pairs-val.jsonl.*pairs-train.jsonl' "$dpo" pairs-val.jsonl --resume --out d1
+refuses 'dpo: resume with a lower limit' 1 'epochs 1.*2.*grow' "$dpo" --resume --out d1 --epochs 1
+check 'dpo: leaves nothing' 'folder' test ! -e none
+
+long="$prefer --steps 200"
+"$dpo" $long --out dw >/dev/null 2>&1
+"$dpo" $long --out dk >/dev/null 2>&1 &
+process=$!
+halt_at_step $process dk 57
+kill -9 $process
+wait $process 2>/dev/null
+cp dk/reference.bin kept.bin
+"$dpo" --resume --out dk >resumed.out 2>&1
+check 'dpo: kill -9 and --resume: as if never stopped' 'differ' same_runs dw dk
+check 'dpo: the reference is not computed again' 'it is' sh -c "! grep -q '^reference' resumed.out && cmp kept.bin dk/reference.bin && cmp kept.bin dw/reference.bin"
+"$dpo" $long --out dt >term.out 2>&1 &
+process=$!
+halt_at_step $process dt 33
+kill -TERM $process
+kill -CONT $process
+wait $process
+check 'dpo: SIGTERM ends well' "status $?: $(tail -n 1 term.out)" test -d "dt/latest"
+cp -r dt dd
+"$dpo" --resume --out dt >/dev/null 2>&1
+check 'dpo: SIGTERM and --resume: as if never stopped' 'differ' same_runs dw dt
+head -c 1000 dt/reference.bin >dd/reference.bin # torn: what is missing is computed by the model that the run started from
+"$dpo" --resume --out dd >dd.out 2>&1
+check 'dpo: a torn reference is mended' 'other' sh -c "grep -q '^reference 160 of 160' dd.out && cmp kept.bin dd/reference.bin"
+check 'dpo: and the run is the same' 'differ' same_runs dw dd
+head -c 1000 dt/reference.bin >dd/reference.bin
+mv one gone
+refuses 'dpo: the model that is the reference is gone' 1 'one/step_.*config.json' "$dpo" --resume --out dd --steps 210
+cp -r seed one && ln -sfn step_000020 one/latest && mv one/step_000020 "one/$(basename "$(readlink gone/latest)")" 2>/dev/null
+refuses 'dpo: or another one' 1 'is not the model that this run was begun with' "$dpo" --resume --out dd --steps 210
+rm -r one && mv gone one
+
+# Kills while the reference is computed: each call goes on where the one before was stopped.
+i=0
+while [ $i -lt 60 ]; do cat pairs-train.jsonl pairs-val.jsonl; i=$((i + 1)); done >many.jsonl
+count() { if [ -f "$1" ]; then wc -c <"$1"; else echo 0; fi; }
+"$dpo" many.jsonl --init one --threads 1 --steps 2 --out rw >whole.out 2>&1
+bad= rounds=0 before=0
+while [ $rounds -lt 40 ] && [ "$before" -lt "$(count rw/reference.bin)" ]; do
+    "$dpo" many.jsonl --init one --threads 1 --steps 2 --resume --out rk >rk.out 2>&1 &
+    process=$!
+    while kill -0 $process 2>/dev/null && [ "$(count rk/reference.bin)" -le $((before + 4096)) ]; do :; done
+    if [ $((rounds % 3)) = 2 ]; then kill -TERM $process 2>/dev/null; else kill -9 $process 2>/dev/null; fi
+    wait $process 2>/dev/null
+    [ "$(count rk/reference.bin)" -ge "$before" ] || bad="$before bytes became $(count rk/reference.bin)"
+    before=$(count rk/reference.bin) rounds=$((rounds + 1))
+done
+"$dpo" many.jsonl --init one --threads 1 --steps 2 --resume --out rk >rk.out 2>&1
+check 'dpo: killed while the reference is computed, it does not start over' "$bad, $rounds rounds" test -z "$bad" -a $rounds -gt 2 -a $rounds -lt 40
+check 'dpo: after kills the same reference and the same run' 'differ' sh -c "cmp rw/reference.bin rk/reference.bin && cmp rw/latest/model.safetensors rk/latest/model.safetensors"
 
 # ---- limits of numbers, of time, of the disk ----
 
