@@ -74,7 +74,7 @@ static int name_data(job *j, const char *argv0) {
     if (j->test.n) return 1;
     memset(&given, 0, sizeof given);
     memset(&train, 0, sizeof train);
-    if (!j->run.settings.n)
+    if (!slam_settings_get(&j->run.settings, "data")) /* also a run of dpo, which has pairs */
         return bundled(argv0, "test/corpus/val.bin", &j->test) &&
                (j->train.n || bundled(argv0, "test/corpus/train.bin", &j->train));
     const int held_out = atof(setting(j, "val-fraction", "0")) > 0;
