@@ -7,7 +7,7 @@ Every ending is computed by itself, as the sequence `prompt ending`, in float64;
 
   policy/, reference/   two models of one shape with other weights, as `save_pretrained` writes them
   pairs.jsonl           the pairs, in every spelling there is, one a line; the last prompts are empty and of one unit
-  case.safetensors      logps, reference_logps (n,2) float64: of the chosen and the rejected ending of each pair, the closing 1 included
+  pairs.safetensors      logps, reference_logps (n,2) float64: of the chosen and the rejected ending of each pair, the closing 1 included
                         for label smoothing e = 0 and 0.1:
                         loss.<e>, margin.<e> (n) float64, of each pair; grad.<e>.<parameter> of the mean of the losses
                         settings (1) float64: beta
@@ -81,7 +81,7 @@ def main():
         case.update({f"loss.{name}": loss.detach(), f"margin.{name}": margin.detach(), "logps": said.detach()})
         case.update({f"grad.{name}.{key}": p.grad.float().clone() for key, p in policy.named_parameters()})
         print(f"dpo, smoothing {e}: loss {loss.mean().item():.4f}, margins {' '.join(f'{x:.2f}' for x in margin.tolist())}")
-    save_file(case, os.path.join(path, "case.safetensors"))
+    save_file(case, os.path.join(path, "pairs.safetensors"))
 
 
 if __name__ == "__main__":

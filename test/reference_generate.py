@@ -4,7 +4,7 @@
     python3 -m venv venv && venv/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     venv/bin/python test/reference_generate.py      # two minutes, nearly all of them to find a seed
 
-A Qwen2 model with random weights, drawn wide, as `save_pretrained` writes it; beside it case.safetensors:
+A Qwen2 model with random weights, drawn wide, as `save_pretrained` writes it; beside it generated.safetensors:
   prompts (P,T) int32, lengths (P)      prompts from left to right, padded with 0; one is token 1 alone
   greedy.<k> (P,N) int32                generate(do_sample=False) of the whole batch, padded on the left; -1 after token 1, which ends
   greedy.<k>.penalty (1) float64        its repetition penalty
@@ -122,7 +122,7 @@ def main():
     model, tensors = made
     os.makedirs(FOLDER, exist_ok=True)
     model.save_pretrained(FOLDER)
-    save_file(tensors, os.path.join(FOLDER, "case.safetensors"))
+    save_file(tensors, os.path.join(FOLDER, "generated.safetensors"))
     print(f"seed {seed}: {FOLDER}")
 
 

@@ -58,7 +58,7 @@ static void check_gradients(const slam_model *m, const tensors *file, const char
 /* One step on all pairs of the fixture. */
 static void test_torch(slam_ops *ops, const char *smoothing, int share, int context, int micro) {
     if (!TEST("PyTorch: smoothing %s, %s, rows of %d, %d at once", smoothing, share ? "shared" : "apart", context, micro)) return;
-    tensors *file = tensors_open(FIXTURE "case.safetensors");
+    tensors *file = tensors_open(FIXTURE "pairs.safetensors");
     slam_model *policy = slam_model_load(ops, FIXTURE "policy"), *reference = slam_model_load(ops, FIXTURE "reference");
     if (!CHECK(file && policy && reference, "%s", slam_error())) return;
     slam_pairs *p = pairs_of(FIXTURE "pairs.jsonl", slam_model_config(policy)->V, context, share);

@@ -33,7 +33,7 @@ static double *doubles(const char *name) {
 
 static int fixture_open(void) {
     size_t n = 0;
-    file = tensors_open(FOLDER "/case.safetensors");
+    file = tensors_open(FOLDER "/generated.safetensors");
     if (!CHECK(file != NULL, "%s", slam_error())) return 0;
     prompt_tokens = ints("prompts", &n);
     P = (int)tensors_find(file, "lengths")->count;
