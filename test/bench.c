@@ -1,10 +1,11 @@
-/* Measures the training step of three models on the CPU, and HuBERT, beside PyTorch's (test/bench_torch.py) in the same run where
+/* Measures the training step of three models on the CPU, generation, and HuBERT, beside PyTorch's (test/bench_torch.py) in the same run where
    there is a Python with torch and transformers, and writes the table to test/results/.
 
-       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,hubert --python PATH"]
+       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert --python PATH"]
 
    A step is forward, backward and AdamW with clipping on random tokens, one document a row; "slam" is one micro-step of the
-   358M model, forward and backward alone, as both sides measure it. "hubert" is features of noise, a quarter of a minute at once, in
+   358M model, forward and backward alone, as both sides measure it. "generate" continues 64 prompts of 75 tokens by up to 150 each,
+   sampled; its figures are new tokens a second. "hubert" is features of noise, a quarter of a minute at once, in
    mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. The two sides take turns, ROUNDS times; figures are medians. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
@@ -44,6 +45,12 @@ static const row rows[] = {
      {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000},
      1,
      1024,
+     0},
+    {"generate",
+     "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens a second",
+     {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000},
+     64,
+     225,
      0},
     {"hubert",
      "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds a second",
@@ -97,6 +104,46 @@ static double measure(const row *r, int threads, double seconds) {
     free(numbers);
     return N / median(times, n);
 }
+
+/* ---- generation ---- */
+
+enum { PROMPT_TOKENS = 75 };
+
+static int note_tokens(void *context, size_t done, uint64_t tokens) {
+    (void)done;
+    *(uint64_t *)context = tokens;
+    return 1;
+}
+
+/* new tokens a second */
+static double measure_generation(const row *r, int threads, double seconds) {
+    static double rates[STEPS_MAX];
+    int units[PROMPT_TOKENS], n = 0;
+    slam_ops *ops = slam_cpu(threads);
+    slam_model *m = ops ? slam_model_new(ops, &r->config, 1) : NULL;
+    const slam_generation how = {{0.8, 25, 1, 1}, r->T - PROMPT_TOKENS, r->T, r->B, 1};
+    if (!m) die();
+    double start = 0;
+    for (int k = -1; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
+        slam_prompts p = SLAM_ZERO;
+        uint64_t seed = (uint64_t)k + 5, tokens = 0;
+        for (int b = 0; b < r->B; b++) {
+            for (int t = 0; t < PROMPT_TOKENS; t++) units[t] = (int)rng_below(&seed, (uint64_t)r->config.V - 2);
+            if (!slam_prompts_add(&p, "prompt", units, PROMPT_TOKENS - 1)) die();
+        }
+        const double began = slam_clock();
+        if (k == 0) start = began;
+        if (!slam_generate(m, &how, &p, note_tokens, &tokens)) die();
+        if (k >= 0) rates[n++] = (double)tokens / (slam_clock() - began);
+        slam_prompts_free(&p);
+    }
+    slam_model_free(m);
+    slam_ops_free(ops);
+    return median(rates, n);
+}
+
+/* FLOP for a new token: its own forward pass, and its share of the prompt's */
+static double generation_flops(const row *r) { return slam_config_flops(&r->config, r->T) / 3 * r->T / (r->T - PROMPT_TOKENS); }
 
 /* ---- HuBERT ---- */
 
@@ -182,7 +229,7 @@ static void machine_name(char *name, size_t n) {
 int main(int argc, char **argv) {
     int threads = 0;
     double seconds = 10;
-    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,hubert";
+    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,generate,hubert";
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
         if (!strcmp(argv[i], "--seconds")) seconds = atof(argv[i + 1]);
@@ -200,20 +247,22 @@ int main(int argc, char **argv) {
     FILE *git = popen("git describe --always --dirty 2>/dev/null", "r");
     if (git && fgets(commit, sizeof commit, git)) commit[strcspn(commit, "\n")] = 0;
     if (git) pclose(git);
-    text_add(&t, "Training steps, and HuBERT, on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n", threads,
-             machine, day, commit, products);
+    text_add(&t, "Training steps, generation and HuBERT on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n",
+             threads, machine, day, commit, products);
     text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", sgemm_peak(threads) / 1e9);
-    text_add(&t, "%-6s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
+    text_add(&t, "%-8s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
     const double peak = sgemm_peak(threads);
     for (int k = 0; k < ROWS; k++) {
         const row *r = &rows[k];
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
         int has = 1;
-        const int is_hubert = r->config.V == 0;
+        const int is_hubert = r->config.V == 0, is_generation = !strcmp(r->name, "generate");
         if (!strstr(wanted, r->name)) continue;
         if (is_hubert && !random_hubert(folder)) die();
         for (int i = 0; i < ROUNDS; i++) {
-            ours[i] = is_hubert ? measure_hubert(r, folder, threads, seconds) : measure(r, threads, seconds);
+            ours[i] = is_hubert       ? measure_hubert(r, folder, threads, seconds)
+                      : is_generation ? measure_generation(r, threads, seconds)
+                                      : measure(r, threads, seconds);
             theirs[i] = has ? measure_torch(r, folder, python, threads, seconds, versions, sizeof versions) : 0;
             has = theirs[i] > 0;
             ratio[i] = has ? ours[i] / theirs[i] : 0;
@@ -221,9 +270,10 @@ int main(int argc, char **argv) {
                    is_hubert ? "audio s/s" : "tok/s");
             fflush(stdout);
         }
-        const double rate = median(ours, ROUNDS),
-                     flops = rate * (is_hubert ? random_hubert_flops(r->T) : slam_config_flops(&r->config, r->T));
-        text_add(&t, "%-6s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
+        const double rate = median(ours, ROUNDS), flops = rate * (is_hubert       ? random_hubert_flops(r->T)
+                                                                  : is_generation ? generation_flops(r)
+                                                                                  : slam_config_flops(&r->config, r->T));
+        text_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
         if (has) text_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }

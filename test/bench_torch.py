@@ -2,6 +2,7 @@
 """The other side of `make bench` and `make gpu-bench`: the same work by PyTorch and Transformers' Qwen2.
 
     python test/bench_torch.py --row hubert --folder MODEL [--threads N] [--seconds S]
+    python test/bench_torch.py --row generate [--threads N] [--seconds S]
     python test/bench_torch.py --row tiny|10m|slam [--threads N] [--seconds S] [--compile] [--attention sdpa|eager]
     python test/bench_torch.py --gpu attention|step [--keys FILE] [--seconds S] [--small] [--device cuda|cpu]
 
@@ -9,6 +10,8 @@
 document a row; of "slam" it is forward and backward alone, one micro-step. Two steps warm up ("slam": one; with --compile the first
 one compiles), then steps are timed one by one for S seconds, three at least. Prints one line of JSON; its tokens_per_second comes
 from the median step. A token's work is counted as 6 FLOP a parameter and 6 L T C for causal attention.
+
+"generate": 64 prompts of 75 random tokens, continued by 150 each, sampled with a cache; tokens_per_second counts the new ones.
 
 "hubert": the features of 15 s of noise by the HubertModel in MODEL, all of its layers; audio_seconds_per_second likewise.
 
@@ -27,7 +30,7 @@ import time
 
 began = time.perf_counter()
 parser = argparse.ArgumentParser()
-parser.add_argument("--row", choices=["tiny", "10m", "slam", "hubert"], default="tiny")
+parser.add_argument("--row", choices=["tiny", "10m", "slam", "generate", "hubert"], default="tiny")
 parser.add_argument("--folder")
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 parser.add_argument("--seconds", type=float, help="10, with --gpu 300")
@@ -99,6 +102,29 @@ def bench_cpu():
         "attention": arguments.attention, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     print(json.dumps(result))
+
+
+def bench_generation(B=64, prompt=75, new=150):
+    import transformers
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(1)
+    model = qwen2(*ROWS["10m"][:6]).eval()
+    rates = []
+
+    def run():
+        tokens = torch.randint(2, ROWS["10m"][5], (B, prompt))
+        start = time.perf_counter()
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=True, temperature=0.8, top_k=25,
+                       eos_token_id=None, pad_token_id=0, use_cache=True)  # fmt: skip
+        return B * new / (time.perf_counter() - start)
+
+    run()
+    began = time.perf_counter()
+    while len(rates) < 3 or time.perf_counter() - began < arguments.seconds:
+        rates.append(run())
+    print(json.dumps({"row": "generate", "tokens_per_second": round(statistics.median(rates), 1), "threads": arguments.threads,
+                      "steps": len(rates), "torch": torch.__version__, "transformers": transformers.__version__}))  # fmt: skip
 
 
 def bench_hubert(seconds=15):
@@ -311,5 +337,7 @@ elif arguments.gpu == "step":
     gpu_step()
 elif arguments.row == "hubert":
     bench_hubert()
+elif arguments.row == "generate":
+    bench_generation()
 else:
     bench_cpu()
