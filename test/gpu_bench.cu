@@ -1,7 +1,7 @@
 /* gpu_bench.cu - measures the CUDA operations and the training step of the Slam model, each against what the card can do at most:
    copying from its memory to its memory, and a matrix product of size 8192 through the same operation that the model uses.
 
-       gpu_bench ceilings|products|memory|attention|step|hubert
+       gpu_bench ceilings|products|memory|attention|step|hubert|generate
                  [--copy GB/s] [--peak TFLOP/s] [--keys FILE] [--seconds S] [--small] [--cpu]
 
    `make gpu-bench` (test/gpu_bench.sh) runs one part after the other, each in a process of its own, since after a kernel that
@@ -895,6 +895,51 @@ static void bench_hubert(bench *b) {
     rmdir(folder);
 }
 
+/* ---- generation ---- */
+
+static int note_tokens(void *context, size_t done, uint64_t tokens) {
+    (void)done;
+    *(uint64_t *)context = tokens;
+    return 1;
+}
+
+/* The Slam model continues prompts of 75 tokens by up to 150 each, sampled, `batch` at once. Bound by memory: a step reads all
+   weights, and each sequence's keys and values. */
+static void bench_generation(bench *b) {
+    const slam_config *c = &b->config;
+    const int sizes[] = {1, 16, 64, 256}, prompt = 75, fresh = 150;
+    slam_model *m = slam_model_new(b->ops, c, 1);
+    if (!m) stop(slam_error());
+    printf("%5s %10s %12s %10s\n", "batch", "tokens/s", "ms a step", "of copy");
+    for (int k = 0; k < (b->small ? 1 : 4); k++) {
+        const slam_generation how = {{0.8, 25, 1, 1}, b->small ? 5 : fresh, prompt + fresh, sizes[k], 1};
+        const double tokens_read = sizes[k] * (prompt + how.max_new / 2.0), act = b->ops->bytes_per_act;
+        const double bytes = act * ((double)slam_config_parameters(c) + tokens_read * 2 * c->L * c->KVH * c->HS);
+        double times[9], rates[9];
+        int units[75], n = 0;
+        if (late(b, "generation")) break;
+        for (int round = -1; round < (b->small ? 1 : 5); round++) {
+            slam_prompts p = SLAM_ZERO;
+            uint64_t seed = (uint64_t)round + 5, tokens = 0;
+            for (int i = 0; i < sizes[k]; i++) {
+                for (int t = 0; t < prompt; t++) units[t] = (int)rng_below(&seed, (uint64_t)c->V - 2);
+                if (!slam_prompts_add(&p, "prompt", units, (size_t)prompt - 1)) stop(slam_error());
+            }
+            const double start = slam_clock();
+            if (!slam_generate(m, &how, &p, note_tokens, &tokens)) stop(slam_error());
+            const double seconds = slam_clock() - start;
+            if (round >= 0) times[n] = seconds / how.max_new, rates[n++] = (double)tokens / seconds;
+            slam_prompts_free(&p);
+        }
+        const double rate = median(rates, n), step = median(times, n);
+        printf("%5d %10.0f %12.3f", sizes[k], rate, 1e3 * step);
+        share(bytes / step, b->copy);
+        printf("\n");
+        key(b, rate, "generate/%d", sizes[k]);
+    }
+    slam_model_free(m);
+}
+
 int main(int argc, char **argv) {
     static bench b;
     const char *part = argc > 1 ? argv[1] : "", *keys = NULL;
@@ -904,7 +949,8 @@ int main(int argc, char **argv) {
     for (int i = 2; i < argc; i++) {
         if (!strcmp(argv[i], "--small")) b.small = 1;
         else if (!strcmp(argv[i], "--cpu")) cpu = 1;
-        else if (i + 1 == argc) stop("gpu_bench ceilings|products|memory|attention|step|hubert [--copy GB/s] [--peak TFLOP/s] ...");
+        else if (i + 1 == argc)
+            stop("gpu_bench ceilings|products|memory|attention|step|hubert|generate [--copy GB/s] [--peak TFLOP/s] ...");
         else if (!strcmp(argv[i], "--copy")) b.copy = 1e9 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--peak")) b.peak = 1e12 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--seconds")) b.seconds = atof(argv[++i]);
@@ -919,14 +965,15 @@ int main(int argc, char **argv) {
     if (!b.ops) stop(slam_error());
     if (!cpu) b.stream = ((cuda_ops *)b.ops)->stream;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    if (strcmp(part, "step") && strcmp(part, "hubert")) tensors_open(&b);
+    if (strcmp(part, "step") && strcmp(part, "hubert") && strcmp(part, "generate")) tensors_open(&b);
     if (!strcmp(part, "ceilings")) bench_ceilings(&b);
     else if (!strcmp(part, "products")) bench_products(&b);
     else if (!strcmp(part, "memory")) bench_memory(&b);
     else if (!strcmp(part, "attention")) bench_attention(&b);
     else if (!strcmp(part, "step")) bench_step(&b);
     else if (!strcmp(part, "hubert")) bench_hubert(&b);
-    else stop("name a part: ceilings, products, memory, attention, step or hubert");
+    else if (!strcmp(part, "generate")) bench_generation(&b);
+    else stop("name a part: ceilings, products, memory, attention, step, hubert or generate");
     b.ops->release(b.ops, b.arena);
     b.ops->release(b.ops, b.acts);
     b.ops->release(b.ops, b.numbers);

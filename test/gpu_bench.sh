@@ -61,6 +61,7 @@ part 'attention' 45 "$program" attention --seconds 30 "$@"
 part 'matrix products of the model' 45 "$program" products --seconds 30 "$@"
 part 'operations that move bytes' 45 "$program" memory --seconds 30 "$@"
 part "HuBERT's units" 40 "$program" hubert --seconds 30 "$@"
+part 'generation by the Slam model' 40 "$program" generate --seconds 30 "$@"
 if "$python" -c 'import torch, transformers' 2>"$scratch/err"; then
     # PyTorch ends by itself a while before it would be stopped
     # shellcheck disable=SC2086 # TORCH is several words
@@ -111,6 +112,7 @@ END {
     m = v["step/memory/8"]
     h = v["hubert"]
     if (h) row("HuBERT units, audio seconds a second", int(h), "", "", "10000: " verdict(h, 10000))
+    if (v["generate/64"]) row("generation, 64 prompts at once, new tokens/s", int(v["generate/64"]), "", "", "")
     if (m) row("memory in use, micro-batch 8 x 1024, GB", sprintf("%.1f", m), "", "", "24 GB: " (m < 24 ? "reached" : "missed"))
     for (T = 64; T <= 4096; T *= 2) for (pass = 0; pass < 2; pass++) for (side = 0; side < 2; side++) {
         p = pass ? "backward" : "forward"; name = side ? "cudnn" : "flash"
