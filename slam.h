@@ -3824,13 +3824,13 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv_, float *D, con
     }
 }
 
-/* One query a head: two passes over the cache, scores and values, with a softmax between them. */
+/* The query heads of a group are the rows of two small products, with keys and with values; between them a softmax. */
 static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache_, slam_act *qkv_, const int *lengths,
                                  const slam_window *win) {
-    const int T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS;
+    const int T = win->T, NH = win->NH, KVH = win->KVH, HS = win->HS, W = (NH + 2 * KVH) * HS, heads = NH / KVH;
     const size_t K = 2 * (size_t)KVH * HS; // numbers of a place in the cache
     const float scale = 1 / sqrtf((float)HS);
-    float *qkv = (float *)qkv_, *cache = (float *)cache_, *scratch = cpu_scratch(ops, (size_t)threads_count() * T);
+    float *qkv = (float *)qkv_, *cache = (float *)cache_, *scratch = cpu_scratch(ops, (size_t)threads_count() * heads * T);
     if (!scratch) return;
     for (int b = 0; b < win->B; b++) {
         float *q = qkv + (size_t)b * W;
@@ -3838,16 +3838,17 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache_,
         memcpy(cache + ((size_t)b * T + lengths[b]) * K, q + NH * HS, K * sizeof(float));
     }
     SLAM_PARALLEL_FOR
-    for (int task = 0; task < win->B * NH; task++) {
-        const int b = task / NH, h = task % NH, n = lengths[b] + 1;
-        const float *q = qkv + (size_t)b * W + h * HS, *k = cache + (size_t)b * T * K + h * KVH / NH * HS, *v = k + KVH * HS;
-        float *s = scratch + (size_t)thread_index() * T, *o = (float *)out + (size_t)task * HS;
-        for (int j = 0; j < n; j++) s[j] = dot(q, k + j * K, HS);
-        const float sum = row_exp(s, s, scale, row_max(s, n) * scale, n);
-        for (int c = 0; c < HS; c++) o[c] = 0;
-        for (int j = 0; j < n; j++)
-            for (int c = 0; c < HS; c++) o[c] += s[j] * v[j * K + c];
-        for (int c = 0; c < HS; c++) o[c] /= sum;
+    for (int task = 0; task < win->B * KVH; task++) {
+        const int b = task / KVH, g = task % KVH, n = lengths[b] + 1;
+        const float *q = qkv + (size_t)b * W + g * heads * HS, *k = cache + (size_t)b * T * K + g * HS, *v = k + KVH * HS;
+        float *s = scratch + (size_t)thread_index() * heads * T, *o = (float *)out + ((size_t)b * NH + g * heads) * HS;
+        gemm(0, 1, heads, n, HS, q, HS, k, K, 0, s, n);
+        for (int h = 0; h < heads; h++) {
+            float *sh = s + (size_t)h * n;
+            const float sum = row_exp(sh, sh, scale, row_max(sh, n) * scale, n);
+            for (int j = 0; j < n; j++) sh[j] /= sum;
+        }
+        gemm(0, 0, heads, HS, n, s, n, v, K, 0, o, HS);
     }
 }
 
