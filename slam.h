@@ -679,7 +679,8 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
 typedef struct slam_generation {
     slam_sampling sampling;
     int max_new; /* tokens at most; where token 1 is drawn a sequence ends before that */
-    int context; /* tokens of prompt and continuation at most: a longer prompt loses its left, but for the leading 1 */
+    int context; /* tokens of prompt and continuation at most, within the config's T: a longer prompt loses its left, but for its
+                    leading 1 */
     int batch;   /* sequences at once */
     uint64_t seed;
 } slam_generation;
@@ -708,8 +709,10 @@ typedef struct slam_prompt_length {
 int slam_prompts_units(slam_prompts *, const char *path, const slam_prompt_length *, size_t *guessed);
 /* The documents of token shards: the data's pieces that open one. */
 int slam_prompts_data(slam_prompts *, const slam_data *, const slam_prompt_length *);
-/* An audio file. */
-int slam_prompts_audio(slam_prompts *, const slam_quantiser *, const char *path, const slam_prompt_length *);
+/* Audio files, each heard whole, so that the units of a prompt are those of its recording. One that fails is no prompt, and the
+   watch (may be NULL) is told. */
+int slam_prompts_audio(slam_prompts *, const slam_quantiser *, const slam_list *files, const slam_prompt_length *,
+                       slam_speech_watch *, void *context);
 
 /* Called after every step; returns 0 to stop. done: prompts whose continuations are made; tokens: that were drawn. */
 typedef int slam_generate_watch(void *context, size_t done, uint64_t tokens);
@@ -721,6 +724,8 @@ int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_ge
 /* The continuations that are made as a file of SlamKit features, whole or not at all: {"file_name", "prompt": [units], "units":
    [units]} a line; prompt is what the model saw of it. */
 int slam_prompts_write(const slam_prompts *, const char *path);
+/* 0 and the sentence where a file of this name cannot be made. */
+int slam_prompts_may_write(const char *path);
 /* slam_auto_bleu of units (n). */
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
 /* Its means: over the continuations that are made; over the lines of a file of texts, *n of them. Negative and slam_error() on
@@ -13326,12 +13331,19 @@ int slam_prompts_data(slam_prompts *p, const slam_data *data, const slam_prompt_
     return ok;
 }
 
-int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, const char *path, const slam_prompt_length *length) {
-    slam_units u;
+int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, const slam_list *files, const slam_prompt_length *length,
+                       slam_speech_watch *watch, void *context) {
     slam_prompt_length by = *length;
+    slam_sources *sources = slam_sources_audio(files, 0);
+    slam_units *units = sources ? (slam_units *)mem_new(files->n, sizeof *units) : NULL;
+    int ok = units && slam_quantiser_sources(q, sources, units, watch, context);
     by.rate = slam_quantiser_settings(q)->rate;
-    const int ok = slam_quantiser_file(q, path, &u) && slam_prompts_add(p, path, u.unit, prompt_length(&by, u.duration, u.n));
-    slam_units_free(&u);
+    for (size_t i = 0; ok && i < files->n; i++)
+        if (units[i].samples)
+            ok = slam_prompts_add(p, files->at[i], units[i].unit, prompt_length(&by, units[i].duration, units[i].n));
+    for (size_t i = 0; units && i < files->n; i++) slam_units_free(&units[i]);
+    free(units);
+    slam_sources_free(sources);
     return ok;
 }
 
@@ -13396,9 +13408,11 @@ static int compare_generation_lengths(const void *a, const void *b) {
                                         : (x->prompt > y->prompt) - (x->prompt < y->prompt);
 }
 
-static int generation_check(const slam_generation *how, const slam_prompts *p, int V) {
+static int generation_check(const slam_generation *how, const slam_prompts *p, const slam_config *c) {
+    const int V = c->V, T = c->T;
     if (how->max_new < 1) return fail("%d new tokens, expected at least 1", how->max_new);
     if (how->batch < 1) return fail("a batch of %d sequences, expected at least 1", how->batch);
+    if (how->context > T) return fail("a context of %d tokens, the model has positions for %d", how->context, T);
     if (how->max_new >= how->context)
         return fail("%d new tokens leave no room for a prompt in a context of %d, expected fewer", how->max_new, how->context);
     for (size_t i = 0; i < p->n; i++) {
@@ -13511,7 +13525,7 @@ int slam_generate(slam_model *model, const slam_generation *how, slam_prompts *p
     const int V = slam_model_config(model)->V;
     generating g = SLAM_ZERO;
     g.how = how;
-    int ok = generation_check(how, prompts, V) && generation_open(&g, model, prompts);
+    int ok = generation_check(how, prompts, slam_model_config(model)) && generation_open(&g, model, prompts);
     while (ok && (g.next < g.n || g.free < g.room)) {
         const int first = g.next == 0;
         /* a pass over a single prompt costs as much as a step of all: a few free slots are waited for */
@@ -13523,6 +13537,16 @@ int slam_generate(slam_model *model, const slam_generation *how, slam_prompts *p
     }
     generation_close(&g);
     return ok;
+}
+
+int slam_prompts_may_write(const char *path) {
+    char *part;
+    FILE *f = path_is_folder(path) ? NULL : part_open(path, &part);
+    if (!f) return path_is_folder(path) ? fail("%s: is a folder, expected the name of a file", path) : 0;
+    fclose(f);
+    unlink(part);
+    free(part);
+    return 1;
 }
 
 double slam_unit_auto_bleu(const int *units, size_t n, int order) {

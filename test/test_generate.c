@@ -293,7 +293,8 @@ static void test_limits(slam_model *m) {
     slam_prompts_free(&q);
     slam_prompts_add(&q, "x.jsonl:3", units, 4);
     how.max_new = 256, check_fails(slam_generate(m, &how, &q, NULL, NULL), "no room for a prompt in a context of 256");
-    how.max_new = 0, check_fails(slam_generate(m, &how, &q, NULL, NULL), "0 new tokens");
+    how.context = 257, check_fails(slam_generate(m, &how, &q, NULL, NULL), "257 tokens, the model has positions for 256");
+    how.context = 256, how.max_new = 0, check_fails(slam_generate(m, &how, &q, NULL, NULL), "0 new tokens");
     how.max_new = 5, how.batch = 0, check_fails(slam_generate(m, &how, &q, NULL, NULL), "batch of 0");
     how.batch = 1 << 30, CHECK(slam_generate(m, &how, &q, NULL, NULL), "%s", slam_error());
     slam_prompts_free(&q), slam_prompts_add(&q, "x.jsonl:3", units, 4);
@@ -421,6 +422,9 @@ static void test_output(slam_model *m) {
     }
     check_near("mean auto-BLEU-2", slam_prompts_auto_bleu(&p, 2), sum / (double)again.n, 1e-12);
     check_fails(slam_prompts_write(&p, check_path("no/such/folder.jsonl")), "cannot be written");
+    check_fails(slam_prompts_may_write(check_path("no/such/folder.jsonl")), "cannot be written");
+    check_fails(slam_prompts_may_write("test"), "is a folder");
+    CHECK(slam_prompts_may_write(path) && path_is_file(path), "%s", slam_error());
     slam_prompts_free(&p), slam_prompts_free(&again);
 }
 
