@@ -1,12 +1,14 @@
 /* Measures the training step of three models on the CPU, generation, and HuBERT, beside PyTorch's (test/bench_torch.py) in the same run where
    there is a Python with torch and transformers, and writes the table to test/results/.
 
-       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert --python PATH"]
+       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert,dpo --python PATH"]
 
    A step is forward, backward and AdamW with clipping on random tokens, one document a row; "slam" is one micro-step of the
    358M model, forward and backward alone, as both sides measure it. "generate" continues 64 prompts of 75 tokens by up to 150 each,
    sampled; its figures are new tokens a second. "hubert" is features of noise, a quarter of a minute at once, in
-   mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. The two sides take turns, ROUNDS times; figures are medians. */
+   mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. "dpo" are steps of
+   preference optimisation with prompts computed once for both endings, beside the same with one for each. The two sides take turns,
+   ROUNDS times; figures are medians. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "random_hubert.h"
@@ -173,6 +175,73 @@ static double measure_hubert(const row *r, const char *folder, int threads, doub
     return r->T / median(times, n);
 }
 
+/* ---- preference optimisation ---- */
+
+enum { DPO_BATCH = 24, DPO_PAIRS = 240, DPO_CONTEXT = 1024 };
+
+/* Pairs as long as SpokenSwag's: prompts of about 180 units (10 s), endings of about 55 (3 s). */
+static void dpo_write(const char *path) {
+    static const int least[] = {120, 35, 35}, most[] = {240, 75, 75};
+    uint64_t seed = 1;
+    text t = SLAM_ZERO;
+    for (int i = 0; i < DPO_PAIRS; i++)
+        for (int part = 0; part < 3; part++) {
+            const int n = least[part] + (int)rng_below(&seed, (uint64_t)(most[part] - least[part] + 1));
+            text_add(&t, "%s\"%s\": \"", part ? ", " : "{", pair_names[part]);
+            for (int k = 0; k < n; k++) text_add(&t, "<Un%d>", (int)rng_below(&seed, 500));
+            text_add(&t, part == 2 ? "\"}\n" : "\"");
+        }
+    if (t.failed || !file_write(path, t.at, t.n)) die();
+    text_free(&t);
+}
+
+/* pairs a second of whole steps: forward, backward, AdamW */
+static double measure_dpo(const slam_config *config, const char *path, int share, int threads, double seconds) {
+    static double times[STEPS_MAX];
+    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0, 0.5, 0};
+    uint64_t tokens, n_pairs;
+    int n = 0;
+    slam_ops *ops = slam_cpu(threads);
+    slam_model *m = ops ? slam_model_new(ops, config, 1) : NULL;
+    slam_pairs *p = slam_pairs_new(config->V, DPO_CONTEXT, share, 0);
+    if (!m || !p || !slam_pairs_add(p, path, 0) || !slam_pairs_prepare(p, 0, 0)) die();
+    slam_dpo *d = slam_dpo_new(m, p, 0.1, 0, DPO_BATCH, 4, SLAM_TRAIN, 1);
+    slam_optimiser *o = slam_optimiser_new(m, &settings);
+    if (!d || !o || slam_pairs_compute(p, m, 4, NULL, 0, NULL, NULL) != 1) die();
+    double start = 0;
+    for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
+        slam_step step;
+        const double began = slam_clock();
+        if (k == 0) start = began;
+        if (!slam_dpo_next(d, &tokens, &n_pairs) || !slam_dpo_accumulate(d, n_pairs) || !slam_optimiser_step(o, 1e-5, &step)) die();
+        if (k >= 0) times[n++] = slam_clock() - began;
+    }
+    slam_optimiser_free(o);
+    slam_dpo_free(d);
+    slam_pairs_free(p);
+    slam_model_free(m);
+    slam_ops_free(ops);
+    return DPO_BATCH / median(times, n);
+}
+
+static void bench_dpo(text *t, const char *folder, const slam_config *config, int threads, double seconds) {
+    double rate[2][ROUNDS], ratio[ROUNDS];
+    char path[128];
+    snprintf(path, sizeof path, "%s/pairs.jsonl", folder);
+    dpo_write(path);
+    for (int i = 0; i < ROUNDS; i++) {
+        for (int share = 0; share < 2; share++) rate[share][i] = measure_dpo(config, path, share, threads, seconds);
+        ratio[i] = rate[1][i] / rate[0][i];
+        printf("dpo, round %d: shared %.2f, apart %.2f pairs/s\n", i + 1, rate[1][i], rate[0][i]);
+        fflush(stdout);
+    }
+    text_add(t,
+             "\ndpo, the model of row 10m, prompts of 120 to 240 units, endings of 35 to 75, %d pairs a step in rows of %d:\n"
+             "%.2f pairs/s with shared prompts, %.2f with one for each ending, ratio %.2f\n",
+             DPO_BATCH, DPO_CONTEXT, median(rate[1], ROUNDS), median(rate[0], ROUNDS), median(ratio, ROUNDS));
+    remove(path);
+}
+
 /* ---- both sides ---- */
 
 /* The same row by PyTorch; 0 where it cannot be had. `versions` gets what it says of itself. */
@@ -229,7 +298,7 @@ static void machine_name(char *name, size_t n) {
 int main(int argc, char **argv) {
     int threads = 0;
     double seconds = 10;
-    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,generate,hubert";
+    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,generate,hubert,dpo";
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
         if (!strcmp(argv[i], "--seconds")) seconds = atof(argv[i + 1]);
@@ -277,6 +346,7 @@ int main(int argc, char **argv) {
         if (has) text_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
+    if (strstr(wanted, "dpo")) bench_dpo(&t, folder, &rows[1].config, threads, seconds);
     text_add(
         &t, "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",
         versions, ROUNDS, seconds);
