@@ -19,10 +19,10 @@ RUNS ?= runs/*
 quote = '$(subst ','\'',$(1))'
 
 define HELP
-Programs    make            builds train, tokenize and eval; `make train` (and so on) builds one
+Programs    make            builds train, tokenize, dpo and eval; `make train` (and so on) builds one
 Checks      make test       builds and runs all tests; the last line is `N passed, N failed`
             make gpu-test   runs the CUDA kernels and training on a GPU, under compute-sanitizer as well
-            make emulate    builds train-emulated, in which every CUDA kernel runs on the CPU
+            make emulate    builds train-emulated and dpo-emulated, in which every CUDA kernel runs on the CPU
             make house      lists the sections of slam.h and which others each one uses
             make format-check    says what clang-format would change; `make format` changes it
             make fuzz       builds the fuzz targets of test/fuzz with clang into build/fuzz
@@ -85,10 +85,11 @@ $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 # For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here. -g3: threadIdx is a macro.
 EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g3 -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
 EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
-emulate: train-emulated
+EMULATED_PROGRAMS := train-emulated dpo-emulated
+emulate: $(EMULATED_PROGRAMS)
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
 	$(EMULATE) -O0 -c $< -o $@
-train-emulated: $(B)/train.o $(B)/slam-emulated.o build/current
+$(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 $(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
 	$(EMULATE) -O1 $< -x none -o $@ $(LIBS)
@@ -101,7 +102,7 @@ $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $
 	$(COMPILE) $< -o $@ $(LIBS)
 # Without a C++ compiler the kernels' tests are left out.
 CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
-test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),train-emulated)
+test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS))
 	@$(SETTINGS) B=$(B) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
@@ -141,7 +142,7 @@ format:
 format-check:
 	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
 clean:
-	rm -rf build train tokenize dpo eval train-emulated
+	rm -rf build train tokenize dpo eval $(EMULATED_PROGRAMS)
 
 FORCE:
 .PHONY: all help test bench gpu-test gpu-bench emulate fuzz house plot format format-check clean FORCE

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What the emulator is for: mistakes planted into copies of slam.h's kernels must show, each in its way; the copy without one must
-# not. Then train-emulated, whose losses must follow the CPU's.
+# not. Then train-emulated and dpo-emulated, whose losses must follow the CPU's.
 passed=0 failed=0
 ok() { echo "ok $1"; passed=$((passed + 1)); }
 no() { echo "FAIL $1: $2"; failed=$((failed + 1)); }
@@ -83,28 +83,40 @@ fi
 
 # losses LOG: a line for each step
 losses() { sed -n 's/.*"loss": \([^,]*\),.*/\1/p' "$1/log.jsonl"; }
-train() { # train NAME PROGRAM FLAGS...
+# go NAME COMMAND...: a run
+go() {
     name=$1
     shift
-    "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 5e-3 --warmup 0 --eval-every 0 --save-every 0 --out "$folder/$name" \
-        >"$folder/$name.log" 2>&1 || no "$name" "$(tail -n 1 "$folder/$name.log")"
+    "$@" --eval-every 0 --save-every 0 --out "$folder/$name" >"$folder/$name.log" 2>&1 || no "$name" "$(tail -n 1 "$folder/$name.log")"
+}
+train() { name=$1 && shift && go "$name" "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 5e-3 --warmup 0; }
+dpo() { name=$1 && shift && go "$name" "$@" "$folder/pairs.jsonl" --init "$folder/cpu" --share-prompt --batch 6 --steps 4 --lr 1e-3 --warmup 0; }
+# follows WHAT NAME EXPECTED STEPS TOLERANCE: the losses of two runs
+follows() {
+    losses "$folder/$3" >"$folder/expected"
+    losses "$folder/$2" | paste "$folder/expected" - | awk -v steps="$4" -v most="$5" '
+        { d = $1 - $2; if (d < 0) d = -d; if (d > worst) worst = d; if (NF == 2) n++ }
+        END { print worst + 0; exit !(n == steps && worst <= most) }' >"$folder/worst" &&
+        ok "$1: $4 losses within $(cat "$folder/worst") of the CPU's" ||
+        no "$1" "losses differ by $(cat "$folder/worst"), $5 is allowed"
 }
 cat >"$folder/model.json" <<'J'
 {"model_type": "qwen2", "vocab_size": 102, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
  "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": true}
 J
-if [ -x ./train-emulated ]; then
+awk 'function part(n,  s, i) { for (i = 0; i < n; i++) { seed = (seed * 16807) % 2147483647; s = s "<Un" seed % 100 ">" }; return s }
+    BEGIN { seed = 7; for (p = 0; p < 24; p++)
+        printf "{\"prompt\": \"%s\", \"chosen\": \"%s\", \"rejected\": \"%s\"}\n", part(p % 13), part(1 + p % 7), part(1 + p % 5) }' >"$folder/pairs.jsonl"
+if [ -x ./train-emulated ] && [ -x ./dpo-emulated ]; then
     train cpu ./train --device cpu
+    dpo cpu-dpo ./dpo --device cpu
     for dtype in f32 bf16; do
-        train $dtype ./train-emulated --device cuda --dtype $dtype
         tolerance=1e-4
         [ $dtype = f32 ] || tolerance=2e-2
-        losses "$folder/cpu" >"$folder/expected"
-        losses "$folder/$dtype" | paste "$folder/expected" - | awk -v most=$tolerance '
-            { d = $1 - $2; if (d < 0) d = -d; if (d > worst) worst = d; if (NF == 2) n++ }
-            END { print worst + 0; exit !(n == 20 && worst <= most) }' >"$folder/worst" &&
-            ok "train-emulated, $dtype: 20 losses within $(cat "$folder/worst") of the CPU's" ||
-            no "train-emulated, $dtype" "losses differ by $(cat "$folder/worst"), $tolerance is allowed"
+        train $dtype ./train-emulated --device cuda --dtype $dtype
+        follows "train-emulated, $dtype" $dtype cpu 20 $tolerance
+        dpo $dtype-dpo ./dpo-emulated --device cuda --dtype $dtype
+        follows "dpo-emulated, $dtype" $dtype-dpo cpu-dpo 4 $tolerance
     done
 else
     skip train-emulated 'not built'
