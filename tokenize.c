@@ -322,7 +322,7 @@ int main(int argc, char **argv) {
     j.flags.usage = "[options] AUDIO...|UNITS.jsonl... -o OUT.bin|OUT.jsonl";
     j.flags.about =
         "Speech into units. AUDIO: audio files of any sample rate (WAV; with libsndfile also FLAC, Ogg, MP3, AIFF and more), folders of "
-        "them, or @LIST with a path a line. UNITS.jsonl: units that are there already, into another form. A command that was cut short goes on where it stopped when it is repeated. Exit status: 0, all files done, or stopped by a signal (Ctrl-C) after "
+        "them, or @LIST with a path a line. UNITS.jsonl: units that are there already, into another form. A command that was cut short goes on where it stopped when it is repeated. The value without a flag stands in brackets; of two, the second is with --hubert. Exit status: 0, all files done, or stopped by a signal (Ctrl-C) after "
         "saying how to go on; 3, done, but some files or lines were left out; 1, an error; 2, a wrong command line.";
     j.flags.at = j.table;
     j.flags.n = flag_table(&j.o, j.table);
