@@ -114,7 +114,7 @@ $(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h test/random_hubert.h $(B)/conf
 	@[ $(call quote,$(CUDA)) ] || { echo 'slam: $(FOUND)' >&2; exit 1; }
 	$(CUDA) -lineinfo -c $(filter %.cu,$^) -o $@.o
 	$(LINK) $@.o -o $@ $(LIBS)
-gpu-test: $(B)/gpu_test train
+gpu-test: $(B)/gpu_test train dpo
 	@sh test/test_gpu.sh $<
 gpu-bench: $(B)/gpu_bench
 	@sh test/gpu_bench.sh $< $(BENCH)

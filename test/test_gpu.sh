@@ -1,7 +1,7 @@
 #!/bin/sh
-# test/test_gpu.sh TEST_CUDA [TRAIN]: `make gpu-test`, on a machine with a GPU. TEST_CUDA is test/test_cuda.cu built by nvcc, TRAIN
-# the program train built with CUDA (./train). Runs the tests of operations and model on the device, trains, stops, resumes and
-# moves small runs between CPU and GPU, and repeats the operations' tests under compute-sanitizer. Prints `ok NAME`,
+# test/test_gpu.sh TEST_CUDA [TRAIN [DPO]]: `make gpu-test`, on a machine with a GPU. TEST_CUDA is test/test_cuda.cu built by nvcc,
+# TRAIN and DPO the programs built with CUDA (./train, ./dpo). Runs the tests of operations and model on the device, trains, stops,
+# resumes and moves small runs between CPU and GPU, learns preferences on both, and repeats the operations' tests under compute-sanitizer. Prints `ok NAME`,
 # `FAIL NAME: why` or `skip NAME: why` and last `N passed, N failed`; of TEST_CUDA only what failed or was skipped.
 #
 # In the environment: BUDGET (450 seconds; the sanitizer's tools share what the rest leaves), LOGS (a folder that keeps what the
@@ -10,10 +10,10 @@
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
-test_cuda=$(absolute "${1:-none}") train=$(absolute "${2:-$root/train}")
+test_cuda=$(absolute "${1:-none}") train=$(absolute "${2:-$root/train}") dpo=$(absolute "${3:-$root/dpo}")
 device=${DEVICE:-cuda} dtypes=${DTYPES:-bf16 f32} steps=${STEPS:-200} budget=${BUDGET:-450}
 half=$((steps / 2))
-for program in "$test_cuda" "$train"; do
+for program in "$test_cuda" "$train" "$dpo"; do
     [ -x "$program" ] || { echo "test_gpu.sh: error: $program: no such program: make gpu-test"; exit 1; }
 done
 began=$(date +%s)
@@ -177,6 +177,31 @@ if fresh cpu cpu f32; then
         if half_of "$dtype" "$dtype-cpu" && run "$dtype-cpu" --resume --device cpu --dtype f32; then
             check "a run of the device in $dtype goes on on the CPU" 'too far' near "$dtype-cpu" cpu 1 "$steps" $tolerance
         fi
+    done
+fi
+
+# ---- preference optimisation ----
+
+awk 'function part(n,  s, i) { for (i = 0; i < n; i++) { seed = (seed * 16807) % 2147483647; s = s "<Un" seed % 100 ">" }; return s }
+    BEGIN { seed = 7; for (p = 0; p < 160; p++)
+        printf "{\"prompt\": \"%s\", \"chosen\": \"%s\", \"rejected\": \"%s\"}\n", part(p % 23), part(1 + p % 7), part(1 + p % 11) }' >pairs.jsonl
+# prefer NAME DEVICE DTYPE OPTIONS...: twenty steps of dpo, from the run that the CPU has made
+prefer() {
+    prefer_name=$1 prefer_device=$2 prefer_dtype=$3
+    shift 3
+    limited 120 "$dpo" pairs.jsonl --init cpu --batch 8 --steps 20 --lr 1e-4 --warmup 0 --share-prompt --device "$prefer_device" \
+        --dtype "$prefer_dtype" --out "$prefer_name" "$@" >"$logs/$prefer_name.out" 2>"$logs/$prefer_name.err" </dev/null && return
+    fail "dpo $prefer_name" "status $?: $(head -n 1 "$logs/$prefer_name.err")"
+    return 1
+}
+if [ -d cpu ] && prefer dpo-cpu cpu f32; then
+    for dtype in $dtypes; do
+        case $dtype in f32) tolerance=1e-3 ;; *) tolerance=5e-2 ;; esac
+        prefer "dpo-$dtype" "$device" "$dtype" && prefer "dpo-$dtype-2" "$device" "$dtype" || continue
+        check "dpo, $dtype: the losses are the CPU's" 'too far' near "dpo-$dtype" dpo-cpu 1 20 $tolerance
+        check "dpo, $dtype: two runs have the same log" 'differ' same_logs "dpo-$dtype" "dpo-$dtype-2"
+        check "dpo, $dtype: and the same weights and moments" 'differ' same_weights "dpo-$dtype" "dpo-$dtype-2" 20
+        check "dpo, $dtype: and the same reference" 'differ' cmp "dpo-$dtype/reference.bin" "dpo-$dtype-2/reference.bin"
     done
 fi
 
