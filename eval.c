@@ -1,4 +1,5 @@
-/* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part. */
+/* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part, `./eval generate`
+   lets it go on where the stories there have begun. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
@@ -8,6 +9,11 @@
 typedef struct options {
     char *train, *json, *device, *dtype;
     int context, batch, threads;
+    /* of generate */
+    char *kmeans, *out, *transcripts;
+    double prompt_seconds, temperature, top_p, repetition_penalty;
+    long seed;
+    int prompt_units, rate, top_k, max_new, greedy;
 } options;
 
 static int flag_table(slam_flag *f, options *o) {
@@ -16,11 +22,29 @@ static int flag_table(slam_flag *f, options *o) {
         {"train", SLAM_TEXT, &o->train, "DATA", NULL, "count n-grams on this: what counting alone reaches on the same tokens", 0, 0,
          0, 0},
         {"context", SLAM_INT, &o->context, "N", NULL, "tokens of a row (the run's own, else 1024)", 2, 1 << 24, 0, 0},
-        {"batch", SLAM_INT, &o->batch, "N", "8", "rows at once", 1, 1 << 20, 0, 0},
+        {"batch", SLAM_INT, &o->batch, "N", "8 | 64", "rows (generate: prompts) at once", 1, 1 << 20, 0, 0},
         {"json", SLAM_TEXT, &o->json, "FILE", NULL, "write the figures to this file", 0, 0, 0, 0},
         {"device", SLAM_TEXT, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
         {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
         {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core", 0, 4096, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Generation", 0, 0, 0, 0},
+        {"out", SLAM_TEXT, &o->out, "FILE", NULL, "FILE.jsonl: file_name, prompt and units of each continuation. Also -o", 0, 0, 0,
+         0},
+        {"prompt-seconds", SLAM_REAL, &o->prompt_seconds, "S", "3", "how much of a recording is its prompt; 0: all of it", 0, 1e6,
+         0, 0},
+        {"prompt-units", SLAM_INT, &o->prompt_units, "N", "0", "or its first N units; 0: by seconds", 0, 1 << 28, 0, 0},
+        {"kmeans", SLAM_TEXT, &o->kmeans, "FILE", NULL, "KM.npy, whose units PROMPTS that are audio become", 0, 0, 0, 0},
+        {"rate", SLAM_INT, &o->rate, "25|50", "25", "frames a second of the durations in PROMPTS.jsonl", 1, 1000, 0, 0},
+        {"max-new", SLAM_INT, &o->max_new, "N", "150",
+         "units of a continuation at most (no more than half the context unless it is given)", 1, 1 << 24, 0, 0},
+        {"temperature", SLAM_REAL, &o->temperature, "X", "0.8", "logits are divided by it", 1e-6, 1e6, 0, 0},
+        {"top-k", SLAM_INT, &o->top_k, "N", "25", "draw from the N most likely; 0: all", 0, 1 << 20, 0, 0},
+        {"top-p", SLAM_REAL, &o->top_p, "P", "1", "draw from the most likely that make up P", 0, 1, 0, 0},
+        {"repetition-penalty", SLAM_REAL, &o->repetition_penalty, "X", "1", "for what was there already; 1: none", 1e-3, 1e3, 0, 0},
+        {"greedy", SLAM_SWITCH, &o->greedy, NULL, NULL, "take the most likely, draw nothing", 0, 0, 0, 0},
+        {"seed", SLAM_LONG, &o->seed, "N", "0", "of the draws", 0, 0, 0, 0},
+        {"transcripts", SLAM_TEXT, &o->transcripts, "FILE", NULL,
+         "auto-BLEU-2 of texts, a line for each continuation that was heard; generates nothing", 0, 0, 0, 0},
     };
     const int n = (int)(sizeof table / sizeof *table);
     for (int i = 0; i < n; i++) f[i] = table[i];
@@ -31,7 +55,8 @@ static int flag_table(slam_flag *f, options *o) {
 typedef struct job {
     options o;
     slam_flags flags;
-    slam_flag table[8];
+    slam_flag table[24];
+    int generates;
     slam_list test, train; /* patterns */
     const char *note;      /* of the data that are scored, where the call does not name them */
     char *folder;
@@ -41,15 +66,20 @@ typedef struct job {
     slam_data *test_data, *train_data;
 } job;
 
-/* [MODEL] ppl [DATA...]; 0: it is not that. */
+static const char *const tasks[] = {"ppl", "generate"};
+
+static int is_task(const char *word) { return !strcmp(word, tasks[0]) || !strcmp(word, tasks[1]); }
+
+/* [MODEL] ppl [DATA...], [MODEL] generate [PROMPTS...]; 0: it is not that. */
 static int read_arguments(job *j, const char **model) {
     const slam_list *rest = &j->flags.rest;
     size_t task = 0;
     *model = NULL;
-    if (rest->n && strcmp(rest->at[0], "ppl")) *model = rest->at[task++];
-    if (task < rest->n && strcmp(rest->at[task], "ppl"))
-        return slam_refuse("%s: there is no such task, expected ppl", rest->at[task]);
-    if (task == rest->n && *model) return slam_refuse("the task is missing after %s, expected ppl", *model);
+    if (rest->n && !is_task(rest->at[0])) *model = rest->at[task++];
+    if (task < rest->n && !is_task(rest->at[task]))
+        return slam_refuse("%s: there is no such task, expected ppl or generate", rest->at[task]);
+    if (task == rest->n && *model) return slam_refuse("the task is missing after %s, expected ppl or generate", *model);
+    j->generates = task < rest->n && !strcmp(rest->at[task], "generate");
     for (size_t i = task + 1; i < rest->n; i++)
         if (!slam_list_add(&j->test, rest->at[i])) return 0;
     return !j->o.train || slam_list_add(&j->train, j->o.train);
@@ -135,21 +165,194 @@ static int write_json(const char *path, double nll, uint64_t n, const double *ng
     return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", path);
 }
 
-static int score(job *j, const char *argv0, const char *path) {
+/* ---- generate ---- */
+
+typedef struct generation {
+    job *job;
+    slam_quantiser *quantiser;
+    slam_prompts prompts;
+    slam_progress progress;
+    uint64_t tokens;
+    size_t failed; /* audio files */
+    int stopped;
+} generation;
+
+static int ends_in(const char *path, const char *end) {
+    const size_t n = strlen(path), m = strlen(end);
+    return n > m && !strcmp(path + n - m, end);
+}
+
+static int listen(void *context, const slam_speech_progress *p) {
+    generation *g = (generation *)context;
+    if (p->failed) {
+        slam_progress_clear(&g->progress);
+        fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
+        g->failed++;
+        return 1;
+    }
+    slam_progress_show(&g->progress, (double)p->done, (double)p->of, "listening to the prompts");
+    return !slam_signals_stop();
+}
+
+static int hear_prompts(generation *g, const slam_list *arguments, const slam_prompt_length *length) {
+    const job *j = g->job;
+    slam_speech_settings settings;
+    slam_list files;
+    memset(&files, 0, sizeof files);
+    if (!j->o.kmeans) return slam_refuse("%s: is audio: --kmeans KM.npy makes units of it", arguments->at[0]);
+    slam_speech_defaults(&settings);
+    settings.rate = j->o.rate;
+    int ok = (g->quantiser = slam_quantiser_open(j->o.kmeans, &settings, j->ops)) != NULL;
+    const uint32_t made = ok ? slam_quantiser_fingerprint(g->quantiser) : 0;
+    if (ok && j->run.units && j->run.units != made)
+        ok = slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", j->o.kmeans, (unsigned)made,
+                         (unsigned)j->run.units);
+    ok = ok && slam_audio_list(&files, (const char *const *)arguments->at, arguments->n) &&
+         slam_prompts_audio(&g->prompts, g->quantiser, &files, length, listen, g);
+    slam_progress_clear(&g->progress);
+    slam_list_free(&files);
+    return ok;
+}
+
+/* PROMPTS, or the beginnings of the bundled corpus's validation part. */
+static int find_prompts(generation *g, const char *argv0) {
+    job *j = g->job;
+    const slam_prompt_length length = {(size_t)j->o.prompt_units, j->o.prompt_units ? 0 : j->o.prompt_seconds, j->o.rate};
+    slam_list audio;
+    size_t guessed, all_guessed = 0, lists = 0;
+    memset(&audio, 0, sizeof audio);
+    int ok = j->test.n || bundled(argv0, "test/corpus/val.bin", &j->test);
+    for (size_t i = 0; ok && i < j->test.n; i++) {
+        const char *path = j->test.at[i];
+        slam_list one = {&j->test.at[i], 1, 1};
+        if (ends_in(path, ".jsonl")) {
+            ok = slam_prompts_units(&g->prompts, path, &length, &guessed);
+            all_guessed += ok ? guessed : 0;
+        } else if (ends_in(path, ".bin")) {
+            slam_data *data = open_data(j, &one, slam_model_config(j->model)->T, 0, NULL);
+            ok = data && slam_prompts_data(&g->prompts, data, &length);
+            lists += length.seconds > 0;
+            slam_data_free(data);
+        } else ok = slam_list_add(&audio, path);
+    }
+    ok = ok && (!audio.n || hear_prompts(g, &audio, &length));
+    slam_list_free(&audio);
+    if (ok && !g->prompts.n) return slam_refuse("%s: there is no prompt in it", j->test.at[0]);
+    if (ok && (lists || all_guessed)) j->note = " (no durations: 18 units a second; --prompt-units N takes N)";
+    return ok;
+}
+
+static int watch(void *context, size_t done, uint64_t tokens) {
+    generation *g = (generation *)context;
+    const double seconds = slam_clock() - g->progress.began, of = (double)g->prompts.n, most = of * g->job->o.max_new;
+    const double share = (double)tokens / most > (double)done / of ? (double)tokens / most : (double)done / of;
+    char what[96], rate[32];
+    snprintf(what, sizeof what, "%zu/%zu prompts  %s tokens/s", done, g->prompts.n,
+             slam_spell_count(rate, (double)tokens / (seconds > 1e-3 ? seconds : 1e-3)));
+    slam_progress_show(&g->progress, share, 1, what);
+    g->tokens = tokens;
+    g->stopped = slam_signals_stop();
+    return !g->stopped;
+}
+
+/* The figures, and the file; a part of the continuations is kept as FILE.partial. */
+static int tell_generation(generation *g, double seconds) {
+    const options *o = &g->job->o;
+    size_t done = 0, ended = 0, cut = 0;
+    char rate[32], tokens[32], time[32], *partial = NULL;
+    for (size_t i = 0; i < g->prompts.n; i++) {
+        const slam_prompt *p = &g->prompts.at[i];
+        done += p->continuation != NULL;
+        ended += p->continuation && p->ended;
+        cut += p->cut > 0;
+    }
+    const double share = slam_prompts_auto_bleu(&g->prompts, 2);
+    if (share < 0) return 0;
+    if (cut) printf("%zu prompts were longer than the context of %d leaves room for, and lost their beginnings\n", cut, o->context);
+    printf("%zu continuations, of which %zu ended by themselves: %s tokens in %s, %s tokens/s\nauto-BLEU-2 of units  %.4f\n", done,
+           ended, slam_spell_count(tokens, (double)g->tokens), slam_spell_time(time, seconds),
+           slam_spell_count(rate, (double)g->tokens / seconds), share);
+    int ok = 1;
+    if (o->out && g->stopped) {
+        const size_t n = strlen(o->out) + 9;
+        ok = (partial = (char *)malloc(n)) != NULL;
+        if (ok) snprintf(partial, n, "%s.partial", o->out);
+    }
+    const char *path = partial ? partial : o->out;
+    ok = ok && (!path || slam_prompts_write(&g->prompts, path));
+    if (ok && path) printf("written to %s\n", path);
+    if (ok && g->stopped) printf("stopped after %zu of %zu prompts; the same command begins anew\n", done, g->prompts.n);
+    free(partial);
+    return ok;
+}
+
+static int write_generation_json(const generation *g) {
+    FILE *f = fopen(g->job->o.json, "w");
+    if (!f) return slam_refuse("%s: cannot be written", g->job->o.json);
+    fprintf(f, "{\"task\": \"generate\", \"n\": %zu, \"tokens\": %llu, \"auto_bleu_2\": %.17g}\n", g->prompts.n,
+            (unsigned long long)g->tokens, slam_prompts_auto_bleu(&g->prompts, 2));
+    const int failed = ferror(f);
+    return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", g->job->o.json);
+}
+
+static int score_transcripts(const char *path) {
+    size_t n;
+    const double share = slam_texts_auto_bleu(path, 2, &n);
+    if (share >= 0) printf("auto-BLEU-2 of texts  %.4f over %zu lines of %s\n", share, n, path);
+    return share >= 0;
+}
+
+/* With j's model loaded. Leaves in *status what the program returns where it goes well: 3 where audio files were left out. */
+static int generate(job *j, const char *argv0, int *status) {
+    options *o = &j->o;
+    generation g;
+    memset(&g, 0, sizeof g);
+    g.job = j;
+    slam_signals_catch();
+    slam_progress_begin(&g.progress);
+    if (!o->context) o->context = atoi(setting(j, "context", "1024"));
+    if (!slam_flags_given(&j->flags, "context") && o->context > slam_model_config(j->model)->T)
+        o->context = slam_model_config(j->model)->T;
+    if (!slam_flags_given(&j->flags, "max-new") && o->max_new > o->context / 2) o->max_new = o->context / 2;
+    const slam_generation how = {{o->greedy ? 0 : o->temperature, o->top_k, o->top_p, o->repetition_penalty},
+                                 o->max_new,
+                                 o->context,
+                                 o->batch,
+                                 (uint64_t)o->seed};
+    int ok = (!o->out || slam_prompts_may_write(o->out)) && find_prompts(&g, argv0);
+    if (ok) {
+        printf("prompts  %zu%s\n", g.prompts.n, j->note ? j->note : "");
+        for (size_t i = 0; i < j->test.n; i++) printf("         %s\n", j->test.at[i]);
+        fflush(stdout);
+        slam_progress_begin(&g.progress);
+        ok = slam_generate(j->model, &how, &g.prompts, watch, &g);
+        const double seconds = slam_clock() - g.progress.began;
+        slam_progress_clear(&g.progress);
+        ok = ok && tell_generation(&g, seconds) && (!o->json || g.stopped || write_generation_json(&g));
+    }
+    *status = g.failed ? 3 : 0;
+    slam_prompts_free(&g.prompts);
+    slam_quantiser_free(g.quantiser);
+    return ok;
+}
+
+static int score(job *j, const char *argv0, const char *path, int *status) {
     static const char *const names[] = {"unigram", "bigram", "trigram", "4-gram", "5-gram"};
     const options *o = &j->o;
     char note[256], spelled[32];
     double nll, ngrams[5];
     uint64_t targets, same;
     const int named = j->test.n > 0;
+    if (j->generates && o->transcripts) return score_transcripts(o->transcripts);
     if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
     if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
     slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
     const slam_config *c = slam_model_config(j->model);
     const int context = o->context ? o->context : atoi(setting(j, "context", "1024"));
-    if (!name_data(j, argv0) || !open_all(j, context, named)) return 0;
+    if (!j->generates && (!name_data(j, argv0) || !open_all(j, context, named))) return 0;
     printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(c)));
+    if (j->generates) return generate(j, argv0, status);
     for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
     for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
     fflush(stdout);
@@ -174,22 +377,24 @@ int main(int argc, char **argv) {
     const char *model;
     memset(&j, 0, sizeof j);
     j.flags.program = "eval";
-    j.flags.usage = "[MODEL] ppl [DATA...] [options]";
+    j.flags.usage = "[MODEL] ppl [DATA...] [options]\n       eval [MODEL] generate [PROMPTS...] [options]";
     j.flags.about =
         "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
         "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on "
-        "what the run was validated on, beside n-gram models counted on what it was trained on.";
+        "what the run was validated on, beside n-gram models counted on what it was trained on. generate: continues PROMPTS, "
+        "which are audio, unit files or token shards; without PROMPTS the bundled validation part.";
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    int status = parsed == 0 || (parsed == 1 && (!slam_flags_defaults(&j.flags, 0) || !slam_device_check(j.o.device) ||
-                                                 !read_arguments(&j, &model)))
+    int status = parsed == 0 || (parsed == 1 && (!read_arguments(&j, &model) || !slam_flags_defaults(&j.flags, j.generates) ||
+                                                 !slam_device_check(j.o.device)))
                      ? 2
                      : 0;
-    if (parsed == 1 && status == 0) status = !score(&j, argv[0], model);
-    if (status == 0 && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
+    int done = 0;
+    if (parsed == 1 && status == 0) status = score(&j, argv[0], model, &done) ? done : 1;
+    if ((status == 0 || status == 3) && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
     if (status == 2) slam_flags_usage(&j.flags);
-    else if (status) fprintf(stderr, "eval: error: %s\n", slam_error());
+    else if (status == 1) fprintf(stderr, "eval: error: %s\n", slam_error());
     slam_data_free(j.test_data);
     slam_data_free(j.train_data);
     slam_model_free(j.model);

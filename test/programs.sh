@@ -160,9 +160,37 @@ check 'eval finds the loss that training found' 'differ' sh -c "echo \$(sed 's/.
     awk '{ d = \$1 - \$2; exit !(NF == 2 && d < 1e-5 && d > -1e-5) }'"
 if [ -f "$programs/test/corpus/train.bin" ]; then
     check 'the bundled corpus is found from anywhere' 'status' "$train" --steps 1 --eval-every 0 --out bundled
+    check 'its stories are continued' 'lines' sh -c "'$eval' bundled generate --max-new 3 -o stories.jsonl && test \$(grep -c '\"file_name\": .*val.bin:[0-9]*\", \"prompt\": \\[.*\"units\": ' stories.jsonl) = 84"
 else
     echo "skip the bundled corpus: it is not beside $train"
 fi
+
+# ---- generation ----
+
+go_on="generate v.jsonl --prompt-units 4 --max-new 30"
+check 'eval generate' 'status' "$eval" one $go_on -o said.jsonl --json said.json
+check 'a line for each prompt, of so many units' 'lines' test "$(grep -c '^{"file_name": "[0-9]*", "prompt": \[[0-9]*, [0-9]*, [0-9]*, [0-9]*\], "units": \[[0-9, ]*\]}$' said.jsonl)" = 20
+check 'figures as JSON' 'JSON' grep -q '^{"task": "generate", "n": 20, "tokens": [0-9]*, "auto_bleu_2": [0-9.e-]*}$' said.json
+check 'one at a time says the same' 'differ' sh -c "'$eval' one $go_on -o alone.jsonl --batch 1 && cmp said.jsonl alone.jsonl"
+check 'another seed says something else' 'the same' sh -c "'$eval' one $go_on -o other.jsonl --seed 1 && ! cmp said.jsonl other.jsonl"
+check '--greedy needs no seed' 'differ' sh -c "'$eval' one $go_on --greedy -o said.jsonl && '$eval' one $go_on --greedy -o other.jsonl --seed 1 && cmp said.jsonl other.jsonl"
+check 'a prompt longer than the context has room for' 'not told' sh -c "'$eval' one generate v.jsonl --prompt-seconds 0 --max-new 50 | grep -q 'prompts were longer than the context of 64'"
+check 'continuations are prompts' 'status' "$eval" one generate said.jsonl --max-new 2
+printf 'one two one two\n\n' >texts.txt
+check 'auto-BLEU of texts' 'figure' sh -c "'$eval' generate --transcripts texts.txt | grep -q '0.3333 over 2 lines'"
+refuses 'no room for a prompt' 1 '64 new tokens.*context of 64' "$eval" one generate v.jsonl --max-new 64
+refuses 'a folder that is not there, before anything is generated' 1 'no/said.jsonl: cannot be written' "$eval" one $go_on -o no/said.jsonl
+refuses 'prompts that are not there' 1 'nothing.jsonl' "$eval" one generate nothing.jsonl
+refuses 'prompts beyond the vocabulary' 1 'x: token 702 at position 1' sh -c "echo '{\"units\": [700], \"file_name\": \"x\"}' >far.jsonl; exec '$eval' one generate far.jsonl"
+refuses 'audio without --kmeans' 1 'x.wav.*--kmeans' "$eval" one generate x.wav
+refuses 'a hot top-p' 2 'top-p' "$eval" one $go_on --top-p 2
+cat v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl >many.jsonl
+"$eval" one generate many.jsonl --batch 1 --max-new 60 -o halted.jsonl >halted.out 2>&1 &
+halted=$!
+while ! grep -q '^prompts' halted.out && kill -0 $halted 2>/dev/null; do :; done
+kill -INT $halted
+check 'a signal ends it well' 'status' wait $halted
+check 'what was done by then is kept apart' 'files' sh -c 'grep -q "^stopped after [0-9]* of 200" halted.out && test -f halted.jsonl.partial -a ! -e halted.jsonl'
 
 # ---- refusals ----
 
