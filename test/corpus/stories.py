@@ -151,7 +151,7 @@ class Someone:
         pronoun, noun = nouns
         self.count = rng.choice([1, 1, 1, 2, 3])
         self.many = self.count > 1
-        self.noun = plural(noun) if self.many else noun
+        self.species, self.noun = noun, plural(noun) if self.many else noun
         self.manner = rng.choice(MANNERS)
         self.name = rng.choice(table(NAMES, pronoun)) if self.count == 1 and rng.random() < 0.5 else None
         self.pronoun = "they" if self.many else pronoun
@@ -173,16 +173,17 @@ class Something:
 
     def __init__(self, rng):
         self.many = rng.random() < 0.4
-        noun = rng.choice(THINGS)
-        self.words = rng.choice(COLOURS) + " " + (plural(noun) if self.many else noun)
+        self.noun = rng.choice(THINGS)
+        self.nouns = plural(self.noun) if self.many else self.noun
+        self.colour = rng.choice(COLOURS)
 
     def said(self, how, rng):
         article = {"a": "some" if self.many else "a", "the": "the",
                    "this": "these" if self.many else "this", "one": ""}[how]
-        return (article + " " + self.words).strip()
+        return f"{article} {self.identity()}".strip()
 
     def identity(self):
-        return self.words
+        return f"{self.colour} {self.nouns}"
 
 
 class Somewhere:
@@ -208,6 +209,12 @@ def table(text, key=None):
     return [word for heading, word in pairs if heading == key] if key else pairs
 
 
+def choices(names):
+    """("fruit", "dish") -> [("apple", "cake"), ...]"""
+    words = [word.replace("_", " ") for word in CHOICES[names].split()]
+    return list(zip(*(words[i::len(names)] for i in range(len(names)))))
+
+
 # ------------------------------------------------------------------------------------------ telling
 
 def lines(plot):
@@ -224,10 +231,8 @@ def cast_for(plot, rng):
             "place": Somewhere(place), "elsewhere": Somewhere(elsewhere)}
     if cast["friend"].name == cast["hero"].name:
         cast["friend"].name = None
-    for names, rows in CHOICES.items():
-        words = rows.split()
-        row = rng.randrange(len(words) // len(names)) * len(names)
-        cast.update((name, word.replace("_", " ")) for name, word in zip(names, words[row:row + len(names)]))
+    for names in CHOICES:
+        cast.update(zip(names, rng.choice(choices(names))))
     cast["fruits"] = plural(cast["fruit"])
     return cast
 
@@ -241,10 +246,15 @@ def always_named(plot):
     return sorted(parts)
 
 
+def cast_number(plot, cast):
+    """A hash of the plot and of who and what every telling of it names."""
+    named = [cast[part] if isinstance(cast[part], str) else cast[part].identity() for part in always_named(plot)]
+    return int(hashlib.sha256(", ".join([plot] + named).encode()).hexdigest(), 16)
+
+
 def is_validation(plot, cast, every=20):
     """One story in `every` is kept for validation."""
-    named = [cast[part] if isinstance(cast[part], str) else cast[part].identity() for part in always_named(plot)]
-    return int(hashlib.sha256(", ".join([plot] + named).encode()).hexdigest(), 16) % every == 0
+    return cast_number(plot, cast) % every == 0
 
 
 def can_act(part):

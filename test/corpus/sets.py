@@ -1,0 +1,388 @@
+#!/usr/bin/env python3
+"""Preference pairs and test sets out of the stories' grammar, for make.sh.
+
+    sets.py say FOLDER        write FOLDER/NAME.txt for all that has to be spoken; print a line "FOLDER/NAME voice speed" for each
+    sets.py write UNITS OUT   make the files in the folder OUT, from what the tokenizer made of the sound (UNITS.jsonl)
+    sets.py show              print what is said, right and wrong
+
+    pairs.jsonl, pairs-val.jsonl  a story's beginning, how it goes on, and how it does not: preference pairs
+    storycloze/                   a whole story with its right end and with a wrong one
+    swuggy/                       words of the stories, and what could be words
+    sblimp/                       sentences of the stories, and what breaks their grammar
+
+Whatever is wrong was made from what is right by one change, and by a change that goes either way: the mountain in
+the place of the castle as often as the castle in the place of the mountain. What is likely by itself decides nothing.
+"""
+import copy
+import csv
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import stories
+
+VOICES = "en-us en-gb en-us+m1 en-gb+m3 en-us+f2 en-us+f4".split()
+SPEEDS = "155 165 175".split()
+SEED = 1
+
+PAIRS, HELD_OUT_PAIRS, CLOZE = 500, 200, 200
+SHUFFLED = 5                                   # one rejected ending of so many has its words shuffled
+WORDS, WORD_VOICES = 200, ["en-us", "en-gb+m3", "en-us+f2"]
+SENTENCES, SENTENCE_VOICES = 35, ["en-us+m1", "en-gb"]      # sentences of a subtype
+
+
+def spoken(number):
+    """Voices and speeds take turns."""
+    return VOICES[number % len(VOICES)], SPEEDS[number // len(VOICES) % len(SPEEDS)]
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+# ------------------------------------------------------------------------------------------ stories with wrong ends
+
+# Which casts are told where. A validation story's cast is in no training story, and of those casts one half is for
+# the preference pairs to validate on and the other for the cloze test.
+def kept_for(plot, cast):
+    number = stories.cast_number(plot, cast)
+    if number % 20:
+        return "pairs"
+    return "held-out pairs" if number // 20 % 2 else "cloze"
+
+
+class Telling:
+    """A plot, a cast and a choice of wordings, whose sentences can be told again with another cast."""
+
+    def __init__(self, plot, rng):
+        self.plot, self.cast, self.seed = plot, stories.cast_for(plot, rng), rng.random()
+        self.wordings = [rng.choice(wordings) for optional, wordings in stories.lines(plot) if not optional or rng.random() < 0.3]
+
+    def sentences(self, cast, first=0):
+        """Sentences from `first` on have the parts of another cast."""
+        told = set()
+        return [stories.sentence(wording, cast if i >= first else self.cast, told, random.Random(f"{self.seed} {i}"))
+                for i, wording in enumerate(self.wordings)]
+
+
+def other(rng, choices, one):
+    return rng.choice([choice for choice in choices if choice != one])
+
+
+def recast(cast, part, rng):
+    """The same cast but for one part, which stays as many and as male or female as it was; None: it cannot be changed."""
+    cast = dict(cast)
+    if part in ("hero", "friend"):
+        cast[part] = someone = copy.copy(cast[part])
+        kinds = [pronoun for pronoun in ("he", "she") if someone.species in stories.table(stories.HEROES, pronoun)]
+        someone.species = other(rng, stories.table(stories.HEROES, kinds[0]), someone.species)
+        someone.noun = stories.plural(someone.species) if someone.many else someone.species
+        if someone.name:
+            someone.name = other(rng, stories.table(stories.NAMES, kinds[0]), someone.name)
+    elif part == "thing":
+        cast[part] = thing = copy.copy(cast[part])
+        thing.noun = other(rng, stories.THINGS, thing.noun)
+        thing.nouns = stories.plural(thing.noun) if thing.many else thing.noun
+        thing.colour = other(rng, stories.COLOURS, thing.colour)
+    elif part == "place":
+        cast[part] = stories.Somewhere(other(rng, stories.table(stories.PLACES), (cast[part].preposition, cast[part].noun)))
+    else:
+        names = next(names for names in stories.CHOICES if names[0] == part)
+        rows = stories.choices(names)
+        row = other(rng, rows, tuple(cast[name] for name in names))
+        cast.update(zip(names, row))
+        cast["fruits"] = stories.plural(cast["fruit"])
+    return cast
+
+
+def wrong_ending(telling, at, rng):
+    """Sentence `at` with a part that is not the one the story has told of; None: it names none."""
+    right = telling.sentences(telling.cast)
+    before = set(words(" ".join(right[:at])))
+    parts = ["hero", "friend", "thing", "place"] + [names[0] for names in stories.CHOICES]
+    rng.shuffle(parts)
+    for part in parts:
+        wrong = telling.sentences(recast(telling.cast, part, rng), at)[at]
+        lost, new = set(words(right[at])) - set(words(wrong)), set(words(wrong)) - set(words(right[at]))
+        if lost and lost <= before and new and not new & before:
+            return part, wrong
+    return None
+
+
+def shuffled(sentence, rng):
+    order = words(sentence)
+    while True:
+        mixed = order[:]
+        rng.shuffle(mixed)
+        # no two neighbours stay neighbours
+        if not set(zip(mixed, mixed[1:])) & set(zip(order, order[1:])):
+            return " ".join(mixed).capitalize() + "."
+
+
+def story_pairs(which, count, most_words, whole):
+    """[(kind, prompt, right, wrong), ...]; whole: the ending is the story's last sentence."""
+    rng, seen, made = random.Random(f"{which} {SEED}"), set(), []
+    while len(made) < count:
+        telling = Telling(rng.choice(list(stories.PLOTS)), rng)
+        if kept_for(telling.plot, telling.cast) != which:
+            continue
+        right = telling.sentences(telling.cast)
+        at = len(right) - 1 if whole else rng.randrange(2, len(right))
+        found = wrong_ending(telling, at, rng)
+        if not found or len(words(" ".join(right[:at] + [right[at], "" if whole else found[1]]))) > most_words:
+            continue
+        kind, wrong = found
+        if not whole and len(made) % SHUFFLED == SHUFFLED - 1:
+            if len(set(words(right[at]))) < 6:
+                continue
+            kind, wrong = "shuffled", shuffled(right[at], rng)
+        prompt = " ".join(right[:at])
+        if (prompt, right[at]) not in seen:
+            seen.add((prompt, right[at]))
+            made.append((kind, prompt, right[at], wrong))
+    return made
+
+
+# ------------------------------------------------------------------------------------------ words
+
+# What the changes make by chance and English has: the ear of a reader, not of a dictionary.
+ENGLISH = set()
+
+
+def pronounce(voice, vocabulary):
+    """{word: [phones]} in espeak-ng's spelling, the stress before its vowel."""
+    said = subprocess.run(["espeak-ng", "-q", "-x", "--sep=_", "-v", voice], input="\n\n".join(word + "." for word in vocabulary),
+                          stdout=subprocess.PIPE, check=True, text=True).stdout.split()
+    if len(said) != len(vocabulary):
+        sys.exit(f"sets.py: espeak-ng said {len(said)} of {len(vocabulary)} words")
+    return {word: [phone for phone in phones.split("_") if phone.strip("',;%=")] for word, phones in zip(vocabulary, said)}
+
+
+def is_vowel(phone):
+    return phone.lstrip("',%=")[0] in "aAeEiIoOuUV03@"
+
+
+def plain(phones):
+    return " ".join(phone.lstrip("',%=") for phone in phones)
+
+
+def exchanged(phones, donor, how):
+    """A word with another one's onset (s p | r I N) or tail (s p r I | N), as long as before; None: it cannot be."""
+    cut = []
+    for each in (phones, donor):
+        first = next((i for i, phone in enumerate(each) if is_vowel(phone)), len(each))
+        at = first if how == "onset" else first + 1
+        cut.append((each[:at], each[at:]))
+    (head, tail), (other_head, other_tail) = cut
+    if how == "onset":
+        made, good = other_head + tail, head and other_head and head[0] != other_head[0]
+    else:
+        made, good = head + other_tail, tail and other_tail and tail[0] != other_tail[0]
+    good = good and len(made) == len(phones) and sum(map(is_vowel, made)) == sum(map(is_vowel, phones))
+    return made if good else None
+
+
+def word_pairs():
+    """[(word, how often, {voice: (phones, phones of what is no word)}), ...]"""
+    counts = {}
+    for story in stories.stories(2000, "train", 0):
+        for word in words(story):
+            counts[word] = counts.get(word, 0) + 1
+    vocabulary = sorted(counts)
+    said = {voice: pronounce(voice, vocabulary) for voice in WORD_VOICES}
+    taken = {plain(phones) for each in said.values() for phones in each.values()} | ENGLISH
+    rng = random.Random(f"words {SEED}")
+    drawn = [(word, how) for word in vocabulary for how in ("onset", "tail") if len(said[VOICES[0]][word]) >= 4]
+    rng.shuffle(drawn)
+    made = []
+    for word, how in drawn:
+        for donor in rng.sample(vocabulary, len(vocabulary)):
+            wrong = {voice: exchanged(each[word], each[donor], how) for voice, each in said.items()}
+            if not all(wrong.values()) or taken & set(map(plain, wrong.values())):
+                continue
+            taken |= set(map(plain, wrong.values()))
+            made.append((word, counts[word], {voice: (each[word], wrong[voice]) for voice, each in said.items()}))
+            break
+    return made[:WORDS]
+
+
+# ------------------------------------------------------------------------------------------ sentences
+
+def flipped(cast, part, what):
+    """What makes a sentence disagree: "verb": of a part's number; "noun": one for many, many for one."""
+    cast = dict(cast)
+    cast[part] = one = copy.copy(cast[part])
+    if what == "verb":
+        one.many = not one.many
+    elif part == "thing":
+        one.nouns = one.noun if one.many else stories.plural(one.noun)
+    else:
+        one.noun = one.species if one.many else stories.plural(one.species)
+    return cast
+
+
+def sentence_pair(kind, subtype, rng):
+    """(right, wrong), or None where the sentence drawn has nothing to break"""
+    plot = rng.choice(list(stories.PLOTS))
+    cast = stories.cast_for(plot, rng)
+    for part in ("hero", "friend"):
+        cast[part].name = None
+    wording = rng.choice([wording for _, wordings in stories.lines(plot) for wording in wordings])
+    seed, told = rng.random(), set()
+    if subtype in ("verb", "be", "the_verb") or rng.random() < 0.5:
+        told = {"hero", "friend", "thing"}
+
+    def say(cast):
+        return stories.sentence(wording, cast, set(told), random.Random(seed))
+
+    right = say(cast)
+    if not 4 <= len(words(right)) <= 9:
+        return None
+    if kind == "agreement":
+        parts = [part for part in ("hero", "friend") if "{" in wording and say(flipped(cast, part, "verb")) != right]
+        if len(parts) != 1 or re.search(r"(this|is) thing", wording):
+            return None
+        wrong = say(flipped(cast, parts[0], "verb"))
+        be = {"is", "are"} & (set(words(wrong)) - set(words(right)))
+        if bool(be) != (subtype == "be"):
+            return None
+    elif kind == "determiner_noun":
+        part = rng.choice(["thing"] if subtype == "this_these" else ["thing", "hero", "friend"])
+        wrong = say(flipped(cast, part, "noun"))
+        gone = set(words(right))
+        if subtype == "this_these" and not gone & {"this", "these"}:
+            return None
+        # a determiner that shows the number stands before the noun
+        noun = next((a for a, b in zip(words(right), words(wrong)) if a != b), None)
+        if noun is None or (subtype == "a_two") != bool(set(words(right)[:words(right).index(noun)][-3:]) & set("a an two three some".split())):
+            return None
+    else:
+        order = words(right)
+        if subtype == "adjective":
+            places = [i for i in range(len(order) - 1) if order[i] in stories.COLOURS + stories.MANNERS]
+        else:
+            places = [i for i in range(1, len(order) - 1) if not set(order[i:i + 2]) & set(stories.COLOURS + stories.MANNERS)]
+        if not places:
+            return None
+        at = rng.choice(places)
+        order[at], order[at + 1] = order[at + 1], order[at]
+        wrong = " ".join(order).capitalize() + "."
+        right = " ".join(words(right)).capitalize() + "."
+    return (right, wrong) if words(right) != words(wrong) else None
+
+
+KINDS = [("agreement", "verb"), ("agreement", "be"), ("determiner_noun", "this_these"), ("determiner_noun", "a_two"),
+         ("word_order", "adjective"), ("word_order", "neighbours")]
+
+
+def sentence_pairs():
+    """[(type, subtype, right, wrong), ...]"""
+    made = []
+    for kind, subtype in KINDS:
+        rng, seen = random.Random(f"{kind} {subtype} {SEED}"), set()
+        while len(seen) < SENTENCES:
+            pair = sentence_pair(kind, subtype, rng)
+            # as many that lose an s as win one
+            if not pair or pair in seen:
+                continue
+            if len(pair[0]) != len(pair[1]) and (len(pair[0]) > len(pair[1])) != (len(seen) % 2 == 0):
+                continue
+            seen.add(pair)
+            made.append((kind, subtype) + pair)
+    return made
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def everything():
+    """Yields (file, row, names and texts that the row is made of, voice, speed)."""
+    for file, which, count in ("pairs", "pairs", PAIRS), ("pairs-val", "held-out pairs", HELD_OUT_PAIRS):
+        for i, (kind, prompt, right, wrong) in enumerate(story_pairs(which, count, 34, False)):
+            voice, speed = spoken(i)
+            names = [f"{file}-{i:03d}{part}" for part in "pcr"]
+            yield file, (kind,), dict(zip(names, (prompt, right, wrong))), voice, speed
+    for i, (kind, prompt, right, wrong) in enumerate(story_pairs("cloze", CLOZE, 36, True)):
+        voice, speed = spoken(i)
+        yield "storycloze", (kind,), {f"{i}_0": f"{prompt} {right}", f"{i}_1": f"{prompt} {wrong}"}, voice, speed
+    for i, (word, count, pair) in enumerate(word_pairs()):
+        for v, voice in enumerate(WORD_VOICES):
+            texts = {f"{i:03d}{side}{v}": "[[" + "|".join(phones) + "]]" for side, phones in zip("rw", pair[voice])}
+            yield "swuggy", (i, voice, count, word, [plain(phones) for phones in pair[voice]]), texts, voice, SPEEDS[1]
+    for i, (kind, subtype, right, wrong) in enumerate(sentence_pairs()):
+        for v, voice in enumerate(SENTENCE_VOICES):
+            texts = {f"{i:03d}{side}{v}": text for side, text in zip("rw", (right, wrong))}
+            yield "sblimp", (i, voice, kind, subtype), texts, voice, SPEEDS[1]
+
+
+def say(folder):
+    os.makedirs(folder, exist_ok=True)
+    for file, row, texts, voice, speed in everything():
+        for name, text in texts.items():
+            path = f"{folder}/{file}-{name}"
+            with open(path + ".txt", "w") as out:
+                out.write(text + "\n")
+            print(path, voice, speed)
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":"))
+
+
+def write(made, out):
+    with open(made) as lines:
+        units = {os.path.basename(line["file_name"])[:-4]: line["units"] for line in map(json.loads, lines)}
+    files, golds = {}, {"swuggy": ["id,filename,voice,frequency,word,phones,length,correct".split(",")],
+                        "sblimp": ["id,filename,voice,type,subtype,transcription,correct".split(",")]}
+    for file, row, texts, voice, speed in everything():
+        made = [units[f"{file}-{name}"] for name in texts]
+        if file.startswith("pairs"):
+            prompt, chosen, rejected = made
+            # repeats are removed across the seam too
+            chosen, rejected = [ending[ending[0] == prompt[-1]:] for ending in (chosen, rejected)]
+            files.setdefault(file + ".jsonl", []).append(compact({key: {"units": value} for key, value in
+                                                                 zip(("prompt", "chosen", "rejected"), (prompt, chosen, rejected))}))
+            continue
+        files.setdefault(file + "/units.jsonl", []).extend(compact({"file_name": name + ".wav", "units": value})
+                                                           for name, value in zip(texts, made))
+        for correct, (name, text) in zip((1, 0), texts.items()):
+            if file == "swuggy":
+                number, _, count, word, phones = row
+                phones = phones[1 - correct]
+                golds[file].append([number, name, voice, count if correct else 0, word if correct else phones.replace(" ", ""),
+                                    phones, len(phones.split()), correct])
+            elif file == "sblimp":
+                number, _, kind, subtype = row
+                golds[file].append([number, name, voice, kind, subtype, " ".join(words(text)), correct])
+    for file, rows in files.items():
+        os.makedirs(os.path.dirname(f"{out}/{file}"), exist_ok=True)
+        with open(f"{out}/{file}", "w") as target:
+            target.write("\n".join(rows) + "\n")
+    for file, rows in golds.items():
+        with open(f"{out}/{file}/gold.csv", "w", newline="") as target:
+            csv.writer(target, lineterminator="\n").writerows(rows)
+
+
+def show():
+    for file, row, texts, voice, speed in everything():
+        print(file, *row, "|", " | ".join(texts.values()))
+
+
+def main():
+    if sys.argv[1:2] == ["say"] and len(sys.argv) == 3:
+        say(sys.argv[2])
+    elif sys.argv[1:2] == ["write"] and len(sys.argv) == 4:
+        write(sys.argv[2], sys.argv[3])
+    elif sys.argv[1:] == ["show"]:
+        show()
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        sys.stderr.close()
