@@ -1,5 +1,5 @@
-/* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part, `./eval generate`
-   lets it go on where the stories there have begun. */
+/* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part, `./eval swuggy` (and
+   so on) on a bundled test set, `./eval generate` lets it go on where the stories there have begun. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
@@ -9,8 +9,12 @@
 typedef struct options {
     char *train, *json, *device, *dtype;
     int context, batch, threads;
+    slam_unit_flags units; /* of audio */
+    /* of test sets */
+    char *unit_file, *split, *submission;
+    int sum;
     /* of generate */
-    char *kmeans, *out, *transcripts;
+    char *out, *transcripts;
     double prompt_seconds, temperature, top_p, repetition_penalty;
     long seed;
     int prompt_units, rate, top_k, max_new, greedy;
@@ -27,13 +31,24 @@ static int flag_table(slam_flag *f, options *o) {
         {"device", SLAM_TEXT, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
         {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
         {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core", 0, 4096, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Audio", 0, 0, 0, 0},
+        {"kmeans", SLAM_TEXT, &o->units.kmeans, "KM.npy", NULL, "whose units audio becomes; KM.json beside it says how", 0, 0, 0,
+         0},
+        {"hubert", SLAM_TEXT, &o->units.hubert, "DIR", NULL, "the model that KM.json names, where it has moved, or names none", 0,
+         0, 0, 0},
+        {"layer", SLAM_INT, &o->units.layer, "N", "11", "of --hubert", 0, 1000, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Test sets", 0, 0, 0, 0},
+        {"units", SLAM_TEXT, &o->unit_file, "FILE.jsonl", NULL,
+         "the sequences as units (SlamKit features or tokens), found by the names of the set's files", 0, 0, 0, 0},
+        {"split", SLAM_CHOICE, &o->split, "dev|test", "dev", "of a folder with all of ZeroSpeech's", 0, 0, 0, 0},
+        {"sum", SLAM_SWITCH, &o->sum, NULL, NULL, "compare sums of log-probabilities, not means", 0, 0, 0, 0},
+        {"submission", SLAM_TEXT, &o->submission, "FILE", NULL, "write each file's score as ZeroSpeech takes them", 0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Generation", 0, 0, 0, 0},
         {"out", SLAM_TEXT, &o->out, "FILE", NULL, "FILE.jsonl: file_name, prompt and units of each continuation. Also -o", 0, 0, 0,
          0},
         {"prompt-seconds", SLAM_REAL, &o->prompt_seconds, "S", "3", "how much of a recording is its prompt; 0: all of it", 0, 1e6,
          0, 0},
         {"prompt-units", SLAM_INT, &o->prompt_units, "N", "0", "or its first N units; 0: by seconds", 0, 1 << 28, 0, 0},
-        {"kmeans", SLAM_TEXT, &o->kmeans, "FILE", NULL, "KM.npy, whose units PROMPTS that are audio become", 0, 0, 0, 0},
         {"rate", SLAM_INT, &o->rate, "25|50", "25", "frames a second of the durations in PROMPTS.jsonl", 1, 1000, 0, 0},
         {"max-new", SLAM_INT, &o->max_new, "N", "150",
          "units of a continuation at most (no more than half the context unless it is given)", 1, 1 << 24, 0, 0},
@@ -55,33 +70,44 @@ static int flag_table(slam_flag *f, options *o) {
 typedef struct job {
     options o;
     slam_flags flags;
-    slam_flag table[24];
-    int generates;
+    slam_flag table[36];
+    int task;
     slam_list test, train; /* patterns */
     const char *note;      /* of the data that are scored, where the call does not name them */
     char *folder;
     slam_trainer run; /* of the run that the model is from; without settings where it is from none */
     slam_ops *ops;
     slam_model *model;
+    slam_quantiser *quantiser;
     slam_data *test_data, *train_data;
+    slam_progress progress;
+    size_t failed; /* audio files */
 } job;
 
-static const char *const tasks[] = {"ppl", "generate"};
+enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, TASKS };
+static const char *const tasks[] = {"ppl", "swuggy", "sblimp", "storycloze", "salmon", "generate"};
 
-static int is_task(const char *word) { return !strcmp(word, tasks[0]) || !strcmp(word, tasks[1]); }
+static int task_of(const char *word) {
+    int task = 0;
+    while (task < TASKS && strcmp(word, tasks[task])) task++;
+    return task;
+}
 
-/* [MODEL] ppl [DATA...], [MODEL] generate [PROMPTS...]; 0: it is not that. */
+/* [MODEL] [TASK [PATH...]]; 0: it is not that. */
 static int read_arguments(job *j, const char **model) {
+    static const char expected[] = "expected ppl, swuggy, sblimp, storycloze, salmon or generate";
     const slam_list *rest = &j->flags.rest;
     size_t task = 0;
     *model = NULL;
-    if (rest->n && !is_task(rest->at[0])) *model = rest->at[task++];
-    if (task < rest->n && !is_task(rest->at[task]))
-        return slam_refuse("%s: there is no such task, expected ppl or generate", rest->at[task]);
-    if (task == rest->n && *model) return slam_refuse("the task is missing after %s, expected ppl or generate", *model);
-    j->generates = task < rest->n && !strcmp(rest->at[task], "generate");
+    j->task = PPL;
+    if (rest->n && task_of(rest->at[0]) == TASKS) *model = rest->at[task++];
+    if (task == rest->n && *model) return slam_refuse("the task is missing after %s, %s", *model, expected);
+    if (task < rest->n && (j->task = task_of(rest->at[task])) == TASKS)
+        return slam_refuse("%s: there is no such task, %s", rest->at[task], expected);
     for (size_t i = task + 1; i < rest->n; i++)
         if (!slam_list_add(&j->test, rest->at[i])) return 0;
+    if (j->task > PPL && j->task < GENERATE && j->test.n > 1)
+        return slam_refuse("%s: one test set at a time, after %s", j->test.at[1], j->test.at[0]);
     return !j->o.train || slam_list_add(&j->train, j->o.train);
 }
 
@@ -165,15 +191,161 @@ static int write_json(const char *path, double nll, uint64_t n, const double *ng
     return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", path);
 }
 
+/* ---- audio ---- */
+
+static int open_quantiser(job *j) {
+    slam_speech_settings settings;
+    if (!j->o.units.kmeans)
+        return slam_refuse("%s: is audio: --kmeans KM.npy makes units of it", j->test.n ? j->test.at[0] : "the set");
+    if (!slam_unit_settings(&j->flags, &j->o.units, 0, &settings)) return 0;
+    if (!(j->quantiser = slam_quantiser_open(j->o.units.kmeans, &settings, j->ops))) return 0;
+    const uint32_t made = slam_quantiser_fingerprint(j->quantiser);
+    if (j->run.units && j->run.units != made)
+        return slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", j->o.units.kmeans, (unsigned)made,
+                           (unsigned)j->run.units);
+    if (slam_quantiser_count(j->quantiser) > slam_model_config(j->model)->V - 2)
+        return slam_refuse("%s: %d units, the model has a vocabulary of %d, which is room for %d", j->o.units.kmeans,
+                           slam_quantiser_count(j->quantiser), slam_model_config(j->model)->V, slam_model_config(j->model)->V - 2);
+    return 1;
+}
+
+static int listen(void *context, const slam_speech_progress *p) {
+    job *j = (job *)context;
+    if (p->failed) {
+        slam_progress_clear(&j->progress);
+        fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
+        j->failed++;
+        return 1;
+    }
+    slam_progress_show(&j->progress, (double)p->done, (double)p->of, "listening");
+    return !slam_signals_stop();
+}
+
+/* ---- test sets ---- */
+
+static slam_testset *open_set(job *j, const char *argv0) {
+    static const int kinds[] = {0, SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON};
+    options *o = &j->o;
+    char folder[64];
+    snprintf(folder, sizeof folder, "test/corpus/%s", tasks[j->task]);
+    if (!j->test.n && !o->unit_file && j->task == SALMON) {
+        slam_refuse("salmon: expected the folder of SALMon's parts");
+        return NULL;
+    }
+    if (!j->test.n && !o->unit_file && !bundled(argv0, folder, &j->test)) return NULL;
+    char *units = o->unit_file;
+    slam_testset *set =
+        slam_testset_open(kinds[j->task], j->test.n ? j->test.at[0] : NULL, o->split, o->units.kmeans != NULL, &units);
+    if (set && units != o->unit_file) slam_flags_set(&j->flags, "units", units);
+    if (units != o->unit_file) free(units);
+    return set;
+}
+
+/* The sequences: of the file of units, or of audio, of which every file must be heard. */
+static int hear_set(job *j, const slam_testset *set, slam_units *units) {
+    slam_list paths;
+    if (j->o.unit_file) return slam_testset_units(set, j->o.unit_file, slam_model_config(j->model)->V - 2, units);
+    memset(&paths, 0, sizeof paths);
+    slam_sources *sources = open_quantiser(j) && slam_testset_audio(set, &paths) ? slam_sources_audio(&paths, 0) : NULL;
+    int ok = sources && slam_quantiser_sources(j->quantiser, sources, units, listen, j);
+    slam_progress_clear(&j->progress);
+    if (ok && j->failed) ok = slam_refuse("%zu of the set's files cannot be heard: no figure can be given", j->failed);
+    slam_sources_free(sources);
+    slam_list_free(&paths);
+    return ok;
+}
+
+static void write_number(FILE *f, const char *name, double x) {
+    if (isfinite(x)) fprintf(f, ", \"%s\": %.17g", name, x);
+    else fprintf(f, ", \"%s\": null", name);
+}
+
+static void write_accuracy(FILE *f, const slam_accuracy *a) {
+    const double half = a->n > 1 ? 1.96 * a->deviation / sqrt((double)a->n) : NAN;
+    fprintf(f, "\"n\": %zu", a->n);
+    write_number(f, "accuracy", a->mean);
+    write_number(f, "std", a->deviation);
+    write_number(f, "low", a->mean - half);
+    write_number(f, "high", a->mean + half);
+}
+
+/* {"task": ..., "n": ..., "accuracy": ..., "by_frequency": [{"frequency": "oov", "n": ...}, ...], ...} */
+static int write_accuracies(const job *j, const slam_accuracy *a, size_t n) {
+    FILE *f = fopen(j->o.json, "w");
+    if (!f) return slam_refuse("%s: cannot be written", j->o.json);
+    fprintf(f, "{\"task\": \"%s\", \"of\": \"%s\", ", tasks[j->task], j->o.sum ? "sum" : "mean");
+    write_accuracy(f, a);
+    for (size_t i = 1; i < n; i++) {
+        const int first = strcmp(a[i].group, a[i - 1].group) != 0;
+        if (first) fprintf(f, "%s, \"by_%s\": [", i > 1 ? "]" : "", a[i].group);
+        fprintf(f, "%s{\"%s\": \"", first ? "" : ", ", a[i].group);
+        for (const char *c = a[i].name; *c; c++) {
+            if (*c == '"' || *c == '\\') fputc('\\', f);
+            fputc((unsigned char)*c < ' ' ? ' ' : *c, f);
+        }
+        fprintf(f, "\", ");
+        write_accuracy(f, &a[i]);
+        fputc('}', f);
+    }
+    fprintf(f, "%s}\n", n > 1 ? "]" : "");
+    const int failed = ferror(f);
+    return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", j->o.json);
+}
+
+static void print_accuracies(const slam_accuracy *a, size_t n) {
+    printf("\n%-28s %7s %9s   95%% interval\n", "", "pairs", "accuracy");
+    for (size_t i = 0; i < n; i++) {
+        if (i && strcmp(a[i].group, a[i - 1].group)) printf("by %s\n", a[i].group);
+        printf("%-28.60s %7zu", i ? a[i].name : "all", a[i].n);
+        if (a[i].n) printf(" %8.2f%%", 100 * a[i].mean);
+        if (a[i].n > 1) printf("   +- %.2f", 196 * a[i].deviation / sqrt((double)a[i].n));
+        printf("\n");
+    }
+}
+
+static int score_set(job *j, slam_testset *set) {
+    const options *o = &j->o;
+    const size_t items = slam_testset_items(set)->n;
+    const int context = o->context ? o->context : atoi(setting(j, "context", "1024"));
+    slam_units *units = (slam_units *)calloc(items ? items : 1, sizeof *units);
+    double *scores = (double *)calloc(items ? items : 1, sizeof *scores);
+    slam_scored report;
+    size_t n;
+    int ok = units && scores ? hear_set(j, set, units) : slam_refuse("out of memory");
+    ok = ok && slam_score_units(j->model, units, items, o->batch, context, o->sum, scores, &report);
+    const slam_accuracy *a = ok ? slam_testset_accuracies(set, scores, &n) : NULL;
+    if (a) {
+        print_accuracies(a, n);
+        printf("by the %s of log-probabilities over %llu tokens of %zu sequences", o->sum ? "sum" : "mean",
+               (unsigned long long)report.tokens, items);
+        if (report.different < items) printf(", %zu of them different", report.different);
+        if (report.slid) printf("; %zu are longer than a row of %d, which slides over them", report.slid, context);
+        printf("\n");
+        ok = (!o->json || write_accuracies(j, a, n)) && (!o->submission || slam_testset_submission(set, scores, o->submission));
+    }
+    for (size_t i = 0; units && i < items; i++) slam_units_free(&units[i]);
+    free(units);
+    free(scores);
+    return a && ok;
+}
+
+static int test_set(job *j, const char *argv0) {
+    slam_testset *set = open_set(j, argv0);
+    if (!set) return 0;
+    printf("set      %s, %zu sequences\n", j->test.n ? j->test.at[0] : j->o.unit_file, slam_testset_items(set)->n);
+    if (j->o.unit_file) printf("units    %s\n", j->o.unit_file);
+    fflush(stdout);
+    const int ok = score_set(j, set);
+    slam_testset_free(set);
+    return ok;
+}
+
 /* ---- generate ---- */
 
 typedef struct generation {
     job *job;
-    slam_quantiser *quantiser;
     slam_prompts prompts;
-    slam_progress progress;
     uint64_t tokens;
-    size_t failed; /* audio files */
     int stopped;
 } generation;
 
@@ -182,34 +354,13 @@ static int ends_in(const char *path, const char *end) {
     return n > m && !strcmp(path + n - m, end);
 }
 
-static int listen(void *context, const slam_speech_progress *p) {
-    generation *g = (generation *)context;
-    if (p->failed) {
-        slam_progress_clear(&g->progress);
-        fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
-        g->failed++;
-        return 1;
-    }
-    slam_progress_show(&g->progress, (double)p->done, (double)p->of, "listening to the prompts");
-    return !slam_signals_stop();
-}
-
 static int hear_prompts(generation *g, const slam_list *arguments, const slam_prompt_length *length) {
-    const job *j = g->job;
-    slam_speech_settings settings;
+    job *j = g->job;
     slam_list files;
     memset(&files, 0, sizeof files);
-    if (!j->o.kmeans) return slam_refuse("%s: is audio: --kmeans KM.npy makes units of it", arguments->at[0]);
-    slam_speech_defaults(&settings);
-    settings.rate = j->o.rate;
-    int ok = (g->quantiser = slam_quantiser_open(j->o.kmeans, &settings, j->ops)) != NULL;
-    const uint32_t made = ok ? slam_quantiser_fingerprint(g->quantiser) : 0;
-    if (ok && j->run.units && j->run.units != made)
-        ok = slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", j->o.kmeans, (unsigned)made,
-                         (unsigned)j->run.units);
-    ok = ok && slam_audio_list(&files, (const char *const *)arguments->at, arguments->n) &&
-         slam_prompts_audio(&g->prompts, g->quantiser, &files, length, listen, g);
-    slam_progress_clear(&g->progress);
+    int ok = open_quantiser(j) && slam_audio_list(&files, (const char *const *)arguments->at, arguments->n) &&
+             slam_prompts_audio(&g->prompts, j->quantiser, &files, length, listen, j);
+    slam_progress_clear(&j->progress);
     slam_list_free(&files);
     return ok;
 }
@@ -244,12 +395,12 @@ static int find_prompts(generation *g, const char *argv0) {
 
 static int watch(void *context, size_t done, uint64_t tokens) {
     generation *g = (generation *)context;
-    const double seconds = slam_clock() - g->progress.began, of = (double)g->prompts.n, most = of * g->job->o.max_new;
+    const double seconds = slam_clock() - g->job->progress.began, of = (double)g->prompts.n, most = of * g->job->o.max_new;
     const double share = (double)tokens / most > (double)done / of ? (double)tokens / most : (double)done / of;
     char what[96], rate[32];
     snprintf(what, sizeof what, "%zu/%zu prompts  %s tokens/s", done, g->prompts.n,
              slam_spell_count(rate, (double)tokens / (seconds > 1e-3 ? seconds : 1e-3)));
-    slam_progress_show(&g->progress, share, 1, what);
+    slam_progress_show(&g->job->progress, share, 1, what);
     g->tokens = tokens;
     g->stopped = slam_signals_stop();
     return !g->stopped;
@@ -302,14 +453,11 @@ static int score_transcripts(const char *path) {
     return share >= 0;
 }
 
-/* With j's model loaded. Leaves in *status what the program returns where it goes well: 3 where audio files were left out. */
-static int generate(job *j, const char *argv0, int *status) {
+static int generate(job *j, const char *argv0) {
     options *o = &j->o;
     generation g;
     memset(&g, 0, sizeof g);
     g.job = j;
-    slam_signals_catch();
-    slam_progress_begin(&g.progress);
     if (!o->context) o->context = atoi(setting(j, "context", "1024"));
     if (!slam_flags_given(&j->flags, "context") && o->context > slam_model_config(j->model)->T)
         o->context = slam_model_config(j->model)->T;
@@ -324,35 +472,25 @@ static int generate(job *j, const char *argv0, int *status) {
         printf("prompts  %zu%s\n", g.prompts.n, j->note ? j->note : "");
         for (size_t i = 0; i < j->test.n; i++) printf("         %s\n", j->test.at[i]);
         fflush(stdout);
-        slam_progress_begin(&g.progress);
+        slam_progress_begin(&j->progress);
         ok = slam_generate(j->model, &how, &g.prompts, watch, &g);
-        const double seconds = slam_clock() - g.progress.began;
-        slam_progress_clear(&g.progress);
+        const double seconds = slam_clock() - j->progress.began;
+        slam_progress_clear(&j->progress);
         ok = ok && tell_generation(&g, seconds) && (!o->json || g.stopped || write_generation_json(&g));
     }
-    *status = g.failed ? 3 : 0;
     slam_prompts_free(&g.prompts);
-    slam_quantiser_free(g.quantiser);
     return ok;
 }
 
-static int score(job *j, const char *argv0, const char *path, int *status) {
+/* ---- perplexity ---- */
+
+static int perplexity(job *j, const char *argv0) {
     static const char *const names[] = {"unigram", "bigram", "trigram", "4-gram", "5-gram"};
     const options *o = &j->o;
-    char note[256], spelled[32];
+    const int context = o->context ? o->context : atoi(setting(j, "context", "1024")), named = j->test.n > 0;
     double nll, ngrams[5];
     uint64_t targets, same;
-    const int named = j->test.n > 0;
-    if (j->generates && o->transcripts) return score_transcripts(o->transcripts);
-    if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
-    if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
-    slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
-    const slam_config *c = slam_model_config(j->model);
-    const int context = o->context ? o->context : atoi(setting(j, "context", "1024"));
-    if (!j->generates && (!name_data(j, argv0) || !open_all(j, context, named))) return 0;
-    printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
-           slam_spell_count(spelled, (double)slam_config_parameters(c)));
-    if (j->generates) return generate(j, argv0, status);
+    if (!name_data(j, argv0) || !open_all(j, context, named)) return 0;
     for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
     for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
     fflush(stdout);
@@ -362,7 +500,7 @@ static int score(job *j, const char *argv0, const char *path, int *status) {
     if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
     printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
-    if (j->train_data && !slam_ngrams(j->train_data, j->test_data, c->V, ngrams, &same)) return 0;
+    if (j->train_data && !slam_ngrams(j->train_data, j->test_data, slam_model_config(j->model)->V, ngrams, &same)) return 0;
     if (j->train_data && same != targets)
         return slam_refuse("%s: n-grams predict %llu tokens, the model %llu: they cannot be compared", j->test.at[0],
                            (unsigned long long)same, (unsigned long long)targets);
@@ -372,31 +510,49 @@ static int score(job *j, const char *argv0, const char *path, int *status) {
     return !o->json || write_json(o->json, nll, targets, j->train_data ? ngrams : NULL);
 }
 
+static int evaluate(job *j, const char *argv0, const char *path) {
+    const options *o = &j->o;
+    char note[256], spelled[32];
+    if (j->task == GENERATE && o->transcripts) return score_transcripts(o->transcripts);
+    if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
+    if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
+    slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
+    printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
+           slam_spell_count(spelled, (double)slam_config_parameters(slam_model_config(j->model))));
+    slam_signals_catch();
+    slam_progress_begin(&j->progress);
+    return j->task == PPL ? perplexity(j, argv0) : j->task == GENERATE ? generate(j, argv0) : test_set(j, argv0);
+}
+
 int main(int argc, char **argv) {
     job j;
     const char *model;
     memset(&j, 0, sizeof j);
     j.flags.program = "eval";
-    j.flags.usage = "[MODEL] ppl [DATA...] [options]\n       eval [MODEL] generate [PROMPTS...] [options]";
+    j.flags.usage = "[MODEL] ppl [DATA...] [options]\n       eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n       "
+                    "eval [MODEL] generate [PROMPTS...] [options]";
     j.flags.about =
         "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
         "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on "
-        "what the run was validated on, beside n-gram models counted on what it was trained on. generate: continues PROMPTS, "
+        "what the run was validated on, beside n-gram models counted on what it was trained on. swuggy, "
+        "sblimp, storycloze, salmon: how often the right one of a pair is the likelier; PATH is a folder of ZeroSpeech 2021 (gold.csv), of "
+        "SlamKit's pairs of files, or of SALMon's parts, as audio or with units; without PATH a bundled set. generate: continues PROMPTS, "
         "which are audio, unit files or token shards; without PROMPTS the bundled validation part.";
     j.flags.at = j.table;
     j.flags.n = flag_table(j.table, &j.o);
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    int status = parsed == 0 || (parsed == 1 && (!read_arguments(&j, &model) || !slam_flags_defaults(&j.flags, j.generates) ||
-                                                 !slam_device_check(j.o.device)))
-                     ? 2
-                     : 0;
-    int done = 0;
-    if (parsed == 1 && status == 0) status = score(&j, argv[0], model, &done) ? done : 1;
+    int status =
+        parsed == 0 || (parsed == 1 && (!read_arguments(&j, &model) || !slam_flags_defaults(&j.flags, j.task == GENERATE) ||
+                                        !slam_device_check(j.o.device)))
+            ? 2
+            : 0;
+    if (parsed == 1 && status == 0) status = !evaluate(&j, argv[0], model) ? 1 : j.failed ? 3 : 0;
     if ((status == 0 || status == 3) && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
     if (status == 2) slam_flags_usage(&j.flags);
     else if (status == 1) fprintf(stderr, "eval: error: %s\n", slam_error());
     slam_data_free(j.test_data);
     slam_data_free(j.train_data);
+    slam_quantiser_free(j.quantiser);
     slam_model_free(j.model);
     slam_ops_free(j.ops);
     slam_list_free(&j.test);

@@ -28,7 +28,7 @@
       9. DATA               documents, pieces, packing, shuffling, mixing
      10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
      11. PREFERENCE         pairs of endings, of which one is preferred: DPO
-     12. SCORING            perplexity, n-grams, generation
+     12. SCORING            perplexity, n-grams, test sets, generation
      13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
      14. RUN                what the programs share: flags, the training loop, log, progress, signals
 
@@ -664,7 +664,7 @@ void slam_dpo_tell(const slam_dpo *, uint64_t *epoch, uint64_t *pair);
 int slam_dpo_seek(slam_dpo *, uint64_t epoch, uint64_t pair);
 
 /* ------------------------------------------------------------------------------------------
-   12. SCORING     perplexity, n-grams, generation
+   12. SCORING     perplexity, n-grams, test sets, generation
    ------------------------------------------------------------------------------------------ */
 /* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of
    them: a loss of 0). B rows at a time: the caller has planned the model for B rows of the data's context. */
@@ -674,6 +674,54 @@ int slam_score_data(slam_model *, const slam_data *, int source, int B, double *
    training data:
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))      p_0 = 1/V      T(h): how many different words follow h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
+
+/* ---- sequences of units, one more likely than another ---- */
+
+/* What was computed: sequences that differ, of these longer than a row and slid over, tokens that were predicted. */
+typedef struct slam_scored {
+    size_t different, slid;
+    uint64_t tokens;
+} slam_scored;
+/* Log-probabilities of sequences of units `1 u.. 1` given the first 1: of all the other tokens the mean, or the sum (sum 1).
+   scores (n). Sequences are packed into rows of up to T tokens, B of them at a time (this plans the model); one that is longer is
+   slid over by windows of T, of which each but the first predicts what lies in its second half, so that each token is predicted
+   once. Equal sequences have equal scores. units V - 2 and above, and a score that is not finite, are errors. */
+int slam_score_units(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_scored *);
+
+/* A test set: pairs of sequences, of which the right one should be the more likely. */
+enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
+typedef struct slam_testset slam_testset;
+/* ZeroSpeech 2021's gold.csv (Nguyen et al. 2020). Columns of sWUGGY: id, filename, voice, correct, and where they are there frequency
+   and length; of sBLIMP: id, filename, voice, type, subtype, correct. sWUGGY's words and non-words meet by id and voice, sBLIMP's
+   k-th right row meets the k-th wrong one. A row without a partner, or two that cannot be told apart, are errors. */
+slam_testset *slam_testset_gold(int kind, const char *path);
+/* Files of SlamKit's folders: within each folder by the number before the separator (`_`, sBLIMP `+`), the right one first, the wrong
+   one second; SALMon's <part>/sample_<i>_<0|1>, 0 the right one. They need not be there: names of units do as well. */
+slam_testset *slam_testset_files(int kind, const slam_list *files);
+void slam_testset_free(slam_testset *);
+const slam_list *slam_testset_items(const slam_testset *); /* names of gold.csv, or the files */
+/* Where the audio of gold.csv's names is: beside it, with or without an ending. */
+int slam_testset_audio(const slam_testset *, slam_list *paths);
+/* units (items), to be freed each, of lines of SlamKit features or tokens: an item's line is the one whose file_name has the same
+   name, folders and what follows the last point aside. One that is missing or there twice, or a unit of `below` and more, is an
+   error. */
+int slam_testset_units(const slam_testset *, const char *path, int below, slam_units *units);
+/* The set in PATH: a gold.csv, or the folder of one, or what holds ZeroSpeech's folders (split: "dev" or "test"), or a folder with pairs
+   of audio files. *units: a file of units (NULL: none); PATH may then be NULL, or need no audio, and its lines are the items. Where *units
+   is NULL, `listen` 0, and units.jsonl lies in the folder, *units gets its path. */
+slam_testset *slam_testset_open(int kind, const char *path, const char *split, int listen, char **units);
+
+/* A share of pairs in which the right one is the likelier, 0.5 of a tie; as the official scorer, a pair's voices are averaged first.
+   Of all pairs (group ""), then by "frequency", "length", "type", "part": where the set has them. */
+typedef struct slam_accuracy {
+    const char *group, *name;
+    size_t n;
+    double mean, deviation; /* sample standard deviation over pairs; NaN where there are fewer than two, or none */
+} slam_accuracy;
+/* In memory of the set's; NULL and slam_error() on failure. scores (items): what is written with 9 significant digits is what counts. */
+const slam_accuracy *slam_testset_accuracies(slam_testset *, const double *scores, size_t *n);
+/* ZeroSpeech's form: a line `filename score` for each item. */
+int slam_testset_submission(const slam_testset *, const double *scores, const char *path);
 
 /* Generation: prompts, and what a model continues them with. */
 typedef struct slam_generation {
@@ -2559,6 +2607,106 @@ static int shard_end(shard_writer *w) {
     w->file = NULL;
     shard_abandon(w);
     return done;
+}
+
+/* ---- CSV ----
+   Fields parted by commas; "..." may hold commas, line ends and "" for a quote (RFC 4180). The first line names the columns. */
+
+typedef struct csv {
+    char *text;   // of the file, in which the fields end with zeros
+    char **field; // (rows,columns)
+    size_t *line; // (rows), from 1
+    size_t rows, columns, capacity, line_capacity;
+    char **column; // (columns), names
+} csv;
+
+static void csv_free(csv *c) {
+    free(c->text);
+    free(c->field);
+    free(c->line);
+    memset(c, 0, sizeof *c);
+}
+
+/* The field that begins at *at, which moves behind it; what ended it (',', '\n', 0 at the end) in *end. NULL and the sentence. */
+static char *csv_field(char **at, char *end, const char *path, size_t *line) {
+    char *from = *at, *to = from, *field = from;
+    const size_t first = *line;
+    if (*from == '"') {
+        for (from++;; from++) {
+            if (!*from) {
+                fail("%s:%zu: a quote (\") that is not closed", path, first);
+                return NULL;
+            }
+            *line += *from == '\n';
+            if (*from == '"' && *++from != '"') break;
+            *to++ = *from;
+        }
+        if (*from == '\r' && from[1] == '\n') from++;
+        if (*from && *from != ',' && *from != '\n') {
+            fail("%s:%zu: '%c' after a closing quote, expected a comma", path, *line, *from);
+            return NULL;
+        }
+    } else {
+        while (*from && *from != ',' && *from != '\n') from++;
+        to = from;
+    }
+    *end = *from;
+    *at = *from ? from + 1 : from;
+    if (to == from && *end != ',' && to > field && to[-1] == '\r') to--; // a line of an unquoted field may end with both
+    *to = 0;
+    return field;
+}
+
+/* A line's fields; the first line's are the columns. */
+static int csv_row(csv *c, char **at, const char *path, size_t *line) {
+    const size_t first = c->columns * c->rows, number = *line;
+    size_t n = 0;
+    char end = ',';
+    while (end == ',') {
+        char *field = csv_field(at, &end, path, line);
+        if (!field) return 0;
+        if (!mem_grow((void **)&c->field, &c->capacity, first + n + 1, sizeof *c->field)) return 0;
+        c->field[first + n++] = field;
+    }
+    ++*line;
+    if (n == 1 && !*c->field[first]) return 1; // a blank line
+    if (!c->columns) c->columns = n;
+    if (n != c->columns) return fail("%s:%zu: %zu fields, expected %zu as in the first line", path, number, n, c->columns);
+    if (!mem_grow((void **)&c->line, &c->line_capacity, c->rows + 1, sizeof *c->line)) return 0;
+    c->line[c->rows++] = number;
+    return 1;
+}
+
+static int csv_read(csv *c, const char *path) {
+    file_map map;
+    size_t line = 1;
+    memset(c, 0, sizeof *c);
+    if (!map_open(&map, path)) return 0;
+    int ok = !map.size || !memchr(map.data, 0, map.size) || fail("%s: holds a zero byte, expected a table (CSV)", path);
+    ok = ok && (c->text = (char *)mem_new(map.size + 1, 1)) != NULL;
+    if (ok && map.size) memcpy(c->text, map.data, map.size);
+    map_close(&map);
+    char *at = c->text;
+    if (ok && !strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
+    while (ok && *at) ok = csv_row(c, &at, path, &line);
+    if (ok && c->rows < 2) ok = fail("%s: has no rows, expected the names of columns and at least a row", path);
+    if (ok) {
+        c->column = c->field;
+        c->rows--;
+        return 1;
+    }
+    csv_free(c);
+    return 0;
+}
+
+static const char *csv_at(const csv *c, size_t row, size_t column) { return c->field[(row + 1) * c->columns + column]; }
+static size_t csv_line(const csv *c, size_t row) { return c->line[row + 1]; }
+
+/* The column's number; `columns` where there is none of that name. */
+static size_t csv_column(const csv *c, const char *name) {
+    size_t k = 0;
+    while (k < c->columns && strcmp(c->column[k], name)) k++;
+    return k;
 }
 
 /* ---- units (SlamKit's JSON lines) ----
@@ -13025,7 +13173,7 @@ int slam_dpo_evaluate(slam_dpo *d) {
 slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evaluation ? d->evaluation : d->step; }
 
 /* ==========================================================================================
-   12. SCORING            perplexity, n-grams, generation
+   12. SCORING            perplexity, n-grams, test sets, generation
    What a model has learned, in nats a token: its loss on data, and beside it what counting
    alone reaches on the same tokens.
    may use: 1 base, 2 formats, 3 ops, 7 model, 9 data, 10 speech
@@ -13252,6 +13400,762 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
         free(counts[k].context);
     }
     return ok;
+}
+
+/* ---- sequences of units ----
+   A sequence `1 u.. 1` of n units has n + 1 tokens to predict and as many to go by. It is one piece of so many tokens, or several where
+   a row is shorter; of each piece only what no piece before has predicted counts. Pieces lie in rows by first fit, the longest first. */
+
+typedef struct scored_piece {
+    size_t sequence, row;
+    int start, n, from, at; // tokens start .. start + n - 1 of the sequence; those from `from` on predict; its place in the row
+} scored_piece;
+
+typedef struct scoring {
+    const slam_units *units;
+    size_t *same; // (n): of equal sequences the first
+    scored_piece *piece;
+    size_t pieces, capacity, rows;
+    double *sum; // (n)
+    int T;
+} scoring;
+
+typedef struct unit_sequence {
+    const slam_units *u;
+    size_t at;
+} unit_sequence;
+
+static int compare_sequences(const void *a, const void *b) {
+    const unit_sequence *x = (const unit_sequence *)a, *y = (const unit_sequence *)b;
+    if (x->u->n != y->u->n) return x->u->n < y->u->n ? -1 : 1;
+    const int differ = x->u->n ? memcmp(x->u->unit, y->u->unit, x->u->n * sizeof *x->u->unit) : 0;
+    return differ ? differ : x->at < y->at ? -1 : x->at > y->at;
+}
+
+static int find_equal(scoring *s, size_t n, size_t *different) {
+    unit_sequence *sorted = (unit_sequence *)mem_new(n, sizeof *sorted);
+    if (!sorted) return 0;
+    for (size_t i = 0; i < n; i++) {
+        sorted[i].u = &s->units[i];
+        sorted[i].at = i;
+    }
+    qsort(sorted, n, sizeof *sorted, compare_sequences);
+    for (size_t i = 0, first = 0; i < n; i++) {
+        const slam_units *x = sorted[first].u, *y = sorted[i].u;
+        if (x->n != y->n || (x->n && memcmp(x->unit, y->unit, x->n * sizeof *x->unit))) first = i;
+        s->same[sorted[i].at] = sorted[first].at;
+        *different += first == i;
+    }
+    free(sorted);
+    return 1;
+}
+
+/* Windows of T tokens, the first predicts all of its own, each after it half a window. */
+static int cut_sequence(scoring *s, size_t sequence) {
+    const size_t n = s->units[sequence].n + 1, T = (size_t)s->T;
+    for (size_t done = 0; done < n;) {
+        const size_t end = done == 0 ? (n < T ? n : T) : n - done < T - T / 2 ? n : done + T - T / 2, start = end < T ? 0 : end - T;
+        if (!mem_grow((void **)&s->piece, &s->capacity, s->pieces + 1, sizeof *s->piece)) return 0;
+        scored_piece *p = &s->piece[s->pieces++];
+        p->sequence = sequence;
+        p->start = (int)start;
+        p->n = (int)(end - start);
+        p->from = (int)(done - start);
+        done = end;
+    }
+    return 1;
+}
+
+static int longer_piece(const void *a, const void *b) {
+    const scored_piece *x = (const scored_piece *)a, *y = (const scored_piece *)b;
+    if (x->n != y->n) return x->n > y->n ? -1 : 1;
+    if (x->sequence != y->sequence) return x->sequence < y->sequence ? -1 : 1;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+static int earlier_row(const void *a, const void *b) {
+    const scored_piece *x = (const scored_piece *)a, *y = (const scored_piece *)b;
+    if (x->row != y->row) return x->row < y->row ? -1 : 1;
+    return (x->at > y->at) - (x->at < y->at);
+}
+
+/* Of the rows with the same room the last one is taken first: open[room] is one of them, next[row] the one before. */
+static int pack_pieces(scoring *s) {
+    const size_t T = (size_t)s->T, none = (size_t)-1;
+    size_t *open = (size_t *)mem_new(T + 1, sizeof *open), *next = (size_t *)mem_new(s->pieces, sizeof *next);
+    const int ok = open && next;
+    for (size_t room = 0; ok && room <= T; room++) open[room] = none;
+    if (ok) qsort(s->piece, s->pieces, sizeof *s->piece, longer_piece);
+    for (size_t i = 0; ok && i < s->pieces; i++) {
+        scored_piece *p = &s->piece[i];
+        size_t room = (size_t)p->n;
+        while (room < T && open[room] == none) room++;
+        if (open[room] == none) {
+            p->row = s->rows++;
+            room = T;
+        } else {
+            p->row = open[room];
+            open[room] = next[p->row];
+        }
+        p->at = (int)(T - room);
+        next[p->row] = open[room - (size_t)p->n];
+        open[room - (size_t)p->n] = p->row;
+    }
+    if (ok) qsort(s->piece, s->pieces, sizeof *s->piece, earlier_row);
+    free(open);
+    free(next);
+    return ok;
+}
+
+/* Token i of a sequence; n + 1 is the last. */
+static int sequence_token(const slam_units *u, size_t i) {
+    return i == 0 || i > u->n ? DOCUMENT_MARK : u->unit[i - 1] + UNIT_TOKEN;
+}
+
+/* The rows from that of piece `first` on, B of them at most; returns the piece behind them. */
+static size_t fill_pieces(const scoring *s, size_t first, slam_batch *b, int B) {
+    const size_t row = s->piece[first].row, T = (size_t)b->T;
+    size_t i = first;
+    for (size_t k = 0; k < (size_t)B * T; k++) {
+        b->tokens[k] = 0;
+        b->targets[k] = -1;
+        b->doc_start[k] = (int)(k % T); // padding: a piece of its own
+    }
+    b->B = 0;
+    for (; i < s->pieces && s->piece[i].row < row + (size_t)B; i++) {
+        const scored_piece *p = &s->piece[i];
+        const slam_units *u = &s->units[p->sequence];
+        const size_t at = (p->row - row) * T + (size_t)p->at;
+        b->B = (int)(p->row - row) + 1;
+        for (int k = 0; k < p->n; k++) {
+            b->tokens[at + (size_t)k] = sequence_token(u, (size_t)p->start + (size_t)k);
+            b->targets[at + (size_t)k] = k < p->from ? -1 : sequence_token(u, (size_t)p->start + (size_t)k + 1);
+            b->doc_start[at + (size_t)k] = p->at;
+        }
+    }
+    return i;
+}
+
+static int score_pieces(scoring *s, slam_model *model, int B) {
+    const size_t n = (size_t)B * (size_t)s->T;
+    int *numbers = (int *)mem_new(n, 3 * sizeof *numbers);
+    float *losses = (float *)mem_new(n, sizeof *losses);
+    slam_batch batch = {B, s->T, numbers, numbers + n, numbers + 2 * n, NULL};
+    int ok = numbers && losses && slam_model_plan(model, B, s->T, SLAM_INFERENCE);
+    for (size_t i = 0, end; ok && i < s->pieces; i = end) {
+        const size_t row = s->piece[i].row;
+        end = fill_pieces(s, i, &batch, B);
+        ok = slam_model_losses(model, &batch, losses);
+        for (size_t k = i; ok && k < end; k++) {
+            const scored_piece *p = &s->piece[k];
+            const float *loss = losses + (p->row - row) * (size_t)s->T + (size_t)p->at;
+            for (int t = p->from; t < p->n; t++) s->sum[p->sequence] += loss[t];
+        }
+    }
+    free(numbers);
+    free(losses);
+    return ok;
+}
+
+int slam_score_units(slam_model *model, const slam_units *units, size_t n, int B, int T, int sum, double *scores,
+                     slam_scored *report) {
+    const int V = slam_model_config(model)->V;
+    scoring s = SLAM_ZERO;
+    memset(report, 0, sizeof *report);
+    if (B < 1 || T < 2) return fail("rows of %d tokens, %d at a time: expected at least 2, 1", T, B);
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < units[i].n; k++)
+            if (units[i].unit[k] < 0 || units[i].unit[k] >= V - UNIT_TOKEN)
+                return fail("unit %d, expected below %d: the model has a vocabulary of %d", units[i].unit[k], V - UNIT_TOKEN, V);
+    s.units = units;
+    s.T = T;
+    s.same = (size_t *)mem_new(n, sizeof *s.same);
+    s.sum = (double *)mem_new(n, sizeof *s.sum);
+    int ok = s.same && s.sum && find_equal(&s, n, &report->different);
+    for (size_t i = 0; ok && i < n; i++) {
+        if (s.same[i] != i) continue;
+        report->slid += units[i].n + 1 > (size_t)T;
+        report->tokens += units[i].n + 1;
+        ok = cut_sequence(&s, i);
+    }
+    if (ok && report->tokens < (uint64_t)T) s.T = report->tokens > 2 ? (int)report->tokens : 2; // all in one row
+    ok = ok && (!n || (pack_pieces(&s) && score_pieces(&s, model, B < (int)s.rows || s.rows > INT_MAX ? B : (int)s.rows)));
+    for (size_t i = 0; ok && i < n; i++) {
+        const double loss = s.sum[s.same[i]];
+        scores[i] = sum ? -loss : -loss / (double)(units[i].n + 1);
+        if (!isfinite(loss)) ok = fail("sequence %zu: its log-probability is not finite", i + 1);
+    }
+    free(s.same);
+    free(s.sum);
+    free(s.piece);
+    return ok;
+}
+
+/* Units that a file of lines holds, each below `below`, and what their file_name says. */
+static int units_read(const char *path, int below, slam_list *list, slam_units **units) {
+    units_reader reader = SLAM_ZERO;
+    struct units line = SLAM_ZERO;
+    size_t n = 0, capacity = 0;
+    int got = 0;
+    *units = NULL;
+    if (!units_open(&reader, path)) return 0;
+    while ((got = units_next(&reader, &line)) > 0) {
+        slam_units *u = mem_grow((void **)units, &capacity, n + 1, sizeof **units) ? &(*units)[n] : NULL;
+        if (!u) break;
+        memset(u, 0, sizeof *u);
+        n++;
+        u->n = line.n;
+        u->unit = (int *)mem_new(line.n, sizeof *u->unit);
+        if (!u->unit || !slam_list_add(list, line.name ? line.name : "")) break;
+        for (size_t i = 0; i < line.n && got > 0; i++)
+            if ((u->unit[i] = line.unit[i]) >= below) {
+                fail("%s: unit %zu is %d, expected below %d", reader.what, i + 1, line.unit[i], below);
+                got = -1;
+            }
+        if (got < 0) break;
+    }
+    units_free(&line);
+    units_close(&reader);
+    if (got == 0 && n) return 1;
+    if (got == 0) fail("%s: it holds no line of units", path);
+    for (size_t i = 0; i < n; i++) slam_units_free(&(*units)[i]);
+    free(*units);
+    *units = NULL;
+    return 0;
+}
+
+/* ---- test sets ---- */
+
+/* Two items; pairs of one `cell` (a pair's voices) are averaged before anything else. */
+typedef struct test_pair {
+    size_t right, wrong, cell;
+} test_pair;
+
+/* What figures are given for: of all cells, and of those of a group: 0 none, else the number of its name from 1. */
+enum { GROUP_FREQUENCY, GROUP_LENGTH, GROUP_TYPE, GROUP_PART, GROUPS };
+static const char *const group_names[] = {"frequency", "length", "type", "part"};
+static const char *const frequency_bands[] = {"oov", "1-5", "6-20", "21-100", ">100"};
+
+typedef struct test_cell {
+    int group[GROUPS];
+    double sum;
+    size_t n;
+} test_cell;
+
+struct slam_testset {
+    int kind;
+    char *path; // of gold.csv; NULL: files
+    int listed; // the items are the lines of a file of units
+    csv gold;
+    slam_list items;
+    test_pair *pair;
+    test_cell *cell;
+    size_t pairs, cells, pair_capacity, cell_capacity;
+    slam_list names[GROUPS];
+    slam_accuracy *accuracy;
+    double *written; // (items), scores as they are written
+};
+
+void slam_testset_free(slam_testset *s) {
+    if (!s) return;
+    csv_free(&s->gold);
+    slam_list_free(&s->items);
+    for (int g = 0; g < GROUPS; g++) slam_list_free(&s->names[g]);
+    free(s->path);
+    free(s->pair);
+    free(s->cell);
+    free(s->accuracy);
+    free(s->written);
+    free(s);
+}
+
+const slam_list *slam_testset_items(const slam_testset *s) { return &s->items; }
+
+/* The number, from 1, of a group's name, which is added where it is new; 0: no memory. The names are few. */
+static int group_number(slam_testset *s, int group, const char *name) {
+    slam_list *list = &s->names[group];
+    for (size_t i = list->n; i-- > 0;)
+        if (!strcmp(list->at[i], name)) return (int)i + 1;
+    return slam_list_add(list, name) ? (int)list->n : 0;
+}
+
+static int testset_add(slam_testset *s, size_t right, size_t wrong, size_t cell) {
+    if (!mem_grow((void **)&s->pair, &s->pair_capacity, s->pairs + 1, sizeof *s->pair)) return 0;
+    const test_pair pair = {right, wrong, cell};
+    s->pair[s->pairs++] = pair;
+    return 1;
+}
+
+static test_cell *testset_cell(slam_testset *s) {
+    if (!mem_grow((void **)&s->cell, &s->cell_capacity, s->cells + 1, sizeof *s->cell)) return NULL;
+    test_cell *c = &s->cell[s->cells++];
+    memset(c, 0, sizeof *c);
+    return c;
+}
+
+/* The columns of gold.csv; those that only figures need may be missing. */
+typedef struct gold_columns {
+    size_t id, filename, voice, type, subtype, correct, frequency, length;
+} gold_columns;
+
+static int gold_columns_find(const slam_testset *s, gold_columns *c) {
+    const csv *g = &s->gold;
+    const struct {
+        const char *name;
+        size_t *at;
+        int kind; // of set that needs it; -1: any
+    } wanted[] = {{"id", &c->id, -1},           {"filename", &c->filename, -1},  {"voice", &c->voice, -1},
+                  {"correct", &c->correct, -1}, {"type", &c->type, SLAM_SBLIMP}, {"subtype", &c->subtype, SLAM_SBLIMP}};
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        *wanted[i].at = csv_column(g, wanted[i].name);
+        if (*wanted[i].at == g->columns && (wanted[i].kind < 0 || wanted[i].kind == s->kind))
+            return fail("%s: has no column '%s'", s->path, wanted[i].name);
+    }
+    c->frequency = csv_column(g, "frequency");
+    c->length = csv_column(g, "length");
+    return 1;
+}
+
+static int gold_correct(const slam_testset *s, const gold_columns *c, size_t row) {
+    const char *said = csv_at(&s->gold, row, c->correct);
+    if (!strcmp(said, "1") || !strcmp(said, "0")) return said[0] == '1';
+    fail("%s:%zu: 'correct' is '%.40s', expected 1 or 0", s->path, csv_line(&s->gold, row), said);
+    return -1;
+}
+
+/* A whole number of 0 or more, also as 12.0; -1 where the field is empty, -2 and the sentence where it is something else. */
+static long gold_number(const slam_testset *s, size_t row, size_t column) {
+    const char *said = column < s->gold.columns ? csv_at(&s->gold, row, column) : "";
+    char *end;
+    if (!*said) return -1;
+    const double n = strtod(said, &end);
+    if (!*end && n >= 0 && n <= 1e15 && n == floor(n)) return (long)n;
+    fail("%s:%zu: '%s' is '%.40s', expected a number", s->path, csv_line(&s->gold, row), s->gold.column[column], said);
+    return -2;
+}
+
+/* Rows of gold.csv in the order of `columns`, as many as there are, then of `correct`. */
+typedef struct gold_row {
+    const csv *gold;
+    const size_t *columns;
+    size_t n, row;
+    int correct;
+} gold_row;
+
+static int compare_keys(const gold_row *x, const gold_row *y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const int differ = strcmp(csv_at(x->gold, x->row, x->columns[i]), csv_at(y->gold, y->row, y->columns[i]));
+        if (differ) return differ;
+    }
+    return 0;
+}
+
+static int compare_rows(const void *a, const void *b) {
+    const gold_row *x = (const gold_row *)a, *y = (const gold_row *)b;
+    const int differ = compare_keys(x, y, x->n);
+    if (differ) return differ;
+    return x->correct != y->correct ? y->correct - x->correct : (x->row > y->row) - (x->row < y->row);
+}
+
+static gold_row *gold_sorted(const slam_testset *s, const gold_columns *c, const size_t *columns, size_t n) {
+    gold_row *rows = (gold_row *)mem_new(s->gold.rows, sizeof *rows);
+    for (size_t i = 0; rows && i < s->gold.rows; i++) {
+        rows[i].gold = &s->gold;
+        rows[i].columns = columns;
+        rows[i].n = n;
+        rows[i].row = i;
+        rows[i].correct = gold_correct(s, c, i);
+    }
+    if (rows) qsort(rows, s->gold.rows, sizeof *rows, compare_rows);
+    return rows;
+}
+
+/* A word's band of frequency and its length, by its row. */
+static int lexical_cell(slam_testset *s, const gold_columns *c, size_t row) {
+    const long least[] = {0, 1, 5, 20, 100}, frequency = gold_number(s, row, c->frequency), length = gold_number(s, row, c->length);
+    char spelled[32];
+    test_cell *cell = frequency > -2 && length > -2 ? testset_cell(s) : NULL;
+    if (!cell) return 0;
+    for (int band = 0; band < 5 && frequency >= least[band]; band++) cell->group[GROUP_FREQUENCY] = band + 1;
+    snprintf(spelled, sizeof spelled, "%ld", length);
+    return length < 0 || (cell->group[GROUP_LENGTH] = group_number(s, GROUP_LENGTH, spelled)) > 0;
+}
+
+/* The word and the non-word with the same id and voice; cells are of ids. */
+static int pair_lexical(slam_testset *s, const gold_columns *c) {
+    const size_t columns[] = {c->id, c->voice}, n = s->gold.rows;
+    gold_row *rows = gold_sorted(s, c, columns, 2);
+    int ok = rows != NULL;
+    for (int band = 0; ok && band < 5; band++) ok = group_number(s, GROUP_FREQUENCY, frequency_bands[band]) > 0;
+    for (size_t i = 0, end; ok && i < n; i = end) {
+        size_t words = 0;
+        for (end = i; end < n && !compare_keys(&rows[i], &rows[end], 2); end++) words += (size_t)rows[end].correct;
+        if (words != 1 || end - i != 2)
+            ok = fail("%s:%zu: id '%s' and voice '%s' have %zu words and %zu non-words, expected one of each", s->path,
+                      csv_line(&s->gold, rows[i].row), csv_at(&s->gold, rows[i].row, c->id),
+                      csv_at(&s->gold, rows[i].row, c->voice), words, end - i - words);
+        if (ok && (i == 0 || compare_keys(&rows[i], &rows[i - 1], 1))) ok = lexical_cell(s, c, rows[i].row);
+        ok = ok && testset_add(s, rows[i].row, rows[i + 1].row, s->cells - 1);
+    }
+    free(rows);
+    return ok;
+}
+
+/* The k-th right row and the k-th wrong one, which have the same type, subtype, id and voice; cells are of type, subtype and id. */
+static int pair_syntactic(slam_testset *s, const gold_columns *c) {
+    const size_t columns[] = {c->type, c->subtype, c->id, c->voice}, n = s->gold.rows;
+    gold_row *sorted = gold_sorted(s, c, columns, 3);
+    size_t *cell_of = (size_t *)mem_new(n, sizeof *cell_of), wrong = 0;
+    int ok = sorted && cell_of;
+    for (size_t i = 0; ok && i < n; i++) {
+        if (i == 0 || compare_keys(&sorted[i], &sorted[i - 1], 3)) {
+            test_cell *cell = testset_cell(s);
+            ok = cell && (cell->group[GROUP_TYPE] = group_number(s, GROUP_TYPE, csv_at(&s->gold, sorted[i].row, c->type))) > 0;
+        }
+        cell_of[sorted[i].row] = s->cells - 1;
+    }
+    for (size_t row = 0; ok && row < n; row++) {
+        if (gold_correct(s, c, row) != 1) continue;
+        while (wrong < n && gold_correct(s, c, wrong) != 0) wrong++;
+        if (wrong == n) {
+            ok = fail("%s:%zu: '%s' is right, and there is no wrong row left for it", s->path, csv_line(&s->gold, row),
+                      csv_at(&s->gold, row, c->filename));
+            break;
+        }
+        const gold_row x = {&s->gold, columns, 4, row, 1}, y = {&s->gold, columns, 4, wrong, 0};
+        if (compare_keys(&x, &y, 4))
+            ok = fail("%s:%zu: pairs with line %zu, by their order, but type, subtype, id or voice differ", s->path,
+                      csv_line(&s->gold, row), csv_line(&s->gold, wrong));
+        ok = ok && testset_add(s, row, wrong++, cell_of[row]);
+    }
+    while (ok && wrong < n && gold_correct(s, c, wrong) != 0) wrong++;
+    if (ok && wrong < n)
+        ok = fail("%s:%zu: '%s' is wrong, and there is no right row left for it", s->path, csv_line(&s->gold, wrong),
+                  csv_at(&s->gold, wrong, c->filename));
+    free(sorted);
+    free(cell_of);
+    return ok;
+}
+
+static int compare_texts(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+/* Two items of a name would be one file. */
+static int gold_names(slam_testset *s, const gold_columns *c) {
+    const size_t n = s->gold.rows;
+    const char **sorted = (const char **)mem_new(n, sizeof *sorted);
+    int ok = sorted != NULL;
+    for (size_t i = 0; ok && i < n; i++) {
+        sorted[i] = csv_at(&s->gold, i, c->filename);
+        ok = (*sorted[i] || fail("%s:%zu: 'filename' is empty", s->path, csv_line(&s->gold, i))) &&
+             slam_list_add(&s->items, sorted[i]) && gold_correct(s, c, i) >= 0;
+    }
+    if (ok) qsort(sorted, n, sizeof *sorted, compare_texts);
+    for (size_t i = 1; ok && i < n; i++)
+        if (!strcmp(sorted[i], sorted[i - 1])) ok = fail("%s: the filename '%s' stands in two rows", s->path, sorted[i]);
+    free(sorted);
+    return ok;
+}
+
+slam_testset *slam_testset_gold(int kind, const char *path) {
+    gold_columns columns;
+    slam_testset *s = (slam_testset *)mem_new(1, sizeof *s);
+    int ok = s && (s->path = text_copy(path)) != NULL;
+    if (ok && kind != SLAM_SWUGGY && kind != SLAM_SBLIMP) ok = fail("%s: gold.csv is for sWUGGY and sBLIMP", path);
+    if (ok) s->kind = kind;
+    ok = ok && csv_read(&s->gold, path) && gold_columns_find(s, &columns) && gold_names(s, &columns) &&
+         (kind == SLAM_SWUGGY ? pair_lexical(s, &columns) : pair_syntactic(s, &columns));
+    if (ok) return s;
+    slam_testset_free(s);
+    return NULL;
+}
+
+/* A file of a folder of pairs: what stands before its name, its name, its number, its side in SALMon. */
+typedef struct pair_file {
+    const char *path, *name;
+    size_t folder, item; // folder: bytes of `path` before the name
+    long number;
+    int side;
+} pair_file;
+
+static int compare_pair_files(const void *a, const void *b) {
+    const pair_file *x = (const pair_file *)a, *y = (const pair_file *)b;
+    const size_t shorter = x->folder < y->folder ? x->folder : y->folder;
+    int differ = memcmp(x->path, y->path, shorter);
+    if (!differ && x->folder != y->folder) differ = x->folder < y->folder ? -1 : 1;
+    if (differ) return differ;
+    if (x->number != y->number) return x->number < y->number ? -1 : 1;
+    return x->side != y->side ? x->side - y->side : strcmp(x->name, y->name);
+}
+
+static int pair_file_read(pair_file *f, int kind, const char *path, size_t item) {
+    const char *name = path_name(path), *from = name, *wanted = "NUMBER_...";
+    char *end = NULL;
+    f->path = path;
+    f->name = name;
+    f->folder = (size_t)(name - path);
+    f->item = item;
+    f->side = 0;
+    if (kind == SLAM_SALMON) {
+        wanted = "sample_NUMBER_0 or sample_NUMBER_1";
+        from = !strncmp(name, "sample_", 7) ? name + 7 : "";
+    } else if (kind == SLAM_SBLIMP) wanted = "NUMBER+...";
+    errno = 0;
+    f->number = isdigit((unsigned char)*from) ? strtol(from, &end, 10) : -1;
+    int ok = end && !errno && *end == (kind == SLAM_SBLIMP ? '+' : '_');
+    if (ok && kind == SLAM_SALMON) {
+        ok = (end[1] == '0' || end[1] == '1') && (!end[2] || end[2] == '.');
+        f->side = end[1] == '1';
+    }
+    return ok || fail("%s: expected a name %s", path, wanted);
+}
+
+/* Neighbours in the order of their numbers are a pair where both have the same, or they follow each other; anything else means
+   that a file is missing. */
+static int pair_files(slam_testset *s, const pair_file *f, size_t n) {
+    for (size_t i = 0; i < n; i += 2) {
+        const int has = i + 1 < n && f[i].folder == f[i + 1].folder && !memcmp(f[i].path, f[i + 1].path, f[i].folder);
+        const long step = has ? f[i + 1].number - f[i].number : 0;
+        if (!has || step > 1 || (s->kind == SLAM_SALMON && (step || f[i].side || !f[i + 1].side)))
+            return fail("%s: has no partner: it would be paired with %s", f[i].path, i + 1 < n ? f[i + 1].path : "nothing");
+        char *part = text_print("%.*s", (int)(f[i].folder ? f[i].folder - 1 : 0), f[i].path);
+        test_cell *cell = part ? testset_cell(s) : NULL;
+        const int ok = cell && (cell->group[GROUP_PART] = group_number(s, GROUP_PART, path_name(part))) > 0 &&
+                       testset_add(s, f[i].item, f[i + 1].item, s->cells - 1);
+        free(part);
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+slam_testset *slam_testset_files(int kind, const slam_list *files) {
+    slam_testset *s = (slam_testset *)mem_new(1, sizeof *s);
+    pair_file *f = (pair_file *)mem_new(files->n, sizeof *f);
+    int ok = s && f && list_copy(&s->items, files);
+    if (ok) s->kind = kind;
+    if (ok && !files->n) ok = fail("no file, expected pairs of them");
+    for (size_t i = 0; ok && i < files->n; i++) ok = pair_file_read(&f[i], kind, s->items.at[i], i);
+    if (ok) qsort(f, files->n, sizeof *f, compare_pair_files);
+    for (size_t i = 1; ok && i < files->n; i++)
+        if (!strcmp(f[i].path, f[i - 1].path)) ok = fail("%s: stands there twice", f[i].path);
+    ok = ok && pair_files(s, f, files->n);
+    free(f);
+    if (ok) return s;
+    slam_testset_free(s);
+    return NULL;
+}
+
+int slam_testset_audio(const slam_testset *s, slam_list *paths) {
+    static const char *const endings[] = {"", ".wav", ".flac", ".ogg", ".mp3"};
+    const size_t folder = s->path ? (size_t)(path_name(s->path) - s->path) : 0;
+    for (size_t i = 0; i < s->items.n; i++) {
+        int found = 0, ok = 1;
+        for (size_t k = 0; ok && !found && k < sizeof endings / sizeof *endings; k++) {
+            char *path = text_print("%.*s%s%s", (int)folder, s->path ? s->path : "", s->items.at[i], endings[k]);
+            found = path && path_is_file(path);
+            ok = path && (!found || slam_list_add(paths, path));
+            free(path);
+        }
+        if (!ok) return 0;
+        if (!found && s->path) return fail("%s: '%s' is neither beside it nor with .wav at its end", s->path, s->items.at[i]);
+        if (!found) return fail("%s: there is no such file", s->items.at[i]);
+    }
+    return 1;
+}
+
+/* The name of a file without folders and without what follows the last point. */
+static size_t base_name(const char *path, const char **name) {
+    *name = path_name(path);
+    const char *dot = strrchr(*name, '.');
+    return dot && dot > *name ? (size_t)(dot - *name) : strlen(*name);
+}
+
+typedef struct named {
+    const char *name;
+    size_t n, at;
+} named;
+
+static int compare_named(const void *a, const void *b) {
+    const named *x = (const named *)a, *y = (const named *)b;
+    const int differ = memcmp(x->name, y->name, x->n < y->n ? x->n : y->n);
+    return differ ? differ : (x->n > y->n) - (x->n < y->n);
+}
+
+/* of[i] (items): which of these names is item i's. One that is missing, or there twice, is an error. */
+static int testset_match(const slam_testset *s, const slam_list *names, const char *where, size_t *of) {
+    named *sorted = (named *)mem_new(names->n, sizeof *sorted);
+    int ok = sorted != NULL;
+    for (size_t i = 0; ok && i < names->n; i++) {
+        sorted[i].n = base_name(names->at[i], &sorted[i].name);
+        sorted[i].at = i;
+        if (!*names->at[i]) ok = fail("%s: line %zu has no file_name", where, i + 1);
+    }
+    if (ok) qsort(sorted, names->n, sizeof *sorted, compare_named);
+    for (size_t i = 1; ok && i < names->n; i++)
+        if (!compare_named(&sorted[i - 1], &sorted[i]))
+            ok = fail("%s: two lines are of '%.*s'", where, (int)sorted[i].n, sorted[i].name);
+    for (size_t i = 0; ok && i < s->items.n; i++) {
+        named wanted;
+        wanted.n = base_name(s->items.at[i], &wanted.name);
+        wanted.at = 0;
+        const named *found = (const named *)bsearch(&wanted, sorted, names->n, sizeof *sorted, compare_named);
+        if (found) of[i] = found->at;
+        else ok = fail("%s: has no line of '%.*s'", where, (int)wanted.n, wanted.name);
+    }
+    free(sorted);
+    return ok;
+}
+
+int slam_testset_units(const slam_testset *s, const char *path, int below, slam_units *units) {
+    slam_list names = SLAM_ZERO;
+    slam_units *read = NULL;
+    size_t *of = (size_t *)mem_new(s->items.n, sizeof *of);
+    int ok = of && units_read(path, below, &names, &read);
+    if (ok && s->listed && names.n != s->items.n) ok = fail("%s: was changed meanwhile", path);
+    for (size_t i = 0; ok && i < s->items.n; i++) of[i] = i;
+    if (ok && !s->listed) ok = testset_match(s, &names, path, of);
+    for (size_t i = 0; ok && i < s->items.n; i++) {
+        units[i] = read[of[i]];
+        memset(&read[of[i]], 0, sizeof *read);
+    }
+    for (size_t i = 0; i < names.n; i++) slam_units_free(&read[i]);
+    free(read);
+    free(of);
+    slam_list_free(&names);
+    return ok;
+}
+
+/* PATH/gold.csv, or PATH/lexical/dev/gold.csv and the like; NULL: there is none (or no memory). */
+static char *find_gold(int kind, const char *path, const char *split) {
+    const char *task = kind == SLAM_SWUGGY ? "lexical" : "syntactic";
+    char *tried = NULL;
+    if (kind != SLAM_SWUGGY && kind != SLAM_SBLIMP) return NULL;
+    for (int i = 0; i < 3; i++) {
+        free(tried);
+        tried = i == 0   ? text_copy(path)
+                : i == 1 ? text_print("%s/gold.csv", path)
+                         : text_print("%s/%s/%s/gold.csv", path, task, split);
+        if (!tried || (path_is_file(tried) && path_ends(tried, ".csv"))) return tried;
+    }
+    free(tried);
+    return NULL;
+}
+
+/* The names in a file of units; 65534 units are the most that tokens have room for. */
+static int units_names(const char *path, slam_list *names) {
+    slam_units *read = NULL;
+    const int ok = units_read(path, 65534, names, &read);
+    for (size_t i = 0; ok && i < names->n; i++) slam_units_free(&read[i]);
+    free(read);
+    return ok;
+}
+
+/* The audio files of a folder; where there are none, or no folder, the lines of a file of units. */
+static slam_testset *open_pairs(int kind, const char *path, const char *units) {
+    slam_list files = SLAM_ZERO;
+    slam_testset *s = NULL;
+    const int found = path && slam_audio_list(&files, &path, 1), listed = !found && units;
+    if (!path && !units) fail("expected a folder of audio files, or units");
+    if (found || (listed && units_names(units, &files))) s = slam_testset_files(kind, &files);
+    if (s) s->listed = listed;
+    slam_list_free(&files);
+    return s;
+}
+
+slam_testset *slam_testset_open(int kind, const char *path, const char *split, int listen, char **units) {
+    char *gold = path ? find_gold(kind, path, split) : NULL, *beside = NULL;
+    slam_testset *s = NULL;
+    int ok = 1;
+    if (path && !*units && !listen) {
+        beside = gold ? text_print("%.*sunits.jsonl", (int)(path_name(gold) - gold), gold) : text_print("%s/units.jsonl", path);
+        ok = beside && (!path_is_file(beside) || (*units = text_copy(beside)) != NULL);
+    }
+    if (ok) s = gold ? slam_testset_gold(kind, gold) : open_pairs(kind, path, *units);
+    free(gold);
+    free(beside);
+    return s;
+}
+
+/* A score as it is written. */
+static double score_written(double score, char spelled[32]) {
+    snprintf(spelled, 32, "%.9g", score);
+    return strtod(spelled, NULL);
+}
+
+int slam_testset_submission(const slam_testset *s, const double *scores, const char *path) {
+    text t = SLAM_ZERO;
+    char spelled[32];
+    for (size_t i = 0; i < s->items.n; i++) {
+        score_written(scores[i], spelled);
+        text_add(&t, "%s %s\n", s->items.at[i], spelled);
+    }
+    const int ok = !t.failed && file_write(path, t.at, t.n);
+    text_free(&t);
+    return ok;
+}
+
+/* Mean and sample standard deviation over the cells of a group's name; all of them for number 0. */
+static slam_accuracy accuracy_of(const slam_testset *s, int group, int number) {
+    slam_accuracy f = {number ? group_names[group] : "", number ? s->names[group].at[number - 1] : "", 0, NAN, NAN};
+    double sum = 0, squares = 0;
+    for (size_t i = 0; i < s->cells; i++) {
+        if (number && s->cell[i].group[group] != number) continue;
+        sum += s->cell[i].sum / (double)s->cell[i].n;
+        f.n++;
+    }
+    if (f.n) f.mean = sum / (double)f.n;
+    for (size_t i = 0; i < s->cells; i++) {
+        if (number && s->cell[i].group[group] != number) continue;
+        const double d = s->cell[i].sum / (double)s->cell[i].n - f.mean;
+        squares += d * d;
+    }
+    if (f.n > 1) f.deviation = sqrt(squares / (double)(f.n - 1));
+    return f;
+}
+
+static int compare_accuracies(const void *a, const void *b) {
+    const slam_accuracy *x = (const slam_accuracy *)a, *y = (const slam_accuracy *)b;
+    if (!strcmp(x->group, "length")) return (int)strtol(x->name, NULL, 10) - (int)strtol(y->name, NULL, 10);
+    return strcmp(x->name, y->name);
+}
+
+/* Whether figures of a group say more than that of all. */
+static int group_is_told(const slam_testset *s, int group) {
+    if (group == GROUP_FREQUENCY) {
+        for (size_t i = 0; i < s->cells; i++)
+            if (s->cell[i].group[group]) return 1;
+        return 0;
+    }
+    return s->names[group].n > (size_t)(group == GROUP_PART && s->kind != SLAM_SALMON);
+}
+
+const slam_accuracy *slam_testset_accuracies(slam_testset *s, const double *scores, size_t *n) {
+    size_t most = 1;
+    char spelled[32];
+    for (int g = 0; g < GROUPS; g++) most += s->names[g].n;
+    free(s->accuracy);
+    free(s->written);
+    s->accuracy = (slam_accuracy *)mem_new(most, sizeof *s->accuracy);
+    s->written = (double *)mem_new(s->items.n, sizeof *s->written);
+    if (!s->accuracy || !s->written) return NULL;
+    for (size_t i = 0; i < s->items.n; i++) s->written[i] = score_written(scores[i], spelled);
+    for (size_t i = 0; i < s->cells; i++) {
+        s->cell[i].sum = 0;
+        s->cell[i].n = 0;
+    }
+    for (size_t i = 0; i < s->pairs; i++) {
+        const double right = s->written[s->pair[i].right], wrong = s->written[s->pair[i].wrong];
+        s->cell[s->pair[i].cell].sum += right > wrong ? 1 : right == wrong ? 0.5 : 0;
+        s->cell[s->pair[i].cell].n++;
+    }
+    s->accuracy[0] = accuracy_of(s, 0, 0);
+    *n = 1;
+    for (int g = 0; g < GROUPS; g++) {
+        if (!group_is_told(s, g)) continue;
+        const size_t first = *n;
+        for (size_t k = 1; k <= s->names[g].n; k++) s->accuracy[(*n)++] = accuracy_of(s, g, (int)k);
+        if (g != GROUP_FREQUENCY) qsort(s->accuracy + first, *n - first, sizeof *s->accuracy, compare_accuracies);
+    }
+    return s->accuracy;
 }
 
 /* ---- generation ---- */
