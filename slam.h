@@ -14017,7 +14017,7 @@ int slam_testset_units(const slam_testset *s, const char *path, int below, slam_
         units[i] = read[of[i]];
         memset(&read[of[i]], 0, sizeof *read);
     }
-    for (size_t i = 0; i < names.n; i++) slam_units_free(&read[i]);
+    for (size_t i = 0; read && i < names.n; i++) slam_units_free(&read[i]);
     free(read);
     free(of);
     slam_list_free(&names);
