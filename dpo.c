@@ -156,8 +156,8 @@ static void print_plan(const dpo_job *d, const char *note) {
     print_count(s->silent, "without a unit");
     print_count(s->same, "with the same ending twice");
     print_count(s->large, "too long");
-    printf("\nrows     %s tokens, rows of %d, %.1f%% full, prompts %s\n", slam_spell_count(a, (double)s->tokens), c->context,
-           100 * (double)s->tokens / ((double)s->rows * c->context), d->share_prompt ? "shared" : "for each ending");
+    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_spell_count(a, (double)s->tokens), c->context,
+           100 * (double)s->tokens / (double)s->positions, d->share_prompt ? "shared" : "for each ending");
     slam_job_print_memory(&d->j, m, s->most_rows);
     printf("steps    %ld of %d pairs: %.3g epochs\n", steps, c->batch, (double)steps * c->batch / (double)s->train);
     printf("loss     beta %g, label smoothing %g\n", d->beta, d->label_smoothing);

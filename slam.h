@@ -614,9 +614,9 @@ typedef struct slam_pairs_size {
     uint64_t repeats, silent, same, large; /* that were left out: by their text; an ending without a unit; the same ending twice; an
                                               ending that is too long even without a prompt */
     uint64_t cut, apart;                   /* with a prompt that lost its beginning; computed apart though prompts are shared */
-    uint64_t tokens, rows;                 /* of epoch 0: positions that are not padding, and the rows they are packed into */
-    int least_rows;                        /* rows that must be computed at once: 2 where a pair fits into no row, else 1 */
-    int most_rows;                         /* of a batch */
+    uint64_t tokens, rows, positions; /* of epoch 0: positions that are not padding; the rows they are packed into; and theirs */
+    int least_rows;                   /* rows that must be computed at once: 2 where a pair fits into no row, else 1 */
+    int most_rows;                    /* of a batch */
 } slam_pairs_size;
 /* Of batches of `batch` pairs, in the order of `seed`. */
 int slam_pairs_measure(const slam_pairs *, int batch, uint64_t seed, slam_pairs_size *);
@@ -12752,13 +12752,40 @@ static void order_pairs(const slam_pairs *p, uint32_t *order, uint64_t seed, uin
     shuffle_numbers(order, p->n_train, rng_stream(seed, epoch, STREAM_ORDER));
 }
 
-/* First fit, the largest first (Johnson 1973): how a batch is packed hangs on its pairs and their order alone. */
+/* The row for so many positions more. rows 0: the first that has room, a new one where none has (first fit: Johnson 1973); otherwise
+   the emptiest of so many, -1 where it has none (Graham 1969). */
+static int row_for(pair_rows *r, int size, int rows) {
+    int row = 0;
+    if (!rows) {
+        while (row < r->rows && r->used[row] + size > r->pairs->context) row++;
+        if (row == r->rows) r->rows++;
+        return row;
+    }
+    for (int i = 1; i < rows; i++)
+        if (r->used[i] < r->used[row]) row = i;
+    return r->used[row] + size <= r->pairs->context ? row : -1;
+}
+
+/* Places the pairs, which lie the largest first; 0 where they do not fit into so many rows. */
+static int pack_into(pair_rows *r, int rows) {
+    r->rows = 0;
+    memset(r->used, 0, 2 * r->n * sizeof *r->used);
+    memset(r->bound, 0, 2 * r->n * sizeof *r->bound);
+    for (size_t i = 0; i < r->n; i++) {
+        const int size = r->place[i].size, is_large = size > r->pairs->context, row = is_large ? 0 : row_for(r, size, rows);
+        if (row < 0) return 0;
+        if (is_large) place_apart(r, &r->place[i]);
+        else place_together(r, &r->place[i], row);
+    }
+    if (rows) r->rows = rows;
+    return 1;
+}
+
+/* As few rows as first fit takes, and those of about the same length where the pairs allow it: a batch is as short as its longest
+   row, so hardly anything is padding. How a batch is packed hangs on its pairs and their order alone. */
 static void pack_pairs(pair_rows *r, const uint32_t *list, size_t n) {
     r->n = n;
-    r->rows = 0;
     r->tokens = 0;
-    memset(r->used, 0, 2 * n * sizeof *r->used);
-    memset(r->bound, 0, 2 * n * sizeof *r->bound);
     for (size_t i = 0; i < n; i++) {
         r->place[i].pair = list[i];
         r->place[i].turn = (uint32_t)i;
@@ -12766,18 +12793,16 @@ static void pack_pairs(pair_rows *r, const uint32_t *list, size_t n) {
         r->tokens += (uint64_t)r->place[i].size;
     }
     qsort(r->place, n, sizeof *r->place, larger_pair);
-    for (size_t i = 0; i < n; i++) {
-        int row = 0;
-        const int size = r->place[i].size;
-        if (size > r->pairs->context) {
-            place_apart(r, &r->place[i]);
-            continue;
-        }
-        while (row < r->rows && r->used[row] + size > r->pairs->context) row++;
-        if (row == r->rows) r->rows++;
-        place_together(r, &r->place[i], row);
-    }
+    pack_into(r, 0);
+    if (!pack_into(r, r->rows)) pack_into(r, 0);
     qsort(r->place, n, sizeof *r->place, earlier_place);
+}
+
+/* The longest of some rows, as a batch of them has it. */
+static int rows_length(const pair_rows *r, int first, int n) {
+    int T = 1;
+    for (int i = first; i < first + n; i++) T = r->used[i] > T ? r->used[i] : T;
+    return (T + 15) / 16 * 16 < r->pairs->context ? (T + 15) / 16 * 16 : r->pairs->context;
 }
 
 static void put_token(slam_batch *b, size_t i, int token, int target, int start, int hole, int hole_end) {
@@ -12829,9 +12854,7 @@ static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
     const int row = r->place[first].row[0];
     size_t end = first;
     b->B = rows_at_once(r, row);
-    b->T = 1;
-    for (int i = 0; i < b->B; i++) b->T = r->used[row + i] > b->T ? r->used[row + i] : b->T;
-    b->T = (b->T + 15) / 16 * 16 < r->pairs->context ? (b->T + 15) / 16 * 16 : r->pairs->context;
+    b->T = rows_length(r, row, b->B);
     const size_t n = (size_t)b->B * b->T;
     b->tokens = r->ints;
     b->targets = r->ints + n;
@@ -12878,6 +12901,7 @@ int slam_pairs_measure(const slam_pairs *p, int batch, uint64_t seed, slam_pairs
         pack_pairs(&r, order + first, p->n_train - first < (size_t)batch ? p->n_train - first : (size_t)batch);
         size->tokens += r.tokens;
         size->rows += (uint64_t)r.rows;
+        size->positions += (uint64_t)r.rows * (uint64_t)rows_length(&r, 0, r.rows);
         if (r.rows > size->most_rows) size->most_rows = r.rows;
     }
     rows_free(&r);

@@ -177,7 +177,7 @@ static double measure_hubert(const row *r, const char *folder, int threads, doub
 
 /* ---- preference optimisation ---- */
 
-enum { DPO_BATCH = 24, DPO_PAIRS = 240, DPO_CONTEXT = 1024 };
+enum { DPO_BATCH = 24, DPO_PAIRS = 96, DPO_CONTEXT = 1024 };
 
 /* Pairs as long as SpokenSwag's: prompts of about 180 units (10 s), endings of about 55 (3 s). */
 static void dpo_write(const char *path) {

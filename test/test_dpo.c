@@ -261,6 +261,30 @@ static void test_rows(void) {
     }
 }
 
+/* A batch of pairs like SpokenSwag's (a prompt of 10 s, endings of 3 s) is hardly padded. */
+static void test_even_rows(void) {
+    text t = SLAM_ZERO;
+    uint64_t seed = 2;
+    if (!TEST("rows of about the same length")) return;
+    for (int i = 0; i < 240; i++)
+        for (int part = 0; part < 3; part++) {
+            text_add(&t, "%s\"%s\": \"", part ? ", " : "{", pair_names[part]);
+            for (int n = part ? 35 + (int)rng_below(&seed, 41) : 120 + (int)rng_below(&seed, 121); n > 0; n--)
+                text_add(&t, "<Un%d>", (int)rng_below(&seed, 500));
+            text_add(&t, part == 2 ? "\"}\n" : "\"");
+        }
+    const char *path = check_file("even.jsonl", t.at, t.n);
+    for (int share = 0; share < 2; share++) {
+        slam_pairs *p = pairs_of(path, 502, 1024, share);
+        slam_pairs_size size;
+        CHECK(slam_pairs_measure(p, 24, 1, &size), "%s", slam_error());
+        const double full = (double)size.tokens / (double)size.positions;
+        CHECK(full > 0.93, "%s: %.3f full", share ? "shared" : "apart", full);
+        slam_pairs_free(p);
+    }
+    text_free(&t);
+}
+
 /* Every pair stands in the rows once, whatever its size, and no two overlap. */
 static void test_packing(void) {
     const int most[3] = {120, 60, 60};
@@ -274,7 +298,7 @@ static void test_packing(void) {
             uint64_t tokens = 0;
             CHECK(slam_pairs_measure(p, 700, 2, &size) && rows_new(&r, p, 700, micro), "%s", slam_error());
             pack_pairs(&r, p->train, 700);
-            CHECK((double)size.tokens > 0.7 * (double)size.rows * 190, "%.3f full",
+            CHECK((double)size.tokens > 0.7 * (double)size.rows * 190 && size.positions <= size.rows * 190, "%.3f full",
                   (double)size.tokens / ((double)size.rows * 190));
             char *seen = (char *)calloc(700, 1);
             for (size_t first = 0, end; first < r.n; first = end) {
@@ -521,6 +545,7 @@ int main(void) {
     test_finite_differences(ops);
     test_rows();
     test_packing();
+    test_even_rows();
     test_cut();
     test_lines();
     test_hold_out();
