@@ -44,7 +44,8 @@ static void set_flags(dpo_job *d) {
         {"val-fraction", SLAM_REAL, &c->val_fraction, "P", "0", "or hold out this share of the pairs", 0, 0.9, 0, 0},
         {"repetition-filter", SLAM_REAL, &d->repetition_filter, "P", "0.3",
          "leave out pairs whose text (prompt_text, chosen_text) has an auto-BLEU-2 of this or more; 0: none", 0, 1, 0, 0},
-        {"context", SLAM_INT, &c->context, "N", NULL, "tokens of a row (as the model was trained, up to 1024)", 4, 1 << 24, 0, 0},
+        {"context", SLAM_INT, &c->context, "N", NULL, "most tokens of a prompt with an ending (as the model was trained)", 4,
+         1 << 24, 0, 0},
         {"share-prompt", SLAM_SWITCH, &d->share_prompt, NULL, NULL, "compute a prompt once for both of its endings", 0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Preference", 0, 0, 0, 0},
         {"init", SLAM_TEXT, &c->init, "DIR", NULL, "the model to start from, and to stay near (the newest run of train)", 0, 0, 0,
@@ -128,8 +129,7 @@ static int plan(dpo_job *d, const char *argv0, char note[256]) {
     if (!slam_job_name_data(j, argv0, "test/corpus/pairs.jsonl", "test/corpus/pairs-val.jsonl")) return 0;
     if (!name_reference(d) || !read_config(d) || !open_pairs(d)) return 0;
     if (!(d->ops = slam_run_device(&j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
-    if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows)) return 0;
-    if (j->run.micro < d->size.least_rows) j->run.micro = d->size.least_rows; /* the endings of a pair go together */
+    if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows, slam_pairs_row(d->pairs))) return 0;
     return slam_job_steps(j, (double)d->size.train / c->batch, 0);
 }
 
@@ -156,8 +156,8 @@ static void print_plan(const dpo_job *d, const char *note) {
     print_count(s->silent, "without a unit");
     print_count(s->same, "with the same ending twice");
     print_count(s->large, "too long");
-    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_spell_count(a, (double)s->tokens), c->context,
-           100 * (double)s->tokens / (double)s->positions, d->share_prompt ? "shared" : "for each ending");
+    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_spell_count(a, (double)s->tokens),
+           d->j.run.context, 100 * (double)s->tokens / (double)s->positions, d->share_prompt ? "shared" : "for each ending");
     slam_job_print_memory(&d->j, m, s->most_rows);
     printf("steps    %ld of %d pairs: %.3g epochs\n", steps, c->batch, (double)steps * c->batch / (double)s->train);
     printf("loss     beta %g, label smoothing %g\n", d->beta, d->label_smoothing);
@@ -194,7 +194,7 @@ static int watch(void *context, uint64_t done, uint64_t of) {
 static slam_model *open_reference(const dpo_job *d) {
     uint64_t hash;
     slam_model *m = slam_model_load(d->ops, d->reference);
-    if (m && slam_model_hash(m, &hash) && hash == d->model && slam_model_plan(m, d->j.run.micro, d->j.o.context, SLAM_INFERENCE))
+    if (m && slam_model_hash(m, &hash) && hash == d->model && slam_model_plan(m, d->j.run.micro, d->j.run.context, SLAM_INFERENCE))
         return m;
     if (m && hash != d->model) slam_refuse("%s: is not the model that this run was begun with", d->reference);
     slam_model_free(m);

@@ -597,8 +597,8 @@ int slam_quantiser_sources(const slam_quantiser *, const slam_sources *, slam_un
    `u.. 1`; an ending's log-probability is the sum over all of its tokens. Belongs to one thread. */
 typedef struct slam_pairs slam_pairs;
 /* V: the vocabulary of the model that reads them, all units are below V - 2. context (at least 4): the most tokens of `1 prompt
-   ending 1`, and the length of a row; a prompt that is too long for that loses its beginning. share 1: a prompt is computed once for
-   both endings (which see it, and not each other) where all three fit into a row. max_repetition: pairs with prompt_text and
+   ending 1`; a prompt that is too long for that loses its beginning. share 1: a prompt is computed once for both endings (which see
+   it, and not each other) where all three fit into the context. max_repetition: pairs with prompt_text and
    chosen_text whose slam_auto_bleu of both, order 2, is that or more are left out; 0: none are. */
 slam_pairs *slam_pairs_new(int V, int context, int share, double max_repetition);
 void slam_pairs_free(slam_pairs *);
@@ -615,9 +615,10 @@ typedef struct slam_pairs_size {
                                               ending that is too long even without a prompt */
     uint64_t cut, apart;                   /* with a prompt that lost its beginning; computed apart though prompts are shared */
     uint64_t tokens, rows, positions; /* of epoch 0: positions that are not padding; the rows they are packed into; and theirs */
-    int least_rows;                   /* rows that must be computed at once: 2 where a pair fits into no row, else 1 */
     int most_rows;                    /* of a batch */
 } slam_pairs_size;
+/* The longest row that pairs are packed into, twice the context: so the endings of a pair always stand in one row. */
+int slam_pairs_row(const slam_pairs *);
 /* Of batches of `batch` pairs, in the order of `seed`. */
 int slam_pairs_measure(const slam_pairs *, int batch, uint64_t seed, slam_pairs_size *);
 /* A hash of all that the pairs say, as they will be read: tells one set of pairs from another. */
@@ -627,7 +628,7 @@ uint64_t slam_pairs_hash(const slam_pairs *);
    appended to a file, some hundred pairs at a time: what a kill leaves is good as far as it goes.
    recall: takes what the file says, *known pairs. An error where it is of other pairs or another model; what is torn or damaged, or
    no file at all, is not known.
-   compute: the rest, by `reference`, which is planned for `micro` rows of the context. `model`: its slam_model_hash. path NULL: no
+   compute: the rest, by `reference`, which is planned for `micro` rows of slam_pairs_row. `model`: its slam_model_hash. path NULL: no
    file. The watch (NULL: none) is told how many of how many are known. 1; 2 where the watch returned 0; 0: failed. */
 typedef int slam_pairs_watch(void *context, uint64_t done, uint64_t of);
 int slam_pairs_recall(slam_pairs *, const char *path, uint64_t model, uint64_t *known);
@@ -639,8 +640,7 @@ int slam_pairs_compute(slam_pairs *, slam_model *reference, int micro, const cha
        D = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))        s(x) = 1 / (1 + exp(-x))
        loss = -(1 - e) log s(b D) - e log s(-b D)              dloss/dD = -b ((1 - e) s(-b D) - e s(b D))
    b: beta, e: label_smoothing. Takes `batch` pairs a step, in an order of seed and epoch alone, over the ends of epochs; packs them
-   into rows of the context, of which `micro` are computed at once, the endings of a pair together, and plans the model for it
-   (mode: SLAM_TRAIN or SLAM_TRAIN_RECOMPUTE). */
+   into rows of which `micro` are computed at once, and plans the model for it (mode: SLAM_TRAIN or SLAM_TRAIN_RECOMPUTE). */
 typedef struct slam_dpo slam_dpo;
 slam_dpo *slam_dpo_new(slam_model *, const slam_pairs *, double beta, double label_smoothing, int batch, int micro, int mode,
                        uint64_t seed);
@@ -1061,8 +1061,8 @@ int slam_job_defaults(slam_job *);
 /* Data and validation data: as they are called, or where there are none the bundled ones. Such a run keeps empty lists, so that it
    goes on wherever the program lies. */
 int slam_job_name_data(slam_job *, const char *argv0, const char *bundled, const char *bundled_val);
-/* The run's part of the options; rows that are computed at once, of `rows` a step. */
-int slam_job_fill(slam_job *, slam_ops *, const slam_config *, int rows);
+/* The run's part of the options; of `rows` rows of T tokens a step how many are computed at once. */
+int slam_job_fill(slam_job *, slam_ops *, const slam_config *, int rows, int T);
 int slam_job_mode(const slam_job *); /* SLAM_TRAIN, or with --recompute SLAM_TRAIN_RECOMPUTE */
 /* Whether the command line gives a limit that the run does not have already; NULL: any of them, or the run is a new one. */
 int slam_job_grows(const slam_job *, const char *limit);
@@ -12496,7 +12496,6 @@ slam_pairs *slam_pairs_new(int V, int context, int share, double max_repetition)
     p->context = context;
     p->share = share;
     p->max_repetition = max_repetition;
-    p->size.least_rows = 1;
     return p;
 }
 
@@ -12517,10 +12516,12 @@ static int ending_size(const preference *q, int part) { return (int)q->n[part] +
 static int shared_size(const preference *q) { return prompt_size(q) + ending_size(q, CHOSEN) + ending_size(q, REJECTED); }
 static int apart_size(const preference *q, int part) { return prompt_size(q) + ending_size(q, part); }
 static int is_shared(const slam_pairs *p, const preference *q) { return p->share && shared_size(q) <= p->context; }
-/* What a pair takes of a row; more than the context: it takes two rows. */
+/* What a pair takes of a row. */
 static int pair_size(const slam_pairs *p, const preference *q) {
     return is_shared(p, q) ? shared_size(q) : apart_size(q, CHOSEN) + apart_size(q, REJECTED);
 }
+
+int slam_pairs_row(const slam_pairs *p) { return 2 * p->context; }
 
 /* ---- reading ---- */
 
@@ -12582,7 +12583,6 @@ static int pair_read(slam_pairs *p, const json *root, const char *what, units *u
     if (!mem_grow((void **)&p->at, &p->capacity, p->n + 1, sizeof *p->at)) return 0;
     p->at[p->n++] = q;
     p->size.apart += p->share && !is_shared(p, &q);
-    if (pair_size(p, &q) > p->context) p->size.least_rows = 2;
     return 1;
 }
 
@@ -12672,7 +12672,7 @@ uint64_t slam_pairs_hash(const slam_pairs *p) {
 /* A pair in the rows of a batch: where the heads of its endings stand. */
 typedef struct pair_place {
     uint32_t pair, turn; // turn: in the batch, as it was drawn
-    int size, row[2], at[2];
+    int size, row, at[2];
 } pair_place;
 
 /* A batch of pairs, packed; and room for some rows of it at once. */
@@ -12681,7 +12681,7 @@ typedef struct pair_rows {
     pair_place *place; // (n), in the order of rows
     double *logp;      // (n,2), of the endings
     size_t n, capacity;
-    int rows, *used, *bound; // (rows): positions that are taken; 1: the row holds half a pair, the next row the other half
+    int rows, *used; // (rows): positions that are taken
     uint64_t tokens;
     int micro;     // rows at once
     int *ints;     // (micro,T) tokens, targets, doc_start, (micro,T,2) holes
@@ -12692,7 +12692,6 @@ static void rows_free(pair_rows *r) {
     free(r->place);
     free(r->logp);
     free(r->used);
-    free(r->bound);
     free(r->ints);
     free(r->losses);
     memset(r, 0, sizeof *r);
@@ -12700,15 +12699,14 @@ static void rows_free(pair_rows *r) {
 
 /* For batches of up to `capacity` pairs; micro 0: they are only counted. */
 static int rows_new(pair_rows *r, const slam_pairs *p, size_t capacity, int micro) {
-    const size_t n = (size_t)micro * (size_t)p->context;
+    const size_t n = (size_t)micro * (size_t)slam_pairs_row(p);
     memset(r, 0, sizeof *r);
     r->pairs = p;
     r->capacity = capacity;
     r->micro = micro;
     int ok = (r->place = (pair_place *)mem_new(capacity, sizeof *r->place)) != NULL;
     ok = ok && (r->logp = (double *)mem_new(capacity, 2 * sizeof *r->logp)) != NULL;
-    ok = ok && (r->used = (int *)mem_new(2 * capacity, sizeof *r->used)) != NULL;
-    ok = ok && (r->bound = (int *)mem_new(2 * capacity, sizeof *r->bound)) != NULL;
+    ok = ok && (r->used = (int *)mem_new(capacity, sizeof *r->used)) != NULL;
     ok = ok && (r->ints = (int *)mem_new(n, 5 * sizeof *r->ints)) != NULL;
     ok = ok && (r->losses = (float *)mem_new(n, 2 * sizeof *r->losses)) != NULL;
     if (!ok) rows_free(r);
@@ -12722,29 +12720,17 @@ static int larger_pair(const void *a, const void *b) {
 
 static int earlier_place(const void *a, const void *b) {
     const pair_place *x = (const pair_place *)a, *y = (const pair_place *)b;
-    return x->row[0] != y->row[0] ? (x->row[0] > y->row[0]) - (x->row[0] < y->row[0])
-                                  : (x->at[0] > y->at[0]) - (x->at[0] < y->at[0]);
+    return x->row != y->row ? (x->row > y->row) - (x->row < y->row) : (x->at[0] > y->at[0]) - (x->at[0] < y->at[0]);
 }
 
-/* Both endings in one row, behind what stands there. */
-static void place_together(pair_rows *r, pair_place *place, int row) {
+/* Behind what stands in the row. */
+static void place_pair(pair_rows *r, pair_place *place, int row) {
     const preference *q = &r->pairs->at[place->pair];
     const int start = r->used[row], first = start + prompt_size(q), second = first + ending_size(q, CHOSEN);
-    place->row[0] = place->row[1] = row;
+    place->row = row;
     place->at[0] = first;
     place->at[1] = is_shared(r->pairs, q) ? second : second + prompt_size(q);
     r->used[row] += place->size;
-}
-
-/* Two new rows, an ending in each. */
-static void place_apart(pair_rows *r, pair_place *place) {
-    const preference *q = &r->pairs->at[place->pair];
-    r->bound[r->rows] = 1;
-    for (int side = 0; side < 2; side++) {
-        place->row[side] = r->rows;
-        place->at[side] = prompt_size(q);
-        r->used[r->rows++] = apart_size(q, CHOSEN + side);
-    }
 }
 
 static void order_pairs(const slam_pairs *p, uint32_t *order, uint64_t seed, uint64_t epoch) {
@@ -12755,27 +12741,26 @@ static void order_pairs(const slam_pairs *p, uint32_t *order, uint64_t seed, uin
 /* The row for so many positions more. rows 0: the first that has room, a new one where none has (first fit: Johnson 1973); otherwise
    the emptiest of so many, -1 where it has none (Graham 1969). */
 static int row_for(pair_rows *r, int size, int rows) {
+    const int most = slam_pairs_row(r->pairs);
     int row = 0;
     if (!rows) {
-        while (row < r->rows && r->used[row] + size > r->pairs->context) row++;
+        while (row < r->rows && r->used[row] + size > most) row++;
         if (row == r->rows) r->rows++;
         return row;
     }
     for (int i = 1; i < rows; i++)
         if (r->used[i] < r->used[row]) row = i;
-    return r->used[row] + size <= r->pairs->context ? row : -1;
+    return r->used[row] + size <= most ? row : -1;
 }
 
 /* Places the pairs, which lie the largest first; 0 where they do not fit into so many rows. */
 static int pack_into(pair_rows *r, int rows) {
     r->rows = 0;
-    memset(r->used, 0, 2 * r->n * sizeof *r->used);
-    memset(r->bound, 0, 2 * r->n * sizeof *r->bound);
+    memset(r->used, 0, r->n * sizeof *r->used);
     for (size_t i = 0; i < r->n; i++) {
-        const int size = r->place[i].size, is_large = size > r->pairs->context, row = is_large ? 0 : row_for(r, size, rows);
+        const int row = row_for(r, r->place[i].size, rows);
         if (row < 0) return 0;
-        if (is_large) place_apart(r, &r->place[i]);
-        else place_together(r, &r->place[i], row);
+        place_pair(r, &r->place[i], row);
     }
     if (rows) r->rows = rows;
     return 1;
@@ -12802,7 +12787,7 @@ static void pack_pairs(pair_rows *r, const uint32_t *list, size_t n) {
 static int rows_length(const pair_rows *r, int first, int n) {
     int T = 1;
     for (int i = first; i < first + n; i++) T = r->used[i] > T ? r->used[i] : T;
-    return (T + 15) / 16 * 16 < r->pairs->context ? (T + 15) / 16 * 16 : r->pairs->context;
+    return (T + 15) / 16 * 16 < slam_pairs_row(r->pairs) ? (T + 15) / 16 * 16 : slam_pairs_row(r->pairs);
 }
 
 static void put_token(slam_batch *b, size_t i, int token, int target, int start, int hole, int hole_end) {
@@ -12832,7 +12817,7 @@ static void put_pair(slam_batch *b, const slam_pairs *p, const pair_place *place
     const uint16_t *prompt = p->tokens + q->first, *ending = prompt + q->n[PROMPT];
     const int n = prompt_size(q), head = n ? (int)prompt[n - 1] : (int)DOCUMENT_MARK, shared = is_shared(p, q);
     for (int side = 0; side < 2; side++) {
-        const int row = place->row[side] - first_row, at = place->at[side], start = shared ? place->at[0] - n : at - n,
+        const int row = place->row - first_row, at = place->at[side], start = shared ? place->at[0] - n : at - n,
                   hole = shared && side;
         if (!hole) put_prompt(b, prompt, n, row, start);
         put_ending(b, head, ending, (int)q->n[CHOSEN + side], row, at, start, hole ? place->at[0] : 0, hole ? place->at[1] : 0);
@@ -12840,18 +12825,15 @@ static void put_pair(slam_batch *b, const slam_pairs *p, const pair_place *place
     }
 }
 
-/* How many rows from `row` on are computed at once: parts of about the same size, no pair torn. */
+/* How many rows from `row` on are computed at once: parts of about the same size. */
 static int rows_at_once(const pair_rows *r, int row) {
     const int parts = (r->rows + r->micro - 1) / r->micro, even = (r->rows + parts - 1) / parts;
-    const int most = even < 2 && r->micro > 1 ? 2 : even;
-    int n = 0;
-    while (row + n < r->rows && n + 1 + r->bound[row + n] <= most) n += 1 + r->bound[row + n];
-    return n;
+    return r->rows - row < even ? r->rows - row : even;
 }
 
 /* The next rows, beginning with place `first`, as a batch as short as its longest row; returns the end of its places. */
 static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
-    const int row = r->place[first].row[0];
+    const int row = r->place[first].row;
     size_t end = first;
     b->B = rows_at_once(r, row);
     b->T = rows_length(r, row, b->B);
@@ -12861,7 +12843,7 @@ static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
     b->doc_start = r->ints + 2 * n;
     b->hole = r->ints + 3 * n;
     for (size_t i = 0; i < n; i++) put_token(b, i, 0, -1, (int)(i % b->T), 0, 0);
-    for (; end < r->n && r->place[end].row[0] < row + b->B; end++) put_pair(b, r->pairs, &r->place[end], row);
+    for (; end < r->n && r->place[end].row < row + b->B; end++) put_pair(b, r->pairs, &r->place[end], row);
     return end;
 }
 
@@ -12869,12 +12851,12 @@ static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
 
 /* The head of an ending in a batch whose first row is `row`. */
 static size_t ending_at(const slam_batch *b, const pair_place *place, int side, int row) {
-    return (size_t)(place->row[side] - row) * b->T + place->at[side];
+    return (size_t)(place->row - row) * b->T + place->at[side];
 }
 
 /* Forward of the rows that begin with place `first`: log-probabilities of their endings, up to place *end. */
 static int rows_forward(pair_rows *r, slam_model *m, size_t first, slam_batch *b, size_t *end) {
-    const int row = r->place[first].row[0];
+    const int row = r->place[first].row;
     *end = rows_fill(r, first, b);
     if (!slam_model_losses(m, b, r->losses)) return 0;
     for (size_t i = first; i < *end; i++)
@@ -13022,7 +13004,6 @@ int slam_pairs_compute(slam_pairs *p, slam_model *reference, int micro, const ch
     FILE *f = NULL;
     int going = 1;
     if (!p->prepared) return fail("pairs that are not prepared have no reference");
-    if (micro < p->size.least_rows) return fail("%d row at once, but there are pairs that take %d", micro, p->size.least_rows);
     if (!rows_new(&r, p, REFERENCE_CHUNK, micro)) return 0;
     int ok = !path || (f = reference_open(p, path, model)) != NULL;
     while (ok && p->known < p->n && (going = !watch || watch(context, p->known, p->n))) {
@@ -13061,12 +13042,10 @@ void slam_dpo_free(slam_dpo *d) {
 
 slam_dpo *slam_dpo_new(slam_model *model, const slam_pairs *pairs, double beta, double label_smoothing, int batch, int micro,
                        int mode, uint64_t seed) {
-    if (!pairs->prepared || batch < 1 || micro < pairs->size.least_rows || !(beta > 0) ||
-        !(label_smoothing >= 0 && label_smoothing <= 0.5)) {
-        fail(
-            "DPO with beta %g, label smoothing %g, batches of %d pairs and %d rows at once: expected beta above 0, smoothing from 0 to "
-            "0.5, at least 1 pair and %d rows, of pairs that are prepared",
-            beta, label_smoothing, batch, micro, pairs->size.least_rows);
+    if (!pairs->prepared || batch < 1 || !(beta > 0) || !(label_smoothing >= 0 && label_smoothing <= 0.5)) {
+        fail("DPO with beta %g, label smoothing %g and batches of %d pairs: expected beta above 0, smoothing from 0 to 0.5, and at "
+             "least 1 pair, of pairs that are prepared",
+             beta, label_smoothing, batch);
         return NULL;
     }
     slam_dpo *d = (slam_dpo *)mem_new(1, sizeof *d);
@@ -13080,7 +13059,7 @@ slam_dpo *slam_dpo_new(slam_model *model, const slam_pairs *pairs, double beta, 
     int ok = (d->order = (uint32_t *)mem_new(pairs->n_train, sizeof *d->order)) != NULL;
     ok = ok && (d->drawn = (uint32_t *)mem_new((size_t)batch, sizeof *d->drawn)) != NULL;
     ok = ok && rows_new(&d->rows, pairs, (size_t)batch, micro) && rows_new(&d->few, pairs, REFERENCE_CHUNK, micro);
-    if (ok && slam_model_plan(model, micro, pairs->context, mode)) return d;
+    if (ok && slam_model_plan(model, micro, slam_pairs_row(pairs), mode)) return d;
     slam_dpo_free(d);
     return NULL;
 }
@@ -13155,10 +13134,10 @@ int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs) {
     if (!reference_known(d->pairs)) return 0;
     for (size_t first = 0, end; first < r->n; first = end) {
         slam_batch b;
-        const int row = r->place[first].row[0];
+        const int row = r->place[first].row;
         const double before = sum.loss;
         if (!rows_forward(r, d->model, first, &b, &end)) return 0;
-        float *weights = r->losses + (size_t)r->micro * (size_t)d->pairs->context;
+        float *weights = r->losses + (size_t)r->micro * (size_t)slam_pairs_row(d->pairs);
         memset(weights, 0, (size_t)b.B * b.T * sizeof *weights);
         for (size_t i = first; i < end; i++) {
             const double slope = pair_loss(d, r->place[i].pair, r->logp + 2 * i, &sum) / (double)pairs;
@@ -16434,13 +16413,13 @@ static int fix_micro(slam_job *j, const slam_config *config, int rows) {
     char spelled[32];
     int micro;
     if (!read_micro(j->o.micro, &micro)) return 0;
-    if (!micro) micro = slam_micro_batch(j->run.ops, config, rows, j->o.context, slam_job_mode(j));
+    if (!micro) micro = slam_micro_batch(j->run.ops, config, rows, j->run.context, slam_job_mode(j));
     j->run.micro = micro < rows ? micro : rows;
     snprintf(spelled, sizeof spelled, "%d", micro); // as it was asked for, so that the same command goes on
     return slam_flags_set(&j->flags, "micro-batch", spelled);
 }
 
-int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int rows) {
+int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int rows, int T) {
     const slam_options *o = &j->o;
     slam_run *r = &j->run;
     const char *const schedules[] = {"cosine", "inverse-sqrt", "linear", "constant"};
@@ -16460,7 +16439,7 @@ int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int row
     r->lines = slam_flags_given(&j->flags, "log-every");
     r->keep = o->keep;
     r->format = strcmp(o->format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
-    r->context = o->context;
+    r->context = T;
     return read_warmup(r, o->warmup) && fix_micro(j, config, rows);
 }
 
@@ -16517,7 +16496,7 @@ void slam_job_print_device(const slam_job *j, const char *note) {
 }
 
 void slam_job_print_memory(const slam_job *j, const slam_config *config, int rows) {
-    const slam_memory m = slam_config_memory(config, j->run.ops->bytes_per_act, j->run.micro, j->o.context, slam_job_mode(j));
+    const slam_memory m = slam_config_memory(config, j->run.ops->bytes_per_act, j->run.micro, j->run.context, slam_job_mode(j));
     printf(
         "memory   %.1f MB: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at "
         "once\n",

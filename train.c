@@ -290,8 +290,8 @@ static int plan(train_job *t, const char *argv0, char note[256]) {
     if (!slam_data_prepare(t->data, t->config.V, c->val_fraction, (uint64_t)c->seed, c->val_fraction > 0 ? &t->val : NULL))
         return 0;
     if (j->val.n && !slam_data_prepare(t->val, t->config.V, 0, 0, NULL)) return 0;
-    return slam_data_measure(t->data, -1, (uint64_t)c->seed, &t->size) && slam_job_fill(j, t->ops, &t->config, c->batch) &&
-           fix_steps(t);
+    return slam_data_measure(t->data, -1, (uint64_t)c->seed, &t->size) &&
+           slam_job_fill(j, t->ops, &t->config, c->batch, c->context) && fix_steps(t);
 }
 
 static int train(train_job *t) {

@@ -205,9 +205,9 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     slam_model *m = ops ? slam_model_new(ops, config, 1) : NULL;
     slam_pairs *p = slam_pairs_new(config->V, DPO_CONTEXT, share, 0);
     if (!m || !p || !slam_pairs_add(p, path, 0) || !slam_pairs_prepare(p, 0, 0)) die();
-    slam_dpo *d = slam_dpo_new(m, p, 0.1, 0, DPO_BATCH, 4, SLAM_TRAIN, 1);
+    slam_dpo *d = slam_dpo_new(m, p, 0.1, 0, DPO_BATCH, 2, SLAM_TRAIN, 1);
     slam_optimiser *o = slam_optimiser_new(m, &settings);
-    if (!d || !o || slam_pairs_compute(p, m, 4, NULL, 0, NULL, NULL) != 1) die();
+    if (!d || !o || slam_pairs_compute(p, m, 2, NULL, 0, NULL, NULL) != 1) die();
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
         slam_step step;
@@ -236,7 +236,7 @@ static void bench_dpo(text *t, const char *folder, const slam_config *config, in
         fflush(stdout);
     }
     text_add(t,
-             "\ndpo, the model of row 10m, prompts of 120 to 240 units, endings of 35 to 75, %d pairs a step in rows of %d:\n"
+             "\ndpo, the model of row 10m, prompts of 120 to 240 units, endings of 35 to 75, %d pairs a step, a context of %d:\n"
              "%.2f pairs/s with shared prompts, %.2f with one for each ending, ratio %.2f\n",
              DPO_BATCH, DPO_CONTEXT, median(rate[1], ROUNDS), median(rate[0], ROUNDS), median(ratio, ROUNDS));
     remove(path);
