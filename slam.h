@@ -617,7 +617,8 @@ typedef struct slam_pairs_size {
     uint64_t tokens, rows, positions; /* of epoch 0: positions that are not padding; the rows they are packed into; and theirs */
     int most_rows;                    /* of a batch */
 } slam_pairs_size;
-/* The longest row that pairs are packed into, twice the context: so the endings of a pair always stand in one row. */
+/* The longest row that pairs are packed into: twice the context, so that the endings of a pair always stand in one row, and 1024
+   at least, so that rows of some pairs each come out about equally long. */
 int slam_pairs_row(const slam_pairs *);
 /* Of batches of `batch` pairs, in the order of `seed`. */
 int slam_pairs_measure(const slam_pairs *, int batch, uint64_t seed, slam_pairs_size *);
@@ -12521,7 +12522,7 @@ static int pair_size(const slam_pairs *p, const preference *q) {
     return is_shared(p, q) ? shared_size(q) : apart_size(q, CHOSEN) + apart_size(q, REJECTED);
 }
 
-int slam_pairs_row(const slam_pairs *p) { return 2 * p->context; }
+int slam_pairs_row(const slam_pairs *p) { return 2 * p->context < 1024 ? 1024 : 2 * p->context; }
 
 /* ---- reading ---- */
 
