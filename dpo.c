@@ -25,11 +25,11 @@ typedef struct dpo_job {
 /* name, fallback (of two, the second is the one without PAIRS), help: see slam_job_flags */
 static const char *const presets[][3] = {
     {"batch", "64 | 16", "pairs of a step"},
-    {"lr", "5e-5 | 3e-4", NULL},
-    {"warmup", "max(100, 1%) | 10", NULL},
+    {"lr", "5e-5 | 1e-4", NULL},
+    {"warmup", "max(100, 1%) | 5", NULL},
     {"schedule", "constant", NULL},
     {"out", NULL, "folder of the run (runs/dpo, runs/dpo-2, ...)"},
-    {"eval-every", "100 | 20", NULL},
+    {"eval-every", "100 | 10", NULL},
     {"save-every", "500 | 0", NULL},
     {"log-every", "10 | 5", NULL},
     {"seed", NULL, "of the order and of held-out pairs"},
@@ -55,7 +55,7 @@ static void set_flags(dpo_job *d) {
          0},
         {NULL, 0, NULL, NULL, NULL, "Length: the first limit reached ends the run", 0, 0, 0, 0},
         {"steps", SLAM_LONG, &c->steps, "N", NULL, "updates", 1, 1e12, 0, 0},
-        {"epochs", SLAM_REAL, &c->epochs, "X", "1 | 4", "passes over the pairs", 1e-6, 1e6, 0, 0},
+        {"epochs", SLAM_REAL, &c->epochs, "X", "1", "passes over the pairs", 1e-6, 1e6, 0, 0},
     };
     j->program = "dpo";
     j->key = "pairs";
