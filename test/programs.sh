@@ -562,6 +562,48 @@ done
 check 'dpo: killed while the reference is computed, it does not start over' "$bad, $rounds rounds" test -z "$bad" -a $rounds -gt 2 -a $rounds -lt 40
 check 'dpo: after kills the same reference and the same run' 'differ' sh -c "cmp rw/reference.bin rk/reference.bin && cmp rw/latest/model.safetensors rk/latest/model.safetensors"
 
+# ---- eval: test sets ----
+
+mkdir -p zero/lexical/dev pairset/one pairset/two salmon/bg_alignment salmon/speaker_consistency
+echo 'id,filename,voice,frequency,word,phones,length,correct' >zero/lexical/dev/gold.csv
+i=0
+for file in $(ls speech/*.wav | head -n 24); do
+    cp "$file" "zero/lexical/dev/f$i.wav"
+    echo "$((i / 4)),f$i,v$((i / 2 % 2)),$((i * i)),,,5,$((i % 2))" >>zero/lexical/dev/gold.csv
+    [ $i -ge 8 ] || cp "$file" "pairset/$([ $i -lt 4 ] && echo one || echo two)/${i}_x.wav"
+    [ $i -ge 4 ] || cp "$file" "salmon/$([ $i -lt 2 ] && echo bg_alignment || echo speaker_consistency)/sample_0_$((i % 2)).wav"
+    i=$((i + 1))
+done
+set_of() { "$eval" spoken "$@"; }
+check 'eval swuggy: audio' 'status or count' sh -c "'$eval' spoken swuggy zero --kmeans km.npy --json audio.json --submission audio.txt && grep -q '\"n\": 6,' audio.json && test \$(wc -l <audio.txt) = 24"
+check 'eval swuggy: the same of units' 'differ' sh -c "'$tokenize' zero/lexical/dev --kmeans km.npy -o zero.jsonl && '$eval' spoken swuggy zero/lexical/dev --units zero.jsonl --json units.json --submission units.txt &&
+    cmp audio.json units.json && cmp audio.txt units.txt"
+check 'eval storycloze: folders of pairs' 'count' sh -c "'$eval' spoken storycloze pairset --kmeans km.npy --sum --json pairset.json && grep -q '\"of\": \"sum\", \"n\": 4,' pairset.json"
+check 'eval storycloze: of units alone' 'differ' sh -c "'$tokenize' pairset --kmeans km.npy -o pairset.jsonl && '$eval' spoken storycloze --units pairset.jsonl --sum --json pairset2.json && cmp pairset.json pairset2.json"
+check 'eval salmon: by part' 'parts' sh -c "'$eval' spoken salmon salmon --kmeans km.npy --json salmon.json && grep -q '\"by_part\": \[{\"part\": \"bg_alignment\", \"n\": 1' salmon.json"
+refuses 'eval: audio without centroids' 1 'kmeans' set_of swuggy zero
+refuses 'eval: centroids of other units than the model' 1 'the model was trained on those of' set_of swuggy zero --kmeans kmh.npy
+mv zero/lexical/dev/f3.wav f3.wav
+refuses 'eval: a missing wav' 1 "'f3' is neither beside it" set_of swuggy zero --kmeans km.npy
+: >zero/lexical/dev/f3.wav
+check 'eval: a wav that cannot be heard' 'status or sentence' sh -c "'$eval' spoken swuggy zero --kmeans km.npy 2>unheard.err; test \$? = 1 &&
+    grep -q 'error: 1 of the set.s files cannot be heard' unheard.err && grep -q f3.wav unheard.err"
+mv f3.wav zero/lexical/dev/f3.wav
+refuses 'eval: units without one of the files' 1 "has no line of 'f0'" set_of swuggy zero --units pairset.jsonl
+sed 's/"units": \[[0-9]*/"units": [20/' zero.jsonl >large.jsonl
+refuses 'eval: units out of the vocabulary' 1 'large.jsonl:1: unit 1 is 20, expected below 20' set_of swuggy zero --units large.jsonl
+cat zero.jsonl zero.jsonl >twice.jsonl
+refuses 'eval: two lines of a name' 1 "two lines are of 'f0'" set_of swuggy zero --units twice.jsonl
+head -n 24 zero/lexical/dev/gold.csv >partner.csv
+refuses 'eval: a row without a partner' 1 'partner.csv:[0-9]*: id .* expected one of each' set_of swuggy partner.csv --units zero.jsonl
+mkdir -p empty_set
+refuses 'eval: an empty folder' 1 'empty_set' set_of sblimp empty_set --kmeans km.npy
+refuses 'eval: no such task' 2 'there is no such task' set_of swuggly zero
+refuses 'eval: two sets' 2 'one test set at a time' set_of swuggy zero zero
+if [ -f "$programs/test/corpus/swuggy/gold.csv" ]; then
+    refuses 'eval: a model of another vocabulary than the bundled set' 1 'expected below 20' set_of swuggy
+fi
+
 # ---- limits of numbers, of time, of the disk ----
 
 refuses 'twenty updates that are not finite' 1 'not finite 20 times' "$train" $few a.jsonl --steps 50 --save-every 1 --lr 1e25 --warmup 0 --schedule constant --out wild
