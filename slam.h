@@ -697,15 +697,16 @@ typedef struct slam_testset slam_testset;
    k-th right row meets the k-th wrong one. A row without a partner, or two that cannot be told apart, are errors. */
 slam_testset *slam_testset_gold(int kind, const char *path);
 /* Files of SlamKit's folders: within each folder by the number before the separator (`_`, sBLIMP `+`), the right one first, the wrong
-   one second; SALMon's <part>/sample_<i>_<0|1>, 0 the right one. They need not be there: names of units do as well. */
+   one second; SALMon's <part>/sample_<i>_<0|1>, 0 the right one. The numbers of a pair are the same in all of a folder, or follow each
+   other in all: anything else is an error. They need not be there: names of units do as well. */
 slam_testset *slam_testset_files(int kind, const slam_list *files);
 void slam_testset_free(slam_testset *);
 const slam_list *slam_testset_items(const slam_testset *); /* names of gold.csv, or the files */
 /* Where the audio of gold.csv's names is: beside it, with or without an ending. */
 int slam_testset_audio(const slam_testset *, slam_list *paths);
 /* units (items), to be freed each, of lines of SlamKit features or tokens: an item's line is the one whose file_name has the same
-   name, folders and what follows the last point aside. One that is missing or there twice, or a unit of `below` and more, is an
-   error. */
+   name, folders and what follows the last point aside; where items of several folders have one name (SALMon's parts), the folder's
+   name counts as well. One that is missing or there twice, or a unit of `below` and more, is an error. */
 int slam_testset_units(const slam_testset *, const char *path, int below, slam_units *units);
 /* The set in PATH: a gold.csv, or the folder of one, or what holds ZeroSpeech's folders (split: "dev" or "test"), or a folder with pairs
    of audio files. *units: a file of units (NULL: none); PATH may then be NULL, or need no audio, and its lines are the items. Where *units
@@ -13774,8 +13775,11 @@ static gold_row *gold_sorted(const slam_testset *s, const gold_columns *c, const
     return rows;
 }
 
-/* A word's band of frequency and its length, by its row. */
-static int lexical_cell(slam_testset *s, const gold_columns *c, size_t row) {
+/* The band of frequency and the length of a word, whose rows begin here, as its first row in the file has them. */
+static int lexical_cell(slam_testset *s, const gold_columns *c, const gold_row *rows, size_t n) {
+    size_t row = rows[0].row;
+    for (size_t i = 1; i < n && !compare_keys(&rows[0], &rows[i], 1); i++)
+        if (rows[i].correct && rows[i].row < row) row = rows[i].row;
     const long least[] = {0, 1, 5, 20, 100}, frequency = gold_number(s, row, c->frequency), length = gold_number(s, row, c->length);
     char spelled[32];
     test_cell *cell = frequency > -2 && length > -2 ? testset_cell(s) : NULL;
@@ -13798,7 +13802,7 @@ static int pair_lexical(slam_testset *s, const gold_columns *c) {
             ok = fail("%s:%zu: id '%s' and voice '%s' have %zu words and %zu non-words, expected one of each", s->path,
                       csv_line(&s->gold, rows[i].row), csv_at(&s->gold, rows[i].row, c->id),
                       csv_at(&s->gold, rows[i].row, c->voice), words, end - i - words);
-        if (ok && (i == 0 || compare_keys(&rows[i], &rows[i - 1], 1))) ok = lexical_cell(s, c, rows[i].row);
+        if (ok && (i == 0 || compare_keys(&rows[i], &rows[i - 1], 1))) ok = lexical_cell(s, c, rows + i, n - i);
         ok = ok && testset_add(s, rows[i].row, rows[i + 1].row, s->cells - 1);
     }
     free(rows);
@@ -13843,6 +13847,12 @@ static int pair_syntactic(slam_testset *s, const gold_columns *c) {
 
 static int compare_texts(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
+/* What tells pairs apart must be said: the official scorer drops rows without it. */
+static int gold_is_told(const slam_testset *s, size_t row, size_t column) {
+    return *csv_at(&s->gold, row, column) ||
+           fail("%s:%zu: '%s' is empty", s->path, csv_line(&s->gold, row), s->gold.column[column]);
+}
+
 /* Two items of a name would be one file. */
 static int gold_names(slam_testset *s, const gold_columns *c) {
     const size_t n = s->gold.rows;
@@ -13850,7 +13860,8 @@ static int gold_names(slam_testset *s, const gold_columns *c) {
     int ok = sorted != NULL;
     for (size_t i = 0; ok && i < n; i++) {
         sorted[i] = csv_at(&s->gold, i, c->filename);
-        ok = (*sorted[i] || fail("%s:%zu: 'filename' is empty", s->path, csv_line(&s->gold, i))) &&
+        ok = gold_is_told(s, i, c->filename) && gold_is_told(s, i, c->id) &&
+             (s->kind != SLAM_SBLIMP || (gold_is_told(s, i, c->type) && gold_is_told(s, i, c->subtype))) &&
              slam_list_add(&s->items, sorted[i]) && gold_correct(s, c, i) >= 0;
     }
     if (ok) qsort(sorted, n, sizeof *sorted, compare_texts);
@@ -13913,14 +13924,44 @@ static int pair_file_read(pair_file *f, int kind, const char *path, size_t item)
     return ok || fail("%s: expected a name %s", path, wanted);
 }
 
-/* Neighbours in the order of their numbers are a pair where both have the same, or they follow each other; anything else means
-   that a file is missing. */
+/* The last names of a path, `depth` of them as far as it has so many, without what follows the last point. */
+static size_t last_names(const char *path, int depth, const char **name) {
+    const char *dot = strrchr(path, '.'), *from = path_name(path);
+    const size_t end = dot && dot > from ? (size_t)(dot - path) : strlen(path);
+    while (--depth > 0 && from > path)
+        for (from--; from > path && from[-1] != '/';) from--;
+    *name = from;
+    return end - (size_t)(from - path);
+}
+
+static int same_names(const char *x, const char *y, int depth) {
+    const size_t n = last_names(x, depth, &x);
+    return n == last_names(y, depth, &y) && !memcmp(x, y, n);
+}
+
+static int same_folder(const pair_file *x, const pair_file *y) {
+    return x->folder == y->folder && !memcmp(x->path, y->path, x->folder);
+}
+
+/* How far the numbers of a folder's pairs are apart, of which f[0] is the first file: 0 where any two files share a number, or 1. */
+static long folder_step(const pair_file *f, size_t n) {
+    for (size_t i = 1; i < n && same_folder(&f[0], &f[i]); i++)
+        if (f[i].number == f[i - 1].number) return 0;
+    return 1;
+}
+
+/* Neighbours in the order of their numbers are a pair: in a folder all have the same number, and no others have it, or all follow each
+   other. Anything else means that a file is missing, and would pair what does not belong together. */
 static int pair_files(slam_testset *s, const pair_file *f, size_t n) {
+    long step = 0;
     for (size_t i = 0; i < n; i += 2) {
-        const int has = i + 1 < n && f[i].folder == f[i + 1].folder && !memcmp(f[i].path, f[i + 1].path, f[i].folder);
-        const long step = has ? f[i + 1].number - f[i].number : 0;
-        if (!has || step > 1 || (s->kind == SLAM_SALMON && (step || f[i].side || !f[i + 1].side)))
+        const int has = i + 1 < n && same_folder(&f[i], &f[i + 1]);
+        if (i == 0 || !same_folder(&f[i - 1], &f[i])) step = folder_step(f + i, n - i);
+        if (!has || f[i + 1].number - f[i].number != step || (s->kind == SLAM_SALMON && (step || f[i].side || !f[i + 1].side)))
             return fail("%s: has no partner: it would be paired with %s", f[i].path, i + 1 < n ? f[i + 1].path : "nothing");
+        if (step == 0 && i && same_folder(&f[i - 1], &f[i]) && f[i - 1].number == f[i].number)
+            return fail("%s: its number is that of %s and %s as well", f[i].path, f[i - 2].path, f[i - 1].path);
+        if (same_names(f[i].path, f[i + 1].path, 1)) return fail("%s and %s are of one name", f[i].path, f[i + 1].path);
         char *part = text_print("%.*s", (int)(f[i].folder ? f[i].folder - 1 : 0), f[i].path);
         test_cell *cell = part ? testset_cell(s) : NULL;
         const int ok = cell && (cell->group[GROUP_PART] = group_number(s, GROUP_PART, path_name(part))) > 0 &&
@@ -13966,13 +14007,6 @@ int slam_testset_audio(const slam_testset *s, slam_list *paths) {
     return 1;
 }
 
-/* The name of a file without folders and without what follows the last point. */
-static size_t base_name(const char *path, const char **name) {
-    *name = path_name(path);
-    const char *dot = strrchr(*name, '.');
-    return dot && dot > *name ? (size_t)(dot - *name) : strlen(*name);
-}
-
 typedef struct named {
     const char *name;
     size_t n, at;
@@ -13984,22 +14018,51 @@ static int compare_named(const void *a, const void *b) {
     return differ ? differ : (x->n > y->n) - (x->n < y->n);
 }
 
+/* By their last names; NULL where there is no memory. */
+static named *sort_names(const slam_list *paths, int depth) {
+    named *sorted = (named *)mem_new(paths->n, sizeof *sorted);
+    for (size_t i = 0; sorted && i < paths->n; i++) {
+        sorted[i].n = last_names(paths->at[i], depth, &sorted[i].name);
+        sorted[i].at = i;
+    }
+    if (sorted) qsort(sorted, paths->n, sizeof *sorted, compare_named);
+    return sorted;
+}
+
+/* One that is of the same name as the one after it; NULL: all differ. */
+static const named *find_repeated(const named *sorted, size_t n) {
+    for (size_t i = 1; i < n; i++)
+        if (!compare_named(&sorted[i - 1], &sorted[i])) return &sorted[i - 1];
+    return NULL;
+}
+
+/* The names that tell the items apart: 1, the last alone, or 2, the folder's before it; 0 and the sentence. */
+static int names_needed(const slam_testset *s) {
+    for (int depth = 1; depth <= 2; depth++) {
+        named *sorted = sort_names(&s->items, depth);
+        const named *twice = sorted ? find_repeated(sorted, s->items.n) : NULL;
+        const int ok = sorted && !twice;
+        if (twice && depth == 2)
+            fail("two items are called '%.*s': their units cannot be found by name", (int)twice->n, twice->name);
+        free(sorted);
+        if (ok) return depth;
+        if (!sorted) break;
+    }
+    return 0;
+}
+
 /* of[i] (items): which of these names is item i's. One that is missing, or there twice, is an error. */
 static int testset_match(const slam_testset *s, const slam_list *names, const char *where, size_t *of) {
-    named *sorted = (named *)mem_new(names->n, sizeof *sorted);
+    const int depth = names_needed(s);
+    named *sorted = depth ? sort_names(names, depth) : NULL;
+    const named *twice = sorted ? find_repeated(sorted, names->n) : NULL;
     int ok = sorted != NULL;
-    for (size_t i = 0; ok && i < names->n; i++) {
-        sorted[i].n = base_name(names->at[i], &sorted[i].name);
-        sorted[i].at = i;
+    for (size_t i = 0; ok && i < names->n; i++)
         if (!*names->at[i]) ok = fail("%s: line %zu has no file_name", where, i + 1);
-    }
-    if (ok) qsort(sorted, names->n, sizeof *sorted, compare_named);
-    for (size_t i = 1; ok && i < names->n; i++)
-        if (!compare_named(&sorted[i - 1], &sorted[i]))
-            ok = fail("%s: two lines are of '%.*s'", where, (int)sorted[i].n, sorted[i].name);
+    if (ok && twice) ok = fail("%s: two lines are of '%.*s'", where, (int)twice->n, twice->name);
     for (size_t i = 0; ok && i < s->items.n; i++) {
         named wanted;
-        wanted.n = base_name(s->items.at[i], &wanted.name);
+        wanted.n = last_names(s->items.at[i], depth, &wanted.name);
         wanted.at = 0;
         const named *found = (const named *)bsearch(&wanted, sorted, names->n, sizeof *sorted, compare_named);
         if (found) of[i] = found->at;
@@ -14057,7 +14120,9 @@ static int units_names(const char *path, slam_list *names) {
 static slam_testset *open_pairs(int kind, const char *path, const char *units) {
     slam_list files = SLAM_ZERO;
     slam_testset *s = NULL;
-    const int found = path && slam_audio_list(&files, &path, 1), listed = !found && units;
+    const int there = !path || path_is_folder(path);
+    const int found = path && there && slam_audio_list(&files, &path, 1), listed = there && !found && units;
+    if (!there) fail("%s: there is no such folder", path);
     if (!path && !units) fail("expected a folder of audio files, or units");
     if (found || (listed && units_names(units, &files))) s = slam_testset_files(kind, &files);
     if (s) s->listed = listed;
@@ -14088,6 +14153,10 @@ static double score_written(double score, char spelled[32]) {
 int slam_testset_submission(const slam_testset *s, const double *scores, const char *path) {
     text t = SLAM_ZERO;
     char spelled[32];
+    for (size_t i = 0; i < s->items.n; i++)
+        if (s->items.at[i][strcspn(s->items.at[i], " \t\r\n\"")])
+            return fail("%s: the name '%s' cannot stand in a line of names and scores, with blanks between them", path,
+                        s->items.at[i]);
     for (size_t i = 0; i < s->items.n; i++) {
         score_written(scores[i], spelled);
         text_add(&t, "%s %s\n", s->items.at[i], spelled);
