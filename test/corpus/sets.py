@@ -10,8 +10,8 @@
     swuggy/                       words of the stories, and what could be words
     sblimp/                       sentences of the stories, and what breaks their grammar
 
-Whatever is wrong was made from what is right by one change, and by a change that goes either way: the mountain in
-the place of the castle as often as the castle in the place of the mountain. What is likely by itself decides nothing.
+What is wrong is as likely by itself as what is right: an ending that is wrong for one story is right for another one, a
+verb loses its s as often as it wins one. And both are about as long.
 """
 import copy
 import csv
@@ -28,8 +28,7 @@ VOICES = "en-us en-gb en-us+m1 en-gb+m3 en-us+f2 en-us+f4".split()
 SPEEDS = "155 165 175".split()
 SEED = 1
 
-PAIRS, HELD_OUT_PAIRS, CLOZE = 500, 200, 200
-SHUFFLED = 5                                   # one rejected ending of so many has its words shuffled
+PAIRS, HELD_OUT_PAIRS, CLOZE = 500, 250, 200
 WORDS, WORD_VOICES = 200, ["en-us", "en-gb+m3", "en-us+f2"]
 SENTENCES, SENTENCE_VOICES = 35, ["en-us+m1", "en-gb"]      # sentences of a subtype
 
@@ -45,111 +44,83 @@ def words(text):
 
 # ------------------------------------------------------------------------------------------ stories with wrong ends
 
-# Which casts are told where. A validation story's cast is in no training story, and of those casts one half is for
-# the preference pairs to validate on and the other for the cloze test.
 def kept_for(plot, cast):
+    """Which casts are told where: a validation story's is in no training story, and of those one half is for the preference
+    pairs to validate on, the other for the cloze test."""
     number = stories.cast_number(plot, cast)
     if number % 20:
-        return "pairs"
-    return "held-out pairs" if number // 20 % 2 else "cloze"
+        return "training"
+    return "validation" if number // 20 % 2 else "cloze"
 
 
-class Telling:
-    """A plot, a cast and a choice of wordings, whose sentences can be told again with another cast."""
-
-    def __init__(self, plot, rng):
-        self.plot, self.cast, self.seed = plot, stories.cast_for(plot, rng), rng.random()
-        self.wordings = [rng.choice(wordings) for optional, wordings in stories.lines(plot) if not optional or rng.random() < 0.3]
-
-    def sentences(self, cast, first=0):
-        """Sentences from `first` on have the parts of another cast."""
+def beginnings(which, count, most_words, last, rng):
+    """[(plot, a story's beginning, the sentence that comes next, one of this story that does not), ...]; last: the next one is
+    the story's last"""
+    seen = {}
+    while len(seen) < count:
+        plot = rng.choice(list(stories.PLOTS))
+        cast = stories.cast_for(plot, rng)
+        if kept_for(plot, cast) != which:
+            continue
+        rows = [wordings for optional, wordings in stories.lines(plot) if not optional]
+        at = len(rows) - 1 if last else rng.randrange(2, len(rows))
         told = set()
-        return [stories.sentence(wording, cast if i >= first else self.cast, told, random.Random(f"{self.seed} {i}"))
-                for i, wording in enumerate(self.wordings)]
+        begin = " ".join(stories.sentence(rng.choice(wordings), cast, told, rng) for wordings in rows[:at])
+        right, misplaced = [stories.sentence(rng.choice(wordings), cast, set(told), rng)
+                            for wordings in (rows[at], rng.choice(rows[:at] + rows[at + 1:]))]
+        if len(words(" ".join([begin, right] if last else [begin, right, misplaced]))) <= most_words:
+            seen[begin] = plot, begin, right, misplaced
+    return list(seen.values())
 
 
-def other(rng, choices, one):
-    return rng.choice([choice for choice in choices if choice != one])
-
-
-def recast(cast, part, rng):
-    """The same cast but for one part, which stays as many and as male or female as it was; None: it cannot be changed."""
-    cast = dict(cast)
-    if part in ("hero", "friend"):
-        cast[part] = someone = copy.copy(cast[part])
-        kinds = [pronoun for pronoun in ("he", "she") if someone.species in stories.table(stories.HEROES, pronoun)]
-        someone.species = other(rng, stories.table(stories.HEROES, kinds[0]), someone.species)
-        someone.noun = stories.plural(someone.species) if someone.many else someone.species
-        if someone.name:
-            someone.name = other(rng, stories.table(stories.NAMES, kinds[0]), someone.name)
-    elif part == "thing":
-        cast[part] = thing = copy.copy(cast[part])
-        thing.noun = other(rng, stories.THINGS, thing.noun)
-        thing.nouns = stories.plural(thing.noun) if thing.many else thing.noun
-        thing.colour = other(rng, stories.COLOURS, thing.colour)
-    elif part == "place":
-        cast[part] = stories.Somewhere(other(rng, stories.table(stories.PLACES), (cast[part].preposition, cast[part].noun)))
-    else:
-        names = next(names for names in stories.CHOICES if names[0] == part)
-        rows = stories.choices(names)
-        row = other(rng, rows, tuple(cast[name] for name in names))
-        cast.update(zip(names, row))
-        cast["fruits"] = stories.plural(cast["fruit"])
-    return cast
-
-
-def wrong_ending(telling, at, rng):
-    """Sentence `at` with a part that is not the one the story has told of; None: it names none."""
-    right = telling.sentences(telling.cast)
-    before = set(words(" ".join(right[:at])))
-    parts = ["hero", "friend", "thing", "place"] + [names[0] for names in stories.CHOICES]
-    rng.shuffle(parts)
-    for part in parts:
-        wrong = telling.sentences(recast(telling.cast, part, rng), at)[at]
-        lost, new = set(words(right[at])) - set(words(wrong)), set(words(wrong)) - set(words(right[at]))
-        if lost and lost <= before and new and not new & before:
-            return part, wrong
-    return None
+def exchanged_endings(made, rng):
+    """For each its wrong ending: another one's of another plot, about as long. Each ending is right once and wrong once."""
+    order = sorted(range(len(made)), key=lambda i: (len(made[i][2]), rng.random()))
+    wrong = {}
+    for first in range(0, len(order), 40):
+        group = sorted(order[first:first + 40], key=lambda i: made[i][0])
+        plots = [made[i][0] for i in group]
+        # sorted by plot, and moved by as many as the largest plot has
+        step = max(map(plots.count, plots))
+        for k, i in enumerate(group):
+            wrong[i] = made[group[(k + step) % len(group)]][2]
+    return wrong
 
 
 def shuffled(sentence, rng):
     order = words(sentence)
-    while True:
-        mixed = order[:]
-        rng.shuffle(mixed)
-        # no two neighbours stay neighbours
-        if not set(zip(mixed, mixed[1:])) & set(zip(order, order[1:])):
-            return " ".join(mixed).capitalize() + "."
+    mixed = rng.sample(order, len(order))
+    return shuffled(sentence, rng) if mixed == order else " ".join(mixed).capitalize() + "."
 
 
-def story_pairs(which, count, most_words, whole):
-    """[(kind, prompt, right, wrong), ...]; whole: the ending is the story's last sentence."""
-    rng, seen, made = random.Random(f"{which} {SEED}"), set(), []
-    while len(made) < count:
-        telling = Telling(rng.choice(list(stories.PLOTS)), rng)
-        if kept_for(telling.plot, telling.cast) != which:
-            continue
-        right = telling.sentences(telling.cast)
-        at = len(right) - 1 if whole else rng.randrange(2, len(right))
-        found = wrong_ending(telling, at, rng)
-        if not found or len(words(" ".join(right[:at] + [right[at], "" if whole else found[1]]))) > most_words:
-            continue
-        kind, wrong = found
-        if not whole and len(made) % SHUFFLED == SHUFFLED - 1:
-            if len(set(words(right[at]))) < 6:
-                continue
-            kind, wrong = "shuffled", shuffled(right[at], rng)
-        prompt = " ".join(right[:at])
-        if (prompt, right[at]) not in seen:
-            seen.add((prompt, right[at]))
-            made.append((kind, prompt, right[at], wrong))
-    return made
+def preferences(which, count):
+    """[(prompt, chosen, rejected), ...]; of four rejected endings two are misplaced, one is another story's, one is shuffled."""
+    rng = random.Random(f"{which} {SEED}")
+    made = beginnings(which, count, 34, False, rng)
+    others = exchanged_endings(made[2::4], rng)
+    return [(prompt, right, others[i // 4] if i % 4 == 2 else shuffled(right, rng) if i % 4 == 3 else misplaced)
+            for i, (plot, prompt, right, misplaced) in enumerate(made)]
+
+
+def cloze(count):
+    """[(story, the same with a wrong end), ...]; every other wrong end is misplaced, the others are another story's."""
+    rng = random.Random(f"cloze {SEED}")
+    made = beginnings("cloze", count, 36, True, rng)
+    others = exchanged_endings(made[1::2], rng)
+    return [(f"{prompt} {right}", f"{prompt} {others[i // 2] if i % 2 else misplaced}")
+            for i, (plot, prompt, right, misplaced) in enumerate(made)]
 
 
 # ------------------------------------------------------------------------------------------ words
 
-# What the changes make by chance and English has: the ear of a reader, not of a dictionary.
-ENGLISH = set()
+# Words that English has, and that the exchange would make (en-us, or en-gb where that differs)
+ENGLISH = """
+    f l 0 p, s eI k s, d i: d z, g r eI v, p l V m, dZ eI k s, m aI n d, g u: s i, t aI m @, m V t s, r V k s, m I s t,
+    g r aa n t s, n eI l z, f 0 n d, p l aa N k s, m aa n s, f A@ D 3 z, f l I N z, S I v z, b r eI z, b I t s, p V n i,
+    p l eI d, m E r i, m eI l z, b E l oU, s t2 I N, m V m z, f V g 3, s l i: k, m 3: k s, w E l p, m aI t s, h E m z,
+    w a N k eI k s, k l I N, s l eI v, m E l oU, s V m z, w aI t s, g r eI z, p l eI t, r V t s, h eI l z, w i: d z, s l i: z,
+    p r 0 p, l eI k s, k eI k s, s t eI v, s t eI z, t eI l z, s l i: t, p l 0 p, f eI k s, h eI k s, s l eI z, w eI l z, b eI k s
+"""
 
 
 def pronounce(voice, vocabulary):
@@ -193,9 +164,9 @@ def word_pairs():
             counts[word] = counts.get(word, 0) + 1
     vocabulary = sorted(counts)
     said = {voice: pronounce(voice, vocabulary) for voice in WORD_VOICES}
-    taken = {plain(phones) for each in said.values() for phones in each.values()} | ENGLISH
+    taken = {plain(phones) for each in said.values() for phones in each.values()} | set(re.split(r",\s+", ENGLISH.strip()))
     rng = random.Random(f"words {SEED}")
-    drawn = [(word, how) for word in vocabulary for how in ("onset", "tail") if len(said[VOICES[0]][word]) >= 4]
+    drawn = [(word, how) for word in vocabulary for how in ("onset", "tail") if len(said[WORD_VOICES[0]][word]) >= 4]
     rng.shuffle(drawn)
     made = []
     for word, how in drawn:
@@ -299,14 +270,11 @@ def sentence_pairs():
 
 def everything():
     """Yields (file, row, names and texts that the row is made of, voice, speed)."""
-    for file, which, count in ("pairs", "pairs", PAIRS), ("pairs-val", "held-out pairs", HELD_OUT_PAIRS):
-        for i, (kind, prompt, right, wrong) in enumerate(story_pairs(which, count, 34, False)):
-            voice, speed = spoken(i)
-            names = [f"{file}-{i:03d}{part}" for part in "pcr"]
-            yield file, (kind,), dict(zip(names, (prompt, right, wrong))), voice, speed
-    for i, (kind, prompt, right, wrong) in enumerate(story_pairs("cloze", CLOZE, 36, True)):
-        voice, speed = spoken(i)
-        yield "storycloze", (kind,), {f"{i}_0": f"{prompt} {right}", f"{i}_1": f"{prompt} {wrong}"}, voice, speed
+    for file, which, count in ("pairs", "training", PAIRS), ("pairs-val", "validation", HELD_OUT_PAIRS):
+        for i, texts in enumerate(preferences(which, count)):
+            yield file, (), dict(zip([f"{i}{part}" for part in "pcr"], texts)), *spoken(i)
+    for i, texts in enumerate(cloze(CLOZE)):
+        yield "storycloze", (), dict(zip([f"{i}_0", f"{i}_1"], texts)), *spoken(i)
     for i, (word, count, pair) in enumerate(word_pairs()):
         for v, voice in enumerate(WORD_VOICES):
             texts = {f"{i:03d}{side}{v}": "[[" + "|".join(phones) + "]]" for side, phones in zip("rw", pair[voice])}

@@ -286,9 +286,10 @@ def sentence(wording, cast, told, rng):
 
 
 def tell(plot, cast, rng):
+    """A list of sentences."""
     told = set()
-    return " ".join(sentence(rng.choice(wordings), cast, told, rng)
-                    for optional, wordings in lines(plot) if not optional or rng.random() < 0.5)
+    return [sentence(rng.choice(wordings), cast, told, rng)
+            for optional, wordings in lines(plot) if not optional or rng.random() < 0.5]
 
 
 def stories(count, split, seed):
@@ -298,7 +299,7 @@ def stories(count, split, seed):
         cast = cast_for(plot, rng)
         if is_validation(plot, cast) != (split == "val"):
             continue
-        text = tell(plot, cast, rng)
+        text = " ".join(tell(plot, cast, rng))
         if text not in seen:
             seen.add(text)
             yield text
