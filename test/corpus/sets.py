@@ -10,8 +10,8 @@
     swuggy/                       words of the stories, and what could be words
     sblimp/                       sentences of the stories, and what breaks their grammar
 
-What is wrong is as likely by itself as what is right: an ending that is wrong for one story is right for another one, a
-verb loses its s as often as it wins one. And both are about as long.
+What is wrong is about as likely by itself as what is right: an ending that is wrong for one story is right for another one, a
+sentence of the story in the wrong place is of its cast, a verb loses its s as often as it wins one.
 """
 import copy
 import csv
@@ -203,7 +203,7 @@ def sentence_pair(kind, subtype, rng):
         cast[part].name = None
     wording = rng.choice([wording for _, wordings in stories.lines(plot) for wording in wordings])
     seed, told = rng.random(), set()
-    if subtype in ("verb", "be", "the_verb") or rng.random() < 0.5:
+    if kind == "agreement" or rng.random() < 0.5:
         told = {"hero", "friend", "thing"}
 
     def say(cast):
@@ -213,7 +213,7 @@ def sentence_pair(kind, subtype, rng):
     if not 4 <= len(words(right)) <= 9:
         return None
     if kind == "agreement":
-        parts = [part for part in ("hero", "friend") if "{" in wording and say(flipped(cast, part, "verb")) != right]
+        parts = [part for part in ("hero", "friend") if say(flipped(cast, part, "verb")) != right]
         if len(parts) != 1 or re.search(r"(this|is) thing", wording):
             return None
         wrong = say(flipped(cast, parts[0], "verb"))
