@@ -228,7 +228,10 @@ def sentence_pair(kind, subtype, rng):
             return None
         # a determiner that shows the number stands before the noun
         noun = next((a for a, b in zip(words(right), words(wrong)) if a != b), None)
-        if noun is None or (subtype == "a_two") != bool(set(words(right)[:words(right).index(noun)][-3:]) & set("a an two three some".split())):
+        if noun is None:
+            return None
+        before = words(right)[:words(right).index(noun)][-3:]
+        if (subtype == "a_two") != bool(set(before) & set("a an two three some".split())):
             return None
     else:
         order = words(right)
@@ -310,8 +313,8 @@ def write(made, out):
             prompt, chosen, rejected = made
             # repeats are removed across the seam too
             chosen, rejected = [ending[ending[0] == prompt[-1]:] for ending in (chosen, rejected)]
-            files.setdefault(file + ".jsonl", []).append(compact({key: {"units": value} for key, value in
-                                                                 zip(("prompt", "chosen", "rejected"), (prompt, chosen, rejected))}))
+            parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            files.setdefault(file + ".jsonl", []).append(compact({part: {"units": value} for part, value in parts.items()}))
             continue
         files.setdefault(file + "/units.jsonl", []).extend(compact({"file_name": name + ".wav", "units": value})
                                                            for name, value in zip(texts, made))
