@@ -40,7 +40,7 @@ static int flag_table(slam_flag *f, options *o) {
         {NULL, 0, NULL, NULL, NULL, "Test sets", 0, 0, 0, 0},
         {"units", SLAM_TEXT, &o->unit_file, "FILE.jsonl", NULL,
          "the sequences as units (SlamKit features or tokens), found by the names of the set's files", 0, 0, 0, 0},
-        {"split", SLAM_CHOICE, &o->split, "dev|test", "dev", "of a folder with all of ZeroSpeech's", 0, 0, 0, 0},
+        {"split", SLAM_CHOICE, &o->split, "dev|test", NULL, "of a folder with all of ZeroSpeech's (dev)", 0, 0, 0, 0},
         {"sum", SLAM_SWITCH, &o->sum, NULL, NULL, "compare sums of log-probabilities, not means", 0, 0, 0, 0},
         {"submission", SLAM_TEXT, &o->submission, "FILE", NULL, "write each file's score as ZeroSpeech takes them", 0, 0, 0, 0},
         {NULL, 0, NULL, NULL, NULL, "Generation", 0, 0, 0, 0},
@@ -191,6 +191,15 @@ static int write_json(const char *path, double nll, uint64_t n, const double *ng
     return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", path);
 }
 
+/* Tokens of a row, where --context does not say it: the run's own, as far as the model has positions for them. */
+static int context_of(const job *j) {
+    const int T = slam_model_config(j->model)->T, context = atoi(setting(j, "context", "1024"));
+    return j->o.context ? j->o.context : context < T ? context : T;
+}
+
+/* Whether a file that is made last can be made at all. */
+static int may_write(const char *path) { return !path || slam_prompts_may_write(path); }
+
 /* ---- audio ---- */
 
 static int open_quantiser(job *j) {
@@ -255,41 +264,13 @@ static int hear_set(job *j, const slam_testset *set, slam_units *units) {
     return ok;
 }
 
-static void write_number(FILE *f, const char *name, double x) {
-    if (isfinite(x)) fprintf(f, ", \"%s\": %.17g", name, x);
-    else fprintf(f, ", \"%s\": null", name);
-}
-
-static void write_accuracy(FILE *f, const slam_accuracy *a) {
-    const double half = a->n > 1 ? 1.96 * a->deviation / sqrt((double)a->n) : NAN;
-    fprintf(f, "\"n\": %zu", a->n);
-    write_number(f, "accuracy", a->mean);
-    write_number(f, "std", a->deviation);
-    write_number(f, "low", a->mean - half);
-    write_number(f, "high", a->mean + half);
-}
-
-/* {"task": ..., "n": ..., "accuracy": ..., "by_frequency": [{"frequency": "oov", "n": ...}, ...], ...} */
-static int write_accuracies(const job *j, const slam_accuracy *a, size_t n) {
-    FILE *f = fopen(j->o.json, "w");
-    if (!f) return slam_refuse("%s: cannot be written", j->o.json);
-    fprintf(f, "{\"task\": \"%s\", \"of\": \"%s\", ", tasks[j->task], j->o.sum ? "sum" : "mean");
-    write_accuracy(f, a);
-    for (size_t i = 1; i < n; i++) {
-        const int first = strcmp(a[i].group, a[i - 1].group) != 0;
-        if (first) fprintf(f, "%s, \"by_%s\": [", i > 1 ? "]" : "", a[i].group);
-        fprintf(f, "%s{\"%s\": \"", first ? "" : ", ", a[i].group);
-        for (const char *c = a[i].name; *c; c++) {
-            if (*c == '"' || *c == '\\') fputc('\\', f);
-            fputc((unsigned char)*c < ' ' ? ' ' : *c, f);
-        }
-        fprintf(f, "\", ");
-        write_accuracy(f, &a[i]);
-        fputc('}', f);
-    }
-    fprintf(f, "%s}\n", n > 1 ? "]" : "");
-    const int failed = ferror(f);
-    return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", j->o.json);
+static int weigh(void *context, uint64_t done, uint64_t of) {
+    slam_progress *bar = (slam_progress *)context;
+    const double seconds = slam_clock() - bar->began;
+    char what[64], rate[32];
+    snprintf(what, sizeof what, "%s tokens/s", slam_spell_count(rate, (double)done / (seconds > 1e-3 ? seconds : 1e-3)));
+    slam_progress_show(bar, (double)done, (double)of, what);
+    return !slam_signals_stop();
 }
 
 static void print_accuracies(const slam_accuracy *a, size_t n) {
@@ -306,13 +287,15 @@ static void print_accuracies(const slam_accuracy *a, size_t n) {
 static int score_set(job *j, slam_testset *set) {
     const options *o = &j->o;
     const size_t items = slam_testset_items(set)->n;
-    const int context = o->context ? o->context : atoi(setting(j, "context", "1024"));
+    const int context = context_of(j);
     slam_units *units = (slam_units *)calloc(items ? items : 1, sizeof *units);
     double *scores = (double *)calloc(items ? items : 1, sizeof *scores);
     slam_scored report;
     size_t n;
     int ok = units && scores ? hear_set(j, set, units) : slam_refuse("out of memory");
-    ok = ok && slam_score_units(j->model, units, items, o->batch, context, o->sum, scores, &report);
+    slam_progress_begin(&j->progress);
+    ok = ok && slam_score_units(j->model, units, items, o->batch, context, o->sum, scores, &report, weigh, &j->progress);
+    slam_progress_clear(&j->progress);
     const slam_accuracy *a = ok ? slam_testset_accuracies(set, scores, &n) : NULL;
     if (a) {
         print_accuracies(a, n);
@@ -320,8 +303,10 @@ static int score_set(job *j, slam_testset *set) {
                (unsigned long long)report.tokens, items);
         if (report.different < items) printf(", %zu of them different", report.different);
         if (report.slid) printf("; %zu are longer than a row of %d, which slides over them", report.slid, context);
+        if (report.silent) printf("; %zu have no unit", report.silent);
         printf("\n");
-        ok = (!o->json || write_accuracies(j, a, n)) && (!o->submission || slam_testset_submission(set, scores, o->submission));
+        ok = (!o->json || slam_testset_write(set, tasks[j->task], o->sum, scores, o->json)) &&
+             (!o->submission || slam_testset_submission(set, scores, o->submission));
     }
     for (size_t i = 0; units && i < items; i++) slam_units_free(&units[i]);
     free(units);
@@ -335,7 +320,7 @@ static int test_set(job *j, const char *argv0) {
     printf("set      %s, %zu sequences\n", j->test.n ? j->test.at[0] : j->o.unit_file, slam_testset_items(set)->n);
     if (j->o.unit_file) printf("units    %s\n", j->o.unit_file);
     fflush(stdout);
-    const int ok = score_set(j, set);
+    const int ok = may_write(j->o.json) && may_write(j->o.submission) && score_set(j, set);
     slam_testset_free(set);
     return ok;
 }
@@ -458,16 +443,14 @@ static int generate(job *j, const char *argv0) {
     generation g;
     memset(&g, 0, sizeof g);
     g.job = j;
-    if (!o->context) o->context = atoi(setting(j, "context", "1024"));
-    if (!slam_flags_given(&j->flags, "context") && o->context > slam_model_config(j->model)->T)
-        o->context = slam_model_config(j->model)->T;
+    o->context = context_of(j);
     if (!slam_flags_given(&j->flags, "max-new") && o->max_new > o->context / 2) o->max_new = o->context / 2;
     const slam_generation how = {{o->greedy ? 0 : o->temperature, o->top_k, o->top_p, o->repetition_penalty},
                                  o->max_new,
                                  o->context,
                                  o->batch,
                                  (uint64_t)o->seed};
-    int ok = (!o->out || slam_prompts_may_write(o->out)) && find_prompts(&g, argv0);
+    int ok = may_write(o->out) && may_write(o->json) && find_prompts(&g, argv0);
     if (ok) {
         printf("prompts  %zu%s\n", g.prompts.n, j->note ? j->note : "");
         for (size_t i = 0; i < j->test.n; i++) printf("         %s\n", j->test.at[i]);
@@ -519,7 +502,7 @@ static int evaluate(job *j, const char *argv0, const char *path) {
     slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
     printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(slam_model_config(j->model))));
-    slam_signals_catch();
+    if (j->task != PPL) slam_signals_catch(); /* ppl ends where it stands */
     slam_progress_begin(&j->progress);
     return j->task == PPL ? perplexity(j, argv0) : j->task == GENERATE ? generate(j, argv0) : test_set(j, argv0);
 }

@@ -678,16 +678,21 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
 
 /* ---- sequences of units, one more likely than another ---- */
 
-/* What was computed: sequences that differ, of these longer than a row and slid over, tokens that were predicted. */
+/* What was computed: sequences that differ, of these longer than a row and slid over, tokens that were predicted. How many sequences
+   have no unit: then the closing 1 is all that is predicted. */
 typedef struct slam_scored {
-    size_t different, slid;
+    size_t different, slid, silent;
     uint64_t tokens;
 } slam_scored;
+/* How many tokens of how many were predicted; returns 0 to stop. */
+typedef int slam_score_watch(void *context, uint64_t done, uint64_t of);
 /* Log-probabilities of sequences of units `1 u.. 1` given the first 1: of all the other tokens the mean, or the sum (sum 1).
    scores (n). Sequences are packed into rows of up to T tokens, B of them at a time (this plans the model); one that is longer is
    slid over by windows of T, of which each but the first predicts what lies in its second half, so that each token is predicted
-   once. Equal sequences have equal scores. units V - 2 and above, and a score that is not finite, are errors. */
-int slam_score_units(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_scored *);
+   once. Equal sequences have equal scores. units V - 2 and above, more tokens than the config's T, a score that is not finite, and
+   a watch (may be NULL) that stops are errors. */
+int slam_score_units(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_scored *,
+                     slam_score_watch *, void *context);
 
 /* A test set: pairs of sequences, of which the right one should be the more likely. */
 enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
@@ -708,13 +713,14 @@ int slam_testset_audio(const slam_testset *, slam_list *paths);
    name, folders and what follows the last point aside; where items of several folders have one name (SALMon's parts), the folder's
    name counts as well. One that is missing or there twice, or a unit of `below` and more, is an error. */
 int slam_testset_units(const slam_testset *, const char *path, int below, slam_units *units);
-/* The set in PATH: a gold.csv, or the folder of one, or what holds ZeroSpeech's folders (split: "dev" or "test"), or a folder with pairs
-   of audio files. *units: a file of units (NULL: none); PATH may then be NULL, or need no audio, and its lines are the items. Where *units
+/* The set in PATH: a gold.csv, or the folder of one, or what holds ZeroSpeech's folders (split: "dev", which NULL is as well, or
+   "test"; it must not contradict the PATH), or a folder with pairs of audio files. *units: a file of units (NULL: none); PATH may then be NULL, or need no audio, and its lines are the items. Where *units
    is NULL, `listen` 0, and units.jsonl lies in the folder, *units gets its path. */
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int listen, char **units);
 
 /* A share of pairs in which the right one is the likelier, 0.5 of a tie; as the official scorer, a pair's voices are averaged first.
-   Of all pairs (group ""), then by "frequency", "length", "type", "part": where the set has them. */
+   Of all pairs (group ""), of the words that are in LibriSpeech ("vocabulary", "in"), then by "frequency", "length", "type", "part":
+   where the set has them. */
 typedef struct slam_accuracy {
     const char *group, *name;
     size_t n;
@@ -722,6 +728,9 @@ typedef struct slam_accuracy {
 } slam_accuracy;
 /* In memory of the set's; NULL and slam_error() on failure. scores (items): what is written with 9 significant digits is what counts. */
 const slam_accuracy *slam_testset_accuracies(slam_testset *, const double *scores, size_t *n);
+/* All that is known as JSON: task, of ("mean", "sum"), n, accuracy, std, low and high (the 95 % interval), the same by group, then pairs
+   with their names and what each counts, and the items' scores. After slam_testset_accuracies of these scores. */
+int slam_testset_write(const slam_testset *, const char *task, int sum, const double *scores, const char *path);
 /* ZeroSpeech's form: a line `filename score` for each item. */
 int slam_testset_submission(const slam_testset *, const double *scores, const char *path);
 
@@ -1518,10 +1527,17 @@ static int folder_sync(const char *path) {
 
 /* ---- files written as PATH.part and renamed when whole ---- */
 
-/* Opens PATH.part and leaves its name in memory of its own; NULL and the sentence. */
+/* Opens PATH.part and leaves its name in memory of its own; NULL and the sentence. What is no file (/dev/stdout, a pipe) is written
+   as it is, and has no part. */
 static FILE *part_open(const char *path, char **part) {
-    *part = text_print("%s.part", path);
+    struct stat s;
+    const int whole = stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode);
+    *part = whole ? text_copy(path) : text_print("%s.part", path);
     FILE *f = *part ? fopen(*part, "wb") : NULL;
+    if (f && whole) {
+        free(*part);
+        *part = NULL;
+    }
     if (f) return f;
     if (*part) fail("%s: cannot be written: %s", path, strerror(errno));
     free(*part);
@@ -1531,6 +1547,7 @@ static FILE *part_open(const char *path, char **part) {
 
 /* Syncs, closes and renames, or, where not `ok`, removes. Frees `part`. */
 static int part_close(FILE *f, const char *path, char *part, int ok) {
+    if (!part) return (fclose(f) == 0 || fail("%s: cannot be written: %s", path, strerror(errno))) && ok;
     if (ok) ok = file_finish(f, path);
     else fclose(f);
     if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
@@ -13541,8 +13558,9 @@ static size_t fill_pieces(const scoring *s, size_t first, slam_batch *b, int B) 
     return i;
 }
 
-static int score_pieces(scoring *s, slam_model *model, int B) {
+static int score_pieces(scoring *s, slam_model *model, int B, uint64_t of, slam_score_watch *watch, void *context) {
     const size_t n = (size_t)B * (size_t)s->T;
+    uint64_t done = 0;
     int *numbers = (int *)mem_new(n, 3 * sizeof *numbers);
     float *losses = (float *)mem_new(n, sizeof *losses);
     slam_batch batch = {B, s->T, numbers, numbers + n, numbers + 2 * n, NULL};
@@ -13555,7 +13573,10 @@ static int score_pieces(scoring *s, slam_model *model, int B) {
             const scored_piece *p = &s->piece[k];
             const float *loss = losses + (p->row - row) * (size_t)s->T + (size_t)p->at;
             for (int t = p->from; t < p->n; t++) s->sum[p->sequence] += loss[t];
+            done += (uint64_t)(p->n - p->from);
         }
+        if (ok && watch && !watch(context, done, of))
+            ok = fail("stopped after %llu of %llu tokens", (unsigned long long)done, (unsigned long long)of);
     }
     free(numbers);
     free(losses);
@@ -13563,11 +13584,12 @@ static int score_pieces(scoring *s, slam_model *model, int B) {
 }
 
 int slam_score_units(slam_model *model, const slam_units *units, size_t n, int B, int T, int sum, double *scores,
-                     slam_scored *report) {
-    const int V = slam_model_config(model)->V;
+                     slam_scored *report, slam_score_watch *watch, void *context) {
+    const int V = slam_model_config(model)->V, longest = slam_model_config(model)->T;
     scoring s = SLAM_ZERO;
     memset(report, 0, sizeof *report);
     if (B < 1 || T < 2) return fail("rows of %d tokens, %d at a time: expected at least 2, 1", T, B);
+    if (T > longest) return fail("a context of %d tokens, the model has positions for %d", T, longest);
     for (size_t i = 0; i < n; i++)
         for (size_t k = 0; k < units[i].n; k++)
             if (units[i].unit[k] < 0 || units[i].unit[k] >= V - UNIT_TOKEN)
@@ -13578,13 +13600,15 @@ int slam_score_units(slam_model *model, const slam_units *units, size_t n, int B
     s.sum = (double *)mem_new(n, sizeof *s.sum);
     int ok = s.same && s.sum && find_equal(&s, n, &report->different);
     for (size_t i = 0; ok && i < n; i++) {
+        report->silent += units[i].n == 0;
         if (s.same[i] != i) continue;
         report->slid += units[i].n + 1 > (size_t)T;
         report->tokens += units[i].n + 1;
         ok = cut_sequence(&s, i);
     }
     if (ok && report->tokens < (uint64_t)T) s.T = report->tokens > 2 ? (int)report->tokens : 2; // all in one row
-    ok = ok && (!n || (pack_pieces(&s) && score_pieces(&s, model, B < (int)s.rows || s.rows > INT_MAX ? B : (int)s.rows)));
+    ok = ok && (!n || (pack_pieces(&s) && score_pieces(&s, model, B < (int)s.rows || s.rows > INT_MAX ? B : (int)s.rows,
+                                                       report->tokens, watch, context)));
     for (size_t i = 0; ok && i < n; i++) {
         const double loss = s.sum[s.same[i]];
         scores[i] = sum ? -loss : -loss / (double)(units[i].n + 1);
@@ -13658,6 +13682,7 @@ struct slam_testset {
     size_t pairs, cells, pair_capacity, cell_capacity;
     slam_list names[GROUPS];
     slam_accuracy *accuracy;
+    size_t accuracies;
     double *written; // (items), scores as they are written
 };
 
@@ -13718,6 +13743,8 @@ static int gold_columns_find(const slam_testset *s, gold_columns *c) {
     }
     c->frequency = csv_column(g, "frequency");
     c->length = csv_column(g, "length");
+    if (s->kind == SLAM_SWUGGY && c->frequency == g->columns && c->length == g->columns && c->subtype < g->columns)
+        return fail("%s: has columns 'type' and 'subtype', as sBLIMP's has, expected 'frequency' and 'length'", s->path);
     return 1;
 }
 
@@ -14100,7 +14127,7 @@ static char *find_gold(int kind, const char *path, const char *split) {
         free(tried);
         tried = i == 0   ? text_copy(path)
                 : i == 1 ? text_print("%s/gold.csv", path)
-                         : text_print("%s/%s/%s/gold.csv", path, task, split);
+                         : text_print("%s/%s/%s/gold.csv", path, task, split ? split : "dev");
         if (!tried || (path_is_file(tried) && path_ends(tried, ".csv"))) return tried;
     }
     free(tried);
@@ -14130,11 +14157,21 @@ static slam_testset *open_pairs(int kind, const char *path, const char *units) {
     return s;
 }
 
+/* What was found is of the split that was asked for. */
+static int split_fits(const char *path, const char *gold, const char *split) {
+    char *end = text_print("/%s/gold.csv", split);
+    const int fits = end && gold && path_ends(gold, end), made = end != NULL;
+    free(end);
+    if (fits || !made) return fits;
+    if (gold) return fail("%s: a split %s is asked for; it is in the folder that holds lexical/ and syntactic/", gold, split);
+    return fail("%s: there is no split %s, expected the folder that holds lexical/ and syntactic/", path ? path : "units", split);
+}
+
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int listen, char **units) {
     char *gold = path ? find_gold(kind, path, split) : NULL, *beside = NULL;
     slam_testset *s = NULL;
-    int ok = 1;
-    if (path && !*units && !listen) {
+    int ok = !split || split_fits(path, gold, split);
+    if (ok && path && !*units && !listen) {
         beside = gold ? text_print("%.*sunits.jsonl", (int)(path_name(gold) - gold), gold) : text_print("%s/units.jsonl", path);
         ok = beside && (!path_is_file(beside) || (*units = text_copy(beside)) != NULL);
     }
@@ -14166,18 +14203,30 @@ int slam_testset_submission(const slam_testset *s, const double *scores, const c
     return ok;
 }
 
-/* Mean and sample standard deviation over the cells of a group's name; all of them for number 0. */
+enum { ALL_CELLS = 0, IN_VOCABULARY = -1 };
+
+static int cell_counts(const test_cell *c, int group, int number) {
+    return number == ALL_CELLS || (number == IN_VOCABULARY ? c->group[GROUP_FREQUENCY] > 1 : c->group[group] == number);
+}
+
+/* Mean and sample standard deviation over the cells of a group's name, from 1, or over those above. */
 static slam_accuracy accuracy_of(const slam_testset *s, int group, int number) {
-    slam_accuracy f = {number ? group_names[group] : "", number ? s->names[group].at[number - 1] : "", 0, NAN, NAN};
+    slam_accuracy f = {number > 0 ? group_names[group]
+                       : number   ? "vocabulary"
+                                  : "",
+                       number > 0 ? s->names[group].at[number - 1]
+                       : number   ? "in"
+                                  : "",
+                       0, NAN, NAN};
     double sum = 0, squares = 0;
     for (size_t i = 0; i < s->cells; i++) {
-        if (number && s->cell[i].group[group] != number) continue;
+        if (!cell_counts(&s->cell[i], group, number)) continue;
         sum += s->cell[i].sum / (double)s->cell[i].n;
         f.n++;
     }
     if (f.n) f.mean = sum / (double)f.n;
     for (size_t i = 0; i < s->cells; i++) {
-        if (number && s->cell[i].group[group] != number) continue;
+        if (!cell_counts(&s->cell[i], group, number)) continue;
         const double d = s->cell[i].sum / (double)s->cell[i].n - f.mean;
         squares += d * d;
     }
@@ -14202,7 +14251,7 @@ static int group_is_told(const slam_testset *s, int group) {
 }
 
 const slam_accuracy *slam_testset_accuracies(slam_testset *s, const double *scores, size_t *n) {
-    size_t most = 1;
+    size_t most = 2;
     char spelled[32];
     for (int g = 0; g < GROUPS; g++) most += s->names[g].n;
     free(s->accuracy);
@@ -14220,15 +14269,75 @@ const slam_accuracy *slam_testset_accuracies(slam_testset *s, const double *scor
         s->cell[s->pair[i].cell].sum += right > wrong ? 1 : right == wrong ? 0.5 : 0;
         s->cell[s->pair[i].cell].n++;
     }
-    s->accuracy[0] = accuracy_of(s, 0, 0);
-    *n = 1;
+    s->accuracy[0] = accuracy_of(s, 0, ALL_CELLS);
+    s->accuracy[1] = accuracy_of(s, 0, IN_VOCABULARY);
+    *n = s->accuracy[1].n ? 2 : 1;
     for (int g = 0; g < GROUPS; g++) {
         if (!group_is_told(s, g)) continue;
         const size_t first = *n;
         for (size_t k = 1; k <= s->names[g].n; k++) s->accuracy[(*n)++] = accuracy_of(s, g, (int)k);
         if (g != GROUP_FREQUENCY) qsort(s->accuracy + first, *n - first, sizeof *s->accuracy, compare_accuracies);
     }
+    s->accuracies = *n;
     return s->accuracy;
+}
+
+static void text_add_accuracy(text *t, const slam_accuracy *a) {
+    const double half = a->n > 1 ? 1.96 * a->deviation / sqrt((double)a->n) : NAN;
+    const char *const names[] = {"accuracy", "std", "low", "high"};
+    const double figures[] = {a->mean, a->deviation, a->mean - half, a->mean + half};
+    text_add(t, "\"n\": %zu", a->n);
+    for (int k = 0; k < 4; k++) {
+        text_add(t, ", \"%s\": ", names[k]);
+        text_add_number(t, figures[k]);
+    }
+}
+
+/* [{"right": "a", "wrong": "b", "score": 1}, ...], then [{"name": "a", "score": -1.5}, ...] */
+static void text_add_pairs(text *t, const slam_testset *s, const double *scores) {
+    char spelled[32];
+    text_add(t, ", \"pairs\": [");
+    for (size_t i = 0; i < s->pairs; i++) {
+        const double right = s->written[s->pair[i].right], wrong = s->written[s->pair[i].wrong];
+        text_add(t, "%s\n{\"right\": ", i ? "," : "");
+        text_add_json(t, s->items.at[s->pair[i].right]);
+        text_add(t, ", \"wrong\": ");
+        text_add_json(t, s->items.at[s->pair[i].wrong]);
+        text_add(t, ", \"score\": %s}", right > wrong ? "1" : right == wrong ? "0.5" : "0");
+    }
+    text_add(t, "], \"scores\": [");
+    for (size_t i = 0; i < s->items.n; i++) {
+        text_add(t, "%s\n{\"name\": ", i ? "," : "");
+        text_add_json(t, s->items.at[i]);
+        score_written(scores[i], spelled);
+        text_add(t, ", \"score\": %s}", spelled);
+    }
+    text_add(t, "]");
+}
+
+int slam_testset_write(const slam_testset *s, const char *task, int sum, const double *scores, const char *path) {
+    text t = SLAM_ZERO;
+    text_add(&t, "{\"task\": ");
+    text_add_json(&t, task);
+    text_add(&t, ", \"of\": \"%s\", ", sum ? "sum" : "mean");
+    for (size_t i = 0; i < s->accuracies; i++) {
+        const slam_accuracy *a = &s->accuracy[i];
+        const int first = i && strcmp(a->group, a[-1].group), last = i + 1 == s->accuracies || strcmp(a->group, a[1].group);
+        if (first) text_add(&t, ", \"by_%s\": [", a->group);
+        else if (i) text_add(&t, ", ");
+        if (i) {
+            text_add(&t, "{\"%s\": ", a->group);
+            text_add_json(&t, a->name);
+            text_add(&t, ", ");
+        }
+        text_add_accuracy(&t, a);
+        if (i) text_add(&t, last ? "}]" : "}");
+    }
+    text_add_pairs(&t, s, scores);
+    text_add(&t, "}\n");
+    const int ok = t.failed ? fail("%s: out of memory", path) : file_write(path, t.at, t.n);
+    text_free(&t);
+    return ok;
 }
 
 /* ---- generation ---- */
@@ -14517,7 +14626,10 @@ int slam_generate(slam_model *model, const slam_generation *how, slam_prompts *p
 }
 
 int slam_prompts_may_write(const char *path) {
+    struct stat s;
     char *part;
+    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode)) // a pipe: whoever reads it hears of it once
+        return access(path, W_OK) == 0 || fail("%s: cannot be written: %s", path, strerror(errno));
     FILE *f = path_is_folder(path) ? NULL : part_open(path, &part);
     if (!f) return path_is_folder(path) ? fail("%s: is a folder, expected the name of a file", path) : 0;
     fclose(f);

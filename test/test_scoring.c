@@ -61,18 +61,18 @@ static void test_sequences(slam_ops *ops) {
     slam_model *m = slam_model_new(ops, &small_config, 3);
     make_sequences(u);
     if (TEST("sequences: each is what a row of its own gives")) {
-        CHECK(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report), "%s", slam_error());
+        CHECK(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report, NULL, NULL), "%s", slam_error());
         CHECK(report.slid == 0 && report.different < 31 && report.different > 25, "%zu different", report.different);
         for (int i = 0; i < SEQUENCES; i++) {
             const int n = tokens_of(&u[i], tokens);
             check_near("mean", scores[i], -losses_of(m, tokens, 0, 0, n) / n, 2e-5);
             if (i >= 30) CHECK(scores[i] == scores[i - 20], "equal sequences have other scores");
         }
-        CHECK(slam_score_units(m, u, SEQUENCES, 1, 256, 1, sums, &report), "%s", slam_error());
+        CHECK(slam_score_units(m, u, SEQUENCES, 1, 256, 1, sums, &report, NULL, NULL), "%s", slam_error());
         for (int i = 0; i < SEQUENCES; i++) check_near("sum", sums[i] / (double)(u[i].n + 1), scores[i], 2e-5);
     }
     if (TEST("sequences: windows predict each token once, with half a window before it")) {
-        CHECK(slam_score_units(m, u, SEQUENCES, 2, 64, 1, sums, &report), "%s", slam_error());
+        CHECK(slam_score_units(m, u, SEQUENCES, 2, 64, 1, sums, &report, NULL, NULL), "%s", slam_error());
         CHECK(report.slid == 2, "%zu are longer than a row", report.slid);
         for (int i = 4; i < 6; i++) {
             const int n = tokens_of(&u[i], tokens);
@@ -86,23 +86,23 @@ static void test_sequences(slam_ops *ops) {
     }
     if (TEST("sequences: batch, order and company change nothing")) {
         for (int i = 0; i < SEQUENCES; i++) reversed[i] = u[SEQUENCES - 1 - i];
-        CHECK(slam_score_units(m, reversed, SEQUENCES, 7, 100, 0, other, &report), "%s", slam_error());
-        CHECK(slam_score_units(m, u, SEQUENCES, 1, 100, 0, scores, &report), "%s", slam_error());
+        CHECK(slam_score_units(m, reversed, SEQUENCES, 7, 100, 0, other, &report, NULL, NULL), "%s", slam_error());
+        CHECK(slam_score_units(m, u, SEQUENCES, 1, 100, 0, scores, &report, NULL, NULL), "%s", slam_error());
         for (int i = 0; i < SEQUENCES; i++) check_near("score", other[SEQUENCES - 1 - i], scores[i], 1e-5);
-        CHECK(slam_score_units(m, u, 1, 8, 1024, 0, other, &report), "%s", slam_error());
+        CHECK(slam_score_units(m, u, 1, 8, 256, 0, other, &report, NULL, NULL), "%s", slam_error());
         check_near("alone", other[0], scores[0], 1e-5);
-        CHECK(slam_score_units(m, u + 3, 1, 8, 256, 0, other, &report) && report.tokens == 1, "a sequence without units: %s",
-              slam_error());
-        CHECK(slam_score_units(m, u, 0, 8, 256, 0, other, &report), "no sequences: %s", slam_error());
+        CHECK(slam_score_units(m, u + 3, 1, 8, 256, 0, other, &report, NULL, NULL) && report.tokens == 1,
+              "a sequence without units: %s", slam_error());
+        CHECK(slam_score_units(m, u, 0, 8, 256, 0, other, &report, NULL, NULL), "no sequences: %s", slam_error());
     }
     if (TEST("sequences: what is refused")) {
         u[2].unit[0] = 28;
-        check_fails(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report), "unit 28, expected below 28");
+        check_fails(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report, NULL, NULL), "unit 28, expected below 28");
         u[2].unit[0] = 0;
-        check_fails(slam_score_units(m, u, SEQUENCES, 0, 256, 0, scores, &report), "expected at least");
+        check_fails(slam_score_units(m, u, SEQUENCES, 0, 256, 0, scores, &report, NULL, NULL), "expected at least");
         const float nan = NAN;
         ops->upload(ops, m->weights, &nan, sizeof nan);
-        check_fails(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report), "not finite");
+        check_fails(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report, NULL, NULL), "not finite");
     }
     free_sequences(u);
     slam_model_free(m);
@@ -352,7 +352,10 @@ static void test_open(void) {
         CHECK(slam_testset_audio(s, &paths) && paths.n == 2 && path_ends(paths.at[1], "test/b.wav"), "%s", slam_error());
         slam_list_free(&paths);
         slam_testset_free(s);
-        check_fails(slam_testset_open(SLAM_SWUGGY, root, "dev", 0, &units), "expected a name NUMBER_"); // a folder of files, then
+        check_fails(slam_testset_open(SLAM_SWUGGY, root, "dev", 0, &units), "there is no split dev");
+        check_fails(slam_testset_open(SLAM_SWUGGY, check_path("zerospeech/lexical/test"), "dev", 0, &units),
+                    "a split dev is asked for");
+        check_fails(slam_testset_open(SLAM_SWUGGY, root, NULL, 0, &units), "expected a name NUMBER_"); // a folder of files, then
         check_file("zerospeech/lexical/test/units.jsonl", pairs, strlen(pairs));
         s = slam_testset_open(SLAM_SWUGGY, root, "test", 1, &units);
         CHECK(s && !units, "units though audio was asked for");
@@ -362,10 +365,10 @@ static void test_open(void) {
         slam_testset_free(s);
         free(units);
         units = NULL;
-        check_fails(slam_testset_open(SLAM_STORYCLOZE, check_path("storycloze"), "dev", 0, &units), "has the name of audio");
-        check_fails(slam_testset_open(SLAM_STORYCLOZE, NULL, "dev", 0, &units), "expected a folder of audio files, or units");
+        check_fails(slam_testset_open(SLAM_STORYCLOZE, check_path("storycloze"), NULL, 0, &units), "has the name of audio");
+        check_fails(slam_testset_open(SLAM_STORYCLOZE, NULL, NULL, 0, &units), "expected a folder of audio files, or units");
         units = text_copy(check_file("storycloze/other.jsonl", pairs, strlen(pairs)));
-        s = slam_testset_open(SLAM_STORYCLOZE, NULL, "dev", 0, &units);
+        s = slam_testset_open(SLAM_STORYCLOZE, NULL, NULL, 0, &units);
         slam_units u[2];
         if (CHECK(s && slam_testset_items(s)->n == 2 && slam_testset_units(s, units, 9, u), "%s", slam_error())) {
             CHECK(u[1].unit[0] == 2, "units of another line");
