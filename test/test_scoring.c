@@ -53,6 +53,12 @@ static int tokens_of(const slam_units *u, int *tokens) {
     return (int)u->n + 1; // to predict
 }
 
+/* Stops at the second call. */
+static int stop_at(void *context, uint64_t done, uint64_t of) {
+    *(uint64_t *)context += done <= of;
+    return *(uint64_t *)context < 2;
+}
+
 static void test_sequences(slam_ops *ops) {
     slam_units u[SEQUENCES], reversed[SEQUENCES];
     double scores[SEQUENCES], sums[SEQUENCES], other[SEQUENCES];
@@ -96,6 +102,10 @@ static void test_sequences(slam_ops *ops) {
         CHECK(slam_score_units(m, u, 0, 8, 256, 0, other, &report, NULL, NULL), "no sequences: %s", slam_error());
     }
     if (TEST("sequences: what is refused")) {
+        uint64_t calls = 0;
+        check_fails(slam_score_units(m, u, SEQUENCES, 1, 256, 0, scores, &report, stop_at, &calls), "stopped after");
+        CHECK(calls == 2, "the watch was called %d times", (int)calls);
+        check_fails(slam_score_units(m, u, SEQUENCES, 1, 257, 0, scores, &report, NULL, NULL), "the model has positions for 256");
         u[2].unit[0] = 28;
         check_fails(slam_score_units(m, u, SEQUENCES, 3, 256, 0, scores, &report, NULL, NULL), "unit 28, expected below 28");
         u[2].unit[0] = 0;
@@ -258,6 +268,41 @@ static void test_gold(void) {
     }
 }
 
+static void test_written(void) {
+    const double scores[] = {-1.5, -1.5, -0.25, -3};
+    size_t n;
+    if (TEST("figures as JSON: hostile names, pairs, scores; a single pair has no deviation")) {
+        slam_testset *s =
+            gold(SLAM_SBLIMP, "id,filename,voice,type,subtype,correct\n1,\"a\"\"\nb\",A,\"x\\ \xff\",y,1\n1,c,A,\"x\\ \xff\",y,0\n"
+                              "2,d,A,z,y,1\n2,e,A,z,y,0\n");
+        if (!CHECK(s && slam_testset_accuracies(s, scores, &n), "%s", slam_error())) return;
+        CHECK(slam_testset_write(s, "sblimp", 1, scores, check_path("figures.json")), "%s", slam_error());
+        json *root = json_read(check_path("figures.json"));
+        if (CHECK(root, "%s", slam_error())) {
+            const json *types = json_get(root, "by_type"), *pairs = json_get(root, "pairs"), *items = json_get(root, "scores");
+            CHECK(json_get(root, "n")->number == 2 && json_get(root, "accuracy")->number == 0.75 &&
+                      !strcmp(json_text(root, "of", ""), "sum"),
+                  "of all");
+            check_near("upper end", json_get(root, "high")->number, 0.75 + 1.96 * sqrt(0.125) / sqrt(2), 1e-12);
+            CHECK(types && types->n == 2 && json_get(types->first, "std")->type == JSON_NULL &&
+                      !strcmp(json_text(types->first, "type", ""), "x\\ \xef\xbf\xbd"),
+                  "by type");
+            CHECK(pairs && pairs->n == 2 && !strcmp(json_text(pairs->first, "right", ""), "a\"\nb") &&
+                      json_get(pairs->first, "score")->number == 0.5,
+                  "pairs");
+            CHECK(items && items->n == 4 && json_get(items->first, "score")->number == -1.5, "scores");
+        }
+        json_free(root);
+        check_fails(slam_testset_submission(s, scores, check_path("blanks.txt")), "cannot stand in a line");
+        slam_testset_free(s);
+    }
+    if (TEST("gold.csv: of the other set")) {
+        check_fails(gold(SLAM_SWUGGY, "id,filename,voice,type,subtype,correct\n1,a,A,x,y,1\n1,b,A,x,y,0\n"), "as sBLIMP's has");
+        check_fails(gold(SLAM_SBLIMP, "id,filename,voice,frequency,length,correct\n1,a,A,3,4,1\n1,b,A,3,4,0\n"),
+                    "no column 'type'");
+    }
+}
+
 /* A set of the files whose names `text` holds, with blanks between them. */
 static slam_testset *files_of(int kind, const char *text) {
     slam_list list = SLAM_ZERO;
@@ -386,6 +431,7 @@ int main(void) {
     test_sequences(ops);
     test_official();
     test_gold();
+    test_written();
     test_files();
     test_units();
     test_open();
