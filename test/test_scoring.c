@@ -230,6 +230,7 @@ static void test_gold(void) {
         {"id,filename,voice,correct\n1,a,A,1\n1,a,A,0\n", "the filename 'a' stands in two rows"},
         {"id,filename,voice,correct\n1,a,A,yes\n1,b,A,0\n", "gold.csv:2: 'correct' is 'yes'"},
         {"id,filename,voice,correct\n1,,A,1\n1,b,A,0\n", "'filename' is empty"},
+        {"id,filename,voice,correct\n,a,A,1\n,b,A,0\n", "gold.csv:2: 'id' is empty"},
         {"id,filename,voice,correct,frequency\n1,a,A,1,often\n1,b,A,0,\n", "'frequency' is 'often'"},
         {"id,filename,voice,correct\n1,a,A\n", "gold.csv:2: 3 fields, expected 4"},
         {"id,filename,voice,correct\n1,\"a,A,1\n", "gold.csv:2: a quote"},
@@ -243,6 +244,7 @@ static void test_gold(void) {
          "'c' is right, and there is no wrong row"},
         {"id,filename,voice,type,subtype,correct\n1,a,A,x,y,1\n1,b,A,x,y,0\n1,c,A,x,y,0\n",
          "'c' is wrong, and there is no right row"},
+        {"id,filename,voice,type,subtype,correct\n1,a,A,x,,1\n1,b,A,x,,0\n", "gold.csv:2: 'subtype' is empty"},
     };
     if (TEST("gold.csv: what is refused")) {
         for (size_t i = 0; i < sizeof lexical / sizeof *lexical; i++) check_fails(gold(SLAM_SWUGGY, lexical[i][0]), lexical[i][1]);
@@ -303,6 +305,27 @@ static void test_written(void) {
     }
 }
 
+static void test_gold_words(void) {
+    size_t n;
+    const double scores[] = {1, 2, 1, 2};
+    if (TEST("gold.csv: a word is what its first right row says")) {
+        slam_testset *s = gold(SLAM_SWUGGY, "id,filename,voice,correct,frequency,length\n"
+                                            "7,a,A,0,900,2\n7,b,B,1,3,5\n7,c,A,1,400,4\n7,d,B,0,,\n");
+        const slam_accuracy *a = s ? slam_testset_accuracies(s, scores, &n) : NULL;
+        if (CHECK(a, "%s", slam_error())) {
+            const slam_accuracy *band = accuracy_named(a, n, "frequency", "1-5"), *length = accuracy_named(a, n, "length", "5");
+            CHECK(band && band->n == 1 && length && length->n == 1 && a->n == 1, "no pair in the band 1-5 of length 5");
+            check_near("over voices", a->mean, 0.5, 0); // A: 1 of c, 1 of a: a tie; B: a tie
+        }
+        slam_testset_free(s);
+    }
+    if (TEST("submission: a name with a blank")) {
+        slam_testset *s = gold(SLAM_SWUGGY, "id,filename,voice,correct\n7,a b,A,0\n7,c,A,1\n");
+        check_fails(slam_testset_submission(s, scores, check_path("blank.txt")), "the name 'a b' cannot stand in a line");
+        slam_testset_free(s);
+    }
+}
+
 /* A set of the files whose names `text` holds, with blanks between them. */
 static slam_testset *files_of(int kind, const char *text) {
     slam_list list = SLAM_ZERO;
@@ -345,6 +368,13 @@ static void test_files(void) {
         check_fails(files_of(SLAM_STORYCLOZE, "0_a.wav 2_b.wav"), "has no partner: it would be paired with 2_b.wav");
         check_fails(files_of(SLAM_STORYCLOZE, "a/0_a.wav b/1_b.wav"), "a/0_a.wav: has no partner");
         check_fails(files_of(SLAM_STORYCLOZE, "0_a.wav 0_a.wav"), "stands there twice");
+        check_fails(
+            files_of(SLAM_STORYCLOZE, "0_a.wav 0_b.wav 1_b.wav 2_a.wav 2_b.wav 3_a.wav 3_b.wav 4_b.wav"), // 1_a and 4_a lack
+            "1_b.wav: has no partner: it would be paired with 2_a.wav");
+        check_fails(files_of(SLAM_STORYCLOZE, "0_a.wav 0_b.wav 1_a.wav 2_b.wav"), "1_a.wav: has no partner");
+        check_fails(files_of(SLAM_STORYCLOZE, "0_a.wav 0_b.wav 0_c.wav 0_d.wav"),
+                    "0_c.wav: its number is that of 0_a.wav and 0_b.wav");
+        check_fails(files_of(SLAM_STORYCLOZE, "0_a.wav 0_a.flac 1_b.wav 1_b.flac"), "0_a.flac and 0_a.wav are of one name");
         check_fails(files_of(SLAM_STORYCLOZE, "x_a.wav 0_a.wav"), "expected a name NUMBER_");
         check_fails(files_of(SLAM_SBLIMP, "0_a.wav 1_a.wav"), "expected a name NUMBER+");
         check_fails(files_of(SLAM_SALMON, "p/sample_0_0.wav p/sample_1_1.wav"), "has no partner");
@@ -378,6 +408,30 @@ static void test_units(void) {
             check_fails(slam_testset_units(s, check_file("u.jsonl", lines[i][0], strlen(lines[i][0])), 9, u), lines[i][1]);
     }
     slam_testset_free(s);
+    if (TEST("units of a set: folders count where names repeat")) {
+        const char lines[] =
+            "{\"units\": [0], \"file_name\": \"/x/p/sample_0_1.wav\"}\n{\"units\": [1], \"file_name\": \"q/sample_0_0\"}\n"
+            "{\"units\": [2], \"file_name\": \"p/sample_0_0.wav\"}\n{\"units\": [3], \"file_name\": \"q/sample_0_1.wav\"}\n",
+                   bare[] =
+                       "{\"units\": [0], \"file_name\": \"sample_0_0.wav\"}\n{\"units\": [1], \"file_name\": \"sample_0_1.wav\"}\n";
+        slam_units u[4];
+        s = files_of(SLAM_SALMON, "/y/p/sample_0_0.wav /y/p/sample_0_1.wav /y/q/sample_0_0.wav /y/q/sample_0_1.wav");
+        if (CHECK(s && slam_testset_units(s, check_file("u.jsonl", lines, strlen(lines)), 9, u), "%s", slam_error()))
+            for (int i = 0; i < 4; i++) {
+                CHECK(u[i].n == 1 && u[i].unit[0] == (i == 0   ? 2
+                                                      : i == 1 ? 0
+                                                      : i == 2 ? 1
+                                                               : 3),
+                      "item %d: unit %d", i, u[i].unit[0]);
+                slam_units_free(&u[i]);
+            }
+        check_fails(slam_testset_units(s, check_file("u.jsonl", bare, strlen(bare)), 9, u), "has no line of 'p/sample_0_0'");
+        slam_testset_free(s);
+        s = files_of(SLAM_SALMON, "y/p/sample_0_0.wav y/p/sample_0_1.wav z/p/sample_0_0.wav z/p/sample_0_1.wav");
+        check_fails(slam_testset_units(s, check_file("u.jsonl", lines, strlen(lines)), 9, u),
+                    "two items are called 'p/sample_0_0'");
+        slam_testset_free(s);
+    }
 }
 
 static void test_open(void) {
@@ -411,6 +465,7 @@ static void test_open(void) {
         free(units);
         units = NULL;
         check_fails(slam_testset_open(SLAM_STORYCLOZE, check_path("storycloze"), NULL, 0, &units), "has the name of audio");
+        check_fails(slam_testset_open(SLAM_STORYCLOZE, check_path("nowhere"), NULL, 0, &units), "nowhere: there is no such folder");
         check_fails(slam_testset_open(SLAM_STORYCLOZE, NULL, NULL, 0, &units), "expected a folder of audio files, or units");
         units = text_copy(check_file("storycloze/other.jsonl", pairs, strlen(pairs)));
         s = slam_testset_open(SLAM_STORYCLOZE, NULL, NULL, 0, &units);
@@ -432,6 +487,7 @@ int main(void) {
     test_official();
     test_gold();
     test_written();
+    test_gold_words();
     test_files();
     test_units();
     test_open();
