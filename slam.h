@@ -12460,7 +12460,7 @@ int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources,
         for (size_t i = 0; i < n; i++) {
             heard *h = &b.result[i];
             if (ok && h->failed) ok = block_tell_failed(&b, at + i, h);
-            else if (ok) {
+            else if (ok && h->clips.n) {
                 units[at + i] = h->clips.at[0]->u;
                 memset(&h->clips.at[0]->u, 0, sizeof h->clips.at[0]->u);
             }
