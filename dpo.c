@@ -127,7 +127,8 @@ static int plan(dpo_job *d, const char *argv0, char note[256]) {
     const slam_options *c = &j->o;
     if (!slam_job_absolute(j, "init") || !slam_job_recall(j) || !slam_job_defaults(j)) return 0;
     if (!slam_job_name_data(j, argv0, "test/corpus/pairs.jsonl", "test/corpus/pairs-val.jsonl")) return 0;
-    if (!name_reference(d) || !read_config(d) || !open_pairs(d)) return 0;
+    if (!name_reference(d) || !read_config(d) || (j->is_bundled && !slam_bundled_units(argv0, j->run.trainer.units))) return 0;
+    if (!open_pairs(d)) return 0;
     if (!(d->ops = slam_run_device(&j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
     if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows, slam_pairs_row(d->pairs))) return 0;
     return slam_job_steps(j, (double)d->size.train / c->batch, 0);

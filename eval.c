@@ -241,7 +241,7 @@ static slam_testset *open_set(job *j, const char *argv0) {
         slam_refuse("salmon: expected the folder of SALMon's parts");
         return NULL;
     }
-    if (!j->test.n && !o->unit_file && !bundled(argv0, folder, &j->test)) return NULL;
+    if (!j->test.n && !o->unit_file && !(slam_bundled_units(argv0, j->run.units) && bundled(argv0, folder, &j->test))) return NULL;
     char *units = o->unit_file;
     slam_testset *set =
         slam_testset_open(kinds[j->task], j->test.n ? j->test.at[0] : NULL, o->split, o->units.kmeans != NULL, &units);

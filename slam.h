@@ -901,6 +901,9 @@ typedef struct slam_unit_flags {
 /* What they say; where --kmeans is there already (fit 0) KM.json beside it decides, and a flag that contradicts it is an error. With
    SLAM_HUBERT in it slam_quantiser_open needs a device. */
 int slam_unit_settings(const slam_flags *, const slam_unit_flags *, int fit, slam_speech_settings *);
+/* The bundled pairs and test sets are lines, which do not say of which quantiser: an error where `units`, a model's (0: not known), are
+   others than theirs. */
+int slam_bundled_units(const char *argv0, uint32_t units);
 
 /* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one ends the program at once. */
 void slam_signals_catch(void);
@@ -15204,6 +15207,20 @@ int slam_unit_settings(const slam_flags *flags, const slam_unit_flags *f, int fi
         return fail("HuBERT's features: expected --hubert DIR, a HuBERT model in Hugging Face's format");
     if (s->features == SLAM_MFCC && f->hubert) return fail("--hubert: MFCC need no model; leave --features mfcc out");
     return s->features == SLAM_HUBERT || !slam_flags_given(flags, "layer") || fail("--layer: is for --hubert DIR");
+}
+
+int slam_bundled_units(const char *argv0, uint32_t units) {
+    slam_speech_settings settings;
+    if (!units) return 1;
+    slam_speech_defaults(&settings);
+    char *path = slam_path_beside(argv0, "test/corpus/km.npy");
+    slam_quantiser *q = path ? slam_quantiser_open(path, &settings, NULL) : NULL;
+    const uint32_t made = q ? slam_quantiser_fingerprint(q) : 0;
+    slam_quantiser_free(q);
+    free(path);
+    if (!made || made == units) return made != 0;
+    return fail("the bundled data are units of quantiser %08x, the model was trained on those of %08x", (unsigned)made,
+                (unsigned)units);
 }
 
 int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode) {

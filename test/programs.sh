@@ -607,7 +607,8 @@ check 'eval: figures for a pipe' 'JSON' sh -c "'$eval' spoken swuggy zero --unit
 refuses 'eval: no such task' 2 'there is no such task' set_of swuggly zero
 refuses 'eval: two sets' 2 'one test set at a time' set_of swuggy zero zero
 if [ -f "$programs/test/corpus/swuggy/gold.csv" ]; then
-    refuses 'eval: a model of another vocabulary than the bundled set' 1 'expected below 20' set_of swuggy
+    refuses 'eval: a model of other units than the bundled set' 1 'the bundled data are units of quantiser' set_of swuggy
+    refuses 'dpo: a model of other units than the bundled pairs' 1 'the bundled data are units of quantiser' "$dpo" --init spoken
 fi
 
 # ---- limits of numbers, of time, of the disk ----
