@@ -19,7 +19,7 @@
 
    CONTENTS (search for a number with its dot and name)
       1. BASE               errors, memory, clock, RNG, threads, files
-      2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, audio files
+      2. FORMATS            JSON, CSV, safetensors, npy, token shards, JSONL units, audio files
       3. OPS                the list of operations (`slam_ops`) with each one's mathematics
       4. OPS ON THE CPU     the plain loops: read these first
       5. OPS ON CUDA        the same operations, one kernel or a few each
@@ -1571,7 +1571,7 @@ static int file_write(const char *path, const void *data, size_t n) {
 }
 
 /* ==========================================================================================
-   2. FORMATS            JSON, safetensors, npy, token shards, JSONL units, audio files
+   2. FORMATS            JSON, CSV, safetensors, npy, token shards, JSONL units, audio files
    Readers and writers of files that others made or will read. Whatever a file holds, a reader returns what it says or
    a sentence: every length is held against what is there before it is used. Files are little-endian, as are the machines.
    may use: 1 base
