@@ -10991,6 +10991,7 @@ int slam_quantiser_units(const slam_quantiser *q, const float *sample, size_t n,
                        ? clip_mfcc(&c, s, q, sample)
                        : clip_wait(&c, s, sample) && (c.u.frames == 0 || encode_batch(s, q, &one, 1, encode_frames(s->hubert, n)));
     free(c.sample);
+    free(c.feature); // where it failed
     if (ok) *u = c.u;
     else slam_units_free(&c.u);
     return ok;

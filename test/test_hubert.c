@@ -243,16 +243,14 @@ static void make_files(speech_files *f) {
             f->x[i][t] = (float)pcm[t] / 32768;
         }
         snprintf(name, sizeof name, "h%02d.wav", i);
-        text wav = SLAM_ZERO;
-        const uint32_t bytes = (uint32_t)(2 * lengths[i]), head[] = {36 + bytes, 16, 16000, 32000, bytes};
-        const uint16_t kind[] = {1, 1}, size[] = {2, 16};
-        text_add_bytes(&wav, "RIFF", 4), text_add_bytes(&wav, (const char *)head, 4), text_add_bytes(&wav, "WAVEfmt ", 8);
-        text_add_bytes(&wav, (const char *)(head + 1), 4), text_add_bytes(&wav, (const char *)kind, 4);
-        text_add_bytes(&wav, (const char *)(head + 2), 8), text_add_bytes(&wav, (const char *)size, 4);
-        text_add_bytes(&wav, "data", 4), text_add_bytes(&wav, (const char *)(head + 4), 4);
-        text_add_bytes(&wav, (const char *)pcm, bytes);
-        slam_list_add(&f->paths, check_file(name, wav.at, wav.n));
-        text_free(&wav);
+        const uint32_t bytes = (uint32_t)(2 * lengths[i]), sizes[] = {36 + bytes, 16, 16000, 32000, bytes};
+        char *wav = (char *)malloc(44 + bytes);
+        memcpy(wav, "RIFF....WAVEfmt ....\1\0\1\0........\2\0\20\0data....", 44);
+        memcpy(wav + 4, &sizes[0], 4), memcpy(wav + 16, &sizes[1], 4), memcpy(wav + 24, &sizes[2], 8),
+            memcpy(wav + 40, &sizes[4], 4);
+        memcpy(wav + 44, pcm, bytes);
+        slam_list_add(&f->paths, check_file(name, wav, 44 + bytes));
+        free(wav);
         free(pcm);
     }
 }
