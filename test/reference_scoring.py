@@ -26,7 +26,7 @@ def official():
     """LexicalTask and SyntacticTask as they are installed, without what the rest of that package loads and downloads."""
     folder = next(os.path.join(p, "zerospeech") for p in sys.path if os.path.isdir(os.path.join(p, "zerospeech", "tasks", "lm")))
 
-    def stub(name, path=None, **content):
+    def provide(name, path=None, **content):
         module = types.ModuleType(name)
         if path:
             module.__path__ = [path]
@@ -34,12 +34,12 @@ def official():
         sys.modules[name] = module
 
     settings = types.SimpleNamespace(by_pair=True, by_length=True, by_frequency=True, result_filenames={})
-    stub("zerospeech", folder)
-    stub("zerospeech.data_loaders", load_dataframe=lambda item, **how: pandas.read_csv(item, **how))
-    stub("zerospeech.generics", FileItem=str)
-    stub("zerospeech.tasks", os.path.join(folder, "tasks"), Task=object)
-    stub("zerospeech.tasks.lm", os.path.join(folder, "tasks", "lm"))
-    stub("zerospeech.tasks.lm.params", LexicalParams=lambda: settings, SyntacticParams=lambda: settings)
+    provide("zerospeech", folder)
+    provide("zerospeech.data_loaders", load_dataframe=lambda item, **how: pandas.read_csv(item, **how))
+    provide("zerospeech.generics", FileItem=str)
+    provide("zerospeech.tasks", os.path.join(folder, "tasks"), Task=object)
+    provide("zerospeech.tasks.lm", os.path.join(folder, "tasks", "lm"))
+    provide("zerospeech.tasks.lm.params", LexicalParams=lambda: settings, SyntacticParams=lambda: settings)
     from zerospeech.tasks.lm.lexical import LexicalTask
     from zerospeech.tasks.lm.syntactic import SyntacticTask
 
