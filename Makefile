@@ -33,11 +33,11 @@ Figures     make bench      measures training steps beside PyTorch's and keeps t
                             PLOT=- draws them on the terminal
 Else        make clean      removes everything that was built
 
-Variables   MINIMAL=1       nothing but the compiler: no OpenMP, BLAS, libsndfile, CUDA
+Variables   MINIMAL=1       nothing but the compiler: no OpenMP, BLAS, libsndfile, MPI, CUDA
             SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA
             BLAS=openblas   CPU matrix products by own (default on x86-64), openblas or accelerate
-            WITHOUT="..."   leaves some of openmp, blas, sndfile, cuda out
-            CC CXX NVCC CUDA_HOME CUDA_ARCH    compilers (NVCC=/path/to/nvcc), toolkit folder, e.g. CUDA_ARCH=sm_90
+            WITHOUT="..."   leaves some of openmp, blas, sndfile, mpi, nccl, cuda out
+            CC CXX NVCC MPICC CUDA_HOME CUDA_ARCH    compilers (NVCC=/path/to/nvcc), toolkit folder, e.g. CUDA_ARCH=sm_90
             CFLAGS LDFLAGS  replace the default -O3 -march=native; are added when linking
 endef
 export HELP
@@ -48,10 +48,10 @@ help:
 
 # All that decides what test/detect will find, hashed: a change of any of it means another folder.
 ifneq ($(filter-out help fuzz house plot format format-check clean,$(or $(MAKECMDGOALS),all)),)
-override WITHOUT := $(sort $(WITHOUT) $(if $(MINIMAL),openmp blas sndfile cuda) $(if $(SANITIZE),cuda))
-SETTINGS := $(foreach v,CC CXX NVCC CUDA_HOME CUDA_ARCH BLAS CFLAGS LDFLAGS WITHOUT SANITIZE,$(v)=$(call quote,$($(v))))
+override WITHOUT := $(sort $(WITHOUT) $(if $(MINIMAL),openmp blas sndfile mpi cuda) $(if $(SANITIZE),cuda))
+SETTINGS := $(foreach v,CC CXX NVCC MPICC CUDA_HOME CUDA_ARCH BLAS CFLAGS LDFLAGS WITHOUT SANITIZE,$(v)=$(call quote,$($(v))))
 B := build/$(notdir $(firstword $(CC)))$(if $(MINIMAL),-minimal)$(if $(SANITIZE),-sanitize)-$(shell \
-	{ echo $(call quote,$(SETTINGS)); $(CC) --version; command -v nvcc && command -v python3; ls -d /usr/local/cuda/bin/nvcc \
+	{ echo $(call quote,$(SETTINGS)); $(CC) --version; mpicc -show; command -v nvcc && command -v python3; ls -d /usr/local/cuda/bin/nvcc \
 	/dev/nvidia0 /usr/lib*/libopenblas.so* /usr/lib*/*/libopenblas.so* /usr/include/sndfile.h \
 	/opt/homebrew/include/sndfile.h /usr/local/include/sndfile.h; grep -m 1 -E '^(flags|Features)' /proc/cpuinfo; \
 	} 2>/dev/null | cksum | cut -d ' ' -f 1)
@@ -103,7 +103,7 @@ $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $
 # Without a C++ compiler the kernels' tests are left out.
 CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
 test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS))
-	@$(SETTINGS) B=$(B) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
+	@$(SETTINGS) B=$(B) MPIRUN=$(MPIRUN) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
 

@@ -129,7 +129,7 @@ static int plan(dpo_job *d, const char *argv0, char note[256]) {
     if (!slam_job_name_data(j, argv0, "test/corpus/pairs.jsonl", "test/corpus/pairs-val.jsonl")) return 0;
     if (!name_reference(d) || !read_config(d) || (j->is_bundled && !slam_bundled_units(argv0, j->run.trainer.units))) return 0;
     if (!open_pairs(d)) return 0;
-    if (!(d->ops = slam_run_device(&j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
+    if (!(d->ops = slam_run_device(j->ranks, &j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
     if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows, slam_pairs_row(d->pairs))) return 0;
     return slam_job_steps(j, (double)d->size.train / c->batch, 0);
 }
@@ -261,12 +261,13 @@ int main(int argc, char **argv) {
     char note[256] = "";
     memset(&d, 0, sizeof d);
     d.j.run.began = slam_clock();
+    if (!(d.j.ranks = slam_program_begin("dpo"))) return 1;
     set_flags(&d);
     const int parsed = slam_flags_parse(&d.j.flags, argc, argv);
     int status = parsed == 0 || (parsed == 1 && !slam_job_check(&d.j)) ? 2 : 0;
     if (parsed == 1 && status == 0) {
         slam_signals_catch();
-        int ok = plan(&d, argv[0], note);
+        int ok = slam_ranks_agree(d.j.ranks, plan(&d, argv[0], note));
         if (ok) print_plan(&d, note);
         if (ok && !d.j.o.dry_run) ok = train(&d);
         status = ok ? 0 : 1;

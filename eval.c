@@ -76,6 +76,7 @@ typedef struct job {
     const char *note;      /* of the data that are scored, where the call does not name them */
     char *folder;
     slam_trainer run; /* of the run that the model is from; without settings where it is from none */
+    slam_ranks *ranks;
     slam_ops *ops;
     slam_model *model;
     slam_quantiser *quantiser;
@@ -497,7 +498,7 @@ static int evaluate(job *j, const char *argv0, const char *path) {
     const options *o = &j->o;
     char note[256], spelled[32];
     if (j->task == GENERATE && o->transcripts) return score_transcripts(o->transcripts);
-    if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
+    if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(j->ranks, o->device, o->dtype, o->threads, note))) return 0;
     if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
     slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
     printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
@@ -511,6 +512,7 @@ int main(int argc, char **argv) {
     job j;
     const char *model;
     memset(&j, 0, sizeof j);
+    if (!(j.ranks = slam_program_begin("eval"))) return 1;
     j.flags.program = "eval";
     j.flags.usage = "[MODEL] ppl [DATA...] [options]\n       eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n       "
                     "eval [MODEL] generate [PROMPTS...] [options]";
@@ -531,8 +533,7 @@ int main(int argc, char **argv) {
             : 0;
     if (parsed == 1 && status == 0) status = !evaluate(&j, argv[0], model) ? 1 : j.failed ? 3 : 0;
     if ((status == 0 || status == 3) && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
-    if (status == 2) slam_flags_usage(&j.flags);
-    else if (status == 1) fprintf(stderr, "eval: error: %s\n", slam_error());
+    slam_program_end(&j.flags, j.ranks, status);
     slam_data_free(j.test_data);
     slam_data_free(j.train_data);
     slam_quantiser_free(j.quantiser);

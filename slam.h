@@ -23,6 +23,7 @@
       3. OPS                the list of operations (`slam_ops`) with each one's mathematics
       4. OPS ON THE CPU     the plain loops: read these first
       5. OPS ON CUDA        the same operations, one kernel or a few each
+      6. RANKS              one process, or many that work together: MPI, NCCL
       7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
       8. OPTIMISER          optimiser, schedules, gradient clipping
       9. DATA               documents, pieces, packing, shuffling, mixing
@@ -37,6 +38,8 @@
      SLAM_OPENBLAS         CPU matrix products by OpenBLAS (link with -lopenblas)
      SLAM_ACCELERATE       CPU matrix products by Apple's Accelerate (link with -framework Accelerate)
      SLAM_SNDFILE          audio other than WAV by libsndfile: FLAC, Ogg, MP3, AIFF, ... (link with -lsndfile)
+     SLAM_MPI              several processes by MPI (what `mpicc -show` adds to the compiler's call)
+     SLAM_NCCL             section 5 on several GPUs as well: with SLAM_MPI, by nvcc (link with -lnccl)
      -fopenmp              loops are dealt to threads; without it there is one
      nvcc -arch=native     section 5 as well (link with -lcublasLt); nvcc by itself is for older GPUs, and slam_cuda() refuses
      SLAM_EMULATOR         section 5 by a C++17 compiler, against test/cuda_emulator.h
@@ -83,6 +86,7 @@ double slam_auto_bleu(const char *text, int order);
    ------------------------------------------------------------------------------------------ */
 typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
+typedef struct slam_ranks slam_ranks; /* section 6 */
 
 /* What attention needs to know of a batch, besides the numbers in q, k and v. */
 typedef struct slam_window {
@@ -123,6 +127,7 @@ struct slam_ops {
     size_t memory;     /* bytes that the device has in all */
     int asynchronous;  /* 1: it computes while the host does other things */
     int same_rows;     /* 1: a row of a product has the same bits whatever rows, and how many, there are beside it */
+    slam_ranks *ranks; /* with whom it computes (slam_ranks_attach); NULL: alone */
 
     /* Memory of the device: zeroed, aligned to 256 bytes; NULL and slam_error() where there is no room. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -133,6 +138,12 @@ struct slam_ops {
     /* Waits for all that was asked. 0 and slam_error() where something failed since the last finish. */
     int (*finish)(slam_ops *);
     void (*close)(slam_ops *);
+    /* A second queue of the device (a cudaStream_t), in which ranks exchange numbers while more are computed. side_begin: what goes
+       there from now on waits for all that was asked so far; side_end: what is asked from now on waits for all that went there.
+       NULL: there is none, and the memory is the host's. */
+    void *side;
+    void (*side_begin)(slam_ops *);
+    void (*side_end)(slam_ops *);
 
     /* out = (n) rounded from in (n) */
     void (*to_act)(slam_ops *, slam_act *out, const float *in, size_t n);
@@ -267,6 +278,40 @@ struct slam_ops {
 slam_ops *slam_cpu(int threads);
 slam_ops *slam_cuda(int device, int bytes_per_act);
 void slam_ops_free(slam_ops *);
+
+/* ------------------------------------------------------------------------------------------
+   6. RANKS        one process, or many that work together: MPI, NCCL
+   ------------------------------------------------------------------------------------------ */
+/* The processes that one mpirun or srun has started, numbered from 0. They call the same functions with the same arguments, see the
+   same files, and each does its share. NULL stands for one alone. */
+typedef struct slam_ranks slam_ranks;
+/* Joins the ranks that this process was started as one of; by itself, or in a build without MPI, it is alone. NULL and slam_error()
+   where there is no memory. */
+slam_ranks *slam_ranks_join(void);
+/* Frees; ops that were attached are alone from then on. status 0: waits for the others. Anything else ends all ranks at once, unless
+   they know (slam_ranks_agree) that one has failed. */
+void slam_ranks_leave(slam_ranks *, int status);
+int slam_ranks_known(const slam_ranks *); /* 1: they do, and all have its sentence */
+int slam_ranks_rank(const slam_ranks *);
+int slam_ranks_count(const slam_ranks *);
+/* Which of the ranks on this machine, and of how many: the number of its GPU. */
+int slam_ranks_local(const slam_ranks *, int *count);
+/* From here on what is computed with these ops is computed by all ranks together, each with ops of its own: training, checkpoints,
+   scoring, generation. CUDA's memory is exchanged by NCCL, the CPU's by MPI. */
+int slam_ranks_attach(slam_ranks *, slam_ops *);
+/* first <= i < end: this rank's share of n things, neighbours; shares differ by one at most. */
+void slam_ranks_share(const slam_ranks *, size_t n, size_t *first, size_t *end);
+
+/* All ranks call these at the same moment, and wait for each other.
+   agree: 1 where all are well. Else 0, and the sentence of the first rank that is not becomes everyone's. */
+int slam_ranks_agree(slam_ranks *, int ok);
+int slam_ranks_same(slam_ranks *, uint64_t x); /* 1: it is the same number on all */
+long slam_ranks_max(slam_ranks *, long x);
+/* x (n) = sum over the ranks, in their order: the same bits on all. */
+void slam_ranks_sum(slam_ranks *, double *x, size_t n);
+void slam_ranks_tell(slam_ranks *, void *x, size_t bytes); /* x of rank 0 becomes everyone's */
+/* Everyone's bytes, one rank after the other, in memory of the caller's; sizes (ranks). NULL: no memory. */
+void *slam_ranks_collect(slam_ranks *, const void *x, size_t bytes, size_t *sizes);
 
 /* ------------------------------------------------------------------------------------------
    7. MODEL        Qwen2 and Llama-type transformers: forward, backward, Hugging Face's files
@@ -905,6 +950,12 @@ int slam_unit_settings(const slam_flags *, const slam_unit_flags *, int fit, sla
    others than theirs. */
 int slam_bundled_units(const char *argv0, uint32_t units);
 
+/* How a program begins: its ranks, of which the first alone has a stdout. NULL: it failed, and has said so. */
+slam_ranks *slam_program_begin(const char *program);
+/* How it ends, before it frees anything: says why (status 1) or how it is called (2), once where all ranks know, and leaves them.
+   Returns the status. */
+int slam_program_end(const slam_flags *, slam_ranks *, int status);
+
 /* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one ends the program at once. */
 void slam_signals_catch(void);
 int slam_signals_stop(void); /* 1 once one has come */
@@ -912,8 +963,9 @@ int slam_signals_stop(void); /* 1 once one has come */
 /* 1: auto, cpu, cuda or cuda:N, whether or not there is one */
 int slam_device_check(const char *device);
 /* device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "f32" or "bf16"; threads 0: one a core. `note` gets why auto took
-   the CPU, or "". */
-slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]);
+   the CPU, or "". Of several ranks each has a GPU of its own (then cuda:N is an error), or its part of the machine's cores; all of
+   them call it, and the ranks are attached. */
+slam_ops *slam_device(slam_ranks *, const char *device, const char *dtype, int threads, char note[256]);
 
 /* 950, 12.3k, 1.40M, 2.81B;  0:32, 12:03:04 */
 const char *slam_spell_count(char s[32], double n);
@@ -936,7 +988,8 @@ int slam_settings_recall(const slam_settings *, slam_flags *, const char *withou
 
 /* slam_device for a run with these settings (none: a new one). The flags device, dtype get what came out; `note` also says where
    the run was on another kind of device before. */
-slam_ops *slam_run_device(const slam_settings *, slam_flags *, const char *device, const char *dtype, int threads, char note[256]);
+slam_ops *slam_run_device(slam_ranks *, const slam_settings *, slam_flags *, const char *device, const char *dtype, int threads,
+                          char note[256]);
 
 /* Lists of data files: kept as given and in full, so that a run can be resumed from another folder, or moved along with them.
    Recall: given ones must be the run's, none given become the run's, which may be none (the bundled corpus); `paths` gets what
@@ -1046,6 +1099,7 @@ typedef struct slam_options {
     int context, batch, recompute, resume, threads, keep, dry_run;
 } slam_options;
 typedef struct slam_job {
+    slam_ranks *ranks;   /* of slam_program_begin */
     const char *program; /* whose runs are resumed, and what new ones are called */
     const char *key;     /* how a run's settings call its data */
     /* Names of flags, parted by spaces: those that concern a call alone, may differ when a run goes on, may then be greater (the
@@ -4639,7 +4693,8 @@ typedef struct cuda_ops {
     slam_ops ops; // first, so that a slam_ops pointer is also one to this
     char name[320];
     int device, processors; // its number, its multiprocessors
-    cudaStream_t stream;
+    cudaStream_t stream, side;
+    cudaEvent_t side_begins, side_ends;
     char *workspace; // CUDA_WORKSPACE bytes; whoever uses it is done with it before the next kernel in the stream begins
     const char *failed_in, *failed_why; // the first failure since the last finish; NULL: none
     char *ring;                         // (SLOTS, SLOT) pinned bytes of the host
@@ -4780,10 +4835,28 @@ static int cuda_finish(slam_ops *ops) {
     return 0;
 }
 
+/* ---- the second queue ---- */
+
+static void cuda_after(cuda_ops *cuda, cudaStream_t waits, cudaEvent_t event, cudaStream_t before) {
+    cuda_noted(cuda, cudaEventRecord(event, before), "the second queue");
+    cuda_noted(cuda, cudaStreamWaitEvent(waits, event, 0), "the second queue");
+}
+
+static void cuda_side_begin(slam_ops *ops) {
+    cuda_ops *cuda = cuda_of(ops);
+    cuda_after(cuda, cuda->side, cuda->side_begins, cuda->stream);
+}
+
+static void cuda_side_end(slam_ops *ops) {
+    cuda_ops *cuda = cuda_of(ops);
+    cuda_after(cuda, cuda->stream, cuda->side_ends, cuda->side);
+}
+
 /* Also closes a device that was opened only in part. */
 static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    if (cuda->side) cudaStreamSynchronize(cuda->side);
 #ifndef SLAM_EMULATOR
     if (cuda->products) cublasLtDestroy(cuda->products);
 #endif
@@ -4791,6 +4864,9 @@ static void cuda_close(slam_ops *ops) {
         if (cuda->copied[k]) cudaEventDestroy(cuda->copied[k]);
     if (cuda->ring) cudaFreeHost(cuda->ring);
     if (cuda->workspace) cudaFree(cuda->workspace);
+    if (cuda->side_begins) cudaEventDestroy(cuda->side_begins);
+    if (cuda->side_ends) cudaEventDestroy(cuda->side_ends);
+    if (cuda->side) cudaStreamDestroy(cuda->side);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
 }
@@ -7137,6 +7213,9 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
 /* All that an operation needs besides its arguments, made once. */
 static int cuda_open(cuda_ops *cuda) {
     cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&cuda->side, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->side_begins, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->side_ends, cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
     if (error == cudaSuccess) error = cudaMallocHost(&cuda->ring, (size_t)SLOTS * SLOT);
     for (int k = 0; k < SLOTS && error == cudaSuccess; k++)
@@ -7205,13 +7284,432 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
     ops->zero = cuda_zero;
     ops->finish = cuda_finish;
     ops->close = cuda_close;
+    ops->side_begin = cuda_side_begin;
+    ops->side_end = cuda_side_end;
     if (bytes_per_act == 2) cuda_fill<bf16>(ops);
     else cuda_fill<float>(ops);
-    if (cuda_open(cuda)) return ops;
+    if (cuda_open(cuda)) {
+        ops->side = cuda->side;
+        return ops;
+    }
     cuda_close(ops);
     return NULL;
 }
 #endif
+
+/* ==========================================================================================
+   6. RANKS              one process, or many that work together: MPI, NCCL
+   MPI starts the processes, lets them agree, and carries what lies in the host's memory; NCCL
+   carries what lies on GPUs. What one waits for is written here once for both, and for one alone.
+   may use: 1 base, 3 ops
+   ========================================================================================== */
+#ifdef SLAM_MPI
+#define OMPI_SKIP_MPICXX
+#define MPICH_SKIP_MPICXX
+#include <mpi.h>
+#endif
+#ifdef SLAM_NCCL
+#include <nccl.h>
+#endif
+
+/* What carries device memory. */
+enum { CARRIER_NONE, CARRIER_MPI, CARRIER_NCCL };
+
+#ifdef SLAM_MPI
+/* Numbers on their way: each rank's numbers of this rank's part arrive one rank after the other. */
+typedef struct parcel {
+    float *x;                                     // (n), of which the part becomes the sum; NULL: nothing is under way
+    size_t n, capacity;                           // capacity of `arrived`
+    float *arrived;                               // (ranks - 1, part)
+    int *sent, *sent_at, *received, *received_at; // (ranks), numbers
+    MPI_Request request;
+} parcel;
+enum { PARCELS = 2 }; // one is added up while the next is under way
+#endif
+
+struct slam_ranks {
+    int rank, n, local, local_n;
+    int known; // all ranks know that one of them has failed
+    int carrier;
+    slam_ops *ops;
+    double *table; // (n, TABLE), of slam_ranks_sum
+#ifdef SLAM_MPI
+    int started; // MPI is to be finished
+    int turn;
+    parcel parcel[PARCELS];
+#endif
+#ifdef SLAM_NCCL
+    ncclComm_t nccl;
+#endif
+};
+
+enum { RANKS_TABLE = 512 };
+
+int slam_ranks_rank(const slam_ranks *r) { return r ? r->rank : 0; }
+int slam_ranks_count(const slam_ranks *r) { return r ? r->n : 1; }
+int slam_ranks_known(const slam_ranks *r) { return r ? r->known : 0; }
+
+int slam_ranks_local(const slam_ranks *r, int *count) {
+    *count = r ? r->local_n : 1;
+    return r ? r->local : 0;
+}
+
+void slam_ranks_share(const slam_ranks *r, size_t n, size_t *first, size_t *end) {
+    const size_t ranks = (size_t)slam_ranks_count(r), rank = (size_t)slam_ranks_rank(r), each = n / ranks, more = n % ranks;
+    *first = rank * each + (rank < more ? rank : more);
+    *end = *first + each + (rank < more);
+}
+
+/* A part of n numbers: equal ones for all ranks, of whole 256 bytes of floats, but the last takes the rest, too. */
+static size_t part_size(const slam_ranks *r, size_t n) { return n / (size_t)slam_ranks_count(r) / 64 * 64; }
+static void part_of(const slam_ranks *r, int rank, size_t n, size_t *first, size_t *count) {
+    const size_t each = part_size(r, n);
+    *first = (size_t)rank * each;
+    *count = rank == slam_ranks_count(r) - 1 ? n - *first : each;
+}
+
+/* ---- MPI: start and end ---- */
+
+#ifdef SLAM_MPI
+/* MPI by itself takes a tenth of a second to find out that there is nobody else. */
+static int ranks_launched(void) {
+    static const char *const marks[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"};
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (getenv(marks[i])) return 1;
+    return 0;
+}
+
+static void ranks_start(slam_ranks *r) {
+    int running = 0, level;
+    MPI_Comm machine;
+    MPI_Initialized(&running);
+    if (!running && !ranks_launched()) return;
+    if (!running) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    r->started = !running;
+    r->carrier = CARRIER_MPI;
+    MPI_Comm_rank(MPI_COMM_WORLD, &r->rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &r->n);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, r->rank, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &r->local);
+    MPI_Comm_size(machine, &r->local_n);
+    MPI_Comm_free(&machine);
+}
+
+static int parcels_new(slam_ranks *r) {
+    for (int k = 0; k < PARCELS; k++) {
+        parcel *p = &r->parcel[k];
+        p->sent = (int *)mem_new((size_t)r->n, 4 * sizeof *p->sent);
+        if (!p->sent) return 0;
+        p->sent_at = p->sent + r->n;
+        p->received = p->sent + 2 * r->n;
+        p->received_at = p->sent + 3 * r->n;
+    }
+    return 1;
+}
+#endif
+
+slam_ranks *slam_ranks_join(void) {
+    slam_ranks *r = (slam_ranks *)mem_new(1, sizeof *r);
+    if (!r) return NULL;
+    r->n = r->local_n = 1;
+    int ok = 1;
+#ifdef SLAM_MPI
+    ranks_start(r);
+    ok = r->carrier == CARRIER_NONE || parcels_new(r);
+#endif
+    ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL;
+    if (ok) return r;
+    slam_ranks_leave(r, 1);
+    return NULL;
+}
+
+void slam_ranks_leave(slam_ranks *r, int status) {
+    if (!r) return;
+#ifdef SLAM_MPI
+    if (r->started && status && r->n > 1 && !r->known) {
+        fflush(NULL);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+#endif
+    if (r->ops) r->ops->ranks = NULL;
+#ifdef SLAM_NCCL
+    if (r->nccl) ncclCommDestroy(r->nccl);
+#endif
+#ifdef SLAM_MPI
+    for (int k = 0; k < PARCELS; k++) {
+        free(r->parcel[k].sent);
+        free(r->parcel[k].arrived);
+    }
+    if (r->started) MPI_Finalize();
+#endif
+    free(r->table);
+    free(r);
+    (void)status;
+}
+
+/* ---- what the hosts tell each other ---- */
+
+void slam_ranks_tell(slam_ranks *r, void *x, size_t bytes) {
+#ifdef SLAM_MPI
+    const size_t most = (size_t)1 << 30;
+    for (size_t at = 0; r && r->n > 1 && at < bytes; at += most)
+        MPI_Bcast((char *)x + at, (int)(bytes - at < most ? bytes - at : most), MPI_BYTE, 0, MPI_COMM_WORLD);
+#endif
+    (void)r, (void)x, (void)bytes;
+}
+
+int slam_ranks_agree(slam_ranks *r, int ok) {
+#ifdef SLAM_MPI
+    int first = r && !ok ? r->rank : INT_MAX;
+    char sentence[sizeof error_text];
+    if (slam_ranks_count(r) == 1) return ok;
+    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    if (first == INT_MAX) return 1;
+    memcpy(sentence, error_text, sizeof sentence);
+    MPI_Bcast(sentence, (int)sizeof sentence, MPI_CHAR, first, MPI_COMM_WORLD);
+    r->known = 1;
+    return first ? fail("rank %d: %s", first, sentence) : fail("%s", sentence);
+#else
+    (void)r;
+    return ok;
+#endif
+}
+
+long slam_ranks_max(slam_ranks *r, long x) {
+#ifdef SLAM_MPI
+    if (r && r->n > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+#endif
+    (void)r;
+    return x;
+}
+
+int slam_ranks_same(slam_ranks *r, uint64_t x) {
+    uint64_t ends[2] = {x, ~x}; // the largest, and the inverse of the smallest
+#ifdef SLAM_MPI
+    if (r && r->n > 1) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
+#endif
+    (void)r;
+    return ends[0] == ~ends[1];
+}
+
+void slam_ranks_sum(slam_ranks *r, double *x, size_t n) {
+#ifdef SLAM_MPI
+    for (size_t at = 0; r && r->n > 1 && at < n; at += RANKS_TABLE) {
+        const int some = n - at < RANKS_TABLE ? (int)(n - at) : (int)RANKS_TABLE;
+        MPI_Allgather(x + at, some, MPI_DOUBLE, r->table, some, MPI_DOUBLE, MPI_COMM_WORLD);
+        for (int i = 0; i < some; i++) {
+            double sum = r->table[i];
+            for (int k = 1; k < r->n; k++) sum += r->table[k * some + i];
+            x[at + (size_t)i] = sum;
+        }
+    }
+#endif
+    (void)r, (void)x, (void)n;
+}
+
+void *slam_ranks_collect(slam_ranks *r, const void *x, size_t bytes, size_t *sizes) {
+    size_t all = bytes;
+    sizes[slam_ranks_rank(r)] = bytes;
+#ifdef SLAM_MPI
+    if (r && r->n > 1) {
+        uint64_t mine = bytes, *of = (uint64_t *)(void *)r->table;
+        MPI_Allgather(&mine, 1, MPI_UINT64_T, of, 1, MPI_UINT64_T, MPI_COMM_WORLD);
+        all = 0;
+        for (int k = 0; k < r->n; k++) all += sizes[k] = (size_t)of[k];
+    }
+#endif
+    char *whole = (char *)mem_new(all, 1);
+    if (!slam_ranks_agree(r, whole != NULL)) {
+        free(whole);
+        return NULL;
+    }
+    size_t at = 0;
+    for (int k = 0; k < slam_ranks_rank(r); k++) at += sizes[k];
+    if (bytes) memcpy(whole + at, x, bytes);
+#ifdef SLAM_MPI
+    const size_t most = (size_t)1 << 30;
+    at = 0;
+    for (int k = 0; r && r->n > 1 && k < r->n; at += sizes[k++])
+        for (size_t done = 0; done < sizes[k]; done += most)
+            MPI_Bcast(whole + at + done, (int)(sizes[k] - done < most ? sizes[k] - done : most), MPI_BYTE, k, MPI_COMM_WORLD);
+#endif
+    return whole;
+}
+
+/* ---- NCCL ---- */
+
+#ifdef SLAM_NCCL
+static int nccl_well(ncclResult_t result, const char *operation) {
+    return result == ncclSuccess || fail("NCCL failed in %s: %s", operation, ncclGetErrorString(result));
+}
+
+/* All that NCCL does goes into the device's second queue. (The type is CUDA's stream, as the driver calls it.) */
+static struct CUstream_st *nccl_queue(const slam_ranks *r) { return (struct CUstream_st *)r->ops->side; }
+#endif
+
+int slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
+    if (!r || r->carrier == CARRIER_NONE) return 1;
+    ops->ranks = r;
+    r->ops = ops;
+    if (!ops->side) return 1; // the host's memory: MPI's
+#ifdef SLAM_NCCL
+    ncclUniqueId id;
+    memset(&id, 0, sizeof id);
+    int ok = r->rank != 0 || nccl_well(ncclGetUniqueId(&id), "its start");
+    ok = slam_ranks_agree(r, ok);
+    slam_ranks_tell(r, &id, sizeof id);
+    ok = ok && nccl_well(ncclCommInitRank(&r->nccl, r->n, id, r->rank), "meeting the other ranks (NCCL_DEBUG=INFO tells more)");
+    r->carrier = CARRIER_NCCL;
+    return slam_ranks_agree(r, ok);
+#else
+    if (r->n > 1)
+        return fail("%d ranks on GPUs: this build has no NCCL: install libnccl-dev (or Python's nvidia-nccl), then make", r->n);
+    ops->ranks = NULL;
+    return 1;
+#endif
+}
+
+/* ---- what the devices exchange ----
+   reduce_scatter and all_gather begin and return; ranks_wait sees to it that what is asked of the ops from then on finds them done.
+   x, n: a run of numbers, the same on all ranks; rank k's part of it: part_of. */
+
+#ifdef SLAM_MPI
+/* Adds up what has arrived, in the order of ranks. */
+static void parcel_open(slam_ranks *r, parcel *p) {
+    size_t first, n;
+    if (!p->x) return;
+    MPI_Wait(&p->request, MPI_STATUS_IGNORE);
+    part_of(r, r->rank, p->n, &first, &n);
+    float *x = p->x + first;
+    SLAM_PARALLEL_FOR
+    for (int64_t i = 0; i < (int64_t)n; i++) {
+        float sum = 0;
+        for (int k = 0; k < r->n; k++) {
+            const float y = k == r->rank ? x[i] : p->arrived[(size_t)(k - (k > r->rank)) * n + (size_t)i];
+            sum = k ? sum + y : y;
+        }
+        x[i] = sum;
+    }
+    p->x = NULL;
+}
+
+static int parcel_send(slam_ranks *r, float *x, size_t n) {
+    parcel *p = &r->parcel[r->turn++ % PARCELS];
+    size_t first, mine, count;
+    parcel_open(r, p);
+    part_of(r, r->rank, n, &first, &mine);
+    for (int k = 0, others = 0; k < r->n; k++) {
+        const int self = k == r->rank;
+        part_of(r, k, n, &first, &count);
+        p->sent[k] = self ? 0 : (int)count;
+        p->sent_at[k] = (int)first;
+        p->received[k] = self ? 0 : (int)mine;
+        p->received_at[k] = (int)((size_t)others * mine);
+        others += !self;
+    }
+    const size_t room = (size_t)(r->n - 1) * mine;
+    if (!mem_grow((void **)&p->arrived, &p->capacity, room ? room : 1, sizeof *p->arrived)) return 0;
+    p->x = x;
+    p->n = n;
+    MPI_Ialltoallv(x, p->sent, p->sent_at, MPI_FLOAT, p->arrived, p->received, p->received_at, MPI_FLOAT, MPI_COMM_WORLD,
+                   &p->request);
+    return 1;
+}
+
+static void all_gather_hosts(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
+    int *counts = r->parcel[0].sent, *at = r->parcel[0].sent_at;
+    for (int k = 0; k < r->n; k++) {
+        size_t first, count;
+        part_of(r, k, n, &first, &count);
+        at[k] = (int)(first * size);
+        counts[k] = (int)(count * size);
+    }
+    const int own = (const char *)part == (char *)x + at[r->rank];
+    MPI_Allgatherv(own ? MPI_IN_PLACE : part, own ? 0 : counts[r->rank], MPI_BYTE, x, counts, at, MPI_BYTE, MPI_COMM_WORLD);
+}
+#endif
+
+/* The part of x becomes the sum over ranks; what its other parts hold is lost. At most 2^28 numbers. */
+static int ranks_reduce_scatter(slam_ranks *r, float *x, size_t n) {
+    if (!r || r->carrier == CARRIER_NONE) return 1;
+#ifdef SLAM_NCCL
+    if (r->carrier == CARRIER_NCCL) {
+        const size_t each = part_size(r, n), even = each * (size_t)r->n;
+        r->ops->side_begin(r->ops);
+        if (even && !nccl_well(ncclReduceScatter(x, x + each * (size_t)r->rank, each, ncclFloat, ncclSum, r->nccl, nccl_queue(r)),
+                               "a reduction"))
+            return 0;
+        return even == n ||
+               nccl_well(ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, r->n - 1, r->nccl, nccl_queue(r)),
+                         "a reduction");
+    }
+#endif
+#ifdef SLAM_MPI
+    return r->ops->finish(r->ops) && parcel_send(r, x, n);
+#else
+    (void)x, (void)n;
+    return 1;
+#endif
+}
+
+/* x (n elements of `size` bytes) = the parts of all ranks; this one's is `part`, which may lie in x. */
+static int ranks_all_gather(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
+    if (!r || r->carrier == CARRIER_NONE) return 1;
+#ifdef SLAM_NCCL
+    if (r->carrier == CARRIER_NCCL) {
+        const size_t each = part_size(r, n) * size, even = each * (size_t)r->n, rest = n * size - even;
+        char *tail = (char *)x + even;
+        r->ops->side_begin(r->ops);
+        if (each && !nccl_well(ncclAllGather(part, x, each, ncclChar, r->nccl, nccl_queue(r)), "gathering")) return 0;
+        return !rest || nccl_well(ncclBroadcast(r->rank == r->n - 1 ? (const char *)part + each : tail, tail, rest, ncclChar,
+                                                r->n - 1, r->nccl, nccl_queue(r)),
+                                  "gathering");
+    }
+#endif
+#ifdef SLAM_MPI
+    if (!r->ops->finish(r->ops)) return 0;
+    all_gather_hosts(r, x, part, n, size);
+#else
+    (void)x, (void)part, (void)n, (void)size;
+#endif
+    return 1;
+}
+
+/* x (n), of the device, n at most RANKS_TABLE: the sum over ranks, the same bits on all. */
+static int ranks_all_reduce(slam_ranks *r, double *x, size_t n) {
+    if (!r || r->carrier == CARRIER_NONE) return 1;
+#ifdef SLAM_NCCL
+    if (r->carrier == CARRIER_NCCL) {
+        r->ops->side_begin(r->ops);
+        if (!nccl_well(ncclAllReduce(x, x, n, ncclDouble, ncclSum, r->nccl, nccl_queue(r)), "a sum")) return 0;
+        r->ops->side_end(r->ops);
+        return 1;
+    }
+#endif
+    if (!r->ops->finish(r->ops)) return 0;
+    slam_ranks_sum(r, x, n);
+    return 1;
+}
+
+static void ranks_wait(slam_ranks *r) {
+    if (!r || r->carrier == CARRIER_NONE) return;
+    if (r->carrier == CARRIER_NCCL) r->ops->side_end(r->ops);
+#ifdef SLAM_MPI
+    else
+        for (int k = 0; k < PARCELS; k++) parcel_open(r, &r->parcel[k]);
+#endif
+}
+
+/* MPI moves messages on only while it is called. */
+static void ranks_progress(slam_ranks *r) {
+#ifdef SLAM_MPI
+    for (int k = 0; r && k < PARCELS; k++) {
+        int done;
+        if (r->parcel[k].x) MPI_Test(&r->parcel[k].request, &done, MPI_STATUS_IGNORE);
+    }
+#endif
+    (void)r;
+}
 
 /* ==========================================================================================
    7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
@@ -8270,7 +8768,7 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
 /* ==========================================================================================
    8. OPTIMISER          optimiser, schedules, gradient clipping
    AdamW over the model's one array of weights; learning rates as Hugging Face's schedules give them.
-   may use: 1 base, 3 ops, 7 model
+   may use: 1 base, 3 ops, 6 ranks, 7 model
    ========================================================================================== */
 
 /* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ..., of Transformers.
@@ -12481,7 +12979,7 @@ int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources,
    11. PREFERENCE         two endings of a prompt, one of them preferred: DPO
    Pairs are read, cut and packed into rows; a file keeps what the reference says of them; a step is
    a forward pass, the pairs' losses from its log-probabilities, and the backward pass of it.
-   may use: 1 base, 2 formats, 3 ops, 7 model, 9 data
+   may use: 1 base, 2 formats, 3 ops, 6 ranks, 7 model, 9 data
    ========================================================================================== */
 
 /* ---- pairs ---- */
@@ -13202,7 +13700,7 @@ slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evalu
    12. SCORING            perplexity, n-grams, test sets, generation
    What a model has learned, in nats a token: its loss on data, and beside it what counting
    alone reaches on the same tokens.
-   may use: 1 base, 2 formats, 3 ops, 7 model, 9 data, 10 speech
+   may use: 1 base, 2 formats, 3 ops, 6 ranks, 7 model, 9 data, 10 speech
    ========================================================================================== */
 
 /* ---- loss of a model on data ---- */
@@ -14688,7 +15186,7 @@ double slam_texts_auto_bleu(const char *path, int order, size_t *n) {
    13. CHECKPOINTS        a run's folders step_000200/, the links latest and best, trainer.json
    A checkpoint is written into a temporary folder, synced, and renamed: a folder that carries its
    final name is complete, whenever the program was killed. Links are replaced by renaming, too.
-   may use: 1 base, 2 formats, 3 ops, 7 model, 8 optimiser
+   may use: 1 base, 2 formats, 3 ops, 6 ranks, 7 model, 8 optimiser
    ========================================================================================== */
 
 /* ---- settings: names and texts, as the command line spells them ---- */
@@ -15095,7 +15593,7 @@ int slam_optimiser_load(slam_optimiser *o, const char *folder) {
 /* ==========================================================================================
    14. RUN                what the programs share: flags, the training loop, log, progress, signals
    And what goes with them: devices, run folders, the settings of a run that goes on.
-   may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 7 model, 8 optimiser, 9 data, 10 speech, 11 preference,
+   may use: 1 base, 2 formats, 3 ops, 4 ops on the CPU, 5 ops on CUDA, 6 ranks, 7 model, 8 optimiser, 9 data, 10 speech, 11 preference,
             12 scoring, 13 checkpoints
    ========================================================================================== */
 #include <signal.h>
@@ -15125,6 +15623,32 @@ void slam_signals_catch(void) {
 
 int slam_signals_stop(void) { return signals_seen != 0; }
 
+/* ---- how a program begins and ends ---- */
+
+slam_ranks *slam_program_begin(const char *program) {
+    slam_ranks *r = slam_ranks_join();
+    if (!r) fprintf(stderr, "%s: error: %s\n", program, slam_error());
+    else if (slam_ranks_rank(r) && !freopen("/dev/null", "w", stdout)) {
+        fprintf(stderr, "%s: error: /dev/null: %s\n", program, strerror(errno));
+        slam_ranks_leave(r, 1);
+        return NULL;
+    }
+    return r;
+}
+
+int slam_program_end(const slam_flags *flags, slam_ranks *ranks, int status) {
+    const int rank = slam_ranks_rank(ranks);
+    if (status == 2) slam_ranks_agree(ranks, 0); // they have the same command line
+    const int known = slam_ranks_known(ranks);
+    if (status == 2 && rank == 0) slam_flags_usage(flags);
+    else if (status == 1 && known && rank == 0) fprintf(stderr, "%s: error: %s\n", flags->program, slam_error());
+    else if (status == 1 && !known && slam_ranks_count(ranks) > 1)
+        fprintf(stderr, "%s: error: rank %d: %s\n", flags->program, rank, slam_error());
+    else if (status == 1 && !known) fprintf(stderr, "%s: error: %s\n", flags->program, slam_error());
+    slam_ranks_leave(ranks, status == 1);
+    return status;
+}
+
 int slam_refuse(const char *format, ...) {
     char sentence[sizeof error_text];
     va_list args;
@@ -15143,13 +15667,10 @@ int slam_device_check(const char *device) {
     return fail("--device %s: expected auto, cpu, cuda or cuda:N", device);
 }
 
-slam_ops *slam_device(const char *device, const char *dtype, int threads, char note[256]) {
-    slam_ops *ops = NULL;
-    note[0] = 0;
-    if (!slam_device_check(device)) return NULL;
-    ops = !strcmp(device, "cpu")
-              ? slam_cpu(threads)
-              : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : 0, strcmp(dtype, "f32") ? 2 : 4);
+static slam_ops *open_device(const char *device, const char *dtype, int threads, int gpu, char note[256]) {
+    slam_ops *ops = !strcmp(device, "cpu")
+                        ? slam_cpu(threads)
+                        : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : gpu, strcmp(dtype, "f32") ? 2 : 4);
     if (ops && threads > 0) ops->threads = slam_threads(threads);
     if (!ops && !strcmp(device, "auto")) {
         snprintf(note, 256, "%.255s", slam_error());
@@ -15161,6 +15682,32 @@ slam_ops *slam_device(const char *device, const char *dtype, int threads, char n
         ops = NULL;
     }
     return ops;
+}
+
+static const char *device_kind(const char *name) { return strncmp(name, "cuda", 4) ? "cpu" : "cuda"; }
+
+slam_ops *slam_device(slam_ranks *ranks, const char *device, const char *dtype, int threads, char note[256]) {
+    int neighbours;
+    const int local = slam_ranks_local(ranks, &neighbours), cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / neighbours;
+    const int many = slam_ranks_count(ranks) > 1, bound = threads_count();
+    note[0] = 0;
+    if (!slam_device_check(device)) return NULL;
+    if (many && !strncmp(device, "cuda:", 5)) {
+        fail("--device %s: %d ranks cannot share a GPU; --device cuda gives each its own", device, slam_ranks_count(ranks));
+        return NULL;
+    }
+    if (!threads && neighbours > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound; // mpirun may have bound it to some
+    slam_ops *ops = open_device(device, dtype, threads, local, note);
+    int ok = slam_ranks_agree(ranks, ops != NULL);
+    if (ok && slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cuda")) +
+                      slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cpu")) >
+                  1)
+        ok = slam_ranks_agree(
+            ranks, fail("--device auto: GPUs for some of the ranks only%s%s; start as many as there are, or take --device cpu",
+                        *note ? ": " : "", note));
+    if (ok && slam_ranks_agree(ranks, slam_ranks_attach(ranks, ops))) return ops;
+    slam_ops_free(ops);
+    return NULL;
 }
 
 /* ---- how units are made ---- */
@@ -15431,8 +15978,6 @@ static int setting_agrees(const slam_flag *flag, const char *given, const char *
     return 1;
 }
 
-static const char *device_kind(const char *name) { return strncmp(name, "cuda", 4) ? "cpu" : "cuda"; }
-
 /* Whether the command line names another kind of device than the run's; -1: no memory. */
 static int device_moves(const slam_settings *s, const slam_flags *flags) {
     const char *stored = slam_settings_get(s, "device");
@@ -15443,10 +15988,10 @@ static int device_moves(const slam_settings *s, const slam_flags *flags) {
     return moves;
 }
 
-slam_ops *slam_run_device(const slam_settings *s, slam_flags *flags, const char *device, const char *dtype, int threads,
-                          char note[256]) {
+slam_ops *slam_run_device(slam_ranks *ranks, const slam_settings *s, slam_flags *flags, const char *device, const char *dtype,
+                          int threads, char note[256]) {
     const char *stored = slam_settings_get(s, "device");
-    slam_ops *ops = slam_device(device, dtype, threads, note);
+    slam_ops *ops = slam_device(ranks, device, dtype, threads, note);
     if (!ops) return NULL;
     if (stored && strcmp(stored, device_kind(ops->name)))
         snprintf(note, 256, "the run was on %.64s before: its numbers will differ a little", stored);
@@ -16759,8 +17304,7 @@ void slam_job_print_end(const slam_job *j, long first, const char *validation) {
 }
 
 int slam_job_end(slam_job *j, int status) {
-    if (status == 2) slam_flags_usage(&j->flags);
-    else if (status) fprintf(stderr, "%s: error: %s\n", j->program, slam_error());
+    slam_program_end(&j->flags, j->ranks, status);
     slam_run_end(&j->run);
     slam_list_free(&j->data);
     slam_list_free(&j->val);

@@ -17,6 +17,7 @@ typedef struct job {
     options o;
     slam_flag table[32];
     slam_flags flags;
+    slam_ranks *ranks;
     slam_ops *ops; // of HuBERT
     slam_sources *sources;
     const char *what; // they are: "file" or "line"
@@ -132,7 +133,7 @@ static int open_device(job *j, const slam_speech_settings *s) {
     const options *o = &j->o;
     char note[256];
     if (s->features != SLAM_HUBERT) return 1;
-    if (!(j->ops = slam_device(o->device, o->dtype, o->threads, note))) return 0;
+    if (!(j->ops = slam_device(j->ranks, o->device, o->dtype, o->threads, note))) return 0;
     printf("device   %s%s%s%s\nmodel    %s, layer %d\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", s->hubert,
            s->layer);
     if (!s->normalize && slam_hubert_asks_normalize(s->hubert))
@@ -318,6 +319,7 @@ static int check_flags(job *j) {
 
 int main(int argc, char **argv) {
     static job j;
+    if (!(j.ranks = slam_program_begin("tokenize"))) return 1;
     j.flags.program = "tokenize";
     j.flags.usage = "[options] AUDIO...|UNITS.jsonl... -o OUT.bin|OUT.jsonl";
     j.flags.about =
@@ -328,22 +330,20 @@ int main(int argc, char **argv) {
     j.flags.n = flag_table(&j.o, j.table);
     if (argc == 1) {
         fputs(hint, stdout);
-        return 0;
+        return slam_program_end(&j.flags, j.ranks, 0);
     }
     const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    if (parsed == 2) return 0;
-    if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j)) {
-        slam_flags_usage(&j.flags);
-        return 2;
-    }
+    if (parsed == 2) return slam_program_end(&j.flags, j.ranks, 0);
+    if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j))
+        return slam_program_end(&j.flags, j.ranks, 2);
     slam_threads(j.o.threads);
     slam_signals_catch();
     int status = run(&j);
     if (status < 0) {
         slam_progress_clear(&j.progress);
-        fprintf(stderr, "tokenize: error: %s\n", slam_error());
         status = 1;
     }
+    slam_program_end(&j.flags, j.ranks, status);
     slam_sources_free(j.sources);
     slam_ops_free(j.ops);
     slam_flags_free(&j.flags);

@@ -285,7 +285,7 @@ static int plan(train_job *t, const char *argv0, char note[256]) {
     slam_job *j = &t->j;
     const slam_options *c = &j->o;
     if (!settle(t) || !slam_job_name_data(j, argv0, "test/corpus/train.bin", "test/corpus/val.bin")) return 0;
-    if (!(t->ops = slam_run_device(&j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
+    if (!(t->ops = slam_run_device(j->ranks, &j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
     if (!open_data(t) || !read_config(t) || !check_units(t)) return 0;
     if (!slam_data_prepare(t->data, t->config.V, c->val_fraction, (uint64_t)c->seed, c->val_fraction > 0 ? &t->val : NULL))
         return 0;
@@ -327,12 +327,13 @@ int main(int argc, char **argv) {
     char note[256] = "";
     memset(&t, 0, sizeof t);
     t.j.run.began = slam_clock();
+    if (!(t.j.ranks = slam_program_begin("train"))) return 1;
     set_flags(&t);
     const int parsed = slam_flags_parse(&t.j.flags, argc, argv);
     int status = parsed == 0 || (parsed == 1 && !check_flags(&t)) ? 2 : 0;
     if (parsed == 1 && status == 0) {
         slam_signals_catch();
-        int ok = plan(&t, argv[0], note);
+        int ok = slam_ranks_agree(t.j.ranks, plan(&t, argv[0], note));
         if (ok) print_plan(&t, note);
         if (ok && t.j.o.dry_run) print_dry_run(&t);
         else if (ok) ok = train(&t);

@@ -746,6 +746,7 @@ static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator_
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { return e->ticket = emulator_device.asked, cudaSuccess; }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return emulator_drain(e->ticket), cudaSuccess; }
 template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute what, int value) {
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
