@@ -9686,7 +9686,7 @@ int slam_data_measure(const slam_data *d, int source, uint64_t seed, slam_data_s
    Audio of any rate becomes 16 kHz, 16 kHz becomes features, the nearest centroid of a frame of
    features is its unit. What is computed for a file depends on nothing but the file and the
    settings, so that threads take files in any order and the output stands in the input's.
-   may use: 1 base, 2 formats, 3 ops
+   may use: 1 base, 2 formats, 3 ops, 6 ranks
    ========================================================================================== */
 #include <poll.h>
 #include <signal.h>
