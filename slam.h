@@ -25,7 +25,7 @@
       5. OPS ON CUDA        the same operations, one kernel or a few each
       6. RANKS              one process, or many that work together: MPI, NCCL
       7. MODEL              Qwen2 and Llama, forward and backward, written ONCE against `slam_ops`
-      8. OPTIMISER          optimiser, schedules, gradient clipping
+      8. OPTIMISER          optimiser, schedules, gradient clipping, ZeRO-1
       9. DATA               documents, pieces, packing, shuffling, mixing
      10. SPEECH             resampler, MFCC, HuBERT, k-means, units, token files from audio files
      11. PREFERENCE         pairs of endings, of which one is preferred: DPO
@@ -299,11 +299,14 @@ int slam_ranks_local(const slam_ranks *, int *count);
 /* From here on what is computed with these ops is computed by all ranks together, each with ops of its own: training, checkpoints,
    scoring, generation. CUDA's memory is exchanged by NCCL, the CPU's by MPI. */
 int slam_ranks_attach(slam_ranks *, slam_ops *);
+/* ZeRO (Rajbhandari et al. 2020): 1, as it is at first: each rank keeps a part of what the optimiser knows; 0: each keeps all of it.
+   The numbers are the same. Before there is an optimiser. */
+void slam_ranks_zero(slam_ranks *, int stage);
 /* first <= i < end: this rank's share of n things, neighbours; shares differ by one at most. */
 void slam_ranks_share(const slam_ranks *, size_t n, size_t *first, size_t *end);
 
 /* All ranks call these at the same moment, and wait for each other.
-   agree: 1 where all are well. Else 0, and the sentence of the first rank that is not becomes everyone's. */
+   agree: 1 where all are well. Else 0, and the sentence of the first rank that is not becomes everyone's; from then on 0 at once. */
 int slam_ranks_agree(slam_ranks *, int ok);
 int slam_ranks_same(slam_ranks *, uint64_t x); /* 1: it is the same number on all */
 long slam_ranks_max(slam_ranks *, long x);
@@ -336,11 +339,11 @@ double slam_config_flops(const slam_config *, int T);
    not kept for the backward pass but computed again in it, to the same bits. */
 enum { SLAM_INFERENCE, SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE };
 
-/* Bytes of device memory by kind. */
+/* Bytes of device memory by kind. parts: in how many the ranks divide the optimiser's state (slam_ranks_zero); 1 alone. */
 typedef struct slam_memory {
     double weights, gradients, optimiser, activations, logits, total;
 } slam_memory;
-slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int mode);
+slam_memory slam_config_memory(const slam_config *, int bytes_per_act, int B, int T, int mode, int parts);
 
 /* A batch of B rows of T tokens on the host: token, next token (-1: none), first index of the token's piece in its row,
    holes (B,T,2) or NULL: see slam_window. */
@@ -348,6 +351,9 @@ typedef struct slam_batch {
     int B, T;
     int *tokens, *targets, *doc_start, *hole;
 } slam_batch;
+
+/* Called by a backward pass when the gradients of layer l (L: the head and final norm; -1: the embedding) are complete. */
+typedef void slam_after_layer(void *context, int l);
 
 typedef struct slam_model slam_model;
 slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed); /* matrices normal(0, init_std), norms 1, biases 0 */
@@ -370,15 +376,13 @@ int slam_model_plan(slam_model *, int B, int T, int mode);
 int slam_model_losses(slam_model *, const slam_batch *, float *losses);
 /* Forward: logits (B,T,V) on the host. */
 int slam_model_logits(slam_model *, const slam_batch *, float *logits);
-/* Forward and backward: adds scale * d(sum of losses) to the gradients and the sum of losses to the step's statistics.
-   after_layer (may be NULL) is called when the gradients of layer l (L: the head and final norm; -1: the embedding) are
-   complete. */
-int slam_model_backward(slam_model *, const slam_batch *, float scale, void (*after_layer)(void *context, int l), void *context);
+/* Forward and backward: adds scale * d(sum of losses) to the gradients and the sum of losses to the step's statistics. The
+   slam_after_layer may be NULL. */
+int slam_model_backward(slam_model *, const slam_batch *, float scale, slam_after_layer *, void *context);
 /* Backward of the pass that slam_model_losses made last, planned for training, for a loss that hangs on those of the tokens: adds
    d(sum of weights_i losses_i) to the gradients, weights (B,T) on the host, and `loss` to the step's statistics. An error where the
    model has done anything else since. */
-int slam_model_backward_from(slam_model *, const float *weights, double loss, void (*after_layer)(void *context, int l),
-                             void *context);
+int slam_model_backward_from(slam_model *, const float *weights, double loss, slam_after_layer *, void *context);
 /* Mean loss of tokens[1..n-1] given what stands before each, in windows of the config's T; negative and slam_error() on failure. */
 double slam_model_nll(slam_model *, const int *tokens, int n);
 
@@ -399,7 +403,7 @@ int slam_decoder_step(slam_decoder *, const slam_sampling *, const float *unifor
 int slam_decoder_logits(slam_decoder *, float *logits);
 
 /* ------------------------------------------------------------------------------------------
-   8. OPTIMISER    AdamW, schedules, clipping
+   8. OPTIMISER    AdamW, schedules, clipping, ZeRO-1
    ------------------------------------------------------------------------------------------ */
 enum { SLAM_COSINE, SLAM_INVERSE_SQRT, SLAM_LINEAR, SLAM_CONSTANT };
 /* Learning rate of update `step` (from 0) of `steps`, as Hugging Face's schedules: linear warm-up from 0, then the curve;
@@ -407,18 +411,25 @@ enum { SLAM_COSINE, SLAM_INVERSE_SQRT, SLAM_LINEAR, SLAM_CONSTANT };
 double slam_schedule(int kind, long step, long steps, long warmup, double lr, double lr_min);
 
 typedef struct slam_optimiser slam_optimiser;
-slam_optimiser *slam_optimiser_new(slam_model *, const slam_adamw *settings); /* lr and step of settings are not used */
+/* lr and step of settings are not used. Of several ranks with bf16 the optimiser takes the model's float weights, each rank its part:
+   then slam_model_save and slam_model_hash see them rounded, and slam_checkpoint_save has them whole. */
+slam_optimiser *slam_optimiser_new(slam_model *, const slam_adamw *settings);
 void slam_optimiser_free(slam_optimiser *);
 typedef struct slam_step {
     double loss_sum, grad_norm; /* sum of the losses since the last step; norm of the gradient before clipping */
     int skipped;                /* 1: loss or norm was not finite and nothing was changed */
 } slam_step;
-/* One update with learning rate lr; gradients and statistics are zero afterwards. */
+/* An after_layer for the step's last backward pass: the ranks add up the gradients that are complete while others are computed. What
+   it was not told of is added up when the update begins. */
+void slam_optimiser_after_layer(void *optimiser, int l);
+/* One update with learning rate lr; gradients and statistics are zero afterwards. Of several ranks each has gradients and losses of
+   its own, which count together. */
 int slam_optimiser_step(slam_optimiser *, double lr, slam_step *);
 /* The same in two parts: the first asks for the update and returns, the second waits for it. Meanwhile the host is free. */
 int slam_optimiser_begin(slam_optimiser *, double lr);
 int slam_optimiser_end(slam_optimiser *, slam_step *);
 long slam_optimiser_updates(const slam_optimiser *); /* finished updates: Adam's step count */
+void slam_optimiser_reset(slam_optimiser *);         /* as it was when it was new */
 
 /* ------------------------------------------------------------------------------------------
    9. DATA         documents -> pieces -> packed rows
@@ -457,8 +468,9 @@ typedef struct slam_rows slam_rows; /* a stream of packed rows of `context` toke
    once, in file order as far as packing allows, whatever the weights (evaluation). source -1: all. */
 slam_rows *slam_rows_new(const slam_data *, int source, uint64_t seed, int shuffle);
 void slam_rows_free(slam_rows *);
-/* Writes the next row (context numbers each; padding is token 0, target -1, a piece of its own) and returns its real tokens (>
-   0), its targets in *n_targets; 0: an epoch has ended (the next call begins the next one); -1: error. */
+/* Writes the next row (context numbers each; padding is token 0, target -1, a piece of its own; tokens NULL: passes over it without
+   reading it) and returns its real tokens (> 0), its targets in *n_targets; 0: an epoch has ended (the next call begins the next
+   one); -1: error. */
 int slam_rows_next(slam_rows *, int *tokens, int *targets, int *doc_start, int *n_targets);
 /* Where the stream stands: epochs finished and rows given of the current one; seek goes there from anywhere (what a resumed run
    needs), fails where the epoch has fewer rows. */
@@ -869,13 +881,14 @@ typedef struct slam_trainer {
 int slam_trainer_read(slam_trainer *, const char *folder); /* folder/trainer.json */
 void slam_trainer_free(slam_trainer *);
 
-/* The optimiser's moments and its count of updates, as FOLDER/optimizer.safetensors. */
+/* The optimiser's moments and its count of updates, as FOLDER/optimizer.safetensors: rank 0 writes it, all ranks read their parts. */
 int slam_optimiser_save(slam_optimiser *, const char *folder);
 int slam_optimiser_load(slam_optimiser *, const char *folder);
 
 /* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and
    removes older ones but for the `keep` newest (0: all) and the best. A complete one of the same step is an error. On failure
-   what was there before is still there and complete. */
+   what was there before is still there and complete. All ranks call it, rank 0 writes: what is written does not tell how many
+   there were. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
 /* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
 int slam_checkpoint_find(const char *run, char **folder);
@@ -1008,11 +1021,13 @@ typedef struct slam_figure {
 /* What is trained on: train has rows of units, dpo has pairs. */
 typedef struct slam_task {
     void *context;
-    /* Takes the next global batch: its real tokens, and of how many terms the step's loss is the mean (targets; pairs). Called
-       while the device still computes with the one before, of which only the host's copy may be given up. */
+    /* Takes the next global batch, of which a rank computes its share: the real tokens of all of it, and of how many terms the
+       step's loss is the mean (targets; pairs). Called while the device still computes with the one before, of which only the host's
+       copy may be given up. */
     int (*next)(void *context, uint64_t *tokens, uint64_t *terms);
-    /* Forward and backward over it, whose loss is the sum of the terms' losses / terms. */
-    int (*accumulate)(void *context, uint64_t terms);
+    /* Forward and backward over the share, whose loss is the sum of its terms' losses / terms. The last backward pass calls
+       after_layer (NULL: none). */
+    int (*accumulate)(void *context, uint64_t terms, slam_after_layer *after_layer, void *after);
     /* Validation: losses[0] of all, losses[1 + s] of source s where there are several. NULL: nothing to validate on. */
     int (*evaluate)(void *context, double *losses);
     int sources;
@@ -1040,15 +1055,16 @@ int slam_steps_for_tokens(const slam_data *, int context, int batch, uint64_t se
 int slam_data_hash(const slam_data *, const slam_data_size *, int context, uint64_t seed, uint64_t *hash);
 
 /* Rows that a device holds at once: goes by its memory in all, so that it is the same every time. */
-int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T, int mode);
+int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T, int mode, int parts);
 
 enum { SLAM_ENDED_LIMIT, SLAM_ENDED_TIME, SLAM_ENDED_SIGNAL };
-/* A training run: what it is made of, how it goes, where it stands. */
+/* A training run: what it is made of, how it goes, where it stands. Of several ranks the first alone writes, and a signal to any of
+   them ends it. */
 typedef struct slam_run {
     const char *folder; /* log.jsonl and the checkpoints */
     slam_ops *ops;
     slam_model *model;
-    slam_optimiser *optimiser; /* made by slam_run_begin */
+    slam_optimiser *optimiser; /* made by slam_run_begin, or slam_run_time before it */
     slam_adamw adamw;
     slam_task task;
     slam_trainer trainer;
@@ -1079,7 +1095,7 @@ typedef struct slam_run {
 } slam_run;
 
 /* Fixes trainer.steps by the time that steps take, trying some without effect, so that evaluations and checkpoints fit into
-   max_seconds as well; no more than trainer.steps where that is not 0. Before slam_run_begin. */
+   max_seconds as well; no more than trainer.steps where that is not 0. Before slam_run_begin. 2: stopped by a signal. */
 int slam_run_time(slam_run *);
 /* Makes the optimiser; goes on from `checkpoint` (NULL: from the start): moments, place in the data; makes or mends the folder,
    cuts the log, and writes the settings as they are now into trainer.json, so that a limit that has grown survives a kill. An
@@ -1093,10 +1109,10 @@ void slam_run_end(slam_run *); /* frees the optimiser and the settings */
    in their order. */
 typedef struct slam_options {
     slam_list val;
-    char *init, *micro, *warmup, *schedule, *out, *device, *dtype, *format;
-    double val_fraction, epochs, lr, min_lr, beta1, beta2, eps, weight_decay, clip;
+    char *init, *micro, *warmup, *schedule, *out, *device, *dtype, *format, *zero;
+    double val_fraction, epochs, lr, min_lr, beta1, beta2, eps, weight_decay, clip, flops, bandwidth;
     long steps, seed, eval_every, save_every, log_every;
-    int context, batch, recompute, resume, threads, keep, dry_run;
+    int context, batch, recompute, resume, threads, keep, dry_run, ranks;
 } slam_options;
 typedef struct slam_job {
     slam_ranks *ranks;   /* of slam_program_begin */
@@ -1129,7 +1145,7 @@ int slam_job_defaults(slam_job *);
 /* Data and validation data: as they are called, or where there are none the bundled ones. Such a run keeps empty lists, so that it
    goes on wherever the program lies. */
 int slam_job_name_data(slam_job *, const char *argv0, const char *bundled, const char *bundled_val);
-/* The run's part of the options; of `rows` rows of T tokens a step how many are computed at once. */
+/* The run's part of the options; of `rows` rows of T tokens that a step has in all how many a rank computes at once. */
 int slam_job_fill(slam_job *, slam_ops *, const slam_config *, int rows, int T);
 int slam_job_mode(const slam_job *); /* SLAM_TRAIN, or with --recompute SLAM_TRAIN_RECOMPUTE */
 /* Whether the command line gives a limit that the run does not have already; NULL: any of them, or the run is a new one. */
@@ -1145,6 +1161,8 @@ int slam_job_begin(slam_job *);
 void slam_job_print_device(const slam_job *, const char *note);
 void slam_job_print_memory(const slam_job *, const slam_config *, int rows);
 void slam_job_print_schedule(const slam_job *);
+/* Of several ranks, or of as many as --ranks plans: what they exchange in a step of so many tokens, and how long it takes. */
+void slam_job_print_ranks(const slam_job *, const slam_config *, double tokens);
 /* What came of it: a line, with `validation` in it ("": none), and the checkpoints; first: the step it began with. */
 void slam_job_print_end(const slam_job *, long first, const char *validation);
 /* The call that goes on with the run, up to its limits. */
@@ -7330,6 +7348,7 @@ enum { PARCELS = 2 }; // one is added up while the next is under way
 struct slam_ranks {
     int rank, n, local, local_n;
     int known; // all ranks know that one of them has failed
+    int zero;  // stage of ZeRO
     int carrier;
     slam_ops *ops;
     double *table; // (n, TABLE), of slam_ranks_sum
@@ -7348,6 +7367,10 @@ enum { RANKS_TABLE = 512 };
 int slam_ranks_rank(const slam_ranks *r) { return r ? r->rank : 0; }
 int slam_ranks_count(const slam_ranks *r) { return r ? r->n : 1; }
 int slam_ranks_known(const slam_ranks *r) { return r ? r->known : 0; }
+
+void slam_ranks_zero(slam_ranks *r, int stage) {
+    if (r) r->zero = stage;
+}
 
 int slam_ranks_local(const slam_ranks *r, int *count) {
     *count = r ? r->local_n : 1;
@@ -7411,7 +7434,7 @@ static int parcels_new(slam_ranks *r) {
 slam_ranks *slam_ranks_join(void) {
     slam_ranks *r = (slam_ranks *)mem_new(1, sizeof *r);
     if (!r) return NULL;
-    r->n = r->local_n = 1;
+    r->n = r->local_n = r->zero = 1;
     int ok = 1;
 #ifdef SLAM_MPI
     ranks_start(r);
@@ -7463,6 +7486,7 @@ int slam_ranks_agree(slam_ranks *r, int ok) {
     int first = r && !ok ? r->rank : INT_MAX;
     char sentence[sizeof error_text];
     if (slam_ranks_count(r) == 1) return ok;
+    if (r->known) return 0;
     MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     if (first == INT_MAX) return 1;
     memcpy(sentence, error_text, sizeof sentence);
@@ -7979,14 +8003,14 @@ double slam_config_flops(const slam_config *c, int T) {
     return 6 * (c->V * C + c->L * (W * C + C * O + 3 * F * C)) + 6.0 * c->L * T * O;
 }
 
-slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, int T, int mode) {
+slam_memory slam_config_memory(const slam_config *c, int bytes_per_act, int B, int T, int mode, int parts) {
     slam_memory m;
     const int train = mode != SLAM_INFERENCE;
     const double n = (double)weights_of(c).total;
     const activations_layout a = activations_of(c, bytes_per_act, B, T, mode);
-    m.weights = n * (bytes_per_act == 4 ? 4 : 4 + bytes_per_act);
+    m.weights = n * (bytes_per_act == 4 ? 4 : bytes_per_act + 4.0 / (train ? parts : 1));
     m.gradients = train ? 4 * n : 0;
-    m.optimiser = train ? 8 * n : 0;
+    m.optimiser = train ? 8 * n / parts : 0;
     m.logits = (double)a.head_rows * padded_vocabulary(c) * bytes_per_act;
     m.activations = (double)a.total - m.logits;
     m.total = m.weights + m.gradients + m.optimiser + m.logits + m.activations;
@@ -8000,9 +8024,9 @@ struct slam_model {
     slam_config config;
     weights_layout w;
     slam_act *weights; // (w.total), what products read
-    float *master;     // (w.total), what the optimiser changes; the same memory where an activation is a float
-    float *gradients;  // (w.total), from the first plan that trains
-    double *stats;     // sum of the losses since the last step, squared norm of the gradient
+    float *master; // (w.total), what the optimiser changes; the same memory where an activation is a float; NULL: ranks have parts
+    float *gradients; // (w.total), from the first plan that trains
+    double *stats;    // sum of the losses since the last step, squared norm of the gradient
     activations_layout a;
     char *arena;
     int B, T, mode;   // what the arena was planned for
@@ -8049,6 +8073,17 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *config) {
     return NULL;
 }
 
+/* The weights (w.total), on the host. Where ranks have parts of them: as products read them. */
+static int weights_download(slam_model *m, float *host) {
+    slam_ops *ops = m->ops;
+    float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->w.total * sizeof *rounded);
+    if (!m->master && !rounded) return 0;
+    if (rounded) ops->to_float(ops, rounded, m->weights, m->w.total);
+    ops->download(ops, host, m->master ? m->master : rounded, m->w.total * sizeof *host);
+    ops->release(ops, rounded);
+    return ops->finish(ops);
+}
+
 static void weights_changed(slam_model *m) {
     if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->w.total);
 }
@@ -8093,8 +8128,7 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
     const double reals[] = {c->eps, c->rope_theta};
     float *host = (float *)mem_new(m->w.total, sizeof *host);
     if (!host) return 0;
-    m->ops->download(m->ops, host, m->master, m->w.total * sizeof *host);
-    const int ok = m->ops->finish(m->ops);
+    const int ok = weights_download(m, host);
     *hash = hash_bytes(hash_bytes(HASH_START, shape, sizeof shape), reals, sizeof reals);
     *hash = hash_bytes(*hash, host, m->w.total * sizeof *host);
     free(host);
@@ -8211,15 +8245,13 @@ static int write_text(const char *folder, const char *name, text *t) {
     return ok;
 }
 
-static int weights_save(slam_model *m, const char *folder, const char *prefix) {
+static int weights_write(const slam_model *m, const float *host, const char *folder, const char *prefix) {
     size_t n = 0;
     parameter *list = parameters_of(&m->config, &n);
     tensor_out *out = list ? (tensor_out *)mem_new(n, sizeof *out) : NULL;
-    float *host = out ? (float *)mem_new(m->w.total, sizeof *host) : NULL;
     char *path = path_join(folder, "model.safetensors");
     names spelled = SLAM_ZERO;
-    int ok = host && path;
-    if (ok) m->ops->download(m->ops, host, m->master, m->w.total * sizeof *host);
+    int ok = out && path;
     for (size_t k = 0; ok && k < n; k++) {
         char name[96];
         snprintf(name, sizeof name, "%s%s", prefix, list[k].name);
@@ -8232,16 +8264,16 @@ static int weights_save(slam_model *m, const char *folder, const char *prefix) {
         out[k].shape[1] = list[k].cols;
         out[k].data = host + list[k].at;
     }
-    ok = ok && m->ops->finish(m->ops) && tensors_write(path, out, n, NULL);
+    ok = ok && tensors_write(path, out, n, NULL);
     names_free(&spelled);
     free(path);
-    free(host);
     free(out);
     free(list);
     return ok;
 }
 
-int slam_model_save(slam_model *m, const char *folder, int format) {
+/* The model with these weights (w.total). */
+static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
     text t = SLAM_ZERO, g = SLAM_ZERO;
     text_add(&t, "{\n");
@@ -8259,7 +8291,14 @@ int slam_model_save(slam_model *m, const char *folder, int format) {
     text_add(&t, slamkit ? "\n  }\n}\n" : "\n}\n");
     text_add(&g, "{\n  \"bos_token_id\": 1,\n  \"eos_token_id\": 1,\n  \"pad_token_id\": 0\n}\n");
     const int ok = write_text(folder, "config.json", &t);
-    return write_text(folder, "generation_config.json", &g) && ok && weights_save(m, folder, slamkit ? "lm." : "");
+    return write_text(folder, "generation_config.json", &g) && ok && weights_write(m, host, folder, slamkit ? "lm." : "");
+}
+
+int slam_model_save(slam_model *m, const char *folder, int format) {
+    float *host = (float *)mem_new(m->w.total, sizeof *host);
+    const int ok = host && weights_download(m, host) && model_write(m, host, folder, format);
+    free(host);
+    return ok;
 }
 
 /* ---- a plan: room for batches, and the table of rotary angles ---- */
@@ -8457,7 +8496,7 @@ static void backward_layer(slam_model *m, int l, const slam_window *win) {
 }
 
 /* From the gradient that the head has left in dnormed down to the embedding. */
-static void backward(slam_model *m, const slam_window *win, void (*after_layer)(void *context, int l), void *context) {
+static void backward(slam_model *m, const slam_window *win, slam_after_layer *after_layer, void *context) {
     slam_ops *ops = m->ops;
     const activations_layout *a = &m->a;
     const int N = win->B * win->T, C = m->config.C;
@@ -8473,8 +8512,7 @@ static void backward(slam_model *m, const slam_window *win, void (*after_layer)(
     if (after_layer) after_layer(context, -1);
 }
 
-int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, void (*after_layer)(void *context, int l),
-                        void *context) {
+int slam_model_backward(slam_model *m, const slam_batch *batch, float scale, slam_after_layer *after_layer, void *context) {
     const int N = batch->B * batch->T;
     slam_window win;
     if (!m->gradients || m->mode == SLAM_INFERENCE) return fail("the model was not planned for training");
@@ -8501,8 +8539,7 @@ int slam_model_losses(slam_model *m, const slam_batch *batch, float *losses) {
 }
 
 /* The logits are made once more, into gradients this time: for a vocabulary of units that is next to nothing. */
-int slam_model_backward_from(slam_model *m, const float *weights, double loss, void (*after_layer)(void *context, int l),
-                             void *context) {
+int slam_model_backward_from(slam_model *m, const float *weights, double loss, slam_after_layer *after_layer, void *context) {
     slam_ops *ops = m->ops;
     const slam_window win = m->pass;
     const int N = win.B * win.T;
@@ -8766,8 +8803,9 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
 }
 
 /* ==========================================================================================
-   8. OPTIMISER          optimiser, schedules, gradient clipping
+   8. OPTIMISER          optimiser, schedules, gradient clipping, ZeRO-1
    AdamW over the model's one array of weights; learning rates as Hugging Face's schedules give them.
+   Several ranks add up their gradients in buckets, each updates its part of every bucket.
    may use: 1 base, 3 ops, 6 ranks, 7 model
    ========================================================================================== */
 
@@ -8789,54 +8827,193 @@ double slam_schedule(int kind, long step, long steps, long warmup, double lr, do
     return lr;
 }
 
+/* ---- buckets ----
+   Gradients are added up over the ranks a bucket at a time, in the order in which the backward pass completes them: the layers from
+   the last to the first, the embedding, then all vectors. A bucket is a run of neighbours: as many layers as make a message worth
+   sending, or a piece of something large. Alone there is one bucket, which is everything. */
+
+enum { BUCKET_LEAST = 1 << 18, BUCKET_MOST = 1 << 24 }; // numbers: 1 and 64 MB
+
+typedef struct bucket {
+    size_t first, n;        // in the array of weights
+    int after;              // the layer whose gradients complete it, as after_layer counts
+    size_t mine, count, at; // of these this rank updates `count` from `mine` on; their moments stand at `at`
+} bucket;
+
 struct slam_optimiser {
     slam_model *model;
     slam_adamw settings;
-    float *m, *v; // (w.total), the moments
+    slam_ranks *ranks; // NULL: alone
+    int apart;         // 1: each rank keeps the moments of its parts alone
+    bucket *bucket;
+    size_t buckets, capacity;
+    size_t reduced; // of the step under way: so many buckets are on their way
+    int failed;     // one of them failed
+    size_t n;       // numbers of all parts, or of everything
+    float *m, *v;   // (n), the moments
+    float *master;  // (n), the parts of the float weights; NULL: the model has them all
     long updates;
 };
 
+static int bucket_add(slam_optimiser *o, size_t first, size_t n, int after) {
+    const size_t pieces = (n + BUCKET_MOST - 1) / BUCKET_MOST, each = (n / pieces + 255) / 256 * 256;
+    for (size_t at = 0; at < n; at += each) {
+        if (!mem_grow((void **)&o->bucket, &o->capacity, o->buckets + 1, sizeof *o->bucket)) return 0;
+        bucket *b = &o->bucket[o->buckets++];
+        memset(b, 0, sizeof *b);
+        b->first = first + at;
+        b->n = n - at < each ? n - at : each;
+        b->after = after;
+    }
+    return 1;
+}
+
+static int buckets_plan(slam_optimiser *o) {
+    const weights_layout *w = &o->model->w;
+    const int L = o->model->config.L;
+    int ok = 1;
+    if (!o->ranks) {
+        ok = mem_grow((void **)&o->bucket, &o->capacity, 1, sizeof *o->bucket);
+        if (ok) memset(o->bucket, 0, sizeof *o->bucket), o->bucket->n = w->total, o->bucket->after = -1, o->buckets = 1;
+    } else {
+        if (w->head != w->embed) ok = bucket_add(o, w->head, w->layer - w->head, L);
+        for (int end = L, l = L - 1; ok && l >= 0; l--) {
+            const size_t n = (size_t)(end - l) * w->layer_size;
+            if (l && n < BUCKET_LEAST) continue;
+            ok = bucket_add(o, w->layer + (size_t)l * w->layer_size, n, l);
+            end = l;
+        }
+        ok = ok && bucket_add(o, w->embed, (w->head != w->embed ? w->head : w->layer) - w->embed, -1) &&
+             bucket_add(o, w->matrices, w->total - w->matrices, -1);
+    }
+    for (size_t i = 0; ok && i < o->buckets; i++) {
+        bucket *b = &o->bucket[i];
+        size_t first;
+        part_of(o->ranks, slam_ranks_rank(o->ranks), b->n, &first, &b->count);
+        b->mine = b->first + first;
+        b->at = o->apart ? o->n : b->mine;
+        o->n += o->apart ? b->count : b->n;
+    }
+    return ok;
+}
+
+/* ---- the optimiser ---- */
+
 void slam_optimiser_free(slam_optimiser *o) {
     if (!o) return;
-    o->model->ops->release(o->model->ops, o->m);
-    o->model->ops->release(o->model->ops, o->v);
+    slam_ops *ops = o->model->ops;
+    ops->release(ops, o->m);
+    ops->release(ops, o->v);
+    ops->release(ops, o->master);
+    free(o->bucket);
     free(o);
 }
 
+/* Of the float weights this rank keeps its parts; the model's go. */
+static int take_master(slam_optimiser *o) {
+    slam_model *m = o->model;
+    slam_ops *ops = m->ops;
+    size_t most = 0;
+    for (size_t i = 0; i < o->buckets; i++) most = o->bucket[i].count > most ? o->bucket[i].count : most;
+    float *host = (float *)mem_new(most, sizeof *host);
+    o->master = host ? (float *)ops->alloc(ops, o->n * sizeof *o->master) : NULL;
+    for (size_t i = 0; o->master && i < o->buckets; i++) {
+        const bucket *b = &o->bucket[i];
+        ops->download(ops, host, m->master + b->mine, b->count * sizeof *host);
+        ops->upload(ops, o->master + b->at, host, b->count * sizeof *host);
+    }
+    free(host);
+    if (!o->master || !ops->finish(ops)) return 0;
+    ops->release(ops, m->master);
+    m->master = NULL;
+    return 1;
+}
+
 slam_optimiser *slam_optimiser_new(slam_model *model, const slam_adamw *settings) {
+    slam_ops *ops = model->ops;
     slam_optimiser *o = (slam_optimiser *)mem_new(1, sizeof *o);
     if (!o) return NULL;
     o->model = model;
     o->settings = *settings;
-    o->m = (float *)model->ops->alloc(model->ops, model->w.total * sizeof(float));
-    o->v = (float *)model->ops->alloc(model->ops, model->w.total * sizeof(float));
-    if (o->m && o->v) return o;
+    o->ranks = ops->ranks;
+    o->apart = o->ranks && o->ranks->zero;
+    int ok = model->master || fail("the weights of this model are in parts: its first optimiser is the only one");
+    ok = ok && buckets_plan(o) && (!o->apart || (void *)model->master == (void *)model->weights || take_master(o));
+    ok = ok && (o->m = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL &&
+         (o->v = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL;
+    if (slam_ranks_agree(o->ranks, ok)) return o;
     slam_optimiser_free(o);
     return NULL;
 }
 
 long slam_optimiser_updates(const slam_optimiser *o) { return o->updates; }
 
-static void adamw_range(slam_optimiser *o, const slam_adamw *h, size_t first, size_t end) {
-    slam_model *m = o->model;
-    m->ops->adamw(m->ops, weight_at(m, first), m->master + first, o->m + first, o->v + first, m->gradients + first, m->stats, h,
-                  end - first);
+void slam_optimiser_reset(slam_optimiser *o) {
+    slam_ops *ops = o->model->ops;
+    ops->zero(ops, o->m, o->n * sizeof(float));
+    ops->zero(ops, o->v, o->n * sizeof(float));
+    o->updates = 0;
 }
 
-/* Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and biases are not drawn to 0. */
+/* ---- a step ---- */
+
+static void reduce_next(slam_optimiser *o) {
+    const bucket *b = &o->bucket[o->reduced++];
+    if (!ranks_reduce_scatter(o->ranks, o->model->gradients + b->first, b->n)) o->failed = 1;
+}
+
+void slam_optimiser_after_layer(void *optimiser, int l) {
+    slam_optimiser *o = (slam_optimiser *)optimiser;
+    if (!o->ranks) return;
+    ranks_progress(o->ranks);
+    while (o->reduced < o->buckets && o->bucket[o->reduced].after >= l) reduce_next(o);
+}
+
+/* Weights first..first+n-1, whose moments stand at `at`. Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and
+   biases are not drawn to 0. */
+static void adamw_range(slam_optimiser *o, slam_adamw h, size_t first, size_t n, size_t at) {
+    slam_model *m = o->model;
+    const size_t end = first + n, border = m->w.matrices < first ? first : m->w.matrices < end ? m->w.matrices : end;
+    for (int vectors = 0; vectors < 2; vectors++) {
+        const size_t from = vectors ? border : first, to = vectors ? end : border, k = at + from - first;
+        if (vectors) h.weight_decay = 0;
+        if (from < to)
+            m->ops->adamw(m->ops, weight_at(m, from), o->master ? o->master + k : m->master + from, o->m + k, o->v + k,
+                          m->gradients + from, m->stats, &h, to - from);
+    }
+}
+
 int slam_optimiser_begin(slam_optimiser *o, double lr) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
+    int ok = 1;
     if (!m->gradients) return fail("the model was not planned for training");
     slam_adamw h = o->settings;
     h.lr = lr;
     h.step = o->updates + 1;
-    ops->sum_squares(ops, m->stats + 1, m->gradients, m->w.total);
-    adamw_range(o, &h, 0, m->w.matrices);
-    h.weight_decay = 0;
-    adamw_range(o, &h, m->w.matrices, m->w.total);
-    ops->zero(ops, m->gradients, m->w.total * sizeof(float));
-    return 1;
+    while (o->reduced < o->buckets) reduce_next(o);
+    ranks_wait(o->ranks);
+    if (o->failed) return 0;
+    o->reduced = 0;
+    for (size_t i = 0; i < o->buckets; i++)
+        if (o->bucket[i].count) ops->sum_squares(ops, m->stats + 1, m->gradients + o->bucket[i].mine, o->bucket[i].count);
+    ok = ranks_all_reduce(o->ranks, m->stats, 2);
+    for (size_t i = 0; ok && !o->apart && i < o->buckets; i++) {
+        const bucket *b = &o->bucket[i];
+        ok = ranks_all_gather(o->ranks, m->gradients + b->first, m->gradients + b->mine, b->n, sizeof(float));
+    }
+    ranks_wait(o->ranks);
+    for (size_t i = 0; ok && i < o->buckets; i++) {
+        const bucket *b = &o->bucket[i];
+        if (!o->apart) adamw_range(o, h, b->first, b->n, b->first);
+        else {
+            adamw_range(o, h, b->mine, b->count, b->at);
+            ok = ranks_all_gather(o->ranks, weight_at(m, b->first), weight_at(m, b->mine), b->n, (size_t)ops->bytes_per_act);
+        }
+    }
+    ranks_wait(o->ranks);
+    if (ok) ops->zero(ops, m->gradients, m->w.total * sizeof(float));
+    return ok;
 }
 
 int slam_optimiser_end(slam_optimiser *o, slam_step *step) {
@@ -8854,6 +9031,47 @@ int slam_optimiser_end(slam_optimiser *o, slam_step *step) {
 
 int slam_optimiser_step(slam_optimiser *o, double lr, slam_step *step) {
     return slam_optimiser_begin(o, lr) && slam_optimiser_end(o, step);
+}
+
+/* ---- the state, whole, on the host ---- */
+
+/* host (w.total) on rank 0, NULL on the others, which all take part: o->m, o->v or o->master. */
+static int state_download(slam_optimiser *o, const float *from, float *host) {
+    slam_model *m = o->model;
+    slam_ops *ops = m->ops;
+    size_t most = 0;
+    if (!o->apart) {
+        if (host) ops->download(ops, host, from, m->w.total * sizeof *host);
+        return ops->finish(ops);
+    }
+    for (size_t i = 0; i < o->buckets; i++) most = o->bucket[i].n > most ? o->bucket[i].n : most;
+    float *whole = (float *)ops->alloc(ops, most * sizeof *whole);
+    int ok = slam_ranks_agree(o->ranks, whole != NULL);
+    for (size_t i = 0; ok && i < o->buckets; i++) {
+        const bucket *b = &o->bucket[i];
+        ok = ranks_all_gather(o->ranks, whole, from + b->at, b->n, sizeof *whole);
+        ranks_wait(o->ranks);
+        if (ok && host) ops->download(ops, host + b->first, whole, b->n * sizeof *host);
+    }
+    ops->release(ops, whole);
+    return ok && ops->finish(ops);
+}
+
+/* The float weights, likewise. */
+static int master_download(slam_optimiser *o, float *host) {
+    if (o->master) return state_download(o, o->master, host);
+    return !host || weights_download(o->model, host);
+}
+
+/* Numbers first..first+n-1 of the whole, on the host, into `to` (o->m or o->v), as far as this rank keeps them. */
+static void state_upload(slam_optimiser *o, float *to, const float *host, size_t first, size_t n) {
+    slam_ops *ops = o->model->ops;
+    for (size_t i = 0; i < o->buckets; i++) {
+        const bucket *b = &o->bucket[i];
+        const size_t own = o->apart ? b->mine : b->first, end = own + (o->apart ? b->count : b->n), at = o->apart ? b->at : own;
+        const size_t from = own > first ? own : first, until = end < first + n ? end : first + n;
+        if (from < until) ops->upload(ops, to + at + (from - own), host + (from - first), (until - from) * sizeof *host);
+    }
 }
 
 /* ==========================================================================================
@@ -9632,6 +9850,8 @@ int slam_rows_next(slam_rows *r, int *tokens, int *targets, int *doc_start, int 
         r->begun = 0;
         return 0;
     }
+    *n_targets = row->tokens - (int)row->n; // each piece has one less than tokens
+    if (!tokens) return row->tokens;
     for (uint32_t i = 0; i < row->n; i++) {
         const piece *p = &r->data->pieces[r->picked[row->first + i]];
         const uint16_t *from = piece_tokens(r->data, p);
@@ -9641,7 +9861,6 @@ int slam_rows_next(slam_rows *r, int *tokens, int *targets, int *doc_start, int 
             targets[t] = k + 1 < n ? from[k + 1] : -1;
             doc_start[t] = start;
         }
-        *n_targets += n - 1;
     }
     for (; t < T; t++) { // padding: each a piece of its own
         tokens[t] = 0;
@@ -15447,30 +15666,50 @@ static int sync_files(const char *folder) {
     return ok && folder_sync(folder);
 }
 
+/* Fills PART; all ranks together. */
+static int checkpoint_fill(const char *part, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer,
+                           int format) {
+    slam_ranks *ranks = optimiser->ranks;
+    const int first = slam_ranks_rank(ranks) == 0;
+    float *host = first ? (float *)mem_new(model->w.total, sizeof *host) : NULL;
+    int ok = slam_ranks_agree(ranks, !first || (host && part && remove_tree(part) && make_folders(part)));
+    ok = ok && master_download(optimiser, host);
+    ok = ok && slam_ranks_agree(ranks, !first || model_write(model, host, part, format));
+    free(host);
+    return ok && slam_optimiser_save(optimiser, part) &&
+           slam_ranks_agree(ranks, !first || (trainer_write(trainer, part) && sync_files(part)));
+}
+
+/* PART becomes RUN/step_NNNNNN. */
+static int checkpoint_place(const char *run, const char *part, long step) {
+    char name[32];
+    checkpoint_name(name, step);
+    char *path = path_join(run, name);
+    int ok = path != NULL;
+    if (ok && checkpoint_complete(run, name)) ok = fail("%s: is complete already", path);
+    if (ok && path_is_folder(path)) ok = remove_tree(path); // a hand has taken files away: nothing goes on from it
+    if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
+    free(path);
+    return ok && folder_sync(run);
+}
+
 int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer, int format,
                          int keep) {
-    char name[32];
-    checkpoint_name(name, trainer->step);
-    char *part = path_join(run, checkpoint_part), *path = path_join(run, name);
-    int ok = part && path && remove_tree(part) && make_folders(part);
-    if (ok) {
-        ok = slam_model_save(model, part, format) && slam_optimiser_save(optimiser, part) && trainer_write(trainer, part) &&
-             sync_files(part);
-        if (ok && checkpoint_complete(run, name)) ok = fail("%s: is complete already", path);
-        if (ok && path_is_folder(path)) ok = remove_tree(path); // a hand has taken files away: nothing goes on from it
-        if (ok && rename(part, path) != 0) ok = fail("%s: cannot be renamed into place: %s", path, strerror(errno));
-        if (!ok) {
-            text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
-            text_add(&why, "%s", slam_error());
-            remove_tree(part);
-            fail("%s: the checkpoint of step %ld could not be saved: %s", run, trainer->step, why.at ? why.at : "out of memory");
-            text_free(&why);
-        }
+    slam_ranks *ranks = optimiser->ranks;
+    const int first = slam_ranks_rank(ranks) == 0;
+    char *part = path_join(run, checkpoint_part);
+    int ok = checkpoint_fill(part, model, optimiser, trainer, format);
+    ok = ok && slam_ranks_agree(ranks, !first || checkpoint_place(run, part, trainer->step));
+    if (!ok && part && first) {
+        text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
+        text_add(&why, "%s", slam_error());
+        remove_tree(part);
+        fail("%s: the checkpoint of step %ld could not be saved: %s", run, trainer->step, why.at ? why.at : "out of memory");
+        text_free(&why);
     }
     free(part);
-    free(path);
-    return ok && folder_sync(run) && checkpoint_links(run, trainer->step, trainer->best_step) &&
-           (keep == 0 || checkpoint_prune(run, keep, trainer->best_step));
+    return ok && slam_ranks_agree(ranks, !first || (checkpoint_links(run, trainer->step, trainer->best_step) &&
+                                                    (keep == 0 || checkpoint_prune(run, keep, trainer->best_step))));
 }
 
 int slam_checkpoint_find(const char *run, char **folder) {
@@ -15510,7 +15749,8 @@ int slam_checkpoint_mend(const char *run) {
 
 /* ---- the optimiser's file: the moments under each tensor's name with ".m" or ".v", and the count of updates ---- */
 
-static int moments_list(const slam_optimiser *o, float *host, tensor_out **out, parameter **parameters, names *spelled, size_t *n) {
+static int moments_list(const slam_optimiser *o, const float *host, tensor_out **out, parameter **parameters, names *spelled,
+                        size_t *n) {
     size_t count = 0;
     parameter *list = *parameters = parameters_of(&o->model->config, &count);
     tensor_out *t = *out = list ? (tensor_out *)mem_new(2 * count, sizeof *t) : NULL;
@@ -15524,16 +15764,16 @@ static int moments_list(const slam_optimiser *o, float *host, tensor_out **out, 
         t[k].rank = p->rows ? 2 : 1;
         t[k].shape[0] = p->rows ? p->rows : p->cols;
         t[k].shape[1] = p->cols;
-        t[k].data = host + (k % 2 ? o->model->w.total : 0) + p->at;
+        t[k].data = host ? host + (k % 2 ? o->model->w.total : 0) + p->at : NULL;
     }
     *n = 2 * count;
     return t != NULL;
 }
 
 int slam_optimiser_save(slam_optimiser *o, const char *folder) {
-    slam_ops *ops = o->model->ops;
     const size_t total = o->model->w.total;
-    float *host = (float *)mem_new(2 * total, sizeof *host);
+    const int first = slam_ranks_rank(o->ranks) == 0;
+    float *host = first ? (float *)mem_new(2 * total, sizeof *host) : NULL;
     char *path = path_join(folder, "optimizer.safetensors"), updates[32];
     parameter *list = NULL;
     tensor_out *out = NULL;
@@ -15541,12 +15781,9 @@ int slam_optimiser_save(slam_optimiser *o, const char *folder) {
     size_t n = 0;
     snprintf(updates, sizeof updates, "%ld", o->updates);
     const char *const metadata[] = {"updates", updates, NULL};
-    int ok = host && path && moments_list(o, host, &out, &list, &spelled, &n);
-    if (ok) {
-        ops->download(ops, host, o->m, total * sizeof *host);
-        ops->download(ops, host + total, o->v, total * sizeof *host);
-        ok = ops->finish(ops) && tensors_write(path, out, n, metadata);
-    }
+    int ok = slam_ranks_agree(o->ranks, !first || (host && path && moments_list(o, host, &out, &list, &spelled, &n)));
+    ok = ok && state_download(o, o->m, host) && state_download(o, o->v, host ? host + total : NULL);
+    ok = ok && slam_ranks_agree(o->ranks, !first || tensors_write(path, out, n, metadata));
     names_free(&spelled);
     free(out);
     free(list);
@@ -15555,39 +15792,44 @@ int slam_optimiser_save(slam_optimiser *o, const char *folder) {
     return ok;
 }
 
+/* The two moments of a parameter, through `host` (its size). */
+static int moments_read(slam_optimiser *o, const tensors *file, const char *path, const tensor_out *out, const parameter *p,
+                        float *host) {
+    for (int k = 0; k < 2; k++) {
+        const tensor *t = tensors_find(file, out[k].name);
+        if (!t) return fail("%s: tensor '%s' is missing", path, out[k].name);
+        if (!tensor_shape_is(t, out[k].rank, out[k].shape[0], out[k].rank == 2 ? out[k].shape[1] : 0) ||
+            !tensor_floats(t, host, 0, t->count))
+            return 0;
+        state_upload(o, k ? o->v : o->m, host, p->at, parameter_size(p));
+    }
+    return 1;
+}
+
 int slam_optimiser_load(slam_optimiser *o, const char *folder) {
-    slam_ops *ops = o->model->ops;
-    const size_t total = o->model->w.total;
-    float *host = (float *)mem_new(2 * total, sizeof *host);
     char *path = path_join(folder, "optimizer.safetensors"), *end = NULL;
     parameter *list = NULL;
     tensor_out *out = NULL;
     names spelled = SLAM_ZERO;
-    size_t n = 0;
-    tensors *file = host && path ? tensors_open(path) : NULL;
-    int ok = file && moments_list(o, host, &out, &list, &spelled, &n);
+    size_t n = 0, largest = 0;
+    tensors *file = path ? tensors_open(path) : NULL;
+    int ok = file && moments_list(o, NULL, &out, &list, &spelled, &n);
     if (ok && tensors_count(file) != n) ok = fail("%s: %zu tensors, expected %zu", path, tensors_count(file), n);
-    for (size_t k = 0; ok && k < n; k++) {
-        const tensor *t = tensors_find(file, out[k].name);
-        ok = t ? tensor_shape_is(t, out[k].rank, out[k].shape[0], out[k].rank == 2 ? out[k].shape[1] : 0) &&
-                     tensor_floats(t, (float *)(uintptr_t)out[k].data, 0, t->count)
-               : fail("%s: tensor '%s' is missing", path, out[k].name);
-    }
+    for (size_t k = 0; ok && k < n / 2; k++) largest = parameter_size(&list[k]) > largest ? parameter_size(&list[k]) : largest;
+    float *host = ok ? (float *)mem_new(largest, sizeof *host) : NULL;
+    ok = host != NULL;
+    for (size_t k = 0; ok && k < n / 2; k++) ok = moments_read(o, file, path, out + 2 * k, &list[k], host);
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
     if (ok) o->updates = updates ? strtol(updates, &end, 10) : -1;
     if (ok && (!updates || end == updates || *end || o->updates < 0)) ok = fail("%s: no count of updates in its metadata", path);
-    if (ok) {
-        ops->upload(ops, o->m, host, total * sizeof *host);
-        ops->upload(ops, o->v, host + total, total * sizeof *host);
-        ok = ops->finish(ops);
-    }
+    ok = ok && o->model->ops->finish(o->model->ops);
     tensors_close(file);
     names_free(&spelled);
     free(out);
     free(list);
     free(path);
     free(host);
-    return ok;
+    return slam_ranks_agree(o->ranks, ok);
 }
 
 /* ==========================================================================================
@@ -15771,13 +16013,13 @@ int slam_bundled_units(const char *argv0, uint32_t units) {
                 (unsigned)units);
 }
 
-int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode) {
+int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, int T, int mode, int parts) {
     /* The CPU's caches hold no more of a larger one, so that it gains nothing beyond some thousand tokens. */
     const int is_gpu = !strncmp(ops->name, "cuda", 4);
     const double room = (is_gpu ? 0.9 : 0.6) * (double)ops->memory;
     const int most = is_gpu ? batch : 4096 / T;
     int micro = batch < most ? batch : most > 1 ? most : 1;
-    while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, mode).total > room) micro--;
+    while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, mode, parts).total > room) micro--;
     const int parts = (batch + micro - 1) / micro; // equal parts take as many passes and less memory
     return (batch + parts - 1) / parts;
 }
@@ -16095,7 +16337,8 @@ struct slam_pretraining {
     const slam_data *val;
     const slam_list *val_names;
     int batch, micro, T;
-    int *ints, *tokens, *targets, *doc_start; // (batch,T) each
+    int first, end;                           // of the batch's rows those that this rank computes
+    int *ints, *tokens, *targets, *doc_start; // (end - first,T) each
 };
 
 /* The next row, over the end of an epoch where it must: batches run on, rows do not. */
@@ -16106,13 +16349,15 @@ static int draw_row(slam_rows *rows, int *tokens, int *targets, int *doc_start, 
     return n > 0 ? n : 0;
 }
 
+/* All ranks pack all rows, which takes no time; each reads its own. */
 static int pretraining_next(void *context, uint64_t *tokens, uint64_t *terms) {
     slam_pretraining *p = (slam_pretraining *)context;
     *tokens = *terms = 0;
     for (int b = 0; b < p->batch; b++) {
-        const size_t at = (size_t)b * p->T;
+        const int own = b >= p->first && b < p->end;
+        const size_t at = own ? (size_t)(b - p->first) * p->T : 0;
         int targets = 0;
-        const int n = draw_row(p->rows, p->tokens + at, p->targets + at, p->doc_start + at, &targets);
+        const int n = draw_row(p->rows, own ? p->tokens + at : NULL, p->targets + at, p->doc_start + at, &targets);
         if (!n) return 0;
         *tokens += (uint64_t)n;
         *terms += (uint64_t)targets;
@@ -16120,18 +16365,19 @@ static int pretraining_next(void *context, uint64_t *tokens, uint64_t *terms) {
     return *terms > 0 ? 1 : fail("a batch of %d rows has no token to predict", p->batch);
 }
 
-static int pretraining_accumulate(void *context, uint64_t terms) {
+static int pretraining_accumulate(void *context, uint64_t terms, slam_after_layer *after_layer, void *after) {
     slam_pretraining *p = (slam_pretraining *)context;
-    for (int b = 0; b < p->batch; b += p->micro) {
+    for (int b = 0, all = p->end - p->first; b < all; b += p->micro) {
         const size_t at = (size_t)b * p->T;
+        const int last = all - b <= p->micro;
         slam_batch batch;
-        batch.B = p->batch - b < p->micro ? p->batch - b : p->micro;
+        batch.B = last ? all - b : p->micro;
         batch.T = p->T;
         batch.tokens = p->tokens + at;
         batch.targets = p->targets + at;
         batch.doc_start = p->doc_start + at;
         batch.hole = NULL;
-        if (!slam_model_backward(p->model, &batch, (float)(1.0 / (double)terms), NULL, NULL)) return 0;
+        if (!slam_model_backward(p->model, &batch, (float)(1.0 / (double)terms), last ? after_layer : NULL, after)) return 0;
     }
     return 1;
 }
@@ -16162,8 +16408,12 @@ static int pretraining_seek(void *context, uint64_t epoch, uint64_t row) {
 slam_pretraining *slam_pretraining_new(slam_model *model, const slam_data *data, const slam_data *val, const slam_list *val_names,
                                        int context, int batch, int micro, int mode, uint64_t seed) {
     slam_pretraining *p = (slam_pretraining *)mem_new(1, sizeof *p);
-    const size_t n = (size_t)batch * (size_t)context;
+    size_t first, end;
     if (!p) return NULL;
+    slam_ranks_share(model->ops->ranks, (size_t)batch, &first, &end);
+    const size_t n = (end - first) * (size_t)context;
+    p->first = (int)first;
+    p->end = (int)end;
     p->model = model;
     p->val = val;
     p->val_names = val_names;
@@ -16206,7 +16456,9 @@ slam_task slam_pretraining_task(slam_pretraining *p) {
 /* ---- preference optimisation: a task over pairs ---- */
 
 static int dpo_next(void *context, uint64_t *tokens, uint64_t *pairs) { return slam_dpo_next((slam_dpo *)context, tokens, pairs); }
-static int dpo_accumulate(void *context, uint64_t pairs) { return slam_dpo_accumulate((slam_dpo *)context, pairs); }
+static int dpo_accumulate(void *context, uint64_t pairs, slam_after_layer *after_layer, void *after) {
+    return slam_dpo_accumulate((slam_dpo *)context, pairs, after_layer, after);
+}
 static void dpo_tell(void *context, uint64_t *epoch, uint64_t *pair) { slam_dpo_tell((slam_dpo *)context, epoch, pair); }
 static int dpo_seek(void *context, uint64_t epoch, uint64_t pair) { return slam_dpo_seek((slam_dpo *)context, epoch, pair); }
 
@@ -16332,11 +16584,11 @@ static void add_member(text *t, const char *name, double value) {
     text_add_number(t, value);
 }
 
-/* Writes a line and hands it to the system, so that a kill takes none of it back; frees the text. */
+/* Writes a line (log NULL: another rank does) and hands it to the system, so that a kill takes none of it back; frees the text. */
 static int log_line(FILE *log, const char *path, text *t) {
     text_add(t, "}\n");
     int ok = !t->failed;
-    if (ok && (fwrite(t->at, 1, t->n, log) != t->n || fflush(log) != 0))
+    if (ok && log && (fwrite(t->at, 1, t->n, log) != t->n || fflush(log) != 0))
         ok = fail("%s: cannot be written: %s", path, strerror(errno));
     text_free(t);
     return ok;
@@ -16434,6 +16686,9 @@ static void show_line(const slam_run *r, const step_report *s) {
 
 /* ---- the training loop ---- */
 
+static slam_ranks *run_ranks(const slam_run *r) { return r->ops->ranks; }
+static int run_writes(const slam_run *r) { return slam_ranks_rank(run_ranks(r)) == 0; }
+
 static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
 
 static int run_due(const slam_run *r, long every) { return every > 0 && r->trainer.step % every == 0; }
@@ -16445,12 +16700,13 @@ static int run_late(const slam_run *r, double slowest) {
 }
 
 /* Whether the run is over, and why: of a limit and a signal at the same step the limit counts, after which nothing is left to
-   go on with. */
+   go on with. Signals and clocks are a rank's own: what one of them says concerns all. */
 static int run_over(slam_run *r, double slowest) {
     const slam_trainer *t = &r->trainer;
     if (t->step >= t->steps || (r->max_tokens && t->tokens >= r->max_tokens)) return 1;
     if (r->ended == SLAM_ENDED_LIMIT && slam_signals_stop()) r->ended = SLAM_ENDED_SIGNAL;
     if (r->ended == SLAM_ENDED_LIMIT && run_late(r, slowest)) r->ended = SLAM_ENDED_TIME;
+    r->ended = (int)slam_ranks_max(run_ranks(r), r->ended);
     return r->ended != SLAM_ENDED_LIMIT;
 }
 
@@ -16467,7 +16723,9 @@ static int run_step(slam_run *r, double lr, slam_step *step, uint64_t *tokens, d
     const uint64_t terms = r->ready_terms;
     *tokens = r->ready_tokens;
     r->ready = 0;
-    if (!task->accumulate(task->context, terms) || !slam_optimiser_begin(r->optimiser, lr)) return 0;
+    if (!task->accumulate(task->context, terms, slam_optimiser_after_layer, r->optimiser) ||
+        !slam_optimiser_begin(r->optimiser, lr))
+        return 0;
     task->tell(task->context, &r->epoch, &r->row);
     if (r->trainer.step + 1 != r->trainer.steps) {
         r->ready = task->next(task->context, &r->ready_tokens, &r->ready_terms);
@@ -16525,7 +16783,7 @@ static int run_evaluate(slam_run *r, FILE *log, const char *path) {
 static int run_save(slam_run *r, FILE *log, const char *path) {
     slam_trainer *t = &r->trainer;
     const double start = slam_clock();
-    if (fsync(fileno(log)) != 0) return fail("%s: cannot be written: %s", path, strerror(errno));
+    if (log && fsync(fileno(log)) != 0) return fail("%s: cannot be written: %s", path, strerror(errno));
     t->epoch = r->epoch;
     t->row = r->row;
     t->seconds = run_seconds(r);
@@ -16596,7 +16854,8 @@ static int run_update(slam_run *r, FILE *log, const char *path, run_pace *p) {
     p->in_a_row = 0;
     t->step++;
     p->slowest = seconds > p->slowest ? seconds : p->slowest;
-    if (p->peak == 0) p->peak = measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
+    if (p->peak == 0)
+        p->peak = slam_ranks_count(run_ranks(r)) * measure_peak(r->ops, slam_model_config(r->model), r->micro * r->context);
     s.n_figures = task_figures(&r->task, 0, s.figures);
     s.grad_norm = step.grad_norm;
     s.tokens_per_second = (double)tokens / seconds;
@@ -16633,13 +16892,13 @@ static int run_loop(slam_run *r, FILE *log, const char *path) {
 
 int slam_run_train(slam_run *r) {
     char *path = path_join(r->folder, "log.jsonl");
-    FILE *log = path ? fopen(path, "ab") : NULL;
-    if (path && !log) fail("%s: cannot be written: %s", path, strerror(errno));
+    FILE *log = path && run_writes(r) ? fopen(path, "ab") : NULL;
+    if (path && run_writes(r) && !log) fail("%s: cannot be written: %s", path, strerror(errno));
     r->saved_step = r->trainer.step;
     r->ended = SLAM_ENDED_LIMIT;
     slam_progress_begin(&r->bar);
     slam_progress_show(&r->bar, (double)r->trainer.step, (double)r->trainer.steps, ""); // nothing yet, but what is done already
-    int ok = log && run_loop(r, log, path);
+    int ok = slam_ranks_agree(run_ranks(r), log || (path && !run_writes(r))) && run_loop(r, log, path);
     slam_progress_clear(&r->bar);
     if (log && fclose(log) != 0 && ok) ok = fail("%s: cannot be written: %s", path, strerror(errno));
     free(path);
@@ -16657,29 +16916,38 @@ static int lock_folder(slam_run *r) {
     return 1; // a file system without locks does without
 }
 
-int slam_run_begin(slam_run *r, const char *checkpoint) {
-    slam_trainer *t = &r->trainer;
-    char *log = path_join(r->folder, "log.jsonl"), *newest = NULL;
-    r->optimiser = slam_optimiser_new(r->model, &r->adamw);
-    int ok = log && r->optimiser && lock_folder(r) && slam_checkpoint_find(r->folder, &newest);
+/* The folder is this process's from here on, and as its newest checkpoint left it. */
+static int take_folder(slam_run *r, const char *checkpoint) {
+    char *newest = NULL;
+    int ok = lock_folder(r) && slam_checkpoint_find(r->folder, &newest);
     /* the checkpoint was looked for before the lock was ours */
     if (ok && (checkpoint ? !newest || strcmp(newest, checkpoint) : newest != NULL))
         ok = fail("%s: another process has trained here meanwhile", r->folder);
     free(newest);
-    ok = ok && slam_checkpoint_mend(r->folder) && (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
+    return ok && slam_checkpoint_mend(r->folder);
+}
+
+int slam_run_begin(slam_run *r, const char *checkpoint) {
+    slam_trainer *t = &r->trainer;
+    const int first = run_writes(r);
+    char *log = path_join(r->folder, "log.jsonl");
+    if (r->optimiser) slam_optimiser_reset(r->optimiser);
+    else r->optimiser = slam_optimiser_new(r->model, &r->adamw);
+    int ok = slam_ranks_agree(run_ranks(r), log && r->optimiser && (!first || take_folder(r, checkpoint)));
+    ok = ok && (!checkpoint || slam_optimiser_load(r->optimiser, checkpoint));
     if (ok && checkpoint && slam_optimiser_updates(r->optimiser) != t->step)
         ok = fail("%s: optimizer.safetensors is of step %ld, trainer.json of step %ld", checkpoint,
                   slam_optimiser_updates(r->optimiser), t->step);
     r->before = t->seconds;
     r->ready = 0; // slam_run_time may have taken one
-    ok = ok && r->task.seek(r->task.context, t->epoch, t->row) && log_cut(log, t->step) &&
-         trainer_write(t, checkpoint ? checkpoint : r->folder) && folder_sync(r->folder);
+    ok = ok && r->task.seek(r->task.context, t->epoch, t->row) &&
+         (!first || (log_cut(log, t->step) && trainer_write(t, checkpoint ? checkpoint : r->folder) && folder_sync(r->folder)));
     free(log);
-    return ok;
+    return slam_ranks_agree(run_ranks(r), ok);
 }
 
-/* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is thrown away: what follows is
-   the run that its number of steps alone would have given. The first step is slower than the rest and not counted. */
+/* Seconds a step takes. With learning rate 0 the weights stay as they are, and the optimiser is set back: what follows is the run
+   that its number of steps alone would have given. The first step is slower than the rest and not counted. 2: stopped. */
 static int time_steps(slam_run *r, double *seconds) {
     slam_step step;
     uint64_t tokens;
@@ -16687,31 +16955,30 @@ static int time_steps(slam_run *r, double *seconds) {
     const double some = 0.02 * r->max_seconds, enough = some > 20  ? 20
                                                         : some < 1 ? 0.1 * r->max_seconds < 1 ? 0.1 * r->max_seconds : 1
                                                                    : some;
-    int n = 0, ok = 1;
+    int n = 0;
     r->optimiser = slam_optimiser_new(r->model, &r->adamw);
-    for (ok = r->optimiser != NULL; ok && (n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
+    if (!r->optimiser) return 0;
+    for (; slam_ranks_max(run_ranks(r), n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
         if (n == 1) start = slam_clock();
-        ok = run_step(r, 0, &step, &tokens, &loss);
-        if (ok && slam_signals_stop()) ok = fail("stopped before the first step");
+        if (!run_step(r, 0, &step, &tokens, &loss)) return 0;
+        if (slam_ranks_max(run_ranks(r), slam_signals_stop())) return 2;
     }
     *seconds = (slam_clock() - start) / (n > 1 ? n - 1 : 1);
-    slam_optimiser_free(r->optimiser);
-    r->optimiser = NULL;
-    return ok;
+    return 1;
 }
 
 int slam_run_time(slam_run *r) {
     slam_trainer *t = &r->trainer;
     double step, evaluation = 0;
     int ok = time_steps(r, &step);
-    if (ok && r->task.evaluate && r->eval_every) {
+    if (ok == 1 && r->task.evaluate && r->eval_every) {
         const double start = slam_clock();
         double *losses = (double *)mem_new((size_t)r->task.sources + 1, sizeof *losses);
         ok = losses && r->task.evaluate(r->task.context, losses);
         evaluation = r->val_seconds = slam_clock() - start;
         free(losses);
     }
-    if (!ok) return 0;
+    if (ok != 1) return ok;
     /* weights and two moments, written at the 300 MB/s of a plain disk */
     const double save = r->save_seconds = 12.0 * (double)slam_config_parameters(slam_model_config(r->model)) / 300e6;
     /* every evaluation may find the lowest loss so far, which is saved */
@@ -16719,7 +16986,7 @@ int slam_run_time(slam_run *r) {
                saves = best_every && (!r->save_every || best_every < r->save_every) ? best_every : r->save_every;
     const double all = step + (r->eval_every ? evaluation / (double)r->eval_every : 0) + (saves ? save / (double)saves : 0);
     const double left = 0.97 * (r->max_seconds - t->seconds - (slam_clock() - r->began)) - evaluation - save;
-    const long fit = t->step + (left > all ? (long)(left / all) : 1);
+    const long fit = t->step - slam_ranks_max(run_ranks(r), left > all ? -(long)(left / all) : -1); // the fewest of all ranks
     if (!t->steps || fit < t->steps) t->steps = fit;
     char spelled[32];
     if (t->steps < r->min_steps)
@@ -17042,6 +17309,12 @@ static int job_flags_table(slam_flag *f, slam_options *o) {
         {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core", 0, 4096, 0, 0},
         {"seed", SLAM_LONG, &o->seed, "N", "0", NULL, 0, 9e15, 0, 0},
         {"dry-run", SLAM_SWITCH, &o->dry_run, NULL, NULL, "print the plan, train nothing", 0, 0, 0, 0},
+        {NULL, 0, NULL, NULL, NULL, "Several ranks: mpirun -np N or srun starts them", 0, 0, 0, 0},
+        {"zero", SLAM_CHOICE, &o->zero, "0|1", "1", "1: each keeps a part of the optimiser's state (ZeRO-1); 0: all of it", 0, 0, 0,
+         0},
+        {"ranks", SLAM_INT, &o->ranks, "N", NULL, "of --dry-run: plan for so many", 1, 1 << 20, 0, 0},
+        {"flops", SLAM_REAL, &o->flops, "X", NULL, "of --dry-run: FLOP/s of a rank", 1, 1e18, 0, 0},
+        {"bandwidth", SLAM_REAL, &o->bandwidth, "X", NULL, "of --dry-run: bytes a second that a rank sends", 1, 1e15, 0, 0},
     };
     const int n = (int)(sizeof table / sizeof *table);
     for (int i = 0; i < n; i++) f[i] = table[i];
@@ -17094,6 +17367,8 @@ int slam_job_check(slam_job *j) {
     const slam_options *o = &j->o;
     int micro;
     if (o->val.n && o->val_fraction > 0) return fail("--val and --val-fraction: validation data are given or held out, not both");
+    if (o->ranks && !o->dry_run)
+        return fail("--ranks %d: is for --dry-run; mpirun -np %d ./%s trains on so many", o->ranks, o->ranks, j->program);
     return (!o->warmup || read_warmup(&j->run, o->warmup)) && (!o->micro || read_micro(o->micro, &micro)) &&
            (!o->device || slam_device_check(o->device));
 }
@@ -17153,12 +17428,17 @@ int slam_job_name_data(slam_job *j, const char *argv0, const char *bundled, cons
 
 int slam_job_mode(const slam_job *j) { return j->o.recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN; }
 
+/* How many ranks there are, or are planned; and in how many parts the optimiser's state is divided. */
+static int job_ranks(const slam_job *j) { return j->o.ranks ? j->o.ranks : slam_ranks_count(j->ranks); }
+static int job_parts(const slam_job *j) { return strcmp(j->o.zero, "0") ? job_ranks(j) : 1; }
+
 /* The rows at once are kept with the run: another number would change the last bits. */
 static int fix_micro(slam_job *j, const slam_config *config, int rows) {
     char spelled[32];
     int micro;
     if (!read_micro(j->o.micro, &micro)) return 0;
-    if (!micro) micro = slam_micro_batch(j->run.ops, config, rows, j->run.context, slam_job_mode(j));
+    rows = (rows + job_ranks(j) - 1) / job_ranks(j);
+    if (!micro) micro = slam_micro_batch(j->run.ops, config, rows, j->run.context, slam_job_mode(j), job_parts(j));
     j->run.micro = micro < rows ? micro : rows;
     snprintf(spelled, sizeof spelled, "%d", micro); // as it was asked for, so that the same command goes on
     return slam_flags_set(&j->flags, "micro-batch", spelled);
@@ -17167,6 +17447,8 @@ static int fix_micro(slam_job *j, const slam_config *config, int rows) {
 int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int rows, int T) {
     const slam_options *o = &j->o;
     slam_run *r = &j->run;
+    if (o->batch < job_ranks(j)) return fail("--batch %d: fewer than the %d ranks", o->batch, job_ranks(j));
+    slam_ranks_zero(j->ranks, job_parts(j) > 1);
     const char *const schedules[] = {"cosine", "inverse-sqrt", "linear", "constant"};
     r->ops = ops;
     r->adamw.beta1 = o->beta1;
@@ -17224,13 +17506,24 @@ int slam_job_keep(slam_job *j, uint64_t data) {
     ok = ok && slam_settings_set(&t->settings, "program", j->program) && slam_settings_keep(&t->settings, &j->flags, without.at) &&
          slam_settings_keep_paths(&t->settings, j->key, &j->flags.rest) && slam_settings_keep_paths(&t->settings, "val", &j->o.val);
     text_free(&without);
-    return ok;
+    const uint64_t seen[] = {data, (uint64_t)t->step, (uint64_t)t->steps};
+    if (!slam_ranks_agree(j->ranks, ok)) return 0;
+    if (slam_ranks_same(j->ranks, hash_bytes(HASH_START, seen, sizeof seen))) return 1;
+    fail("the ranks do not see the same data or checkpoints: expected files that all machines share");
+    return slam_ranks_agree(j->ranks, 0);
 }
 
 int slam_job_begin(slam_job *j) {
     slam_run *r = &j->run;
-    r->folder = j->folder ? j->folder : j->o.out ? j->o.out : (j->folder = slam_run_new(j->program));
-    if (!r->folder) return 0;
+    if (!j->folder) {
+        char name[64] = "";
+        if (!j->o.out && slam_ranks_rank(j->ranks) == 0 && (j->folder = slam_run_new(j->program)) != NULL)
+            snprintf(name, sizeof name, "%s", j->folder);
+        if (!slam_ranks_agree(j->ranks, j->o.out || slam_ranks_rank(j->ranks) || j->folder)) return 0;
+        slam_ranks_tell(j->ranks, name, sizeof name);
+        if (!j->folder && !j->o.out && !(j->folder = text_copy(name))) return 0;
+    }
+    r->folder = j->folder ? j->folder : j->o.out;
     printf("run      %s\n", r->folder);
     fflush(stdout);
     return slam_run_begin(r, j->checkpoint);
@@ -17241,12 +17534,38 @@ void slam_job_print_device(const slam_job *j, const char *note) {
 }
 
 void slam_job_print_memory(const slam_job *j, const slam_config *config, int rows) {
-    const slam_memory m = slam_config_memory(config, j->run.ops->bytes_per_act, j->run.micro, j->run.context, slam_job_mode(j));
+    const int ranks = job_ranks(j);
+    const slam_memory m =
+        slam_config_memory(config, j->run.ops->bytes_per_act, j->run.micro, j->run.context, slam_job_mode(j), job_parts(j));
     printf(
-        "memory   %.1f MB: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at "
+        "memory   %.1f MB%s: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n         logits %.1f; %d of %d rows at "
         "once\n",
-        m.total / 1e6, m.weights / 1e6, m.gradients / 1e6, m.optimiser / 1e6, m.activations / 1e6, m.logits / 1e6, j->run.micro,
-        rows);
+        m.total / 1e6, ranks > 1 ? " a rank" : "", m.weights / 1e6, m.gradients / 1e6, m.optimiser / 1e6, m.activations / 1e6,
+        m.logits / 1e6, j->run.micro, (rows + ranks - 1) / ranks);
+}
+
+/* What is reduced hides behind the backward pass, two thirds of the work, over the last rows at once. */
+void slam_job_print_ranks(const slam_job *j, const slam_config *config, double tokens) {
+    const slam_options *o = &j->o;
+    const int ranks = job_ranks(j), act = strcmp(o->zero, "0") ? j->run.ops->bytes_per_act : 4;
+    const double n = (double)slam_config_parameters(config), away = (double)(ranks - 1) / ranks,
+                 work = slam_config_flops(config, o->context) * tokens / ranks;
+    const double reduced = 4 * n * away, gathered = act * n * away;
+    char a[32], b[32];
+    if (ranks > 1)
+        printf(
+            "ranks    %d, %.3g rows each; a step sends %s bytes a rank: (ranks - 1) / ranks x %s parameters x (4 of gradients + %d of %s)\n",
+            ranks, (double)o->batch / ranks, slam_spell_count(a, reduced + gathered), slam_spell_count(b, n), act,
+            act == 4 && !strcmp(o->zero, "0") ? "their sums" : "weights");
+    if (!o->flops) return;
+    const double compute = work / o->flops, last = compute * j->run.micro * ranks / o->batch,
+                 reduce = o->bandwidth ? reduced / o->bandwidth : 0, gather = o->bandwidth ? gathered / o->bandwidth : 0,
+                 shown = reduce > last * 2 / 3 ? reduce - last * 2 / 3 : 0, step = compute + shown + gather;
+    printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, shown, gather,
+           slam_spell_count(a, 86400 * tokens / step));
+    printf(
+        "         compute = FLOP a token x tokens / ranks / FLOP/s; reduce, gather = bytes / bandwidth, the first less 2/3 of the\n"
+        "         last rows' compute, behind which it hides\n");
 }
 
 void slam_job_print_schedule(const slam_job *j) {

@@ -73,8 +73,8 @@ static void set_flags(train_job *t) {
     slam_job *j = &t->j;
     j->program = "train";
     j->key = "data";
-    j->not_kept = "out resume dry-run rate val";
-    j->may_change = "threads device recompute save-every keep log-every";
+    j->not_kept = "out resume dry-run rate ranks flops bandwidth val";
+    j->may_change = "threads device recompute save-every keep log-every zero";
     j->may_grow = "steps tokens epochs time";
     j->flags.program = "train";
     j->flags.usage = "[options] [DATA...]";
@@ -259,6 +259,7 @@ static void print_dry_run(const train_job *t) {
     const double flops = slam_config_flops(&t->config, c->context), tokens = (double)c->batch * c->context * t->size.fill;
     char a[32], b[32];
     printf("work     %s FLOP a token\n", slam_spell_count(b, flops));
+    slam_job_print_ranks(&t->j, &t->config, tokens);
     if (o->rate > 0 && t->j.run.trainer.steps)
         printf("time     %s at %g tokens/s\n", slam_spell_time(a, (double)t->j.run.trainer.steps * tokens / o->rate), o->rate);
     else if (o->rate > 0)
@@ -305,10 +306,9 @@ static int train(train_job *t) {
                                    (uint64_t)c->seed);
     if (!t->task) return 0;
     r->task = slam_pretraining_task(t->task);
-    if (t->measure && !slam_run_time(r)) {
-        if (slam_signals_stop()) printf("stopped before the first step\n");
-        return slam_signals_stop();
-    }
+    const int timed = t->measure ? slam_run_time(r) : 1;
+    if (timed == 2) printf("stopped before the first step\n");
+    if (timed != 1) return timed;
     r->trainer.units = slam_data_fingerprint(t->data);
     if (!slam_data_hash(t->data, &t->size, c->context, (uint64_t)c->seed, &hash) || !slam_job_keep(j, hash) || !slam_job_begin(j))
         return 0;
@@ -337,7 +337,7 @@ int main(int argc, char **argv) {
         if (ok) print_plan(&t, note);
         if (ok && t.j.o.dry_run) print_dry_run(&t);
         else if (ok) ok = train(&t);
-        else if ((ok = slam_signals_stop())) printf("stopped before the first step\n");
+        else if ((ok = (int)slam_ranks_max(t.j.ranks, slam_signals_stop()))) printf("stopped before the first step\n");
         status = ok ? 0 : 1;
     }
     status = slam_job_end(&t.j, status);

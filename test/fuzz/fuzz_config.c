@@ -16,7 +16,7 @@ static void check_config(const slam_config *c) {
     }
     MUST(end == slam_config_parameters(c));
     free(list);
-    const slam_memory m = slam_config_memory(c, 4, 1, 2, SLAM_TRAIN);
+    const slam_memory m = slam_config_memory(c, 4, 1, 2, SLAM_TRAIN, 1);
     MUST(m.total >= 16.0 * (double)w.total && m.activations > 0);
 }
 
