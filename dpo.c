@@ -59,8 +59,8 @@ static void set_flags(dpo_job *d) {
     };
     j->program = "dpo";
     j->key = "pairs";
-    j->not_kept = "out resume dry-run val";
-    j->may_change = "threads device recompute save-every keep log-every";
+    j->not_kept = "out resume dry-run ranks flops bandwidth val";
+    j->may_change = "threads device recompute save-every keep log-every zero";
     j->may_grow = "steps epochs";
     j->flags.program = "dpo";
     j->flags.usage = "[options] [PAIRS.jsonl...]";
@@ -162,6 +162,7 @@ static void print_plan(const dpo_job *d, const char *note) {
     slam_job_print_memory(&d->j, m, s->most_rows);
     printf("steps    %ld of %d pairs: %.3g epochs\n", steps, c->batch, (double)steps * c->batch / (double)s->train);
     printf("loss     beta %g, label smoothing %g\n", d->beta, d->label_smoothing);
+    if (c->dry_run) slam_job_print_ranks(&d->j, m, (double)s->tokens * c->batch / (double)s->train);
     slam_job_print_schedule(&d->j);
     fflush(stdout);
 }

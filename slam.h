@@ -687,7 +687,8 @@ uint64_t slam_pairs_hash(const slam_pairs *);
    recall: takes what the file says, *known pairs. An error where it is of other pairs or another model; what is torn or damaged, or
    no file at all, is not known.
    compute: the rest, by `reference`, which is planned for `micro` rows of slam_pairs_row. `model`: its slam_model_hash. path NULL: no
-   file. The watch (NULL: none) is told how many of how many are known. 1; 2 where the watch returned 0; 0: failed. */
+   file. The watch (NULL: none) is told how many of how many are known. 1; 2 where the watch returned 0; 0: failed. Of several ranks
+   each computes some of the rows, and the first one writes; all call recall first. */
 typedef int slam_pairs_watch(void *context, uint64_t done, uint64_t of);
 int slam_pairs_recall(slam_pairs *, const char *path, uint64_t model, uint64_t *known);
 int slam_pairs_compute(slam_pairs *, slam_model *reference, int micro, const char *path, uint64_t model, slam_pairs_watch *,
@@ -710,8 +711,9 @@ typedef struct slam_dpo_figures {
 } slam_dpo_figures;
 /* The next batch: positions that are not padding, and pairs. */
 int slam_dpo_next(slam_dpo *, uint64_t *tokens, uint64_t *pairs);
-/* Forward and backward over it: adds d(sum of losses) / pairs to the gradients, the sum of losses to the step's statistics. */
-int slam_dpo_accumulate(slam_dpo *, uint64_t pairs);
+/* Forward and backward over it, a rank over its share: adds d(sum of losses) / pairs to the gradients, the sum of losses to the step's
+   statistics. */
+int slam_dpo_accumulate(slam_dpo *, uint64_t pairs, slam_after_layer *, void *context);
 /* Over all pairs of the validation, where there are any. */
 int slam_dpo_validates(const slam_dpo *);
 int slam_dpo_evaluate(slam_dpo *);
@@ -13571,10 +13573,17 @@ static int rows_at_once(const pair_rows *r, int row) {
     return r->rows - row < even ? r->rows - row : even;
 }
 
+/* Where the places of the rows that are computed with place `first`'s end. */
+static size_t rows_end(const pair_rows *r, size_t first) {
+    const int row = r->place[first].row, end = row + rows_at_once(r, row);
+    while (first < r->n && r->place[first].row < end) first++;
+    return first;
+}
+
 /* The next rows, beginning with place `first`, as a batch as short as its longest row; returns the end of its places. */
 static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
     const int row = r->place[first].row;
-    size_t end = first;
+    const size_t end = rows_end(r, first);
     b->B = rows_at_once(r, row);
     b->T = rows_length(r, row, b->B);
     const size_t n = (size_t)b->B * b->T;
@@ -13583,7 +13592,7 @@ static size_t rows_fill(pair_rows *r, size_t first, slam_batch *b) {
     b->doc_start = r->ints + 2 * n;
     b->hole = r->ints + 3 * n;
     for (size_t i = 0; i < n; i++) put_token(b, i, 0, -1, (int)(i % b->T), 0, 0);
-    for (; end < r->n && r->place[end].row < row + b->B; end++) put_pair(b, r->pairs, &r->place[end], row);
+    for (size_t i = first; i < end; i++) put_pair(b, r->pairs, &r->place[i], row);
     return end;
 }
 
@@ -13607,6 +13616,21 @@ static int rows_forward(pair_rows *r, slam_model *m, size_t first, slam_batch *b
             for (int k = 0; k < n; k++) sum += losses[k];
             r->logp[2 * i + side] = -sum;
         }
+    return 1;
+}
+
+/* Forward of all rows, dealt to the ranks (NULL: alone) a batch at a time: log-probabilities of all endings. */
+static int rows_forward_all(pair_rows *r, slam_model *m) {
+    slam_ranks *ranks = m->ops->ranks;
+    int ok = 1, turn = 0;
+    memset(r->logp, 0, 2 * r->n * sizeof *r->logp);
+    for (size_t first = 0, end; ok && first < r->n; first = end, turn++) {
+        slam_batch b;
+        if (turn % slam_ranks_count(ranks) == slam_ranks_rank(ranks)) ok = rows_forward(r, m, first, &b, &end);
+        else end = rows_end(r, first);
+    }
+    if (!slam_ranks_agree(ranks, ok)) return 0;
+    slam_ranks_sum(ranks, r->logp, 2 * r->n);
     return 1;
 }
 
@@ -13725,11 +13749,9 @@ static int reference_write(FILE *f, const char *path, const slam_pairs *p, size_
 
 static int reference_next(slam_pairs *p, pair_rows *r, slam_model *m, size_t n) {
     uint32_t list[REFERENCE_CHUNK] = SLAM_ZERO;
-    slam_batch b;
     for (size_t i = 0; i < n; i++) list[i] = (uint32_t)(p->known + i);
     pack_pairs(r, list, n);
-    for (size_t first = 0, end; first < n; first = end)
-        if (!rows_forward(r, m, first, &b, &end)) return 0;
+    if (!rows_forward_all(r, m)) return 0;
     for (size_t i = 0; i < 2 * n; i++) {
         if (!isfinite(r->logp[i]))
             return fail("the reference's log-probability of pair %u (from 1) is not finite", r->place[i / 2].pair + 1);
@@ -13740,21 +13762,23 @@ static int reference_next(slam_pairs *p, pair_rows *r, slam_model *m, size_t n) 
 
 int slam_pairs_compute(slam_pairs *p, slam_model *reference, int micro, const char *path, uint64_t model, slam_pairs_watch *watch,
                        void *context) {
-    pair_rows r;
+    slam_ranks *ranks = reference->ops->ranks;
+    pair_rows r = SLAM_ZERO;
     FILE *f = NULL;
     int going = 1;
     if (!p->prepared) return fail("pairs that are not prepared have no reference");
-    if (!rows_new(&r, p, REFERENCE_CHUNK, micro)) return 0;
-    int ok = !path || (f = reference_open(p, path, model)) != NULL;
-    while (ok && p->known < p->n && (going = !watch || watch(context, p->known, p->n))) {
+    if (slam_ranks_rank(ranks)) path = NULL;
+    int ok = rows_new(&r, p, REFERENCE_CHUNK, micro) && (!path || (f = reference_open(p, path, model)) != NULL);
+    ok = slam_ranks_agree(ranks, ok);
+    while (ok && p->known < p->n && (going = !slam_ranks_max(ranks, watch && !watch(context, p->known, p->n)))) {
         const size_t n = chunk_of(p->n - p->known);
-        ok = reference_next(p, &r, reference, n) && (!f || reference_write(f, path, p, n));
+        ok = slam_ranks_agree(ranks, reference_next(p, &r, reference, n) && (!f || reference_write(f, path, p, n)));
         if (ok) p->known += n;
     }
     if (f && ok) ok = file_finish(f, path);
     else if (f) fclose(f);
     rows_free(&r);
-    return !ok ? 0 : going ? 1 : 2;
+    return !slam_ranks_agree(ranks, ok) ? 0 : going ? 1 : 2;
 }
 
 /* ---- DPO ---- */
@@ -13765,7 +13789,7 @@ struct slam_dpo {
     double beta, label_smoothing;
     int batch;
     uint64_t seed, epoch, turn; // turn: pairs of this epoch that were taken
-    uint32_t *order, *drawn;    // the epoch's; the batch's
+    uint32_t *order, *drawn;    // the epoch's; this rank's share of the batch
     int begun;                  // the order is of this epoch
     pair_rows rows, few;        // the batch; some hundred pairs to validate on
     slam_dpo_figures step, evaluation;
@@ -13805,7 +13829,11 @@ slam_dpo *slam_dpo_new(slam_model *model, const slam_pairs *pairs, double beta, 
 }
 
 int slam_dpo_next(slam_dpo *d, uint64_t *tokens, uint64_t *pairs) {
-    for (int i = 0; i < d->batch; i++) {
+    size_t first, end;
+    slam_ranks_share(d->model->ops->ranks, (size_t)d->batch, &first, &end);
+    *tokens = 0;
+    *pairs = (uint64_t)d->batch;
+    for (size_t i = 0; i < (size_t)d->batch; i++) {
         if (d->begun && d->turn == d->pairs->n_train) {
             d->epoch++;
             d->turn = 0;
@@ -13813,11 +13841,11 @@ int slam_dpo_next(slam_dpo *d, uint64_t *tokens, uint64_t *pairs) {
         }
         if (!d->begun) order_pairs(d->pairs, d->order, d->seed, d->epoch);
         d->begun = 1;
-        d->drawn[i] = d->order[d->turn++];
+        const uint32_t pair = d->order[d->turn++];
+        *tokens += (uint64_t)pair_size(d->pairs, &d->pairs->at[pair]);
+        if (i >= first && i < end) d->drawn[i - first] = pair;
     }
-    pack_pairs(&d->rows, d->drawn, (size_t)d->batch);
-    *tokens = d->rows.tokens;
-    *pairs = (uint64_t)d->batch;
+    pack_pairs(&d->rows, d->drawn, end - first);
     return 1;
 }
 
@@ -13868,7 +13896,7 @@ static int reference_known(const slam_pairs *p) {
 
 /* The losses of tokens are -log p, so an ending's share of the gradient comes in with the sign turned: minus dloss/dD for the chosen
    one, plus for the rejected one. */
-int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs) {
+int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs, slam_after_layer *after_layer, void *context) {
     pair_rows *r = &d->rows;
     slam_dpo_figures sum = SLAM_ZERO;
     if (!reference_known(d->pairs)) return 0;
@@ -13887,9 +13915,10 @@ int slam_dpo_accumulate(slam_dpo *d, uint64_t pairs) {
                 for (int k = 0; k < n; k++) weights[at + k] = (float)(side ? slope : -slope);
             }
         }
-        if (!slam_model_backward_from(d->model, weights, sum.loss - before, NULL, NULL)) return 0;
+        if (!slam_model_backward_from(d->model, weights, sum.loss - before, end == r->n ? after_layer : NULL, context)) return 0;
     }
-    d->step = figures_mean(sum, (double)r->n);
+    slam_ranks_sum(d->model->ops->ranks, &sum.loss, sizeof sum / sizeof sum.loss);
+    d->step = figures_mean(sum, (double)pairs);
     return 1;
 }
 
@@ -13903,10 +13932,7 @@ int slam_dpo_evaluate(slam_dpo *d) {
     if (p->n_validation == 0) return fail("there are no pairs to validate on");
     for (size_t done = 0; done < p->n_validation; done += r->n) {
         pack_pairs(r, p->validation + done, chunk_of(p->n_validation - done));
-        for (size_t first = 0, end; first < r->n; first = end) {
-            slam_batch b;
-            if (!rows_forward(r, d->model, first, &b, &end)) return 0;
-        }
+        if (!rows_forward_all(r, d->model)) return 0;
         for (size_t i = 0; i < r->n; i++) pair_loss(d, r->place[i].pair, r->logp + 2 * i, &sum);
     }
     d->evaluation = figures_mean(sum, (double)p->n_validation);
@@ -16020,8 +16046,8 @@ int slam_micro_batch(const slam_ops *ops, const slam_config *config, int batch, 
     const int most = is_gpu ? batch : 4096 / T;
     int micro = batch < most ? batch : most > 1 ? most : 1;
     while (micro > 1 && slam_config_memory(config, ops->bytes_per_act, micro, T, mode, parts).total > room) micro--;
-    const int parts = (batch + micro - 1) / micro; // equal parts take as many passes and less memory
-    return (batch + parts - 1) / parts;
+    const int passes = (batch + micro - 1) / micro; // equal ones take as many, and less memory
+    return (batch + passes - 1) / passes;
 }
 
 /* ---- paths ---- */

@@ -67,10 +67,10 @@ static void test_torch(slam_ops *ops, const char *smoothing, int share, int cont
     uint64_t tokens, pairs;
     char name[64];
     if (!CHECK(d && slam_model_plan(reference, micro, 1024, SLAM_INFERENCE), "%s", slam_error())) return;
-    check_fails(slam_dpo_accumulate(d, p->n), "of 0 pairs of 8");
+    check_fails(slam_dpo_accumulate(d, p->n, NULL, NULL), "of 0 pairs of 8");
     CHECK(slam_pairs_compute(p, reference, micro, NULL, 0, NULL, NULL) == 1, "%s", slam_error());
     for (size_t i = 0; i < 2 * p->n; i++) check_near("reference", p->reference[i], number_at(file, "reference_logps", i), 1e-4);
-    CHECK(slam_dpo_next(d, &tokens, &pairs) && pairs == p->n && slam_dpo_accumulate(d, pairs), "%s", slam_error());
+    CHECK(slam_dpo_next(d, &tokens, &pairs) && pairs == p->n && slam_dpo_accumulate(d, pairs, NULL, NULL), "%s", slam_error());
     double loss = 0, margin = 0;
     slam_dpo_figures sum = SLAM_ZERO;
     for (size_t i = 0; i < p->n; i++) {
@@ -117,7 +117,7 @@ static outcome step_on(slam_ops *ops, const char *path, int batch, int context, 
     uint64_t pairs;
     if (CHECK(d && slam_model_plan(reference, micro, 1024, SLAM_INFERENCE) &&
                   slam_pairs_compute(p, reference, micro, NULL, 0, NULL, NULL) == 1 && slam_dpo_next(d, &out.tokens, &pairs) &&
-                  slam_dpo_accumulate(d, pairs),
+                  slam_dpo_accumulate(d, pairs, NULL, NULL),
               "%s", slam_error())) {
         out.gradients = (float *)malloc(m->w.total * sizeof *out.gradients);
         memcpy(out.gradients, m->gradients, m->w.total * sizeof *out.gradients);
@@ -181,7 +181,7 @@ static void test_finite_differences(slam_ops *ops) {
     uint64_t tokens, pairs;
     double loss[2], norm = 0;
     CHECK(slam_model_plan(reference, 2, 1024, SLAM_INFERENCE) && slam_pairs_compute(p, reference, 2, NULL, 0, NULL, NULL) == 1 &&
-              slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs),
+              slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs, NULL, NULL),
           "%s", slam_error());
     const size_t n = m->w.total;
     float *kept = (float *)malloc(n * sizeof *kept), *g = (float *)malloc(n * sizeof *g);
@@ -191,7 +191,7 @@ static void test_finite_differences(slam_ops *ops) {
     norm = sqrt(norm);
     for (int side = 0; side < 2; side++) {
         for (size_t i = 0; i < n; i++) m->master[i] = kept[i] + (float)((side ? 3e-3 : -3e-3) * g[i] / norm);
-        CHECK(slam_dpo_accumulate(d, pairs), "%s", slam_error());
+        CHECK(slam_dpo_accumulate(d, pairs, NULL, NULL), "%s", slam_error());
         loss[side] = slam_dpo_last(d, 0).loss;
     }
     check_near("slope", (loss[1] - loss[0]) / 6e-3 / norm, 1, 2e-3);
@@ -520,7 +520,7 @@ static void test_learning(slam_ops *ops) {
     check_near("loss at first", slam_dpo_last(d, 1).loss, log(2), 1e-5);
     for (int k = 0; k < 120; k++) {
         slam_step step;
-        CHECK(slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs) && slam_optimiser_step(o, 3e-3, &step), "%s",
+        CHECK(slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs, NULL, NULL) && slam_optimiser_step(o, 3e-3, &step), "%s",
               slam_error());
         check_near("the step's loss", step.loss_sum / 16, slam_dpo_last(d, 0).loss, 1e-5);
     }
