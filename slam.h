@@ -7395,8 +7395,7 @@ static void part_of(const slam_ranks *r, int rank, size_t n, size_t *first, size
 
 /* ---- MPI: start and end ---- */
 
-#ifdef SLAM_MPI
-/* MPI by itself takes a tenth of a second to find out that there is nobody else. */
+/* Whether mpirun or srun has started this process. (MPI by itself takes a tenth of a second to find out that there is nobody else.) */
 static int ranks_launched(void) {
     static const char *const marks[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"};
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
@@ -7404,6 +7403,7 @@ static int ranks_launched(void) {
     return 0;
 }
 
+#ifdef SLAM_MPI
 static void ranks_start(slam_ranks *r) {
     int running = 0, level;
     MPI_Comm machine;
@@ -17664,7 +17664,7 @@ int slam_job_end(slam_job *j, int status) {
 void slam_progress_begin(slam_progress *p) {
     p->began = p->shown = slam_clock();
     p->first = -1;
-    p->terminal = isatty(STDOUT_FILENO);
+    p->terminal = isatty(STDOUT_FILENO) && !ranks_launched(); // mpirun's is one wherever its own goes
 }
 
 void slam_progress_show(slam_progress *p, double done, double of, const char *what) {
