@@ -65,7 +65,8 @@ $(B)/config.mk: test/detect
 # ---- programs ----
 
 COMPILE := $(CC) -Wall -Wextra $(FLAGS)
-SLAM := $(if $(CUDA),$(CUDA),$(COMPILE) -x c)
+SLAM := $(if $(CUDA),$(CUDA) $(if $(MPIRUN),$(NCCL)),$(COMPILE) -x c)
+LIBS += $(if $(MPIRUN),$(NCCL_LIBS))
 LINK := $(if $(CUDA),$(CXX),$(CC)) $(FLAGS)
 
 # Names the folder that the programs at the top come from; changes, and has them linked again, when the settings do.
@@ -84,15 +85,17 @@ $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 
 # For a debugger rather than for speed, and without CUDA: the kernels are C++ functions here. -g3: threadIdx is a macro.
 EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g3 -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
-EMULATED := slam.h test/cuda_emulator.h $(B)/config.mk
+EMULATED := slam.h test/cuda_emulator.h test/nccl_emulator.h $(B)/config.mk
 EMULATED_PROGRAMS := train-emulated dpo-emulated
 emulate: $(EMULATED_PROGRAMS)
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
 	$(EMULATE) -O0 -c $< -o $@
 $(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
-$(B)/test_cuda: test/test_cuda.cu test/check.h $(EMULATED) | build/current
-	$(EMULATE) -O1 $< -x none -o $@ $(LIBS)
+$(B)/test_cuda $(B)/test_ranks_cuda: test/check.h $(EMULATED) | build/current
+	$(EMULATE) -O1 $(filter %.cu %.c,$^) -x none -o $@ $(LIBS)
+$(B)/test_cuda: test/test_cuda.cu
+$(B)/test_ranks_cuda: test/test_ranks.c
 
 # ---- tests, measurements ----
 
@@ -102,7 +105,7 @@ $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $
 	$(COMPILE) $< -o $@ $(LIBS)
 # Without a C++ compiler the kernels' tests are left out.
 CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
-test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS))
+test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS) $(if $(MPIRUN),$(B)/test_ranks_cuda))
 	@$(SETTINGS) B=$(B) MPIRUN=$(MPIRUN) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
@@ -112,10 +115,10 @@ $(B)/gpu_test: test/test_cuda.cu
 $(B)/gpu_bench: test/gpu_bench.cu
 $(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h test/random_hubert.h $(B)/config.mk | build/current
 	@[ $(call quote,$(CUDA)) ] || { echo 'slam: $(FOUND)' >&2; exit 1; }
-	$(CUDA) -lineinfo -c $(filter %.cu,$^) -o $@.o
-	$(LINK) $@.o -o $@ $(LIBS)
+	$(CUDA) $(NCCL) -lineinfo -c $(filter %.cu,$^) -o $@.o
+	$(LINK) $@.o -o $@ $(LIBS) $(NCCL_LIBS)
 gpu-test: $(B)/gpu_test train dpo
-	@sh test/test_gpu.sh $<
+	@MPIRUN=$(MPIRUN) sh test/test_gpu.sh $<
 gpu-bench: $(B)/gpu_bench
 	@sh test/gpu_bench.sh $< $(BENCH)
 

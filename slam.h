@@ -7328,7 +7328,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 #define MPICH_SKIP_MPICXX
 #include <mpi.h>
 #endif
-#ifdef SLAM_NCCL
+#if defined(SLAM_NCCL) && !defined(SLAM_EMULATOR)
 #include <nccl.h>
 #endif
 
@@ -7357,7 +7357,7 @@ struct slam_ranks {
 #ifdef SLAM_MPI
     int started; // MPI is to be finished
     int turn;
-    parcel parcel[PARCELS];
+    parcel under_way[PARCELS];
 #endif
 #ifdef SLAM_NCCL
     ncclComm_t nccl;
@@ -7422,7 +7422,7 @@ static void ranks_start(slam_ranks *r) {
 
 static int parcels_new(slam_ranks *r) {
     for (int k = 0; k < PARCELS; k++) {
-        parcel *p = &r->parcel[k];
+        parcel *p = &r->under_way[k];
         p->sent = (int *)mem_new((size_t)r->n, 4 * sizeof *p->sent);
         if (!p->sent) return 0;
         p->sent_at = p->sent + r->n;
@@ -7462,8 +7462,8 @@ void slam_ranks_leave(slam_ranks *r, int status) {
 #endif
 #ifdef SLAM_MPI
     for (int k = 0; k < PARCELS; k++) {
-        free(r->parcel[k].sent);
-        free(r->parcel[k].arrived);
+        free(r->under_way[k].sent);
+        free(r->under_way[k].arrived);
     }
     if (r->started) MPI_Finalize();
 #endif
@@ -7620,7 +7620,7 @@ static void parcel_open(slam_ranks *r, parcel *p) {
 }
 
 static int parcel_send(slam_ranks *r, float *x, size_t n) {
-    parcel *p = &r->parcel[r->turn++ % PARCELS];
+    parcel *p = &r->under_way[r->turn++ % PARCELS];
     size_t first, mine, count;
     parcel_open(r, p);
     part_of(r, r->rank, n, &first, &mine);
@@ -7643,7 +7643,7 @@ static int parcel_send(slam_ranks *r, float *x, size_t n) {
 }
 
 static void all_gather_hosts(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
-    int *counts = r->parcel[0].sent, *at = r->parcel[0].sent_at;
+    int *counts = r->under_way[0].sent, *at = r->under_way[0].sent_at;
     for (int k = 0; k < r->n; k++) {
         size_t first, count;
         part_of(r, k, n, &first, &count);
@@ -7722,7 +7722,7 @@ static void ranks_wait(slam_ranks *r) {
     if (r->carrier == CARRIER_NCCL) r->ops->side_end(r->ops);
 #ifdef SLAM_MPI
     else
-        for (int k = 0; k < PARCELS; k++) parcel_open(r, &r->parcel[k]);
+        for (int k = 0; k < PARCELS; k++) parcel_open(r, &r->under_way[k]);
 #endif
 }
 
@@ -7731,7 +7731,7 @@ static void ranks_progress(slam_ranks *r) {
 #ifdef SLAM_MPI
     for (int k = 0; r && k < PARCELS; k++) {
         int done;
-        if (r->parcel[k].x) MPI_Test(&r->parcel[k].request, &done, MPI_STATUS_IGNORE);
+        if (r->under_way[k].x) MPI_Test(&r->under_way[k].request, &done, MPI_STATUS_IGNORE);
     }
 #endif
     (void)r;
@@ -8847,7 +8847,7 @@ struct slam_optimiser {
     slam_adamw settings;
     slam_ranks *ranks; // NULL: alone
     int apart;         // 1: each rank keeps the moments of its parts alone
-    bucket *bucket;
+    bucket *all;
     size_t buckets, capacity;
     size_t reduced; // of the step under way: so many buckets are on their way
     int failed;     // one of them failed
@@ -8860,8 +8860,8 @@ struct slam_optimiser {
 static int bucket_add(slam_optimiser *o, size_t first, size_t n, int after) {
     const size_t pieces = (n + BUCKET_MOST - 1) / BUCKET_MOST, each = (n / pieces + 255) / 256 * 256;
     for (size_t at = 0; at < n; at += each) {
-        if (!mem_grow((void **)&o->bucket, &o->capacity, o->buckets + 1, sizeof *o->bucket)) return 0;
-        bucket *b = &o->bucket[o->buckets++];
+        if (!mem_grow((void **)&o->all, &o->capacity, o->buckets + 1, sizeof *o->all)) return 0;
+        bucket *b = &o->all[o->buckets++];
         memset(b, 0, sizeof *b);
         b->first = first + at;
         b->n = n - at < each ? n - at : each;
@@ -8875,8 +8875,8 @@ static int buckets_plan(slam_optimiser *o) {
     const int L = o->model->config.L;
     int ok = 1;
     if (!o->ranks) {
-        ok = mem_grow((void **)&o->bucket, &o->capacity, 1, sizeof *o->bucket);
-        if (ok) memset(o->bucket, 0, sizeof *o->bucket), o->bucket->n = w->total, o->bucket->after = -1, o->buckets = 1;
+        ok = mem_grow((void **)&o->all, &o->capacity, 1, sizeof *o->all);
+        if (ok) memset(o->all, 0, sizeof *o->all), o->all->n = w->total, o->all->after = -1, o->buckets = 1;
     } else {
         if (w->head != w->embed) ok = bucket_add(o, w->head, w->layer - w->head, L);
         for (int end = L, l = L - 1; ok && l >= 0; l--) {
@@ -8889,7 +8889,7 @@ static int buckets_plan(slam_optimiser *o) {
              bucket_add(o, w->matrices, w->total - w->matrices, -1);
     }
     for (size_t i = 0; ok && i < o->buckets; i++) {
-        bucket *b = &o->bucket[i];
+        bucket *b = &o->all[i];
         size_t first;
         part_of(o->ranks, slam_ranks_rank(o->ranks), b->n, &first, &b->count);
         b->mine = b->first + first;
@@ -8907,7 +8907,7 @@ void slam_optimiser_free(slam_optimiser *o) {
     ops->release(ops, o->m);
     ops->release(ops, o->v);
     ops->release(ops, o->master);
-    free(o->bucket);
+    free(o->all);
     free(o);
 }
 
@@ -8916,11 +8916,11 @@ static int take_master(slam_optimiser *o) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     size_t most = 0;
-    for (size_t i = 0; i < o->buckets; i++) most = o->bucket[i].count > most ? o->bucket[i].count : most;
+    for (size_t i = 0; i < o->buckets; i++) most = o->all[i].count > most ? o->all[i].count : most;
     float *host = (float *)mem_new(most, sizeof *host);
     o->master = host ? (float *)ops->alloc(ops, o->n * sizeof *o->master) : NULL;
     for (size_t i = 0; o->master && i < o->buckets; i++) {
-        const bucket *b = &o->bucket[i];
+        const bucket *b = &o->all[i];
         ops->download(ops, host, m->master + b->mine, b->count * sizeof *host);
         ops->upload(ops, o->master + b->at, host, b->count * sizeof *host);
     }
@@ -8960,7 +8960,7 @@ void slam_optimiser_reset(slam_optimiser *o) {
 /* ---- a step ---- */
 
 static void reduce_next(slam_optimiser *o) {
-    const bucket *b = &o->bucket[o->reduced++];
+    const bucket *b = &o->all[o->reduced++];
     if (!ranks_reduce_scatter(o->ranks, o->model->gradients + b->first, b->n)) o->failed = 1;
 }
 
@@ -8968,7 +8968,7 @@ void slam_optimiser_after_layer(void *optimiser, int l) {
     slam_optimiser *o = (slam_optimiser *)optimiser;
     if (!o->ranks) return;
     ranks_progress(o->ranks);
-    while (o->reduced < o->buckets && o->bucket[o->reduced].after >= l) reduce_next(o);
+    while (o->reduced < o->buckets && o->all[o->reduced].after >= l) reduce_next(o);
 }
 
 /* Weights first..first+n-1, whose moments stand at `at`. Decay concerns the matrices alone, as in Hugging Face's Trainer: norms and
@@ -8998,15 +8998,15 @@ int slam_optimiser_begin(slam_optimiser *o, double lr) {
     if (o->failed) return 0;
     o->reduced = 0;
     for (size_t i = 0; i < o->buckets; i++)
-        if (o->bucket[i].count) ops->sum_squares(ops, m->stats + 1, m->gradients + o->bucket[i].mine, o->bucket[i].count);
+        if (o->all[i].count) ops->sum_squares(ops, m->stats + 1, m->gradients + o->all[i].mine, o->all[i].count);
     ok = ranks_all_reduce(o->ranks, m->stats, 2);
     for (size_t i = 0; ok && !o->apart && i < o->buckets; i++) {
-        const bucket *b = &o->bucket[i];
+        const bucket *b = &o->all[i];
         ok = ranks_all_gather(o->ranks, m->gradients + b->first, m->gradients + b->mine, b->n, sizeof(float));
     }
     ranks_wait(o->ranks);
     for (size_t i = 0; ok && i < o->buckets; i++) {
-        const bucket *b = &o->bucket[i];
+        const bucket *b = &o->all[i];
         if (!o->apart) adamw_range(o, h, b->first, b->n, b->first);
         else {
             adamw_range(o, h, b->mine, b->count, b->at);
@@ -9046,11 +9046,11 @@ static int state_download(slam_optimiser *o, const float *from, float *host) {
         if (host) ops->download(ops, host, from, m->w.total * sizeof *host);
         return ops->finish(ops);
     }
-    for (size_t i = 0; i < o->buckets; i++) most = o->bucket[i].n > most ? o->bucket[i].n : most;
+    for (size_t i = 0; i < o->buckets; i++) most = o->all[i].n > most ? o->all[i].n : most;
     float *whole = (float *)ops->alloc(ops, most * sizeof *whole);
     int ok = slam_ranks_agree(o->ranks, whole != NULL);
     for (size_t i = 0; ok && i < o->buckets; i++) {
-        const bucket *b = &o->bucket[i];
+        const bucket *b = &o->all[i];
         ok = ranks_all_gather(o->ranks, whole, from + b->at, b->n, sizeof *whole);
         ranks_wait(o->ranks);
         if (ok && host) ops->download(ops, host + b->first, whole, b->n * sizeof *host);
@@ -9069,7 +9069,7 @@ static int master_download(slam_optimiser *o, float *host) {
 static void state_upload(slam_optimiser *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (size_t i = 0; i < o->buckets; i++) {
-        const bucket *b = &o->bucket[i];
+        const bucket *b = &o->all[i];
         const size_t own = o->apart ? b->mine : b->first, end = own + (o->apart ? b->count : b->n), at = o->apart ? b->at : own;
         const size_t from = own > first ? own : first, until = end < first + n ? end : first + n;
         if (from < until) ops->upload(ops, to + at + (from - own), host + (from - first), (until - from) * sizeof *host);

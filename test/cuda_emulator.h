@@ -20,7 +20,8 @@
    registers, speed, or anything of cuBLASLt, whose products are a loop here.
 
    A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host memory that
-   is used again too early shows. There is one device. */
+   is used again too early shows. What is asked of a second stream (nccl_emulator.h) always waits until somebody waits for it. There is
+   one device. */
 #ifndef CUDA_EMULATOR_H
 #define CUDA_EMULATOR_H
 #include <algorithm>
@@ -599,9 +600,10 @@ enum cudaMemcpyKind {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
-typedef struct emulator_stream *cudaStream_t;
+typedef struct CUstream_st *cudaStream_t;
 typedef struct emulator_event {
     uint64_t ticket;
+    cudaStream_t stream;
 } * cudaEvent_t;
 struct cudaDeviceProp {
     char name[256];
@@ -620,9 +622,10 @@ static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
 static struct {
     std::deque<std::function<void()>> queue; // of the one stream
     uint64_t asked, done;                    // how many were put there, have run
-    int lazy;
-    std::map<const char *, size_t> pinned; // cudaMallocHost's blocks
-    std::map<const void *, size_t> shared; // bytes that a kernel may ask for
+    int lazy, streams;
+    std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
+    std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
+    std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
     cudaError_t error;
     size_t limit = EMULATOR_MEMORY, used; // bytes of device memory
     std::map<void *, size_t> blocks;
@@ -740,13 +743,31 @@ static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cuda
     emulator_ask([=] { memset(p, value, bytes); });
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return *s = NULL, cudaSuccess; }
+/* A stream is known by its number; the first one's work, and all that is not NCCL's, is in the device's queue. */
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
+    *s = (cudaStream_t)(uintptr_t)++emulator_device.streams;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator_drain(emulator_device.asked), cudaSuccess; }
+static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
+    emulator_device.later[stream].push_back(std::move(work));
+}
+static inline void emulator_catch_up(cudaStream_t stream) {
+    emulator_drain(emulator_device.asked);
+    std::deque<std::function<void()>> &queue = emulator_device.later[stream];
+    for (; !queue.empty(); queue.pop_front()) queue.front()();
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { return emulator_catch_up(s), cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
-static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { return e->ticket = emulator_device.asked, cudaSuccess; }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+    e->ticket = emulator_device.asked;
+    e->stream = s;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t e, unsigned) {
+    return emulator_catch_up(e->stream), cudaSuccess;
+}
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return emulator_drain(e->ticket), cudaSuccess; }
 template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute what, int value) {
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -791,4 +812,7 @@ static inline void emulator_product(int transA, int transB, int M, int N, int K,
         }
     });
 }
+#ifdef SLAM_MPI
+#include "nccl_emulator.h"
+#endif
 #endif

@@ -23,13 +23,16 @@ close_weights() {
 same_state() { cmp "$1/latest/model.safetensors" "$2/latest/model.safetensors" && cmp "$1/latest/optimizer.safetensors" "$2/latest/optimizer.safetensors"; }
 settings='--context 64 --batch 10 --steps 12 --warmup 4 --lr 1e-4 --eval-every 6 --save-every 4 --keep 0 --threads 1'
 
-for ranks in 1 3 4; do
-    on $ranks "${B:+$root/$B/}test_ranks" >unit.out 2>&1
-    status=$?
-    if [ $status -eq 0 ] && tail -n 1 unit.out | grep -q '^[1-9][0-9]* passed, 0 failed'; then ok "test_ranks by $ranks"; else
-        fail "test_ranks by $ranks" "$(grep FAIL unit.out | head -n 3) $(tail -n 1 unit.out)"
+# unit PROGRAM RANKS
+unit() {
+    on "$2" "$root/$B/$1" >unit.out 2>&1
+    unit_status=$?
+    if [ $unit_status -eq 0 ] && tail -n 1 unit.out | grep -q '^[1-9][0-9]* passed, 0 failed'; then ok "$1 by $2"; else
+        fail "$1 by $2" "$(grep FAIL unit.out | head -n 3) $(tail -n 1 unit.out)"
     fi
-done
+}
+for ranks in 1 3 4; do unit test_ranks $ranks; done
+if [ -x "$root/$B/test_ranks_cuda" ]; then unit test_ranks_cuda 3; else echo 'skip test_ranks_cuda: no C++ compiler'; fi
 
 # ---- the same numbers ----
 

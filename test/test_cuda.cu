@@ -668,6 +668,44 @@ static void test_training(void) {
     CHECK(got[19] < got[0] - 0.5, "the loss goes from %g to %g", got[0], got[19]);
 }
 
+#if defined(SLAM_NCCL) && !defined(SLAM_EMULATOR)
+/* One rank goes through NCCL as many do: its sums are its own numbers. */
+static void test_nccl(void) {
+    const size_t n = 100003;
+    std::vector<float> x(n), y(n);
+    slam_ranks *ranks = slam_ranks_join();
+    if (!CHECK(ranks, "%s", slam_error())) return;
+    const std::vector<double> expected = train_on(gpu, 6, 1, NULL);
+    ranks->carrier = CARRIER_MPI; // as if mpirun had started one
+    if (!CHECK(slam_ranks_attach(ranks, gpu) && ranks->carrier == CARRIER_NCCL, "%s", slam_error())) return;
+    for (size_t i = 0; i < n; i++) x[i] = (float)i / 3;
+    float *a = (float *)gpu->alloc(gpu, n * sizeof(float)), *b = (float *)gpu->alloc(gpu, n * sizeof(float));
+    gpu->upload(gpu, a, x.data(), n * sizeof(float));
+    double *sums = (double *)gpu->alloc(gpu, 2 * sizeof(double)), got[2];
+    gpu->sum(gpu, sums, a, n);
+    gpu->download(gpu, got, sums, sizeof got);
+    const double sum = got[0];
+    CHECK(ranks_reduce_scatter(ranks, a, n) && ranks_all_gather(ranks, b, a, n, sizeof(float)), "%s", slam_error());
+    CHECK(ranks_all_reduce(ranks, sums, 2), "%s", slam_error());
+    ranks_wait(ranks);
+    gpu->download(gpu, y.data(), b, n * sizeof(float));
+    gpu->download(gpu, got, sums, sizeof got);
+    CHECK(gpu->finish(gpu), "%s", slam_error());
+    CHECK(x == y && got[0] == sum && got[1] == 0, "other numbers");
+    const std::vector<double> losses = train_on(gpu, 6, 1, NULL), again = train_on(gpu, 6, 1, NULL);
+    slam_ranks_zero(ranks, 0);
+    const std::vector<double> plain = train_on(gpu, 6, 1, NULL);
+    CHECK(losses == again && losses == plain, "other bits in another run, or without ZeRO");
+    for (size_t i = 0; i < expected.size() && i < losses.size(); i++)
+        check_near("loss of a step", losses[i], expected[i], gpu->bytes_per_act == 2 ? 1e-3 : 1e-6);
+    gpu->release(gpu, a);
+    gpu->release(gpu, b);
+    gpu->release(gpu, sums);
+    slam_ranks_leave(ranks, 0);
+    CHECK(!gpu->ranks, "the device is alone again");
+}
+#endif
+
 static void test_determinism(void) {
     std::vector<float> weights[4];
     std::vector<double> losses[4];
@@ -777,6 +815,9 @@ int main(void) {
         if (TEST("model: gradients with holes %s", dtype)) test_gradients(1);
         if (TEST("model: 20 steps %s", dtype)) test_training();
         if (TEST("model: the same bits every time %s", dtype)) test_determinism();
+#if defined(SLAM_NCCL) && !defined(SLAM_EMULATOR)
+        if (TEST("model: a rank of its own %s", dtype)) test_nccl();
+#endif
         if (TEST("model: generation %s", dtype)) test_generation();
         if (TEST("model: out of memory %s", dtype)) test_memory();
         slam_ops_free(gpu);

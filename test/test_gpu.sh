@@ -4,7 +4,7 @@
 # resumes and moves small runs between CPU and GPU, learns preferences on both, and repeats the operations' tests under compute-sanitizer. Prints `ok NAME`,
 # `FAIL NAME: why` or `skip NAME: why` and last `N passed, N failed`; of TEST_CUDA only what failed or was skipped.
 #
-# In the environment: BUDGET (450 seconds; the sanitizer's tools share what the rest leaves), LOGS (a folder that keeps what the
+# In the environment: MPIRUN (none: no ranks), BUDGET (450 seconds; the sanitizer's tools share what the rest leaves), LOGS (a folder that keeps what the
 # programs printed), SANITIZER (path of compute-sanitizer). To try this script elsewhere: DEVICE (cuda), DTYPES ("bf16 f32"),
 # STEPS (200), OPTIONS (of train: "--model m.json --context 64 --batch 4").
 
@@ -164,6 +164,28 @@ for dtype in $dtypes; do
     case $dtype in f32) tolerance=1e-3 ;; *) tolerance=2e-2 ;; esac
     check "$dtype: and to the end" 'too far' near "$dtype-micro" "$dtype" 1 "$steps" $tolerance
 done
+
+# ---- as a rank, whose gradients and weights go through NCCL ----
+
+if [ "$MPIRUN" ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    lone=$train
+    printf '#!/bin/sh\nexec "%s" -np 1 "%s" "$@"\n' "$MPIRUN" "$lone" >rank && chmod +x rank
+    for dtype in $dtypes; do
+        train=$folder/rank
+        fresh "$dtype-rank" "$device" "$dtype" && fresh "$dtype-zero" "$device" "$dtype" --zero 0 || continue
+        train=$lone
+        case $dtype in f32) tolerance=1e-4 ;; *) tolerance=2e-2 ;; esac
+        check "$dtype: a rank of its own has the same losses" 'too far' near "$dtype-rank" "$dtype" 1 "$steps" $tolerance
+        check "$dtype: without ZeRO the same bits" 'differ' same_weights "$dtype-rank" "$dtype-zero" "$steps"
+        if half_of "$dtype-rank" "$dtype-alone" && run "$dtype-alone" --resume; then
+            check "$dtype: what a rank saved goes on without one" 'too far' near "$dtype-alone" "$dtype" 1 "$steps" $tolerance
+        fi
+    done
+    train=$lone
+else
+    echo 'skip a rank of its own: no MPI'
+fi
 
 # ---- from the CPU to the GPU and back ----
 
