@@ -618,9 +618,13 @@ int slam_sources_pairs_out(const slam_sources *); /* 1: what comes out are pairs
 /* Keeps neighbours only: the 1st of `of` equal parts, the 2nd, ...; what comes out of all parts in order is what comes out of
    all. */
 int slam_sources_part(slam_sources *, size_t part, size_t of);
+/* From here on they are heard by all ranks together: slam_quantiser_fit, slam_tokenize and slam_quantiser_sources are called by
+   all of them with the same arguments, each hears its share, and what comes out, of errors too, is the same on all: the bits of one
+   process. The watches of all are told of every source that failed; one that says stop is enough. */
+void slam_sources_ranks(slam_sources *, slam_ranks *);
 
 /* Fits K centroids to at most `frames` frames, drawn evenly from audio files in an order of the seed's: as many as hold 8 x
-   frames. */
+   frames. Each rank keeps all frames that were drawn, and looks for the nearest centroids of its share. */
 slam_quantiser *slam_quantiser_fit(const slam_speech_settings *, slam_ops *, const slam_sources *, int K, size_t frames,
                                    uint64_t seed, slam_speech_watch *, void *context, slam_kmeans_report *);
 /* Whether such a fit, with these arguments, may be saved as KM.npy and KM.json, before it is begun. 1: yes. 2: it is there
@@ -632,7 +636,8 @@ int slam_quantiser_may_fit(const char *path, const slam_speech_settings *, const
    last is NAME.bin) or NAME.jsonl (SlamKit features; audio_repr: SlamKit tokens; SlamKit pairs). For units that are there already
    the quantiser may be NULL: then a shard's header says nothing of them. Those that fail are listed in OUT.failed, that is
    NAME.bin.failed, lines as FILE:12. OUT.partial and OUT.journal hold what is done so far: the same call goes on from there, to the
-   same bytes, also after the machine ran out of memory. An OUT that exists, or that another process is at work on, is an error. */
+   same bytes, also after the machine ran out of memory, and on another number of ranks; rank 0 alone writes. An OUT that exists, or
+   that another process is at work on, is an error. */
 typedef struct slam_tokenize_report {
     size_t files, failed, repeats, earlier; /* sources done, failed or left out as repeating, with those of earlier calls */
     size_t documents;
@@ -936,8 +941,9 @@ char *slam_flags_text(const slam_flags *, const char *name);
 /* `program: error: ` and slam_error(), then how the program is called, on stderr. */
 void slam_flags_usage(const slam_flags *);
 
-/* How many threads parallel loops use, from here on; 0: one a core. Returns the number. */
-int slam_threads(int threads);
+/* How many threads parallel loops use, from here on; 0: one a core, of which the ranks on one machine get equal parts. Returns the
+   number. */
+int slam_threads(const slam_ranks *, int threads);
 
 /* One line on stdout that is written over, where that is a terminal; plain lines, ten seconds apart, where it is not. */
 typedef struct slam_progress {
@@ -11149,6 +11155,7 @@ static void centroids_assign(const float *frames, size_t n, const float *lanes, 
 /* ---- fitting centroids ---- */
 
 typedef struct kmeans_fit {
+    slam_ranks *ranks; // all have the frames, and do the same but for what hangs on a frame alone: each its share of that
     const float *x;
     size_t n;
     int D, K;
@@ -11158,6 +11165,7 @@ typedef struct kmeans_fit {
     int *unit;             // (n)
     float *distance;       // (n), squared, to the nearest centroid
     size_t *count, *first; // (K), (K + 1): frames of a centroid, their place in `order` once it is sorted by centroid
+    size_t *sizes;         // (ranks)
     slam_speech_watch *watch;
     void *context;
 } kmeans_fit;
@@ -11166,7 +11174,8 @@ static int fit_tell(const kmeans_fit *f, size_t passes) {
     slam_speech_progress p = SLAM_ZERO;
     p.stage = "fit";
     p.done = passes;
-    return !f->watch || f->watch(f->context, &p) || fail("stopped before the centroids were found");
+    const int stop = f->watch && !f->watch(f->context, &p);
+    return !slam_ranks_max(f->ranks, stop) || fail("stopped before the centroids were found");
 }
 
 static const float *fit_frame(const kmeans_fit *f, size_t i) { return f->x + i * (size_t)f->D; }
@@ -11184,6 +11193,28 @@ static void fit_shuffle(kmeans_fit *f) {
         f->order[i - 1] = f->order[j];
         f->order[j] = swap;
     }
+}
+
+/* x (n elements of `size` bytes): what each rank has of its share becomes everyone's. */
+static int fit_gather(const kmeans_fit *f, void *x, size_t n, size_t size) {
+    const int ranks = slam_ranks_count(f->ranks);
+    size_t first, end;
+    if (ranks == 1) return 1;
+    slam_ranks_share(f->ranks, n, &first, &end);
+    void *all = slam_ranks_collect(f->ranks, (char *)x + first * size, (end - first) * size, f->sizes);
+    if (all) memcpy(x, all, n * size);
+    free(all);
+    return all != NULL;
+}
+
+/* The nearest centroids of frames x (n): `unit`, and `distance` where it is not NULL */
+static int fit_nearest(kmeans_fit *f, const float *x, size_t n, float *distance) {
+    size_t first, end;
+    slam_ranks_share(f->ranks, n, &first, &end);
+    centroid_lanes(f->lanes, f->centroid, f->K, f->D);
+    centroids_assign(x + first * (size_t)f->D, end - first, f->lanes, f->K, f->D, f->unit + first,
+                     distance ? distance + first : NULL);
+    return fit_gather(f, f->unit, n, sizeof *f->unit) && (!distance || fit_gather(f, distance, n, sizeof *distance));
 }
 
 /* k-means++: each further centroid is a frame drawn with probability proportional to its squared distance from those before,
@@ -11212,23 +11243,22 @@ static void fit_seed(kmeans_fit *f, size_t m) {
 }
 
 /* Each centroid moves to the running mean of all frames that the batches so far gave it. */
-SPEECH_EXACT static void fit_mini_batch(kmeans_fit *f, size_t first, size_t m, float *batch) {
+SPEECH_EXACT static int fit_mini_batch(kmeans_fit *f, size_t first, size_t m, float *batch) {
     const size_t D = (size_t)f->D;
     for (size_t i = 0; i < m; i++) memcpy(batch + i * D, fit_frame(f, f->order[first + i]), D * sizeof *batch);
-    centroid_lanes(f->lanes, f->centroid, f->K, f->D);
-    centroids_assign(batch, m, f->lanes, f->K, f->D, f->unit, NULL);
+    if (!fit_nearest(f, batch, m, NULL)) return 0;
     for (size_t i = 0; i < m; i++) {
         float *c = fit_centroid(f, f->unit[i]);
         const float step = 1 / (float)++f->count[f->unit[i]];
         for (size_t d = 0; d < D; d++) c[d] += step * (batch[i * D + d] - c[d]);
     }
+    return 1;
 }
 
-/* Assigns every frame; `order` becomes the frames of centroid 0, of 1, ... Returns the mean squared distance. */
-static double fit_assign(kmeans_fit *f) {
+/* Assigns every frame; `order` becomes the frames of centroid 0, of 1, ... *inertia: the mean squared distance. */
+static int fit_assign(kmeans_fit *f, double *inertia) {
     double sum = 0;
-    centroid_lanes(f->lanes, f->centroid, f->K, f->D);
-    centroids_assign(f->x, f->n, f->lanes, f->K, f->D, f->unit, f->distance);
+    if (!fit_nearest(f, f->x, f->n, f->distance)) return 0;
     memset(f->first, 0, ((size_t)f->K + 1) * sizeof *f->first);
     for (size_t i = 0; i < f->n; i++) {
         f->first[f->unit[i] + 1]++;
@@ -11240,7 +11270,8 @@ static double fit_assign(kmeans_fit *f) {
     }
     for (size_t i = f->n; i-- > 0;) f->order[f->first[f->unit[i]] + --f->count[f->unit[i]]] = i;
     for (int k = 0; k < f->K; k++) f->count[k] = f->first[k + 1] - f->first[k];
-    return sum / (double)f->n;
+    *inertia = sum / (double)f->n;
+    return 1;
 }
 
 /* Centroids to the means of their frames; one without frames goes to the frame furthest from its own. How many those were. */
@@ -11277,13 +11308,11 @@ static int fit_run(kmeans_fit *f, float *batch, size_t batch_size, slam_kmeans_r
             fit_shuffle(f);
             at = 0;
         }
-        fit_mini_batch(f, at, batch_size, batch);
-        if (!fit_tell(f, 0)) return 0;
+        if (!fit_mini_batch(f, at, batch_size, batch) || !fit_tell(f, 0)) return 0;
     }
     double before = INFINITY;
     for (;;) {
-        report->inertia = fit_assign(f);
-        if (!fit_tell(f, (size_t)++report->passes)) return 0;
+        if (!fit_assign(f, &report->inertia) || !fit_tell(f, (size_t)++report->passes)) return 0;
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
         const int reseeded = fit_update(f);
         report->reseeded += reseeded;
@@ -11293,8 +11322,8 @@ static int fit_run(kmeans_fit *f, float *batch, size_t batch_size, slam_kmeans_r
     return 1;
 }
 
-int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_speech_watch *watch,
-                void *context, slam_kmeans_report *report) {
+static int kmeans_on(slam_ranks *ranks, const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids,
+                     slam_speech_watch *watch, void *context, slam_kmeans_report *report) {
     kmeans_fit f = SLAM_ZERO;
     const size_t batch_size = n < 10000 ? n : 10000;
     memset(report, 0, sizeof *report);
@@ -11303,6 +11332,7 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
     if (n < (size_t)K) return fail("k-means: %zu frames are fewer than the %d centroids to be found", n, K);
     for (size_t i = 0; i < n * (size_t)D; i++)
         if (!isfinite(frames[i])) return fail("k-means: frame %zu holds a number that is not finite", i / (size_t)D);
+    f.ranks = ranks;
     f.x = frames;
     f.n = n;
     f.D = D;
@@ -11317,17 +11347,24 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
     f.distance = (float *)mem_new(n, sizeof *f.distance);
     f.count = (size_t *)mem_new((size_t)K, sizeof *f.count);
     f.first = (size_t *)mem_new((size_t)K + 1, sizeof *f.first);
+    f.sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *f.sizes);
     float *batch = (float *)mem_new(batch_size * (size_t)D, sizeof *batch);
-    const int ok =
-        f.lanes && f.order && f.unit && f.distance && f.count && f.first && batch && fit_run(&f, batch, batch_size, report);
+    int ok = f.lanes && f.order && f.unit && f.distance && f.count && f.first && f.sizes && batch;
+    ok = slam_ranks_agree(ranks, ok) && fit_run(&f, batch, batch_size, report);
     free(f.lanes);
     free(f.order);
     free(f.unit);
     free(f.distance);
     free(f.count);
     free(f.first);
+    free(f.sizes);
     free(batch);
     return ok;
+}
+
+int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_speech_watch *watch,
+                void *context, slam_kmeans_report *report) {
+    return kmeans_on(NULL, frames, n, D, K, seed, centroids, watch, context, report);
 }
 
 /* ---- the quantiser: settings and centroids ---- */
@@ -12083,6 +12120,7 @@ typedef struct source_line {
 } source_line;
 
 struct slam_sources {
+    slam_ranks *ranks; // that hear them together; NULL: this process alone
     int kind, pairs;   // pairs: lines of them come out
     size_t first, n;   // those that are taken
     slam_list files;   // audio, or the files whose lines are the sources
@@ -12115,6 +12153,8 @@ int slam_sources_part(slam_sources *s, size_t part, size_t of) {
     s->n = each + (part - 1 < more);
     return 1;
 }
+
+void slam_sources_ranks(slam_sources *s, slam_ranks *ranks) { s->ranks = ranks; }
 
 static source_line *source_at(const slam_sources *s, size_t i) { return &s->line[s->first + i]; }
 static const char *source_text(const slam_sources *s, size_t i) {
@@ -12238,8 +12278,9 @@ slam_sources *slam_sources_text(const char *path, const slam_list *voices, doubl
 }
 
 /* ---- many sources at once ----
-   A block of neighbours in the list is shared among the threads, then used in order. Blocks grow until one takes about two
-   seconds, so that a job can be stopped soon; how long they are changes nothing else. */
+   A block of neighbours in the list is shared among the ranks, and by each among its threads; then all ranks have what was heard,
+   and it is used in order. Blocks grow until one takes about two seconds, so that a job can be stopped soon; how long they are
+   changes nothing else. */
 
 enum {
     WANT_FEATURES,
@@ -12276,8 +12317,8 @@ typedef struct audio_block {
     void *context;
     slam_speech_progress progress;
     heard *result;
-    size_t n, capacity;
-    decoder *decoders; // one a thread
+    size_t n, capacity; // n: of a block how many a rank hears
+    decoder *decoders;  // one a thread
     int threads, stop;
     int64_t waiting, most_waiting; // samples that wait for the device; more are not decoded meanwhile
     double told;
@@ -12318,6 +12359,15 @@ static int block_begin(audio_block *b) {
     return b->decoders != NULL;
 }
 
+/* Whether all ranks could begin, which is for one alone to say, and with the same sources. */
+static int block_agree(const audio_block *b, int ok) {
+    slam_ranks *ranks = b->sources->ranks;
+    if (slam_ranks_count(ranks) == 1) return ok;
+    if (!slam_ranks_agree(ranks, ok)) return 0;
+    return slam_ranks_same(ranks, sources_hash(HASH_START, b->sources)) ||
+           slam_ranks_agree(ranks, fail("the ranks do not see the same files or lines"));
+}
+
 static void block_end(audio_block *b) {
     for (int i = 0; b->decoders && i < b->threads; i++) decoder_close(&b->decoders[i]);
     free(b->decoders);
@@ -12332,6 +12382,12 @@ static int block_tell(audio_block *b, size_t done, size_t of, const char *failed
     b->progress.because = because;
     b->told = slam_clock();
     return !b->watch || b->watch(b->context, &b->progress);
+}
+
+/* Tells the watch how many are done. 1: no rank's says stop. */
+static int block_go_on(audio_block *b, size_t done) {
+    const int stop = b->stop || !block_tell(b, done, b->sources->n, NULL, NULL);
+    return !slam_ranks_max(b->sources->ranks, stop);
 }
 
 /* Asked by every thread before it begins something long; the first one asks the watch. */
@@ -12611,7 +12667,7 @@ static int block_encode(audio_block *b, clip_list *waiting) {
 
 /* Decodes what there is room for. An asynchronous device meanwhile encodes what was decoded before: the first thread sees to
    that, the others go ahead. */
-static int block_round(audio_block *b, size_t first, size_t all, clip_list *waiting) {
+static int block_round(audio_block *b, size_t first, size_t all, heard *result, clip_list *waiting) {
     const slam_hubert *h = block_hubert(b);
     const int beside = h && h->ops->asynchronous && b->threads > 1;
     int ok = beside || block_encode(b, waiting);
@@ -12621,11 +12677,11 @@ static int block_round(audio_block *b, size_t first, size_t all, clip_list *wait
         SLAM_PRAGMA(omp master)
         if (beside) ok = block_encode(b, waiting);
         SLAM_PRAGMA(omp for schedule(dynamic))
-        for (int64_t i = 0; i < (int64_t)all; i++) block_hear(b, block_source(b, first + (size_t)i), &b->result[i]);
+        for (int64_t i = 0; i < (int64_t)all; i++) block_hear(b, block_source(b, first + (size_t)i), &result[i]);
     }
     for (size_t i = 0; ok && h && !b->stop && i < all; i++)
-        for (size_t k = 0; ok && k < b->result[i].clips.n; k++)
-            if (b->result[i].clips.at[k]->sample) ok = clips_add(waiting, b->result[i].clips.at[k]);
+        for (size_t k = 0; ok && k < result[i].clips.n; k++)
+            if (result[i].clips.at[k]->sample) ok = clips_add(waiting, result[i].clips.at[k]);
     return ok;
 }
 
@@ -12664,33 +12720,141 @@ static void block_finish(const audio_block *b, heard *h) {
         for (size_t i = 0; i < h->clips.n; i++) h->frames += h->clips.at[i]->u.frames;
 }
 
-/* Hears sources first..first+n-1, at most; how many in *n: all before the first that a stop left out. 0 and the sentence where
-   the machine failed. */
-static int block_run(audio_block *b, size_t first, size_t *n) {
-    const double start = slam_clock();
-    const size_t rest = b->sources->n - first, all = rest < b->n ? rest : b->n;
+/* Hears `all` sources from the first on into `result`. 0 and the sentence where the machine failed. */
+static int block_listen(audio_block *b, size_t first, size_t all, heard *result) {
     clip_list waiting = SLAM_ZERO;
     size_t finished = 0;
     int ok = 1;
-    if (!mem_grow((void **)&b->result, &b->capacity, all, sizeof *b->result)) return 0;
-    memset(b->result, 0, all * sizeof *b->result);
+    while (ok && (finished < all || waiting.n)) {
+        ok = block_round(b, first, all, result, &waiting);
+        while (finished < all && result[finished].finished) finished++;
+    }
+    free(waiting.at);
+    if (!ok) return 0;
+    for (size_t i = 0; i < all && b->stop; i++) // what a stop left in the queue
+        for (size_t k = 0; k < result[i].clips.n; k++) result[i].dropped |= result[i].clips.at[k]->sample != NULL;
+    SLAM_PRAGMA(omp parallel for schedule(dynamic))
+    for (int64_t i = 0; i < (int64_t)all; i++) block_finish(b, &result[i]);
+    return 1;
+}
+
+/* ---- what one rank has heard, for the others: structures as they lie in memory, each followed by what its pointers show ---- */
+
+static void pack(text *t, const void *x, size_t n) {
+    text_add_bytes(t, (const char *)&n, sizeof n);
+    if (x) text_add_bytes(t, (const char *)x, n);
+}
+
+static void pack_string(text *t, const char *string) { pack(t, string, string ? strlen(string) + 1 : 0); }
+
+static void pack_heard(text *t, const heard *h, size_t D) {
+    text_add_bytes(t, (const char *)h, sizeof *h);
+    pack_string(t, h->name);
+    pack_string(t, h->error);
+    pack(t, h->document, h->documents * sizeof *h->document);
+    pack(t, h->out.at, h->out.n);
+    for (size_t i = 0; i < h->clips.n; i++) {
+        const clip *c = h->clips.at[i];
+        text_add_bytes(t, (const char *)c, sizeof *c);
+        pack(t, c->u.unit, c->u.n * sizeof *c->u.unit);
+        pack(t, c->u.duration, c->u.n * sizeof *c->u.duration);
+        pack(t, c->feature, c->feature ? c->u.frames * D * sizeof *c->feature : 0);
+    }
+}
+
+static void unpack_bytes(const char **at, void *x, size_t n) {
+    memcpy(x, *at, n);
+    *at += n;
+}
+
+/* What was packed, in memory of its own, NULL where it is nothing; clears *ok where there is no room. */
+static void *unpack(const char **at, int *ok) {
+    size_t n;
+    unpack_bytes(at, &n, sizeof n);
+    void *x = n && *ok ? mem_new(n, 1) : NULL;
+    *ok &= x || !n;
+    if (x) memcpy(x, *at, n);
+    *at += n;
+    return x;
+}
+
+static int unpack_clip(const char **at, clip_list *list) {
+    int ok = 1;
+    clip *c = (clip *)mem_new(1, sizeof *c);
+    if (!c || !clips_add(list, c)) {
+        free(c);
+        return 0;
+    }
+    unpack_bytes(at, c, sizeof *c);
+    c->sample = NULL;
+    c->u.unit = (int *)unpack(at, &ok);
+    c->u.duration = (int *)unpack(at, &ok);
+    c->feature = (float *)unpack(at, &ok);
+    return ok;
+}
+
+static int unpack_heard(const char **at, heard *h) {
+    int ok = 1;
+    unpack_bytes(at, h, sizeof *h);
+    const size_t clips = h->clips.n;
+    h->parts = NULL;
+    memset(&h->clips, 0, sizeof h->clips);
+    memset(&h->head, 0, sizeof h->head);
+    h->name = (char *)unpack(at, &ok);
+    h->error = (char *)unpack(at, &ok);
+    h->document = (size_t *)unpack(at, &ok);
+    h->out.at = (char *)unpack(at, &ok);
+    for (size_t i = 0; ok && i < clips; i++) ok = unpack_clip(at, &h->clips);
+    return ok;
+}
+
+/* What each rank has heard, results first..end-1 here, becomes everyone's, and so does a failure. */
+static int block_share(audio_block *b, int ok, size_t first, size_t end, size_t all) {
+    slam_ranks *ranks = b->sources->ranks;
+    text t = SLAM_ZERO;
+    if (slam_ranks_count(ranks) == 1) return ok;
+    for (size_t i = first; ok && i < end; i++) {
+        if (b->result[i].failed || b->result[i].dropped) heard_clips_free(&b->result[i]);
+        pack_heard(&t, &b->result[i], b->speech ? (size_t)slam_speech_width(b->speech) : 0);
+        ok = !t.failed;
+    }
+    size_t *sizes = ok ? (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *sizes) : NULL, own = t.n;
+    char *whole = slam_ranks_agree(ranks, sizes != NULL) ? (char *)slam_ranks_collect(ranks, t.at, t.n, sizes) : NULL;
+    const char *at = whole;
+    text_free(&t);
+    free(sizes);
+    if (!whole) return 0;
+    for (size_t i = 0; ok && i < first; i++) ok = unpack_heard(&at, &b->result[i]);
+    at += own;
+    for (size_t i = end; ok && i < all; i++) ok = unpack_heard(&at, &b->result[i]);
+    free(whole);
+    return slam_ranks_agree(ranks, ok);
+}
+
+/* All ranks hear sources first..first+n-1, at most, and all have them; how many in *n: all before the first that a stop left out.
+   0 and the sentence where a machine failed. */
+static int block_run(audio_block *b, size_t first, size_t *n) {
+    const double start = slam_clock(), heard_before = b->progress.seconds;
+    slam_ranks *ranks = b->sources->ranks;
+    b->n = (size_t)slam_ranks_max(ranks, (long)b->n);
+    const size_t rest = b->sources->n - first, most = b->n * (size_t)slam_ranks_count(ranks), all = rest < most ? rest : most;
+    size_t mine, end;
+    slam_ranks_share(ranks, all, &mine, &end);
     b->told = start;
     b->stop = 0;
     b->progress.failed = NULL;
-    while (ok && (finished < all || waiting.n)) {
-        ok = block_round(b, first, all, &waiting);
-        while (finished < all && b->result[finished].finished) finished++;
-    }
-    free(waiting.at);
-    if (!ok) {
-        for (size_t i = 0; i < all; i++) heard_free(&b->result[i]);
+    int ok = mem_grow((void **)&b->result, &b->capacity, all, sizeof *b->result);
+    if (ok) memset(b->result, 0, all * sizeof *b->result);
+    const size_t ready = ok ? all : 0;
+    ok = ok && block_listen(b, first + mine, end - mine, b->result + mine);
+    if (!block_share(b, ok, mine, end, all)) {
+        for (size_t i = 0; i < ready; i++) heard_free(&b->result[i]);
         return 0;
     }
-    for (size_t i = 0; i < all && b->stop; i++) // what a stop left in the queue
-        for (size_t k = 0; k < b->result[i].clips.n; k++) b->result[i].dropped |= b->result[i].clips.at[k]->sample != NULL;
-    SLAM_PRAGMA(omp parallel for schedule(dynamic))
-    for (int64_t i = 0; i < (int64_t)all; i++) block_finish(b, &b->result[i]);
-    const double seconds = slam_clock() - start;
+    double seconds = b->progress.seconds - heard_before; // here, ...
+    slam_ranks_sum(ranks, &seconds, 1);
+    b->progress.seconds = heard_before + seconds; // ... and everywhere
+    seconds = slam_clock() - start;
     if (seconds < 1 && b->n < 4096) b->n *= 2;
     if (seconds > 4 && b->n > (size_t)b->threads) b->n /= 2;
     for (*n = 0; *n < all && !b->result[*n].dropped; ++*n)
@@ -12751,9 +12915,9 @@ static int fit_listen(audio_block *b, reservoir *r) {
             if (ok && r->seen / 8 < r->most) ok = h->failed ? block_tell_failed(b, at + i, h) : fit_add(r, h, D);
             heard_free(&b->result[i]);
         }
-        if (!ok) return 0;
+        if (!slam_ranks_agree(b->sources->ranks, ok)) return 0;
         if (bytes > FIT_BYTES) b->n = b->n / 4 + 1;
-        if (b->stop || !block_tell(b, at + n, of, NULL, NULL)) return fail("stopped before the centroids were found");
+        if (!block_go_on(b, at + n)) return fail("stopped before the centroids were found");
     }
     return 1;
 }
@@ -12825,13 +12989,18 @@ slam_quantiser *slam_quantiser_fit(const slam_speech_settings *settings, slam_op
     b.order = order;
     b.watch = watch;
     b.context = context;
-    if (speech && order && block_begin(&b) && fit_listen(&b, &r)) {
+    if (block_agree(&b, speech && order && block_begin(&b)) && fit_listen(&b, &r)) {
         float *centroids = (float *)mem_new((size_t)K, (size_t)slam_speech_width(speech) * sizeof *centroids);
-        if (centroids && slam_kmeans(r.frame, r.n, slam_speech_width(speech), K, seed, centroids, watch, context, report))
+        if (slam_ranks_agree(sources->ranks, centroids != NULL) &&
+            kmeans_on(sources->ranks, r.frame, r.n, slam_speech_width(speech), K, seed, centroids, watch, context, report))
             q = quantiser_of(speech, ops, centroids, K);
         report->origin = fit_origin(settings, sources, K, frames, seed);
         if (q) speech = NULL; // it has it now
         free(centroids);
+    }
+    if (!slam_ranks_agree(sources->ranks, q != NULL)) {
+        slam_quantiser_free(q);
+        q = NULL;
     }
     block_end(&b);
     free(r.frame);
@@ -12856,6 +13025,7 @@ typedef struct corpus {
     const char *out;
     char *partial, *journal, *failed, *failed_partial;
     FILE *data, *failures;
+    int writes;                         // rank 0 does, the others only hear
     int locked;                         // OUT.partial is this process's
     uint64_t identity;                  // a hash of settings and sources
     uint64_t done, bytes, failed_bytes; // sources; of the partial files
@@ -13097,24 +13267,31 @@ static int corpus_add(corpus *c, const heard *h) {
     return corpus_add_documents(c, h);
 }
 
-/* Blocks of sources until the list ends or the watch says stop. */
+/* Takes n sources that were heard. */
+static int corpus_take(corpus *c, audio_block *b, size_t at, size_t n) {
+    int ok = 1;
+    for (size_t i = 0; i < n; i++) {
+        const heard *h = &b->result[i];
+        if (ok && h->failed) ok = block_tell_failed(b, at + i, h);
+        if (c->writes) ok = ok && corpus_add(c, h);
+        heard_free(&b->result[i]);
+    }
+    return slam_ranks_agree(b->sources->ranks, ok);
+}
+
+/* Blocks of sources until the list ends or a watch says stop. */
 static int corpus_run(corpus *c, audio_block *b) {
+    const size_t of = b->sources->n;
     size_t n;
     b->progress.stage = "tokenize";
-    block_tell(b, (size_t)c->done, b->sources->n, NULL, NULL);
-    for (size_t at = (size_t)c->done; at < b->sources->n; at += n) {
-        if (!block_run(b, at, &n)) return 0;
-        int ok = 1;
-        for (size_t i = 0; i < n; i++) {
-            const heard *h = &b->result[i];
-            if (ok && h->failed) ok = block_tell_failed(b, at + i, h);
-            ok = ok && corpus_add(c, h);
-            heard_free(&b->result[i]);
-        }
-        if (!ok) return 0;
-        const int last = at + n == b->sources->n;
-        c->report->stopped = (b->stop || !block_tell(b, at + n, b->sources->n, NULL, NULL)) && !last;
-        if ((last || c->report->stopped || slam_clock() - c->committed > 1) && !corpus_commit(c)) return 0;
+    slam_ranks_tell(b->sources->ranks, &c->done, sizeof c->done);
+    block_tell(b, (size_t)c->done, of, NULL, NULL);
+    for (size_t at = (size_t)c->done; at < of; at += n) {
+        if (!block_run(b, at, &n) || !corpus_take(c, b, at, n)) return 0;
+        const int last = at + n == of;
+        c->report->stopped = !block_go_on(b, at + n) && !last;
+        const int due = c->writes && (last || c->report->stopped || slam_clock() - c->committed > 1);
+        if (!slam_ranks_agree(b->sources->ranks, !due || corpus_commit(c))) return 0;
         if (c->report->stopped) return 1;
     }
     return 1;
@@ -13156,9 +13333,11 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_sources *sources, 
     b.sources = sources;
     b.watch = watch;
     b.context = context;
-    int ok = block_begin(&b) && corpus_begin(&c, sources) && corpus_run(&c, &b);
+    c.writes = slam_ranks_rank(sources->ranks) == 0;
+    int ok = block_agree(&b, block_begin(&b) && (!c.writes || corpus_begin(&c, sources))) && corpus_run(&c, &b);
     report->files = (size_t)c.done;
-    if (ok && !report->stopped) ok = corpus_finish(&c);
+    if (ok && !report->stopped) ok = slam_ranks_agree(sources->ranks, !c.writes || corpus_finish(&c));
+    slam_ranks_tell(sources->ranks, report, sizeof *report);
     corpus_end(&c, ok);
     block_end(&b);
     return ok;
@@ -13177,7 +13356,7 @@ int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources,
     b.watch = watch;
     b.context = context;
     b.progress.stage = "tokenize";
-    int ok = block_begin(&b);
+    int ok = block_agree(&b, block_begin(&b));
     for (size_t at = 0; ok && at < sources->n; at += n) {
         if (!(ok = block_run(&b, at, &n))) break;
         for (size_t i = 0; i < n; i++) {
@@ -13189,7 +13368,7 @@ int slam_quantiser_sources(const slam_quantiser *q, const slam_sources *sources,
             }
             heard_free(h);
         }
-        if (ok && (b.stop || !block_tell(&b, at + n, sources->n, NULL, NULL))) ok = fail("stopped before all audio was heard");
+        ok = slam_ranks_agree(sources->ranks, ok) && (block_go_on(&b, at + n) || fail("stopped before all audio was heard"));
     }
     for (size_t i = 0; !ok && i < sources->n; i++) slam_units_free(&units[i]);
     block_end(&b);
@@ -15928,6 +16107,16 @@ int slam_refuse(const char *format, ...) {
 
 /* ---- devices ---- */
 
+/* Where 0 are asked for, of several ranks on a machine: its part of the cores, or what mpirun has bound it to. */
+static int threads_of(const slam_ranks *ranks, int threads) {
+    int neighbours;
+    slam_ranks_local(ranks, &neighbours);
+    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / neighbours, bound = threads_count();
+    return threads || neighbours == 1 ? threads : cores < 1 ? 1 : cores < bound ? cores : bound;
+}
+
+int slam_threads(const slam_ranks *ranks, int threads) { return threads_set(threads_of(ranks, threads)); }
+
 int slam_device_check(const char *device) {
     char *end = NULL;
     if (!strcmp(device, "auto") || !strcmp(device, "cpu") || !strcmp(device, "cuda")) return 1;
@@ -15939,7 +16128,7 @@ static slam_ops *open_device(const char *device, const char *dtype, int threads,
     slam_ops *ops = !strcmp(device, "cpu")
                         ? slam_cpu(threads)
                         : slam_cuda(device[4] == ':' ? (int)strtol(device + 5, NULL, 10) : gpu, strcmp(dtype, "f32") ? 2 : 4);
-    if (ops && threads > 0) ops->threads = slam_threads(threads);
+    if (ops && threads > 0) ops->threads = threads_set(threads);
     if (!ops && !strcmp(device, "auto")) {
         snprintf(note, 256, "%.255s", slam_error());
         ops = slam_cpu(threads);
@@ -15956,16 +16145,14 @@ static const char *device_kind(const char *name) { return strncmp(name, "cuda", 
 
 slam_ops *slam_device(slam_ranks *ranks, const char *device, const char *dtype, int threads, char note[256]) {
     int neighbours;
-    const int local = slam_ranks_local(ranks, &neighbours), cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / neighbours;
-    const int many = slam_ranks_count(ranks) > 1, bound = threads_count();
+    const int local = slam_ranks_local(ranks, &neighbours), many = slam_ranks_count(ranks) > 1;
     note[0] = 0;
     if (!slam_device_check(device)) return NULL;
     if (many && !strncmp(device, "cuda:", 5)) {
         fail("--device %s: %d ranks cannot share a GPU; --device cuda gives each its own", device, slam_ranks_count(ranks));
         return NULL;
     }
-    if (!threads && neighbours > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound; // mpirun may have bound it to some
-    slam_ops *ops = open_device(device, dtype, threads, local, note);
+    slam_ops *ops = open_device(device, dtype, threads_of(ranks, threads), local, note);
     int ok = slam_ranks_agree(ranks, ops != NULL);
     if (ok && slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cuda")) +
                       slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cpu")) >
@@ -17299,8 +17486,6 @@ char *slam_flags_text(const slam_flags *f, const char *name) {
     if (t.failed) text_free(&t);
     return t.at;
 }
-
-int slam_threads(int threads) { return threads_set(threads); }
 
 /* ---- a call of a program that trains ---- */
 

@@ -108,7 +108,7 @@ static int watch(void *context, const slam_speech_progress *p) {
     job *j = (job *)context;
     if (p->failed) {
         slam_progress_clear(&j->progress);
-        fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
+        if (slam_ranks_rank(j->ranks) == 0) fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
         j->left_out++;
         return 1;
     }
@@ -147,15 +147,16 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
     const size_t frames = (size_t)o->fit_frames;
     const double began = slam_clock();
     slam_kmeans_report r;
-    const int may = slam_quantiser_may_fit(o->units.kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
-    if (!may || (o->out && !slam_tokenize_may(o->out))) return NULL;
+    int may = slam_quantiser_may_fit(o->units.kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
+    if (!slam_ranks_agree(j->ranks, may && (!o->out || slam_tokenize_may(o->out)))) return NULL;
+    slam_ranks_tell(j->ranks, &may, sizeof may);
     if (may == 2) {
         printf("fit      %s was made by this command before\n", o->units.kmeans);
         return slam_quantiser_open(o->units.kmeans, settings, j->ops);
     }
     slam_quantiser *q = slam_quantiser_fit(settings, j->ops, j->sources, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
     slam_progress_clear(&j->progress);
-    if (q && !slam_quantiser_save(q, o->units.kmeans, &r)) {
+    if (q && !slam_ranks_agree(j->ranks, slam_ranks_rank(j->ranks) || slam_quantiser_save(q, o->units.kmeans, &r))) {
         slam_quantiser_free(q);
         q = NULL;
     }
@@ -242,12 +243,20 @@ static int open_sources(job *j) {
 static int run(job *j) {
     slam_speech_settings settings;
     const options *o = &j->o;
-    if (!open_sources(j)) return -1;
+    if (!slam_ranks_agree(j->ranks, open_sources(j))) return -1;
+    slam_sources_ranks(j->sources, j->ranks);
     slam_progress_begin(&j->progress);
     if (j->units && !o->units.kmeans) return tokenize(j, NULL);
-    if (!slam_unit_settings(&j->flags, &o->units, o->fit, &settings) || !open_device(j, &settings)) return -1;
+    if (!slam_ranks_agree(j->ranks, slam_unit_settings(&j->flags, &o->units, o->fit, &settings)) ||
+        !slam_ranks_agree(j->ranks, open_device(j, &settings)))
+        return -1;
     slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : slam_quantiser_open(o->units.kmeans, &settings, j->ops);
     int status = -1;
+    j->stopped = (int)slam_ranks_max(j->ranks, j->stopped);
+    if (!slam_ranks_agree(j->ranks, q != NULL)) {
+        slam_quantiser_free(q);
+        q = NULL;
+    }
     if (q && o->out) status = tokenize(j, q);
     else if (q) {
         printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->units.kmeans);
@@ -336,7 +345,7 @@ int main(int argc, char **argv) {
     if (parsed == 2) return slam_program_end(&j.flags, j.ranks, 0);
     if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j))
         return slam_program_end(&j.flags, j.ranks, 2);
-    slam_threads(j.o.threads);
+    slam_threads(j.ranks, j.o.threads);
     slam_signals_catch();
     int status = run(&j);
     if (status < 0) {
