@@ -1,0 +1,181 @@
+#!/bin/sh
+# test/ranks_tokenize_test.sh: tokenize on several ranks writes the bytes of one process, however it was stopped in between.
+# Prints as test/programs.sh does.
+
+. "$(dirname "$0")/ranks.sh"
+tokenize=$root/tokenize
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+# ---- sounds: bytes of slam.h ----
+
+# word BYTES NUMBER: little-endian
+word() {
+    word_n=$2
+    for word_i in $(seq "$1"); do
+        printf "\\$(printf %03o $((word_n % 256)))"
+        word_n=$((word_n / 256))
+    done
+}
+# wave PATH FROM BYTES: 8 kHz, 16 bits
+wave() {
+    {
+        printf 'RIFF' && word 4 $((36 + $3)) && printf 'WAVEfmt ' && word 4 16 && word 2 1 && word 2 1 && word 4 8000
+        word 4 16000 && word 2 2 && word 2 16 && printf 'data' && word 4 "$3"
+        tail -c +"$2" noise | head -c "$3"
+    } >"$1"
+}
+for i in 1 2 3 4 5 6 7 8 9; do cat "$root/slam.h"; done >noise
+mkdir speech long
+for i in 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29; do wave speech/$i.wav $((i * 997)) $((i * 900)); done
+: >speech/16b.wav
+: >speech/25b.wav
+wave long/1.wav 1 6400000
+ls speech/??.wav >stories.txt
+ls speech/??.wav | paste -d '\t' - - - | head -n 6 >pairs.tsv
+
+# ---- helpers ----
+
+# each COMMAND...: as one rank of it; leaves its process in pid.RANK, has bin.RANK first in PATH, and runs in the folder of its own in.RANK
+# where there are such
+cat >each <<'S'
+#!/bin/sh
+rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}
+echo $$ >pid.$rank
+[ ! -d bin.$rank ] || PATH=$PWD/bin.$rank:$PATH
+[ ! -d in.$rank ] || cd in.$rank
+exec "$@"
+S
+chmod +x each
+# same NAME ENDINGS: one.ENDING and NAME.ENDING are the same
+same() {
+    for same_end in $2; do cmp "one.$same_end" "$1.$same_end" || return 1; done
+}
+# ends STATUS COMMAND...: ends so, within ten seconds; what it says goes to said.out and said.err
+ends() {
+    ends_status=$1 ends_began=$(date +%s)
+    shift
+    "$@" >said.out 2>said.err
+    ends_got=$?
+    ends_took=$(($(date +%s) - ends_began))
+    [ $ends_got -eq "$ends_status" ] && [ $ends_took -le 10 ] && return
+    echo "status $ends_got after $ends_took s: $(grep tokenize: said.err | head -n 1)"
+    return 1
+}
+# once PATTERN: one line of stderr is tokenize's and has it
+once() { [ "$(grep -c '^tokenize: error:' said.err)" = 1 ] && grep -q "^tokenize: error: $1" said.err; }
+# starts NAME N ARGUMENTS...: tokenize on N ranks beside this script, and waits until all are there
+starts() {
+    starts_name=$1 starts_n=$2
+    shift 2
+    rm -f pid.*
+    on "$starts_n" ./each "$tokenize" "$@" >"$starts_name.said" 2>"$starts_name.err" &
+    process=$!
+    for starts_i in $(seq 100); do
+        [ "$(cat pid.* 2>/dev/null | wc -l)" -lt "$starts_n" ] || break
+        sleep 0.05
+    done
+}
+# stops SIGNAL RANK STATUS: that rank gets it, all end within ten seconds, with that status (any: not 0)
+stops() {
+    kill "-$1" "$(cat "pid.$2")" || return 1
+    stops_began=$(date +%s)
+    wait $process
+    stops_got=$?
+    if [ "$3" = any ]; then [ $stops_got -ne 0 ]; else [ $stops_got -eq "$3" ]; fi || {
+        echo "status $stops_got"
+        return 1
+    }
+    for stops_pid in $(cat pid.*); do
+        while kill -0 "$stops_pid" 2>/dev/null && [ $(($(date +%s) - stops_began)) -le 10 ]; do sleep 0.1; done
+    done
+    [ $(($(date +%s) - stops_began)) -le 10 ] || {
+        echo "took $(($(date +%s) - stops_began)) s"
+        return 1
+    }
+}
+
+# ---- the bytes of one process ----
+
+cut="--max-seconds 1"
+"$tokenize" speech $cut --fit 20 --kmeans one.npy -o one.jsonl >one.out 2>one.err
+for n in 2 3; do
+    check "$n ranks: status" ends 3 on $n "$tokenize" speech $cut --fit 20 --kmeans $n.npy -o $n.jsonl
+    check "$n ranks: centroids, units, what was left out" same $n 'npy json jsonl jsonl.failed'
+    check "$n ranks: left out is told as by one" sh -c "grep 'left out' said.err | cmp - one.err"
+done
+check 'a fit that is there is known' ends 3 on 2 "$tokenize" speech $cut --fit 20 --kmeans one.npy -o fitted.jsonl
+check 'and gives the same' sh -c 'grep -q "was made by this command before" said.out && cmp one.jsonl fitted.jsonl'
+
+km="--kmeans one.npy"
+wave 1.wav 5 9000
+wave 2.wav 7 9000
+"$tokenize" 1.wav 2.wav $km --shard-tokens 2 -o one.bin >/dev/null
+check 'more ranks than files' ends 0 on 4 "$tokenize" 1.wav 2.wav $km --shard-tokens 2 -o few.bin
+check 'more ranks than files: the shards' sh -c 'cmp one.bin few.bin && cmp one-00001.bin few-00001.bin && ! ls few.bin.*'
+"$tokenize" --text pairs.tsv --tts 'cat {text}' --max-repetition 0 $km -o one.pairs.jsonl >/dev/null
+check 'pairs of text' ends 0 on 3 "$tokenize" --text pairs.tsv --tts 'cat {text}' --max-repetition 0 $km -o 3.pairs.jsonl
+check 'pairs of text: the lines' same 3 pairs.jsonl
+"$tokenize" one.jsonl --audio-repr -o one.repr.jsonl >/dev/null
+check 'units into another form' ends 0 on 3 "$tokenize" one.jsonl --audio-repr -o 3.repr.jsonl
+check 'units into another form: the lines' same 3 repr.jsonl
+hubert="--hubert $root/test/fixtures/hubert/mhubert --layer 2"
+"$tokenize" speech $hubert $cut --fit 20 --kmeans one.hubert.npy -o one.hubert.jsonl >/dev/null 2>&1
+check 'HuBERT' ends 3 on 3 "$tokenize" speech $hubert $cut --fit 20 --kmeans 3.hubert.npy -o 3.hubert.jsonl
+check 'HuBERT: centroids, units' same 3 'hubert.npy hubert.jsonl hubert.jsonl.failed'
+
+# ---- one rank fails ----
+
+mkdir bin.0 bin.2
+printf '#!/bin/sh\nexec cat "$1"\n' >bin.0/voice
+chmod +x bin.0/voice
+cp bin.0/voice bin.2/voice
+PATH=$PWD/bin.0:$PATH "$tokenize" --text stories.txt --tts 'voice {text}' $km -o one.told.bin >/dev/null
+check 'a rank without the voice ends all' ends 1 on 3 ./each "$tokenize" --text stories.txt --tts 'voice {text}' $km -o 3.told.bin
+check 'with its sentence' once 'stories.txt:[0-9]*: voice cannot be started'
+cp -r bin.0 bin.1
+check 'then the same call goes on' ends 0 on 3 ./each "$tokenize" --text stories.txt --tts 'voice {text}' $km -o 3.told.bin
+check 'to the same bytes' same 3 told.bin
+mkdir in.1
+ln -s ../speech in.1/speech
+check 'a rank that does not see the centroids' ends 1 on 2 ./each "$tokenize" speech --kmeans one.npy -o x.bin
+check 'its sentence' once 'rank 1: .*one\.'
+mkdir in.0
+cp one.npy one.json in.1
+cp one.npy one.json in.0
+cp -r speech in.0
+rm in.0/speech/12.wav
+check 'ranks that see different files' ends 1 on 2 ./each "$tokenize" speech --kmeans one.npy -o x.bin
+check 'their sentence' once 'the ranks do not see the same files'
+check 'they leave nothing' sh -c '! ls in.0/x.bin* in.1/x.bin*'
+rm -r in.0 in.1
+check 'rank 0 cannot write' ends 1 on 2 "$tokenize" speech $km -o nowhere/x.bin
+check 'rank 0 cannot write: its sentence' once 'nowhere/x.bin: cannot be written'
+
+# ---- kills and signals: the next call, on any number of ranks, goes on ----
+
+voice="sh -c '[ ! -f slow ] || sleep 0.2; exec cat \"\$0\"' {text}"
+for i in 1 2 3 4 5 6 7 8 9 10; do cat stories.txt; done >more.txt
+"$tokenize" --text more.txt --tts "$voice" $km -o one.more.bin >/dev/null
+touch slow
+for way in '3 KILL 1 any' '2 TERM 1 0' '3 KILL 0 any'; do
+    set -- $way
+    before=$(cat 3.more.bin.journal 2>/dev/null)
+    starts stopped $1 --text more.txt --tts "$voice" $km -o 3.more.bin
+    for i in $(seq 200); do # something of its own is done
+        [ "$(cat 3.more.bin.journal 2>/dev/null)" = "$before" ] || break
+        sleep 0.05
+    done
+    check "$2 to rank $3 of $1" stops "$2" "$3" "$4"
+    [ "$2" = KILL ] || check "$2 to rank $3 of $1: in good order" grep -q 'stopped  after [0-9]* of 200 lines' stopped.said
+done
+rm slow
+check 'after them the call goes on' ends 0 on 2 "$tokenize" --text more.txt --tts "$voice" $km -o 3.more.bin
+check 'from where it was' grep -q '([0-9]* of them before)' said.out
+check 'to the same bytes' same 3 more.bin
+check 'and leaves nothing else' sh -c '! ls 3.more.bin.*'
+starts fit 2 long --fit 4000 --kmeans long.npy
+sleep 0.5
+check 'TERM to rank 1 of a fit' stops TERM 1 0
+check 'TERM to rank 1 of a fit: in good order' grep -q 'stopped  before the centroids were found' fit.said
+check 'TERM to rank 1 of a fit: nothing is left' sh -c '! ls long.npy* long.json*'
+end
