@@ -5,6 +5,7 @@
 . "$(dirname "$0")/ranks.sh"
 tokenize=$root/tokenize
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+export OMPI_MCA_odls_base_sigkill_timeout=0 # or mpirun waits a second or two wherever a rank ends with another status than 0
 
 # ---- sounds: bytes of slam.h ----
 

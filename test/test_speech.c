@@ -274,7 +274,8 @@ static void test_kmeans(void) {
         f.distance = distance;
         f.count = count;
         f.first = first;
-        fit_assign(&f);
+        double inertia;
+        CHECK(fit_assign(&f, &inertia) && inertia == 2502 / 4., "mean squared distance");
         CHECK(fit_update(&f) == 1, "no centroid was moved");
         CHECK(centroid[0] == 1 && centroid[1] == 100 && centroid[2] == 100, "%g %g %g", (double)centroid[0], (double)centroid[1],
               (double)centroid[2]);
