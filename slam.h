@@ -731,8 +731,12 @@ int slam_dpo_seek(slam_dpo *, uint64_t epoch, uint64_t pair);
 /* ------------------------------------------------------------------------------------------
    12. SCORING     perplexity, n-grams, test sets, generation
    ------------------------------------------------------------------------------------------ */
+/* The model's ranks (slam_ranks_attach) share the work of slam_score_data, slam_score_units and slam_generate: all of them call, with
+   the same model and the same data, and all get the whole result, which is that of one process, to the bit where what is computed
+   for a row does not depend on its neighbours. A failure, or a stop, of one is that of all. */
+
 /* Mean loss in nats a token of a model over every target of `data` (source -1: all), and how many targets there were (0 of
-   them: a loss of 0). B rows at a time: the caller has planned the model for B rows of the data's context. */
+   them: a loss of 0). B rows a rank at a time: the caller has planned the model for B rows of the data's context. */
 int slam_score_data(slam_model *, const slam_data *, int source, int B, double *nll, uint64_t *targets);
 /* Cross-entropies (nats a token, orders 1..5) on the same targets of interpolated Witten-Bell n-gram models (Witten and Bell
    1991) counted on `train`, every piece once; contexts do not cross pieces. Memory goes with the test data, one pass over the
@@ -748,10 +752,10 @@ typedef struct slam_scored {
     size_t different, slid, silent;
     uint64_t tokens;
 } slam_scored;
-/* How many tokens of how many were predicted; returns 0 to stop. */
+/* How many tokens of how many were predicted, by all ranks; returns 0 to stop. */
 typedef int slam_score_watch(void *context, uint64_t done, uint64_t of);
 /* Log-probabilities of sequences of units `1 u.. 1` given the first 1: of all the other tokens the mean, or the sum (sum 1).
-   scores (n). Sequences are packed into rows of up to T tokens, B of them at a time (this plans the model); one that is longer is
+   scores (n). Sequences are packed into rows of up to T tokens, B of them a rank at a time (this plans the model); one that is longer is
    slid over by windows of T, of which each but the first predicts what lies in its second half, so that each token is predicted
    once. Equal sequences have equal scores. units V - 2 and above, more tokens than the config's T, a score that is not finite, and
    a watch (may be NULL) that stops are errors. */
@@ -804,7 +808,7 @@ typedef struct slam_generation {
     int max_new; /* tokens at most; where token 1 is drawn a sequence ends before that */
     int context; /* tokens of prompt and continuation at most, within the config's T: a longer prompt loses its left, but for its
                     leading 1 */
-    int batch;   /* sequences at once */
+    int batch;   /* sequences of a rank at once */
     uint64_t seed;
 } slam_generation;
 typedef struct slam_prompt {
@@ -837,12 +841,13 @@ int slam_prompts_data(slam_prompts *, const slam_data *, const slam_prompt_lengt
 int slam_prompts_audio(slam_prompts *, const slam_quantiser *, const slam_list *files, const slam_prompt_length *,
                        slam_speech_watch *, void *context);
 
-/* Called after every step; returns 0 to stop. done: prompts whose continuations are made; tokens: that were drawn. */
+/* Called after every step, or where there are ranks every 16 steps; returns 0 to stop. Of all ranks, done: prompts whose continuations
+   are made; tokens: that were drawn. */
 typedef int slam_generate_watch(void *context, size_t done, uint64_t tokens);
 /* Makes the continuations that are not made yet, a batch at a time; a sequence that ends makes room for the next prompt. One
    uniform number a token decides, from a stream that hangs on the seed and the prompt's tokens (of equal prompts also on how many
-   of them stand before it), so that a continuation is the same alone, in any batch and in any order. 1 also where the watch has
-   stopped it. The watch may be NULL. */
+   of them stand before it), so that a continuation is the same alone, in any batch, in any order and of any rank. 1 also where the
+   watch of one rank has stopped it: then all have what was made so far. The watch may be NULL. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_generate_watch *, void *context);
 /* The continuations that are made as a file of SlamKit features, whole or not at all: {"file_name", "prompt": [units], "units":
    [units]} a line; prompt is what the model saw of it. */
@@ -14127,50 +14132,95 @@ slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evalu
    may use: 1 base, 2 formats, 3 ops, 6 ranks, 7 model, 9 data, 10 speech
    ========================================================================================== */
 
-/* ---- loss of a model on data ---- */
+/* ---- loss of a model on data ----
+   Ranks take batches in turn: of the next ones each rank computes one, then all of them add up the losses of all, token after token.
+   So a sum has the order, and the bits, that it has where one rank computes everything. */
+
+typedef struct scored_batch {
+    slam_batch batch;
+    float *own, *all; // (B,T): the losses of this rank's batch; of all ranks' (own where there is but one)
+    size_t *sizes, n; // (ranks), bytes; n: losses in `all`
+} scored_batch;
+
+static int scored_batch_new(scored_batch *s, const slam_ranks *ranks, int B, int T) {
+    const size_t n = (size_t)B * (size_t)T;
+    const scored_batch none = SLAM_ZERO;
+    *s = none;
+    s->batch.B = B;
+    s->batch.T = T;
+    s->batch.tokens = (int *)mem_new(n, 3 * sizeof(int));
+    s->own = s->all = (float *)mem_new(n, sizeof(float));
+    s->sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *s->sizes);
+    if (!s->batch.tokens || !s->own || !s->sizes) return 0;
+    s->batch.targets = s->batch.tokens + n;
+    s->batch.doc_start = s->batch.tokens + 2 * n;
+    return 1;
+}
+
+static void scored_batch_free(scored_batch *s) {
+    if (s->all != s->own) free(s->all);
+    free(s->batch.tokens), free(s->own), free(s->sizes);
+}
+
+/* The losses of targets, in the order of batches and their rows, where all ranks have read theirs (ok). One that there was no row left
+   for gets the others'. */
+static int score_batch(slam_model *model, scored_batch *s, int ok) {
+    slam_ranks *ranks = model->ops->ranks;
+    const slam_batch *b = &s->batch;
+    const size_t positions = (size_t)b->B * (size_t)b->T, count = (size_t)slam_ranks_count(ranks);
+    ok = ok && (b->B == 0 || slam_model_losses(model, b, s->own));
+    if (!slam_ranks_agree(ranks, ok)) return 0;
+    s->n = 0;
+    for (size_t i = 0; i < positions; i++)
+        if (b->targets[i] >= 0) s->own[s->n++] = s->own[i];
+    if (count == 1) return 1;
+    if (s->all != s->own) free(s->all);
+    s->all = (float *)slam_ranks_collect(ranks, s->own, s->n * sizeof *s->own, s->sizes);
+    s->n = 0;
+    for (size_t k = 0; k < count; k++) s->n += s->sizes[k] / sizeof *s->own;
+    return s->all != NULL;
+}
+
+/* Of the next batches of B rows, one for each rank, this rank's; 0: there are no rows after them; -1: error. */
+static int read_rows(slam_rows *rows, slam_ranks *ranks, slam_batch *b, int B) {
+    b->B = 0;
+    for (int rank = 0; rank < slam_ranks_count(ranks); rank++)
+        for (int i = 0; i < B; i++) {
+            const int own = rank == slam_ranks_rank(ranks);
+            const size_t at = (size_t)b->B * (size_t)b->T;
+            int n;
+            const int got = own ? slam_rows_next(rows, b->tokens + at, b->targets + at, b->doc_start + at, &n)
+                                : slam_rows_next(rows, NULL, NULL, NULL, &n);
+            if (got <= 0) return got;
+            b->B += own;
+        }
+    return 1;
+}
 
 /* Sums the losses of `rows`, B rows at a time (fewer at the end), in double and in the order of the rows. */
-static int score_rows(slam_model *model, slam_rows *rows, slam_batch *batch, int B, float *losses, double *sum, uint64_t *targets) {
-    size_t T = (size_t)batch->T;
-    for (int more = 1; more;) {
-        for (batch->B = 0; batch->B < B; batch->B++) {
-            size_t at = (size_t)batch->B * T;
-            int n, got = slam_rows_next(rows, batch->tokens + at, batch->targets + at, batch->doc_start + at, &n);
-            if (got < 0) return 0;
-            if (got == 0) {
-                more = 0;
-                break;
-            }
-            *targets += (uint64_t)n;
-        }
-        if (batch->B == 0) break;
-        if (!slam_model_losses(model, batch, losses)) return 0;
-        for (size_t i = 0; i < (size_t)batch->B * T; i++)
-            if (batch->targets[i] >= 0) *sum += losses[i];
+static int score_rows(slam_model *model, slam_rows *rows, scored_batch *s, int B, double *sum, uint64_t *targets) {
+    for (int more = 1; more > 0;) {
+        more = read_rows(rows, model->ops->ranks, &s->batch, B);
+        if (!score_batch(model, s, more >= 0)) return 0;
+        for (size_t i = 0; i < s->n; i++) *sum += s->all[i];
+        *targets += s->n;
     }
     return 1;
 }
 
 int slam_score_data(slam_model *model, const slam_data *data, int source, int B, double *nll, uint64_t *targets) {
-    int V = slam_model_config(model)->V, T = data->context, ok;
+    const int V = slam_model_config(model)->V;
+    scored_batch s = SLAM_ZERO;
     double sum = 0;
     *targets = 0;
     *nll = 0;
     if (B < 1) return fail("a batch of %d rows, expected at least 1", B);
     if (data->V > V) return fail("data with a vocabulary of %d, but the model has one of %d", data->V, V);
     slam_rows *rows = slam_rows_new(data, source, 0, 0);
-    if (!rows) return 0;
-    size_t n = (size_t)B * (size_t)T;
-    int *numbers = (int *)mem_new(n, 3 * sizeof *numbers);
-    float *losses = (float *)mem_new(n, sizeof *losses);
-    ok = numbers && losses;
-    if (ok) {
-        slam_batch batch = {B, T, numbers, numbers + n, numbers + 2 * n, NULL};
-        ok = score_rows(model, rows, &batch, B, losses, &sum, targets);
-    }
+    int ok = rows && scored_batch_new(&s, model->ops->ranks, B, data->context);
+    ok = slam_ranks_agree(model->ops->ranks, ok) && score_rows(model, rows, &s, B, &sum, targets);
     if (ok && *targets) *nll = sum / (double)*targets;
-    free(numbers);
-    free(losses);
+    scored_batch_free(&s);
     slam_rows_free(rows);
     return ok;
 }
@@ -14460,10 +14510,15 @@ static int sequence_token(const slam_units *u, size_t i) {
     return i == 0 || i > u->n ? DOCUMENT_MARK : u->unit[i - 1] + UNIT_TOKEN;
 }
 
-/* The rows from that of piece `first` on, B of them at most; returns the piece behind them. */
-static size_t fill_pieces(const scoring *s, size_t first, slam_batch *b, int B) {
-    const size_t row = s->piece[first].row, T = (size_t)b->T;
-    size_t i = first;
+/* The first piece, from piece i on, that lies in this row or behind it. */
+static size_t piece_of_row(const scoring *s, size_t i, size_t row) {
+    while (i < s->pieces && s->piece[i].row < row) i++;
+    return i;
+}
+
+/* B rows from `row` on, as far as there are so many; i: their first piece. */
+static void fill_pieces(const scoring *s, size_t i, size_t row, slam_batch *b, int B) {
+    const size_t T = (size_t)b->T;
     for (size_t k = 0; k < (size_t)B * T; k++) {
         b->tokens[k] = 0;
         b->targets[k] = -1;
@@ -14481,31 +14536,28 @@ static size_t fill_pieces(const scoring *s, size_t first, slam_batch *b, int B) 
             b->doc_start[at + (size_t)k] = p->at;
         }
     }
-    return i;
 }
 
+/* B rows a rank at a time. */
 static int score_pieces(scoring *s, slam_model *model, int B, uint64_t of, slam_score_watch *watch, void *context) {
-    const size_t n = (size_t)B * (size_t)s->T;
+    slam_ranks *ranks = model->ops->ranks;
+    const size_t rows = (size_t)B, before = (size_t)slam_ranks_rank(ranks) * rows, all = (size_t)slam_ranks_count(ranks) * rows;
+    scored_batch b;
     uint64_t done = 0;
-    int *numbers = (int *)mem_new(n, 3 * sizeof *numbers);
-    float *losses = (float *)mem_new(n, sizeof *losses);
-    slam_batch batch = {B, s->T, numbers, numbers + n, numbers + 2 * n, NULL};
-    int ok = numbers && losses && slam_model_plan(model, B, s->T, SLAM_INFERENCE);
-    for (size_t i = 0, end; ok && i < s->pieces; i = end) {
-        const size_t row = s->piece[i].row;
-        end = fill_pieces(s, i, &batch, B);
-        ok = slam_model_losses(model, &batch, losses);
-        for (size_t k = i; ok && k < end; k++) {
-            const scored_piece *p = &s->piece[k];
-            const float *loss = losses + (p->row - row) * (size_t)s->T + (size_t)p->at;
-            for (int t = p->from; t < p->n; t++) s->sum[p->sequence] += loss[t];
-            done += (uint64_t)(p->n - p->from);
-        }
-        if (ok && watch && !watch(context, done, of))
+    int ok = scored_batch_new(&b, ranks, B, s->T) && slam_model_plan(model, B, s->T, SLAM_INFERENCE);
+    ok = slam_ranks_agree(ranks, ok);
+    for (size_t row = 0, i = 0; ok && i < s->pieces; row += all) {
+        const size_t end = piece_of_row(s, i, row + all);
+        fill_pieces(s, piece_of_row(s, i, row + before), row + before, &b.batch, B);
+        ok = score_batch(model, &b, 1);
+        for (const float *loss = b.all; ok && i < end; i++)
+            for (int t = s->piece[i].from; t < s->piece[i].n; t++) s->sum[s->piece[i].sequence] += *loss++;
+        done += b.n;
+        const int stop = ok && watch && !watch(context, done, of);
+        if (ok && slam_ranks_max(ranks, stop)) // a signal may have reached one of them
             ok = fail("stopped after %llu of %llu tokens", (unsigned long long)done, (unsigned long long)of);
     }
-    free(numbers);
-    free(losses);
+    scored_batch_free(&b);
     return ok;
 }
 
@@ -14533,8 +14585,9 @@ int slam_score_units(slam_model *model, const slam_units *units, size_t n, int B
         ok = cut_sequence(&s, i);
     }
     if (ok && report->tokens < (uint64_t)T) s.T = report->tokens > 2 ? (int)report->tokens : 2; // all in one row
-    ok = ok && (!n || (pack_pieces(&s) && score_pieces(&s, model, B < (int)s.rows || s.rows > INT_MAX ? B : (int)s.rows,
-                                                       report->tokens, watch, context)));
+    ok = slam_ranks_agree(model->ops->ranks, ok && (!n || pack_pieces(&s)));
+    ok = ok &&
+         (!n || score_pieces(&s, model, B < (int)s.rows || s.rows > INT_MAX ? B : (int)s.rows, report->tokens, watch, context));
     for (size_t i = 0; ok && i < n; i++) {
         const double loss = s.sum[s.same[i]];
         scores[i] = sum ? -loss : -loss / (double)(units[i].n + 1);
@@ -15398,7 +15451,8 @@ typedef struct generating {
     const slam_generation *how;
     slam_decoder *decoder;
     generation_task *tasks, **at; // (n); (room), NULL: a free slot
-    size_t n, next;               // tasks, how many have begun
+    size_t n, next;               // tasks of this rank, how many have begun
+    int longest;                  // tokens of the longest prompt of all ranks' tasks; 0: there is nothing to do
     int room, free;               // slots, free ones
     int *slots, *lengths;         // (room), of sequences that begin
     const int **tokens;           // (room), likewise
@@ -15438,9 +15492,11 @@ static int generation_check(const slam_generation *how, const slam_prompts *p, c
     return 1;
 }
 
-/* What there is to do, cut, seeded and in order. */
-static int generation_plan(generating *g, slam_prompts *p) {
+/* What there is to do, cut, seeded and in order; ranks take turns, so that each has long and short ones. */
+static int generation_plan(generating *g, slam_prompts *p, const slam_ranks *ranks) {
     const int most = g->how->context - g->how->max_new;
+    const size_t rank = (size_t)slam_ranks_rank(ranks), count = (size_t)slam_ranks_count(ranks);
+    size_t n = 0;
     generation_task *all = g->tasks = (generation_task *)mem_new(p->n, sizeof *all);
     if (!all) return 0;
     for (size_t i = 0; i < p->n; i++) {
@@ -15460,14 +15516,19 @@ static int generation_plan(generating *g, slam_prompts *p) {
     for (size_t i = 0; i < p->n; i++)
         if (!all[i].prompt->continuation) {
             const generation_task kept = all[i]; // from a place that may be its own
-            all[g->n++] = kept;
+            all[n++] = kept;
         }
-    if (g->n) qsort(all, g->n, sizeof *all, compare_generation_lengths);
+    if (n) qsort(all, n, sizeof *all, compare_generation_lengths);
+    if (n) g->longest = all[0].prompt->n;
+    for (size_t i = rank; i < n; i += count) {
+        const generation_task own = all[i];
+        all[g->n++] = own;
+    }
     return 1;
 }
 
 static int generation_open(generating *g, slam_model *model, slam_prompts *p) {
-    if (!generation_plan(g, p)) return 0;
+    if (!generation_plan(g, p, model->ops->ranks)) return 0;
     if (g->n == 0) return 1;
     g->room = g->free = (size_t)g->how->batch < g->n ? g->how->batch : (int)g->n;
     const size_t room = g->room;
@@ -15479,7 +15540,7 @@ static int generation_open(generating *g, slam_model *model, slam_prompts *p) {
     g->kept = room <= SIZE_MAX / g->how->max_new ? (int *)mem_new(room * g->how->max_new, sizeof(int)) : NULL;
     g->uniform = (float *)mem_new(room, sizeof(float));
     if (!g->at || !g->slots || !g->lengths || !g->tokens || !g->drawn || !g->kept || !g->uniform) return 0;
-    return (g->decoder = slam_decoder_new(model, g->room, g->tasks[0].prompt->n + g->how->max_new)) != NULL;
+    return (g->decoder = slam_decoder_new(model, g->room, g->longest + g->how->max_new)) != NULL;
 }
 
 static void generation_close(generating *g) {
@@ -15533,20 +15594,79 @@ static int generation_finite(const generating *g, int V) {
     return ok;
 }
 
+static int generation_works(const generating *g) { return g->next < g->n || g->free < g->room; }
+
+/* One token more for each sequence. */
+static int generation_step(generating *g, int V) {
+    const int first = g->next == 0;
+    int ok = 1;
+    /* a pass over a single prompt costs as much as a step of all: a few free slots are waited for */
+    if (g->next < g->n && g->free > g->room / 8) ok = generation_begin(g);
+    for (int s = 0; s < g->room; s++) g->uniform[s] = g->at[s] ? (float)(rng_next(&g->at[s]->stream) >> 40) * 0x1p-24f : 0;
+    ok = ok && slam_decoder_step(g->decoder, &g->how->sampling, g->uniform, g->drawn) && (!first || generation_finite(g, V));
+    for (int s = 0; ok && s < g->room; s++) ok = !g->at[s] || generation_take(g, s);
+    return ok;
+}
+
+/* This rank's continuations as numbers: of which prompt, how many tokens, whether it ended, the tokens. NULL: no memory. */
+static int *generation_pack(const generating *g, const slam_prompts *p, size_t *n) {
+    size_t room = 1;
+    for (size_t i = 0; i < g->n; i++) room += 3 + (size_t)g->tasks[i].prompt->length;
+    int *numbers = (int *)mem_new(room, sizeof *numbers);
+    *n = 0;
+    for (size_t i = 0; numbers && i < g->n; i++) {
+        const slam_prompt *q = g->tasks[i].prompt;
+        if (!q->continuation) continue; // it was stopped
+        numbers[*n] = (int)(q - p->at);
+        numbers[*n + 1] = q->length;
+        numbers[*n + 2] = q->ended;
+        memcpy(numbers + *n + 3, q->continuation, (size_t)q->length * sizeof *numbers);
+        *n += 3 + (size_t)q->length;
+    }
+    return numbers;
+}
+
+/* Continuations of all ranks become everyone's. */
+static int generation_exchange(const generating *g, slam_prompts *p, slam_ranks *ranks) {
+    size_t n, end = 0, *sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *sizes);
+    int *own = generation_pack(g, p, &n), *all = NULL, ok = slam_ranks_agree(ranks, own && sizes);
+    if (ok) ok = (all = (int *)slam_ranks_collect(ranks, own, n * sizeof *own, sizes)) != NULL;
+    for (int k = 0; ok && k < slam_ranks_count(ranks); k++) end += sizes[k] / sizeof *all;
+    for (size_t i = 0; ok && i < end; i += 3 + (size_t)all[i + 1]) {
+        slam_prompt *q = &p->at[all[i]];
+        if (q->continuation) continue; // its own
+        if (!(q->continuation = (int *)mem_new((size_t)all[i + 1], sizeof(int)))) {
+            ok = 0;
+            break;
+        }
+        q->length = all[i + 1];
+        q->ended = all[i + 2];
+        memcpy(q->continuation, all + i + 3, (size_t)q->length * sizeof(int));
+    }
+    free(own), free(all), free(sizes);
+    return slam_ranks_agree(ranks, ok);
+}
+
+/* After so many steps ranks tell each other how far they are; one that has nothing left to do waits there for those that have. */
+enum { GENERATION_ROUND = 16 };
+
 int slam_generate(slam_model *model, const slam_generation *how, slam_prompts *prompts, slam_generate_watch *watch, void *context) {
-    const int V = slam_model_config(model)->V;
+    slam_ranks *ranks = model->ops->ranks;
+    const int V = slam_model_config(model)->V, together = slam_ranks_count(ranks) > 1, steps = together ? GENERATION_ROUND : 1;
     generating g = SLAM_ZERO;
     g.how = how;
-    int ok = generation_check(how, prompts, slam_model_config(model)) && generation_open(&g, model, prompts);
-    while (ok && (g.next < g.n || g.free < g.room)) {
-        const int first = g.next == 0;
-        /* a pass over a single prompt costs as much as a step of all: a few free slots are waited for */
-        if (g.next < g.n && g.free > g.room / 8) ok = generation_begin(&g);
-        for (int s = 0; s < g.room; s++) g.uniform[s] = g.at[s] ? (float)(rng_next(&g.at[s]->stream) >> 40) * 0x1p-24f : 0;
-        ok = ok && slam_decoder_step(g.decoder, &how->sampling, g.uniform, g.drawn) && (!first || generation_finite(&g, V));
-        for (int s = 0; ok && s < g.room; s++) ok = !g.at[s] || generation_take(&g, s);
-        if (ok && watch && !watch(context, g.done, g.count)) break;
+    int ok = generation_check(how, prompts, slam_model_config(model)) && generation_open(&g, model, prompts), stop = 0;
+    ok = slam_ranks_agree(ranks, ok);
+    for (int works = g.longest > 0; ok && works && !stop;) {
+        for (int i = 0; ok && i < steps && generation_works(&g); i++) ok = generation_step(&g, V);
+        if (!(ok = slam_ranks_agree(ranks, ok))) break;
+        double told[3] = {(double)generation_works(&g), (double)g.done, (double)g.count};
+        slam_ranks_sum(ranks, told, 3);
+        works = told[0] > 0;
+        stop = watch && !watch(context, (size_t)told[1], (uint64_t)told[2]);
+        stop = (int)slam_ranks_max(ranks, stop); // a signal may have reached one of them
     }
+    if (ok && together) ok = generation_exchange(&g, prompts, ranks);
     generation_close(&g);
     return ok;
 }
