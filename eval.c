@@ -1,5 +1,7 @@
 /* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part, `./eval swuggy` (and
-   so on) on a bundled test set, `./eval generate` lets it go on where the stories there have begun. */
+   so on) on a bundled test set, `./eval generate` lets it go on where the stories there have begun. `mpirun -np N ./eval ...` shares the
+   work among N ranks, to the same figures and files. All ranks do what is below, the first one prints and writes; where one of them
+   fails by itself, the others hear of it when they agree next, at the latest in the end. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
@@ -112,6 +114,12 @@ static int read_arguments(job *j, const char **model) {
     return !j->o.train || slam_list_add(&j->train, j->o.train);
 }
 
+/* Files are for the first rank to write. */
+static void drop_files(options *o) {
+    free(o->json), free(o->submission), free(o->out);
+    o->json = o->submission = o->out = NULL;
+}
+
 static int bundled(const char *argv0, const char *name, slam_list *list) {
     char *path = slam_path_beside(argv0, name);
     const int ok = path && slam_list_add(list, path);
@@ -174,11 +182,12 @@ static slam_data *open_data(const job *j, const slam_list *patterns, int context
     return NULL;
 }
 
+/* N-grams are counted by the first rank. */
 static int open_all(job *j, int context, int named) {
     const double fraction = named ? 0 : atof(setting(j, "val-fraction", "0"));
     if (fraction > 0) return (j->train_data = open_data(j, &j->test, context, fraction, &j->test_data)) != NULL;
     if (!(j->test_data = open_data(j, &j->test, context, 0, NULL))) return 0;
-    return !j->train.n || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
+    return !j->train.n || slam_ranks_rank(j->ranks) || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
 }
 
 static int write_json(const char *path, double nll, uint64_t n, const double *ngrams) {
@@ -223,7 +232,7 @@ static int listen(void *context, const slam_speech_progress *p) {
     job *j = (job *)context;
     if (p->failed) {
         slam_progress_clear(&j->progress);
-        fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
+        if (slam_ranks_rank(j->ranks) == 0) fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
         j->failed++;
         return 1;
     }
@@ -345,7 +354,7 @@ static int hear_prompts(generation *g, const slam_list *arguments, const slam_pr
     slam_list files;
     memset(&files, 0, sizeof files);
     int ok = open_quantiser(j) && slam_audio_list(&files, (const char *const *)arguments->at, arguments->n) &&
-             slam_prompts_audio(&g->prompts, j->quantiser, &files, length, listen, j);
+             slam_prompts_audio(&g->prompts, j->quantiser, j->ranks, &files, length, listen, j);
     slam_progress_clear(&j->progress);
     slam_list_free(&files);
     return ok;
@@ -460,6 +469,7 @@ static int generate(job *j, const char *argv0) {
         ok = slam_generate(j->model, &how, &g.prompts, watch, &g);
         const double seconds = slam_clock() - j->progress.began;
         slam_progress_clear(&j->progress);
+        g.stopped = ok && slam_ranks_max(j->ranks, g.stopped);
         ok = ok && tell_generation(&g, seconds) && (!o->json || g.stopped || write_generation_json(&g));
     }
     slam_prompts_free(&g.prompts);
@@ -474,6 +484,7 @@ static int perplexity(job *j, const char *argv0) {
     const int context = o->context ? o->context : atoi(setting(j, "context", "1024")), named = j->test.n > 0;
     double nll, ngrams[5];
     uint64_t targets, same;
+    int counts;
     if (!name_data(j, argv0) || !open_all(j, context, named)) return 0;
     for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
     for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
@@ -484,14 +495,15 @@ static int perplexity(job *j, const char *argv0) {
     if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
     printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
-    if (j->train_data && !slam_ngrams(j->train_data, j->test_data, slam_model_config(j->model)->V, ngrams, &same)) return 0;
-    if (j->train_data && same != targets)
+    counts = j->train_data && slam_ranks_rank(j->ranks) == 0;
+    if (counts && !slam_ngrams(j->train_data, j->test_data, slam_model_config(j->model)->V, ngrams, &same)) return 0;
+    if (counts && same != targets)
         return slam_refuse("%s: n-grams predict %llu tokens, the model %llu: they cannot be compared", j->test.at[0],
                            (unsigned long long)same, (unsigned long long)targets);
-    for (int k = 0; j->train_data && k < 5; k++) printf("%-15s %12.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
+    for (int k = 0; counts && k < 5; k++) printf("%-15s %12.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
     printf("over %llu tokens in rows of %d%s\n", (unsigned long long)targets, context,
-           j->train_data ? "; n-grams are interpolated (Witten-Bell)" : "");
-    return !o->json || write_json(o->json, nll, targets, j->train_data ? ngrams : NULL);
+           counts ? "; n-grams are interpolated (Witten-Bell)" : "");
+    return !o->json || write_json(o->json, nll, targets, counts ? ngrams : NULL);
 }
 
 static int evaluate(job *j, const char *argv0, const char *path) {
@@ -499,9 +511,12 @@ static int evaluate(job *j, const char *argv0, const char *path) {
     char note[256], spelled[32];
     if (j->task == GENERATE && o->transcripts) return score_transcripts(o->transcripts);
     if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(j->ranks, o->device, o->dtype, o->threads, note))) return 0;
-    if (!(j->model = slam_model_load(j->ops, j->folder))) return 0;
+    if (!slam_ranks_agree(j->ranks, (j->model = slam_model_load(j->ops, j->folder)) != NULL)) return 0;
     slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
-    printf("device   %s%s%s%s\nmodel    %s: %s parameters\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", j->folder,
+    const int ranks = slam_ranks_count(j->ranks);
+    printf("device   %s%s%s%s", j->ops->name, *note ? " (" : "", note, *note ? ")" : "");
+    if (ranks > 1) printf(" on each of %d ranks", ranks);
+    printf("\nmodel    %s: %s parameters\n", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(slam_model_config(j->model))));
     if (j->task != PPL) slam_signals_catch(); /* ppl ends where it stands */
     slam_progress_begin(&j->progress);
@@ -510,7 +525,7 @@ static int evaluate(job *j, const char *argv0, const char *path) {
 
 int main(int argc, char **argv) {
     job j;
-    const char *model;
+    const char *model = NULL;
     memset(&j, 0, sizeof j);
     if (!(j.ranks = slam_program_begin("eval"))) return 1;
     j.flags.program = "eval";
@@ -531,8 +546,12 @@ int main(int argc, char **argv) {
                                         !slam_device_check(j.o.device)))
             ? 2
             : 0;
-    if (parsed == 1 && status == 0) status = !evaluate(&j, argv[0], model) ? 1 : j.failed ? 3 : 0;
-    if ((status == 0 || status == 3) && (fflush(stdout) != 0 || ferror(stdout))) status = !slam_refuse("stdout: cannot be written");
+    if (slam_ranks_rank(j.ranks)) drop_files(&j.o);
+    if (status == 0) {
+        int ok = parsed == 2 || evaluate(&j, argv[0], model);
+        if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = slam_refuse("stdout: cannot be written");
+        status = !slam_ranks_agree(j.ranks, ok) ? 1 : j.failed ? 3 : 0;
+    }
     slam_program_end(&j.flags, j.ranks, status);
     slam_data_free(j.test_data);
     slam_data_free(j.train_data);

@@ -837,8 +837,8 @@ int slam_prompts_units(slam_prompts *, const char *path, const slam_prompt_lengt
 /* The documents of token shards: the data's pieces that open one. */
 int slam_prompts_data(slam_prompts *, const slam_data *, const slam_prompt_length *);
 /* Audio files, each heard whole, so that the units of a prompt are those of its recording. One that fails is no prompt, and the
-   watch (may be NULL) is told. */
-int slam_prompts_audio(slam_prompts *, const slam_quantiser *, const slam_list *files, const slam_prompt_length *,
+   watch (may be NULL) is told. All ranks (NULL: alone) call it and have all prompts. */
+int slam_prompts_audio(slam_prompts *, const slam_quantiser *, slam_ranks *, const slam_list *files, const slam_prompt_length *,
                        slam_speech_watch *, void *context);
 
 /* Called after every step, or where there are ranks every 16 steps; returns 0 to stop. Of all ranks, done: prompts whose continuations
@@ -15396,10 +15396,11 @@ int slam_prompts_data(slam_prompts *p, const slam_data *data, const slam_prompt_
     return ok;
 }
 
-int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, const slam_list *files, const slam_prompt_length *length,
-                       slam_speech_watch *watch, void *context) {
+int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, slam_ranks *ranks, const slam_list *files,
+                       const slam_prompt_length *length, slam_speech_watch *watch, void *context) {
     slam_prompt_length by = *length;
     slam_sources *sources = slam_sources_audio(files, 0);
+    (void)ranks; // each hears all files by itself
     slam_units *units = sources ? (slam_units *)mem_new(files->n, sizeof *units) : NULL;
     int ok = units && slam_quantiser_sources(q, sources, units, watch, context);
     by.rate = slam_quantiser_settings(q)->rate;

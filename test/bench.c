@@ -213,7 +213,9 @@ static double measure_dpo(const slam_config *config, const char *path, int share
         slam_step step;
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (!slam_dpo_next(d, &tokens, &n_pairs) || !slam_dpo_accumulate(d, n_pairs, NULL, NULL) || !slam_optimiser_step(o, 1e-5, &step)) die();
+        if (!slam_dpo_next(d, &tokens, &n_pairs) || !slam_dpo_accumulate(d, n_pairs, NULL, NULL) ||
+            !slam_optimiser_step(o, 1e-5, &step))
+            die();
         if (k >= 0) times[n++] = slam_clock() - began;
     }
     slam_optimiser_free(o);

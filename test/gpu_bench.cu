@@ -764,8 +764,8 @@ static int step_row(bench *b, slam_model *m, slam_optimiser *o, const packed *p,
     printf("%5d  %-18s %10.0f %10.1f %9.3f %6.0f", micro, documents, rate, 1e3 * r.seconds, 1e6 * r.seconds / tokens,
            1e-12 * tokens / r.seconds * slam_config_flops(&b->config, p->T));
     share(tokens / r.seconds * slam_config_flops(&b->config, p->T), b->peak);
-    printf(" %9.2f %9.2f   %.4f\n", 1e-9 * slam_config_memory(&b->config, b->ops->bytes_per_act, micro, p->T, 1, 1).total, 1e-9 * used,
-           r.loss);
+    printf(" %9.2f %9.2f   %.4f\n", 1e-9 * slam_config_memory(&b->config, b->ops->bytes_per_act, micro, p->T, 1, 1).total,
+           1e-9 * used, r.loss);
     fflush(stdout);
     key(b, rate, "step/%d/%s", micro, p->fill < 1 ? "packed" : "whole");
     if (micro == 8 && p->fill < 1) key(b, 1e-9 * used, "step/memory/8");

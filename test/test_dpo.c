@@ -520,8 +520,8 @@ static void test_learning(slam_ops *ops) {
     check_near("loss at first", slam_dpo_last(d, 1).loss, log(2), 1e-5);
     for (int k = 0; k < 120; k++) {
         slam_step step;
-        CHECK(slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs, NULL, NULL) && slam_optimiser_step(o, 3e-3, &step), "%s",
-              slam_error());
+        CHECK(slam_dpo_next(d, &tokens, &pairs) && slam_dpo_accumulate(d, pairs, NULL, NULL) && slam_optimiser_step(o, 3e-3, &step),
+              "%s", slam_error());
         check_near("the step's loss", step.loss_sum / 16, slam_dpo_last(d, 0).loss, 1e-5);
     }
     CHECK(slam_dpo_evaluate(d) && slam_dpo_last(d, 1).accuracy > 0.8, "accuracy %.3f", slam_dpo_last(d, 1).accuracy);
