@@ -24,8 +24,8 @@ check() {
 on() {
     on_ranks=$1
     shift
-    # more ranks than cores here; each thread by itself; a machine without a network
-    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_btl=self,vader \
+    # more ranks than cores here; each thread by itself; a machine without a network; nobody needs a second to die
+    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_btl=self,vader OMPI_MCA_odls_base_sigkill_timeout=0 \
         OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$MPIRUN" -np "$on_ranks" "$@"
 }
 folder=${TEST_FOLDER:-$(mktemp -d)} || exit 1
