@@ -266,6 +266,7 @@ static int hear_set(job *j, const slam_testset *set, slam_units *units) {
     if (j->o.unit_file) return slam_testset_units(set, j->o.unit_file, slam_model_config(j->model)->V - 2, units);
     memset(&paths, 0, sizeof paths);
     slam_sources *sources = open_quantiser(j) && slam_testset_audio(set, &paths) ? slam_sources_audio(&paths, 0) : NULL;
+    if (sources) slam_sources_ranks(sources, j->ranks);
     int ok = sources && slam_quantiser_sources(j->quantiser, sources, units, listen, j);
     slam_progress_clear(&j->progress);
     if (ok && j->failed) ok = slam_refuse("%zu of the set's files cannot be heard: no figure can be given", j->failed);

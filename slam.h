@@ -15400,9 +15400,9 @@ int slam_prompts_audio(slam_prompts *p, const slam_quantiser *q, slam_ranks *ran
                        const slam_prompt_length *length, slam_speech_watch *watch, void *context) {
     slam_prompt_length by = *length;
     slam_sources *sources = slam_sources_audio(files, 0);
-    (void)ranks; // each hears all files by itself
     slam_units *units = sources ? (slam_units *)mem_new(files->n, sizeof *units) : NULL;
-    int ok = units && slam_quantiser_sources(q, sources, units, watch, context);
+    if (sources) slam_sources_ranks(sources, ranks);
+    int ok = slam_ranks_agree(ranks, units != NULL) && slam_quantiser_sources(q, sources, units, watch, context);
     by.rate = slam_quantiser_settings(q)->rate;
     for (size_t i = 0; ok && i < files->n; i++)
         if (units[i].samples)
