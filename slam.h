@@ -12745,25 +12745,25 @@ static int block_listen(audio_block *b, size_t first, size_t all, heard *result)
 
 /* ---- what one rank has heard, for the others: structures as they lie in memory, each followed by what its pointers show ---- */
 
-static void pack(text *t, const void *x, size_t n) {
+static void pack_run(text *t, const void *x, size_t n) {
     text_add_bytes(t, (const char *)&n, sizeof n);
     if (x) text_add_bytes(t, (const char *)x, n);
 }
 
-static void pack_string(text *t, const char *string) { pack(t, string, string ? strlen(string) + 1 : 0); }
+static void pack_string(text *t, const char *string) { pack_run(t, string, string ? strlen(string) + 1 : 0); }
 
 static void pack_heard(text *t, const heard *h, size_t D) {
     text_add_bytes(t, (const char *)h, sizeof *h);
     pack_string(t, h->name);
     pack_string(t, h->error);
-    pack(t, h->document, h->documents * sizeof *h->document);
-    pack(t, h->out.at, h->out.n);
+    pack_run(t, h->document, h->documents * sizeof *h->document);
+    pack_run(t, h->out.at, h->out.n);
     for (size_t i = 0; i < h->clips.n; i++) {
         const clip *c = h->clips.at[i];
         text_add_bytes(t, (const char *)c, sizeof *c);
-        pack(t, c->u.unit, c->u.n * sizeof *c->u.unit);
-        pack(t, c->u.duration, c->u.n * sizeof *c->u.duration);
-        pack(t, c->feature, c->feature ? c->u.frames * D * sizeof *c->feature : 0);
+        pack_run(t, c->u.unit, c->u.n * sizeof *c->u.unit);
+        pack_run(t, c->u.duration, c->u.n * sizeof *c->u.duration);
+        pack_run(t, c->feature, c->feature ? c->u.frames * D * sizeof *c->feature : 0);
     }
 }
 
@@ -12773,7 +12773,7 @@ static void unpack_bytes(const char **at, void *x, size_t n) {
 }
 
 /* What was packed, in memory of its own, NULL where it is nothing; clears *ok where there is no room. */
-static void *unpack(const char **at, int *ok) {
+static void *unpack_run(const char **at, int *ok) {
     size_t n;
     unpack_bytes(at, &n, sizeof n);
     void *x = n && *ok ? mem_new(n, 1) : NULL;
@@ -12792,9 +12792,9 @@ static int unpack_clip(const char **at, clip_list *list) {
     }
     unpack_bytes(at, c, sizeof *c);
     c->sample = NULL;
-    c->u.unit = (int *)unpack(at, &ok);
-    c->u.duration = (int *)unpack(at, &ok);
-    c->feature = (float *)unpack(at, &ok);
+    c->u.unit = (int *)unpack_run(at, &ok);
+    c->u.duration = (int *)unpack_run(at, &ok);
+    c->feature = (float *)unpack_run(at, &ok);
     return ok;
 }
 
@@ -12805,10 +12805,10 @@ static int unpack_heard(const char **at, heard *h) {
     h->parts = NULL;
     memset(&h->clips, 0, sizeof h->clips);
     memset(&h->head, 0, sizeof h->head);
-    h->name = (char *)unpack(at, &ok);
-    h->error = (char *)unpack(at, &ok);
-    h->document = (size_t *)unpack(at, &ok);
-    h->out.at = (char *)unpack(at, &ok);
+    h->name = (char *)unpack_run(at, &ok);
+    h->error = (char *)unpack_run(at, &ok);
+    h->document = (size_t *)unpack_run(at, &ok);
+    h->out.at = (char *)unpack_run(at, &ok);
     for (size_t i = 0; ok && i < clips; i++) ok = unpack_clip(at, &h->clips);
     return ok;
 }
