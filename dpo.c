@@ -129,7 +129,7 @@ static int plan(dpo_job *d, const char *argv0, char note[256]) {
     if (!slam_job_name_data(j, argv0, "test/corpus/pairs.jsonl", "test/corpus/pairs-val.jsonl")) return 0;
     if (!name_reference(d) || !read_config(d) || (j->is_bundled && !slam_bundled_units(argv0, j->run.trainer.units))) return 0;
     if (!open_pairs(d)) return 0;
-    if (!(d->ops = slam_run_device(j->ranks, &j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
+    if (!(d->ops = slam_job_device(j, note))) return 0;
     if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows, slam_pairs_row(d->pairs))) return 0;
     return slam_job_steps(j, (double)d->size.train / c->batch, 0);
 }
@@ -162,7 +162,7 @@ static void print_plan(const dpo_job *d, const char *note) {
     slam_job_print_memory(&d->j, m, s->most_rows);
     printf("steps    %ld of %d pairs: %.3g epochs\n", steps, c->batch, (double)steps * c->batch / (double)s->train);
     printf("loss     beta %g, label smoothing %g\n", d->beta, d->label_smoothing);
-    if (c->dry_run) slam_job_print_ranks(&d->j, m, (double)s->tokens * c->batch / (double)s->train);
+    if (c->dry_run) slam_job_print_ranks(&d->j, m, s->most_rows, (double)s->tokens * c->batch / (double)s->train);
     slam_job_print_schedule(&d->j);
     fflush(stdout);
 }

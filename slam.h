@@ -277,6 +277,7 @@ struct slam_ops {
    bytes_per_act 2: bf16, 4: float, without tf32. */
 slam_ops *slam_cpu(int threads);
 slam_ops *slam_cuda(int device, int bytes_per_act);
+int slam_cuda_count(void); /* GPUs that there are */
 void slam_ops_free(slam_ops *);
 
 /* ------------------------------------------------------------------------------------------
@@ -1158,6 +1159,8 @@ int slam_job_defaults(slam_job *);
 /* Data and validation data: as they are called, or where there are none the bundled ones. Such a run keeps empty lists, so that it
    goes on wherever the program lies. */
 int slam_job_name_data(slam_job *, const char *argv0, const char *bundled, const char *bundled_val);
+/* slam_run_device; a --dry-run with --dtype bf16 plans for a GPU where there is none. */
+slam_ops *slam_job_device(slam_job *, char note[256]);
 /* The run's part of the options; of `rows` rows of T tokens that a step has in all how many a rank computes at once. */
 int slam_job_fill(slam_job *, slam_ops *, const slam_config *, int rows, int T);
 int slam_job_mode(const slam_job *); /* SLAM_TRAIN, or with --recompute SLAM_TRAIN_RECOMPUTE */
@@ -1174,8 +1177,8 @@ int slam_job_begin(slam_job *);
 void slam_job_print_device(const slam_job *, const char *note);
 void slam_job_print_memory(const slam_job *, const slam_config *, int rows);
 void slam_job_print_schedule(const slam_job *);
-/* Of several ranks, or of as many as --ranks plans: what they exchange in a step of so many tokens, and how long it takes. */
-void slam_job_print_ranks(const slam_job *, const slam_config *, double tokens);
+/* Of several ranks, or of as many as --ranks plans: what they exchange in a step of so many rows and tokens, and how long it takes. */
+void slam_job_print_ranks(const slam_job *, const slam_config *, int rows, double tokens);
 /* What came of it: a line, with `validation` in it ("": none), and the checkpoints; first: the step it began with. */
 void slam_job_print_end(const slam_job *, long first, const char *validation);
 /* The call that goes on with the run, up to its limits. */
@@ -4578,6 +4581,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
     fail("cuda:%d: this build has no CUDA: build it where nvcc and cuBLASLt are found (make says what it finds)", device);
     return NULL;
 }
+int slam_cuda_count(void) { return 0; }
 #else
 #ifndef SLAM_EMULATOR
 #include <cublasLt.h>
@@ -7206,6 +7210,13 @@ static void cuda_built_for(char *text, size_t size) {
 #endif
 }
 
+int slam_cuda_count(void) {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess) n = 0;
+    cudaGetLastError();
+    return n;
+}
+
 /* Is there such a GPU, and can it run what was built? */
 static int cuda_usable(int device, cudaDeviceProp *p) {
     int n = 0;
@@ -7595,7 +7606,8 @@ int slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
     int ok = r->rank != 0 || nccl_well(ncclGetUniqueId(&id), "its start");
     ok = slam_ranks_agree(r, ok);
     slam_ranks_tell(r, &id, sizeof id);
-    ok = ok && nccl_well(ncclCommInitRank(&r->nccl, r->n, id, r->rank), "meeting the other ranks (NCCL_DEBUG=INFO tells more)");
+    ok = ok && nccl_well(ncclCommInitRank(&r->nccl, r->n, id, r->rank),
+                         "meeting the other ranks (two of them on one GPU? NCCL_DEBUG=WARN tells more)");
     r->carrier = CARRIER_NCCL;
     return slam_ranks_agree(r, ok);
 #else
@@ -16273,7 +16285,9 @@ slam_ops *slam_device(slam_ranks *ranks, const char *device, const char *dtype, 
         fail("--device %s: %d ranks cannot share a GPU; --device cuda gives each its own", device, slam_ranks_count(ranks));
         return NULL;
     }
-    slam_ops *ops = open_device(device, dtype, threads_of(ranks, threads), local, note);
+    /* Slurm may show each rank its own GPU alone, which then is the only one */
+    const int gpus = strcmp(device, "cpu") ? slam_cuda_count() : 0, gpu = gpus == 1 ? 0 : local;
+    slam_ops *ops = open_device(device, dtype, threads_of(ranks, threads), gpu, note);
     int ok = slam_ranks_agree(ranks, ops != NULL);
     if (ok && slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cuda")) +
                       slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cpu")) >
@@ -17758,6 +17772,15 @@ int slam_job_name_data(slam_job *j, const char *argv0, const char *bundled, cons
            (add_beside(&j->data, argv0, bundled) && (j->val.n || o->val_fraction > 0 || add_beside(&j->val, argv0, bundled_val)));
 }
 
+slam_ops *slam_job_device(slam_job *j, char note[256]) {
+    const slam_options *o = &j->o;
+    const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
+    slam_ops *ops =
+        slam_run_device(j->ranks, &j->run.trainer.settings, &j->flags, o->device, planned ? "auto" : o->dtype, o->threads, note);
+    if (ops && planned) ops->bytes_per_act = 2; // nothing is computed with it
+    return ops;
+}
+
 int slam_job_mode(const slam_job *j) { return j->o.recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN; }
 
 /* How many ranks there are, or are planned; and in how many parts the optimiser's state is divided. */
@@ -17877,27 +17900,25 @@ void slam_job_print_memory(const slam_job *j, const slam_config *config, int row
 }
 
 /* What is reduced hides behind the backward pass, two thirds of the work, over the last rows at once. */
-void slam_job_print_ranks(const slam_job *j, const slam_config *config, double tokens) {
+void slam_job_print_ranks(const slam_job *j, const slam_config *config, int rows, double tokens) {
     const slam_options *o = &j->o;
-    const int ranks = job_ranks(j), act = strcmp(o->zero, "0") ? j->run.ops->bytes_per_act : 4;
-    const double n = (double)slam_config_parameters(config), away = (double)(ranks - 1) / ranks,
-                 work = slam_config_flops(config, o->context) * tokens / ranks;
-    const double reduced = 4 * n * away, gathered = act * n * away;
-    char a[32], b[32];
+    const int ranks = job_ranks(j), zero = strcmp(o->zero, "0"), act = zero ? j->run.ops->bytes_per_act : 4;
+    const int passes = ((rows + ranks - 1) / ranks + j->run.micro - 1) / j->run.micro;
+    const double n = (double)slam_config_parameters(config), sent = n * (ranks - 1) / ranks, speed = o->bandwidth;
+    char a[32];
     if (ranks > 1)
-        printf(
-            "ranks    %d, %.3g rows each; a step sends %s bytes a rank: (ranks - 1) / ranks x %s parameters x (4 of gradients + %d of %s)\n",
-            ranks, (double)o->batch / ranks, slam_spell_count(a, reduced + gathered), slam_spell_count(b, n), act,
-            act == 4 && !strcmp(o->zero, "0") ? "their sums" : "weights");
+        printf("ranks    %d; in a step each sends %.3g GB: %s parameters x (ranks - 1) / ranks x (4 bytes of\n"
+               "         gradients + %d of %s)\n",
+               ranks, (4 + act) * sent / 1e9, slam_spell_count(a, n), act, zero ? "weights" : "their sums");
     if (!o->flops) return;
-    const double compute = work / o->flops, last = compute * j->run.micro * ranks / o->batch,
-                 reduce = o->bandwidth ? reduced / o->bandwidth : 0, gather = o->bandwidth ? gathered / o->bandwidth : 0,
-                 shown = reduce > last * 2 / 3 ? reduce - last * 2 / 3 : 0, step = compute + shown + gather;
+    const double compute = slam_config_flops(config, o->context) * tokens / ranks / o->flops, behind = compute / passes * 2 / 3;
+    const double reduce = speed ? 4 * sent / speed : 0, gather = speed ? act * sent / speed : 0;
+    const double shown = reduce > behind ? reduce - behind : 0, step = compute + shown + gather;
     printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, shown, gather,
            slam_spell_count(a, 86400 * tokens / step));
-    printf(
-        "         compute = FLOP a token x tokens / ranks / FLOP/s; reduce, gather = bytes / bandwidth, the first less 2/3 of the\n"
-        "         last rows' compute, behind which it hides\n");
+    printf("         compute = FLOP a token x tokens / ranks / FLOP/s; gather, reduce = bytes / bandwidth; reduce takes\n"
+           "         %.4g, of which %.4g hide behind the backward pass of the last rows\n",
+           reduce, reduce - shown);
 }
 
 void slam_job_print_schedule(const slam_job *j) {

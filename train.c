@@ -259,7 +259,7 @@ static void print_dry_run(const train_job *t) {
     const double flops = slam_config_flops(&t->config, c->context), tokens = (double)c->batch * c->context * t->size.fill;
     char a[32], b[32];
     printf("work     %s FLOP a token\n", slam_spell_count(b, flops));
-    slam_job_print_ranks(&t->j, &t->config, tokens);
+    slam_job_print_ranks(&t->j, &t->config, c->batch, tokens);
     if (o->rate > 0 && t->j.run.trainer.steps)
         printf("time     %s at %g tokens/s\n", slam_spell_time(a, (double)t->j.run.trainer.steps * tokens / o->rate), o->rate);
     else if (o->rate > 0)
@@ -286,7 +286,7 @@ static int plan(train_job *t, const char *argv0, char note[256]) {
     slam_job *j = &t->j;
     const slam_options *c = &j->o;
     if (!settle(t) || !slam_job_name_data(j, argv0, "test/corpus/train.bin", "test/corpus/val.bin")) return 0;
-    if (!(t->ops = slam_run_device(j->ranks, &j->run.trainer.settings, &j->flags, c->device, c->dtype, c->threads, note))) return 0;
+    if (!(t->ops = slam_job_device(j, note))) return 0;
     if (!open_data(t) || !read_config(t) || !check_units(t)) return 0;
     if (!slam_data_prepare(t->data, t->config.V, c->val_fraction, (uint64_t)c->seed, c->val_fraction > 0 ? &t->val : NULL))
         return 0;

@@ -73,72 +73,39 @@ wait_for_step() {
     done
     return 1
 }
-# rank_process N RUN: the process of the Nth rank of those that train into RUN
-rank_process() { pgrep -f "^$train .*--out $2\$" | sed -n "$1p"; }
-# within SECONDS PROCESS: it ends
-within() {
-    for _ in $(seq $(($1 * 10))); do
-        kill -0 "$2" 2>/dev/null || return 0
-        sleep 0.1
-    done
-    kill -9 "$2"
-    return 1
-}
 long='--context 64 --batch 8 --steps 100000 --eval-every 0 --save-every 3 --keep 2 --threads 1'
-for victim in 2 1; do
-    on 3 "$train" $long --out kill$victim >kill.out 2>&1 &
-    runner=$!
-    name="kill: rank $((victim - 1)) of 3"
-    if wait_for_step kill$victim $((4 + victim)) && kill -9 "$(rank_process $victim kill$victim)" && within 10 $runner; then
-        if wait $runner; then fail "$name" 'status 0'; else ok "$name ends all"; fi
-    else
-        fail "$name" "$(tail -n 3 kill.out)"
-    fi
-    check "$name: nobody is left" sh -c "! pgrep -f '^$train .*--out kill$victim\$'"
-    lines=$(wc -l <kill$victim/log.jsonl)
-    on 2 "$train" --resume --out kill$victim >kill.out 2>&1 &
-    runner=$!
-    if wait_for_step kill$victim $((lines + 2)) && kill -TERM "$(rank_process 2 kill$victim)" && within 10 $runner && wait $runner; then
-        ok "$name: 2 go on"
-    else
-        fail "$name: 2 go on" "$(tail -n 3 kill.out)"
-    fi
-    check "$name: each step once" sh -c "grep -o '\"step\": [0-9]*' kill$victim/log.jsonl | awk '\$2 != NR { exit 1 } END { if (NR < 5) exit 1 }'"
+for victim in 1 0; do
+    name="kill: rank $victim of 3" run=kill$victim
+    starts 3 "$train" $long --out $run
+    wait_for_step $run $((4 + victim))
+    check "$name ends all" stops KILL $victim any
+    lines=$(wc -l <$run/log.jsonl)
+    starts 2 "$train" --resume --out $run
+    wait_for_step $run $((lines + 2))
+    check "$name: 2 go on, TERM to the second stops them" stops TERM 1 0
+    check "$name: each step once, the last one saved" sh -c "grep -o '\"step\": [0-9]*' $run/log.jsonl | awk -v latest=\$(readlink $run/latest | sed 's/step_0*//') '\$2 != NR { exit 1 } END { if (NR < 5 || NR != latest) exit 1 }'"
 done
-on 3 "$train" $long --out stop >stop.out 2>&1 &
-runner=$!
-if wait_for_step stop 4 && kill -TERM "$(rank_process 3 stop)" && within 10 $runner && wait $runner; then
-    ok 'SIGTERM to one rank stops all, status 0'
-else
-    fail 'SIGTERM to one rank stops all' "$(tail -n 3 stop.out)"
-fi
-check 'SIGTERM: the last step is saved' sh -c '[ "$(tail -n 1 stop/log.jsonl | sed "s/[^0-9]*\([0-9]*\).*/\1/")" = "$(readlink stop/latest | sed "s/step_0*//")" ]'
 
-# says NAME COUNT PATTERN COMMAND...: it fails, and says so, so many times
-says() {
-    says_name=$1 says_count=$2 says_pattern=$3
-    shift 3
-    if "$@" >says.out 2>&1; then fail "$says_name" 'status 0'; else
-        says_got=$(grep -c "$says_pattern" says.out)
-        if [ "$says_got" = "$says_count" ]; then ok "$says_name"; else fail "$says_name" "$says_got times '$says_pattern': $(grep error: says.out | head -n 2)"; fi
-    fi
-}
-says 'an error of all is said once' 1 'error: .*nowhere' on 3 "$train" nowhere.bin --steps 2
-says 'a wrong flag is said once' 1 'error: --stepz' on 3 "$train" --stepz 2
-says 'fewer rows than ranks' 1 'error: --batch 2: fewer than the 3 ranks' on 3 "$train" --batch 2
-says '--ranks without --dry-run' 1 'mpirun -np 4' "$train" --ranks 4
+check 'an error of all' ends 1 on 3 "$train" nowhere.bin --steps 2
+check 'an error of all: said once' once '.*nowhere'
+check 'a wrong flag' ends 2 on 3 "$train" --stepz 2
+check 'a wrong flag: said once' once '.*--stepz'
+check 'fewer rows than ranks' ends 1 on 3 "$train" --batch 2
+check 'fewer rows than ranks: said once' once '--batch 2: fewer than the 3 ranks'
+check '--ranks is for --dry-run' ends 2 "$train" --ranks 4
 # the second rank does not see what the others see
-cp "$root/test/corpus/val.bin" mine.bin && cp "$root/test/corpus/train.bin" yours.bin
-cat >odd.sh <<END
-#!/bin/sh
-[ "\${OMPI_COMM_WORLD_RANK:-\$PMI_RANK}" = 1 ] && exec "$train" mine.bin "\$@"
-exec "$train" yours.bin "\$@"
-END
-says 'ranks that see other data' 1 'do not see the same data' on 2 sh odd.sh --vocab 102 --model tiny $settings --out odd
-sed -i 's/mine.bin/gone.bin/' odd.sh
-says 'one rank alone fails' 1 'error: rank 1: .*gone.bin' on 2 sh odd.sh --vocab 102 --model tiny $settings --out odd
-mkdir -p wall && ln -s /dev/full wall/log.jsonl 2>/dev/null
-says 'a log that cannot be written ends all' 1 'error: .*log.jsonl' on 2 "$train" $settings --resume --out wall
+mkdir in.1
+cp "$root/test/corpus/train.bin" yours.bin && cp "$root/test/corpus/val.bin" in.1/yours.bin
+odd="$train yours.bin --vocab 102 --model tiny $settings --out $PWD/odd"
+check 'ranks that see other data' ends 1 on 2 ./each $odd
+check 'ranks that see other data: said once' once 'the ranks do not see the same data'
+rm in.1/yours.bin
+check 'one rank sees no data' ends 1 on 2 ./each $odd
+check 'one rank sees no data: said once' once 'rank 1: .*yours.bin'
+rm -r in.1
+mkdir wall && ln -s /dev/full wall/log.jsonl
+check 'a log that cannot be written' ends 1 on 2 "$train" $settings --resume --out wall
+check 'a log that cannot be written: said once' once '.*log.jsonl: cannot be written'
 
 # ---- preferences ----
 

@@ -4,8 +4,6 @@
 
 . "$(dirname "$0")/ranks.sh"
 tokenize=$root/tokenize
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-export OMPI_MCA_odls_base_sigkill_timeout=0 # or mpirun waits a second or two wherever a rank ends with another status than 0
 
 # ---- sounds: bytes of slam.h ----
 
@@ -29,63 +27,9 @@ ls speech/??.wav | paste -d '\t' - - - | head -n 6 >pairs.tsv
 
 # ---- helpers ----
 
-# each COMMAND...: as one rank of it; leaves its process in pid.RANK, has bin.RANK first in PATH, and runs in the folder of its own in.RANK
-# where there are such
-cat >each <<'S'
-#!/bin/sh
-rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}
-echo $$ >pid.$rank
-[ ! -d bin.$rank ] || PATH=$PWD/bin.$rank:$PATH
-[ ! -d in.$rank ] || cd in.$rank
-exec "$@"
-S
-chmod +x each
 # same NAME ENDINGS: one.ENDING and NAME.ENDING are the same
 same() {
     for same_end in $2; do cmp "one.$same_end" "$1.$same_end" || return 1; done
-}
-# ends STATUS COMMAND...: ends so, within ten seconds; what it says goes to said.out and said.err
-ends() {
-    ends_status=$1 ends_began=$(date +%s)
-    shift
-    "$@" >said.out 2>said.err
-    ends_got=$?
-    ends_took=$(($(date +%s) - ends_began))
-    [ $ends_got -eq "$ends_status" ] && [ $ends_took -le 10 ] && return
-    echo "status $ends_got after $ends_took s: $(grep tokenize: said.err | head -n 1)"
-    return 1
-}
-# once PATTERN: one line of stderr is tokenize's and has it
-once() { [ "$(grep -c '^tokenize: error:' said.err)" = 1 ] && grep -q "^tokenize: error: $1" said.err; }
-# starts NAME N ARGUMENTS...: tokenize on N ranks beside this script, and waits until all are there
-starts() {
-    starts_name=$1 starts_n=$2
-    shift 2
-    rm -f pid.*
-    on "$starts_n" ./each "$tokenize" "$@" >"$starts_name.said" 2>"$starts_name.err" &
-    process=$!
-    for starts_i in $(seq 100); do
-        [ "$(cat pid.* 2>/dev/null | wc -l)" -lt "$starts_n" ] || break
-        sleep 0.05
-    done
-}
-# stops SIGNAL RANK STATUS: that rank gets it, all end within ten seconds, with that status (any: not 0)
-stops() {
-    kill "-$1" "$(cat "pid.$2")" || return 1
-    stops_began=$(date +%s)
-    wait $process
-    stops_got=$?
-    if [ "$3" = any ]; then [ $stops_got -ne 0 ]; else [ $stops_got -eq "$3" ]; fi || {
-        echo "status $stops_got"
-        return 1
-    }
-    for stops_pid in $(cat pid.*); do
-        while kill -0 "$stops_pid" 2>/dev/null && [ $(($(date +%s) - stops_began)) -le 10 ]; do sleep 0.1; done
-    done
-    [ $(($(date +%s) - stops_began)) -le 10 ] || {
-        echo "took $(($(date +%s) - stops_began)) s"
-        return 1
-    }
 }
 
 # ---- the bytes of one process ----
@@ -153,22 +97,22 @@ touch slow
 for way in '3 KILL 1 any' '2 TERM 1 0' '3 KILL 0 any'; do
     set -- $way
     before=$(cat 3.more.bin.journal 2>/dev/null)
-    starts stopped $1 --text more.txt --tts "$voice" $km -o 3.more.bin
+    starts $1 "$tokenize" --text more.txt --tts "$voice" $km -o 3.more.bin
     for i in $(seq 200); do # something of its own is done
         [ "$(cat 3.more.bin.journal 2>/dev/null)" = "$before" ] || break
         sleep 0.05
     done
     check "$2 to rank $3 of $1" stops "$2" "$3" "$4"
-    [ "$2" = KILL ] || check "$2 to rank $3 of $1: in good order" grep -q 'stopped  after [0-9]* of 200 lines' stopped.said
+    [ "$2" = KILL ] || check "$2 to rank $3 of $1: in good order" grep -q 'stopped  after [0-9]* of 200 lines' said.out
 done
 rm slow
 check 'after them the call goes on' ends 0 on 2 "$tokenize" --text more.txt --tts "$voice" $km -o 3.more.bin
 check 'from where it was' grep -q '([0-9]* of them before)' said.out
 check 'to the same bytes' same 3 more.bin
 check 'and leaves nothing else' sh -c '! ls 3.more.bin.*'
-starts fit 2 long --fit 4000 --kmeans long.npy
+starts 2 "$tokenize" long --fit 4000 --kmeans long.npy
 sleep 0.5
 check 'TERM to rank 1 of a fit' stops TERM 1 0
-check 'TERM to rank 1 of a fit: in good order' grep -q 'stopped  before the centroids were found' fit.said
+check 'TERM to rank 1 of a fit: in good order' grep -q 'stopped  before the centroids were found' said.out
 check 'TERM to rank 1 of a fit: nothing is left' sh -c '! ls long.npy* long.json*'
 end
