@@ -284,8 +284,7 @@ void slam_ops_free(slam_ops *);
    6. RANKS        one process, or many that work together: MPI, NCCL
    ------------------------------------------------------------------------------------------ */
 /* The processes that one mpirun or srun has started, numbered from 0. They call the same functions with the same arguments, see the
-   same files, and each does its share. NULL stands for one alone. */
-typedef struct slam_ranks slam_ranks;
+   same files, and each does its share. A slam_ranks * that is NULL stands for one alone. */
 /* Joins the ranks that this process was started as one of; by itself, or in a build without MPI, it is alone. NULL and slam_error()
    where there is no memory. */
 slam_ranks *slam_ranks_join(void);
@@ -306,7 +305,8 @@ void slam_ranks_zero(slam_ranks *, int stage);
 /* first <= i < end: this rank's share of n things, neighbours; shares differ by one at most. */
 void slam_ranks_share(const slam_ranks *, size_t n, size_t *first, size_t *end);
 
-/* All ranks call these at the same moment, and wait for each other.
+/* All ranks call these at the same moment, and wait for each other; but for one that has failed in an exchange that the others may still
+   wait in: it goes on alone, to slam_ranks_leave.
    agree: 1 where all are well. Else 0, and the sentence of the first rank that is not becomes everyone's; from then on 0 at once. */
 int slam_ranks_agree(slam_ranks *, int ok);
 int slam_ranks_same(slam_ranks *, uint64_t x); /* 1: it is the same number on all */
@@ -7342,7 +7342,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 /* ==========================================================================================
    6. RANKS              one process, or many that work together: MPI, NCCL
    MPI starts the processes, lets them agree, and carries what lies in the host's memory; NCCL
-   carries what lies on GPUs. What one waits for is written here once for both, and for one alone.
+   carries what lies on GPUs. The other sections do not know which.
    may use: 1 base, 3 ops
    ========================================================================================== */
 #ifdef SLAM_MPI
@@ -7372,6 +7372,7 @@ enum { PARCELS = 2 }; // one is added up while the next is under way
 struct slam_ranks {
     int rank, n, local, local_n;
     int known; // all ranks know that one of them has failed
+    int lost;  // this one has failed where the others may wait for it: it waits for nobody any more
     int zero;  // stage of ZeRO
     int carrier;
     slam_ops *ops;
@@ -7496,10 +7497,14 @@ void slam_ranks_leave(slam_ranks *r, int status) {
 
 /* ---- what the hosts tell each other ---- */
 
+#ifdef SLAM_MPI
+static int ranks_talk(const slam_ranks *r) { return r && r->n > 1 && !r->lost; }
+#endif
+
 void slam_ranks_tell(slam_ranks *r, void *x, size_t bytes) {
 #ifdef SLAM_MPI
     const size_t most = (size_t)1 << 30;
-    for (size_t at = 0; r && r->n > 1 && at < bytes; at += most)
+    for (size_t at = 0; ranks_talk(r) && at < bytes; at += most)
         MPI_Bcast((char *)x + at, (int)(bytes - at < most ? bytes - at : most), MPI_BYTE, 0, MPI_COMM_WORLD);
 #endif
     (void)r, (void)x, (void)bytes;
@@ -7510,7 +7515,7 @@ int slam_ranks_agree(slam_ranks *r, int ok) {
     int first = r && !ok ? r->rank : INT_MAX;
     char sentence[sizeof error_text];
     if (slam_ranks_count(r) == 1) return ok;
-    if (r->known) return 0;
+    if (r->known || r->lost) return 0;
     MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     if (first == INT_MAX) return 1;
     memcpy(sentence, error_text, sizeof sentence);
@@ -7525,7 +7530,7 @@ int slam_ranks_agree(slam_ranks *r, int ok) {
 
 long slam_ranks_max(slam_ranks *r, long x) {
 #ifdef SLAM_MPI
-    if (r && r->n > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+    if (ranks_talk(r)) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
 #endif
     (void)r;
     return x;
@@ -7534,7 +7539,7 @@ long slam_ranks_max(slam_ranks *r, long x) {
 int slam_ranks_same(slam_ranks *r, uint64_t x) {
     uint64_t ends[2] = {x, ~x}; // the largest, and the inverse of the smallest
 #ifdef SLAM_MPI
-    if (r && r->n > 1) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
+    if (ranks_talk(r)) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
 #endif
     (void)r;
     return ends[0] == ~ends[1];
@@ -7542,7 +7547,7 @@ int slam_ranks_same(slam_ranks *r, uint64_t x) {
 
 void slam_ranks_sum(slam_ranks *r, double *x, size_t n) {
 #ifdef SLAM_MPI
-    for (size_t at = 0; r && r->n > 1 && at < n; at += RANKS_TABLE) {
+    for (size_t at = 0; ranks_talk(r) && at < n; at += RANKS_TABLE) {
         const int some = n - at < RANKS_TABLE ? (int)(n - at) : (int)RANKS_TABLE;
         MPI_Allgather(x + at, some, MPI_DOUBLE, r->table, some, MPI_DOUBLE, MPI_COMM_WORLD);
         for (int i = 0; i < some; i++) {
@@ -7559,14 +7564,14 @@ void *slam_ranks_collect(slam_ranks *r, const void *x, size_t bytes, size_t *siz
     size_t all = bytes;
     sizes[slam_ranks_rank(r)] = bytes;
 #ifdef SLAM_MPI
-    if (r && r->n > 1) {
+    if (ranks_talk(r)) {
         uint64_t mine = bytes, *of = (uint64_t *)(void *)r->table;
         MPI_Allgather(&mine, 1, MPI_UINT64_T, of, 1, MPI_UINT64_T, MPI_COMM_WORLD);
         all = 0;
         for (int k = 0; k < r->n; k++) all += sizes[k] = (size_t)of[k];
     }
 #endif
-    char *whole = (char *)mem_new(all, 1);
+    char *whole = r && r->lost ? NULL : (char *)mem_new(all, 1);
     if (!slam_ranks_agree(r, whole != NULL)) {
         free(whole);
         return NULL;
@@ -7577,7 +7582,7 @@ void *slam_ranks_collect(slam_ranks *r, const void *x, size_t bytes, size_t *siz
 #ifdef SLAM_MPI
     const size_t most = (size_t)1 << 30;
     at = 0;
-    for (int k = 0; r && r->n > 1 && k < r->n; at += sizes[k++])
+    for (int k = 0; ranks_talk(r) && k < r->n; at += sizes[k++])
         for (size_t done = 0; done < sizes[k]; done += most)
             MPI_Bcast(whole + at + done, (int)(sizes[k] - done < most ? sizes[k] - done : most), MPI_BYTE, k, MPI_COMM_WORLD);
 #endif
@@ -7586,9 +7591,17 @@ void *slam_ranks_collect(slam_ranks *r, const void *x, size_t bytes, size_t *siz
 
 /* ---- NCCL ---- */
 
+/* A failure in an exchange. */
+static int ranks_lose(slam_ranks *r) {
+    r->lost = 1;
+    return 0;
+}
+
 #ifdef SLAM_NCCL
-static int nccl_well(ncclResult_t result, const char *operation) {
-    return result == ncclSuccess || fail("NCCL failed in %s: %s", operation, ncclGetErrorString(result));
+static int nccl_well(slam_ranks *r, ncclResult_t result, const char *operation) {
+    if (result == ncclSuccess) return 1;
+    fail("NCCL failed in %s: %s", operation, ncclGetErrorString(result));
+    return ranks_lose(r);
 }
 
 /* All that NCCL does goes into the device's second queue. (The type is CUDA's stream, as the driver calls it.) */
@@ -7603,13 +7616,11 @@ int slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
 #ifdef SLAM_NCCL
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
-    int ok = r->rank != 0 || nccl_well(ncclGetUniqueId(&id), "its start");
-    ok = slam_ranks_agree(r, ok);
+    if (r->rank == 0 && !nccl_well(r, ncclGetUniqueId(&id), "its start")) return 0;
     slam_ranks_tell(r, &id, sizeof id);
-    ok = ok && nccl_well(ncclCommInitRank(&r->nccl, r->n, id, r->rank),
-                         "meeting the other ranks (two of them on one GPU? NCCL_DEBUG=WARN tells more)");
     r->carrier = CARRIER_NCCL;
-    return slam_ranks_agree(r, ok);
+    return nccl_well(r, ncclCommInitRank(&r->nccl, r->n, id, r->rank),
+                     "meeting the other ranks (two of them on one GPU? NCCL_DEBUG=WARN tells more)");
 #else
     if (r->n > 1)
         return fail("%d ranks on GPUs: this build has no NCCL: install libnccl-dev (or Python's nvidia-nccl), then make", r->n);
@@ -7685,16 +7696,17 @@ static int ranks_reduce_scatter(slam_ranks *r, float *x, size_t n) {
     if (r->carrier == CARRIER_NCCL) {
         const size_t each = part_size(r, n), even = each * (size_t)r->n;
         r->ops->side_begin(r->ops);
-        if (even && !nccl_well(ncclReduceScatter(x, x + each * (size_t)r->rank, each, ncclFloat, ncclSum, r->nccl, nccl_queue(r)),
-                               "a reduction"))
+        if (even &&
+            !nccl_well(r, ncclReduceScatter(x, x + each * (size_t)r->rank, each, ncclFloat, ncclSum, r->nccl, nccl_queue(r)),
+                       "a reduction"))
             return 0;
         return even == n ||
-               nccl_well(ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, r->n - 1, r->nccl, nccl_queue(r)),
+               nccl_well(r, ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, r->n - 1, r->nccl, nccl_queue(r)),
                          "a reduction");
     }
 #endif
 #ifdef SLAM_MPI
-    return r->ops->finish(r->ops) && parcel_send(r, x, n);
+    return (r->ops->finish(r->ops) && parcel_send(r, x, n)) || ranks_lose(r);
 #else
     (void)x, (void)n;
     return 1;
@@ -7709,14 +7721,15 @@ static int ranks_all_gather(slam_ranks *r, void *x, const void *part, size_t n, 
         const size_t each = part_size(r, n) * size, even = each * (size_t)r->n, rest = n * size - even;
         char *tail = (char *)x + even;
         r->ops->side_begin(r->ops);
-        if (each && !nccl_well(ncclAllGather(part, x, each, ncclChar, r->nccl, nccl_queue(r)), "gathering")) return 0;
-        return !rest || nccl_well(ncclBroadcast(r->rank == r->n - 1 ? (const char *)part + each : tail, tail, rest, ncclChar,
+        if (each && !nccl_well(r, ncclAllGather(part, x, each, ncclChar, r->nccl, nccl_queue(r)), "gathering")) return 0;
+        return !rest || nccl_well(r,
+                                  ncclBroadcast(r->rank == r->n - 1 ? (const char *)part + each : tail, tail, rest, ncclChar,
                                                 r->n - 1, r->nccl, nccl_queue(r)),
                                   "gathering");
     }
 #endif
 #ifdef SLAM_MPI
-    if (!r->ops->finish(r->ops)) return 0;
+    if (!r->ops->finish(r->ops)) return ranks_lose(r);
     all_gather_hosts(r, x, part, n, size);
 #else
     (void)x, (void)part, (void)n, (void)size;
@@ -7730,12 +7743,12 @@ static int ranks_all_reduce(slam_ranks *r, double *x, size_t n) {
 #ifdef SLAM_NCCL
     if (r->carrier == CARRIER_NCCL) {
         r->ops->side_begin(r->ops);
-        if (!nccl_well(ncclAllReduce(x, x, n, ncclDouble, ncclSum, r->nccl, nccl_queue(r)), "a sum")) return 0;
+        if (!nccl_well(r, ncclAllReduce(x, x, n, ncclDouble, ncclSum, r->nccl, nccl_queue(r)), "a sum")) return 0;
         r->ops->side_end(r->ops);
         return 1;
     }
 #endif
-    if (!r->ops->finish(r->ops)) return 0;
+    if (!r->ops->finish(r->ops)) return ranks_lose(r);
     slam_ranks_sum(r, x, n);
     return 1;
 }
@@ -17173,8 +17186,9 @@ static int step_left_out(slam_run *r, run_pace *p, double loss, double grad_norm
            t->step + 1, t->steps, loss, grad_norm, t->skipped);
     fflush(stdout);
     if (++p->in_a_row < 20) return 1;
-    return fail("loss or gradient norm was not finite 20 times in a row after step %ld%s", t->step,
-                r->saved_step ? "; the last checkpoint is intact" : "");
+    fail("loss or gradient norm was not finite 20 times in a row after step %ld%s", t->step,
+         r->saved_step ? "; the last checkpoint is intact" : "");
+    return slam_ranks_agree(run_ranks(r), 0); // all have come to it
 }
 
 /* On a terminal the bar, and lines as well where they were asked for; elsewhere lines. */

@@ -26,6 +26,9 @@ static inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int n, ncclUniqueI
     *comm = new emulator_nccl();
     (*comm)->rank = rank;
     (*comm)->n = n;
+    const char *fails = getenv("EMULATOR_NCCL_FAILS"); // a rank that does not get this far, for which the others wait
+    if (fails && atoi(fails) == rank) return ncclInvalidUsage;
+    if (fails) MPI_Barrier(MPI_COMM_WORLD);
     return strcmp(id.mark, "emulated") ? ncclInvalidUsage : ncclSuccess; // every rank has rank 0's
 }
 static inline ncclResult_t ncclCommDestroy(ncclComm_t comm) { return delete comm, ncclSuccess; }

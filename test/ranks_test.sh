@@ -115,6 +115,33 @@ check 'dpo: 4 ranks' on 4 "$dpo" --init r0 $pairs --out d4
 close 'dpo: losses of 4 ranks' 1e-5 d0 d4
 check 'dpo: the same reference, bit by bit' cmp d0/reference.bin d4/reference.bin
 
+# ---- CUDA and NCCL, emulated: float weights in parts ----
+
+if [ -x "$train-emulated" ]; then
+    cat >small.json <<'END'
+{"model_type": "qwen2", "vocab_size": 102, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+ "intermediate_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": true}
+END
+    emulated="$train-emulated --device cuda --dtype bf16 --model small.json --context 32 --batch 3 --steps 4 --warmup 1 --save-every 2 --keep 0 --eval-every 0 --threads 1"
+    check 'bf16: one process' $emulated --out e0
+    check 'bf16: 2 ranks' on 2 $emulated --out e2
+    close 'bf16: losses of 2 ranks' 1e-3 e0 e2
+    check 'bf16: 2 ranks without ZeRO' on 2 $emulated --zero 0 --out plain2
+    check 'bf16: the same bits without ZeRO' same_state e2 plain2
+    cp -r e2 on && rm -rf on/step_000004 && ln -sfn step_000002 on/latest
+    cp -r on off
+    check 'bf16: 2 ranks go on' on 2 "$train-emulated" --resume --out on
+    check 'bf16: to the same bits' same_state e2 on
+    check 'bf16: one process goes on' "$train-emulated" --resume --out off
+    close 'bf16: saved by 2, resumed by 1' 1e-3 e2 off
+    export EMULATOR_NCCL_FAILS=1
+    check 'NCCL fails on one rank, for which the others wait' ends 1 on 3 $emulated --out never
+    check 'NCCL fails on one rank: said once' once 'rank 1: NCCL failed in meeting the other ranks'
+    unset EMULATOR_NCCL_FAILS
+else
+    echo 'skip bf16: no train-emulated'
+fi
+
 # ---- the plan ----
 
 check 'plan: four ranks' sh -c "'$train' --dry-run --ranks 4 --threads 1 --flops 1e11 --bandwidth 1e9 >plan.out && grep -q 'optimiser 1.6,' plan.out &&
