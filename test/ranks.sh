@@ -24,8 +24,8 @@ check() {
 on() {
     on_ranks=$1
     shift
-    # more ranks than cores here; a machine without a network; nobody needs a second to die
-    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_btl=self,vader \
+    # more ranks than cores here, which share them; a machine without a network; nobody needs a second to die
+    OMPI_MCA_mpi_yield_when_idle=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_btl=self,vader \
         OMPI_MCA_odls_base_sigkill_timeout=0 "$MPIRUN" -np "$on_ranks" "$@"
 }
 # ends STATUS COMMAND...: ends so, within ten seconds; what it says goes to said.out and said.err

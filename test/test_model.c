@@ -614,10 +614,10 @@ static int made_up_next(void *context, uint64_t *tokens, uint64_t *terms) {
     return 1;
 }
 
-static int made_up_accumulate(void *context, uint64_t terms) {
+static int made_up_accumulate(void *context, uint64_t terms, slam_after_layer *after_layer, void *after) {
     (void)context;
     event('a');
-    return slam_model_backward(made_up.model, &made_up.batch, 1.0f / (float)terms, NULL, NULL);
+    return slam_model_backward(made_up.model, &made_up.batch, 1.0f / (float)terms, after_layer, after);
 }
 
 static void made_up_tell(void *context, uint64_t *epoch, uint64_t *row) {
