@@ -285,8 +285,8 @@ void slam_ops_free(slam_ops *);
    ------------------------------------------------------------------------------------------ */
 /* The processes that one mpirun or srun has started, numbered from 0. They call the same functions with the same arguments, see the
    same files, and each does its share. A slam_ranks * that is NULL stands for one alone. */
-/* Joins the ranks that this process was started as one of; by itself, or in a build without MPI, it is alone. NULL and slam_error()
-   where there is no memory. */
+/* Joins the ranks that this process was started as one of; by itself it is alone. NULL and slam_error() where there is no memory, or where
+   others were started with it whom it cannot see. */
 slam_ranks *slam_ranks_join(void);
 /* Frees; ops that were attached are alone from then on. status 0: waits for the others. Anything else ends all ranks at once, unless
    they know (slam_ranks_agree) that one has failed. */
@@ -7426,6 +7426,15 @@ static int ranks_launched(void) {
     return 0;
 }
 
+/* How many processes mpirun says that it has started; srun says it elsewhere. */
+static int ranks_promised(void) {
+    const char *said[] = {getenv("OMPI_COMM_WORLD_SIZE"), getenv("PMI_SIZE"),
+                          getenv("PMIX_RANK") ? getenv("SLURM_STEP_NUM_TASKS") : NULL};
+    for (size_t i = 0; i < sizeof said / sizeof *said; i++)
+        if (said[i] && atoi(said[i]) > 1) return atoi(said[i]);
+    return 1;
+}
+
 #ifdef SLAM_MPI
 static void ranks_start(slam_ranks *r) {
     int running = 0, level;
@@ -7466,6 +7475,14 @@ slam_ranks *slam_ranks_join(void) {
     ok = r->carrier == CARRIER_NONE || parcels_new(r);
 #endif
     ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL;
+    if (ok && r->n == 1 && ranks_promised() > 1) // each would train by itself, in the same folder
+#ifdef SLAM_MPI
+        ok = fail("mpirun has started %d processes, but this one sees only itself: mpirun and this build belong to different MPIs",
+                  ranks_promised());
+#else
+        ok =
+            fail("mpirun has started %d processes, but this build has no MPI: install libopenmpi-dev, then make", ranks_promised());
+#endif
     if (ok) return r;
     slam_ranks_leave(r, 1);
     return NULL;
@@ -17817,7 +17834,7 @@ int slam_job_fill(slam_job *j, slam_ops *ops, const slam_config *config, int row
     const slam_options *o = &j->o;
     slam_run *r = &j->run;
     if (o->batch < job_ranks(j)) return fail("--batch %d: fewer than the %d ranks", o->batch, job_ranks(j));
-    slam_ranks_zero(j->ranks, job_parts(j) > 1);
+    slam_ranks_zero(j->ranks, strcmp(o->zero, "0") != 0);
     const char *const schedules[] = {"cosine", "inverse-sqrt", "linear", "constant"};
     r->ops = ops;
     r->adamw.beta1 = o->beta1;

@@ -103,6 +103,7 @@ for program in train eval tokenize dpo; do
 done
 for program in train dpo; do "$programs/$program" --help | awk 'length($0) > 80 { bad = 1; print } END { exit bad }'; done >wide.txt
 check 'help fits 80 columns' "$(head -n 1 wide.txt)" test ! -s wide.txt
+refuses 'an mpirun that is not its own' 1 'mpirun has started 4 processes' env PMI_SIZE=4 ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" "$train" --dry-run
 refuses 'a flag without its value' 2 'lr' "$train" a.jsonl --lr
 refuses 'a value that is no number' 2 'lr' "$train" a.jsonl --lr fast
 refuses 'a wrong choice' 2 'schedule' "$train" a.jsonl --schedule wavy
