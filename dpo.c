@@ -267,7 +267,7 @@ int main(int argc, char **argv) {
     const int parsed = slam_flags_parse(&d.j.flags, argc, argv);
     int status = parsed == 0 || (parsed == 1 && !slam_job_check(&d.j)) ? 2 : 0;
     if (parsed == 1 && status == 0) {
-        slam_signals_catch();
+        slam_signals_catch(d.j.ranks);
         int ok = slam_ranks_agree(d.j.ranks, plan(&d, argv[0], note));
         if (ok) print_plan(&d, note);
         if (ok && !d.j.o.dry_run) ok = train(&d);

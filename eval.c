@@ -519,7 +519,7 @@ static int evaluate(job *j, const char *argv0, const char *path) {
     if (ranks > 1) printf(" on each of %d ranks", ranks);
     printf("\nmodel    %s: %s parameters\n", j->folder,
            slam_spell_count(spelled, (double)slam_config_parameters(slam_model_config(j->model))));
-    if (j->task != PPL) slam_signals_catch(); /* ppl ends where it stands */
+    if (j->task != PPL) slam_signals_catch(j->ranks); /* ppl ends where it stands */
     slam_progress_begin(&j->progress);
     return j->task == PPL ? perplexity(j, argv0) : j->task == GENERATE ? generate(j, argv0) : test_set(j, argv0);
 }

@@ -296,6 +296,8 @@ int slam_ranks_rank(const slam_ranks *);
 int slam_ranks_count(const slam_ranks *);
 /* Which of the ranks on this machine, and of how many: the number of its GPU. */
 int slam_ranks_local(const slam_ranks *, int *count);
+/* 0: one of the ranks on this machine is no more. May be asked by a signal's handler. */
+int slam_ranks_alive(const slam_ranks *);
 /* From here on what is computed with these ops is computed by all ranks together, each with ops of its own: training, checkpoints,
    scoring, generation. CUDA's memory is exchanged by NCCL, the CPU's by MPI. */
 int slam_ranks_attach(slam_ranks *, slam_ops *);
@@ -983,8 +985,9 @@ slam_ranks *slam_program_begin(const char *program);
    Returns the status. */
 int slam_program_end(const slam_flags *, slam_ranks *, int status);
 
-/* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one ends the program at once. */
-void slam_signals_catch(void);
+/* The first SIGINT or SIGTERM after this call asks what runs to end well; a second one, or one that comes because another rank has died,
+   ends the program at once. */
+void slam_signals_catch(const slam_ranks *);
 int slam_signals_stop(void); /* 1 once one has come */
 
 /* 1: auto, cpu, cuda or cuda:N, whether or not there is one */
@@ -7345,6 +7348,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
    carries what lies on GPUs. The other sections do not know which.
    may use: 1 base, 3 ops
    ========================================================================================== */
+#include <signal.h>
 #ifdef SLAM_MPI
 #define OMPI_SKIP_MPICXX
 #define MPICH_SKIP_MPICXX
@@ -7376,7 +7380,8 @@ struct slam_ranks {
     int zero;  // stage of ZeRO
     int carrier;
     slam_ops *ops;
-    double *table; // (n, TABLE), of slam_ranks_sum
+    double *table;   // (n, TABLE), of slam_ranks_sum
+    int64_t *member; // (local_n), processes of this machine's ranks; 0 where a container hides one
 #ifdef SLAM_MPI
     int started; // MPI is to be finished
     int turn;
@@ -7400,6 +7405,12 @@ void slam_ranks_zero(slam_ranks *r, int stage) {
 int slam_ranks_local(const slam_ranks *r, int *count) {
     *count = r ? r->local_n : 1;
     return r ? r->local : 0;
+}
+
+int slam_ranks_alive(const slam_ranks *r) {
+    for (int k = 0; r && r->member && k < r->local_n; k++)
+        if (r->member[k] > 0 && kill((pid_t)r->member[k], 0) != 0 && errno == ESRCH) return 0;
+    return 1;
 }
 
 void slam_ranks_share(const slam_ranks *r, size_t n, size_t *first, size_t *end) {
@@ -7436,11 +7447,23 @@ static int ranks_promised(void) {
 }
 
 #ifdef SLAM_MPI
-static void ranks_start(slam_ranks *r) {
+/* Who is on this machine: process, and the name space that its number is of. */
+static int ranks_meet(slam_ranks *r, MPI_Comm machine) {
+    struct stat space = SLAM_ZERO;
+    const int known = stat("/proc/self/ns/pid", &space);
+    int64_t me[2] = {getpid(), known == 0 ? (int64_t)space.st_ino : 0}, *all = (int64_t *)mem_new((size_t)r->local_n, sizeof me);
+    r->member = (int64_t *)mem_new((size_t)r->local_n, sizeof *r->member);
+    if (all && r->member) MPI_Allgather(me, 2, MPI_INT64_T, all, 2, MPI_INT64_T, machine);
+    for (int k = 0; all && r->member && k < r->local_n; k++) r->member[k] = all[2 * k + 1] == me[1] ? all[2 * k] : 0;
+    free(all);
+    return all && r->member;
+}
+
+static int ranks_start(slam_ranks *r) {
     int running = 0, level;
     MPI_Comm machine;
     MPI_Initialized(&running);
-    if (!running && !ranks_launched()) return;
+    if (!running && !ranks_launched()) return 1;
     if (!running) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
     r->started = !running;
     r->carrier = CARRIER_MPI;
@@ -7449,7 +7472,9 @@ static void ranks_start(slam_ranks *r) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, r->rank, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &r->local);
     MPI_Comm_size(machine, &r->local_n);
+    const int ok = ranks_meet(r, machine);
     MPI_Comm_free(&machine);
+    return ok;
 }
 
 static int parcels_new(slam_ranks *r) {
@@ -7471,8 +7496,7 @@ slam_ranks *slam_ranks_join(void) {
     r->n = r->local_n = r->zero = 1;
     int ok = 1;
 #ifdef SLAM_MPI
-    ranks_start(r);
-    ok = r->carrier == CARRIER_NONE || parcels_new(r);
+    ok = ranks_start(r) && (r->carrier == CARRIER_NONE || parcels_new(r));
 #endif
     ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL;
     if (ok && r->n == 1 && ranks_promised() > 1) // each would train by itself, in the same folder
@@ -7507,6 +7531,7 @@ void slam_ranks_leave(slam_ranks *r, int status) {
     }
     if (r->started) MPI_Finalize();
 #endif
+    free(r->member);
     free(r->table);
     free(r);
     (void)status;
@@ -16215,13 +16240,23 @@ int slam_optimiser_load(slam_optimiser *o, const char *folder) {
 /* ---- signals ---- */
 
 static volatile sig_atomic_t signals_seen;
+static const slam_ranks *signals_ranks;
 
+/* mpirun and srun tell all ranks to end when one of them has died. The others may wait for it, and would wait until they are killed. */
 static void signal_seen(int number) {
+    static const char died[] = "error: another rank has died\n";
+    const int kept = errno;
     if (signals_seen) _exit(128 + number);
+    if (!slam_ranks_alive(signals_ranks)) {
+        const ssize_t written = write(STDERR_FILENO, died, sizeof died - 1);
+        _exit(written < 0 ? 1 : 128 + number);
+    }
     signals_seen = 1;
+    errno = kept;
 }
 
-void slam_signals_catch(void) {
+void slam_signals_catch(const slam_ranks *ranks) {
+    signals_ranks = ranks;
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = signal_seen;
@@ -16247,6 +16282,7 @@ slam_ranks *slam_program_begin(const char *program) {
 }
 
 int slam_program_end(const slam_flags *flags, slam_ranks *ranks, int status) {
+    signals_ranks = NULL;
     const int rank = slam_ranks_rank(ranks);
     if (status == 2) slam_ranks_agree(ranks, 0); // they have the same command line
     const int known = slam_ranks_known(ranks);

@@ -346,7 +346,7 @@ int main(int argc, char **argv) {
     if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j))
         return slam_program_end(&j.flags, j.ranks, 2);
     slam_threads(j.ranks, j.o.threads);
-    slam_signals_catch();
+    slam_signals_catch(j.ranks);
     int status = run(&j);
     if (status < 0) {
         slam_progress_clear(&j.progress);

@@ -332,7 +332,7 @@ int main(int argc, char **argv) {
     const int parsed = slam_flags_parse(&t.j.flags, argc, argv);
     int status = parsed == 0 || (parsed == 1 && !check_flags(&t)) ? 2 : 0;
     if (parsed == 1 && status == 0) {
-        slam_signals_catch();
+        slam_signals_catch(t.j.ranks);
         int ok = slam_ranks_agree(t.j.ranks, plan(&t, argv[0], note));
         if (ok) print_plan(&t, note);
         if (ok && t.j.o.dry_run) print_dry_run(&t);
