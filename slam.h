@@ -299,8 +299,8 @@ int slam_ranks_local(const slam_ranks *, int *count);
 /* 0: one of the ranks on this machine is no more. May be asked by a signal's handler. */
 int slam_ranks_alive(const slam_ranks *);
 /* From here on what is computed with these ops is computed by all ranks together, each with ops of its own: training, checkpoints,
-   scoring, generation. CUDA's memory is exchanged by NCCL, the CPU's by MPI. */
-int slam_ranks_attach(slam_ranks *, slam_ops *);
+   scoring, generation. Gradients and weights that are in a GPU's memory are exchanged by NCCL, all else by MPI. */
+void slam_ranks_attach(slam_ranks *, slam_ops *);
 /* ZeRO (Rajbhandari et al. 2020): 1, as it is at first: each rank keeps a part of what the optimiser knows; 0: each keeps all of it.
    The numbers are the same. Before there is an optimiser. */
 void slam_ranks_zero(slam_ranks *, int stage);
@@ -7537,6 +7537,12 @@ void slam_ranks_leave(slam_ranks *r, int status) {
     (void)status;
 }
 
+void slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
+    if (!r || r->carrier == CARRIER_NONE) return;
+    ops->ranks = r;
+    r->ops = ops;
+}
+
 /* ---- what the hosts tell each other ---- */
 
 #ifdef SLAM_MPI
@@ -7650,11 +7656,9 @@ static int nccl_well(slam_ranks *r, ncclResult_t result, const char *operation) 
 static struct CUstream_st *nccl_queue(const slam_ranks *r) { return (struct CUstream_st *)r->ops->side; }
 #endif
 
-int slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
-    if (!r || r->carrier == CARRIER_NONE) return 1;
-    ops->ranks = r;
-    r->ops = ops;
-    if (!ops->side) return 1; // the host's memory: MPI's
+/* Before the first exchange of what lies in the device's memory: all ranks together. */
+static int ranks_carry(slam_ranks *r) {
+    if (!r->ops->side || r->carrier == CARRIER_NCCL) return 1; // the host's memory is MPI's
 #ifdef SLAM_NCCL
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
@@ -7666,7 +7670,7 @@ int slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
 #else
     if (r->n > 1)
         return fail("%d ranks on GPUs: this build has no NCCL: install libnccl-dev (or Python's nvidia-nccl), then make", r->n);
-    ops->ranks = NULL;
+    r->carrier = CARRIER_NONE;
     return 1;
 #endif
 }
@@ -9015,9 +9019,10 @@ slam_optimiser *slam_optimiser_new(slam_model *model, const slam_adamw *settings
     if (!o) return NULL;
     o->model = model;
     o->settings = *settings;
-    o->ranks = ops->ranks;
-    o->apart = o->ranks && o->ranks->zero;
     int ok = model->master || fail("the weights of this model are in parts: its first optimiser is the only one");
+    ok = ok && (!ops->ranks || ranks_carry(ops->ranks));
+    o->ranks = ops->ranks && ops->ranks->carrier != CARRIER_NONE ? ops->ranks : NULL;
+    o->apart = o->ranks && o->ranks->zero;
     ok = ok && buckets_plan(o) && (!o->apart || (void *)model->master == (void *)model->weights || take_master(o));
     ok = ok && (o->m = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL &&
          (o->v = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL;
@@ -16361,9 +16366,12 @@ slam_ops *slam_device(slam_ranks *ranks, const char *device, const char *dtype, 
         ok = slam_ranks_agree(
             ranks, fail("--device auto: GPUs for some of the ranks only%s%s; start as many as there are, or take --device cpu",
                         *note ? ": " : "", note));
-    if (ok && slam_ranks_agree(ranks, slam_ranks_attach(ranks, ops))) return ops;
-    slam_ops_free(ops);
-    return NULL;
+    if (!ok) {
+        slam_ops_free(ops);
+        return NULL;
+    }
+    slam_ranks_attach(ranks, ops);
+    return ops;
 }
 
 /* ---- how units are made ---- */

@@ -275,7 +275,9 @@ static void test_moments(void) {
 int main(void) {
     ranks = slam_ranks_join();
     ops = device();
-    if (!ranks || !ops || !slam_ranks_attach(ranks, ops)) return 1;
+    if (!ranks || !ops) return 1;
+    slam_ranks_attach(ranks, ops);
+    if (ops->ranks && !ranks_carry(ranks)) return 1;
     if (ranks->rank && !freopen("/dev/null", "w", stdout)) return 1;
     if (TEST("ranks: shares and parts")) test_shares();
     if (TEST("ranks: what they tell each other")) test_words();
