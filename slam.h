@@ -144,6 +144,7 @@ struct slam_ops {
     void *side;
     void (*side_begin)(slam_ops *);
     void (*side_end)(slam_ops *);
+    int (*side_done)(slam_ops *); /* 0: something there is still under way */
 
     /* out = (n) rounded from in (n) */
     void (*to_act)(slam_ops *, slam_act *out, const float *in, size_t n);
@@ -4890,6 +4891,12 @@ static void cuda_side_end(slam_ops *ops) {
     cuda_after(cuda, cuda->stream, cuda->side_ends, cuda->side);
 }
 
+static int cuda_side_done(slam_ops *ops) {
+    const int done = cudaStreamQuery(cuda_of(ops)->side) != cudaErrorNotReady;
+    if (!done) cudaGetLastError();
+    return done;
+}
+
 /* Also closes a device that was opened only in part. */
 static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
@@ -7331,6 +7338,7 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
     ops->close = cuda_close;
     ops->side_begin = cuda_side_begin;
     ops->side_end = cuda_side_end;
+    ops->side_done = cuda_side_done;
     if (bytes_per_act == 2) cuda_fill<bf16>(ops);
     else cuda_fill<float>(ops);
     if (cuda_open(cuda)) {
@@ -7437,13 +7445,29 @@ static int ranks_launched(void) {
     return 0;
 }
 
-/* How many processes mpirun says that it has started; srun says it elsewhere. */
-static int ranks_promised(void) {
-    const char *said[] = {getenv("OMPI_COMM_WORLD_SIZE"), getenv("PMI_SIZE"),
-                          getenv("PMIX_RANK") ? getenv("SLURM_STEP_NUM_TASKS") : NULL};
-    for (size_t i = 0; i < sizeof said / sizeof *said; i++)
-        if (said[i] && atoi(said[i]) > 1) return atoi(said[i]);
-    return 1;
+/* How many processes their launcher says that it has started, and which launcher. mpirun's word counts before that of the srun that it
+   may have been started by. */
+static int ranks_promised(const char **launcher) {
+    const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
+    const char *said = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS");
+    *launcher = mpirun ? "mpirun" : "srun";
+    return said ? atoi(said) : 1;
+}
+
+/* Each would train by itself, in the same folder. */
+static int ranks_refuse_strangers(void) {
+    const char *launcher;
+    const int n = ranks_promised(&launcher);
+    if (n < 2) return 1;
+#ifdef SLAM_MPI
+    if (!strcmp(launcher, "srun"))
+        return fail("srun has started %d processes, but this one sees only itself: srun --mpi=pmix with Open MPI, --mpi=pmi2 with MPICH "
+                    "(runs that have nothing to do with each other: unset SLURM_STEP_NUM_TASKS)",
+                    n);
+    return fail("mpirun has started %d processes, but this one sees only itself: mpirun and this build belong to different MPIs", n);
+#else
+    return fail("%s has started %d processes, but this build has no MPI: install libopenmpi-dev, then make", launcher, n);
+#endif
 }
 
 #ifdef SLAM_MPI
@@ -7499,14 +7523,7 @@ slam_ranks *slam_ranks_join(void) {
     ok = ranks_start(r) && (r->carrier == CARRIER_NONE || parcels_new(r));
 #endif
     ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL;
-    if (ok && r->n == 1 && ranks_promised() > 1) // each would train by itself, in the same folder
-#ifdef SLAM_MPI
-        ok = fail("mpirun has started %d processes, but this one sees only itself: mpirun and this build belong to different MPIs",
-                  ranks_promised());
-#else
-        ok =
-            fail("mpirun has started %d processes, but this build has no MPI: install libopenmpi-dev, then make", ranks_promised());
-#endif
+    ok = ok && (r->n > 1 || ranks_refuse_strangers());
     if (ok) return r;
     slam_ranks_leave(r, 1);
     return NULL;
@@ -7806,6 +7823,26 @@ static void ranks_wait(slam_ranks *r) {
     else
         for (int k = 0; k < PARCELS; k++) parcel_open(r, &r->under_way[k]);
 #endif
+}
+
+/* Before the host waits for the device: what NCCL has under way is waited for here, as it would go on for ever where the network, or a
+   rank on another machine, is gone. */
+static int ranks_finish(slam_ranks *r) {
+#ifdef SLAM_NCCL
+    while (r && r->carrier == CARRIER_NCCL && !r->ops->side_done(r->ops)) {
+        ncclResult_t state = ncclSuccess;
+        const ncclResult_t asked = ncclCommGetAsyncError(r->nccl, &state);
+        if (asked != ncclSuccess || state != ncclSuccess) {
+            nccl_well(r, asked != ncclSuccess ? asked : state, "an exchange (NCCL_DEBUG=WARN tells more)");
+            ncclCommAbort(r->nccl);
+            r->nccl = NULL;
+            return 0;
+        }
+        usleep(100);
+    }
+#endif
+    (void)r;
+    return 1;
 }
 
 /* MPI moves messages on only while it is called. */
@@ -9105,6 +9142,7 @@ int slam_optimiser_end(slam_optimiser *o, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     double stats[2];
+    if (!ranks_finish(o->ranks)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -9136,6 +9174,7 @@ static int state_download(slam_optimiser *o, const float *from, float *host) {
         const bucket *b = &o->all[i];
         ok = ranks_all_gather(o->ranks, whole, from + b->at, b->n, sizeof *whole);
         ranks_wait(o->ranks);
+        ok = ok && ranks_finish(o->ranks);
         if (ok && host) ops->download(ops, host + b->first, whole, b->n * sizeof *host);
     }
     ops->release(ops, whole);

@@ -36,6 +36,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <tuple>
+#include <unistd.h>
 #include <vector>
 
 #if defined __SANITIZE_ADDRESS__
@@ -585,6 +586,7 @@ typedef enum cudaError {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorNotReady = 600,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
@@ -622,7 +624,7 @@ static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
 static struct {
     std::deque<std::function<void()>> queue; // of the one stream
     uint64_t asked, done;                    // how many were put there, have run
-    int lazy, streams;
+    int lazy, streams, stuck; // stuck: the second stream never comes to an end
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
     std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
@@ -750,14 +752,23 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
 }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
-    emulator_device.later[stream].push_back(std::move(work));
+    if (!emulator_device.stuck) emulator_device.later[stream].push_back(std::move(work));
 }
 static inline void emulator_catch_up(cudaStream_t stream) {
     emulator_drain(emulator_device.asked);
     std::deque<std::function<void()>> &queue = emulator_device.later[stream];
     for (; !queue.empty(); queue.pop_front()) queue.front()();
 }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { return emulator_catch_up(s), cudaSuccess; }
+static inline void emulator_hang_if_stuck() {
+    while (emulator_device.stuck) pause();
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+    return emulator_hang_if_stuck(), emulator_catch_up(s), cudaSuccess;
+}
+static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
+    if (emulator_device.stuck) return cudaErrorNotReady;
+    return emulator_catch_up(s), cudaSuccess;
+}
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
@@ -768,7 +779,9 @@ static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
 static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t e, unsigned) {
     return emulator_catch_up(e->stream), cudaSuccess;
 }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return emulator_drain(e->ticket), cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    return emulator_hang_if_stuck(), emulator_drain(e->ticket), cudaSuccess;
+}
 template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute what, int value) {
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value > EMULATOR_SHARED_MOST) return emulator_device.error = cudaErrorInvalidValue;

@@ -17,10 +17,10 @@ typedef struct ncclUniqueId {
     char mark[128];
 } ncclUniqueId;
 typedef enum { ncclChar, ncclFloat, ncclDouble } ncclDataType_t;
-enum { ncclSuccess, ncclInvalidUsage };
+enum { ncclSuccess, ncclInvalidUsage, ncclRemoteError };
 enum { ncclSum };
 
-static inline const char *ncclGetErrorString(ncclResult_t) { return "invalid usage"; }
+static inline const char *ncclGetErrorString(ncclResult_t r) { return r == ncclRemoteError ? "remote error" : "invalid usage"; }
 static inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { return strcpy(id->mark, "emulated"), ncclSuccess; }
 static inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int n, ncclUniqueId id, int rank) {
     *comm = new emulator_nccl();
@@ -32,6 +32,19 @@ static inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int n, ncclUniqueI
     return strcmp(id.mark, "emulated") ? ncclInvalidUsage : ncclSuccess; // every rank has rank 0's
 }
 static inline ncclResult_t ncclCommDestroy(ncclComm_t comm) { return delete comm, ncclSuccess; }
+
+/* A rank whose network is gone before its first reduction: from then on nothing that goes to the stream is ever done. */
+static inline void emulator_break(ncclComm_t comm) {
+    const char *breaks = getenv("EMULATOR_NCCL_BREAKS");
+    if (breaks && atoi(breaks) == comm->rank) emulator_device.stuck = 1;
+}
+static inline ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t *state) {
+    return *state = emulator_device.stuck ? ncclRemoteError : ncclSuccess, ncclSuccess;
+}
+static inline ncclResult_t ncclCommAbort(ncclComm_t comm) {
+    emulator_device.stuck = 0;
+    return ncclCommDestroy(comm);
+}
 
 /* Room for all ranks' numbers, where they are added. */
 template <typename T> static void emulator_add(ncclComm_t comm, const void *in, void *out, size_t n, size_t first, size_t count) {
@@ -47,6 +60,7 @@ template <typename T> static void emulator_add(ncclComm_t comm, const void *in, 
 static inline ncclResult_t ncclReduceScatter(const void *in, void *out, size_t n, ncclDataType_t type, int, ncclComm_t comm,
                                              cudaStream_t stream) {
     if (type != ncclFloat) return ncclInvalidUsage;
+    emulator_break(comm);
     emulator_ask_later(stream, [=] { emulator_add<float>(comm, in, out, n * (size_t)comm->n, n * (size_t)comm->rank, n); });
     return ncclSuccess;
 }

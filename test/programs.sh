@@ -104,6 +104,7 @@ done
 for program in train dpo; do "$programs/$program" --help | awk 'length($0) > 80 { bad = 1; print } END { exit bad }'; done >wide.txt
 check 'help fits 80 columns' "$(head -n 1 wide.txt)" test ! -s wide.txt
 refuses 'an mpirun that is not its own' 1 'mpirun has started 4 processes' env PMI_SIZE=4 ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" "$train" --dry-run
+refuses 'an srun without --mpi' 1 'srun has started 4 processes' env SLURM_STEP_NUM_TASKS=4 "$train" --dry-run
 refuses 'a flag without its value' 2 'lr' "$train" a.jsonl --lr
 refuses 'a value that is no number' 2 'lr' "$train" a.jsonl --lr fast
 refuses 'a wrong choice' 2 'schedule' "$train" a.jsonl --schedule wavy

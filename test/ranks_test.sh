@@ -138,6 +138,10 @@ END
     check 'NCCL fails on one rank, for which the others wait' ends 1 on 3 $emulated --out never
     check 'NCCL fails on one rank: said once' once 'rank 1: NCCL failed in meeting the other ranks'
     unset EMULATOR_NCCL_FAILS
+    export EMULATOR_NCCL_BREAKS=2
+    check 'the network is gone from under one rank in a step' ends 1 on 3 $emulated --out never
+    check 'the network is gone: said once' once 'rank 2: NCCL failed in an exchange'
+    unset EMULATOR_NCCL_BREAKS
 else
     echo 'skip bf16: no train-emulated, or a slow one'
 fi
