@@ -7461,10 +7461,12 @@ static int ranks_refuse_strangers(void) {
     if (n < 2) return 1;
 #ifdef SLAM_MPI
     if (!strcmp(launcher, "srun"))
-        return fail("srun has started %d processes, but this one sees only itself: srun --mpi=pmix with Open MPI, --mpi=pmi2 with MPICH "
-                    "(runs that have nothing to do with each other: unset SLURM_STEP_NUM_TASKS)",
-                    n);
-    return fail("mpirun has started %d processes, but this one sees only itself: mpirun and this build belong to different MPIs", n);
+        return fail(
+            "srun has started %d processes, but this one sees only itself: srun --mpi=pmix with Open MPI, --mpi=pmi2 with MPICH "
+            "(runs that have nothing to do with each other: unset SLURM_STEP_NUM_TASKS)",
+            n);
+    return fail("mpirun has started %d processes, but this one sees only itself: mpirun and this build belong to different MPIs",
+                n);
 #else
     return fail("%s has started %d processes, but this build has no MPI: install libopenmpi-dev, then make", launcher, n);
 #endif

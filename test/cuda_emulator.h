@@ -622,9 +622,9 @@ enum { EMULATOR_SHARED = 48 << 10, EMULATOR_SHARED_MOST = 99 << 10, EMULATOR_PRO
 static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
 
 static struct {
-    std::deque<std::function<void()>> queue; // of the one stream
-    uint64_t asked, done;                    // how many were put there, have run
-    int lazy, streams, stuck; // stuck: the second stream never comes to an end
+    std::deque<std::function<void()>> queue;                         // of the one stream
+    uint64_t asked, done;                                            // how many were put there, have run
+    int lazy, streams, stuck;                                        // stuck: the second stream never comes to an end
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
     std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
