@@ -187,7 +187,7 @@ static int open_all(job *j, int context, int named) {
     const double fraction = named ? 0 : atof(setting(j, "val-fraction", "0"));
     if (fraction > 0) return (j->train_data = open_data(j, &j->test, context, fraction, &j->test_data)) != NULL;
     if (!(j->test_data = open_data(j, &j->test, context, 0, NULL))) return 0;
-    return !j->train.n || slam_ranks_rank(j->ranks) || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
+    return !j->train.n || !slam_ranks_root(j->ranks) || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
 }
 
 static int write_json(const char *path, double nll, uint64_t n, const double *ngrams) {
@@ -232,7 +232,7 @@ static int listen(void *context, const slam_speech_progress *p) {
     job *j = (job *)context;
     if (p->failed) {
         slam_progress_clear(&j->progress);
-        if (slam_ranks_rank(j->ranks) == 0) fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
+        if (slam_ranks_root(j->ranks)) fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
         j->failed++;
         return 1;
     }
@@ -496,7 +496,7 @@ static int perplexity(job *j, const char *argv0) {
     if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
     if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
     printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
-    counts = j->train_data && slam_ranks_rank(j->ranks) == 0;
+    counts = j->train_data && slam_ranks_root(j->ranks);
     if (counts && !slam_ngrams(j->train_data, j->test_data, slam_model_config(j->model)->V, ngrams, &same)) return 0;
     if (counts && same != targets)
         return slam_refuse("%s: n-grams predict %llu tokens, the model %llu: they cannot be compared", j->test.at[0],
@@ -547,7 +547,7 @@ int main(int argc, char **argv) {
                                         !slam_device_check(j.o.device)))
             ? 2
             : 0;
-    if (slam_ranks_rank(j.ranks)) drop_files(&j.o);
+    if (!slam_ranks_root(j.ranks)) drop_files(&j.o);
     if (status == 0) {
         int ok = parsed == 2 || evaluate(&j, argv[0], model);
         if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = slam_refuse("stdout: cannot be written");

@@ -138,13 +138,13 @@ struct slam_ops {
     /* Waits for all that was asked. 0 and slam_error() where something failed since the last finish. */
     int (*finish)(slam_ops *);
     void (*close)(slam_ops *);
-    /* A second queue of the device (a cudaStream_t), in which ranks exchange numbers while more are computed. side_begin: what goes
-       there from now on waits for all that was asked so far; side_end: what is asked from now on waits for all that went there.
-       NULL: there is none, and the memory is the host's. */
-    void *side;
-    void (*side_begin)(slam_ops *);
-    void (*side_end)(slam_ops *);
-    int (*side_done)(slam_ops *); /* 0: something there is still under way */
+    /* A second queue of the device (a cudaStream_t), in which ranks exchange numbers while more are computed. comm_begin: what goes
+       there from now on waits for all that was asked so far; comm_end: what is asked from now on waits for all that went there.
+       NULL: there is none, and the host can read what alloc returns: then MPI exchanges it. */
+    void *comm_stream;
+    void (*comm_begin)(slam_ops *);
+    void (*comm_end)(slam_ops *);
+    int (*comm_done)(slam_ops *); /* 0: something there is still under way */
 
     /* out = (n) rounded from in (n) */
     void (*to_act)(slam_ops *, slam_act *out, const float *in, size_t n);
@@ -289,36 +289,38 @@ void slam_ops_free(slam_ops *);
 /* Joins the ranks that this process was started as one of; by itself it is alone. NULL and slam_error() where there is no memory, or where
    others were started with it whom it cannot see. */
 slam_ranks *slam_ranks_join(void);
-/* Frees; ops that were attached are alone from then on. status 0: waits for the others. Anything else ends all ranks at once, unless
-   they know (slam_ranks_agree) that one has failed. */
+/* Frees; ops that were attached are alone from then on. status 0: waits for the other ranks (MPI_Finalize). Anything else ends them all
+   at once (MPI_Abort), unless slam_ranks_agree has told each of them of the failure. */
 void slam_ranks_leave(slam_ranks *, int status);
-int slam_ranks_known(const slam_ranks *); /* 1: they do, and all have its sentence */
+int slam_ranks_failed(const slam_ranks *); /* 1: slam_ranks_agree has returned 0, and all have the same slam_error() */
 int slam_ranks_rank(const slam_ranks *);
+int slam_ranks_root(const slam_ranks *); /* 1: rank 0, which alone prints and writes */
 int slam_ranks_count(const slam_ranks *);
-/* Which of the ranks on this machine, and of how many: the number of its GPU. */
+/* This rank's number among the ranks of its machine, and *count of those: rank k of a machine takes GPU k. */
 int slam_ranks_local(const slam_ranks *, int *count);
-/* 0: one of the ranks on this machine is no more. May be asked by a signal's handler. */
+/* 0: another rank of this machine has died. Async-signal-safe. */
 int slam_ranks_alive(const slam_ranks *);
 /* From here on what is computed with these ops is computed by all ranks together, each with ops of its own: training, checkpoints,
    scoring, generation. Gradients and weights that are in a GPU's memory are exchanged by NCCL, all else by MPI. */
 void slam_ranks_attach(slam_ranks *, slam_ops *);
-/* ZeRO (Rajbhandari et al. 2020): 1, as it is at first: each rank keeps a part of what the optimiser knows; 0: each keeps all of it.
-   The numbers are the same. Before there is an optimiser. */
+/* ZeRO (Rajbhandari et al. 2020): 1, as it is at first: each rank keeps a part of the optimiser's state; 0: each keeps all of it. The
+   numbers are the same. Before there is an optimiser. */
 void slam_ranks_zero(slam_ranks *, int stage);
 /* first <= i < end: this rank's share of n things, neighbours; shares differ by one at most. */
 void slam_ranks_share(const slam_ranks *, size_t n, size_t *first, size_t *end);
 
-/* All ranks call these at the same moment, and wait for each other; but for one that has failed in an exchange that the others may still
-   wait in: it goes on alone, to slam_ranks_leave.
-   agree: 1 where all are well. Else 0, and the sentence of the first rank that is not becomes everyone's; from then on 0 at once. */
+/* Collective calls: all ranks make the same ones in the same order. One that has failed inside an exchange (an error of NCCL's, say),
+   which the others may still wait in, takes no part any more: its numbers stay as they are, agree returns 0, and slam_ranks_leave ends all.
+   agree: 1 where ok is 1 on all ranks. Else 0, slam_error() is that of the lowest rank that failed, and later calls return 0 at once. */
 int slam_ranks_agree(slam_ranks *, int ok);
 int slam_ranks_same(slam_ranks *, uint64_t x); /* 1: it is the same number on all */
 long slam_ranks_max(slam_ranks *, long x);
 /* x (n) = sum over the ranks, in their order: the same bits on all. */
 void slam_ranks_sum(slam_ranks *, double *x, size_t n);
-void slam_ranks_tell(slam_ranks *, void *x, size_t bytes); /* x of rank 0 becomes everyone's */
-/* Everyone's bytes, one rank after the other, in memory of the caller's; sizes (ranks). NULL: no memory. */
-void *slam_ranks_collect(slam_ranks *, const void *x, size_t bytes, size_t *sizes);
+void slam_ranks_broadcast(slam_ranks *, void *x, size_t bytes); /* x of rank 0 becomes everyone's */
+/* Everyone's bytes in the order of ranks, in memory of the caller's; *all: how many. NULL and slam_error(), on all ranks, where one has
+   no memory. */
+void *slam_ranks_all_gather(slam_ranks *, const void *x, size_t bytes, size_t *all);
 
 /* ------------------------------------------------------------------------------------------
    7. MODEL        Qwen2 and Llama-type transformers: forward, backward, Hugging Face's files
@@ -343,7 +345,8 @@ double slam_config_flops(const slam_config *, int T);
    not kept for the backward pass but computed again in it, to the same bits. */
 enum { SLAM_INFERENCE, SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE };
 
-/* Bytes of device memory by kind. parts: in how many the ranks divide the optimiser's state (slam_ranks_zero); 1 alone. */
+/* Bytes of device memory by kind. parts: among how many ranks the moments and, with bf16, the float weights are divided
+   (slam_ranks_zero); 1: not divided. */
 typedef struct slam_memory {
     double weights, gradients, optimiser, activations, logits, total;
 } slam_memory;
@@ -903,8 +906,8 @@ int slam_optimiser_load(slam_optimiser *, const char *folder);
 
 /* Writes RUN/step_NNNNNN (model, optimizer.safetensors, trainer.json), points `latest` and `best` at what they name, and
    removes older ones but for the `keep` newest (0: all) and the best. A complete one of the same step is an error. On failure
-   what was there before is still there and complete. All ranks call it, rank 0 writes: what is written does not tell how many
-   there were. */
+   what was there before is still there and complete. All ranks call it, rank 0 writes: the files do not depend on how
+   many there are. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_optimiser *, const slam_trainer *, int format, int keep);
 /* The newest complete checkpoint's folder, in memory of the caller's; NULL in *folder where there is none. */
 int slam_checkpoint_find(const char *run, char **folder);
@@ -1072,7 +1075,7 @@ int slam_steps_for_tokens(const slam_data *, int context, int batch, uint64_t se
 /* A hash of the data's size (slam_data_measure of all) and of its first rows: tells one data set from another. */
 int slam_data_hash(const slam_data *, const slam_data_size *, int context, uint64_t seed, uint64_t *hash);
 
-/* Rows that a device holds at once: goes by its memory in all, so that it is the same every time. */
+/* Rows that a device holds at once: goes by its memory in all, so that it is the same every time. parts: see slam_memory. */
 int slam_micro_batch(const slam_ops *, const slam_config *, int batch, int T, int mode, int parts);
 
 enum { SLAM_ENDED_LIMIT, SLAM_ENDED_TIME, SLAM_ENDED_SIGNAL };
@@ -4732,8 +4735,8 @@ typedef struct cuda_ops {
     slam_ops ops; // first, so that a slam_ops pointer is also one to this
     char name[320];
     int device, processors; // its number, its multiprocessors
-    cudaStream_t stream, side;
-    cudaEvent_t side_begins, side_ends;
+    cudaStream_t stream, comm;
+    cudaEvent_t comm_begins, comm_ends;
     char *workspace; // CUDA_WORKSPACE bytes; whoever uses it is done with it before the next kernel in the stream begins
     const char *failed_in, *failed_why; // the first failure since the last finish; NULL: none
     char *ring;                         // (SLOTS, SLOT) pinned bytes of the host
@@ -4881,18 +4884,18 @@ static void cuda_after(cuda_ops *cuda, cudaStream_t waits, cudaEvent_t event, cu
     cuda_noted(cuda, cudaStreamWaitEvent(waits, event, 0), "the second queue");
 }
 
-static void cuda_side_begin(slam_ops *ops) {
+static void cuda_comm_begin(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
-    cuda_after(cuda, cuda->side, cuda->side_begins, cuda->stream);
+    cuda_after(cuda, cuda->comm, cuda->comm_begins, cuda->stream);
 }
 
-static void cuda_side_end(slam_ops *ops) {
+static void cuda_comm_end(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
-    cuda_after(cuda, cuda->stream, cuda->side_ends, cuda->side);
+    cuda_after(cuda, cuda->stream, cuda->comm_ends, cuda->comm);
 }
 
-static int cuda_side_done(slam_ops *ops) {
-    const int done = cudaStreamQuery(cuda_of(ops)->side) != cudaErrorNotReady;
+static int cuda_comm_done(slam_ops *ops) {
+    const int done = cudaStreamQuery(cuda_of(ops)->comm) != cudaErrorNotReady;
     if (!done) cudaGetLastError();
     return done;
 }
@@ -4901,7 +4904,7 @@ static int cuda_side_done(slam_ops *ops) {
 static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
-    if (cuda->side) cudaStreamSynchronize(cuda->side);
+    if (cuda->comm) cudaStreamSynchronize(cuda->comm);
 #ifndef SLAM_EMULATOR
     if (cuda->products) cublasLtDestroy(cuda->products);
 #endif
@@ -4909,9 +4912,9 @@ static void cuda_close(slam_ops *ops) {
         if (cuda->copied[k]) cudaEventDestroy(cuda->copied[k]);
     if (cuda->ring) cudaFreeHost(cuda->ring);
     if (cuda->workspace) cudaFree(cuda->workspace);
-    if (cuda->side_begins) cudaEventDestroy(cuda->side_begins);
-    if (cuda->side_ends) cudaEventDestroy(cuda->side_ends);
-    if (cuda->side) cudaStreamDestroy(cuda->side);
+    if (cuda->comm_begins) cudaEventDestroy(cuda->comm_begins);
+    if (cuda->comm_ends) cudaEventDestroy(cuda->comm_ends);
+    if (cuda->comm) cudaStreamDestroy(cuda->comm);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
 }
@@ -7265,9 +7268,9 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
 /* All that an operation needs besides its arguments, made once. */
 static int cuda_open(cuda_ops *cuda) {
     cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&cuda->side, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->side_begins, cudaEventDisableTiming);
-    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->side_ends, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->comm_begins, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&cuda->comm_ends, cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
     if (error == cudaSuccess) error = cudaMallocHost(&cuda->ring, (size_t)SLOTS * SLOT);
     for (int k = 0; k < SLOTS && error == cudaSuccess; k++)
@@ -7336,13 +7339,13 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
     ops->zero = cuda_zero;
     ops->finish = cuda_finish;
     ops->close = cuda_close;
-    ops->side_begin = cuda_side_begin;
-    ops->side_end = cuda_side_end;
-    ops->side_done = cuda_side_done;
+    ops->comm_begin = cuda_comm_begin;
+    ops->comm_end = cuda_comm_end;
+    ops->comm_done = cuda_comm_done;
     if (bytes_per_act == 2) cuda_fill<bf16>(ops);
     else cuda_fill<float>(ops);
     if (cuda_open(cuda)) {
-        ops->side = cuda->side;
+        ops->comm_stream = cuda->comm;
         return ops;
     }
     cuda_close(ops);
@@ -7352,8 +7355,13 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 
 /* ==========================================================================================
    6. RANKS              one process, or many that work together: MPI, NCCL
-   MPI starts the processes, lets them agree, and carries what lies in the host's memory; NCCL
-   carries what lies on GPUs. The other sections do not know which.
+   Data parallelism: rank k computes the gradient g_k of its rows, an update needs their sum G.
+     reduce-scatter   each rank gets the sum of its part of G         (n - 1) / n |G| sent by each
+     update           of that part's weights, whose moments it alone keeps: ZeRO-1
+     all-gather       each rank gets the new weights of all parts     (n - 1) / n |W| sent by each
+   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI starts
+   the processes, lets them agree, and carries the host's memory; NCCL carries GPUs' memory. The
+   other sections do not know which.
    may use: 1 base, 3 ops
    ========================================================================================== */
 #include <signal.h>
@@ -7366,45 +7374,48 @@ slam_ops *slam_cuda(int device, int bytes_per_act) {
 #include <nccl.h>
 #endif
 
-/* What carries device memory. */
-enum { CARRIER_NONE, CARRIER_MPI, CARRIER_NCCL };
+/* What carries the memory of devices. */
+enum { TRANSPORT_NONE, TRANSPORT_MPI, TRANSPORT_NCCL };
 
 #ifdef SLAM_MPI
-/* Numbers on their way: each rank's numbers of this rank's part arrive one rank after the other. */
-typedef struct parcel {
-    float *x;                                     // (n), of which the part becomes the sum; NULL: nothing is under way
+/* A reduce-scatter that has begun: each rank's numbers of this rank's part arrive one rank after the other. */
+typedef struct reduction {
+    float *x;                                     // (n), of which the part becomes the sum; NULL: nothing has begun
     size_t n, capacity;                           // capacity of `arrived`
     float *arrived;                               // (ranks - 1, part)
     int *sent, *sent_at, *received, *received_at; // (ranks), numbers
     MPI_Request request;
-} parcel;
-enum { PARCELS = 2 }; // one is added up while the next is under way
+} reduction;
+enum { REDUCTIONS = 2 }; // one is added up while the next is on its way
 #endif
 
+enum { RANKS_TABLE = 512 }; // doubles that slam_ranks_sum exchanges at a time
+
 struct slam_ranks {
-    int rank, n, local, local_n;
-    int known; // all ranks know that one of them has failed
-    int lost;  // this one has failed where the others may wait for it: it waits for nobody any more
-    int zero;  // stage of ZeRO
-    int carrier;
+    int rank, n, local, local_n; // number and how many: of all, of this machine
+    int failed;                  // all ranks know that one of them has failed
+    int lost;                    // this one has failed where the others may wait for it: it waits for nobody any more
+    int zero;                    // stage of ZeRO
+    int transport;
     slam_ops *ops;
-    double *table;   // (n, TABLE), of slam_ranks_sum
-    int64_t *member; // (local_n), processes of this machine's ranks; 0 where a container hides one
+    double *table;   // (n, RANKS_TABLE)
+    int64_t *pids;   // (local_n), processes of this machine's ranks; 0: in another name space, where its number means nothing here
+    uint64_t *sizes; // (n), of slam_ranks_all_gather
 #ifdef SLAM_MPI
-    int started; // MPI is to be finished
-    int turn;
-    parcel under_way[PARCELS];
+    int started;      // MPI_Init was called here, so MPI_Finalize is as well
+    int *counts, *at; // (n), of mpi_all_gather
+    unsigned turn;    // reductions so far: the next one takes place turn % REDUCTIONS
+    reduction pending[REDUCTIONS];
 #endif
 #ifdef SLAM_NCCL
     ncclComm_t nccl;
 #endif
 };
 
-enum { RANKS_TABLE = 512 };
-
 int slam_ranks_rank(const slam_ranks *r) { return r ? r->rank : 0; }
+int slam_ranks_root(const slam_ranks *r) { return slam_ranks_rank(r) == 0; }
 int slam_ranks_count(const slam_ranks *r) { return r ? r->n : 1; }
-int slam_ranks_known(const slam_ranks *r) { return r ? r->known : 0; }
+int slam_ranks_failed(const slam_ranks *r) { return r ? r->failed : 0; }
 
 void slam_ranks_zero(slam_ranks *r, int stage) {
     if (r) r->zero = stage;
@@ -7416,8 +7427,8 @@ int slam_ranks_local(const slam_ranks *r, int *count) {
 }
 
 int slam_ranks_alive(const slam_ranks *r) {
-    for (int k = 0; r && r->member && k < r->local_n; k++)
-        if (r->member[k] > 0 && kill((pid_t)r->member[k], 0) != 0 && errno == ESRCH) return 0;
+    for (int k = 0; r && r->pids && k < r->local_n; k++)
+        if (r->pids[k] > 0 && kill((pid_t)r->pids[k], 0) != 0 && errno == ESRCH) return 0;
     return 1;
 }
 
@@ -7427,7 +7438,8 @@ void slam_ranks_share(const slam_ranks *r, size_t n, size_t *first, size_t *end)
     *end = *first + each + (rank < more);
 }
 
-/* A part of n numbers: equal ones for all ranks, of whole 256 bytes of floats, but the last takes the rest, too. */
+/* NCCL's reduce-scatter and all-gather want equal parts, and kernels an alignment of 256 bytes: n / ranks, rounded down to 64 floats.
+   The last rank takes what is left as well, in a reduction and a broadcast of its own. */
 static size_t part_size(const slam_ranks *r, size_t n) { return n / (size_t)slam_ranks_count(r) / 64 * 64; }
 static void part_of(const slam_ranks *r, int rank, size_t n, size_t *first, size_t *count) {
     const size_t each = part_size(r, n);
@@ -7437,7 +7449,7 @@ static void part_of(const slam_ranks *r, int rank, size_t n, size_t *first, size
 
 /* ---- MPI: start and end ---- */
 
-/* Whether mpirun or srun has started this process. (MPI by itself takes a tenth of a second to find out that there is nobody else.) */
+/* Whether mpirun or srun has started this process. (MPI_Init without either takes a tenth of a second.) */
 static int ranks_launched(void) {
     static const char *const marks[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"};
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
@@ -7445,19 +7457,19 @@ static int ranks_launched(void) {
     return 0;
 }
 
-/* How many processes their launcher says that it has started, and which launcher. mpirun's word counts before that of the srun that it
-   may have been started by. */
-static int ranks_promised(const char **launcher) {
+/* How many processes the launcher says that it has started (1: there is none), and which launcher. Inside an srun's step mpirun's number
+   counts. */
+static int ranks_claimed(const char **launcher) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *said = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS");
     *launcher = mpirun ? "mpirun" : "srun";
     return said ? atoi(said) : 1;
 }
 
-/* Each would train by itself, in the same folder. */
-static int ranks_refuse_strangers(void) {
+/* Several processes that do not see each other would each train the whole run, in the same folder. */
+static int check_launcher(void) {
     const char *launcher;
-    const int n = ranks_promised(&launcher);
+    const int n = ranks_claimed(&launcher);
     if (n < 2) return 1;
 #ifdef SLAM_MPI
     if (!strcmp(launcher, "srun"))
@@ -7473,16 +7485,16 @@ static int ranks_refuse_strangers(void) {
 }
 
 #ifdef SLAM_MPI
-/* Who is on this machine: process, and the name space that its number is of. */
-static int ranks_meet(slam_ranks *r, MPI_Comm machine) {
+/* Process numbers of this machine's ranks; 0 for one in another name space. */
+static int find_local_pids(slam_ranks *r, MPI_Comm machine) {
     struct stat space = SLAM_ZERO;
     const int known = stat("/proc/self/ns/pid", &space);
     int64_t me[2] = {getpid(), known == 0 ? (int64_t)space.st_ino : 0}, *all = (int64_t *)mem_new((size_t)r->local_n, sizeof me);
-    r->member = (int64_t *)mem_new((size_t)r->local_n, sizeof *r->member);
-    if (all && r->member) MPI_Allgather(me, 2, MPI_INT64_T, all, 2, MPI_INT64_T, machine);
-    for (int k = 0; all && r->member && k < r->local_n; k++) r->member[k] = all[2 * k + 1] == me[1] ? all[2 * k] : 0;
+    r->pids = (int64_t *)mem_new((size_t)r->local_n, sizeof *r->pids);
+    if (all && r->pids) MPI_Allgather(me, 2, MPI_INT64_T, all, 2, MPI_INT64_T, machine);
+    for (int k = 0; all && r->pids && k < r->local_n; k++) r->pids[k] = all[2 * k + 1] == me[1] ? all[2 * k] : 0;
     free(all);
-    return all && r->member;
+    return all && r->pids;
 }
 
 static int ranks_start(slam_ranks *r) {
@@ -7492,25 +7504,29 @@ static int ranks_start(slam_ranks *r) {
     if (!running && !ranks_launched()) return 1;
     if (!running) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
     r->started = !running;
-    r->carrier = CARRIER_MPI;
+    r->transport = TRANSPORT_MPI;
     MPI_Comm_rank(MPI_COMM_WORLD, &r->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &r->n);
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, r->rank, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &r->local);
     MPI_Comm_size(machine, &r->local_n);
-    const int ok = ranks_meet(r, machine);
+    const int ok = find_local_pids(r, machine);
     MPI_Comm_free(&machine);
     return ok;
 }
 
-static int parcels_new(slam_ranks *r) {
-    for (int k = 0; k < PARCELS; k++) {
-        parcel *p = &r->under_way[k];
-        p->sent = (int *)mem_new((size_t)r->n, 4 * sizeof *p->sent);
+static int exchanges_new(slam_ranks *r) {
+    const size_t n = (size_t)r->n;
+    r->counts = (int *)mem_new(n, 2 * sizeof(int));
+    if (!r->counts) return 0;
+    r->at = r->counts + n;
+    for (int k = 0; k < REDUCTIONS; k++) {
+        reduction *p = &r->pending[k];
+        p->sent = (int *)mem_new(n, 4 * sizeof(int));
         if (!p->sent) return 0;
-        p->sent_at = p->sent + r->n;
-        p->received = p->sent + 2 * r->n;
-        p->received_at = p->sent + 3 * r->n;
+        p->sent_at = p->sent + n;
+        p->received = p->sent + 2 * n;
+        p->received_at = p->sent + 3 * n;
     }
     return 1;
 }
@@ -7522,10 +7538,11 @@ slam_ranks *slam_ranks_join(void) {
     r->n = r->local_n = r->zero = 1;
     int ok = 1;
 #ifdef SLAM_MPI
-    ok = ranks_start(r) && (r->carrier == CARRIER_NONE || parcels_new(r));
+    ok = ranks_start(r) && (r->transport == TRANSPORT_NONE || exchanges_new(r));
 #endif
-    ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL;
-    ok = ok && (r->n > 1 || ranks_refuse_strangers());
+    ok = ok && (r->table = (double *)mem_new((size_t)r->n * RANKS_TABLE, sizeof *r->table)) != NULL &&
+         (r->sizes = (uint64_t *)mem_new((size_t)r->n, sizeof *r->sizes)) != NULL;
+    ok = ok && (r->n > 1 || check_launcher());
     if (ok) return r;
     slam_ranks_leave(r, 1);
     return NULL;
@@ -7534,7 +7551,7 @@ slam_ranks *slam_ranks_join(void) {
 void slam_ranks_leave(slam_ranks *r, int status) {
     if (!r) return;
 #ifdef SLAM_MPI
-    if (r->started && status && r->n > 1 && !r->known) {
+    if (r->started && status && r->n > 1 && !r->failed) {
         fflush(NULL);
         MPI_Abort(MPI_COMM_WORLD, status);
     }
@@ -7544,20 +7561,22 @@ void slam_ranks_leave(slam_ranks *r, int status) {
     if (r->nccl) ncclCommDestroy(r->nccl);
 #endif
 #ifdef SLAM_MPI
-    for (int k = 0; k < PARCELS; k++) {
-        free(r->under_way[k].sent);
-        free(r->under_way[k].arrived);
+    free(r->counts);
+    for (int k = 0; k < REDUCTIONS; k++) {
+        free(r->pending[k].sent);
+        free(r->pending[k].arrived);
     }
     if (r->started) MPI_Finalize();
 #endif
-    free(r->member);
+    free(r->pids);
+    free(r->sizes);
     free(r->table);
     free(r);
     (void)status;
 }
 
 void slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
-    if (!r || r->carrier == CARRIER_NONE) return;
+    if (!r || r->transport == TRANSPORT_NONE) return;
     ops->ranks = r;
     r->ops = ops;
 }
@@ -7565,14 +7584,19 @@ void slam_ranks_attach(slam_ranks *r, slam_ops *ops) {
 /* ---- what the hosts tell each other ---- */
 
 #ifdef SLAM_MPI
-static int ranks_talk(const slam_ranks *r) { return r && r->n > 1 && !r->lost; }
+static int takes_part(const slam_ranks *r) { return r && r->n > 1 && !r->lost; }
+
+/* MPI counts in int. */
+static void mpi_broadcast(void *x, size_t bytes, int root) {
+    const size_t most = (size_t)1 << 30;
+    for (size_t at = 0; at < bytes; at += most)
+        MPI_Bcast((char *)x + at, (int)(bytes - at < most ? bytes - at : most), MPI_BYTE, root, MPI_COMM_WORLD);
+}
 #endif
 
-void slam_ranks_tell(slam_ranks *r, void *x, size_t bytes) {
+void slam_ranks_broadcast(slam_ranks *r, void *x, size_t bytes) {
 #ifdef SLAM_MPI
-    const size_t most = (size_t)1 << 30;
-    for (size_t at = 0; ranks_talk(r) && at < bytes; at += most)
-        MPI_Bcast((char *)x + at, (int)(bytes - at < most ? bytes - at : most), MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (takes_part(r)) mpi_broadcast(x, bytes, 0);
 #endif
     (void)r, (void)x, (void)bytes;
 }
@@ -7582,12 +7606,12 @@ int slam_ranks_agree(slam_ranks *r, int ok) {
     int first = r && !ok ? r->rank : INT_MAX;
     char sentence[sizeof error_text];
     if (slam_ranks_count(r) == 1) return ok;
-    if (r->known || r->lost) return 0;
+    if (r->failed || r->lost) return 0;
     MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     if (first == INT_MAX) return 1;
     memcpy(sentence, error_text, sizeof sentence);
     MPI_Bcast(sentence, (int)sizeof sentence, MPI_CHAR, first, MPI_COMM_WORLD);
-    r->known = 1;
+    r->failed = 1;
     return first ? fail("rank %d: %s", first, sentence) : fail("%s", sentence);
 #else
     (void)r;
@@ -7597,7 +7621,7 @@ int slam_ranks_agree(slam_ranks *r, int ok) {
 
 long slam_ranks_max(slam_ranks *r, long x) {
 #ifdef SLAM_MPI
-    if (ranks_talk(r)) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+    if (takes_part(r)) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
 #endif
     (void)r;
     return x;
@@ -7606,7 +7630,7 @@ long slam_ranks_max(slam_ranks *r, long x) {
 int slam_ranks_same(slam_ranks *r, uint64_t x) {
     uint64_t ends[2] = {x, ~x}; // the largest, and the inverse of the smallest
 #ifdef SLAM_MPI
-    if (ranks_talk(r)) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
+    if (takes_part(r)) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
 #endif
     (void)r;
     return ends[0] == ~ends[1];
@@ -7614,7 +7638,7 @@ int slam_ranks_same(slam_ranks *r, uint64_t x) {
 
 void slam_ranks_sum(slam_ranks *r, double *x, size_t n) {
 #ifdef SLAM_MPI
-    for (size_t at = 0; ranks_talk(r) && at < n; at += RANKS_TABLE) {
+    for (size_t at = 0; takes_part(r) && at < n; at += RANKS_TABLE) {
         const int some = n - at < RANKS_TABLE ? (int)(n - at) : (int)RANKS_TABLE;
         MPI_Allgather(x + at, some, MPI_DOUBLE, r->table, some, MPI_DOUBLE, MPI_COMM_WORLD);
         for (int i = 0; i < some; i++) {
@@ -7627,80 +7651,80 @@ void slam_ranks_sum(slam_ranks *r, double *x, size_t n) {
     (void)r, (void)x, (void)n;
 }
 
-void *slam_ranks_collect(slam_ranks *r, const void *x, size_t bytes, size_t *sizes) {
-    size_t all = bytes;
-    sizes[slam_ranks_rank(r)] = bytes;
+void *slam_ranks_all_gather(slam_ranks *r, const void *x, size_t bytes, size_t *all) {
+    size_t before = 0;
+    *all = bytes;
 #ifdef SLAM_MPI
-    if (ranks_talk(r)) {
-        uint64_t mine = bytes, *of = (uint64_t *)(void *)r->table;
-        MPI_Allgather(&mine, 1, MPI_UINT64_T, of, 1, MPI_UINT64_T, MPI_COMM_WORLD);
-        all = 0;
-        for (int k = 0; k < r->n; k++) all += sizes[k] = (size_t)of[k];
+    if (takes_part(r)) {
+        const uint64_t mine = bytes;
+        MPI_Allgather(&mine, 1, MPI_UINT64_T, r->sizes, 1, MPI_UINT64_T, MPI_COMM_WORLD);
+        *all = 0;
+        for (int k = 0; k < r->n; *all += (size_t)r->sizes[k++])
+            if (k < r->rank) before += (size_t)r->sizes[k];
     }
 #endif
-    char *whole = r && r->lost ? NULL : (char *)mem_new(all, 1);
+    char *whole = (char *)mem_new(*all, 1);
     if (!slam_ranks_agree(r, whole != NULL)) {
         free(whole);
         return NULL;
     }
-    size_t at = 0;
-    for (int k = 0; k < slam_ranks_rank(r); k++) at += sizes[k];
-    if (bytes) memcpy(whole + at, x, bytes);
+    if (bytes) memcpy(whole + before, x, bytes);
 #ifdef SLAM_MPI
-    const size_t most = (size_t)1 << 30;
-    at = 0;
-    for (int k = 0; ranks_talk(r) && k < r->n; at += sizes[k++])
-        for (size_t done = 0; done < sizes[k]; done += most)
-            MPI_Bcast(whole + at + done, (int)(sizes[k] - done < most ? sizes[k] - done : most), MPI_BYTE, k, MPI_COMM_WORLD);
+    char *of = whole;
+    for (int k = 0; takes_part(r) && k < r->n; of += r->sizes[k++]) mpi_broadcast(of, (size_t)r->sizes[k], k);
 #endif
     return whole;
 }
 
 /* ---- NCCL ---- */
 
-/* A failure in an exchange. */
-static int ranks_lose(slam_ranks *r) {
+/* From here on this rank takes part in nothing: the others may be inside an exchange that it has left. */
+static int rank_lost(slam_ranks *r) {
     r->lost = 1;
     return 0;
 }
 
 #ifdef SLAM_NCCL
-static int nccl_well(slam_ranks *r, ncclResult_t result, const char *operation) {
+static int nccl_check(slam_ranks *r, ncclResult_t result, const char *operation) {
     if (result == ncclSuccess) return 1;
     fail("NCCL failed in %s: %s", operation, ncclGetErrorString(result));
-    return ranks_lose(r);
+    return rank_lost(r);
 }
 
-/* All that NCCL does goes into the device's second queue. (The type is CUDA's stream, as the driver calls it.) */
-static struct CUstream_st *nccl_queue(const slam_ranks *r) { return (struct CUstream_st *)r->ops->side; }
+/* All that NCCL does goes there. (The type is CUDA's stream, as the driver calls it.) */
+static struct CUstream_st *nccl_stream(const slam_ranks *r) { return (struct CUstream_st *)r->ops->comm_stream; }
 #endif
 
 /* Before the first exchange of what lies in the device's memory: all ranks together. */
-static int ranks_carry(slam_ranks *r) {
-    if (!r->ops->side || r->carrier == CARRIER_NCCL) return 1; // the host's memory is MPI's
+static int ranks_connect(slam_ranks *r) {
+    if (!r->ops->comm_stream || r->transport == TRANSPORT_NCCL) return 1; // the host's memory is MPI's
 #ifdef SLAM_NCCL
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
-    if (r->rank == 0 && !nccl_well(r, ncclGetUniqueId(&id), "its start")) return 0;
-    slam_ranks_tell(r, &id, sizeof id);
-    r->carrier = CARRIER_NCCL;
-    return nccl_well(r, ncclCommInitRank(&r->nccl, r->n, id, r->rank),
-                     "meeting the other ranks (two of them on one GPU? NCCL_DEBUG=WARN tells more)");
+    if (r->rank == 0 && !nccl_check(r, ncclGetUniqueId(&id), "its start")) return 0;
+    slam_ranks_broadcast(r, &id, sizeof id);
+    r->transport = TRANSPORT_NCCL;
+    return nccl_check(r, ncclCommInitRank(&r->nccl, r->n, id, r->rank),
+                      "meeting the other ranks (two of them on one GPU? NCCL_DEBUG=WARN tells more)");
 #else
     if (r->n > 1)
         return fail("%d ranks on GPUs: this build has no NCCL: install libnccl-dev (or Python's nvidia-nccl), then make", r->n);
-    r->carrier = CARRIER_NONE;
+    r->transport = TRANSPORT_NONE;
     return 1;
 #endif
 }
 
 /* ---- what the devices exchange ----
-   reduce_scatter and all_gather begin and return; ranks_wait sees to it that what is asked of the ops from then on finds them done.
-   x, n: a run of numbers, the same on all ranks; rank k's part of it: part_of. */
+   reduce_scatter and all_gather begin and return; exchange_wait sees to it that what is asked of the ops from then on finds them done.
+   x, n: a run of numbers, the same on all ranks; rank k's part of it: part_of.
+
+   Over MPI a reduce-scatter is an all-to-all and a sum in the order of ranks here: MPI_Reduce_scatter may add in another order where a
+   message has another size, and the same numbers shall have the same bits however they are cut into messages. Errors of MPI's end all
+   processes (MPI_ERRORS_ARE_FATAL, as it is by itself), so that nobody reads what its calls return; those of NCCL's lose the rank. */
 
 #ifdef SLAM_MPI
 /* Adds up what has arrived, in the order of ranks. */
-static void parcel_open(slam_ranks *r, parcel *p) {
+static void reduction_end(slam_ranks *r, reduction *p) {
     size_t first, n;
     if (!p->x) return;
     MPI_Wait(&p->request, MPI_STATUS_IGNORE);
@@ -7718,10 +7742,10 @@ static void parcel_open(slam_ranks *r, parcel *p) {
     p->x = NULL;
 }
 
-static int parcel_send(slam_ranks *r, float *x, size_t n) {
-    parcel *p = &r->under_way[r->turn++ % PARCELS];
+static int reduction_begin(slam_ranks *r, float *x, size_t n) {
+    reduction *p = &r->pending[r->turn++ % REDUCTIONS];
     size_t first, mine, count;
-    parcel_open(r, p);
+    reduction_end(r, p);
     part_of(r, r->rank, n, &first, &mine);
     for (int k = 0, others = 0; k < r->n; k++) {
         const int self = k == r->rank;
@@ -7741,37 +7765,37 @@ static int parcel_send(slam_ranks *r, float *x, size_t n) {
     return 1;
 }
 
-static void all_gather_hosts(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
-    int *counts = r->under_way[0].sent, *at = r->under_way[0].sent_at;
+static void mpi_all_gather(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
     for (int k = 0; k < r->n; k++) {
         size_t first, count;
         part_of(r, k, n, &first, &count);
-        at[k] = (int)(first * size);
-        counts[k] = (int)(count * size);
+        r->at[k] = (int)(first * size);
+        r->counts[k] = (int)(count * size);
     }
-    const int own = (const char *)part == (char *)x + at[r->rank];
-    MPI_Allgatherv(own ? MPI_IN_PLACE : part, own ? 0 : counts[r->rank], MPI_BYTE, x, counts, at, MPI_BYTE, MPI_COMM_WORLD);
+    const int own = (const char *)part == (char *)x + r->at[r->rank];
+    MPI_Allgatherv(own ? MPI_IN_PLACE : part, own ? 0 : r->counts[r->rank], MPI_BYTE, x, r->counts, r->at, MPI_BYTE,
+                   MPI_COMM_WORLD);
 }
 #endif
 
 /* The part of x becomes the sum over ranks; what its other parts hold is lost. At most 2^28 numbers. */
-static int ranks_reduce_scatter(slam_ranks *r, float *x, size_t n) {
-    if (!r || r->carrier == CARRIER_NONE) return 1;
+static int exchange_reduce_scatter(slam_ranks *r, float *x, size_t n) {
+    if (!r || r->transport == TRANSPORT_NONE) return 1;
 #ifdef SLAM_NCCL
-    if (r->carrier == CARRIER_NCCL) {
+    if (r->transport == TRANSPORT_NCCL) {
         const size_t each = part_size(r, n), even = each * (size_t)r->n;
-        r->ops->side_begin(r->ops);
+        r->ops->comm_begin(r->ops);
         if (even &&
-            !nccl_well(r, ncclReduceScatter(x, x + each * (size_t)r->rank, each, ncclFloat, ncclSum, r->nccl, nccl_queue(r)),
-                       "a reduction"))
+            !nccl_check(r, ncclReduceScatter(x, x + each * (size_t)r->rank, each, ncclFloat, ncclSum, r->nccl, nccl_stream(r)),
+                        "a reduction"))
             return 0;
         return even == n ||
-               nccl_well(r, ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, r->n - 1, r->nccl, nccl_queue(r)),
-                         "a reduction");
+               nccl_check(r, ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, r->n - 1, r->nccl, nccl_stream(r)),
+                          "a reduction");
     }
 #endif
 #ifdef SLAM_MPI
-    return (r->ops->finish(r->ops) && parcel_send(r, x, n)) || ranks_lose(r);
+    return (r->ops->finish(r->ops) && reduction_begin(r, x, n)) || rank_lost(r);
 #else
     (void)x, (void)n;
     return 1;
@@ -7779,23 +7803,23 @@ static int ranks_reduce_scatter(slam_ranks *r, float *x, size_t n) {
 }
 
 /* x (n elements of `size` bytes) = the parts of all ranks; this one's is `part`, which may lie in x. */
-static int ranks_all_gather(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
-    if (!r || r->carrier == CARRIER_NONE) return 1;
+static int exchange_all_gather(slam_ranks *r, void *x, const void *part, size_t n, size_t size) {
+    if (!r || r->transport == TRANSPORT_NONE) return 1;
 #ifdef SLAM_NCCL
-    if (r->carrier == CARRIER_NCCL) {
+    if (r->transport == TRANSPORT_NCCL) {
         const size_t each = part_size(r, n) * size, even = each * (size_t)r->n, rest = n * size - even;
         char *tail = (char *)x + even;
-        r->ops->side_begin(r->ops);
-        if (each && !nccl_well(r, ncclAllGather(part, x, each, ncclChar, r->nccl, nccl_queue(r)), "gathering")) return 0;
-        return !rest || nccl_well(r,
-                                  ncclBroadcast(r->rank == r->n - 1 ? (const char *)part + each : tail, tail, rest, ncclChar,
-                                                r->n - 1, r->nccl, nccl_queue(r)),
-                                  "gathering");
+        r->ops->comm_begin(r->ops);
+        if (each && !nccl_check(r, ncclAllGather(part, x, each, ncclChar, r->nccl, nccl_stream(r)), "gathering")) return 0;
+        return !rest || nccl_check(r,
+                                   ncclBroadcast(r->rank == r->n - 1 ? (const char *)part + each : tail, tail, rest, ncclChar,
+                                                 r->n - 1, r->nccl, nccl_stream(r)),
+                                   "gathering");
     }
 #endif
 #ifdef SLAM_MPI
-    if (!r->ops->finish(r->ops)) return ranks_lose(r);
-    all_gather_hosts(r, x, part, n, size);
+    if (!r->ops->finish(r->ops)) return rank_lost(r);
+    mpi_all_gather(r, x, part, n, size);
 #else
     (void)x, (void)part, (void)n, (void)size;
 #endif
@@ -7803,39 +7827,39 @@ static int ranks_all_gather(slam_ranks *r, void *x, const void *part, size_t n, 
 }
 
 /* x (n), of the device, n at most RANKS_TABLE: the sum over ranks, the same bits on all. */
-static int ranks_all_reduce(slam_ranks *r, double *x, size_t n) {
-    if (!r || r->carrier == CARRIER_NONE) return 1;
+static int exchange_all_reduce(slam_ranks *r, double *x, size_t n) {
+    if (!r || r->transport == TRANSPORT_NONE) return 1;
 #ifdef SLAM_NCCL
-    if (r->carrier == CARRIER_NCCL) {
-        r->ops->side_begin(r->ops);
-        if (!nccl_well(r, ncclAllReduce(x, x, n, ncclDouble, ncclSum, r->nccl, nccl_queue(r)), "a sum")) return 0;
-        r->ops->side_end(r->ops);
+    if (r->transport == TRANSPORT_NCCL) {
+        r->ops->comm_begin(r->ops);
+        if (!nccl_check(r, ncclAllReduce(x, x, n, ncclDouble, ncclSum, r->nccl, nccl_stream(r)), "a sum")) return 0;
+        r->ops->comm_end(r->ops);
         return 1;
     }
 #endif
-    if (!r->ops->finish(r->ops)) return ranks_lose(r);
+    if (!r->ops->finish(r->ops)) return rank_lost(r);
     slam_ranks_sum(r, x, n);
     return 1;
 }
 
-static void ranks_wait(slam_ranks *r) {
-    if (!r || r->carrier == CARRIER_NONE) return;
-    if (r->carrier == CARRIER_NCCL) r->ops->side_end(r->ops);
+static void exchange_wait(slam_ranks *r) {
+    if (!r || r->transport == TRANSPORT_NONE) return;
+    if (r->transport == TRANSPORT_NCCL) r->ops->comm_end(r->ops);
 #ifdef SLAM_MPI
     else
-        for (int k = 0; k < PARCELS; k++) parcel_open(r, &r->under_way[k]);
+        for (int k = 0; k < REDUCTIONS; k++) reduction_end(r, &r->pending[k]);
 #endif
 }
 
 /* Before the host waits for the device: what NCCL has under way is waited for here, as it would go on for ever where the network, or a
    rank on another machine, is gone. */
-static int ranks_finish(slam_ranks *r) {
+static int exchange_finish(slam_ranks *r) {
 #ifdef SLAM_NCCL
-    while (r && r->carrier == CARRIER_NCCL && !r->ops->side_done(r->ops)) {
+    while (r && r->transport == TRANSPORT_NCCL && !r->ops->comm_done(r->ops)) {
         ncclResult_t state = ncclSuccess;
         const ncclResult_t asked = ncclCommGetAsyncError(r->nccl, &state);
         if (asked != ncclSuccess || state != ncclSuccess) {
-            nccl_well(r, asked != ncclSuccess ? asked : state, "an exchange (NCCL_DEBUG=WARN tells more)");
+            nccl_check(r, asked != ncclSuccess ? asked : state, "an exchange (NCCL_DEBUG=WARN tells more)");
             ncclCommAbort(r->nccl);
             r->nccl = NULL;
             return 0;
@@ -7848,11 +7872,11 @@ static int ranks_finish(slam_ranks *r) {
 }
 
 /* MPI moves messages on only while it is called. */
-static void ranks_progress(slam_ranks *r) {
+static void exchange_progress(slam_ranks *r) {
 #ifdef SLAM_MPI
-    for (int k = 0; r && k < PARCELS; k++) {
+    for (int k = 0; r && k < REDUCTIONS; k++) {
         int done;
-        if (r->under_way[k].x) MPI_Test(&r->under_way[k].request, &done, MPI_STATUS_IGNORE);
+        if (r->pending[k].x) MPI_Test(&r->pending[k].request, &done, MPI_STATUS_IGNORE);
     }
 #endif
     (void)r;
@@ -8951,11 +8975,11 @@ double slam_schedule(int kind, long step, long steps, long warmup, double lr, do
 }
 
 /* ---- buckets ----
-   Gradients are added up over the ranks a bucket at a time, in the order in which the backward pass completes them: the layers from
-   the last to the first, the embedding, then all vectors. A bucket is a run of neighbours: as many layers as make a message worth
-   sending, or a piece of something large. Alone there is one bucket, which is everything. */
+   Gradients are added up over the ranks a bucket at a time, in the order in which the backward pass completes them: the head where it is
+   not the embedding, the layers from the last to the first, the embedding, then all vectors. A bucket is a run of neighbours: as many
+   layers as make a message worth sending, or a piece of something large. Alone there is one bucket, which is everything. */
 
-enum { BUCKET_LEAST = 1 << 18, BUCKET_MOST = 1 << 24 }; // numbers: 1 and 64 MB
+enum { BUCKET_LEAST = 1 << 18, BUCKET_MOST = 1 << 24 }; // numbers: 1 and 64 MB, not measured on GPUs yet; PyTorch's DDP takes 25 MB
 
 typedef struct bucket {
     size_t first, n;        // in the array of weights
@@ -8979,7 +9003,7 @@ struct slam_optimiser {
 };
 
 static int bucket_add(slam_optimiser *o, size_t first, size_t n, int after) {
-    const size_t pieces = (n + BUCKET_MOST - 1) / BUCKET_MOST, each = (n / pieces + 255) / 256 * 256;
+    const size_t pieces = (n + BUCKET_MOST - 1) / BUCKET_MOST, each = ((n + pieces - 1) / pieces + 255) / 256 * 256;
     for (size_t at = 0; at < n; at += each) {
         if (!mem_grow((void **)&o->all, &o->capacity, o->buckets + 1, sizeof *o->all)) return 0;
         bucket *b = &o->all[o->buckets++];
@@ -9033,7 +9057,7 @@ void slam_optimiser_free(slam_optimiser *o) {
 }
 
 /* Of the float weights this rank keeps its parts; the model's go. */
-static int take_master(slam_optimiser *o) {
+static int divide_master(slam_optimiser *o) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     size_t most = 0;
@@ -9059,10 +9083,10 @@ slam_optimiser *slam_optimiser_new(slam_model *model, const slam_adamw *settings
     o->model = model;
     o->settings = *settings;
     int ok = model->master || fail("the weights of this model are in parts: its first optimiser is the only one");
-    ok = ok && (!ops->ranks || ranks_carry(ops->ranks));
-    o->ranks = ops->ranks && ops->ranks->carrier != CARRIER_NONE ? ops->ranks : NULL;
+    ok = ok && (!ops->ranks || ranks_connect(ops->ranks));
+    o->ranks = ops->ranks && ops->ranks->transport != TRANSPORT_NONE ? ops->ranks : NULL;
     o->apart = o->ranks && o->ranks->zero;
-    ok = ok && buckets_plan(o) && (!o->apart || (void *)model->master == (void *)model->weights || take_master(o));
+    ok = ok && buckets_plan(o) && (!o->apart || (void *)model->master == (void *)model->weights || divide_master(o));
     ok = ok && (o->m = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL &&
          (o->v = (float *)ops->alloc(ops, o->n * sizeof(float))) != NULL;
     if (slam_ranks_agree(o->ranks, ok)) return o;
@@ -9083,13 +9107,13 @@ void slam_optimiser_reset(slam_optimiser *o) {
 
 static void reduce_next(slam_optimiser *o) {
     const bucket *b = &o->all[o->reduced++];
-    if (!ranks_reduce_scatter(o->ranks, o->model->gradients + b->first, b->n)) o->failed = 1;
+    if (!exchange_reduce_scatter(o->ranks, o->model->gradients + b->first, b->n)) o->failed = 1;
 }
 
 void slam_optimiser_after_layer(void *optimiser, int l) {
     slam_optimiser *o = (slam_optimiser *)optimiser;
     if (!o->ranks) return;
-    ranks_progress(o->ranks);
+    exchange_progress(o->ranks);
     while (o->reduced < o->buckets && o->all[o->reduced].after >= l) reduce_next(o);
 }
 
@@ -9116,26 +9140,26 @@ int slam_optimiser_begin(slam_optimiser *o, double lr) {
     h.lr = lr;
     h.step = o->updates + 1;
     while (o->reduced < o->buckets) reduce_next(o);
-    ranks_wait(o->ranks);
+    exchange_wait(o->ranks);
     if (o->failed) return 0;
     o->reduced = 0;
     for (size_t i = 0; i < o->buckets; i++)
         if (o->all[i].count) ops->sum_squares(ops, m->stats + 1, m->gradients + o->all[i].mine, o->all[i].count);
-    ok = ranks_all_reduce(o->ranks, m->stats, 2);
+    ok = exchange_all_reduce(o->ranks, m->stats, 2);
     for (size_t i = 0; ok && !o->apart && i < o->buckets; i++) {
         const bucket *b = &o->all[i];
-        ok = ranks_all_gather(o->ranks, m->gradients + b->first, m->gradients + b->mine, b->n, sizeof(float));
+        ok = exchange_all_gather(o->ranks, m->gradients + b->first, m->gradients + b->mine, b->n, sizeof(float));
     }
-    ranks_wait(o->ranks);
+    exchange_wait(o->ranks);
     for (size_t i = 0; ok && i < o->buckets; i++) {
         const bucket *b = &o->all[i];
         if (!o->apart) adamw_range(o, h, b->first, b->n, b->first);
         else {
             adamw_range(o, h, b->mine, b->count, b->at);
-            ok = ranks_all_gather(o->ranks, weight_at(m, b->first), weight_at(m, b->mine), b->n, (size_t)ops->bytes_per_act);
+            ok = exchange_all_gather(o->ranks, weight_at(m, b->first), weight_at(m, b->mine), b->n, (size_t)ops->bytes_per_act);
         }
     }
-    ranks_wait(o->ranks);
+    exchange_wait(o->ranks);
     if (ok) ops->zero(ops, m->gradients, m->w.total * sizeof(float));
     return ok;
 }
@@ -9144,7 +9168,7 @@ int slam_optimiser_end(slam_optimiser *o, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     double stats[2];
-    if (!ranks_finish(o->ranks)) return 0;
+    if (!exchange_finish(o->ranks)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -9174,9 +9198,9 @@ static int state_download(slam_optimiser *o, const float *from, float *host) {
     int ok = slam_ranks_agree(o->ranks, whole != NULL);
     for (size_t i = 0; ok && i < o->buckets; i++) {
         const bucket *b = &o->all[i];
-        ok = ranks_all_gather(o->ranks, whole, from + b->at, b->n, sizeof *whole);
-        ranks_wait(o->ranks);
-        ok = ok && ranks_finish(o->ranks);
+        ok = exchange_all_gather(o->ranks, whole, from + b->at, b->n, sizeof *whole);
+        exchange_wait(o->ranks);
+        ok = ok && exchange_finish(o->ranks);
         if (ok && host) ops->download(ops, host + b->first, whole, b->n * sizeof *host);
     }
     ops->release(ops, whole);
@@ -11273,7 +11297,7 @@ static void centroids_assign(const float *frames, size_t n, const float *lanes, 
 /* ---- fitting centroids ---- */
 
 typedef struct kmeans_fit {
-    slam_ranks *ranks; // all have the frames, and do the same but for what hangs on a frame alone: each its share of that
+    slam_ranks *ranks; // all have all frames; the search for the nearest centroids is shared among them
     const float *x;
     size_t n;
     int D, K;
@@ -11283,7 +11307,6 @@ typedef struct kmeans_fit {
     int *unit;             // (n)
     float *distance;       // (n), squared, to the nearest centroid
     size_t *count, *first; // (K), (K + 1): frames of a centroid, their place in `order` once it is sorted by centroid
-    size_t *sizes;         // (ranks)
     slam_speech_watch *watch;
     void *context;
 } kmeans_fit;
@@ -11316,10 +11339,10 @@ static void fit_shuffle(kmeans_fit *f) {
 /* x (n elements of `size` bytes): what each rank has of its share becomes everyone's. */
 static int fit_gather(const kmeans_fit *f, void *x, size_t n, size_t size) {
     const int ranks = slam_ranks_count(f->ranks);
-    size_t first, end;
+    size_t first, end, bytes;
     if (ranks == 1) return 1;
     slam_ranks_share(f->ranks, n, &first, &end);
-    void *all = slam_ranks_collect(f->ranks, (char *)x + first * size, (end - first) * size, f->sizes);
+    void *all = slam_ranks_all_gather(f->ranks, (char *)x + first * size, (end - first) * size, &bytes);
     if (all) memcpy(x, all, n * size);
     free(all);
     return all != NULL;
@@ -11465,9 +11488,8 @@ static int kmeans_on(slam_ranks *ranks, const float *frames, size_t n, int D, in
     f.distance = (float *)mem_new(n, sizeof *f.distance);
     f.count = (size_t *)mem_new((size_t)K, sizeof *f.count);
     f.first = (size_t *)mem_new((size_t)K + 1, sizeof *f.first);
-    f.sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *f.sizes);
     float *batch = (float *)mem_new(batch_size * (size_t)D, sizeof *batch);
-    int ok = f.lanes && f.order && f.unit && f.distance && f.count && f.first && f.sizes && batch;
+    int ok = f.lanes && f.order && f.unit && f.distance && f.count && f.first && batch;
     ok = slam_ranks_agree(ranks, ok) && fit_run(&f, batch, batch_size, report);
     free(f.lanes);
     free(f.order);
@@ -11475,7 +11497,6 @@ static int kmeans_on(slam_ranks *ranks, const float *frames, size_t n, int D, in
     free(f.distance);
     free(f.count);
     free(f.first);
-    free(f.sizes);
     free(batch);
     return ok;
 }
@@ -12480,10 +12501,9 @@ static int block_begin(audio_block *b) {
 /* Whether all ranks could begin, which is for one alone to say, and with the same sources. */
 static int block_agree(const audio_block *b, int ok) {
     slam_ranks *ranks = b->sources->ranks;
-    if (slam_ranks_count(ranks) == 1) return ok;
-    if (!slam_ranks_agree(ranks, ok)) return 0;
-    return slam_ranks_same(ranks, sources_hash(HASH_START, b->sources)) ||
-           slam_ranks_agree(ranks, fail("the ranks do not see the same files or lines"));
+    if (slam_ranks_count(ranks) == 1) return ok; // the hash reads all names
+    return slam_ranks_agree(ranks, ok) && slam_ranks_agree(ranks, slam_ranks_same(ranks, sources_hash(HASH_START, b->sources)) ||
+                                                                      fail("the ranks do not see the same files or lines"));
 }
 
 static void block_end(audio_block *b) {
@@ -12936,11 +12956,10 @@ static int block_share(audio_block *b, int ok, size_t first, size_t end, size_t 
         pack_heard(&t, &b->result[i], b->speech ? (size_t)slam_speech_width(b->speech) : 0);
         ok = !t.failed;
     }
-    size_t *sizes = ok ? (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *sizes) : NULL, own = t.n;
-    char *whole = slam_ranks_agree(ranks, sizes != NULL) ? (char *)slam_ranks_collect(ranks, t.at, t.n, sizes) : NULL;
+    size_t bytes, own = t.n;
+    char *whole = slam_ranks_agree(ranks, ok) ? (char *)slam_ranks_all_gather(ranks, t.at, t.n, &bytes) : NULL;
     const char *at = whole;
     text_free(&t);
-    free(sizes);
     if (!whole) return 0;
     for (size_t i = 0; ok && i < first; i++) ok = unpack_heard(&at, &b->result[i]);
     at += own;
@@ -13143,7 +13162,7 @@ typedef struct corpus {
     const char *out;
     char *partial, *journal, *failed, *failed_partial;
     FILE *data, *failures;
-    int writes;                         // rank 0 does, the others only hear
+    int root;                           // this rank writes; the others only hear
     int locked;                         // OUT.partial is this process's
     uint64_t identity;                  // a hash of settings and sources
     uint64_t done, bytes, failed_bytes; // sources; of the partial files
@@ -13391,7 +13410,7 @@ static int corpus_take(corpus *c, audio_block *b, size_t at, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const heard *h = &b->result[i];
         if (ok && h->failed) ok = block_tell_failed(b, at + i, h);
-        if (c->writes) ok = ok && corpus_add(c, h);
+        ok = ok && (!c->root || corpus_add(c, h));
         heard_free(&b->result[i]);
     }
     return slam_ranks_agree(b->sources->ranks, ok);
@@ -13402,13 +13421,13 @@ static int corpus_run(corpus *c, audio_block *b) {
     const size_t of = b->sources->n;
     size_t n;
     b->progress.stage = "tokenize";
-    slam_ranks_tell(b->sources->ranks, &c->done, sizeof c->done);
+    slam_ranks_broadcast(b->sources->ranks, &c->done, sizeof c->done);
     block_tell(b, (size_t)c->done, of, NULL, NULL);
     for (size_t at = (size_t)c->done; at < of; at += n) {
         if (!block_run(b, at, &n) || !corpus_take(c, b, at, n)) return 0;
         const int last = at + n == of;
         c->report->stopped = !block_go_on(b, at + n) && !last;
-        const int due = c->writes && (last || c->report->stopped || slam_clock() - c->committed > 1);
+        const int due = c->root && (last || c->report->stopped || slam_clock() - c->committed > 1);
         if (!slam_ranks_agree(b->sources->ranks, !due || corpus_commit(c))) return 0;
         if (c->report->stopped) return 1;
     }
@@ -13451,11 +13470,11 @@ int slam_tokenize(const slam_quantiser *quantiser, const slam_sources *sources, 
     b.sources = sources;
     b.watch = watch;
     b.context = context;
-    c.writes = slam_ranks_rank(sources->ranks) == 0;
-    int ok = block_agree(&b, block_begin(&b) && (!c.writes || corpus_begin(&c, sources))) && corpus_run(&c, &b);
+    c.root = slam_ranks_root(sources->ranks);
+    int ok = block_agree(&b, block_begin(&b) && (!c.root || corpus_begin(&c, sources))) && corpus_run(&c, &b);
     report->files = (size_t)c.done;
-    if (ok && !report->stopped) ok = slam_ranks_agree(sources->ranks, !c.writes || corpus_finish(&c));
-    slam_ranks_tell(sources->ranks, report, sizeof *report);
+    if (ok && !report->stopped) ok = slam_ranks_agree(sources->ranks, !c.root || corpus_finish(&c));
+    slam_ranks_broadcast(sources->ranks, report, sizeof *report);
     corpus_end(&c, ok);
     block_end(&b);
     return ok;
@@ -14064,7 +14083,7 @@ int slam_pairs_compute(slam_pairs *p, slam_model *reference, int micro, const ch
     FILE *f = NULL;
     int going = 1;
     if (!p->prepared) return fail("pairs that are not prepared have no reference");
-    if (slam_ranks_rank(ranks)) path = NULL;
+    if (!slam_ranks_root(ranks)) path = NULL;
     int ok = rows_new(&r, p, REFERENCE_CHUNK, micro) && (!path || (f = reference_open(p, path, model)) != NULL);
     ok = slam_ranks_agree(ranks, ok);
     while (ok && p->known < p->n && (going = !slam_ranks_max(ranks, watch && !watch(context, p->known, p->n)))) {
@@ -14252,10 +14271,10 @@ slam_dpo_figures slam_dpo_last(const slam_dpo *d, int evaluation) { return evalu
 typedef struct scored_batch {
     slam_batch batch;
     float *own, *all; // (B,T): the losses of this rank's batch; of all ranks' (own where there is but one)
-    size_t *sizes, n; // (ranks), bytes; n: losses in `all`
+    size_t n;         // losses in `all`
 } scored_batch;
 
-static int scored_batch_new(scored_batch *s, const slam_ranks *ranks, int B, int T) {
+static int scored_batch_new(scored_batch *s, int B, int T) {
     const size_t n = (size_t)B * (size_t)T;
     const scored_batch none = SLAM_ZERO;
     *s = none;
@@ -14263,8 +14282,7 @@ static int scored_batch_new(scored_batch *s, const slam_ranks *ranks, int B, int
     s->batch.T = T;
     s->batch.tokens = (int *)mem_new(n, 3 * sizeof(int));
     s->own = s->all = (float *)mem_new(n, sizeof(float));
-    s->sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *s->sizes);
-    if (!s->batch.tokens || !s->own || !s->sizes) return 0;
+    if (!s->batch.tokens || !s->own) return 0;
     s->batch.targets = s->batch.tokens + n;
     s->batch.doc_start = s->batch.tokens + 2 * n;
     return 1;
@@ -14272,25 +14290,25 @@ static int scored_batch_new(scored_batch *s, const slam_ranks *ranks, int B, int
 
 static void scored_batch_free(scored_batch *s) {
     if (s->all != s->own) free(s->all);
-    free(s->batch.tokens), free(s->own), free(s->sizes);
+    free(s->batch.tokens), free(s->own);
 }
 
-/* The losses of targets, in the order of batches and their rows, where all ranks have read theirs (ok). One that there was no row left
-   for gets the others'. */
+/* The losses of targets, in the order of batches and their rows, where all ranks have read theirs (ok). A rank without rows (B 0) takes
+   part all the same. */
 static int score_batch(slam_model *model, scored_batch *s, int ok) {
     slam_ranks *ranks = model->ops->ranks;
     const slam_batch *b = &s->batch;
-    const size_t positions = (size_t)b->B * (size_t)b->T, count = (size_t)slam_ranks_count(ranks);
+    const size_t positions = (size_t)b->B * (size_t)b->T;
+    size_t bytes;
     ok = ok && (b->B == 0 || slam_model_losses(model, b, s->own));
     if (!slam_ranks_agree(ranks, ok)) return 0;
     s->n = 0;
     for (size_t i = 0; i < positions; i++)
         if (b->targets[i] >= 0) s->own[s->n++] = s->own[i];
-    if (count == 1) return 1;
+    if (slam_ranks_count(ranks) == 1) return 1;
     if (s->all != s->own) free(s->all);
-    s->all = (float *)slam_ranks_collect(ranks, s->own, s->n * sizeof *s->own, s->sizes);
-    s->n = 0;
-    for (size_t k = 0; k < count; k++) s->n += s->sizes[k] / sizeof *s->own;
+    s->all = (float *)slam_ranks_all_gather(ranks, s->own, s->n * sizeof *s->own, &bytes);
+    s->n = bytes / sizeof *s->own;
     return s->all != NULL;
 }
 
@@ -14330,7 +14348,7 @@ int slam_score_data(slam_model *model, const slam_data *data, int source, int B,
     if (B < 1) return fail("a batch of %d rows, expected at least 1", B);
     if (data->V > V) return fail("data with a vocabulary of %d, but the model has one of %d", data->V, V);
     slam_rows *rows = slam_rows_new(data, source, 0, 0);
-    int ok = rows && scored_batch_new(&s, model->ops->ranks, B, data->context);
+    int ok = rows && scored_batch_new(&s, B, data->context);
     ok = slam_ranks_agree(model->ops->ranks, ok) && score_rows(model, rows, &s, B, &sum, targets);
     if (ok && *targets) *nll = sum / (double)*targets;
     scored_batch_free(&s);
@@ -14657,7 +14675,7 @@ static int score_pieces(scoring *s, slam_model *model, int B, uint64_t of, slam_
     const size_t rows = (size_t)B, before = (size_t)slam_ranks_rank(ranks) * rows, all = (size_t)slam_ranks_count(ranks) * rows;
     scored_batch b;
     uint64_t done = 0;
-    int ok = scored_batch_new(&b, ranks, B, s->T) && slam_model_plan(model, B, s->T, SLAM_INFERENCE);
+    int ok = scored_batch_new(&b, B, s->T) && slam_model_plan(model, B, s->T, SLAM_INFERENCE);
     ok = slam_ranks_agree(ranks, ok);
     for (size_t row = 0, i = 0; ok && i < s->pieces; row += all) {
         const size_t end = piece_of_row(s, i, row + all);
@@ -15742,11 +15760,10 @@ static int *generation_pack(const generating *g, const slam_prompts *p, size_t *
 
 /* Continuations of all ranks become everyone's. */
 static int generation_exchange(const generating *g, slam_prompts *p, slam_ranks *ranks) {
-    size_t n, end = 0, *sizes = (size_t *)mem_new((size_t)slam_ranks_count(ranks), sizeof *sizes);
-    int *own = generation_pack(g, p, &n), *all = NULL, ok = slam_ranks_agree(ranks, own && sizes);
-    if (ok) ok = (all = (int *)slam_ranks_collect(ranks, own, n * sizeof *own, sizes)) != NULL;
-    for (int k = 0; ok && k < slam_ranks_count(ranks); k++) end += sizes[k] / sizeof *all;
-    for (size_t i = 0; ok && i < end; i += 3 + (size_t)all[i + 1]) {
+    size_t n, bytes = 0;
+    int *own = generation_pack(g, p, &n), *all = NULL, ok = slam_ranks_agree(ranks, own != NULL);
+    if (ok) ok = (all = (int *)slam_ranks_all_gather(ranks, own, n * sizeof *own, &bytes)) != NULL;
+    for (size_t i = 0; ok && i < bytes / sizeof *all; i += 3 + (size_t)all[i + 1]) {
         slam_prompt *q = &p->at[all[i]];
         if (q->continuation) continue; // its own
         if (!(q->continuation = (int *)mem_new((size_t)all[i + 1], sizeof(int)))) {
@@ -15757,7 +15774,7 @@ static int generation_exchange(const generating *g, slam_prompts *p, slam_ranks 
         q->ended = all[i + 2];
         memcpy(q->continuation, all + i + 3, (size_t)q->length * sizeof(int));
     }
-    free(own), free(all), free(sizes);
+    free(own), free(all);
     return slam_ranks_agree(ranks, ok);
 }
 
@@ -16109,14 +16126,14 @@ static int sync_files(const char *folder) {
 static int checkpoint_fill(const char *part, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer,
                            int format) {
     slam_ranks *ranks = optimiser->ranks;
-    const int first = slam_ranks_rank(ranks) == 0;
-    float *host = first ? (float *)mem_new(model->w.total, sizeof *host) : NULL;
-    int ok = slam_ranks_agree(ranks, !first || (host && part && remove_tree(part) && make_folders(part)));
+    const int root = slam_ranks_root(ranks);
+    float *host = root ? (float *)mem_new(model->w.total, sizeof *host) : NULL;
+    int ok = slam_ranks_agree(ranks, !root || (host && part && remove_tree(part) && make_folders(part)));
     ok = ok && master_download(optimiser, host);
-    ok = ok && slam_ranks_agree(ranks, !first || model_write(model, host, part, format));
+    ok = ok && slam_ranks_agree(ranks, !root || model_write(model, host, part, format));
     free(host);
     return ok && slam_optimiser_save(optimiser, part) &&
-           slam_ranks_agree(ranks, !first || (trainer_write(trainer, part) && sync_files(part)));
+           slam_ranks_agree(ranks, !root || (trainer_write(trainer, part) && sync_files(part)));
 }
 
 /* PART becomes RUN/step_NNNNNN. */
@@ -16135,11 +16152,11 @@ static int checkpoint_place(const char *run, const char *part, long step) {
 int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *optimiser, const slam_trainer *trainer, int format,
                          int keep) {
     slam_ranks *ranks = optimiser->ranks;
-    const int first = slam_ranks_rank(ranks) == 0;
+    const int root = slam_ranks_root(ranks);
     char *part = path_join(run, checkpoint_part);
     int ok = checkpoint_fill(part, model, optimiser, trainer, format);
-    ok = ok && slam_ranks_agree(ranks, !first || checkpoint_place(run, part, trainer->step));
-    if (!ok && part && first) {
+    ok = ok && slam_ranks_agree(ranks, !root || checkpoint_place(run, part, trainer->step));
+    if (!ok && part && root) {
         text why = SLAM_ZERO; // removing may fail as well, but what went wrong first is what to say
         text_add(&why, "%s", slam_error());
         remove_tree(part);
@@ -16147,8 +16164,8 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_optimiser *opt
         text_free(&why);
     }
     free(part);
-    return ok && slam_ranks_agree(ranks, !first || (checkpoint_links(run, trainer->step, trainer->best_step) &&
-                                                    (keep == 0 || checkpoint_prune(run, keep, trainer->best_step))));
+    return ok && slam_ranks_agree(ranks, !root || (checkpoint_links(run, trainer->step, trainer->best_step) &&
+                                                   (keep == 0 || checkpoint_prune(run, keep, trainer->best_step))));
 }
 
 int slam_checkpoint_find(const char *run, char **folder) {
@@ -16211,8 +16228,8 @@ static int moments_list(const slam_optimiser *o, const float *host, tensor_out *
 
 int slam_optimiser_save(slam_optimiser *o, const char *folder) {
     const size_t total = o->model->w.total;
-    const int first = slam_ranks_rank(o->ranks) == 0;
-    float *host = first ? (float *)mem_new(2 * total, sizeof *host) : NULL;
+    const int root = slam_ranks_root(o->ranks);
+    float *host = root ? (float *)mem_new(2 * total, sizeof *host) : NULL;
     char *path = path_join(folder, "optimizer.safetensors"), updates[32];
     parameter *list = NULL;
     tensor_out *out = NULL;
@@ -16220,9 +16237,9 @@ int slam_optimiser_save(slam_optimiser *o, const char *folder) {
     size_t n = 0;
     snprintf(updates, sizeof updates, "%ld", o->updates);
     const char *const metadata[] = {"updates", updates, NULL};
-    int ok = slam_ranks_agree(o->ranks, !first || (host && path && moments_list(o, host, &out, &list, &spelled, &n)));
+    int ok = slam_ranks_agree(o->ranks, !root || (host && path && moments_list(o, host, &out, &list, &spelled, &n)));
     ok = ok && state_download(o, o->m, host) && state_download(o, o->v, host ? host + total : NULL);
-    ok = ok && slam_ranks_agree(o->ranks, !first || tensors_write(path, out, n, metadata));
+    ok = ok && slam_ranks_agree(o->ranks, !root || tensors_write(path, out, n, metadata));
     names_free(&spelled);
     free(out);
     free(list);
@@ -16319,7 +16336,7 @@ int slam_signals_stop(void) { return signals_seen != 0; }
 slam_ranks *slam_program_begin(const char *program) {
     slam_ranks *r = slam_ranks_join();
     if (!r) fprintf(stderr, "%s: error: %s\n", program, slam_error());
-    else if (slam_ranks_rank(r) && !freopen("/dev/null", "w", stdout)) {
+    else if (!slam_ranks_root(r) && !freopen("/dev/null", "w", stdout)) {
         fprintf(stderr, "%s: error: /dev/null: %s\n", program, strerror(errno));
         slam_ranks_leave(r, 1);
         return NULL;
@@ -16329,14 +16346,12 @@ slam_ranks *slam_program_begin(const char *program) {
 
 int slam_program_end(const slam_flags *flags, slam_ranks *ranks, int status) {
     signals_ranks = NULL;
-    const int rank = slam_ranks_rank(ranks);
+    char who[32] = "";
     if (status == 2) slam_ranks_agree(ranks, 0); // they have the same command line
-    const int known = slam_ranks_known(ranks);
-    if (status == 2 && rank == 0) slam_flags_usage(flags);
-    else if (status == 1 && known && rank == 0) fprintf(stderr, "%s: error: %s\n", flags->program, slam_error());
-    else if (status == 1 && !known && slam_ranks_count(ranks) > 1)
-        fprintf(stderr, "%s: error: rank %d: %s\n", flags->program, rank, slam_error());
-    else if (status == 1 && !known) fprintf(stderr, "%s: error: %s\n", flags->program, slam_error());
+    const int known = slam_ranks_failed(ranks);
+    if (!known && slam_ranks_count(ranks) > 1) snprintf(who, sizeof who, "rank %d: ", slam_ranks_rank(ranks));
+    if (status == 2 && slam_ranks_root(ranks)) slam_flags_usage(flags);
+    if (status == 1 && (!known || slam_ranks_root(ranks))) fprintf(stderr, "%s: error: %s%s\n", flags->program, who, slam_error());
     slam_ranks_leave(ranks, status == 1);
     return status;
 }
@@ -16401,12 +16416,11 @@ slam_ops *slam_device(slam_ranks *ranks, const char *device, const char *dtype, 
     const int gpus = strcmp(device, "cpu") ? slam_cuda_count() : 0, gpu = gpus == 1 ? 0 : local;
     slam_ops *ops = open_device(device, dtype, threads_of(ranks, threads), gpu, note);
     int ok = slam_ranks_agree(ranks, ops != NULL);
-    if (ok && slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cuda")) +
-                      slam_ranks_max(ranks, !strcmp(device_kind(ops->name), "cpu")) >
-                  1)
-        ok = slam_ranks_agree(
-            ranks, fail("--device auto: GPUs for some of the ranks only%s%s; start as many as there are, or take --device cpu",
-                        *note ? ": " : "", note));
+    ok = ok &&
+         slam_ranks_agree(
+             ranks, slam_ranks_same(ranks, !strcmp(device_kind(ops->name), "cuda")) ||
+                        fail("--device auto: GPUs for some of the ranks only%s%s; start as many as there are, or take --device cpu",
+                             *note ? ": " : "", note));
     if (!ok) {
         slam_ops_free(ops);
         return NULL;
@@ -16812,7 +16826,7 @@ static int draw_row(slam_rows *rows, int *tokens, int *targets, int *doc_start, 
     return n > 0 ? n : 0;
 }
 
-/* All ranks pack all rows, which takes no time; each reads its own. */
+/* All ranks pack all rows, for which lengths are enough; each reads the tokens of its own. */
 static int pretraining_next(void *context, uint64_t *tokens, uint64_t *terms) {
     slam_pretraining *p = (slam_pretraining *)context;
     *tokens = *terms = 0;
@@ -17150,7 +17164,7 @@ static void show_line(const slam_run *r, const step_report *s) {
 /* ---- the training loop ---- */
 
 static slam_ranks *run_ranks(const slam_run *r) { return r->ops->ranks; }
-static int run_writes(const slam_run *r) { return slam_ranks_rank(run_ranks(r)) == 0; }
+static int run_root(const slam_run *r) { return slam_ranks_root(run_ranks(r)); }
 
 static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
 
@@ -17356,13 +17370,13 @@ static int run_loop(slam_run *r, FILE *log, const char *path) {
 
 int slam_run_train(slam_run *r) {
     char *path = path_join(r->folder, "log.jsonl");
-    FILE *log = path && run_writes(r) ? fopen(path, "ab") : NULL;
-    if (path && run_writes(r) && !log) fail("%s: cannot be written: %s", path, strerror(errno));
+    FILE *log = path && run_root(r) ? fopen(path, "ab") : NULL;
+    if (path && run_root(r) && !log) fail("%s: cannot be written: %s", path, strerror(errno));
     r->saved_step = r->trainer.step;
     r->ended = SLAM_ENDED_LIMIT;
     slam_progress_begin(&r->bar);
     slam_progress_show(&r->bar, (double)r->trainer.step, (double)r->trainer.steps, ""); // nothing yet, but what is done already
-    int ok = slam_ranks_agree(run_ranks(r), log || (path && !run_writes(r))) && run_loop(r, log, path);
+    int ok = slam_ranks_agree(run_ranks(r), log || (path && !run_root(r))) && run_loop(r, log, path);
     slam_progress_clear(&r->bar);
     if (log && fclose(log) != 0 && ok) ok = fail("%s: cannot be written: %s", path, strerror(errno));
     free(path);
@@ -17393,7 +17407,7 @@ static int take_folder(slam_run *r, const char *checkpoint) {
 
 int slam_run_begin(slam_run *r, const char *checkpoint) {
     slam_trainer *t = &r->trainer;
-    const int first = run_writes(r);
+    const int first = run_root(r);
     char *log = path_join(r->folder, "log.jsonl");
     if (r->optimiser) slam_optimiser_reset(r->optimiser);
     else r->optimiser = slam_optimiser_new(r->model, &r->adamw);
@@ -17978,21 +17992,21 @@ int slam_job_keep(slam_job *j, uint64_t data) {
          slam_settings_keep_paths(&t->settings, j->key, &j->flags.rest) && slam_settings_keep_paths(&t->settings, "val", &j->o.val);
     text_free(&without);
     const uint64_t seen[] = {data, (uint64_t)t->step, (uint64_t)t->steps};
-    if (!slam_ranks_agree(j->ranks, ok)) return 0;
-    if (slam_ranks_same(j->ranks, hash_bytes(HASH_START, seen, sizeof seen))) return 1;
-    fail("the ranks do not see the same data or checkpoints: expected files that all machines share");
-    return slam_ranks_agree(j->ranks, 0);
+    return slam_ranks_agree(j->ranks, ok) &&
+           slam_ranks_agree(j->ranks,
+                            slam_ranks_same(j->ranks, hash_bytes(HASH_START, seen, sizeof seen)) ||
+                                fail("the ranks do not see the same data or checkpoints: expected files that all machines share"));
 }
 
 int slam_job_begin(slam_job *j) {
     slam_run *r = &j->run;
-    if (!j->folder) {
+    if (!j->folder && !j->o.out) { // rank 0 finds a name, and tells the others
         char name[64] = "";
-        if (!j->o.out && slam_ranks_rank(j->ranks) == 0 && (j->folder = slam_run_new(j->program)) != NULL)
-            snprintf(name, sizeof name, "%s", j->folder);
-        if (!slam_ranks_agree(j->ranks, j->o.out || slam_ranks_rank(j->ranks) || j->folder)) return 0;
-        slam_ranks_tell(j->ranks, name, sizeof name);
-        if (!j->folder && !j->o.out && !(j->folder = text_copy(name))) return 0;
+        const int root = slam_ranks_root(j->ranks);
+        if (!slam_ranks_agree(j->ranks, !root || (j->folder = slam_run_new(j->program)) != NULL)) return 0;
+        if (root) snprintf(name, sizeof name, "%s", j->folder);
+        slam_ranks_broadcast(j->ranks, name, sizeof name);
+        if (!root && !(j->folder = text_copy(name))) return 0;
     }
     r->folder = j->folder ? j->folder : j->o.out;
     printf("run      %s\n", r->folder);

@@ -108,7 +108,7 @@ static int watch(void *context, const slam_speech_progress *p) {
     job *j = (job *)context;
     if (p->failed) {
         slam_progress_clear(&j->progress);
-        if (slam_ranks_rank(j->ranks) == 0) fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
+        if (slam_ranks_root(j->ranks)) fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
         j->left_out++;
         return 1;
     }
@@ -149,14 +149,14 @@ static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *setting
     slam_kmeans_report r;
     int may = slam_quantiser_may_fit(o->units.kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
     if (!slam_ranks_agree(j->ranks, may && (!o->out || slam_tokenize_may(o->out)))) return NULL;
-    slam_ranks_tell(j->ranks, &may, sizeof may);
+    slam_ranks_broadcast(j->ranks, &may, sizeof may);
     if (may == 2) {
         printf("fit      %s was made by this command before\n", o->units.kmeans);
         return slam_quantiser_open(o->units.kmeans, settings, j->ops);
     }
     slam_quantiser *q = slam_quantiser_fit(settings, j->ops, j->sources, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
     slam_progress_clear(&j->progress);
-    if (q && !slam_ranks_agree(j->ranks, slam_ranks_rank(j->ranks) || slam_quantiser_save(q, o->units.kmeans, &r))) {
+    if (q && !slam_ranks_agree(j->ranks, !slam_ranks_root(j->ranks) || slam_quantiser_save(q, o->units.kmeans, &r))) {
         slam_quantiser_free(q);
         q = NULL;
     }

@@ -20,8 +20,8 @@
    registers, speed, or anything of cuBLASLt, whose products are a loop here.
 
    A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host memory that
-   is used again too early shows. What is asked of a second stream (nccl_emulator.h) always waits until somebody waits for it. There is
-   one device. */
+   is used again too early shows. What is asked of a second stream (nccl_emulator.h) always waits until somebody waits for it, and then
+   finds done, of the first stream's work, only what that stream was told to wait for. There is one device. */
 #ifndef CUDA_EMULATOR_H
 #define CUDA_EMULATOR_H
 #include <algorithm>
@@ -625,6 +625,7 @@ static struct {
     std::deque<std::function<void()>> queue;                         // of the one stream
     uint64_t asked, done;                                            // how many were put there, have run
     int lazy, streams, stuck;                                        // stuck: the second stream never comes to an end
+    std::map<cudaStream_t, uint64_t> seen;                           // how much of the first stream's work a stream has waited for
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
     std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
@@ -752,10 +753,10 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
 }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
-    if (!emulator_device.stuck) emulator_device.later[stream].push_back(std::move(work));
+    const uint64_t seen = emulator_device.seen[stream];
+    if (!emulator_device.stuck) emulator_device.later[stream].push_back([=] { emulator_drain(seen), work(); });
 }
 static inline void emulator_catch_up(cudaStream_t stream) {
-    emulator_drain(emulator_device.asked);
     std::deque<std::function<void()>> &queue = emulator_device.later[stream];
     for (; !queue.empty(); queue.pop_front()) queue.front()();
 }
@@ -763,7 +764,7 @@ static inline void emulator_hang_if_stuck() {
     while (emulator_device.stuck) pause();
 }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-    return emulator_hang_if_stuck(), emulator_catch_up(s), cudaSuccess;
+    return emulator_hang_if_stuck(), emulator_catch_up(s), emulator_drain(emulator_device.asked), cudaSuccess;
 }
 static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
     if (emulator_device.stuck) return cudaErrorNotReady;
@@ -776,7 +777,8 @@ static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
     e->stream = s;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t e, unsigned) {
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+    emulator_device.seen[s] = std::max(emulator_device.seen[s], e->ticket);
     return emulator_catch_up(e->stream), cudaSuccess;
 }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {

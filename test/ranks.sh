@@ -45,6 +45,12 @@ once() {
     grep 'error:' said.err
     return 1
 }
+# none FILE...: there are no such files
+none() {
+    for none_file; do
+        [ ! -e "$none_file" ] || { echo "$none_file is there" && return 1; }
+    done
+}
 # starts N COMMAND...: by N ranks, beside this script; each leaves its process in pid.RANK
 starts() {
     starts_n=$1

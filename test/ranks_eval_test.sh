@@ -35,8 +35,8 @@ sed 's/"hidden_size": 32/"hidden_size": 256/; s/"intermediate_size": 64/"interme
 
 # ---- helpers ----
 
-# same ARGUMENTS...: by $n ranks to the files of one process, which were made as one.*
-same() {
+# same_as_one ARGUMENTS...: by $n ranks to the files of one process, which were made as one.*
+same_as_one() {
     rm -f some.*
     ends 0 on "$n" "$eval" one "$@" || return 1
     for same_file in some.*; do cmp "one.${same_file#some.}" "$same_file" || return 1; done
@@ -60,45 +60,34 @@ begins() {
 # ---- the figures of one process ----
 
 "$eval" one ppl v.jsonl --train a.jsonl --json one.json >/dev/null
-for n in 2 3; do check "ppl on $n ranks" same ppl v.jsonl --train a.jsonl --json some.json; done
-n=5 && check 'ppl: more ranks than batches' same ppl v.jsonl --train a.jsonl --batch 64 --json some.json
+for n in 2 3; do check "ppl on $n ranks" same_as_one ppl v.jsonl --train a.jsonl --json some.json; done
+n=5 && check 'ppl: more ranks than batches' same_as_one ppl v.jsonl --train a.jsonl --batch 64 --json some.json
 "$eval" one swuggy gold.csv --units v.jsonl --batch 2 --context 32 --json one.json --submission one.txt >one.out
-for n in 2 3; do check "swuggy on $n ranks" same swuggy gold.csv --units v.jsonl --batch 2 --context 32 --json some.json --submission some.txt; done
+for n in 2 3; do check "swuggy on $n ranks" same_as_one swuggy gold.csv --units v.jsonl --batch 2 --context 32 --json some.json --submission some.txt; done
 check 'swuggy: sequences that windows slide over were among them' grep -q 'slides over them' one.out
 "$eval" one swuggy few.csv --units v.jsonl --sum --json one.json --submission one.txt >/dev/null
-n=5 && check 'swuggy: more ranks than rows' same swuggy few.csv --units v.jsonl --sum --json some.json --submission some.txt
+n=5 && check 'swuggy: more ranks than rows' same_as_one swuggy few.csv --units v.jsonl --sum --json some.json --submission some.txt
 said="generate twice.jsonl --prompt-units 4 --max-new 40"
 "$eval" one $said -o one.jsonl --json one.json >/dev/null
-for n in 2 3; do check "generate on $n ranks" same $said -o some.jsonl --json some.json; done
-n=2 && check 'generate: five prompts at once' same $said --batch 5 -o some.jsonl --json some.json
+for n in 2 3; do check "generate on $n ranks" same_as_one $said -o some.jsonl --json some.json; done
+n=2 && check 'generate: five prompts at once' same_as_one $said --batch 5 -o some.jsonl --json some.json
 "$eval" one generate two.jsonl --prompt-seconds 0 --max-new 40 -o one.jsonl --json one.json >/dev/null
-n=5 && check 'generate: more ranks than prompts' same generate two.jsonl --prompt-seconds 0 --max-new 40 -o some.jsonl --json some.json
+n=5 && check 'generate: more ranks than prompts' same_as_one generate two.jsonl --prompt-seconds 0 --max-new 40 -o some.jsonl --json some.json
 
 # ---- audio ----
 
-# word BYTES NUMBER: little-endian
-word() {
-    word_n=$2
-    for word_i in $(seq "$1"); do
-        printf "\\$(printf %03o $((word_n % 256)))"
-        word_n=$((word_n / 256))
-    done
-}
+. "$root/test/wave.sh"
 mkdir -p speech pairset/x
 for i in 0 1 2 3 4 5 6; do
     bytes=$((8000 + 3000 * i))
-    {
-        printf 'RIFF' && word 4 $((36 + bytes)) && printf 'WAVEfmt ' && word 4 16 && word 2 1 && word 2 1 && word 4 8000
-        word 4 16000 && word 2 2 && word 2 16 && printf 'data' && word 4 $bytes
-        tail -c +$((i * 50000 + 1)) "$root/slam.h" | head -c $bytes
-    } >speech/$i.wav
+    { wave 1 1 8000 16 $bytes && tail -c +$((i * 50000 + 1)) "$root/slam.h" | head -c $bytes; } >speech/$i.wav
     [ $i -gt 5 ] || cp speech/$i.wav pairset/x/${i}_x.wav
 done
 : >speech/2b.wav
 "$tokenize" speech --fit 20 --kmeans km.npy >/dev/null 2>&1
 "$eval" one storycloze pairset --kmeans km.npy --json one.json --submission one.txt >/dev/null
 rm -f one.jsonl some.*
-n=3 && check 'storycloze: audio' same storycloze pairset --kmeans km.npy --json some.json --submission some.txt
+n=3 && check 'storycloze: audio' same_as_one storycloze pairset --kmeans km.npy --json some.json --submission some.txt
 "$eval" one generate speech --kmeans km.npy -o one.jsonl --max-new 20 >/dev/null 2>&1
 check 'generate: a file that cannot be heard' ends 3 on 3 "$eval" one generate speech --kmeans km.npy -o some.jsonl --max-new 20
 check 'generate: it is told once, the others are continued' sh -c 'test $(grep -c "^eval: left out" said.err) = 1 && cmp one.jsonl some.jsonl'

@@ -676,9 +676,9 @@ static void test_nccl(void) {
     slam_ranks *ranks = slam_ranks_join();
     if (!CHECK(ranks, "%s", slam_error())) return;
     const std::vector<double> expected = train_on(gpu, 6, 1, NULL);
-    ranks->carrier = CARRIER_MPI; // as if mpirun had started one
+    ranks->transport = TRANSPORT_MPI; // as if mpirun had started one
     slam_ranks_attach(ranks, gpu);
-    if (!CHECK(ranks_carry(ranks) && ranks->carrier == CARRIER_NCCL, "%s", slam_error())) return;
+    if (!CHECK(ranks_connect(ranks) && ranks->transport == TRANSPORT_NCCL, "%s", slam_error())) return;
     for (size_t i = 0; i < n; i++) x[i] = (float)i / 3;
     float *a = (float *)gpu->alloc(gpu, n * sizeof(float)), *b = (float *)gpu->alloc(gpu, n * sizeof(float));
     gpu->upload(gpu, a, x.data(), n * sizeof(float));
@@ -686,9 +686,9 @@ static void test_nccl(void) {
     gpu->sum(gpu, sums, a, n);
     gpu->download(gpu, got, sums, sizeof got);
     const double sum = got[0];
-    CHECK(ranks_reduce_scatter(ranks, a, n) && ranks_all_gather(ranks, b, a, n, sizeof(float)), "%s", slam_error());
-    CHECK(ranks_all_reduce(ranks, sums, 2), "%s", slam_error());
-    ranks_wait(ranks);
+    CHECK(exchange_reduce_scatter(ranks, a, n) && exchange_all_gather(ranks, b, a, n, sizeof(float)), "%s", slam_error());
+    CHECK(exchange_all_reduce(ranks, sums, 2), "%s", slam_error());
+    exchange_wait(ranks);
     gpu->download(gpu, y.data(), b, n * sizeof(float));
     gpu->download(gpu, got, sums, sizeof got);
     CHECK(gpu->finish(gpu), "%s", slam_error());

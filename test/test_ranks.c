@@ -11,11 +11,11 @@ static slam_ops *ops; // attached to them
 #ifdef SLAM_EMULATOR
 static slam_ops *device(void) { return slam_cuda(0, 2); }
 enum { ROWS = 4, T = 16, STEPS = 3, LAYERS = 3, POISONED = 1 };
-static const double near_enough = 1e-4; // a weight may round to the other side
+static const double later = 1e-3; // after the first update a weight may round to the other bf16, which all that follows shows
 #else
 static slam_ops *device(void) { return slam_cpu(1); }
 enum { ROWS = 7, T = 48, STEPS = 6, LAYERS = 5, POISONED = 2 };
-static const double near_enough = 1e-6;
+static const double later = 1e-6;
 #endif
 
 static float number(int rank, size_t i) {
@@ -63,21 +63,19 @@ static void test_words(void) {
         CHECK(x[i] == sum, "sum %zu is %.17g, expected %.17g", i, x[i], sum);
     }
     if (me == 0) memcpy(text, "told", 5);
-    slam_ranks_tell(ranks, text, sizeof text);
+    slam_ranks_broadcast(ranks, text, sizeof text);
     CHECK(!strcmp(text, "told"), "%s", text);
     for (int round = 0; round < 3; round++) { // nothing at all; something of every second one; a lot
-        size_t sizes[64], mine = round == 0 ? 0 : round == 1 ? (size_t)(me % 2 ? 0 : me + 1) : 100000 + (size_t)me, at = 0;
+        size_t bytes_of_all, mine = round == 0 ? 0 : round == 1 ? (size_t)(me % 2 ? 0 : me + 1) : 100000 + (size_t)me, at = 0;
         char *bytes = (char *)malloc(mine + 1), *all;
         memset(bytes, 'a' + me, mine);
-        if (!CHECK((all = (char *)slam_ranks_collect(ranks, bytes, mine, sizes)) != NULL, "%s", slam_error())) return;
+        if (!CHECK((all = (char *)slam_ranks_all_gather(ranks, bytes, mine, &bytes_of_all)) != NULL, "%s", slam_error())) return;
         for (int k = 0; k < n; k++) {
-            CHECK(sizes[k] == (round == 0   ? 0
-                               : round == 1 ? (size_t)(k % 2 ? 0 : k + 1)
-                                            : 100000 + (size_t)k),
-                  "%zu of rank %d", sizes[k], k);
-            for (size_t i = 0; i < sizes[k]; i++, at++)
-                if (all[at] != 'a' + k && !CHECK(0, "byte %zu of rank %d", i, k)) break;
+            const size_t of = round == 0 ? 0 : round == 1 ? (size_t)(k % 2 ? 0 : k + 1) : 100000 + (size_t)k;
+            for (size_t i = 0; i < of; i++, at++)
+                if ((at >= bytes_of_all || all[at] != 'a' + k) && !CHECK(0, "byte %zu of rank %d", i, k)) break;
         }
+        CHECK(at == bytes_of_all, "%zu bytes of %zu", bytes_of_all, at);
         free(bytes);
         free(all);
     }
@@ -87,10 +85,10 @@ static void test_words(void) {
 static void test_agree(void) {
     slam_ranks *r = slam_ranks_join();
     fail("mine, %d", ranks->rank);
-    CHECK(slam_ranks_agree(r, 1) == 1 && !slam_ranks_known(r), "all are well");
+    CHECK(slam_ranks_agree(r, 1) == 1 && !slam_ranks_failed(r), "all are well");
     CHECK(slam_ranks_agree(r, ranks->rank == 0 && ranks->n > 1) == 0, "all but the first have failed");
     CHECK(!strcmp(slam_error(), ranks->n > 1 ? "rank 1: mine, 1" : "mine, 0"), "%s", slam_error());
-    CHECK(slam_ranks_known(r) == (ranks->n > 1), "known");
+    CHECK(slam_ranks_failed(r) == (ranks->n > 1), "known");
     CHECK(ranks->n == 1 || slam_ranks_agree(r, 1) == 0, "agreed after a failure");
     slam_ranks_leave(r, 1);
 }
@@ -103,41 +101,58 @@ static void test_exchange(void) {
     CHECK(ops->finish(ops), "%s", slam_error()); // the memory is zero now
     for (size_t i = 0; i < all; i++) x[i] = number(ranks->rank, i);
     for (size_t k = 0; k < n_sizes; at += sizes[k++]) { // more under way than there is room for
-        CHECK(ranks_reduce_scatter(ranks, x + at, sizes[k]), "%s", slam_error());
-        ranks_progress(ranks);
+        CHECK(exchange_reduce_scatter(ranks, x + at, sizes[k]), "%s", slam_error());
+        exchange_progress(ranks);
     }
-    ranks_wait(ranks);
+    exchange_wait(ranks);
     CHECK(ops->finish(ops), "%s", slam_error());
     at = 0;
     for (size_t k = 0; k < n_sizes; at += sizes[k++]) {
         part_of(ranks, ranks->rank, sizes[k], &first, &count);
         for (size_t i = first; i < first + count; i++) CHECK(x[at + i] == number_sum(at + i), "number %zu of %zu", i, sizes[k]);
-        CHECK(ranks_all_gather(ranks, whole + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
-        CHECK(ranks_all_gather(ranks, x + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
+        CHECK(exchange_all_gather(ranks, whole + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
+        CHECK(exchange_all_gather(ranks, x + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
     }
-    ranks_wait(ranks);
+    exchange_wait(ranks);
     CHECK(ops->finish(ops), "%s", slam_error());
-    CHECK(ranks->carrier == CARRIER_NONE || !memcmp(x, whole, at * sizeof *x), "gathered in place and apart");
+    CHECK(ranks->transport == TRANSPORT_NONE || !memcmp(x, whole, at * sizeof *x), "gathered in place and apart");
     for (size_t i = 0; i < at; i++) CHECK(x[i] == number_sum(i), "number %zu", i);
     double stats[2] = {1.5 + ranks->rank, 2}, sum = 1.5, *given = (double *)(void *)x;
     for (int k = 1; k < ranks->n; k++) sum += 1.5 + k;
     ops->upload(ops, given, stats, sizeof stats);
-    CHECK(ranks_all_reduce(ranks, given, 2), "%s", slam_error());
+    CHECK(exchange_all_reduce(ranks, given, 2), "%s", slam_error());
     ops->download(ops, stats, given, sizeof stats);
     CHECK(ops->finish(ops) && stats[0] == sum && stats[1] == 2 * ranks->n, "%g %g", stats[0], stats[1]);
     ops->release(ops, x);
     ops->release(ops, whole);
 }
 
+/* What is larger than a bucket may be: pieces of nearly one size, neighbours. */
+static void test_buckets(void) {
+    const size_t sizes[] = {BUCKET_MOST, BUCKET_MOST + 1, 3 * (size_t)BUCKET_MOST - 1};
+    for (size_t k = 0; k < 3; k++) {
+        slam_optimiser o = SLAM_ZERO;
+        size_t at = 7;
+        CHECK(bucket_add(&o, at, sizes[k], 5) && o.buckets == k + 1, "%zu buckets of %zu numbers", o.buckets, sizes[k]);
+        for (size_t i = 0; i < o.buckets; at += o.all[i++].n)
+            CHECK(o.all[i].first == at && o.all[i].after == 5 && o.all[i].n <= BUCKET_MOST &&
+                      o.all[i].n + 512 * k >= sizes[k] / (k + 1),
+                  "bucket %zu of %zu: %zu numbers at %zu", i, o.buckets, o.all[i].n, o.all[i].first);
+        CHECK(at == 7 + sizes[k], "%zu numbers of %zu", at - 7, sizes[k]);
+        free(o.all);
+    }
+}
+
 /* ---- training ---- */
 
 typedef struct outcome {
     double loss[STEPS], norm[STEPS];
-    float *weights, *moments; // (total), (2 total), on rank 0
-    size_t total, kept;       // numbers of a moment that a rank keeps
+    float *first, *weights, *moments; // (total) after the first update, (total), (2 total), on rank 0
+    size_t total, kept;               // numbers of a moment that a rank keeps
 } outcome;
 
 static void outcome_free(outcome *o) {
+    free(o->first);
     free(o->weights);
     free(o->moments);
 }
@@ -156,6 +171,9 @@ static int train(slam_ops *with, const slam_config *config, int zero, int told, 
     if (!m || !slam_model_plan(m, 2, T, SLAM_TRAIN)) return 0;
     slam_optimiser *o = slam_optimiser_new(m, &settings);
     if (!o) return 0;
+    const int root = slam_ranks_root(with->ranks);
+    out->total = m->w.total;
+    out->first = root ? (float *)malloc(out->total * sizeof(float)) : NULL;
     for (int step = 0; step < STEPS; step++) {
         slam_step s;
         for (int i = 0; i < ROWS * T; i++) tokens[i] = (int)rng_below(&random, (uint64_t)config->V);
@@ -172,14 +190,13 @@ static int train(slam_ops *with, const slam_config *config, int zero, int told, 
         out->loss[step] = s.loss_sum / (ROWS * (T - 1));
         out->norm[step] = s.grad_norm;
         if (s.skipped != (step == poison)) return fail("step %d skipped: %d", step, s.skipped);
+        if (step == 0 && !master_download(o, out->first)) return 0;
     }
-    const int writes = slam_ranks_rank(with->ranks) == 0;
-    out->total = m->w.total;
     out->kept = o->n;
-    out->weights = writes ? (float *)malloc(out->total * sizeof(float)) : NULL;
-    out->moments = writes ? (float *)malloc(2 * out->total * sizeof(float)) : NULL;
+    out->weights = root ? (float *)malloc(out->total * sizeof(float)) : NULL;
+    out->moments = root ? (float *)malloc(2 * out->total * sizeof(float)) : NULL;
     const int ok = master_download(o, out->weights) && state_download(o, o->m, out->moments) &&
-                   state_download(o, o->v, writes ? out->moments + out->total : NULL);
+                   state_download(o, o->v, root ? out->moments + out->total : NULL);
     slam_optimiser_free(o);
     slam_model_free(m);
     return ok;
@@ -205,10 +222,13 @@ static void test_training(int tied) {
     ok = CHECK(train(ops, &c, 0, 1, -1, &whole), "%s", slam_error()) && ok;
     if (!ok) return;
     for (int i = 0; i < STEPS; i++) {
-        check_near("loss against one process", parts.loss[i], alone.loss[i], near_enough);
-        check_near("norm against one process", parts.norm[i] / alone.norm[i], 1, near_enough);
+        check_near("loss against one process", parts.loss[i], alone.loss[i], i ? later : 1e-6);
+        check_near("norm against one process", parts.norm[i] / alone.norm[i], 1, i ? later : 1e-6);
     }
-    if (ranks->rank == 0) check_close("weights against one process", parts.weights, alone.weights, alone.total, near_enough);
+    if (ranks->rank == 0) {
+        check_close("weights of the first update against one process", parts.first, alone.first, alone.total, 1e-6);
+        check_close("weights against one process", parts.weights, alone.weights, alone.total, later);
+    }
     check_same("reduced when all is computed", &parts, &late);
     check_same("without ZeRO", &parts, &whole);
     CHECK(whole.kept == alone.total && alone.kept == alone.total, "%zu and %zu moments of %zu", whole.kept, alone.kept,
@@ -238,7 +258,7 @@ static void test_moments(void) {
     char folder[600];
     slam_ops *lone = device();
     snprintf(folder, sizeof folder, "%.500s", check_path("moments"));
-    slam_ranks_tell(ranks, folder, sizeof folder);
+    slam_ranks_broadcast(ranks, folder, sizeof folder);
     if (ranks->rank == 0) CHECK(make_folders(folder), "%s", slam_error());
     slam_model *m = slam_model_new(ops, &config_tiny, 5), *again = slam_model_new(ops, &config_tiny, 5),
                *l = slam_model_new(lone, &config_tiny, 5);
@@ -275,14 +295,18 @@ static void test_moments(void) {
 int main(void) {
     ranks = slam_ranks_join();
     ops = device();
+#ifdef SLAM_EMULATOR
+    emulator_lazy(1); // so that what NCCL does not wait for has not been computed yet
+#endif
     if (!ranks || !ops) return 1;
     slam_ranks_attach(ranks, ops);
-    if (ops->ranks && !ranks_carry(ranks)) return 1;
+    if (ops->ranks && !ranks_connect(ranks)) return 1;
     if (ranks->rank && !freopen("/dev/null", "w", stdout)) return 1;
     if (TEST("ranks: shares and parts")) test_shares();
     if (TEST("ranks: what they tell each other")) test_words();
     if (TEST("ranks: one fails, all know")) test_agree();
     if (TEST("ranks: reduce, gather")) test_exchange();
+    if (TEST("ranks: large buckets")) test_buckets();
     for (int tied = 0; tied < 2; tied++)
         if (TEST("ranks: training, %s", tied ? "tied head" : "head of its own")) test_training(tied);
     if (TEST("ranks: a loss that is not finite on one of them")) test_poison();
