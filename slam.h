@@ -7691,7 +7691,7 @@ static int nccl_check(slam_ranks *r, ncclResult_t result, const char *operation)
     return rank_lost(r);
 }
 
-/* All that NCCL does goes there. (The type is CUDA's stream, as the driver calls it.) */
+/* The stream in which NCCL does all that it does. (The type is CUDA's cudaStream_t, as the driver calls it.) */
 static struct CUstream_st *nccl_stream(const slam_ranks *r) { return (struct CUstream_st *)r->ops->comm_stream; }
 #endif
 
