@@ -105,7 +105,8 @@ $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $
 	$(COMPILE) $< -o $@ $(LIBS)
 # Without a C++ compiler the kernels' tests are left out.
 CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
-test: $(PROGRAMS) $(TESTS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS) $(if $(MPIRUN),$(if $(SANITIZE),,$(B)/test_ranks_cuda)))
+# What takes longest to compile stands first, so that no core is left with it alone.
+test: $(CUDA_TESTS) $(if $(CPLUSPLUS),$(if $(MPIRUN),$(if $(SANITIZE),,$(B)/test_ranks_cuda)) $(EMULATED_PROGRAMS)) $(TESTS) $(PROGRAMS)
 	@$(SETTINGS) B=$(B) MPIRUN=$(MPIRUN) FLAGS=$(call quote,$(FLAGS)) LIBS=$(call quote,$(LIBS)) sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
