@@ -625,6 +625,83 @@ static void test_order(void) {
     }
 }
 
+/* 20,000 documents of 38 to 42 tokens at context 64: no two fit one row, and no row is more than two thirds full. */
+static void test_poor_rows(void) {
+    if (!TEST("data: every chunk exactly once an epoch where no rows are full")) return;
+    enum { T = 64, DOCUMENTS = 20000, EPOCHS = 3 };
+    uint64_t random = 47;
+    tokens t = SLAM_ZERO;
+    for (int i = 0; i < DOCUMENTS; i++) add_document(&t, 36 + rng_below(&random, 5), 502, &random);
+    const size_t total = t.n;
+    seen expected = expect_pieces(&t, T);
+    slam_data *d = open_data(T, 502, write_tokens("poor.bin", &t, 502));
+    slam_rows *r = slam_rows_new(d, -1, 3, 1);
+    for (int e = 0; e < EPOCHS; e++) {
+        seen s = see_epoch(r, T);
+        CHECK(s.pieces == DOCUMENTS && s.tokens == total && s.rows == DOCUMENTS,
+              "epoch %d: %zu chunks, %zu tokens, %zu rows; expected %d, %zu, %d", e, s.pieces, s.tokens, s.rows, DOCUMENTS, total,
+              DOCUMENTS);
+        CHECK(same_pieces(&s, &expected), "epoch %d: other chunks", e);
+        seen_free(&s);
+    }
+    slam_data_size size;
+    CHECK(slam_data_measure(d, -1, 3, &size), "%s", slam_error());
+    CHECK(size.tokens == total && size.pieces == DOCUMENTS, "%zu tokens and %zu chunks are measured, expected %zu and %d",
+          (size_t)size.tokens, (size_t)size.pieces, total, DOCUMENTS);
+    slam_rows_free(r);
+    slam_data_free(d);
+    seen_free(&expected);
+}
+
+typedef struct hash_place {
+    uint64_t hash;
+    size_t place;
+} hash_place;
+
+/* Correlation between the places of the same n hashes in two orders: 1 for the same order, about 0 for unrelated ones. */
+static double order_correlation(const uint64_t *a, const uint64_t *b, size_t n) {
+    hash_place *x = (hash_place *)mem_new(2 * n, sizeof *x), *y = x + n;
+    const double mean = ((double)n - 1) / 2, variance = ((double)n * (double)n - 1) / 12;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        x[i].hash = a[i];
+        y[i].hash = b[i];
+        x[i].place = y[i].place = i;
+    }
+    qsort(x, n, sizeof *x, order_hashes);
+    qsort(y, n, sizeof *y, order_hashes);
+    for (size_t i = 0; i < n; i++) sum += ((double)x[i].place - mean) * ((double)y[i].place - mean);
+    free(x);
+    return sum / (double)n / variance;
+}
+
+static void test_epoch_order(void) {
+    if (!TEST("data: epochs have the same chunks in unrelated orders")) return;
+    enum { T = 128, EPOCHS = 3 };
+    uint64_t random = 53;
+    tokens t = SLAM_ZERO;
+    for (int i = 0; i < 20000; i++) add_document(&t, 5 + rng_below(&random, 60), 502, &random);
+    slam_data *d = open_data(T, 502, write_tokens("epochs.bin", &t, 502));
+    slam_rows *r = slam_rows_new(d, -1, 3, 1);
+    seen epoch[EPOCHS + 1];
+    for (int e = 0; e < EPOCHS; e++) epoch[e] = see_epoch(r, T);
+    epoch[EPOCHS] = see_data(d, -1, 0, 0); // the order of the file
+    for (int a = 0; a <= EPOCHS; a++)
+        for (int b = 0; b < a; b++) {
+            if (!CHECK(same_pieces(&epoch[a], &epoch[b]), "epochs %d and %d: other chunks", b, a)) continue;
+            seen rows[2] = {epoch[a], epoch[b]};
+            size_t shared = 0;
+            for (size_t i = 0; i < rows[0].rows; i += 10)
+                for (size_t k = 0; k < rows[1].rows; k++) shared += rows[0].row[i] == rows[1].row[k];
+            CHECK(shared < rows[0].rows / 100, "epochs %d and %d: %zu of %zu rows are the same", b, a, shared, rows[0].rows / 10);
+            check_near("correlation of the places of chunks", order_correlation(epoch[a].piece, epoch[b].piece, epoch[a].pieces), 0,
+                       0.05);
+        }
+    for (int e = 0; e <= EPOCHS; e++) seen_free(&epoch[e]);
+    slam_rows_free(r);
+    slam_data_free(d);
+}
+
 /* ---- n-grams ---- */
 
 /* -log p of target i of a piece by the formula, from counts taken by looking through all of the training tokens. */
@@ -728,6 +805,8 @@ static void test_score(void) {
 
 int main(void) {
     test_pieces();
+    test_poor_rows();
+    test_epoch_order();
     test_blocks();
     test_fill();
     test_mixing();
