@@ -532,6 +532,68 @@ static void test_learning(slam_ops *ops) {
     slam_model_free(m);
 }
 
+/* log p of units `to` after the prompt `from`, and of the 1 that ends them: a row of its own. */
+static double completion_logp(slam_model *m, const int *from, int n_from, const int *to, int n_to) {
+    int token[32] = {1}, target[32], start[32] = {0}, n = 1;
+    float losses[32];
+    double sum = 0;
+    for (int k = 0; k < n_from; k++) token[n++] = from[k] + 2;
+    for (int k = 0; k < n_to; k++) token[n++] = to[k] + 2;
+    for (int k = 0; k < n; k++) target[k] = k < n_from ? -1 : k + 1 < n ? token[k + 1] : 1;
+    const slam_batch b = {1, n, token, target, start, NULL};
+    CHECK(slam_model_losses(m, &b, losses), "%s", slam_error());
+    for (int k = n_from; k < n; k++) sum -= losses[k];
+    return sum;
+}
+
+/* More validation pairs than are computed at once, each of them by itself. */
+static void test_validation(slam_ops *ops) {
+    if (!TEST("validation on 300 pairs is the mean over pairs one by one")) return;
+    enum { PAIRS = 300 };
+    static int units[PAIRS][3][8], n[PAIRS][3];
+    static const char train[] = "{\"prompt\": \"<Un1>\", \"chosen\": \"<Un2>\", \"rejected\": \"<Un3><Un4>\"}\n";
+    uint64_t seed = 12;
+    text t = SLAM_ZERO;
+    for (int i = 0; i < PAIRS; i++)
+        for (int part = 0; part < 3; part++) {
+            n[i][part] = part == 2 ? n[i][1] % 8 + 1 : 1 + (int)rng_below(&seed, 8); // the completions differ at least in length
+            text_add(&t, "%s\"%s\": \"", part ? ", " : "{", pair_names[part]);
+            for (int k = 0; k < n[i][part]; k++) text_add(&t, "<Un%d>", units[i][part][k] = (int)rng_below(&seed, 25));
+            text_add(&t, "\"%s", part == 2 ? "}\n" : "");
+        }
+    slam_model *m = slam_model_new(ops, &small, 3), *reference = slam_model_new(ops, &small, 4);
+    slam_pairs *p = slam_pairs_new(small.V, 32, 1, 0);
+    CHECK(slam_pairs_add(p, check_file("train.jsonl", train, sizeof train - 1), 0) &&
+              slam_pairs_add(p, check_file("validation.jsonl", t.at, t.n), 1) && slam_pairs_prepare(p, 0, 0),
+          "%s", slam_error());
+    CHECK(slam_model_plan(reference, 4, slam_pairs_row(p), SLAM_INFERENCE), "%s", slam_error());
+    slam_dpo *d = slam_dpo_new(m, p, 0.3, 0, 1, 4, SLAM_TRAIN, 1);
+    CHECK(slam_pairs_compute(p, reference, 4, NULL, 0, NULL, NULL) == 1 && slam_dpo_evaluate(d), "%s", slam_error());
+    const slam_dpo_figures got = slam_dpo_last(d, 1);
+    double loss = 0, margin = 0, accuracy = 0, chosen = 0, rejected = 0;
+    for (int i = 0; i < PAIRS; i++) {
+        double logp[2][2]; // of the model and the reference: chosen, rejected
+        for (int k = 0; k < 4; k++)
+            logp[k / 2][k % 2] = completion_logp(k / 2 ? reference : m, units[i][0], n[i][0], units[i][1 + k % 2], n[i][1 + k % 2]);
+        const double D = logp[0][0] - logp[1][0] - (logp[0][1] - logp[1][1]);
+        loss += log(1 + exp(-0.3 * D)) / PAIRS;
+        margin += D / PAIRS;
+        accuracy += (D > 0 ? 1.0 : 0) / PAIRS;
+        chosen += logp[0][0] / PAIRS;
+        rejected += logp[0][1] / PAIRS;
+    }
+    check_near("loss", got.loss, loss, 1e-5);
+    check_near("margin", got.margin, margin, 1e-4);
+    check_near("accuracy", got.accuracy, accuracy, 1e-9);
+    check_near("log p of the chosen", got.logp_chosen, chosen, 1e-4);
+    check_near("log p of the rejected", got.logp_rejected, rejected, 1e-4);
+    text_free(&t);
+    slam_dpo_free(d);
+    slam_pairs_free(p);
+    slam_model_free(m);
+    slam_model_free(reference);
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(0);
     const char *const smoothings[] = {"0", "0.1"};
@@ -551,6 +613,7 @@ int main(void) {
     test_order(ops);
     test_reference(ops);
     test_learning(ops);
+    test_validation(ops);
     slam_ops_free(ops);
     return check_end();
 }

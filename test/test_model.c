@@ -199,6 +199,33 @@ static void test_adamw(slam_ops *ops) {
     tensors_close(file);
 }
 
+/* `python test/reference.py sizes` prints this table from Transformers' models and PyTorch's FlopCounterMode. */
+static void test_sizes(void) {
+    static const struct {
+        slam_config config;
+        int T;
+        size_t parameters;
+        double weights, attention; // FLOP a token, forward and backward; of attention over all T x T pairs
+    } sizes[] = {
+        {{151936, 896, 24, 14, 2, 64, 4864, 0, 1, 1, 0, 0, 0}, 128, 494032768, 2963767296, 33030144},
+        {{502, 896, 24, 14, 2, 64, 4864, 0, 1, 1, 0, 0, 0}, 1024, 358347904, 2149658112, 264241152},
+        {{102, 128, 4, 4, 2, 32, 384, 0, 1, 1, 0, 0, 0}, 256, 801664, 4796928, 1572864},
+        {{2000, 192, 3, 6, 2, 32, 500, 0, 0, 0, 0, 0, 0}, 100, 1928256, 9257472, 691200},
+    };
+    if (!TEST("Transformers: parameters and FLOP a token")) return;
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+        const slam_config *c = &sizes[k].config;
+        CHECK(slam_config_parameters(c) == sizes[k].parameters, "V %d, C %d: %zu parameters, expected %zu", c->V, c->C,
+              slam_config_parameters(c), sizes[k].parameters);
+        const double expected = sizes[k].weights + sizes[k].attention / 2; // a causal mask leaves half of the pairs
+        check_near("FLOP a token", slam_config_flops(c, sizes[k].T) / expected, 1, 1e-12);
+    }
+    slam_config tiny, slam;
+    CHECK(slam_config_read(&tiny, "tiny") && slam_config_read(&slam, "slam"), "%s", slam_error());
+    CHECK(slam_config_parameters(&tiny) == sizes[2].parameters && slam_config_parameters(&slam) == sizes[1].parameters,
+          "tiny has %zu parameters, slam %zu", slam_config_parameters(&tiny), slam_config_parameters(&slam));
+}
+
 /* ---- the whole model by finite differences ---- */
 
 static slam_batch random_batch(int B, int T, int V, uint64_t *seed, int holes) {
@@ -586,6 +613,93 @@ static void test_nll(slam_ops *ops) {
     slam_model_free(m);
 }
 
+/* ---- an update that is skipped, and a resume after it ---- */
+
+/* One update on random batch `number`; with `poison` a gradient is NaN. */
+static slam_step update(slam_model *m, slam_optimiser *o, uint64_t number, int poison) {
+    slam_step step = SLAM_ZERO;
+    slam_batch b = random_batch(2, 13, slam_model_config(m)->V, &number, 0);
+    CHECK(slam_model_backward(m, &b, 1.0f / (float)count_targets(&b), NULL, NULL), "%s", slam_error());
+    if (poison) m->gradients[7] = NAN;
+    CHECK(slam_optimiser_step(o, 1e-2, &step), "%s", slam_error());
+    free(b.tokens);
+    return step;
+}
+
+static void test_skipped_update(slam_ops *ops) {
+    if (!TEST("a gradient that is NaN changes nothing, also not for a resumed run")) return;
+    const slam_config c = {27, 24, 2, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    const slam_adamw settings = {0, 0.9, 0.99, 1e-8, 0.1, 1, 0};
+    slam_model *a = slam_model_new(ops, &c, 1), *b = slam_model_new(ops, &c, 1); // only a meets the NaN
+    CHECK(slam_model_plan(a, 2, 13, SLAM_TRAIN) && slam_model_plan(b, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    slam_optimiser *oa = slam_optimiser_new(a, &settings), *ob = slam_optimiser_new(b, &settings);
+    slam_trainer t = SLAM_ZERO, read;
+    t.steps = 10;
+    for (uint64_t k = 0; k < 4; k++) {
+        const slam_step good = update(a, oa, 100 + k, 0), same = update(b, ob, 100 + k, 0);
+        CHECK(!good.skipped && !same.skipped, "update %d is skipped", (int)k);
+        t.step++;
+        if (k != 1) continue;
+        const slam_step bad = update(a, oa, 99, 1);
+        CHECK(bad.skipped == 1 && !isfinite(bad.grad_norm), "the update with a NaN is not skipped, norm %g", bad.grad_norm);
+        t.skipped++;
+    }
+    CHECK(slam_optimiser_updates(oa) == t.step, "%ld updates, expected %ld", slam_optimiser_updates(oa), t.step);
+    CHECK(memcmp(a->master, b->master, a->w.total * sizeof(float)) == 0, "the weights differ from those of a run without the NaN");
+    const char *run = check_path("skipped");
+    char *folder = NULL;
+    CHECK(make_folders(run) && slam_checkpoint_save(run, a, oa, &t, SLAM_FORMAT_HF, 0), "%s", slam_error());
+    slam_optimiser_free(oa);
+    slam_model_free(a);
+    if (CHECK(slam_checkpoint_find(run, &folder) && folder && slam_trainer_read(&read, folder), "%s", slam_error())) {
+        a = slam_model_load(ops, folder);
+        CHECK(a && slam_model_plan(a, 2, 13, SLAM_TRAIN), "%s", slam_error());
+        oa = slam_optimiser_new(a, &settings);
+        CHECK(slam_optimiser_load(oa, folder), "%s", slam_error());
+        CHECK(slam_optimiser_updates(oa) == read.step && read.step == 4 && read.skipped == 1,
+              "%ld updates; trainer.json: step %ld, expected 4, and %ld skipped, expected 1", slam_optimiser_updates(oa), read.step,
+              read.skipped);
+        update(a, oa, 200, 0);
+        update(b, ob, 200, 0);
+        CHECK(memcmp(a->master, b->master, a->w.total * sizeof(float)) == 0, "the resumed run's next update is another one");
+        slam_trainer_free(&read);
+        slam_optimiser_free(oa);
+        slam_model_free(a);
+    }
+    free(folder);
+    remove_tree(run);
+    slam_optimiser_free(ob);
+    slam_model_free(b);
+}
+
+/* m is the mean of gradients and has both signs, v that of their squares: their names in the file are not interchanged. */
+static void test_moment_names(slam_ops *ops) {
+    if (!TEST("optimizer.safetensors: .m has both signs, .v has none")) return;
+    const slam_config c = {27, 24, 1, 3, 1, 8, 40, 64, 0, 1, 1e-6, 0.3, 10000};
+    const slam_adamw settings = {0, 0.9, 0.99, 1e-8, 0.1, 1, 0};
+    const char *folder = check_path("moments");
+    slam_model *m = slam_model_new(ops, &c, 1);
+    CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    slam_optimiser *o = slam_optimiser_new(m, &settings);
+    for (uint64_t k = 0; k < 3; k++) update(m, o, k, 0);
+    CHECK(make_folders(folder) && slam_optimiser_save(o, folder), "%s", slam_error());
+    char path[1200];
+    snprintf(path, sizeof path, "%s/optimizer.safetensors", folder);
+    tensors *file = tensors_open(path);
+    size_t n = 0, negative[2] = {0};
+    for (int k = 0; CHECK(file, "%s", slam_error()) && k < 2; k++) {
+        float *x = floats(file, k ? "model.layers.0.mlp.up_proj.weight.v" : "model.layers.0.mlp.up_proj.weight.m", &n);
+        for (size_t i = 0; i < n; i++) negative[k] += x[i] < 0;
+        free(x);
+    }
+    CHECK(n == 24 * 40 && negative[0] > n / 4 && negative[1] == 0, "%zu numbers, negative: %zu of m, %zu of v", n, negative[0],
+          negative[1]);
+    tensors_close(file);
+    remove_tree(folder);
+    slam_optimiser_free(o);
+    slam_model_free(m);
+}
+
 /* ---- a step: what is asked for and when it is waited for ---- */
 
 /* A task that makes its batches up, and what was called: n next, x a next that failed, a accumulate, s seek, d a download of the
@@ -705,6 +819,7 @@ int main(void) {
     names_free(&list);
     test_schedules();
     test_adamw(ops);
+    test_sizes();
     const slam_config a = {19, 24, 2, 6, 2, 4, 20, 64, 1, 1, 1e-6, 0.2, 100},
                       b = {7, 10, 3, 1, 1, 6, 9, 64, 0, 0, 1e-3, 0.2, 10000};
     test_finite_differences(ops, a, 0);
@@ -718,6 +833,8 @@ int main(void) {
     test_damaged_weights(ops);
     test_bad_batches(ops);
     test_nll(ops);
+    test_skipped_update(ops);
+    test_moment_names(ops);
     test_steps(ops);
     slam_ops_free(ops);
     return check_end();
