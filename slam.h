@@ -10531,7 +10531,10 @@ static int parts_next(audio_parts *p) {
    Samples go through convolutions without padding (each followed by GELU; a norm after the first or after all of them), a linear
    layer, a convolution over many frames that stands for positions, and a transformer. Hugging Face has a few switches for each. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_SLICE = 1 << 20 }; // HUBERT_SLICE: samples that are convolved at once
+enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40 };
+#ifndef HUBERT_SLICE           // a test defines it
+#define HUBERT_SLICE (1 << 20) // samples that are convolved at once
+#endif
 
 typedef struct hubert_config {
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];

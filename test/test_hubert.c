@@ -1,5 +1,7 @@
 /* HuBERT against Transformers' HubertModel: test/fixtures/hubert holds small models for every switch of the configuration
    (test/reference_hubert.py makes them). An utterance's features are the same alone and in a batch. */
+static long convolved_at_once = 1 << 20;
+#define HUBERT_SLICE convolved_at_once
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "check.h"
@@ -143,6 +145,35 @@ static void test_batches(slam_ops *ops, const char *name) {
     slam_ops_free(slam_cpu(ops->threads)); // as many threads as before
     for (int k = 0; k < 9; k++) free(out[k]);
     free(bad);
+    fixture_close(&f);
+}
+
+/* Samples of a batch of mixed lengths are convolved a row or a few rows at a time: the features are those of each alone. */
+static void test_slices(slam_ops *ops, const char *name) {
+    fixture f;
+    if (!fixture_open(&f, name)) return;
+    slam_hubert *h = slam_hubert_load(ops, f.folder, f.layers);
+    if (!CHECK(h, "%s", slam_error())) return;
+    size_t n[UTTERANCES];
+    float *alone[UTTERANCES];
+    long longest = 0;
+    for (int i = 0; i < f.n; i++) {
+        n[i] = fixture_features(&f, h, i);
+        alone[i] = (float *)malloc((n[i] + 1) * sizeof(float));
+        if (f.lengths[i] > longest) longest = f.lengths[i];
+        CHECK(features(h, 1, &f.samples[i], &f.lengths[i], &alone[i]), "%s", slam_error());
+    }
+    for (int rows = 1; rows < 4; rows++) {
+        convolved_at_once = rows * (longest + 1000);
+        CHECK(features(h, f.n, f.samples, f.lengths, f.features), "%s", slam_error());
+        for (int i = 0; i < f.n; i++) {
+            check_close("features", f.features[i], alone[i], n[i], 1e-5);
+            CHECK(f.features[i][n[i]] != f.features[i][n[i]], "utterance %d: something is written behind its features", i);
+        }
+    }
+    convolved_at_once = 1 << 20;
+    for (int i = 0; i < f.n; i++) free(alone[i]);
+    slam_hubert_free(h);
     fixture_close(&f);
 }
 
@@ -493,6 +524,8 @@ int main(void) {
         if (TEST("hubert: %s", models[k])) test_model(ops, models[k]);
     for (int k = 0; k < MODELS; k++)
         if (TEST("hubert: batches, %s", models[k])) test_batches(ops, models[k]);
+    for (int k = 0; k < MODELS; k++)
+        if (TEST("hubert: slices of a batch, %s", models[k])) test_slices(ops, models[k]);
     if (TEST("hubert: frames")) {
         slam_hubert *h = slam_hubert_load(ops, "test/fixtures/hubert/mhubert", 0);
         if (CHECK(h, "%s", slam_error())) { // of two LibriSpeech utterances, in mHuBERT-25Hz

@@ -302,6 +302,61 @@ static void test_resampler_without_table(void) {
     }
 }
 
+/* The ends of a signal are as if zeros lay before and after it. A second of zeros is a whole number of inputs and outputs. */
+static void test_resampler_ends(void) {
+    static const int rates[] = {8000, 11025, 44100, 47999, 48000, 96000}, lengths[] = {1, 2, 40, 1234, 5000};
+    for (int i = 0; i < 6; i++) {
+        if (!TEST("resampler: the first and last outputs at %d Hz", rates[i])) continue;
+        const size_t rate = (size_t)rates[i];
+        slam_resampler *r = slam_resampler_new(rates[i]);
+        for (int k = 0; CHECK(r, "%s", slam_error()) && k < 5; k++) {
+            const size_t n = (size_t)lengths[k], n_out = slam_resampler_length(r, n), padded = n + 2 * rate;
+            uint64_t seed = 61;
+            float *in = (float *)mem_new(padded, sizeof *in),
+                  *all = (float *)mem_new(slam_resampler_length(r, padded), sizeof *all),
+                  *out = (float *)mem_new(n_out, sizeof *out);
+            for (size_t t = 0; t < n; t++) in[rate + t] = (float)rng_normal(&seed);
+            slam_resample(r, all, in, padded);
+            slam_resample(r, out, in + rate, n);
+            for (size_t t = 0; t < n_out; t++) check_near("an output", out[t], all[16000 + t], 3e-6);
+            free(in), free(all), free(out);
+        }
+        slam_resampler_free(r);
+    }
+}
+
+/* The sample of frames for k-means: of ten times as many frames that are numbered, each is kept with probability 1/10. */
+static void test_frame_sample(void) {
+    if (!TEST("k-means: the sample of frames is uniform")) return;
+    enum { SEEN = 20000, KEPT = 2000 };
+    static float frames[SEEN][2];
+    static char kept[SEEN];
+    reservoir r = SLAM_ZERO;
+    uint64_t seed = 67;
+    double sum = 0;
+    int tenth[10] = {0};
+    for (int i = 0; i < SEEN; i++) frames[i][0] = (float)i, frames[i][1] = (float)-i;
+    memset(kept, 0, sizeof kept);
+    r.most = KEPT;
+    r.state = 3;
+    for (size_t at = 0, n; at < SEEN; at += n) { // clips of up to 300 frames
+        n = 1 + (size_t)rng_below(&seed, 300);
+        if (n > SEEN - at) n = SEEN - at;
+        CHECK(reservoir_add(&r, frames[at], n, 2), "%s", slam_error());
+    }
+    CHECK(r.n == KEPT && r.seen == SEEN, "%zu frames of %zu", r.n, (size_t)r.seen);
+    for (size_t i = 0; i < r.n; i++) {
+        const int number = (int)r.frame[2 * i];
+        if (!CHECK(number >= 0 && number < SEEN && r.frame[2 * i + 1] == (float)-number, "frame %d is torn", number)) continue;
+        CHECK(!kept[number]++, "frame %d is there twice", number);
+        tenth[number * 10 / SEEN]++;
+        sum += number;
+    }
+    check_near("mean number over the middle one", sum / KEPT / ((SEEN - 1) / 2.0), 1, 0.05);         // deviation 0.012
+    for (int i = 0; i < 10; i++) check_near("share of a tenth", tenth[i] / (double)KEPT, 0.1, 0.03); // deviation 0.0064
+    free(r.frame);
+}
+
 /* ---- the quantiser ---- */
 
 static slam_quantiser *make_quantiser(int rate, int dedup, int K, uint64_t seed) {
@@ -1121,8 +1176,10 @@ int main(void) {
     test_memory();
     test_resampler();
     test_resampler_without_table();
+    test_resampler_ends();
     test_mfcc();
     test_kmeans();
+    test_frame_sample();
     test_quantiser();
     test_files();
     test_formats();
