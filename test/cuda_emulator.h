@@ -7,12 +7,16 @@
    A launch runs its blocks in random order (dealt to OpenMP's threads where there are some). Each thread of a block is a fiber, a
    stack of its own; one runs until it reaches a barrier, a warp's collective or its end, then another one is drawn, at random.
    A collective completes when all threads that it names have arrived. So the order of threads is as wild as a GPU's may be, but
-   the same for the same emulator_seed, and what depends on it is a bug in the kernel:
+   the same for the same emulator_seed, and what depends on it is a bug in the kernel. With an even emulator_seed the warps of a block
+   have priorities, drawn at random, and of the threads that can run one of the first warp runs: it is at the next block barrier, or
+   at its end, before the second warp runs at all, and the last warp stays behind all others.
 
    - a missing barrier: shared memory is full of NaN when a block begins, and asynchronous copies (cp.async) leave NaN where they
      will write, until the thread that waits for them gets there or, at random, before;
    - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was asked for, which AddressSanitizer
      watches (-fsanitize=address);
+   - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what others have yet to
+     read;
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX wrappers: the run ends with a
      sentence that names kernel, block and thread, and where the others wait.
 
@@ -175,6 +179,8 @@ struct emulator_state {
     void *top; // the scheduler's stack pointer
     emulator_fiber *now, *fibers[EMULATOR_THREADS];
     int threads, ready[EMULATOR_THREADS], n_ready, live; // of this block: how many, who could go on, how many have not ended
+    int by_warp, warps[EMULATOR_THREADS / 32];           // 1: who could go on is in ready_lanes, and warps go first in this order
+    unsigned ready_lanes[EMULATOR_THREADS / 32];         // of a warp: that could go on
     unsigned lanes[EMULATOR_THREADS / 32];               // of a warp: that have not ended
     int at_barrier, at_warp[EMULATOR_THREADS / 32];      // how many wait for a barrier, for a collective of their warp
     uint64_t random;
@@ -283,6 +289,30 @@ static void emulator_resume(emulator_fiber *f) {
     emulator.now = NULL;
 }
 
+static void emulator_make_ready(int thread) {
+    if (emulator.by_warp) emulator.ready_lanes[thread / 32] |= 1u << thread % 32;
+    else emulator.ready[emulator.n_ready] = thread;
+    emulator.n_ready++;
+}
+
+/* Draws one of the threads that could go on; by_warp: of the first warp that has any. */
+static int emulator_take_ready(void) {
+    if (!emulator.by_warp) {
+        const uint64_t i = emulator_draw((uint64_t)emulator.n_ready);
+        const int thread = emulator.ready[i];
+        emulator.ready[i] = emulator.ready[--emulator.n_ready];
+        return thread;
+    }
+    const int *warp = emulator.warps;
+    while (!emulator.ready_lanes[*warp]) warp++;
+    unsigned lanes = emulator.ready_lanes[*warp];
+    for (uint64_t skip = emulator_draw((uint64_t)__builtin_popcount(lanes)); skip > 0; skip--) lanes &= lanes - 1;
+    const int lane = __builtin_ctz(lanes);
+    emulator.ready_lanes[*warp] &= ~(1u << lane);
+    emulator.n_ready--;
+    return *warp * 32 + lane;
+}
+
 static void emulator_deliver(emulator_fiber *f, long up_to) {
     size_t kept = 0;
     for (size_t i = 0; i < f->copies.size(); i++) {
@@ -320,7 +350,7 @@ static void emulator_release(emulator_fiber *f) {
     if (f->kind == EMULATOR_BARRIER) emulator.at_barrier--;
     else emulator.at_warp[f->index / 32]--;
     f->kind = EMULATOR_NONE;
-    emulator.ready[emulator.n_ready++] = f->index;
+    emulator_make_ready(f->index);
 }
 
 /* A barrier is complete when all threads that still run have come; then each gets the sum of what they brought. */
@@ -524,8 +554,15 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
     if (posix_memalign(&memory, 128, shared ? shared : 1) != 0) emulator_fail("no memory for %zu bytes of shared memory", shared);
     memset(memory, 0xff, shared);
     e.shared = (char *)memory;
-    e.threads = e.n_ready = e.live = (int)threads;
-    e.at_barrier = 0;
+    e.threads = e.live = (int)threads;
+    e.n_ready = e.at_barrier = 0;
+    e.by_warp = emulator_random_seed % 2 == 0;
+    memset(e.ready_lanes, 0, sizeof e.ready_lanes);
+    for (int w = 0; w < EMULATOR_THREADS / 32; w++) {
+        const int k = (int)emulator_draw((uint64_t)w + 1);
+        e.warps[w] = e.warps[k];
+        e.warps[k] = w;
+    }
     memset(e.at_warp, 0, sizeof e.at_warp);
     memset(e.lanes, 0, sizeof e.lanes);
     for (size_t i = 0; i < threads; i++) {
@@ -542,15 +579,10 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         f->copies.clear();
         f->top = emulator_first(f->stack);
         e.fibers[i] = f;
-        e.ready[i] = (int)i;
+        emulator_make_ready((int)i);
         e.lanes[i / 32] |= 1u << i % 32;
     }
-    while (e.n_ready > 0) {
-        const uint64_t i = emulator_draw((uint64_t)e.n_ready);
-        emulator_fiber *f = e.fibers[e.ready[i]];
-        e.ready[i] = e.ready[--e.n_ready];
-        emulator_resume(f);
-    }
+    while (e.n_ready > 0) emulator_resume(e.fibers[emulator_take_ready()]);
     if (e.live > 0) {
         for (size_t i = 0; i < threads; i++) {
             const emulator_fiber *f = e.fibers[i];

@@ -15,8 +15,11 @@ $CXX -std=c++17 "$folder/try.cc" -o "$folder/try" 2>/dev/null || { skip emulator
 cat >"$folder/planted.cc" <<'C'
 #define SLAM_IMPLEMENTATION
 #include "slam.h"
-/* A norm and its gradients on both backends; status 1 where they differ. */
-enum { N = 70, C = 64 };
+/* A norm and its gradients on both backends, under three orders of threads; status 1 where they differ. */
+#ifndef PLANTED_C
+#define PLANTED_C 64
+#endif
+enum { N = 70, C = PLANTED_C };
 static void *given(slam_ops *ops, const float *x, size_t n) {
     void *p = ops->alloc(ops, n * sizeof *x);
     ops->upload(ops, p, x, n * sizeof *x);
@@ -42,11 +45,14 @@ int main() {
     slam_ops *cpu = slam_cpu(1), *gpu = slam_cuda(0, 4);
     if (!cpu || !gpu) return fprintf(stderr, "%s\n", slam_error()), 2;
     run(cpu, x, out[0]);
-    run(gpu, x, out[1]);
+    for (int order = 1; order <= 3; order++) {
+        emulator_seed(order);
+        run(gpu, x, out[1]);
+        for (int i = 0; i < 2 * N * C + C; i++)
+            if (!(fabsf(out[0][i] - out[1][i]) < 1e-4f)) return printf("number %d is %g, not %g, order %d\n", i, out[1][i], out[0][i], order), 1;
+    }
     slam_ops_free(cpu);
     slam_ops_free(gpu);
-    for (int i = 0; i < 2 * N * C + C; i++)
-        if (!(fabsf(out[0][i] - out[1][i]) < 1e-4f)) return printf("number %d is %g, not %g\n", i, out[1][i], out[0][i]), 1;
     return 0;
 }
 C
@@ -73,6 +79,8 @@ if plant none warp_sum ''; then
     if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else no 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
+# C = 65: a block a row, whose sums go through the same shared memory one after the other
+plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=65 && shows 'a missing barrier after a sum' 'number .* order 2'
 plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
     plant bounds rmsnorm_forward_kernel 's/TEAM < packs) a/TEAM <= packs) a/' -fsanitize=address &&

@@ -206,6 +206,17 @@ static void test_crossentropy(int N, int V, int stride) {
         });
 }
 
+/* What lies between V and stride counts for nothing, however large it is, and its gradient is 0. */
+static void test_crossentropy_padding(int N, int V, int stride) {
+    tensor_of targets = integers(N, V), logits = numbers(ACT, (size_t)N * stride, 3, 1);
+    targets.ints()[0] = V - 1;
+    if (N > 1) targets.ints()[1] = -1;
+    for (int i = 0; i < N; i++)
+        for (int v = V; v < stride; v++) logits.floats()[(size_t)i * stride + v] = 10000;
+    check_operation("cross-entropy with padding", {logits, targets, unwritten(FLOAT, N)},
+                    [=](slam_ops *ops, void **p) { ops->crossentropy(ops, F(2), A(0), I(1), NULL, 0.25f, N, V, stride); });
+}
+
 static void test_sums(size_t n) {
     tensor_of out;
     out.type = DOUBLE;
@@ -375,7 +386,11 @@ static void test_operations(void) {
     }
     if (TEST("op: embedding %s, many tokens", dtype)) test_embedding(3000, 24, 7);
     if (TEST("op: cross-entropy %s, a large vocabulary", dtype)) test_crossentropy(3, 20003, 20008);
-    if (TEST("op: rmsnorm %s, wide", dtype)) test_rmsnorm(3, 5000);
+    if (TEST("op: cross-entropy %s, 10000 behind the vocabulary", dtype)) {
+        const int rows[][2] = {{502, 504}, {1020, 1024}, {1021, 1032}, {1501, 1504}, {1500, 1503}, {3001, 3003}}; // V, stride
+        for (const int *row : rows) test_crossentropy_padding(5, row[0], row[1]);
+    }
+    if (TEST("op: rmsnorm %s, wide", dtype)) test_rmsnorm(3, 5000), test_rmsnorm(20, 1100);
     const shape corners[] = {{1, 1, 1, 1, 64, 1, 0, 0},    {2, 100, 2, 1, 64, 1, 0, 0}, {1, 200, 7, 1, 64, 4, 0, 0},
                              {1, 150, 14, 2, 64, 3, 1, 0}, {1, 90, 4, 2, 32, 1, 1, 0},  {2, 131, 2, 2, 32, 3, 0, 1},
                              {1, 70, 2, 1, 128, 2, 1, 0},  {1, 65, 4, 2, 16, 2, 1, 0},  {1, 40, 3, 3, 12, 0, 0, 0},
