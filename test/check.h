@@ -20,6 +20,7 @@
 #define CHECK_H
 #include <math.h>
 #include <stdarg.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +30,7 @@ static struct {
     int failures, passed, failed;
     char closest[200]; // the comparison that came closest to its tolerance, and how close: figure / tolerance
     double closeness;
+    uint64_t seed; // of the test's random numbers: TEST sets it to a hash of the name, so that no test changes those of another
 } check_state;
 
 /* `if (TEST(format, ...)) ...`: false where CHECK_ONLY asks for other tests. */
@@ -74,6 +76,8 @@ static inline int check_test(const char *format, ...) {
     va_end(args);
     if (only && !strstr(check_state.name, only)) check_state.name[0] = 0;
     check_state.closeness = -1;
+    check_state.seed = 0xcbf29ce484222325u; // FNV-1a
+    for (const char *c = check_state.name; *c; c++) check_state.seed = (check_state.seed ^ (unsigned char)*c) * 0x100000001b3u;
     return check_state.name[0] != 0;
 }
 
