@@ -383,6 +383,10 @@ static void test_recompute(slam_ops *ops) {
         CHECK(memcmp(kept, m->gradients, m->w.total * sizeof *kept) == 0, "the gradients differ");
     }
     CHECK(bytes[1] < bytes[0] && bytes[2] == bytes[0], "%zu, %zu and %zu bytes", bytes[0], bytes[1], bytes[2]);
+    const slam_memory all = slam_config_memory(&c, 4, 3, 21, SLAM_TRAIN, 1),
+                      less = slam_config_memory(&c, 4, 3, 21, SLAM_TRAIN_RECOMPUTE, 1);
+    CHECK(less.activations < 0.9 * all.activations && all.total - less.total == all.activations - less.activations,
+          "activations of %.0f and %.0f bytes, all in all %.0f and %.0f", all.activations, less.activations, all.total, less.total);
     CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN_RECOMPUTE) && slam_model_plan(m, 2, 21, SLAM_INFERENCE) &&
               m->mode == SLAM_TRAIN_RECOMPUTE,
           "a plan for training serves to evaluate");
