@@ -7,16 +7,16 @@
    A launch runs its blocks in random order (dealt to OpenMP's threads where there are some). Each thread of a block is a fiber, a
    stack of its own; one runs until it reaches a barrier, a warp's collective or its end, then another one is drawn, at random.
    A collective completes when all threads that it names have arrived. So the order of threads is as wild as a GPU's may be, but
-   the same for the same emulator_seed, and what depends on it is a bug in the kernel. With an even emulator_seed the warps of a block
-   have priorities, drawn at random, and of the threads that can run one of the first warp runs: it is at the next block barrier, or
-   at its end, before the second warp runs at all, and the last warp stays behind all others.
+   the same for the same emulator_seed, and what depends on it is a bug in the kernel. With an even emulator_seed the warps of
+   a block have priorities, drawn at random: a thread of the first warp that can run is the next one. So the first warp is at
+   the next block barrier, or at its end, before the second one runs at all, and the last warp is behind all others.
 
    - a missing barrier: shared memory is full of NaN when a block begins, and asynchronous copies (cp.async) leave NaN where they
      will write, until the thread that waits for them gets there or, at random, before;
    - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was asked for, which AddressSanitizer
      watches (-fsanitize=address);
-   - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what others have yet to
-     read;
+   - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what others
+     have not read yet;
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX wrappers: the run ends with a
      sentence that names kernel, block and thread, and where the others wait.
 

@@ -49,7 +49,10 @@ int main() {
         emulator_seed(order);
         run(gpu, x, out[1]);
         for (int i = 0; i < 2 * N * C + C; i++)
-            if (!(fabsf(out[0][i] - out[1][i]) < 1e-4f)) return printf("number %d is %g, not %g, order %d\n", i, out[1][i], out[0][i], order), 1;
+            if (!(fabsf(out[0][i] - out[1][i]) < 1e-4f)) {
+                printf("number %d is %g, not %g, order %d\n", i, out[1][i], out[0][i], order);
+                return 1;
+            }
     }
     slam_ops_free(cpu);
     slam_ops_free(gpu);
@@ -80,7 +83,8 @@ if plant none warp_sum ''; then
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
 # C = 65: a block a row, whose sums go through the same shared memory one after the other
-plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=65 && shows 'a missing barrier after a sum' 'number .* order 2'
+plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=65 &&
+    shows 'a missing barrier after a sum' 'number .* order 2'
 plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
     plant bounds rmsnorm_forward_kernel 's/TEAM < packs) a/TEAM <= packs) a/' -fsanitize=address &&

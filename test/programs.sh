@@ -142,7 +142,8 @@ check '--micro-batch changes the last bits at most' 'too far' sh -c "grep -h '\"
 check '--recompute changes no bit' 'differ' same_runs one again
 check 'and is kept with the run' 'setting' grep -q '"recompute": "1"' again/latest/trainer.json
 # of a large model: thousands of megabytes, of which one decimal is enough (test_model.c compares the bytes of a small one)
-activations() { "$train" a.jsonl --model slam --context 1024 --batch 8 --micro-batch 8 --steps 20 --dry-run "$@" | sed -n 's/.*activations \([0-9.]*\).*/\1/p'; }
+activations() { "$train" a.jsonl --model slam --context 1024 --batch 8 --micro-batch 8 --steps 20 --dry-run "$@" |
+    sed -n 's/.*activations \([0-9.]*\).*/\1/p'; }
 check 'but takes less memory' 'as much' sh -c "echo $(activations) $(activations --recompute) | awk '{ exit !(\$2 > 0 && \$2 < 0.9 * \$1) }'"
 check '--format slamkit prefixes the names' 'no lm.' sh -c "'$train' $few a.jsonl --steps 2 --format slamkit --out kit && grep -q '\"lm.model.norm.weight\"' kit/latest/model.safetensors"
 check '--init takes a run of other names' 'status' "$train" $start a.jsonl --init kit --steps 2 --out from_kit

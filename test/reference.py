@@ -487,20 +487,25 @@ def make_sizes():
     that PyTorch counts, those of the weights apart from those of attention, which eager attention computes for all T x T pairs."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for kind, V, C, L, NH, KVH, HS, F, tied, T in (("qwen2", 151936, 896, 24, 14, 2, 64, 4864, 1, 128), ("qwen2", 502, 896, 24, 14, 2, 64, 4864, 1, 1024),
-                                                   ("qwen2", 102, 128, 4, 4, 2, 32, 384, 1, 256), ("llama", 2000, 192, 3, 6, 2, 32, 500, 0, 100)):  # fmt: skip
+    for kind, V, C, L, NH, KVH, HS, F, tied, T in (
+        ("qwen2", 151936, 896, 24, 14, 2, 64, 4864, 1, 128),
+        ("qwen2", 502, 896, 24, 14, 2, 64, 4864, 1, 1024),
+        ("qwen2", 102, 128, 4, 4, 2, 32, 384, 1, 256),
+        ("llama", 2000, 192, 3, 6, 2, 32, 500, 0, 100),
+    ):
         config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+        c = config(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=NH, num_key_value_heads=KVH, head_dim=HS,
+                   intermediate_size=F, tie_word_embeddings=bool(tied), attn_implementation="eager")  # fmt: skip
         with torch.device("meta"):  # shapes alone: no memory, no arithmetic
-            m = model(config(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=NH, num_key_value_heads=KVH, head_dim=HS,
-                             intermediate_size=F, tie_word_embeddings=bool(tied), attn_implementation="eager"))  # fmt: skip
-            x = {"input_ids": torch.zeros(1, T, dtype=torch.long), "position_ids": torch.zeros(1, T, dtype=torch.long),
-                 "attention_mask": torch.zeros(1, 1, T, T)}  # fmt: skip
+            m = model(c)
+            positions, mask = torch.zeros(1, T, dtype=torch.long), torch.zeros(1, 1, T, T)
         with FlopCounterMode(display=False) as counter:
-            m(**x, use_cache=False).logits.sum().backward()
+            m(positions, position_ids=positions, attention_mask=mask, use_cache=False).logits.sum().backward()
         flop = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
         attention = flop.pop("aten.bmm")
+        numbers = [V, C, L, NH, KVH, HS, F, 0, tied, int(kind == "qwen2"), 0, 0, 0]
         n = sum(p.numel() for p in m.parameters())
-        print(f"{{{{{V}, {C}, {L}, {NH}, {KVH}, {HS}, {F}, 0, {tied}, {int(kind == 'qwen2')}, 0, 0, 0}}, {T}, {n}, {sum(flop.values()) / T:.0f}, {attention / T:.0f}}},")
+        print("{{" + ", ".join(map(str, numbers)) + f"}}, {T}, {n}, {sum(flop.values()) / T:.0f}, {attention / T:.0f}}},")
 
 
 def main():
