@@ -7,6 +7,7 @@ Trains Transformers' model from init/ for the 20 steps of run/ in float64, with 
 
   torch.txt           `train STEP LOSS` and `val STEP LOSS` as losses.txt has them, `ppl NLL` of the weights after step 10
   torch.safetensors   <parameter>.exp_avg and <parameter>.exp_avg_sq after step 20, float32
+  not_finite/         a model whose loss is NaN for rows with unit 49 and finite for all others, also after training: see not_finite()
 
 and fails unless losses.txt is within 1e-5 of torch.txt, and the moments and weights of run/step_000010 within 1e-4 of PyTorch's, as
 a part of each tensor's norm. optimizer.safetensors has exp_avg as <parameter>.m and exp_avg_sq as <parameter>.v.
@@ -19,7 +20,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures", "golden")
@@ -42,6 +43,31 @@ def mean_loss(model, batch):
 
 def distance(ours, theirs):
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def not_finite():
+    """Unit 49 (token 51) alone has a value in channel 0. One unit of the MLP multiplies it by 3e38, which is infinite, and goes into the
+    output with weight 0, which makes NaN. For other tokens the channel is 0, and whatever reads it or writes to it has weights of 0
+    and gradients of 0, so that this stays as it is."""
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=52, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8,
+                         max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    model = Qwen2ForCausalLM(config).float()
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.copy_(0.2 * torch.randn_like(p))
+        embedding, mlp = model.model.embed_tokens.weight, layer.mlp
+        embedding[:, 0] = 0
+        embedding[51] = 0
+        embedding[51, 0] = 100
+        layer.input_layernorm.weight[0] = model.model.norm.weight[0] = 0
+        layer.self_attn.o_proj.weight[0] = 0
+        mlp.gate_proj.weight[:, 0] = mlp.up_proj.weight[:, 0] = 0
+        mlp.gate_proj.weight[0, 0] = 3e38
+        mlp.down_proj.weight[:, 0] = 0
+    model.save_pretrained(path("not_finite"))
 
 
 def main():
@@ -81,6 +107,7 @@ def main():
         for key in ("exp_avg", "exp_avg_sq"):
             moments[f"{name}.{key}"] = optimizer.state[p][key].float().contiguous()
     save_file(moments, path("torch.safetensors"))
+    not_finite()
     lines.append(("ppl", next(loss for kind, step, loss in lines if (kind, step) == ("val", 10))))
     with open(path("torch.txt"), "w") as file:
         file.writelines(" ".join([*map(str, line[:-1]), f"{line[-1]:.9f}"]) + "\n" for line in lines)
