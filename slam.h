@@ -13317,7 +13317,14 @@ static int corpus_begin(corpus *c, const slam_sources *sources) {
     c->journal = path_with(c->out, ".journal");
     c->failed = path_with(c->out, ".failed");
     c->failed_partial = path_with(c->out, ".failed.partial");
-    if (!c->partial || !c->journal || !c->failed || !c->failed_partial || !slam_tokenize_may(c->out)) return 0;
+    if (!c->partial || !c->journal || !c->failed || !c->failed_partial) return 0;
+    if (!slam_tokenize_may(c->out)) {
+        if (path_exists(c->out) && !path_exists(c->journal)) { // left by a kill after the journal was removed: no call resumes them
+            unlink(c->partial);
+            unlink(c->failed_partial);
+        }
+        return 0;
+    }
     c->identity = corpus_identity(c, sources);
     /* once it is locked nothing changes any more: OUT may have come while it was looked for */
     if (!corpus_lock(c) || !slam_tokenize_may(c->out) || !corpus_resume(c, sources)) return 0;
