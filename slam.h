@@ -13170,6 +13170,7 @@ typedef struct corpus {
     uint64_t identity;                  // a hash of settings and sources
     uint64_t done, bytes, failed_bytes; // sources; of the partial files
     uint64_t shards;                    // that are written
+    uint64_t part;                      // documents of the source after `done` that are in these shards already
     slam_tokenize_report *report;
     double committed;
 } corpus;
@@ -13204,10 +13205,10 @@ static int corpus_commit(corpus *c) {
     const struct {
         const char *name;
         uint64_t value;
-    } member[] = {{"done", c->done},           {"bytes", c->bytes},     {"failed_bytes", c->failed_bytes},
-                  {"shards", c->shards},       {"failed", r->failed},   {"repeats", r->repeats},
-                  {"documents", r->documents}, {"samples", r->samples}, {"frames", r->frames},
-                  {"units", r->units},         {"tokens", r->tokens}};
+    } member[] = {{"done", c->done},       {"bytes", c->bytes},         {"failed_bytes", c->failed_bytes},
+                  {"shards", c->shards},   {"part", c->part},           {"failed", r->failed},
+                  {"repeats", r->repeats}, {"documents", r->documents}, {"samples", r->samples},
+                  {"frames", r->frames},   {"units", r->units},         {"tokens", r->tokens}};
     for (size_t i = 0; i < sizeof member / sizeof *member; i++)
         text_add(&t, ", \"%s\": %llu", member[i].name, (unsigned long long)member[i].value);
     text_add(&t, "}\n");
@@ -13236,10 +13237,11 @@ static int journal_read(corpus *c, const json *root) {
             c->journal);
     if (!journal_number(root, c->journal, "done", &c->done) || !journal_number(root, c->journal, "bytes", &c->bytes) ||
         !journal_number(root, c->journal, "failed_bytes", &c->failed_bytes) ||
-        !journal_number(root, c->journal, "shards", &c->shards) || !journal_number(root, c->journal, "failed", &failed) ||
-        !journal_number(root, c->journal, "repeats", &repeats) || !journal_number(root, c->journal, "documents", &documents) ||
-        !journal_number(root, c->journal, "samples", &r->samples) || !journal_number(root, c->journal, "frames", &r->frames) ||
-        !journal_number(root, c->journal, "units", &r->units) || !journal_number(root, c->journal, "tokens", &r->tokens))
+        !journal_number(root, c->journal, "shards", &c->shards) || !journal_number(root, c->journal, "part", &c->part) ||
+        !journal_number(root, c->journal, "failed", &failed) || !journal_number(root, c->journal, "repeats", &repeats) ||
+        !journal_number(root, c->journal, "documents", &documents) || !journal_number(root, c->journal, "samples", &r->samples) ||
+        !journal_number(root, c->journal, "frames", &r->frames) || !journal_number(root, c->journal, "units", &r->units) ||
+        !journal_number(root, c->journal, "tokens", &r->tokens))
         return 0;
     if (failed > c->done || repeats > c->done - failed)
         return fail("%s: counts %llu failed files of %llu", c->journal, (unsigned long long)failed, (unsigned long long)c->done);
@@ -13318,7 +13320,14 @@ static int corpus_begin(corpus *c, const slam_sources *sources) {
     c->journal = path_with(c->out, ".journal");
     c->failed = path_with(c->out, ".failed");
     c->failed_partial = path_with(c->out, ".failed.partial");
-    if (!c->partial || !c->journal || !c->failed || !c->failed_partial || !slam_tokenize_may(c->out)) return 0;
+    if (!c->partial || !c->journal || !c->failed || !c->failed_partial) return 0;
+    if (!slam_tokenize_may(c->out)) {
+        if (path_exists(c->out) && !path_exists(c->journal)) { // left by a kill after the journal was removed: no call resumes them
+            unlink(c->partial);
+            unlink(c->failed_partial);
+        }
+        return 0;
+    }
     c->identity = corpus_identity(c, sources);
     /* once it is locked nothing changes any more: OUT may have come while it was looked for */
     if (!corpus_lock(c) || !slam_tokenize_may(c->out) || !corpus_resume(c, sources)) return 0;
@@ -13329,7 +13338,7 @@ static int corpus_begin(corpus *c, const slam_sources *sources) {
 
 /* A call that was refused, or that failed before anything was done, leaves nothing that was not there before. */
 static void corpus_end(corpus *c, int ok) {
-    if (c->locked && !ok && c->done == 0) unlink(c->journal);
+    if (c->locked && !ok && c->done == 0 && c->shards == 0) unlink(c->journal);
     if (c->locked && !path_exists(c->journal)) {
         unlink(c->partial);
         unlink(c->failed_partial);
@@ -13375,21 +13384,27 @@ static int corpus_next_shard(corpus *c) {
     return 1;
 }
 
-/* The documents of a source. No document crosses shards. */
+/* The documents of a source. No document crosses shards. A shard may end within a source, which does not count as done then: a call
+   that goes on from there leaves out the documents that are in shards. */
 static int corpus_add_documents(corpus *c, const heard *h) {
     const char *at = h->out.at;
     for (size_t i = 0; i < h->documents; i++) {
         const size_t n = h->document[i];
-        if (c->binary && c->bytes && (c->bytes + n) / 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
-        if (fwrite(at, 1, n, c->data) != n) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
-        c->bytes += n;
+        const char *document = at;
         at += n;
+        if (i < c->part) continue;
+        c->part = i;
+        if (c->binary && c->bytes && (c->bytes + n) / 2 > c->shard_tokens && !corpus_next_shard(c)) return 0;
+        if (fwrite(document, 1, n, c->data) != n) return fail("%s: cannot be written: %s", c->partial, strerror(errno));
+        c->bytes += n;
     }
+    c->part = 0;
     return 1;
 }
 
 static int corpus_add(corpus *c, const heard *h) {
     slam_tokenize_report *r = c->report;
+    if (!h->failed && !corpus_add_documents(c, h)) return 0;
     c->done++;
     r->repeats += (size_t)h->repeats;
     r->failed += (size_t)h->failed;
@@ -13404,7 +13419,7 @@ static int corpus_add(corpus *c, const heard *h) {
     r->frames += h->frames;
     r->units += h->units;
     r->tokens += h->tokens;
-    return corpus_add_documents(c, h);
+    return 1;
 }
 
 /* Takes n sources that were heard. */
