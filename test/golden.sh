@@ -55,7 +55,7 @@ if [ ! -f pairs.jsonl ]; then
     quiet "$programs/tokenize" audio --fit 20 --kmeans km.npy
     quiet "$programs/tokenize" audio --kmeans km.npy -o speech.jsonl
     quiet "$programs/tokenize" audio --kmeans km.npy -o speech.bin
-    for order in '1 2 3' '2 3 1' '3 1 2' '1 3 2' '2 1 3' '3 2 1'; do
+    for order in '1 2 3' '2 3 1' '3 1 2'; do # not their mirror images: gradients of those cancel out
         printf '{"prompt_path": "audio/%s.wav", "chosen_path": "audio/%s.wav", "rejected_path": "audio/%s.wav"}\n' $order
     done >paths.jsonl
     quiet "$programs/tokenize" --pairs paths.jsonl --kmeans km.npy -o pairs.jsonl
@@ -71,7 +71,7 @@ if [ ! -d init ]; then
 fi
 quiet "$programs/train" units.jsonl --val val.jsonl --init init $settings --steps 20 --lr 2e-2 --warmup 3 --beta2 0.95 \
     --weight-decay 0.1 --clip 0.5 --eval-every 5 --save-every 10 --keep 0 --out run
-quiet "$programs/dpo" pairs.jsonl --init init --batch 6 --context 64 --threads 1 --device cpu --steps 4 --lr 2e-3 \
+quiet "$programs/dpo" pairs.jsonl --init init --batch 3 --context 64 --threads 1 --device cpu --steps 4 --lr 2e-3 \
     --warmup 0 --beta 0.5 --save-every 2 --keep 0 --out dpo
 quiet "$programs/eval" run/step_000010 ppl val.jsonl --context 64 --threads 1 --json ppl.json
 losses() { sed -n "s/^{\"step\": \([0-9]*\),.*\"$2\": \([^,}]*\).*/$3 \1 \2/p" "$1/log.jsonl"; }

@@ -103,7 +103,7 @@ check 'golden: train reads the shard' "$train" speech.bin --context 64 --batch 2
 
 for name in units pairs; do cp $name.jsonl $name.kept; done
 must "$train" units.jsonl --init init $one_batch --steps 1 --out own
-must "$dpo" pairs.jsonl --init init --context 64 --batch 6 --steps 1 --threads 1 --out own_dpo
+must "$dpo" pairs.jsonl --init init --context 64 --batch 3 --steps 1 --threads 1 --out own_dpo
 sed '1s/: \[[0-9]*/: [11/' units.kept >units.jsonl
 refuses 'train: one unit is another' 'units.jsonl' "$train" --resume --out own --steps 2
 sed '1s/"prompt": {"units": \[[0-9]*/"prompt": {"units": [11/' pairs.kept >pairs.jsonl
@@ -237,7 +237,7 @@ on() {
 }
 numbers() { losses "$1" loss loss && losses "$1" grad_norm norm; }
 if [ "$MPIRUN" ] && on 2 true >/dev/null 2>&1; then
-    for i in 1 2 3 4; do cat pairs.jsonl; done |
+    for i in 1 2 3 4 5 6 7 8; do cat pairs.jsonl; done |
         awk '{ sub(/"prompt": {"units": \[/, "&" NR ", "); sub(/"duration": \[/, "&1, "); print }' >pairs24.jsonl
     for program in train dpo; do
         data=units.jsonl
