@@ -1,30 +1,142 @@
-/* dpo.c - preference optimisation: pairs, their reference and slam_run_train. `./dpo` alone: the bundled pairs, from the newest run of
-   ./train. */
+/* dpo.c - preference optimisation. `./dpo` alone trains the newest run of ./train on the bundled preference pairs.
+
+   Direct preference optimisation (Rafailov et al. 2023): the model learns to prefer the chosen completion of a prompt
+   to the rejected one, by more than its reference does, which is the model that training starts from. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* All that a call of the program opens. */
-typedef struct dpo_job {
-    slam_job j;
+/* Sums over pairs, then means. */
+typedef struct metrics {
+    double loss, margin, accuracy, logp_chosen, logp_rejected, preferred, reference_preferred, pairs;
+} metrics;
+
+typedef struct program {
+    slam_run run; /* flags, model, optimiser, folder, log and progress, shared with train.c */
     double beta, label_smoothing, repetition_filter;
     int share_prompt;
-    char *reference; /* folder of the model that training starts from */
-    slam_config config;
-    slam_trainer before; /* of the run that it is from; without settings where it is from none */
-    slam_ops *ops;
-    slam_pairs *pairs;
-    slam_pairs_size size;
-    slam_dpo *dpo;
-    uint64_t model; /* the reference's hash */
-    slam_progress bar;
-} dpo_job;
+    char *reference;         /* folder of the model that training starts from */
+    uint64_t reference_hash; /* of that model */
+    slam_pairs pairs;
+    double tokens; /* of an epoch, without padding; its positions with padding; rows of the largest batch */
+    double positions;
+    int most_rows;
+    slam_pair_loader *loader, *val_loader;
+    slam_batch batch;
+    float *weights; /* (B,T) gradient of the loss with respect to each token's loss */
+    metrics eval;
+} program;
 
-/* name, fallback (of two, the second is the one without PAIRS), help: see slam_job_flags */
+/* ---- the training loop ---- */
+
+static double half_if_equal(double a, double b) { return a > b ? 1 : a == b ? 0.5 : 0; }
+
+/* Loss and metrics of the pairs in a batch after slam_forward, added to m. weights: the gradient of their loss /
+   n_pairs with respect to the token losses. A completion's log-probability is minus the sum of its token losses. */
+static void dpo_loss(program *p, double n_pairs, metrics *m) {
+    const slam_batch *b = &p->batch;
+    memset(p->weights, 0, (size_t)b->B * b->T * sizeof *p->weights);
+    for (size_t k = 0; k + 1 < b->n_sequences; k += 2) {
+        const slam_sequence *chosen = &b->sequences[k], *rejected = &b->sequences[k + 1];
+        const double *reference = p->pairs.at[chosen->item / 2].reference;
+        const double logp_chosen = slam_sequence_logp(b, chosen), logp_rejected = slam_sequence_logp(b, rejected);
+        const double margin = (logp_chosen - reference[0]) - (logp_rejected - reference[1]);
+        double dmargin;
+        m->loss += slam_dpo_loss(p->beta, p->label_smoothing, margin, &dmargin);
+        for (int i = chosen->first; i < chosen->end; i++) p->weights[i] = (float)(-dmargin / n_pairs);
+        for (int i = rejected->first; i < rejected->end; i++) p->weights[i] = (float)(dmargin / n_pairs);
+        m->margin += margin;
+        m->accuracy += half_if_equal(margin, 0);
+        m->logp_chosen += logp_chosen;
+        m->logp_rejected += logp_rejected;
+        m->preferred += half_if_equal(logp_chosen, logp_rejected);
+        m->reference_preferred += half_if_equal(reference[0], reference[1]);
+        m->pairs++;
+    }
+}
+
+/* Sums of this rank -> means of all. */
+static void metrics_mean(program *p, metrics *m) {
+    double *sums = &m->loss, pairs;
+    slam_comm_sum(p->run.comm, sums, sizeof *m / sizeof *sums);
+    pairs = m->pairs;
+    for (size_t i = 0; i + 1 < sizeof *m / sizeof *sums; i++) sums[i] /= pairs;
+}
+
+/* One update over a batch of pairs. */
+static int train_step(program *p, double lr, slam_step *step, metrics *m) {
+    slam_run *r = &p->run;
+    slam_pair_loader *l = p->loader;
+    int rows;
+    memset(m, 0, sizeof *m);
+    if (slam_pair_loader_begin(l, r->o.batch, r->comm) <= 0) return 0;
+    while ((rows = slam_pair_loader_next(l, &p->batch)) > 0) {
+        const double before = m->loss;
+        if (!slam_forward(r->model, &p->batch)) return 0;
+        dpo_loss(p, (double)l->n_pairs, m);
+        if (!l->rows_left) slam_adamw_overlap(&r->opt); /* the ranks exchange gradients during the last backward pass */
+        if (!slam_backward(r->model, p->weights, m->loss - before)) return 0;
+    }
+    if (rows < 0 || !slam_adamw_step(&r->opt, lr, step)) return 0;
+    metrics_mean(p, m);
+    return 1;
+}
+
+static int evaluate(program *p) {
+    slam_run *r = &p->run;
+    slam_pair_loader *l = p->val_loader;
+    int pairs, rows = 0;
+    memset(&p->eval, 0, sizeof p->eval);
+    if (!slam_pair_loader_seek(l, 0, 0)) return 0;
+    while ((pairs = slam_pair_loader_begin(l, r->o.batch, r->comm)) > 0)
+        while ((rows = slam_pair_loader_next(l, &p->batch)) > 0) {
+            if (!slam_forward(r->model, &p->batch)) return 0;
+            dpo_loss(p, 1, &p->eval);
+        }
+    metrics_mean(p, &p->eval);
+    return pairs == 0 && rows == 0;
+}
+
+static int list_metrics(const metrics *m, slam_metric list[4]) {
+    const slam_metric all[] = {{"margin", m->margin},
+                               {"accuracy", m->accuracy},
+                               {"logp_chosen", m->logp_chosen},
+                               {"logp_rejected", m->logp_rejected}};
+    memcpy(list, all, sizeof all);
+    return 4;
+}
+
+static int train(program *p) {
+    slam_run *r = &p->run;
+    slam_trainer *t = &r->trainer;
+    slam_pair_loader *l = p->loader;
+    slam_metric list[4];
+    slam_step step;
+    metrics m;
+    int ok = 1;
+
+    while (ok && !slam_run_over(r)) {
+        ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step, &m);
+        if (!ok) break;
+        t->epoch = l->epoch;
+        t->row = l->pair;
+        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->n_pairs, l->tokens, list, list_metrics(&m, list));
+
+        if (ok && p->val_loader && slam_run_eval_due(r))
+            ok = evaluate(p) && slam_run_log_eval(r, &p->eval.loss, 0, list, list_metrics(&p->eval, list));
+
+        if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
+    }
+    return ok;
+}
+
+/* ---- flags ---- */
+
+/* Defaults and help of the common flags, see slam_run_flags; "with PAIRS | without". */
 static const char *const presets[][3] = {
-    {"batch", "64 | 16", "pairs of a step"},
+    {"batch", "64 | 16", "pairs per step"},
     {"lr", "5e-5 | 1e-4", NULL},
     {"warmup", "max(100, 1%) | 5", NULL},
     {"schedule", "constant", NULL},
@@ -35,250 +147,252 @@ static const char *const presets[][3] = {
     {"seed", NULL, "of the order and of held-out pairs"},
 };
 
-static void set_flags(dpo_job *d) {
-    slam_job *j = &d->j;
-    slam_options *c = &j->o;
-    const slam_flag table[] = {
-        {NULL, 0, NULL, NULL, NULL, "Pairs", 0, 0, 0, 0},
-        {"val", SLAM_LIST, &c->val, "PATH", NULL, "pairs to validate on; may be repeated", 0, 0, 0, 0},
-        {"val-fraction", SLAM_REAL, &c->val_fraction, "P", "0", "or hold out this share of the pairs", 0, 0.9, 0, 0},
-        {"repetition-filter", SLAM_REAL, &d->repetition_filter, "P", "0.3",
-         "leave out pairs whose text (prompt_text, chosen_text) has an auto-BLEU-2 of this or more; 0: none", 0, 1, 0, 0},
-        {"context", SLAM_INT, &c->context, "N", NULL, "most tokens of a prompt with an ending (as the model was trained)", 4,
-         1 << 24, 0, 0},
-        {"share-prompt", SLAM_SWITCH, &d->share_prompt, NULL, NULL, "compute a prompt once for both of its endings", 0, 0, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Preference", 0, 0, 0, 0},
-        {"init", SLAM_TEXT, &c->init, "DIR", NULL, "the model to start from, and to stay near (the newest run of train)", 0, 0, 0,
-         0},
-        {"beta", SLAM_REAL, &d->beta, "X", "0.1", "how near", 1e-6, 1e3, 0, 0},
-        {"label-smoothing", SLAM_REAL, &d->label_smoothing, "P", "0", "share of pairs that may be the wrong way round", 0, 0.5, 0,
-         0},
-        {NULL, 0, NULL, NULL, NULL, "Length: the first limit reached ends the run", 0, 0, 0, 0},
-        {"steps", SLAM_LONG, &c->steps, "N", NULL, "updates", 1, 1e12, 0, 0},
-        {"epochs", SLAM_REAL, &c->epochs, "X", "1", "passes over the pairs", 1e-6, 1e6, 0, 0},
+static void set_flags(program *p) {
+    slam_run *r = &p->run;
+    slam_options *o = &r->o;
+    const slam_flag own[] = {
+        SLAM_HEADING("Pairs"),
+        SLAM_FLAG("val", SLAM_LIST, &o->val, "PATH", NULL, "validation pairs; may be repeated"),
+        SLAM_NUMBER("val-fraction", SLAM_REAL, &o->val_fraction, "P", "0", 0, 0.9,
+                    "or hold out this share of the pairs"),
+        SLAM_NUMBER("repetition-filter", SLAM_REAL, &p->repetition_filter, "P", "0.3", 0, 1,
+                    "skip pairs whose text (prompt_text, chosen_text) has an auto-BLEU-2 of at least P; 0: none"),
+        SLAM_NUMBER("context", SLAM_INT, &o->context, "N", NULL, 4, 1 << 24,
+                    "maximum tokens of a prompt with a completion (as the model was trained)"),
+        SLAM_FLAG("share-prompt", SLAM_SWITCH, &p->share_prompt, NULL, NULL,
+                  "compute a prompt once for both of its completions"),
+        SLAM_HEADING("Preference"),
+        SLAM_FLAG("init", SLAM_PATH, &o->init, "DIR", NULL,
+                  "the model to start from, which is the reference (newest run of train)"),
+        SLAM_NUMBER("beta", SLAM_REAL, &p->beta, "X", "0.1", 1e-6, 1e3, "how close to stay to the reference"),
+        SLAM_NUMBER("label-smoothing", SLAM_REAL, &p->label_smoothing, "P", "0", 0, 0.5,
+                    "share of pairs that may be labelled wrongly"),
+        SLAM_HEADING("Length: the first limit reached ends the run"),
+        SLAM_NUMBER("steps", SLAM_LONG | SLAM_LIMIT, &o->steps, "N", NULL, 1, 1e12, "updates"),
+        SLAM_NUMBER("epochs", SLAM_REAL | SLAM_LIMIT, &o->epochs, "X", "1", 1e-6, 1e6, "passes over the pairs"),
     };
-    j->program = "dpo";
-    j->key = "pairs";
-    j->not_kept = "out resume dry-run ranks flops bandwidth val";
-    j->may_change = "threads device recompute save-every keep log-every zero";
-    j->may_grow = "steps epochs";
-    j->flags.program = "dpo";
-    j->flags.usage = "[options] [PAIRS.jsonl...]";
-    j->flags.about =
-        "Direct preference optimisation on SlamKit preference pairs (.jsonl, globs allowed): of two endings of a prompt one is "
-        "preferred. Without PAIRS on the bundled ones. The value without a flag stands in brackets; of two, the second is the one "
-        "without PAIRS.";
-    slam_job_flags(j, table, (int)(sizeof table / sizeof *table), presets, (int)(sizeof presets / sizeof *presets));
+    r->data_name = "pairs";
+    r->bundled_data[0] = "test/corpus/pairs.jsonl";
+    r->bundled_data[1] = "test/corpus/pairs-val.jsonl";
+    r->flags.program = "dpo";
+    r->flags.usage = "[options] [PAIRS.jsonl...]";
+    r->flags.about =
+        "Direct preference optimisation on SlamKit preference pairs (.jsonl, globs allowed): a prompt with a chosen "
+        "and a rejected completion. Without PAIRS on the bundled ones. Defaults stand in brackets; where there are "
+        "two, the second is for the bundled pairs.";
+    slam_run_flags(r, own, (int)(sizeof own / sizeof *own), presets, (int)(sizeof presets / sizeof *presets));
 }
 
-/* ---- which run, which model ---- */
+/* ---- the plan: settings, device, reference model, pairs, length ---- */
 
-/* The model that training starts from is named at the beginning of a run, and stays its reference. */
-static int name_reference(dpo_job *d) {
-    slam_job *j = &d->j;
-    slam_settings *s = &j->run.trainer.settings;
-    const char *stored = slam_settings_get(s, "reference"), *hash = slam_settings_get(s, "reference_model");
-    char *newest = NULL, *model = NULL;
-    if (!j->fresh) {
-        if (!stored || !hash) return slam_refuse("trainer.json: does not say what the reference of this run is");
-        d->model = strtoull(hash, NULL, 16);
-        return (d->reference = slam_path_absolute(stored)) != NULL;
+/* A setting of this program's own, which is no flag. */
+static void add_setting(slam_run *r, const char *name, const char *value) {
+    char item[4300];
+    snprintf(item, sizeof item, "%s=%s", name, value);
+    slam_strings_add(&r->trainer.settings, item);
+}
+
+/* The model that training starts from is the run's reference for good. */
+static int name_reference(program *p) {
+    slam_run *r = &p->run;
+    const char *path = slam_trainer_setting(&r->trainer, "reference", 0);
+    const char *hash = slam_trainer_setting(&r->trainer, "reference_model", 0);
+    if (!r->fresh) {
+        if (!path || !hash) return slam_set_error("trainer.json: expected settings 'reference' and 'reference_model'");
+        p->reference_hash = strtoull(hash, NULL, 16);
+        p->reference = slam_path_absolute(path);
+        return 1;
     }
-    if (!j->o.init && !(newest = slam_run_newest("train")))
-        return slam_refuse("--init: no model to start from is named, and %s; ./train makes one", slam_error());
-    if ((model = slam_run_model(j->o.init ? j->o.init : newest)) != NULL) d->reference = slam_path_absolute(model);
+    char *newest = r->o.init ? NULL : slam_run_newest("train");
+    if (!r->o.init && !newest)
+        return slam_set_error("--init: no model to start from is given, and %s; ./train makes one", slam_error());
+    char *model = slam_run_model(r->o.init ? r->o.init : newest);
+    if (model) p->reference = slam_path_absolute(model);
+    if (model) add_setting(r, "reference", p->reference);
     free(newest);
     free(model);
-    return d->reference && slam_settings_set(s, "reference", d->reference);
+    return model != NULL;
 }
 
-/* Rows as long as those that the model was trained on, but where a flag says otherwise. */
-static int read_config(dpo_job *d) {
-    slam_job *j = &d->j;
-    char path[4200], spelled[32];
-    snprintf(path, sizeof path, "%s/config.json", j->checkpoint ? j->checkpoint : d->reference);
-    if (!slam_config_read(&d->config, path)) return 0;
-    if (j->o.context > d->config.T)
-        return slam_refuse("--context %d: %s was made for up to %d positions", j->o.context, d->reference, d->config.T);
-    slam_trainer_read(&d->before, d->reference); /* a model that others made has none */
-    if (j->fresh) j->run.trainer.units = d->before.units;
-    if (j->o.context) return 1;
-    const char *trained = slam_settings_get(&d->before.settings, "context");
-    const int own = trained ? atoi(trained) : 1024, most = own < d->config.T ? own : d->config.T;
-    snprintf(spelled, sizeof spelled, "%d", most < 4 ? 4 : most);
-    return slam_flags_set(&j->flags, "context", spelled);
+/* The default context is the one that the model was trained with. */
+static int read_config(program *p) {
+    slam_run *r = &p->run;
+    slam_trainer before;
+    char path[4200], text[32];
+    snprintf(path, sizeof path, "%s/config.json", r->checkpoint ? r->checkpoint : p->reference);
+    if (!slam_config_load(&r->config, path)) return 0;
+    const int T = r->config.T;
+    if (r->o.context > T)
+        return slam_set_error("--context %d: %s has up to %d positions", r->o.context, p->reference, T);
+    int context = 1024;
+    if (slam_trainer_load(&before, p->reference)) {
+        const char *trained = slam_trainer_setting(&before, "context", 0);
+        if (trained) context = atoi(trained);
+        if (r->fresh) r->trainer.units = before.units;
+        slam_trainer_free(&before);
+    }
+    if (r->o.context) return 1;
+    if (context > T) context = T;
+    snprintf(text, sizeof text, "%d", context < 4 ? 4 : context);
+    return slam_flags_set(&r->flags, "context", text);
 }
 
-static int open_pairs(dpo_job *d) {
-    const slam_job *j = &d->j;
-    const slam_options *c = &j->o;
-    d->pairs = slam_pairs_new(d->config.V, c->context, d->share_prompt, d->repetition_filter);
-    for (size_t i = 0; d->pairs && i < j->data.n; i++)
-        if (!slam_pairs_add(d->pairs, j->data.at[i], 0)) return 0;
-    for (size_t i = 0; d->pairs && i < j->val.n; i++)
-        if (!slam_pairs_add(d->pairs, j->val.at[i], 1)) return 0;
-    return d->pairs && slam_pairs_prepare(d->pairs, c->val_fraction, (uint64_t)c->seed) &&
-           slam_pairs_measure(d->pairs, c->batch, (uint64_t)c->seed, &d->size);
+/* Reads the pairs and measures an epoch of them. */
+static int open_pairs(program *p) {
+    const slam_run *r = &p->run;
+    const slam_options *o = &r->o;
+    slam_pairs *pairs = &p->pairs;
+    pairs->V = r->config.V;
+    pairs->context = o->context;
+    pairs->share = p->share_prompt;
+    pairs->max_repetition = p->repetition_filter;
+    for (size_t i = 0; i < r->flags.rest.n; i++)
+        if (!slam_pairs_add(pairs, r->flags.rest.at[i], 0)) return 0;
+    for (size_t i = 0; i < o->val.n; i++)
+        if (!slam_pairs_add(pairs, o->val.at[i], 1)) return 0;
+    if (!slam_pairs_prepare(pairs, o->val_fraction, (uint64_t)o->seed)) return 0;
+    slam_pair_loader *l = p->loader = slam_pair_loader_new(pairs, 0, (uint64_t)o->seed, 1);
+    for (size_t n = 0; n < pairs->n_train; n += (size_t)o->batch) {
+        if (slam_pair_loader_begin(l, o->batch, NULL) <= 0) return 0;
+        p->tokens += (double)l->tokens;
+        p->positions += (double)l->rows * l->T;
+        if (l->rows > p->most_rows) p->most_rows = l->rows;
+    }
+    if (pairs->n > pairs->n_train) p->val_loader = slam_pair_loader_new(pairs, 1, 0, 0);
+    return 1;
 }
 
-/* Settles all that is known before training: settings, device, model, pairs, length. */
-static int plan(dpo_job *d, const char *argv0, char note[256]) {
-    slam_job *j = &d->j;
-    const slam_options *c = &j->o;
-    if (!slam_job_absolute(j, "init") || !slam_job_recall(j) || !slam_job_defaults(j)) return 0;
-    if (!slam_job_name_data(j, argv0, "test/corpus/pairs.jsonl", "test/corpus/pairs-val.jsonl")) return 0;
-    if (!name_reference(d) || !read_config(d) || (j->is_bundled && !slam_bundled_units(argv0, j->run.trainer.units))) return 0;
-    if (!open_pairs(d)) return 0;
-    if (!(d->ops = slam_job_device(j, note))) return 0;
-    if (!slam_job_fill(j, d->ops, &d->config, d->size.most_rows, slam_pairs_row(d->pairs))) return 0;
-    return slam_job_steps(j, (double)d->size.train / c->batch, 0);
+static int plan(program *p) {
+    slam_run *r = &p->run;
+    if (!slam_run_resolve(r) || !name_reference(p) || !read_config(p)) return 0;
+    if (r->bundled && !slam_bundled_units(r->argv0, r->trainer.units)) return 0;
+    return open_pairs(p) &&
+           slam_run_plan(r, p->most_rows, slam_pairs_row(&p->pairs), (double)p->pairs.n_train / r->o.batch, 0);
 }
-
-/* ---- the plan ---- */
 
 static void print_count(uint64_t n, const char *what) {
     if (n) printf(", %llu %s", (unsigned long long)n, what);
 }
 
-static void print_plan(const dpo_job *d, const char *note) {
-    const slam_options *c = &d->j.o;
-    const slam_config *m = &d->config;
-    const slam_pairs_size *s = &d->size;
-    const long steps = d->j.run.trainer.steps;
+static void print_plan(const program *p) {
+    const slam_options *o = &p->run.o;
+    const slam_config *m = &p->run.config;
+    const slam_pairs *s = &p->pairs;
+    const long steps = p->run.trainer.steps;
     char a[32];
-    slam_job_print_device(&d->j, note);
-    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", d->reference,
-           slam_spell_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
-    printf("pairs    %llu to train on, %llu to validate on", (unsigned long long)s->train, (unsigned long long)s->validation);
-    print_count(s->cut, "prompts cut");
-    print_count(s->apart, "too long to share a prompt");
-    if (s->repeats + s->silent + s->same + s->large) printf("\n         left out");
-    print_count(s->repeats, "that repeat themselves");
-    print_count(s->silent, "without a unit");
-    print_count(s->same, "with the same ending twice");
-    print_count(s->large, "too long");
-    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_spell_count(a, (double)s->tokens),
-           d->j.run.context, 100 * (double)s->tokens / (double)s->positions, d->share_prompt ? "shared" : "for each ending");
-    slam_job_print_memory(&d->j, m, s->most_rows);
-    printf("steps    %ld of %d pairs: %.3g epochs\n", steps, c->batch, (double)steps * c->batch / (double)s->train);
-    printf("loss     beta %g, label smoothing %g\n", d->beta, d->label_smoothing);
-    if (c->dry_run) slam_job_print_ranks(&d->j, m, s->most_rows, (double)s->tokens * c->batch / (double)s->train);
-    slam_job_print_schedule(&d->j);
-    fflush(stdout);
+    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->reference,
+           slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
+    printf("pairs    %zu for training, %zu for validation", s->n_train, s->n - s->n_train);
+    print_count(s->truncated, "prompts truncated");
+    print_count(s->unshared, "too long to share a prompt");
+    if (s->repetitive + s->empty + s->identical + s->too_long) printf("\n         skipped");
+    print_count(s->repetitive, "repetitive");
+    print_count(s->empty, "with an empty completion");
+    print_count(s->identical, "with identical completions");
+    print_count(s->too_long, "too long");
+    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens),
+           p->run.T, 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
+    printf("steps    %ld of %d pairs: %.3g epochs\n", steps, o->batch, (double)steps * o->batch / (double)s->n_train);
+    printf("loss     beta %g, label smoothing %g\n", p->beta, p->label_smoothing);
+    slam_run_print_plan(&p->run, p->tokens * o->batch / (double)s->n_train);
 }
 
-static void print_end(const dpo_job *d, long first) {
-    const slam_run *r = &d->j.run;
-    const slam_dpo_figures f = slam_dpo_last(d->dpo, 1);
-    char validation[128] = "";
-    if (r->val_step)
-        snprintf(validation, sizeof validation, "validation loss %.4f, margin %.3f, accuracy %.1f%%", f.loss, f.margin,
-                 100 * f.accuracy);
-    slam_job_print_end(&d->j, first, validation);
-    if (r->val_step)
-        printf("the chosen ending is the likelier one in %.1f%% of the pairs to validate on, for the reference in %.1f%%\n",
-               100 * f.preferred, 100 * f.reference_preferred);
-    printf("\nnext  ");
-    slam_job_print_resume(&d->j);
+/* ---- model and reference ---- */
+
+static int show_reference(void *context, const slam_progress *progress) {
+    program *p = (program *)context;
+    char text[64];
+    snprintf(text, sizeof text, "reference %.0f/%.0f pairs", progress->done, progress->total);
+    slam_bar_show(&p->run.bar, progress->done, progress->total, text);
+    return !slam_stop_requested();
 }
 
-/* ---- the run ---- */
-
-static int watch(void *context, uint64_t done, uint64_t of) {
-    dpo_job *d = (dpo_job *)context;
-    char what[64];
-    snprintf(what, sizeof what, "reference %llu/%llu pairs", (unsigned long long)done, (unsigned long long)of);
-    slam_progress_show(&d->bar, (double)done, (double)of, what);
-    return !slam_signals_stop();
+static int check_reference(const program *p, uint64_t hash) {
+    return hash == p->reference_hash ||
+           slam_set_error("%s: is not the model that this run was begun with", p->reference);
 }
 
-/* The model that the run started from, which a run that goes on has left behind. */
-static slam_model *open_reference(const dpo_job *d) {
-    uint64_t hash;
-    slam_model *m = slam_model_load(d->ops, d->reference);
-    if (m && slam_model_hash(m, &hash) && hash == d->model && slam_model_plan(m, d->j.run.micro, d->j.run.context, SLAM_INFERENCE))
-        return m;
-    if (m && hash != d->model) slam_refuse("%s: is not the model that this run was begun with", d->reference);
-    slam_model_free(m);
-    return NULL;
-}
-
-/* What RUN/reference.bin does not have yet. 2: stopped by a signal. */
-static int compute_reference(dpo_job *d) {
-    const slam_run *r = &d->j.run;
-    const uint64_t pairs = d->size.train + d->size.validation;
+/* The reference's log-probabilities of all completions, from the run's folder, or computed and saved there. */
+static int find_reference(program *p) {
+    slam_run *r = &p->run;
     slam_model *reference = r->model;
-    uint64_t known;
-    char path[4200], spelled[32];
-    snprintf(path, sizeof path, "%s/reference.bin", r->folder);
-    if (!slam_pairs_recall(d->pairs, path, d->model, &known)) return 0;
-    if (known == pairs) return 1;
-    if (d->j.checkpoint && !(reference = open_reference(d))) return 0;
-    const double began = slam_clock();
-    slam_progress_begin(&d->bar);
-    const int status = slam_pairs_compute(d->pairs, reference, r->micro, path, d->model, watch, d);
-    slam_progress_clear(&d->bar);
-    if (reference != r->model) slam_model_free(reference);
-    if (status == 1)
-        printf("reference %llu of %llu pairs in %s\n", (unsigned long long)(pairs - known), (unsigned long long)pairs,
-               slam_spell_time(spelled, slam_clock() - began));
-    if (status == 2) printf("stopped before the first step; --resume goes on with the reference\n");
-    fflush(stdout);
-    return status;
-}
-
-static int open_model(dpo_job *d) {
-    slam_job *j = &d->j;
-    char spelled[32];
+    char path[4200], text[32];
     uint64_t hash;
-    if (!(j->run.model = slam_model_load(d->ops, j->checkpoint ? j->checkpoint : d->reference))) return 0;
-    if (j->checkpoint) return 1;
-    if (!slam_model_hash(j->run.model, &hash)) return 0;
-    if (!j->fresh && hash != d->model) return slam_refuse("%s: is not the model that this run was begun with", d->reference);
-    d->model = hash;
-    snprintf(spelled, sizeof spelled, "%016llx", (unsigned long long)hash);
-    return slam_settings_set(&j->run.trainer.settings, "reference_model", spelled);
+    int found;
+    snprintf(path, sizeof path, "%s/reference.safetensors", r->folder);
+    if (!slam_all_ok(r->comm, slam_pairs_load_reference(&p->pairs, path, p->reference_hash, &found))) return 0;
+    if (found) return 1;
+    const double start = slam_clock();
+    int ok = 1;
+    if (r->checkpoint) { /* the model has moved away from it */
+        reference = slam_model_load(r->ops, p->reference);
+        ok = reference && slam_model_hash(reference, &hash) && check_reference(p, hash) &&
+             slam_model_plan(reference, p->batch.capacity, p->batch.T, SLAM_INFERENCE);
+    }
+    ok = slam_all_ok(r->comm, ok) && slam_pairs_reference(&p->pairs, reference, &p->batch, show_reference, p);
+    slam_bar_clear(&r->bar);
+    if (reference != r->model) slam_model_free(reference);
+    const int root = r->comm->rank == 0;
+    if (!ok || !slam_all_ok(r->comm, !root || slam_pairs_save_reference(&p->pairs, path, p->reference_hash))) return 0;
+    printf("reference %zu pairs in %s\n", p->pairs.n, slam_format_time(text, slam_clock() - start));
+    fflush(stdout);
+    slam_bar_begin(&r->bar);
+    return 1;
 }
 
-static int train(dpo_job *d) {
-    slam_job *j = &d->j;
-    slam_run *r = &j->run;
-    if (!open_model(d)) return 0;
-    d->dpo =
-        slam_dpo_new(r->model, d->pairs, d->beta, d->label_smoothing, j->o.batch, r->micro, slam_job_mode(j), (uint64_t)j->o.seed);
-    if (!d->dpo) return 0;
-    r->task = slam_dpo_task(d->dpo);
-    if (!slam_job_keep(j, slam_pairs_hash(d->pairs)) || !slam_job_begin(j)) return 0;
-    const long first = r->trainer.step;
-    const int known = compute_reference(d);
-    if (known != 1) return known;
-    if (!slam_run_train(r)) return 0;
-    print_end(d, first);
+static int open_model(program *p) {
+    slam_run *r = &p->run;
+    char text[32];
+    uint64_t hash = 0;
+    int ok = (r->model = slam_model_load(r->ops, r->checkpoint ? r->checkpoint : p->reference)) != NULL;
+    if (ok && !r->checkpoint) {
+        ok = slam_model_hash(r->model, &hash) && (r->fresh || check_reference(p, hash));
+        p->reference_hash = hash;
+        snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
+        if (r->fresh) add_setting(r, "reference_model", text);
+    }
+    ok = ok && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
+    if (!slam_all_ok(r->comm, ok)) return 0;
+    p->batch = slam_batch_new(r->micro, r->T, 1);
+    p->weights = (float *)calloc((size_t)r->micro * r->T, sizeof *p->weights);
+    return slam_run_begin(r, p->pairs.hash) &&
+           slam_all_ok(r->comm, slam_pair_loader_seek(p->loader, r->trainer.epoch, r->trainer.row)) &&
+           find_reference(p);
+}
+
+static void print_end(program *p) {
+    const metrics *m = &p->eval;
+    char validation[256] = "";
+    if (p->run.eval_step > p->run.first_step)
+        snprintf(validation, sizeof validation,
+                 "validation loss %.4f, margin %.3f, accuracy %.1f%%\n"
+                 "the chosen completion is more likely than the rejected one in %.1f%% of the validation pairs, "
+                 "for the reference in %.1f%%",
+                 m->loss, m->margin, 100 * m->accuracy, 100 * m->preferred, 100 * m->reference_preferred);
+    slam_run_print_end(&p->run, validation);
+}
+
+static int optimise(program *p) {
+    if (!slam_all_ok(p->run.comm, plan(p))) return 0;
+    print_plan(p);
+    if (p->run.o.dry_run) return 1;
+    if (!open_model(p) || !train(p)) return 0;
+    print_end(p);
     return 1;
 }
 
 int main(int argc, char **argv) {
-    dpo_job d;
-    char note[256] = "";
-    memset(&d, 0, sizeof d);
-    d.j.run.began = slam_clock();
-    if (!(d.j.ranks = slam_program_begin("dpo"))) return 1;
-    set_flags(&d);
-    const int parsed = slam_flags_parse(&d.j.flags, argc, argv);
-    int status = parsed == 0 || (parsed == 1 && !slam_job_check(&d.j)) ? 2 : 0;
-    if (parsed == 1 && status == 0) {
-        slam_signals_catch(d.j.ranks);
-        int ok = slam_ranks_agree(d.j.ranks, plan(&d, argv[0], note));
-        if (ok) print_plan(&d, note);
-        if (ok && !d.j.o.dry_run) ok = train(&d);
-        status = ok ? 0 : 1;
-    }
-    status = slam_job_end(&d.j, status);
-    slam_dpo_free(d.dpo);
-    slam_pairs_free(d.pairs);
-    slam_model_free(d.j.run.model);
-    slam_ops_free(d.ops);
-    slam_trainer_free(&d.before);
-    free(d.reference);
+    static program p;
+    slam_run *r = &p.run;
+    if (!(r->comm = slam_program_begin("dpo"))) return 1;
+    set_flags(&p);
+    const int parsed = slam_run_parse(r, argc, argv);
+    const int status = slam_run_end(r, parsed == 0 ? 2 : parsed == 1 ? !optimise(&p) : 0);
+    slam_pair_loader_free(p.loader);
+    slam_pair_loader_free(p.val_loader);
+    slam_pairs_free(&p.pairs);
+    slam_batch_free(&p.batch);
+    free(p.reference);
+    free(p.weights);
     return status;
 }

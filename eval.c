@@ -1,568 +1,551 @@
-/* eval.c - what a model has learned. `./eval` alone scores the newest run on the bundled corpus's validation part, `./eval swuggy` (and
-   so on) on a bundled test set, `./eval generate` lets it go on where the stories there have begun. `mpirun -np N ./eval ...` shares the
-   work among N ranks, to the same figures and files. All ranks do what is below, the first one prints and writes; where one of them
-   fails by itself, the others hear of it when they agree next, at the latest in the end. */
+/* eval.c - measures a model. `./eval` alone: the perplexity of the newest run, next to that of n-gram models; `./eval swuggy` (sblimp,
+   storycloze, salmon): how often it prefers the correct one of two sequences; `./eval generate`: continues prompts.
+
+   The three measurements come first, then flags, and what is opened for a measurement. `mpirun -np N ./eval ...` shares the work
+   among N ranks, with the same numbers and files; rank 0 prints and writes. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct options {
+enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, TASKS };
+static const char *const task_names[TASKS] = {"ppl", "swuggy", "sblimp", "storycloze", "salmon", "generate"};
+
+typedef struct program {
+    slam_comm *comm;
+    slam_flags flags;
+    slam_flag table[36];
+    /* flags */
     char *train, *json, *device, *dtype;
     int context, batch, threads;
-    slam_unit_flags units; /* of audio */
-    /* of test sets */
-    char *unit_file, *split, *submission;
+    slam_unit_flags unit_flags;
+    char *units, *split, *submission;
     int sum;
-    /* of generate */
     char *out, *transcripts;
     double prompt_seconds, temperature, top_p, repetition_penalty;
     long seed;
     int prompt_units, rate, top_k, max_new, greedy;
-} options;
-
-static int flag_table(slam_flag *f, options *o) {
-    const slam_flag table[] = {
-        {NULL, 0, NULL, NULL, NULL, "Options", 0, 0, 0, 0},
-        {"train", SLAM_TEXT, &o->train, "DATA", NULL, "count n-grams on this: what counting alone reaches on the same tokens", 0, 0,
-         0, 0},
-        {"context", SLAM_INT, &o->context, "N", NULL, "tokens of a row (the run's own, else 1024)", 2, 1 << 24, 0, 0},
-        {"batch", SLAM_INT, &o->batch, "N", "8 | 64", "rows (generate: prompts) at once", 1, 1 << 20, 0, 0},
-        {"json", SLAM_TEXT, &o->json, "FILE", NULL, "write the figures to this file", 0, 0, 0, 0},
-        {"device", SLAM_TEXT, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
-        {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
-        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core", 0, 4096, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Audio", 0, 0, 0, 0},
-        {"kmeans", SLAM_TEXT, &o->units.kmeans, "KM.npy", NULL, "whose units audio becomes; KM.json beside it says how", 0, 0, 0,
-         0},
-        {"hubert", SLAM_TEXT, &o->units.hubert, "DIR", NULL, "the model that KM.json names, where it has moved, or names none", 0,
-         0, 0, 0},
-        {"layer", SLAM_INT, &o->units.layer, "N", "11", "of --hubert", 0, 1000, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Test sets", 0, 0, 0, 0},
-        {"units", SLAM_TEXT, &o->unit_file, "FILE.jsonl", NULL,
-         "the sequences as units (SlamKit features or tokens), found by the names of the set's files", 0, 0, 0, 0},
-        {"split", SLAM_CHOICE, &o->split, "dev|test", NULL, "of a folder with all of ZeroSpeech's (dev)", 0, 0, 0, 0},
-        {"sum", SLAM_SWITCH, &o->sum, NULL, NULL, "compare sums of log-probabilities, not means", 0, 0, 0, 0},
-        {"submission", SLAM_TEXT, &o->submission, "FILE", NULL, "write each file's score as ZeroSpeech takes them", 0, 0, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Generation", 0, 0, 0, 0},
-        {"out", SLAM_TEXT, &o->out, "FILE", NULL, "FILE.jsonl: file_name, prompt and units of each continuation. Also -o", 0, 0, 0,
-         0},
-        {"prompt-seconds", SLAM_REAL, &o->prompt_seconds, "S", "3", "how much of a recording is its prompt; 0: all of it", 0, 1e6,
-         0, 0},
-        {"prompt-units", SLAM_INT, &o->prompt_units, "N", "0", "or its first N units; 0: by seconds", 0, 1 << 28, 0, 0},
-        {"rate", SLAM_INT, &o->rate, "25|50", "25", "frames a second of the durations in PROMPTS.jsonl", 1, 1000, 0, 0},
-        {"max-new", SLAM_INT, &o->max_new, "N", "150",
-         "units of a continuation at most (no more than half the context unless it is given)", 1, 1 << 24, 0, 0},
-        {"temperature", SLAM_REAL, &o->temperature, "X", "0.8", "logits are divided by it", 1e-6, 1e6, 0, 0},
-        {"top-k", SLAM_INT, &o->top_k, "N", "25", "draw from the N most likely; 0: all", 0, 1 << 20, 0, 0},
-        {"top-p", SLAM_REAL, &o->top_p, "P", "1", "draw from the most likely that make up P", 0, 1, 0, 0},
-        {"repetition-penalty", SLAM_REAL, &o->repetition_penalty, "X", "1", "for what was there already; 1: none", 1e-3, 1e3, 0, 0},
-        {"greedy", SLAM_SWITCH, &o->greedy, NULL, NULL, "take the most likely, draw nothing", 0, 0, 0, 0},
-        {"seed", SLAM_LONG, &o->seed, "N", "0", "of the draws", 0, 0, 0, 0},
-        {"transcripts", SLAM_TEXT, &o->transcripts, "FILE", NULL,
-         "auto-BLEU-2 of texts, a line for each continuation that was heard; generates nothing", 0, 0, 0, 0},
-    };
-    const int n = (int)(sizeof table / sizeof *table);
-    for (int i = 0; i < n; i++) f[i] = table[i];
-    return n;
-}
-
-/* What a call opens. */
-typedef struct job {
-    options o;
-    slam_flags flags;
-    slam_flag table[36];
+    /* arguments */
     int task;
-    slam_list test, train; /* patterns */
-    const char *note;      /* of the data that are scored, where the call does not name them */
-    char *folder;
-    slam_trainer run; /* of the run that the model is from; without settings where it is from none */
-    slam_ranks *ranks;
+    const char *path;           /* model or run; NULL: the newest run */
+    slam_strings data, counted; /* what is measured, as given or by default; what n-grams are counted on */
+    const char *note;           /* what the data is */
+    /* what is opened */
     slam_ops *ops;
     slam_model *model;
-    slam_quantiser *quantiser;
+    char *folder;     /* of the model */
+    slam_trainer run; /* that it is from; zeros if that is not known */
     slam_data *test_data, *train_data;
-    slam_progress progress;
-    size_t failed; /* audio files */
-} job;
+    slam_tokenizer *tokenizer;
+    slam_testset *set;
+    slam_units *set_units; /* (set->items.n) */
+    slam_prompts prompts;
+    slam_bar bar;
+    size_t skipped; /* audio files that cannot be decoded */
+} program;
 
-enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, TASKS };
-static const char *const tasks[] = {"ppl", "swuggy", "sblimp", "storycloze", "salmon", "generate"};
+static int is_root(const program *p) { return p->comm->rank == 0; }
+static int n_units(const program *p) { return p->model->config.V - 2; }
 
-static int task_of(const char *word) {
-    int task = 0;
-    while (task < TASKS && strcmp(word, tasks[task])) task++;
-    return task;
-}
-
-/* [MODEL] [TASK [PATH...]]; 0: it is not that. */
-static int read_arguments(job *j, const char **model) {
-    static const char expected[] = "expected ppl, swuggy, sblimp, storycloze, salmon or generate";
-    const slam_list *rest = &j->flags.rest;
-    size_t task = 0;
-    *model = NULL;
-    j->task = PPL;
-    if (rest->n && task_of(rest->at[0]) == TASKS) *model = rest->at[task++];
-    if (task == rest->n && *model) return slam_refuse("the task is missing after %s, %s", *model, expected);
-    if (task < rest->n && (j->task = task_of(rest->at[task])) == TASKS)
-        return slam_refuse("%s: there is no such task, %s", rest->at[task], expected);
-    for (size_t i = task + 1; i < rest->n; i++)
-        if (!slam_list_add(&j->test, rest->at[i])) return 0;
-    if (j->task > PPL && j->task < GENERATE && j->test.n > 1)
-        return slam_refuse("%s: one test set at a time, after %s", j->test.at[1], j->test.at[0]);
-    return !j->o.train || slam_list_add(&j->train, j->o.train);
-}
-
-/* Files are for the first rank to write. */
-static void drop_files(options *o) {
-    free(o->json), free(o->submission), free(o->out);
-    o->json = o->submission = o->out = NULL;
-}
-
-static int bundled(const char *argv0, const char *name, slam_list *list) {
-    char *path = slam_path_beside(argv0, name);
-    const int ok = path && slam_list_add(list, path);
-    free(path);
-    return ok;
-}
-
-static const char *setting(const job *j, const char *name, const char *fallback) {
-    const char *value = slam_settings_get(&j->run.settings, name);
+static const char *setting(const program *p, const char *name, const char *fallback) {
+    const char *value = slam_trainer_setting(&p->run, name, 0);
     return value ? value : fallback;
 }
 
-/* Without DATA: what the run was validated on, beside n-grams counted on what it was trained on. A run that held nothing out is
-   scored on its training data, a model that is from no run on the bundled corpus. */
-static int name_data(job *j, const char *argv0) {
-    slam_list given, train;
-    if (j->test.n) return 1;
-    memset(&given, 0, sizeof given);
-    memset(&train, 0, sizeof train);
-    if (!slam_settings_get(&j->run.settings, "data")) /* also a run of dpo, which has pairs */
-        return bundled(argv0, "test/corpus/val.bin", &j->test) &&
-               (j->train.n || bundled(argv0, "test/corpus/train.bin", &j->train));
-    const int held_out = atof(setting(j, "val-fraction", "0")) > 0;
-    int ok = slam_settings_recall_paths(&j->run.settings, "data", &given, &train);
-    slam_list_free(&given);
-    ok = ok && slam_settings_recall_paths(&j->run.settings, "val", &given, &j->test);
-    if (ok && !train.n) // a run without DATA
-        ok = bundled(argv0, "test/corpus/train.bin", &train) &&
-             (held_out || j->test.n || bundled(argv0, "test/corpus/val.bin", &j->test));
-    j->note = j->test.n ? "" : held_out ? " (what the run held out)" : " (what it was trained on: the run held nothing out)";
-    for (size_t i = 0; ok && !j->test.n && i < train.n; i++) ok = slam_list_add(&given, train.at[i]);
-    if (ok && !j->test.n) {
-        j->test = given;
-        memset(&given, 0, sizeof given);
+/* --context, else the run's, as far as the model has positions. */
+static int context_of(const program *p) {
+    const int T = p->model->config.T, context = atoi(setting(p, "context", "1024"));
+    return p->context ? p->context : context < T ? context : T;
+}
+
+/* The progress callback. */
+static int show_progress(void *context, const slam_progress *progress) {
+    program *p = (program *)context;
+    const double seconds = slam_clock() - p->bar.began;
+    char text[96], count[32];
+    if (progress->skipped) {
+        slam_bar_clear(&p->bar);
+        fprintf(stderr, "eval: skipped: %s\n", progress->reason);
+    } else if (!strcmp(progress->stage, "tokenize")) {
+        snprintf(text, sizeof text, "tokenize %.0f/%.0f files", progress->done, progress->total);
+        slam_bar_show(&p->bar, progress->done, progress->total, text);
+    } else {
+        snprintf(text, sizeof text, "%s  %s tokens/s", progress->stage,
+                 slam_format_count(count, progress->done / (seconds + 1e-3)));
+        slam_bar_show(&p->bar, progress->done, progress->total, text);
     }
-    for (size_t i = 0; ok && !j->train.n && i < train.n; i++) ok = slam_list_add(&given, train.at[i]);
-    if (ok && !j->train.n) {
-        slam_list_free(&j->train);
-        j->train = given;
-        memset(&given, 0, sizeof given);
+    return !slam_stop_requested();
+}
+
+/* {"task": "ppl", "n": 1234, ...}; JSON has no inf or nan. */
+static int write_json(const program *p, const slam_metric *metrics, int n) {
+    FILE *f = p->json ? fopen(p->json, "w") : NULL;
+    if (!p->json) return 1;
+    if (!f) return slam_set_error("%s: cannot be written", p->json);
+    fprintf(f, "{\"task\": \"%s\"", task_names[p->task]);
+    for (int i = 0; i < n; i++)
+        fprintf(f, isfinite(metrics[i].value) ? ", \"%s\": %.17g" : ", \"%s\": null", metrics[i].name,
+                metrics[i].value);
+    fprintf(f, "}\n");
+    const int failed = ferror(f);
+    return (fclose(f) == 0 && !failed) || slam_set_error("%s: cannot be written", p->json);
+}
+
+/* ---- perplexity ---- */
+
+static int perplexity(program *p) {
+    static const char *const names[] = {"unigram", "bigram", "trigram", "4-gram", "5-gram"};
+    static const char *const keys[] = {"unigram", "bigram", "trigram", "fourgram", "fivegram"};
+    slam_metric metrics[8];
+    uint64_t targets, counted = 0;
+    double loss, ngrams[5];
+    int n = 3;
+    slam_batch batch = slam_batch_new(p->batch, p->test_data->context, 0);
+    const int ok = slam_model_plan(p->model, p->batch, batch.T, SLAM_INFERENCE) &&
+                   slam_data_loss(p->model, p->test_data, -1, &batch, &loss, &targets);
+    slam_batch_free(&batch);
+    if (!ok) return 0;
+    if (!targets) return slam_set_error("%s: no token to predict", p->data.at[0]);
+    if (!isfinite(loss)) return slam_set_error("%s: the model's loss on %s is not finite", p->folder, p->data.at[0]);
+    printf("\n               nats per token   perplexity\nmodel           %13.4f %12.2f\n", loss, exp(loss));
+    if (p->train_data && !slam_ngrams(p->train_data, p->test_data, p->model->config.V, ngrams, &counted)) return 0;
+    if (p->train_data && counted != targets)
+        return slam_set_error("%s: n-grams predict %llu tokens, the model %llu", p->data.at[0],
+                              (unsigned long long)counted, (unsigned long long)targets);
+    const slam_metric of_model[] = {{"n", (double)targets}, {"nll", loss}, {"perplexity", exp(loss)}};
+    memcpy(metrics, of_model, sizeof of_model);
+    for (int k = 0; p->train_data && k < 5; k++, n++) {
+        printf("%-15s %13.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
+        metrics[n].name = keys[k];
+        metrics[n].value = ngrams[k];
     }
-    slam_list_free(&given);
-    slam_list_free(&train);
+    printf("%llu tokens in rows of %d%s\n", (unsigned long long)targets, p->test_data->context,
+           p->train_data ? "; n-grams are interpolated (Witten-Bell)" : "");
+    return write_json(p, metrics, n);
+}
+
+/* ---- test sets: is the correct sequence of a pair the more likely one? ---- */
+
+static void print_accuracies(const slam_testset *set) {
+    printf("\n%-28s %7s %9s   95%% interval\n", "", "pairs", "accuracy");
+    for (size_t i = 0; i < set->n_accuracies; i++) {
+        const slam_accuracy *a = &set->accuracies[i];
+        if (i && strcmp(a->group, a[-1].group)) printf("by %s\n", a->group);
+        printf("%-28.60s %7zu", i ? a->name : "all", a->n);
+        if (a->n) printf(" %8.2f%%", 100 * a->mean);
+        if (a->n > 1) printf("   +- %.2f", 196 * a->deviation / sqrt((double)a->n));
+        printf("\n");
+    }
+}
+
+static int score_pairs(program *p) {
+    slam_testset *set = p->set;
+    const size_t n = set->items.n;
+    const int context = context_of(p);
+    double *scores = (double *)calloc(n, sizeof *scores);
+    slam_score_stats stats;
+    slam_bar_begin(&p->bar);
+    int ok = slam_score(p->model, p->set_units, n, p->batch, context, p->sum, scores, &stats, show_progress, p);
+    slam_bar_clear(&p->bar);
+    if (ok) {
+        slam_testset_score(set, scores);
+        print_accuracies(set);
+        printf("by the %s of log-probabilities over %llu tokens of %zu sequences", p->sum ? "sum" : "mean",
+               (unsigned long long)stats.tokens, n);
+        if (stats.different < n) printf(", %zu of them different", stats.different);
+        if (stats.windowed) printf("; %zu are longer than a row of %d and scored in windows", stats.windowed, context);
+        if (stats.empty) printf("; %zu have no units", stats.empty);
+        printf("\n");
+        ok = (!p->json || slam_testset_write(set, task_names[p->task], p->sum, p->json)) &&
+             (!p->submission || slam_testset_submission(set, p->submission));
+    }
+    free(scores);
     return ok;
 }
 
-/* `fraction` is moved to *held_out as the run did it. */
-static slam_data *open_data(const job *j, const slam_list *patterns, int context, double fraction, slam_data **held_out) {
-    const int V = slam_model_config(j->model)->V;
+/* ---- generation ---- */
+
+/* Prints and writes what there is; if it was stopped, into OUT.partial. */
+static int write_continuations(const program *p, double seconds, int stopped) {
+    const slam_prompts *all = &p->prompts;
+    size_t n = 0, ended = 0, truncated = 0;
+    double tokens = 0, bleu = 0;
+    char a[32], b[32], c[32], path[4200] = "";
+    for (size_t i = 0; i < all->n; i++) {
+        const slam_prompt *q = &all->at[i];
+        truncated += q->truncated > 0;
+        if (!q->continuation) continue;
+        n++;
+        ended += (size_t)q->ended;
+        tokens += q->length + q->ended;
+        bleu += slam_unit_auto_bleu(q->continuation, (size_t)q->length, 2);
+    }
+    if (n) bleu /= (double)n;
+    if (truncated) printf("%zu prompts were longer than the context allows and lost their beginning\n", truncated);
+    printf(
+        "%zu continuations, %zu of them ended by the model: %s tokens in %s, %s tokens/s\nauto-BLEU-2 of units  %.4f\n",
+        n, ended, slam_format_count(a, tokens), slam_format_time(b, seconds), slam_format_count(c, tokens / seconds),
+        bleu);
+    if (p->out) {
+        snprintf(path, sizeof path, "%s%s", p->out, stopped ? ".partial" : "");
+        if (!slam_prompts_write(all, path)) return 0;
+        printf("wrote    %s\n", path);
+    }
+    if (stopped) printf("stopped  after %zu of %zu prompts; the same command starts again\n", n, all->n);
+    const slam_metric metrics[] = {{"n", (double)n}, {"tokens", tokens}, {"auto_bleu_2", bleu}};
+    return stopped || write_json(p, metrics, 3);
+}
+
+static int generate(program *p) {
+    slam_generation how;
+    how.sampling.temperature = p->greedy ? 0 : p->temperature;
+    how.sampling.top_k = p->top_k;
+    how.sampling.top_p = p->top_p;
+    how.sampling.repetition_penalty = p->repetition_penalty;
+    how.context = context_of(p);
+    how.max_new = p->max_new;
+    if (!slam_flags_given(&p->flags, "max-new") && how.max_new > how.context / 2) how.max_new = how.context / 2;
+    how.batch = p->batch;
+    how.seed = (uint64_t)p->seed;
+    slam_bar_begin(&p->bar);
+    const int ok = slam_generate(p->model, &how, &p->prompts, show_progress, p);
+    const double seconds = slam_clock() - p->bar.began;
+    slam_bar_clear(&p->bar);
+    return ok && write_continuations(p, seconds, slam_comm_max(p->comm, slam_stop_requested()) != 0);
+}
+
+static int score_transcripts(const char *path) {
+    size_t n;
+    const double share = slam_text_auto_bleu(path, 2, &n);
+    if (share >= 0) printf("auto-BLEU-2 of texts  %.4f over %zu lines of %s\n", share, n, path);
+    return share >= 0;
+}
+
+/* ---- flags ---- */
+
+static void set_flags(program *p) {
+    const slam_flag table[] = {
+        SLAM_HEADING("All tasks"),
+        SLAM_NUMBER("context", SLAM_INT, &p->context, "N", NULL, 2, 1 << 24, "tokens per row (the run's, else 1024)"),
+        SLAM_NUMBER("batch", SLAM_INT, &p->batch, "N", "8 | 64", 1, 1 << 20, "rows at once; of generate: prompts"),
+        SLAM_FLAG("json", SLAM_TEXT, &p->json, "FILE", NULL, "write the results to this file"),
+        SLAM_FLAG("device", SLAM_DEVICE, &p->device, "NAME", "auto", "auto, cpu, cuda or cuda:N"),
+        SLAM_FLAG("dtype", SLAM_CHOICE, &p->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA"),
+        SLAM_NUMBER("threads", SLAM_INT, &p->threads, "N", "0", 0, 4096, "CPU threads; 0: one per core"),
+        SLAM_HEADING("Perplexity"),
+        SLAM_FLAG("train", SLAM_TEXT, &p->train, "DATA", NULL, "compare with n-gram models of this data"),
+        SLAM_HEADING("Audio"),
+        SLAM_FLAG("kmeans", SLAM_TEXT, &p->unit_flags.kmeans, "KM.npy", NULL,
+                  "the centroids; KM.json has their settings"),
+        SLAM_FLAG("hubert", SLAM_TEXT, &p->unit_flags.hubert, "DIR", NULL,
+                  "HuBERT, if KM.json names none or it has moved"),
+        SLAM_NUMBER("layer", SLAM_INT, &p->unit_flags.layer, "N", "11", 0, 1000, "of --hubert"),
+        SLAM_HEADING("Test sets"),
+        SLAM_FLAG("units", SLAM_TEXT, &p->units, "FILE.jsonl", NULL,
+                  "the sequences as units (SlamKit features or tokens), found by the names of the set's files"),
+        SLAM_FLAG("split", SLAM_CHOICE, &p->split, "dev|test", NULL, "of a folder with all of ZeroSpeech's sets (dev)"),
+        SLAM_FLAG("sum", SLAM_SWITCH, &p->sum, NULL, NULL, "compare sums of log-probabilities, not means"),
+        SLAM_FLAG("submission", SLAM_TEXT, &p->submission, "FILE", NULL, "write `filename score` lines for ZeroSpeech"),
+        SLAM_HEADING("Generation"),
+        SLAM_FLAG("out", SLAM_TEXT, &p->out, "FILE", NULL,
+                  "FILE.jsonl: file_name, prompt and units of each continuation. Also -o"),
+        SLAM_NUMBER("prompt-seconds", SLAM_REAL, &p->prompt_seconds, "S", "3", 0, 1e6,
+                    "length of the prompt in a recording; 0: all"),
+        SLAM_NUMBER("prompt-units", SLAM_INT, &p->prompt_units, "N", "0", 0, 1 << 28,
+                    "or its first N units; 0: by seconds"),
+        SLAM_NUMBER("rate", SLAM_INT, &p->rate, "25|50", "25", 1, 1000,
+                    "frames per second of the durations in PROMPTS.jsonl"),
+        SLAM_NUMBER("max-new", SLAM_INT, &p->max_new, "N", "150", 1, 1 << 24,
+                    "units of a continuation at most (at most half the context if this flag is not given)"),
+        SLAM_NUMBER("temperature", SLAM_REAL, &p->temperature, "X", "0.8", 1e-6, 1e6, "divides the logits"),
+        SLAM_NUMBER("top-k", SLAM_INT, &p->top_k, "N", "25", 0, 1 << 20, "draw from the N most likely units; 0: all"),
+        SLAM_NUMBER("top-p", SLAM_REAL, &p->top_p, "P", "1", 0, 1,
+                    "draw from the most likely units with probability P together"),
+        SLAM_NUMBER("repetition-penalty", SLAM_REAL, &p->repetition_penalty, "X", "1", 1e-3, 1e3,
+                    "of units that have occurred; 1: none"),
+        SLAM_FLAG("greedy", SLAM_SWITCH, &p->greedy, NULL, NULL, "take the most likely unit"),
+        SLAM_NUMBER("seed", SLAM_LONG, &p->seed, "N", "0", 0, 0, "of sampling"),
+        SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL,
+                  "print auto-BLEU-2 of texts, one line per continuation, and generate nothing"),
+    };
+    memcpy(p->table, table, sizeof table);
+    p->flags.at = p->table;
+    p->flags.n = (int)(sizeof table / sizeof *table);
+    p->flags.program = "eval";
+    p->flags.usage =
+        "[MODEL] ppl [DATA...] [options]\n       ./eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n       "
+        "./eval [MODEL] generate [PROMPTS...] [options]";
+    p->flags.about =
+        "Measures a model: a folder with config.json and model.safetensors, or a run, whose newest checkpoint it takes; by default the "
+        "newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on the run's validation data, "
+        "next to n-gram models of its training data. swuggy, sblimp, storycloze, salmon: how often the correct one of two sequences is "
+        "more likely. PATH: a folder of ZeroSpeech 2021 (gold.csv), of SlamKit's pairs of files, or of SALMon's parts, as audio or with "
+        "units; without PATH a bundled set. generate: continues PROMPTS: audio, unit files or token shards; without PROMPTS the "
+        "bundled validation data. Defaults stand in brackets; where there are two, the second is for generate.";
+}
+
+static int task_of(const char *word) {
+    int task = 0;
+    while (task < TASKS && strcmp(word, task_names[task])) task++;
+    return task;
+}
+
+/* [MODEL] [TASK [PATH...]] */
+static int read_arguments(program *p) {
+    static const char expected[] = "expected ppl, swuggy, sblimp, storycloze, salmon or generate";
+    const slam_strings *rest = &p->flags.rest;
+    size_t at = 0;
+    if (rest->n && task_of(rest->at[0]) == TASKS) p->path = rest->at[at++];
+    if (p->path && at == rest->n) return slam_set_error("no task after %s: %s", p->path, expected);
+    if (at < rest->n && (p->task = task_of(rest->at[at])) == TASKS)
+        return slam_set_error("%s: there is no such task, %s", rest->at[at], expected);
+    for (size_t i = at + 1; i < rest->n; i++) slam_strings_add(&p->data, rest->at[i]);
+    if (p->task > PPL && p->task < GENERATE && p->data.n > 1)
+        return slam_set_error("%s: one test set at a time, after %s", p->data.at[1], p->data.at[0]);
+    if (p->train) slam_strings_add(&p->counted, p->train);
+    return 1;
+}
+
+/* ---- what is opened ---- */
+
+static int open_model(program *p) {
+    char count[32];
+    if (!(p->folder = slam_run_model(p->path))) return 0;
+    if (!(p->ops = slam_device(p->comm, p->device, p->dtype, p->threads))) return 0;
+    p->model = slam_model_load(p->ops, p->folder);
+    if (!slam_all_ok(p->comm, p->model != NULL)) return 0;
+    if (!slam_trainer_load(&p->run, p->folder)) memset(&p->run, 0, sizeof p->run); /* a model from elsewhere */
+    printf("model    %s: %s parameters\n", p->folder,
+           slam_format_count(count, (double)slam_config_parameters(&p->model->config)));
+    return 1;
+}
+
+static void add_bundled(const char *argv0, const char *name, slam_strings *list) {
+    char *path = slam_path_beside(argv0, name);
+    slam_strings_add(list, path);
+    free(path);
+}
+
+/* A list of the run's data files: absolute paths, or paths as they were given if it has moved together with them. */
+static void add_run_data(const program *p, const char *name, slam_strings *list) {
+    char absolute_name[64];
+    const char *given, *absolute;
+    snprintf(absolute_name, sizeof absolute_name, "%s_absolute", name);
+    for (size_t i = 0; (given = slam_trainer_setting(&p->run, name, i)) != NULL && *given; i++) {
+        if (!(absolute = slam_trainer_setting(&p->run, absolute_name, i))) return;
+        FILE *there = strpbrk(absolute, "*?[") ? NULL : fopen(absolute, "rb"),
+             *moved = there ? NULL : fopen(given, "rb");
+        slam_strings_add(list, moved ? given : absolute);
+        if (there) fclose(there);
+        if (moved) fclose(moved);
+    }
+}
+
+/* Data of the model's units. `fraction` of it goes to *held_out, chosen as the run chose it. */
+static slam_data *open_data(const program *p, const slam_strings *paths, int context, double fraction,
+                            slam_data **held_out) {
+    const int V = p->model->config.V;
     slam_data *data = slam_data_new(context);
-    int ok = data != NULL, said;
-    for (size_t i = 0; ok && i < patterns->n; i++) ok = slam_data_add(data, patterns->at[i], 1);
-    ok = ok && slam_data_vocabulary(data, &said);
-    if (ok && said && said != V) ok = slam_refuse("%s: a vocabulary of %d, the model has one of %d", patterns->at[0], said, V);
-    if (ok && j->run.units && slam_data_fingerprint(data) && j->run.units != slam_data_fingerprint(data))
-        ok = slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", patterns->at[0],
-                         (unsigned)slam_data_fingerprint(data), (unsigned)j->run.units);
-    if (ok && slam_data_prepare(data, V, fraction, (uint64_t)atoll(setting(j, "seed", "0")), held_out)) return data;
+    int ok = data != NULL;
+    for (size_t i = 0; ok && i < paths->n; i++) ok = slam_data_add(data, paths->at[i], 1);
+    if (ok && data->V && data->V != V)
+        ok = slam_set_error("%s: the vocabulary is %d, the model's %d", paths->at[0], data->V, V);
+    if (ok && p->run.units && data->fingerprint && p->run.units != data->fingerprint)
+        ok = slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", paths->at[0],
+                            (unsigned)data->fingerprint, (unsigned)p->run.units);
+    if (ok && slam_data_prepare(data, V, fraction, (uint64_t)atoll(setting(p, "seed", "0")), held_out)) return data;
     slam_data_free(data);
     return NULL;
 }
 
-/* N-grams are counted by the first rank. */
-static int open_all(job *j, int context, int named) {
-    const double fraction = named ? 0 : atof(setting(j, "val-fraction", "0"));
-    if (fraction > 0) return (j->train_data = open_data(j, &j->test, context, fraction, &j->test_data)) != NULL;
-    if (!(j->test_data = open_data(j, &j->test, context, 0, NULL))) return 0;
-    return !j->train.n || !slam_ranks_root(j->ranks) || (j->train_data = open_data(j, &j->train, context, 0, NULL)) != NULL;
+static void add_all(slam_strings *to, const slam_strings *from) {
+    for (size_t i = 0; i < from->n; i++) slam_strings_add(to, from->at[i]);
 }
 
-static int write_json(const char *path, double nll, uint64_t n, const double *ngrams) {
-    static const char *const names[] = {"unigram", "bigram", "trigram", "fourgram", "fivegram"};
-    FILE *f = fopen(path, "w");
-    if (!f) return slam_refuse("%s: cannot be written", path);
-    fprintf(f, "{\"task\": \"ppl\", \"n\": %llu, \"nll\": %.17g, \"perplexity\": %.17g", (unsigned long long)n, nll, exp(nll));
-    for (int k = 0; ngrams && k < 5; k++) fprintf(f, ", \"%s\": %.17g", names[k], ngrams[k]);
-    fprintf(f, "}\n");
-    const int failed = ferror(f);
-    return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", path);
+/* Without DATA: the run's validation data, or its training data if it was validated on none; n-grams are counted on its training data.
+   A model from elsewhere, or from dpo, is measured on the bundled data, as a run of train that names no data. Returns what the run
+   held out of its training data: then that is what is measured. */
+static double name_data(program *p, const char *argv0) {
+    const int of_train = !strcmp(setting(p, "program", ""), "train");
+    const double fraction = of_train ? atof(setting(p, "val-fraction", "0")) : 0;
+    slam_strings train = {NULL, 0, 0};
+    if (of_train) add_run_data(p, "data", &train);
+    if (of_train) add_run_data(p, "val", &p->data);
+    if (!train.n && !p->data.n && fraction <= 0) add_bundled(argv0, "test/corpus/val.bin", &p->data);
+    if (!train.n) add_bundled(argv0, "test/corpus/train.bin", &train);
+    if (!p->data.n)
+        p->note = fraction > 0 ? " (what the run held out)" : " (its training data: the run held nothing out)";
+    if (!p->data.n) add_all(&p->data, &train);
+    if (!p->counted.n) add_all(&p->counted, &train);
+    slam_strings_free(&train);
+    return fraction;
 }
 
-/* Tokens of a row, where --context does not say it: the run's own, as far as the model has positions for them. */
-static int context_of(const job *j) {
-    const int T = slam_model_config(j->model)->T, context = atoi(setting(j, "context", "1024"));
-    return j->o.context ? j->o.context : context < T ? context : T;
-}
-
-/* Whether a file that is made last can be made at all. */
-static int may_write(const char *path) { return !path || slam_prompts_may_write(path); }
-
-/* ---- audio ---- */
-
-static int open_quantiser(job *j) {
-    slam_speech_settings settings;
-    if (!j->o.units.kmeans)
-        return slam_refuse("%s: is audio: --kmeans KM.npy makes units of it", j->test.n ? j->test.at[0] : "the set");
-    if (!slam_unit_settings(&j->flags, &j->o.units, 0, &settings)) return 0;
-    if (!(j->quantiser = slam_quantiser_open(j->o.units.kmeans, &settings, j->ops))) return 0;
-    const uint32_t made = slam_quantiser_fingerprint(j->quantiser);
-    if (j->run.units && j->run.units != made)
-        return slam_refuse("%s: units of quantiser %08x, the model was trained on those of %08x", j->o.units.kmeans, (unsigned)made,
-                           (unsigned)j->run.units);
-    if (slam_quantiser_count(j->quantiser) > slam_model_config(j->model)->V - 2)
-        return slam_refuse("%s: %d units, the model has a vocabulary of %d, which is room for %d", j->o.units.kmeans,
-                           slam_quantiser_count(j->quantiser), slam_model_config(j->model)->V, slam_model_config(j->model)->V - 2);
-    return 1;
-}
-
-static int listen(void *context, const slam_speech_progress *p) {
-    job *j = (job *)context;
-    if (p->failed) {
-        slam_progress_clear(&j->progress);
-        if (slam_ranks_root(j->ranks)) fprintf(stderr, "eval: left out: %s\n", p->because ? p->because : p->failed);
-        j->failed++;
-        return 1;
-    }
-    slam_progress_show(&j->progress, (double)p->done, (double)p->of, "listening");
-    return !slam_signals_stop();
-}
-
-/* ---- test sets ---- */
-
-static slam_testset *open_set(job *j, const char *argv0) {
-    static const int kinds[] = {0, SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON};
-    options *o = &j->o;
-    char folder[64];
-    snprintf(folder, sizeof folder, "test/corpus/%s", tasks[j->task]);
-    if (!j->test.n && !o->unit_file && j->task == SALMON) {
-        slam_refuse("salmon: expected the folder of SALMon's parts");
-        return NULL;
-    }
-    if (!j->test.n && !o->unit_file && !(slam_bundled_units(argv0, j->run.units) && bundled(argv0, folder, &j->test))) return NULL;
-    char *units = o->unit_file;
-    slam_testset *set =
-        slam_testset_open(kinds[j->task], j->test.n ? j->test.at[0] : NULL, o->split, o->units.kmeans != NULL, &units);
-    if (set && units != o->unit_file) slam_flags_set(&j->flags, "units", units);
-    if (units != o->unit_file) free(units);
-    return set;
-}
-
-/* The sequences: of the file of units, or of audio, of which every file must be heard. */
-static int hear_set(job *j, const slam_testset *set, slam_units *units) {
-    slam_list paths;
-    if (j->o.unit_file) return slam_testset_units(set, j->o.unit_file, slam_model_config(j->model)->V - 2, units);
-    memset(&paths, 0, sizeof paths);
-    slam_sources *sources = open_quantiser(j) && slam_testset_audio(set, &paths) ? slam_sources_audio(&paths, 0) : NULL;
-    if (sources) slam_sources_ranks(sources, j->ranks);
-    int ok = sources && slam_quantiser_sources(j->quantiser, sources, units, listen, j);
-    slam_progress_clear(&j->progress);
-    if (ok && j->failed) ok = slam_refuse("%zu of the set's files cannot be heard: no figure can be given", j->failed);
-    slam_sources_free(sources);
-    slam_list_free(&paths);
-    return ok;
-}
-
-static int weigh(void *context, uint64_t done, uint64_t of) {
-    slam_progress *bar = (slam_progress *)context;
-    const double seconds = slam_clock() - bar->began;
-    char what[64], rate[32];
-    snprintf(what, sizeof what, "%s tokens/s", slam_spell_count(rate, (double)done / (seconds > 1e-3 ? seconds : 1e-3)));
-    slam_progress_show(bar, (double)done, (double)of, what);
-    return !slam_signals_stop();
-}
-
-static void print_accuracies(const slam_accuracy *a, size_t n) {
-    printf("\n%-28s %7s %9s   95%% interval\n", "", "pairs", "accuracy");
-    for (size_t i = 0; i < n; i++) {
-        if (i && strcmp(a[i].group, a[i - 1].group)) printf("by %s\n", a[i].group);
-        printf("%-28.60s %7zu", i ? a[i].name : "all", a[i].n);
-        if (a[i].n) printf(" %8.2f%%", 100 * a[i].mean);
-        if (a[i].n > 1) printf("   +- %.2f", 196 * a[i].deviation / sqrt((double)a[i].n));
-        printf("\n");
-    }
-}
-
-static int score_set(job *j, slam_testset *set) {
-    const options *o = &j->o;
-    const size_t items = slam_testset_items(set)->n;
-    const int context = context_of(j);
-    slam_units *units = (slam_units *)calloc(items ? items : 1, sizeof *units);
-    double *scores = (double *)calloc(items ? items : 1, sizeof *scores);
-    slam_scored report;
-    size_t n;
-    int ok = units && scores ? hear_set(j, set, units) : slam_refuse("out of memory");
-    slam_progress_begin(&j->progress);
-    ok = ok && slam_score_units(j->model, units, items, o->batch, context, o->sum, scores, &report, weigh, &j->progress);
-    slam_progress_clear(&j->progress);
-    const slam_accuracy *a = ok ? slam_testset_accuracies(set, scores, &n) : NULL;
-    if (a) {
-        print_accuracies(a, n);
-        printf("by the %s of log-probabilities over %llu tokens of %zu sequences", o->sum ? "sum" : "mean",
-               (unsigned long long)report.tokens, items);
-        if (report.different < items) printf(", %zu of them different", report.different);
-        if (report.slid) printf("; %zu are longer than a row of %d, which slides over them", report.slid, context);
-        if (report.silent) printf("; %zu have no unit", report.silent);
-        printf("\n");
-        ok = (!o->json || slam_testset_write(set, tasks[j->task], o->sum, scores, o->json)) &&
-             (!o->submission || slam_testset_submission(set, scores, o->submission));
-    }
-    for (size_t i = 0; units && i < items; i++) slam_units_free(&units[i]);
-    free(units);
-    free(scores);
-    return a && ok;
-}
-
-static int test_set(job *j, const char *argv0) {
-    slam_testset *set = open_set(j, argv0);
-    if (!set) return 0;
-    printf("set      %s, %zu sequences\n", j->test.n ? j->test.at[0] : j->o.unit_file, slam_testset_items(set)->n);
-    if (j->o.unit_file) printf("units    %s\n", j->o.unit_file);
+static int open_perplexity(program *p, const char *argv0) {
+    const int context = context_of(p);
+    const double fraction = p->data.n ? 0 : name_data(p, argv0);
+    slam_data **held_out = fraction > 0 ? &p->test_data : NULL;
+    for (size_t i = 0; i < p->data.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", p->data.at[i], p->note);
+    for (size_t i = 0; i < p->counted.n; i++) printf("%s%s\n", i ? "         " : "n-grams  of ", p->counted.at[i]);
     fflush(stdout);
-    const int ok = may_write(j->o.json) && may_write(j->o.submission) && score_set(j, set);
-    slam_testset_free(set);
-    return ok;
+    slam_data *data = open_data(p, &p->data, context, fraction, held_out);
+    if (!data) return 0;
+    if (!held_out) p->test_data = data;
+    if (held_out && !p->train) p->train_data = data;
+    else if (p->counted.n && is_root(p)) p->train_data = open_data(p, &p->counted, context, 0, NULL);
+    if (held_out && p->train) slam_data_free(data);
+    return !p->counted.n || !is_root(p) || p->train_data != NULL;
 }
 
-/* ---- generate ---- */
+static int open_tokenizer(program *p) {
+    slam_unit_config config;
+    const char *kmeans = p->unit_flags.kmeans;
+    if (!kmeans)
+        return slam_set_error("%s: is audio, expected --kmeans KM.npy as well", p->data.n ? p->data.at[0] : "the set");
+    if (!slam_unit_flags_config(&p->flags, &p->unit_flags, 0, &config)) return 0;
+    if (!(p->tokenizer = slam_tokenizer_load(kmeans, &config, p->ops))) return 0;
+    const uint32_t made = p->tokenizer->fingerprint;
+    if (p->run.units && p->run.units != made)
+        return slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", kmeans,
+                              (unsigned)made, (unsigned)p->run.units);
+    return p->tokenizer->K <= n_units(p) || slam_set_error("%s: %d units, the model has %d (its vocabulary is %d)",
+                                                           kmeans, p->tokenizer->K, n_units(p), p->model->config.V);
+}
 
-typedef struct generation {
-    job *job;
-    slam_prompts prompts;
-    uint64_t tokens;
-    int stopped;
-} generation;
+/* Units of audio files (paths->n), NULL on failure. Counts the files that are skipped. */
+static slam_units *tokenize(program *p, const slam_strings *paths) {
+    slam_units *units = (slam_units *)calloc(paths->n + 1, sizeof *units);
+    slam_bar_begin(&p->bar);
+    const int ok = slam_audio_units(p->tokenizer, p->comm, paths, units, show_progress, p);
+    slam_bar_clear(&p->bar);
+    for (size_t i = 0; ok && i < paths->n; i++) p->skipped += units[i].samples == 0;
+    if (ok) return units;
+    free(units);
+    return NULL;
+}
+
+static int open_set(program *p, const char *argv0) {
+    static const int kinds[] = {0, SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON};
+    char folder[64];
+    snprintf(folder, sizeof folder, "test/corpus/%s", task_names[p->task]);
+    if (!p->data.n && !p->units) {
+        if (p->task == SALMON) return slam_set_error("salmon: expected the folder of SALMon's parts");
+        if (!slam_bundled_units(argv0, p->run.units)) return 0;
+        add_bundled(argv0, folder, &p->data);
+    }
+    const char *path = p->data.n ? p->data.at[0] : NULL;
+    p->set = slam_testset_open(kinds[p->task], path, p->split, p->unit_flags.kmeans != NULL, p->units);
+    if (!p->set) return 0;
+    printf("set      %s, %zu sequences\n", path ? path : p->units, p->set->items.n);
+    if (p->set->units) printf("units    %s\n", p->set->units);
+    fflush(stdout);
+    if (p->set->units) {
+        p->set_units = (slam_units *)calloc(p->set->items.n, sizeof *p->set_units);
+        return slam_testset_read_units(p->set, n_units(p), p->set_units);
+    }
+    slam_strings paths = {NULL, 0, 0};
+    if (open_tokenizer(p) && slam_testset_audio(p->set, &paths)) p->set_units = tokenize(p, &paths);
+    slam_strings_free(&paths);
+    return p->set_units && (!p->skipped || slam_set_error("%zu of the set's files cannot be decoded", p->skipped));
+}
 
 static int ends_in(const char *path, const char *end) {
     const size_t n = strlen(path), m = strlen(end);
     return n > m && !strcmp(path + n - m, end);
 }
 
-static int hear_prompts(generation *g, const slam_list *arguments, const slam_prompt_length *length) {
-    job *j = g->job;
-    slam_list files;
-    memset(&files, 0, sizeof files);
-    int ok = open_quantiser(j) && slam_audio_list(&files, (const char *const *)arguments->at, arguments->n) &&
-             slam_prompts_audio(&g->prompts, j->quantiser, j->ranks, &files, length, listen, j);
-    slam_progress_clear(&j->progress);
-    slam_list_free(&files);
+/* Prompts of recordings, tokenized whole, so that their units are those of the recording. */
+static int add_audio_prompts(program *p, const slam_strings *arguments) {
+    slam_inputs in;
+    slam_units *units = NULL;
+    memset(&in, 0, sizeof in);
+    if (open_tokenizer(p) && slam_inputs_audio(&in, (const char *const *)arguments->at, arguments->n))
+        units = tokenize(p, &in.paths);
+    if (units) p->prompts.rate = p->tokenizer->features->config.rate;
+    for (size_t i = 0; units && i < in.paths.n; i++) {
+        const slam_units *u = &units[i];
+        if (u->samples) slam_prompts_add(&p->prompts, in.paths.at[i], u->unit, u->duration, u->n);
+        slam_units_free(&units[i]);
+    }
+    const int ok = units != NULL;
+    slam_inputs_free(&in);
+    free(units);
     return ok;
 }
 
-/* PROMPTS, or the beginnings of the bundled corpus's validation part. */
-static int find_prompts(generation *g, const char *argv0) {
-    job *j = g->job;
-    const slam_prompt_length length = {(size_t)j->o.prompt_units, j->o.prompt_units ? 0 : j->o.prompt_seconds, j->o.rate};
-    slam_list audio;
-    size_t guessed, all_guessed = 0, lists = 0;
-    memset(&audio, 0, sizeof audio);
-    int ok = j->test.n || bundled(argv0, "test/corpus/val.bin", &j->test);
-    for (size_t i = 0; ok && i < j->test.n; i++) {
-        const char *path = j->test.at[i];
-        slam_list one = {&j->test.at[i], 1, 1};
-        if (ends_in(path, ".jsonl")) {
-            ok = slam_prompts_units(&g->prompts, path, &length, &guessed);
-            all_guessed += ok ? guessed : 0;
-        } else if (ends_in(path, ".bin")) {
-            slam_data *data = open_data(j, &one, slam_model_config(j->model)->T, 0, NULL);
-            ok = data && slam_prompts_data(&g->prompts, data, &length);
-            lists += length.seconds > 0;
-            slam_data_free(data);
-        } else ok = slam_list_add(&audio, path);
-    }
-    ok = ok && (!audio.n || hear_prompts(g, &audio, &length));
-    slam_list_free(&audio);
-    if (ok && !g->prompts.n) return slam_refuse("%s: there is no prompt in it", j->test.at[0]);
-    if (ok && (lists || all_guessed)) j->note = " (no durations: 18 units a second; --prompt-units N takes N)";
-    return ok;
-}
-
-static int watch(void *context, size_t done, uint64_t tokens) {
-    generation *g = (generation *)context;
-    const double seconds = slam_clock() - g->job->progress.began, of = (double)g->prompts.n, most = of * g->job->o.max_new;
-    const double share = (double)tokens / most > (double)done / of ? (double)tokens / most : (double)done / of;
-    char what[96], rate[32];
-    snprintf(what, sizeof what, "%zu/%zu prompts  %s tokens/s", done, g->prompts.n,
-             slam_spell_count(rate, (double)tokens / (seconds > 1e-3 ? seconds : 1e-3)));
-    slam_progress_show(&g->job->progress, share, 1, what);
-    g->tokens = tokens;
-    g->stopped = slam_signals_stop();
-    return !g->stopped;
-}
-
-/* The figures, and the file; a part of the continuations is kept as FILE.partial. */
-static int tell_generation(generation *g, double seconds) {
-    const options *o = &g->job->o;
-    size_t done = 0, ended = 0, cut = 0;
-    char rate[32], tokens[32], time[32], *partial = NULL;
-    for (size_t i = 0; i < g->prompts.n; i++) {
-        const slam_prompt *p = &g->prompts.at[i];
-        done += p->continuation != NULL;
-        ended += p->continuation && p->ended;
-        cut += p->cut > 0;
-    }
-    const double share = slam_prompts_auto_bleu(&g->prompts, 2);
-    if (share < 0) return 0;
-    if (cut) printf("%zu prompts were longer than the context of %d leaves room for, and lost their beginnings\n", cut, o->context);
-    printf("%zu continuations, of which %zu ended by themselves: %s tokens in %s, %s tokens/s\nauto-BLEU-2 of units  %.4f\n", done,
-           ended, slam_spell_count(tokens, (double)g->tokens), slam_spell_time(time, seconds),
-           slam_spell_count(rate, (double)g->tokens / seconds), share);
+/* PROMPTS, or the beginnings of the bundled validation data. */
+static int open_prompts(program *p, const char *argv0) {
+    slam_strings audio = {NULL, 0, 0};
     int ok = 1;
-    if (o->out && g->stopped) {
-        const size_t n = strlen(o->out) + 9;
-        ok = (partial = (char *)malloc(n)) != NULL;
-        if (ok) snprintf(partial, n, "%s.partial", o->out);
+    p->prompts.max_units = (size_t)p->prompt_units;
+    p->prompts.max_seconds = p->prompt_seconds;
+    p->prompts.rate = p->rate;
+    if (!p->data.n) add_bundled(argv0, "test/corpus/val.bin", &p->data);
+    for (size_t i = 0; ok && i < p->data.n; i++) {
+        char *path = p->data.at[i];
+        const slam_strings one = {&path, 1, 1};
+        if (ends_in(path, ".jsonl")) ok = slam_prompts_add_lines(&p->prompts, path);
+        else if (ends_in(path, ".bin")) {
+            slam_data *data = open_data(p, &one, p->model->config.T, 0, NULL);
+            if ((ok = data != NULL) != 0) slam_prompts_add_data(&p->prompts, data);
+            slam_data_free(data);
+        } else slam_strings_add(&audio, path);
     }
-    const char *path = partial ? partial : o->out;
-    ok = ok && (!path || slam_prompts_write(&g->prompts, path));
-    if (ok && path) printf("written to %s\n", path);
-    if (ok && g->stopped) printf("stopped after %zu of %zu prompts; the same command begins anew\n", done, g->prompts.n);
-    free(partial);
-    return ok;
-}
-
-static int write_generation_json(const generation *g) {
-    FILE *f = fopen(g->job->o.json, "w");
-    if (!f) return slam_refuse("%s: cannot be written", g->job->o.json);
-    fprintf(f, "{\"task\": \"generate\", \"n\": %zu, \"tokens\": %llu, \"auto_bleu_2\": %.17g}\n", g->prompts.n,
-            (unsigned long long)g->tokens, slam_prompts_auto_bleu(&g->prompts, 2));
-    const int failed = ferror(f);
-    return fclose(f) == 0 && !failed ? 1 : slam_refuse("%s: cannot be written", g->job->o.json);
-}
-
-static int score_transcripts(const char *path) {
-    size_t n;
-    const double share = slam_texts_auto_bleu(path, 2, &n);
-    if (share >= 0) printf("auto-BLEU-2 of texts  %.4f over %zu lines of %s\n", share, n, path);
-    return share >= 0;
-}
-
-static int generate(job *j, const char *argv0) {
-    options *o = &j->o;
-    generation g;
-    memset(&g, 0, sizeof g);
-    g.job = j;
-    o->context = context_of(j);
-    if (!slam_flags_given(&j->flags, "max-new") && o->max_new > o->context / 2) o->max_new = o->context / 2;
-    const slam_generation how = {{o->greedy ? 0 : o->temperature, o->top_k, o->top_p, o->repetition_penalty},
-                                 o->max_new,
-                                 o->context,
-                                 o->batch,
-                                 (uint64_t)o->seed};
-    int ok = may_write(o->out) && may_write(o->json) && find_prompts(&g, argv0);
-    if (ok) {
-        printf("prompts  %zu%s\n", g.prompts.n, j->note ? j->note : "");
-        for (size_t i = 0; i < j->test.n; i++) printf("         %s\n", j->test.at[i]);
-        fflush(stdout);
-        slam_progress_begin(&j->progress);
-        ok = slam_generate(j->model, &how, &g.prompts, watch, &g);
-        const double seconds = slam_clock() - j->progress.began;
-        slam_progress_clear(&j->progress);
-        g.stopped = ok && slam_ranks_max(j->ranks, g.stopped);
-        ok = ok && tell_generation(&g, seconds) && (!o->json || g.stopped || write_generation_json(&g));
-    }
-    slam_prompts_free(&g.prompts);
-    return ok;
-}
-
-/* ---- perplexity ---- */
-
-static int perplexity(job *j, const char *argv0) {
-    static const char *const names[] = {"unigram", "bigram", "trigram", "4-gram", "5-gram"};
-    const options *o = &j->o;
-    const int context = o->context ? o->context : atoi(setting(j, "context", "1024")), named = j->test.n > 0;
-    double nll, ngrams[5];
-    uint64_t targets, same;
-    int counts;
-    if (!name_data(j, argv0) || !open_all(j, context, named)) return 0;
-    for (size_t i = 0; i < j->test.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", j->test.at[i], j->note ? j->note : "");
-    for (size_t i = 0; i < j->train.n; i++) printf("%s%s\n", i ? "         " : "n-grams  counted on ", j->train.at[i]);
+    ok = ok && (!audio.n || add_audio_prompts(p, &audio));
+    slam_strings_free(&audio);
+    if (!ok) return 0;
+    if (!p->prompts.n) return slam_set_error("%s: has no prompt", p->data.at[0]);
+    printf("prompts  %zu%s\n", p->prompts.n,
+           p->prompts.guessed ? " (no durations: 18 units count as a second; --prompt-units N takes N)" : "");
+    for (size_t i = 0; i < p->data.n; i++) printf("         %s\n", p->data.at[i]);
     fflush(stdout);
-    if (!slam_model_plan(j->model, o->batch, context, SLAM_INFERENCE) ||
-        !slam_score_data(j->model, j->test_data, -1, o->batch, &nll, &targets))
-        return 0;
-    if (!targets) return slam_refuse("%s: no token to predict", j->test.at[0]);
-    if (!isfinite(nll)) return slam_refuse("%s: the model's loss on %s is not finite", j->folder, j->test.at[0]);
-    printf("\n                nats a token   perplexity\nmodel           %12.4f %12.2f\n", nll, exp(nll));
-    counts = j->train_data && slam_ranks_root(j->ranks);
-    if (counts && !slam_ngrams(j->train_data, j->test_data, slam_model_config(j->model)->V, ngrams, &same)) return 0;
-    if (counts && same != targets)
-        return slam_refuse("%s: n-grams predict %llu tokens, the model %llu: they cannot be compared", j->test.at[0],
-                           (unsigned long long)same, (unsigned long long)targets);
-    for (int k = 0; counts && k < 5; k++) printf("%-15s %12.4f %12.2f\n", names[k], ngrams[k], exp(ngrams[k]));
-    printf("over %llu tokens in rows of %d%s\n", (unsigned long long)targets, context,
-           counts ? "; n-grams are interpolated (Witten-Bell)" : "");
-    return !o->json || write_json(o->json, nll, targets, counts ? ngrams : NULL);
+    return 1;
 }
 
-static int evaluate(job *j, const char *argv0, const char *path) {
-    const options *o = &j->o;
-    char note[256], spelled[32];
-    if (j->task == GENERATE && o->transcripts) return score_transcripts(o->transcripts);
-    if (!(j->folder = slam_run_model(path)) || !(j->ops = slam_device(j->ranks, o->device, o->dtype, o->threads, note))) return 0;
-    if (!slam_ranks_agree(j->ranks, (j->model = slam_model_load(j->ops, j->folder)) != NULL)) return 0;
-    slam_trainer_read(&j->run, j->folder); /* a model that others made has none */
-    const int ranks = slam_ranks_count(j->ranks);
-    printf("device   %s%s%s%s", j->ops->name, *note ? " (" : "", note, *note ? ")" : "");
-    if (ranks > 1) printf(" on each of %d ranks", ranks);
-    printf("\nmodel    %s: %s parameters\n", j->folder,
-           slam_spell_count(spelled, (double)slam_config_parameters(slam_model_config(j->model))));
-    if (j->task != PPL) slam_signals_catch(j->ranks); /* ppl ends where it stands */
-    slam_progress_begin(&j->progress);
-    return j->task == PPL ? perplexity(j, argv0) : j->task == GENERATE ? generate(j, argv0) : test_set(j, argv0);
+static int evaluate(program *p, const char *argv0) {
+    char **files[] = {&p->json, &p->submission, &p->out};
+    int ok = 1;
+    if (p->task == GENERATE && p->transcripts) return score_transcripts(p->transcripts);
+    for (int i = 0; i < 3; i++) {
+        if (!is_root(p)) free(*files[i]), *files[i] = NULL; /* rank 0 writes them */
+        ok = ok && (!*files[i] || slam_output_check(*files[i]));
+    }
+    if (!slam_all_ok(p->comm, ok) || !open_model(p)) return 0;
+    if (p->task != PPL) slam_signals_catch(p->comm); /* ppl ends at once */
+    if (p->task == PPL) ok = open_perplexity(p, argv0);
+    else ok = p->task == GENERATE ? open_prompts(p, argv0) : open_set(p, argv0);
+    if (!slam_all_ok(p->comm, ok)) return 0;
+    return p->task == PPL ? perplexity(p) : p->task == GENERATE ? generate(p) : score_pairs(p);
 }
 
 int main(int argc, char **argv) {
-    job j;
-    const char *model = NULL;
-    memset(&j, 0, sizeof j);
-    if (!(j.ranks = slam_program_begin("eval"))) return 1;
-    j.flags.program = "eval";
-    j.flags.usage = "[MODEL] ppl [DATA...] [options]\n       eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n       "
-                    "eval [MODEL] generate [PROMPTS...] [options]";
-    j.flags.about =
-        "Scores a model: a folder with config.json and model.safetensors, or a run, of which the newest checkpoint is taken; "
-        "without one the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on "
-        "what the run was validated on, beside n-gram models counted on what it was trained on. swuggy, "
-        "sblimp, storycloze, salmon: how often the right one of a pair is the likelier; PATH is a folder of ZeroSpeech 2021 (gold.csv), of "
-        "SlamKit's pairs of files, or of SALMon's parts, as audio or with units; without PATH a bundled set. generate: continues PROMPTS, "
-        "which are audio, unit files or token shards; without PROMPTS the bundled validation part.";
-    j.flags.at = j.table;
-    j.flags.n = flag_table(j.table, &j.o);
-    const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    int status =
-        parsed == 0 || (parsed == 1 && (!read_arguments(&j, &model) || !slam_flags_defaults(&j.flags, j.task == GENERATE) ||
-                                        !slam_device_check(j.o.device)))
-            ? 2
-            : 0;
-    if (!slam_ranks_root(j.ranks)) drop_files(&j.o);
-    if (status == 0) {
-        int ok = parsed == 2 || evaluate(&j, argv[0], model);
-        if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = slam_refuse("stdout: cannot be written");
-        status = !slam_ranks_agree(j.ranks, ok) ? 1 : j.failed ? 3 : 0;
+    static program p;
+    p.note = "";
+    if (!(p.comm = slam_program_begin("eval"))) return 1;
+    set_flags(&p);
+    const int parsed = slam_flags_parse(&p.flags, argc, argv);
+    int status = parsed ? 0 : 2;
+    if (parsed == 1) status = read_arguments(&p) && slam_flags_defaults(&p.flags, p.task == GENERATE) ? 0 : 2;
+    if (parsed == 1 && status == 0) {
+        int ok = evaluate(&p, argv[0]);
+        if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = slam_set_error("stdout: cannot be written");
+        status = !slam_all_ok(p.comm, ok) ? 1 : p.skipped ? 3 : 0;
     }
-    slam_program_end(&j.flags, j.ranks, status);
-    slam_data_free(j.test_data);
-    slam_data_free(j.train_data);
-    slam_quantiser_free(j.quantiser);
-    slam_model_free(j.model);
-    slam_ops_free(j.ops);
-    slam_list_free(&j.test);
-    slam_list_free(&j.train);
-    slam_trainer_free(&j.run);
-    slam_flags_free(&j.flags);
-    free(j.folder);
+    slam_program_end(&p.flags, p.comm, status);
+    for (size_t i = 0; p.set_units && i < p.set->items.n; i++) slam_units_free(&p.set_units[i]);
+    free(p.set_units);
+    slam_testset_free(p.set);
+    slam_prompts_free(&p.prompts);
+    slam_data_free(p.test_data);
+    slam_data_free(p.train_data);
+    slam_tokenizer_free(p.tokenizer);
+    slam_model_free(p.model);
+    slam_ops_free(p.ops);
+    slam_trainer_free(&p.run);
+    slam_strings_free(&p.data);
+    slam_strings_free(&p.counted);
+    slam_flags_free(&p.flags);
+    free(p.folder);
     return status;
 }

@@ -1,96 +1,304 @@
-/* tokenize - speech into units, and the centroids that decide them. */
+/* tokenize.c - speech to units, and the k-means centroids that define them.
+
+   run() is the program: inputs, unit tokenizer, and tokenize(), the loop from files to units. */
 #include "slam.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct options {
-    slam_unit_flags units;
+typedef struct program {
+    slam_unit_flags unit_flags;
     char *out, *pairs, *text, *part, *device, *dtype;
-    slam_list tts;
+    slam_strings tts;
     int fit, audio_repr, threads;
     long fit_frames, shard_tokens, seed;
     double max_seconds, max_repetition;
-} options;
-
-typedef struct job {
-    options o;
     slam_flag table[32];
     slam_flags flags;
-    slam_ranks *ranks;
-    slam_ops *ops; // of HuBERT
-    slam_sources *sources;
-    const char *what; // they are: "file" or "line"
-    int units;        // they are units already: there is nothing to compute
-    slam_progress progress;
-    int left_out, stopped; // files that a fit left out; by a signal
-} job;
+    slam_comm *comm;
+    slam_ops *ops; /* of HuBERT */
+    slam_inputs inputs;
+    slam_tokenizer *tokenizer; /* NULL: the inputs are units already */
+    int parts;                 /* outputs that together hold what one process would write */
+    char out_path[4096];       /* OUT, or this part's */
+    slam_bar bar;
+    size_t skipped;
+} program;
 
-static int flag_table(options *o, slam_flag *f) {
+static const char *plural(uint64_t n) { return n == 1 ? "" : "s"; }
+static const char *input_word(const program *p) { return p->inputs.kind == SLAM_INPUT_AUDIO ? "file" : "line"; }
+
+static void report_skipped(program *p, const char *reason) {
+    slam_bar_clear(&p->bar);
+    fprintf(stderr, "tokenize: skipped: %s\n", reason);
+    p->skipped++;
+}
+
+/* ---- from files to units ---- */
+
+static void show_progress(program *p, double done, double total, double audio_seconds) {
+    const double seconds = slam_clock() - p->bar.began, hours = audio_seconds / 3600;
+    char text[96];
+    int n = snprintf(text, sizeof text, "%.0f/%.0f %ss", done, total, input_word(p));
+    if (audio_seconds > 0)
+        snprintf(text + n, sizeof text - (size_t)n, "  %.2f h  %.0f h/h", hours, hours * 3600 / seconds);
+    slam_bar_show(&p->bar, done, total, text);
+}
+
+static void print_end(const program *p, const slam_writer *w) {
+    const uint64_t done = w->inputs - w->failed;
+    const double seconds = slam_clock() - p->bar.began, audio = (double)w->samples / 16000;
+    const int stem = (int)strlen(p->out) - (w->binary ? 4 : 6);
+    printf("units    %llu %s%s", (unsigned long long)done, input_word(p), plural(done));
+    if (w->earlier) printf(" (%llu of them before)", (unsigned long long)w->earlier);
+    if (w->documents != done - w->repetitive) printf(", %llu documents", (unsigned long long)w->documents);
+    if (audio > 0)
+        printf(audio < 3600 ? ", %.0f s of audio" : ", %.2f h of audio", audio < 3600 ? audio : audio / 3600);
+    printf(", in %.1f s\n         %llu tokens", seconds, (unsigned long long)w->tokens);
+    if (audio > 0) printf(", %.1f units per second of audio", (double)w->units / audio);
+    printf(", %.2f frames per unit\n", w->units ? (double)w->frames / (double)w->units : 0);
+    if (w->repetitive)
+        printf("         %llu pair%s skipped: repetitive text\n", (unsigned long long)w->repetitive,
+               plural(w->repetitive));
+    if (p->parts > 1) printf("wrote    %s, one of %d parts\n", p->out_path, p->parts);
+    else if (w->shards)
+        printf("wrote    %.*s-*.bin and %s, %llu shards\n", stem, p->out, p->out, (unsigned long long)w->shards + 1);
+    else printf("wrote    %s\n", p->out);
+    if (w->failed)
+        printf("skipped  %llu %s%s, listed in %s.failed\n", (unsigned long long)w->failed, input_word(p),
+               plural(w->failed), p->out_path);
+    if (w->pairs) return;
+    if (w->shards || p->parts > 1) printf("next     ./train '%.*s*%s'\n", stem, p->out, p->out + stem);
+    else printf("next     ./train %s\n", p->out);
+}
+
+/* The loop from files to units. Returns the exit status; -1: failed. */
+static int tokenize(program *p) {
+    const slam_inputs *in = &p->inputs;
+    const size_t total = in->end - in->first;
+    const slam_item *item;
+    const char *skipped;
+    slam_writer w;
+    if (!total) { /* more parts than inputs */
+        printf("units    none: part of %d with nothing to do\n", p->parts);
+        return 0;
+    }
+    if (!slam_writer_open(&w, p->out_path, in, p->tokenizer, p->audio_repr, (uint64_t)p->shard_tokens)) return -1;
+    slam_reader *reader = slam_reader_open(in, p->tokenizer, in->first + w.inputs);
+    slam_bar_begin(&p->bar);
+    const uint64_t before = w.samples;
+    int ok = 1;
+    while (ok && !slam_stop_requested() && slam_reader_decode(reader)) { /* audio files, in parallel */
+        ok = slam_reader_encode(reader);                                 /* audio -> features -> units */
+        while (ok && (item = slam_reader_take(reader, &skipped))) {      /* in the order of the inputs */
+            ok = slam_writer_add(&w, item);
+            if (skipped) report_skipped(p, skipped);
+        }
+        ok = ok && slam_writer_commit(&w, 1); /* at most once a second: from here a killed command resumes */
+        show_progress(p, (double)w.inputs, (double)total, (double)(w.samples - before) / 16000);
+    }
+    slam_bar_clear(&p->bar);
+    slam_reader_close(reader);
+    if (!slam_writer_close(&w, ok)) return -1;
+    if (w.inputs == total) print_end(p, &w);
+    else
+        printf("stopped  after %llu of %zu %ss; the same command resumes\n", (unsigned long long)w.inputs, total,
+               input_word(p));
+    return w.inputs == total && w.failed ? 3 : 0;
+}
+
+/* ---- the unit tokenizer ---- */
+
+/* HuBERT runs on a device; MFCC do not need one. */
+static int open_device(program *p, const slam_unit_config *c) {
+    if (c->features != SLAM_HUBERT) return 1;
+    if (!(p->ops = slam_device(p->comm, p->device, p->dtype, p->threads))) return 0;
+    printf("model    %s, layer %d\n", c->hubert, c->layer);
+    fflush(stdout);
+    return 1;
+}
+
+static int show_fit(void *context, const slam_progress *progress) {
+    program *p = (program *)context;
+    char text[64];
+    snprintf(text, sizeof text, "finding centroids  pass %.0f", progress->done);
+    if (progress->skipped) report_skipped(p, progress->reason);
+    if (!strcmp(progress->stage, "fit")) slam_bar_show(&p->bar, progress->done, progress->total, text);
+    else show_progress(p, progress->done, progress->total, progress->audio_seconds);
+    return !slam_stop_requested();
+}
+
+static slam_tokenizer *fit_tokenizer(program *p, const slam_unit_config *config) {
+    const char *path = p->unit_flags.kmeans;
+    const size_t frames = (size_t)p->fit_frames;
+    const uint64_t seed = (uint64_t)p->seed;
+    slam_kmeans_report report;
+    const int may = slam_tokenizer_may_fit(path, config, &p->inputs, p->fit, frames, seed);
+    if (!may || (p->out && !slam_writer_check(p->out_path))) return NULL;
+    if (may == 2) {
+        printf("fit      %s was made by this command before\n", path);
+        return slam_tokenizer_load(path, config, p->ops);
+    }
+    slam_bar_begin(&p->bar);
+    const double start = slam_clock();
+    slam_tokenizer *t = slam_tokenizer_fit(config, p->ops, &p->inputs, p->fit, frames, seed, show_fit, p, &report);
+    slam_bar_clear(&p->bar);
+    if (!t || !slam_tokenizer_save(t, path, &report)) {
+        slam_tokenizer_free(t);
+        return NULL;
+    }
+    printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", p->fit,
+           report.frames, slam_clock() - start, report.passes, report.inertia);
+    if (report.reseeded)
+        printf("         centroids without a frame were moved to the furthest frames, %d times\n", report.reseeded);
+    if (report.dead)
+        printf("         %d centroids have no frame: the audio has fewer distinct frames than %d\n", report.dead,
+               p->fit);
+    printf("wrote    %s, and its settings beside it\n", path);
+    return t;
+}
+
+/* 1; 2: stopped by a signal; 0: failed */
+static int open_tokenizer(program *p) {
+    slam_unit_config config;
+    if (p->inputs.kind == SLAM_INPUT_UNITS && !p->unit_flags.kmeans) return 1;
+    if (!slam_unit_flags_config(&p->flags, &p->unit_flags, p->fit, &config) || !open_device(p, &config)) return 0;
+    if (p->fit) p->tokenizer = fit_tokenizer(p, &config);
+    else p->tokenizer = slam_tokenizer_load(p->unit_flags.kmeans, &config, p->ops);
+    if (!p->tokenizer) return p->fit && slam_stop_requested() ? 2 : 0;
+    const slam_hubert *hubert = p->tokenizer->features->hubert;
+    if (hubert && hubert->do_normalize && !config.normalize)
+        printf("         its preprocessor_config.json asks for normalised waveforms: see --normalize\n");
+    return 1;
+}
+
+/* ---- inputs and outputs ---- */
+
+static int is_jsonl(const char *path) {
+    const size_t n = strlen(path);
+    return n > 6 && !strcmp(path + n - 6, ".jsonl");
+}
+
+static int open_inputs(program *p) {
+    slam_inputs *in = &p->inputs;
+    const slam_strings *rest = &p->flags.rest;
+    const char *const *paths = (const char *const *)rest->at;
+    const double repetition = p->pairs && !slam_flags_given(&p->flags, "max-repetition") ? 0 : p->max_repetition;
+    int ok;
+    for (size_t i = 0; i < p->tts.n; i++) slam_strings_add(&in->voices, p->tts.at[i]);
+    if (p->pairs) ok = slam_inputs_lines(in, SLAM_INPUT_PAIRS, (const char *const *)&p->pairs, 1);
+    else if (p->text) ok = slam_inputs_lines(in, SLAM_INPUT_TEXT, (const char *const *)&p->text, 1);
+    else if (is_jsonl(rest->at[0])) ok = slam_inputs_lines(in, SLAM_INPUT_UNITS, paths, rest->n);
+    else ok = slam_inputs_audio(in, paths, rest->n);
+    in->max_seconds = p->max_seconds;
+    in->max_repetition = in->pairs_out ? repetition : 0;
+    if (ok && in->pairs_out && (!is_jsonl(p->out) || p->audio_repr))
+        return slam_set_error("--out %s: pairs need a name that ends in .jsonl, and no --audio-repr", p->out);
+    return ok;
+}
+
+/* --part I/N and mpirun -np N: each part has its share of the inputs and its own output, NAME-0000I-of-0000N.bin. */
+static void choose_part(program *p) {
+    size_t part = 1, parts = 1;
+    if (p->part) sscanf(p->part, "%zu/%zu", &part, &parts);
+    else if (!p->fit) part = (size_t)p->comm->rank + 1, parts = (size_t)p->comm->size;
+    const size_t each = p->inputs.n / parts, more = p->inputs.n % parts; /* the first `more` parts have one more */
+    p->inputs.first = (part - 1) * each + (part - 1 < more ? part - 1 : more);
+    p->inputs.end = p->inputs.first + each + (part - 1 < more);
+    p->parts = (int)parts;
+    if (!p->out) return;
+    const char *end = is_jsonl(p->out) ? ".jsonl" : ".bin";
+    if (parts == 1) snprintf(p->out_path, sizeof p->out_path, "%s", p->out);
+    else
+        snprintf(p->out_path, sizeof p->out_path, "%.*s-%05zu-of-%05zu%s", (int)(strlen(p->out) - strlen(end)), p->out,
+                 part, parts, end);
+}
+
+/* The exit status; -1: failed. */
+static int run(program *p) {
+    if (!open_inputs(p)) return -1;
+    choose_part(p);
+    const int ok = open_tokenizer(p);
+    if (!ok) return -1;
+    if (ok == 2) printf("stopped  before the centroids were found; the same command starts again\n");
+    if (ok == 2) return 0;
+    if (p->out) return tokenize(p);
+    printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", p->unit_flags.kmeans);
+    return p->skipped ? 3 : 0;
+}
+
+/* ---- flags ---- */
+
+static void set_flags(program *p) {
+    slam_unit_flags *u = &p->unit_flags;
     const slam_flag table[] = {
-        {NULL, 0, NULL, NULL, NULL, "Units", 0, 0, 0, 0},
-        {"kmeans", SLAM_TEXT, &o->units.kmeans, "FILE.npy", NULL,
-         "the centroids, one a unit; FILE.json beside it says what they are of, and a flag that contradicts it is an error", 0, 0,
-         0, 0},
-        {"fit", SLAM_INT, &o->fit, "K", NULL, "find K centroids in the audio first and write them to --kmeans", 1, 65534, 0, 0},
-        {"fit-frames", SLAM_LONG, &o->fit_frames, "N", "1000000 | 200000",
-         "frames that --fit goes by, drawn evenly from the audio; HuBERT's take 3 kB each", 1, 1e9, 0, 0},
-        {"seed", SLAM_LONG, &o->seed, "N", "0", "of --fit", 0, 9e15, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Features (of --fit, or of centroids without a FILE.json)", 0, 0, 0, 0},
-        {"features", SLAM_CHOICE, &o->units.features, "mfcc|hubert", "mfcc | hubert",
-         "mfcc: 13 MFCC with their first and second differences, which need no model; hubert: a layer of --hubert", 0, 0, 0, 0},
-        {"rate", SLAM_CHOICE, &o->units.rate, "25|50", "25 | -", "frames a second", 0, 0, 0, 0},
-        {"hubert", SLAM_TEXT, &o->units.hubert, "DIR", NULL,
-         "a HuBERT model in Hugging Face's format (config.json, model.safetensors)", 0, 0, 0, 0},
-        {"layer", SLAM_INT, &o->units.layer, "N", "11",
-         "of --hubert: what leaves its Nth transformer layer; 0: what enters the first", 0, 1000, 0, 0},
-        {"normalize", SLAM_SWITCH, &o->units.normalize, NULL, NULL, "each file's waveform to zero mean and unit variance", 0, 0, 0,
-         0},
-        {"no-dedup", SLAM_SWITCH, &o->units.no_dedup, NULL, NULL,
-         "a unit for every frame; else neighbours that are the same become one", 0, 0, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Input", 0, 0, 0, 0},
-        {"max-seconds", SLAM_REAL, &o->max_seconds, "S", "60",
-         "a longer file is cut into parts of at most S seconds, in the quietest 20 ms of the last fifth before S; a part is a "
-         "document of its own, with start and end in FILE.jsonl; 0: never cut",
-         0, 1e6, 0, 0},
-        {"pairs", SLAM_TEXT, &o->pairs, "IN.jsonl", NULL,
-         "preference pairs: lines with prompt_path, chosen_path, rejected_path (audio files, as seen from IN.jsonl) become lines "
-         "with prompt, chosen, rejected as units, for OUT.jsonl",
-         0, 0, 0, 0},
-        {"text", SLAM_TEXT, &o->text, "FILE", NULL,
-         "text that --tts speaks: a document a line; lines of prompt, chosen and rejected with tabs between them become pairs", 0,
-         0, 0, 0},
-        {"tts", SLAM_LIST, &o->tts, "'COMMAND {text}'", NULL,
-         "writes WAV to its stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from its stdin, as piper does. It "
-         "is run without a shell, --threads at a time. Given several "
-         "times: voices that take turns",
-         0, 0, 0, 0},
-        {"max-repetition", SLAM_REAL, &o->max_repetition, "X", "0.3",
-         "of pairs with text: those are left out of whose pairs of words in prompt and chosen a share of X or more occurs twice "
-         "(auto-BLEU-2); 0: none are. With --pairs only where it is given",
-         0, 2, 0, 0},
-        {"part", SLAM_TEXT, &o->part, "I/N", NULL,
-         "only part I (from 1) of N equal ones of all files or lines, for N machines: what they write, one after the other, is what "
-         "one machine writes",
-         0, 0, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Output", 0, 0, 0, 0},
-        {"out", SLAM_TEXT, &o->out, "FILE", NULL,
-         "FILE.bin: token shards, what train reads; FILE.jsonl: SlamKit features (units, duration, file_name), or pairs. Also -o",
-         0, 0, 0, 0},
-        {"audio-repr", SLAM_SWITCH, &o->audio_repr, NULL, NULL, "with FILE.jsonl: SlamKit tokens (\"<Un3><Un49>...\") instead", 0,
-         0, 0, 0},
-        {"shard-tokens", SLAM_LONG, &o->shard_tokens, "N", "500000000",
-         "a FILE.bin that would grow larger becomes FILE-00001.bin, FILE-00002.bin, ..., and FILE.bin the last", 2, 2147483647, 0,
-         0},
-        {NULL, 0, NULL, NULL, NULL, "Machine", 0, 0, 0, 0},
-        {"device", SLAM_TEXT, &o->device, "NAME", "auto", "of --hubert: auto, cpu, cuda or cuda:N", 0, 0, 0, 0},
-        {"dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "of --hubert: f32 on the CPU, bf16 on CUDA", 0, 0, 0, 0},
-        {"threads", SLAM_INT, &o->threads, "N", "0", "of the CPU; 0: one a core. The output is the same for any number", 0, 4096, 0,
-         0},
+        SLAM_HEADING("Units"),
+        SLAM_FLAG("kmeans", SLAM_TEXT, &u->kmeans, "FILE.npy", NULL,
+                  "the centroids, one per unit; FILE.json beside it has their settings, and a flag that contradicts it "
+                  "is an error"),
+        SLAM_NUMBER("fit", SLAM_INT, &p->fit, "K", NULL, 1, 65534,
+                    "find K centroids in the audio first and write them to --kmeans"),
+        SLAM_NUMBER("fit-frames", SLAM_LONG, &p->fit_frames, "N", "1000000 | 200000", 1, 1e9,
+                    "frames for --fit, sampled evenly from the audio; HuBERT's take 3 kB each"),
+        SLAM_NUMBER("seed", SLAM_LONG, &p->seed, "N", "0", 0, 9e15, "of --fit"),
+        SLAM_HEADING("Features (of --fit, or of centroids without a FILE.json)"),
+        SLAM_FLAG(
+            "features", SLAM_CHOICE, &u->features, "mfcc|hubert", "mfcc | hubert",
+            "mfcc: 13 MFCC with their first and second differences, no model needed; hubert: a layer of --hubert"),
+        SLAM_FLAG("rate", SLAM_CHOICE, &u->rate, "25|50", "25 | -", "frames per second"),
+        SLAM_FLAG("hubert", SLAM_PATH, &u->hubert, "DIR", NULL,
+                  "a HuBERT model in Hugging Face's format (config.json, model.safetensors)"),
+        SLAM_NUMBER("layer", SLAM_INT, &u->layer, "N", "11", 0, 1000,
+                    "of --hubert: output of its Nth transformer layer; 0: input of the first"),
+        SLAM_FLAG("normalize", SLAM_SWITCH, &u->normalize, NULL, NULL,
+                  "scale each file's waveform to zero mean and unit variance"),
+        SLAM_FLAG("no-dedup", SLAM_SWITCH, &u->no_dedup, NULL, NULL,
+                  "a unit for every frame; else equal neighbours are merged"),
+        SLAM_HEADING("Input"),
+        SLAM_NUMBER("max-seconds", SLAM_REAL, &p->max_seconds, "S", "60", 0, 1e6,
+                    "split longer files into segments of at most S seconds, in the quietest 20 ms of the last fifth "
+                    "before S; a segment is a document of its own, with start and end in FILE.jsonl; 0: never"),
+        SLAM_FLAG("pairs", SLAM_TEXT, &p->pairs, "IN.jsonl", NULL,
+                  "preference pairs: lines with prompt_path, chosen_path, rejected_path (audio files, relative to "
+                  "IN.jsonl) become lines with prompt, chosen, rejected as units, in OUT.jsonl"),
+        SLAM_FLAG("text", SLAM_TEXT, &p->text, "FILE", NULL,
+                  "text that --tts speaks: a document per line; lines of prompt, chosen and rejected separated by tabs "
+                  "become pairs"),
+        SLAM_FLAG("tts", SLAM_LIST, &p->tts, "'COMMAND {text}'", NULL,
+                  "writes WAV to stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from stdin, "
+                  "as piper does. Runs without a shell, --threads at a time. Repeated: voices take turns"),
+        SLAM_NUMBER("max-repetition", SLAM_REAL, &p->max_repetition, "X", "0.3", 0, 2,
+                    "skip pairs in whose text a share of X or more of the word pairs occurs twice (auto-BLEU-2 of "
+                    "prompt and chosen); 0: none. With --pairs only if given"),
+        SLAM_FLAG("part", SLAM_TEXT, &p->part, "I/N", NULL,
+                  "only part I (from 1) of N equal ones, for N machines, into OUT-0000I-of-0000N; together they hold "
+                  "what one machine writes"),
+        SLAM_HEADING("Output"),
+        SLAM_FLAG("out", SLAM_TEXT, &p->out, "FILE", NULL,
+                  "FILE.bin: token shards, the input of train; FILE.jsonl: SlamKit features (units, duration, "
+                  "file_name), or pairs. Also -o"),
+        SLAM_FLAG("audio-repr", SLAM_SWITCH, &p->audio_repr, NULL, NULL,
+                  "in FILE.jsonl: SlamKit tokens (\"<Un3><Un49>...\") instead"),
+        SLAM_NUMBER("shard-tokens", SLAM_LONG, &p->shard_tokens, "N", "500000000", 2, 2147483647,
+                    "larger FILE.bin are split into FILE-00001.bin, FILE-00002.bin, ..., the last is FILE.bin"),
+        SLAM_HEADING("Machine"),
+        SLAM_FLAG("device", SLAM_DEVICE, &p->device, "NAME", "auto", "for --hubert: auto, cpu, cuda or cuda:N"),
+        SLAM_FLAG("dtype", SLAM_CHOICE, &p->dtype, "auto|f32|bf16", "auto",
+                  "for --hubert: f32 on the CPU, bf16 on CUDA"),
+        SLAM_NUMBER("threads", SLAM_INT, &p->threads, "N", "0", 0, 4096,
+                    "CPU threads; 0: one per core. The output is the same for any number"),
     };
-    const int n = (int)(sizeof table / sizeof *table);
-    for (int i = 0; i < n; i++) f[i] = table[i];
-    return n;
+    memcpy(p->table, table, sizeof table);
+    p->flags.at = p->table;
+    p->flags.n = (int)(sizeof table / sizeof *table);
+    p->flags.program = "tokenize";
+    p->flags.usage = "[options] AUDIO...|UNITS.jsonl... -o OUT.bin|OUT.jsonl";
+    p->flags.about =
+        "Converts speech to units. AUDIO: audio files of any sample rate (WAV; with libsndfile also FLAC, Ogg, MP3, "
+        "AIFF and more), folders of them, or @LIST with a path per line. UNITS.jsonl: units, to be converted to "
+        "another format. A command that was interrupted resumes when it is repeated. Defaults stand in brackets; where "
+        "there are two, the second is for --hubert. Exit status: 0, all files done, or stopped by a signal; 3, done, "
+        "but some files or lines were skipped; 1, an error; 2, a wrong command line.";
 }
 
 static const char hint[] =
@@ -99,262 +307,89 @@ static const char hint[] =
     "  ./tokenize AUDIO... --fit 100 --kmeans km.npy    finds 100 centroids in AUDIO\n"
     "  ./tokenize AUDIO... --kmeans km.npy -o out.bin   writes AUDIO as units\n"
     "\n"
-    "AUDIO: audio files, folders of them, or @LIST with a path a line. ./tokenize --help lists all flags: text\n"
+    "AUDIO: audio files, folders of them, or @LIST with a path per line. ./tokenize --help lists all flags: text\n"
     "to speech to units (--text), preference pairs (--pairs), and more.\n";
 
-/* ---- what is shown ---- */
-
-static int watch(void *context, const slam_speech_progress *p) {
-    job *j = (job *)context;
-    if (p->failed) {
-        slam_progress_clear(&j->progress);
-        if (slam_ranks_root(j->ranks)) fprintf(stderr, "tokenize: left out: %s\n", p->because ? p->because : p->failed);
-        j->left_out++;
-        return 1;
-    }
-    const double seconds = slam_clock() - j->progress.began;
-    char what[96];
-    if (!strcmp(p->stage, "fit")) snprintf(what, sizeof what, "finding centroids  pass %zu", p->done);
-    else if (j->units) snprintf(what, sizeof what, "%zu/%zu lines", p->done, p->of);
-    else
-        snprintf(what, sizeof what, "%zu/%zu %ss  %.2f h  %.0f h/h", p->done, p->of, j->what, p->seconds / 3600,
-                 p->seconds / (seconds > 1e-3 ? seconds : 1e-3));
-    slam_progress_show(&j->progress, (double)p->done, (double)p->of, what);
-    j->stopped = slam_signals_stop();
-    return !j->stopped;
-}
-
-static const char *plural(size_t n) { return n == 1 ? "" : "s"; }
-
-/* ---- the quantiser ---- */
-
-/* HuBERT runs on a device; MFCC need none. */
-static int open_device(job *j, const slam_speech_settings *s) {
-    const options *o = &j->o;
-    char note[256];
-    if (s->features != SLAM_HUBERT) return 1;
-    if (!(j->ops = slam_device(j->ranks, o->device, o->dtype, o->threads, note))) return 0;
-    printf("device   %s%s%s%s\nmodel    %s, layer %d\n", j->ops->name, *note ? " (" : "", note, *note ? ")" : "", s->hubert,
-           s->layer);
-    if (!s->normalize && slam_hubert_asks_normalize(s->hubert))
-        printf("         its preprocessor_config.json asks for normalised waveforms, which are not: --normalize makes them so\n");
-    fflush(stdout);
-    return 1;
-}
-
-static slam_quantiser *fit_quantiser(job *j, const slam_speech_settings *settings) {
-    const options *o = &j->o;
-    const size_t frames = (size_t)o->fit_frames;
-    const double began = slam_clock();
-    slam_kmeans_report r;
-    int may = slam_quantiser_may_fit(o->units.kmeans, settings, j->sources, o->fit, frames, (uint64_t)o->seed);
-    if (!slam_ranks_agree(j->ranks, may && (!o->out || slam_tokenize_may(o->out)))) return NULL;
-    slam_ranks_broadcast(j->ranks, &may, sizeof may);
-    if (may == 2) {
-        printf("fit      %s was made by this command before\n", o->units.kmeans);
-        return slam_quantiser_open(o->units.kmeans, settings, j->ops);
-    }
-    slam_quantiser *q = slam_quantiser_fit(settings, j->ops, j->sources, o->fit, frames, (uint64_t)o->seed, watch, j, &r);
-    slam_progress_clear(&j->progress);
-    if (q && !slam_ranks_agree(j->ranks, !slam_ranks_root(j->ranks) || slam_quantiser_save(q, o->units.kmeans, &r))) {
-        slam_quantiser_free(q);
-        q = NULL;
-    }
-    if (!q) return NULL;
-    printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", o->fit, r.frames,
-           slam_clock() - began, r.passes, r.inertia);
-    if (r.reseeded) printf("         centroids without a frame were moved to the furthest frames, %d times\n", r.reseeded);
-    if (r.dead) printf("         %d centroids have no frame: the audio holds fewer different ones than %d\n", r.dead, o->fit);
-    printf("wrote    %s, and its settings beside it\n", o->units.kmeans);
-    return q;
-}
-
-/* ---- the units ---- */
-
-/* The exit status; -1: failed. */
-static int tokenize(job *j, const slam_quantiser *q) {
-    slam_tokenize_report r;
-    const char *out = j->o.out;
-    slam_progress_begin(&j->progress);
-    const int ok = slam_tokenize(q, j->sources, out, j->o.audio_repr, (uint64_t)j->o.shard_tokens, watch, j, &r);
-    const double seconds = slam_clock() - j->progress.began, heard = (double)r.samples / 16000;
-    slam_progress_clear(&j->progress);
-    if (!ok) return -1;
-    if (r.stopped) {
-        printf("stopped  after %zu of %zu %ss; the same command goes on from there\n", r.files, slam_sources_count(j->sources),
-               j->what);
-        return 0;
-    }
-    const size_t done = r.files - r.failed;
-    printf("units    %zu %s%s", done, j->what, plural(done));
-    if (r.earlier) printf(" (%zu of them before)", r.earlier);
-    if (r.documents != done - r.repeats) printf(", %zu documents", r.documents);
-    if (!j->units) printf(heard < 3600 ? ", %.0f s of audio" : ", %.2f h of audio", heard < 3600 ? heard : heard / 3600);
-    printf(", in %.1f s\n         %llu tokens", seconds, (unsigned long long)r.tokens);
-    if (heard > 0) printf(", %.1f units a second of audio", (double)r.units / heard);
-    printf(", %.2f frames a unit\n", r.units ? (double)r.frames / (double)r.units : 0);
-    if (r.repeats) printf("         %zu pair%s left out, whose text repeats itself\n", r.repeats, plural(r.repeats));
-    const size_t stem = strlen(out) - (strlen(out) > 4 && !strcmp(out + strlen(out) - 4, ".bin") ? 4 : 6);
-    if (r.shards > 1) printf("wrote    %.*s-*.bin and %s, %d shards\n", (int)stem, out, out, r.shards);
-    else printf("wrote    %s\n", out);
-    if (r.failed) printf("failed   %zu %s%s, listed in %s.failed\n", r.failed, j->what, plural(r.failed), out);
-    if (slam_sources_pairs_out(j->sources)) return r.failed ? 3 : 0;
-    if (r.shards > 1) printf("next     ./train '%.*s*.bin'\n", (int)stem, out);
-    else printf("next     ./train %s\n", out);
-    return r.failed ? 3 : 0;
-}
-
-/* ---- what becomes units ---- */
-
-static int is_jsonl(const char *path) {
-    const size_t n = strlen(path);
-    return n > 6 && !strcmp(path + n - 6, ".jsonl");
-}
-
-static slam_sources *open_arguments(job *j) {
-    const slam_list *given = &j->flags.rest;
-    slam_list files = {NULL, 0, 0};
-    slam_sources *s = NULL;
-    if (j->units) return slam_sources_units(given);
-    if (slam_audio_list(&files, (const char *const *)given->at, given->n)) {
-        if (files.n) s = slam_sources_audio(&files, j->o.max_seconds);
-        else slam_refuse("no audio: the manifest names no file");
-    }
-    slam_list_free(&files);
-    return s;
-}
-
-static int open_sources(job *j) {
-    const options *o = &j->o;
-    const double repetition = o->pairs && !slam_flags_given(&j->flags, "max-repetition") ? 0 : o->max_repetition;
-    size_t part = 1, of = 1;
-    j->what = o->pairs || o->text || j->units ? "line" : "file";
-    if (o->pairs) j->sources = slam_sources_pairs(o->pairs, repetition);
-    else if (o->text) j->sources = slam_sources_text(o->text, &o->tts, repetition);
-    else j->sources = open_arguments(j);
-    if (!j->sources) return 0;
-    if (slam_sources_pairs_out(j->sources) && (!is_jsonl(o->out) || o->audio_repr))
-        return slam_refuse("--out %s: pairs go into a name that ends in .jsonl, without --audio-repr", o->out);
-    if (o->part) sscanf(o->part, "%zu/%zu", &part, &of);
-    return slam_sources_part(j->sources, part, of);
-}
-
-/* The exit status; -1: failed. */
-static int run(job *j) {
-    slam_speech_settings settings;
-    const options *o = &j->o;
-    if (!slam_ranks_agree(j->ranks, open_sources(j))) return -1;
-    slam_sources_ranks(j->sources, j->ranks);
-    slam_progress_begin(&j->progress);
-    if (j->units && !o->units.kmeans) return tokenize(j, NULL);
-    if (!slam_ranks_agree(j->ranks, slam_unit_settings(&j->flags, &o->units, o->fit, &settings)) ||
-        !slam_ranks_agree(j->ranks, open_device(j, &settings)))
-        return -1;
-    slam_quantiser *q = o->fit ? fit_quantiser(j, &settings) : slam_quantiser_open(o->units.kmeans, &settings, j->ops);
-    int status = -1;
-    j->stopped = (int)slam_ranks_max(j->ranks, j->stopped);
-    if (!slam_ranks_agree(j->ranks, q != NULL)) {
-        slam_quantiser_free(q);
-        q = NULL;
-    }
-    if (q && o->out) status = tokenize(j, q);
-    else if (q) {
-        printf("next     ./tokenize AUDIO... --kmeans %s -o out.bin\n", o->units.kmeans);
-        status = j->left_out ? 3 : 0;
-    } else if (j->stopped) {
-        printf("stopped  before the centroids were found; the same command begins anew\n");
-        status = 0;
-    }
-    slam_quantiser_free(q);
-    return status;
-}
-
-/* Flags that mean nothing for what becomes units here. */
-static int check_unused(const job *j, const char *why, const char *const *flags) {
+/* Flags that have no meaning for this kind of input. */
+static int check_unused(const program *p, const char *why, const char *const *flags) {
     for (; *flags; flags++)
-        if (slam_flags_given(&j->flags, *flags)) return slam_refuse("--%s: %s", *flags, why);
+        if (slam_flags_given(&p->flags, *flags)) return slam_set_error("--%s: %s", *flags, why);
     return 1;
 }
 
-/* AUDIO, units, --pairs or --text: one of them. */
-static int check_input(job *j) {
+/* AUDIO, units, --pairs or --text: exactly one of them. */
+static int check_input(const program *p) {
     static const char *const of_audio[] = {"fit",      "features",    "rate",   "hubert", "layer", "normalize",
                                            "no-dedup", "max-seconds", "device", "dtype",  NULL};
-    static const char *const of_files[] = {"fit", "max-seconds", NULL};
-    static const char *const of_text[] = {"max-repetition", NULL};
-    const options *o = &j->o;
-    const slam_list *rest = &j->flags.rest;
+    static const char *const of_files[] = {"fit", "max-seconds", NULL}, *const of_text[] = {"max-repetition", NULL};
+    const slam_strings *rest = &p->flags.rest;
     size_t jsonl = 0;
     for (size_t i = 0; i < rest->n; i++) jsonl += is_jsonl(rest->at[i]);
-    if ((rest->n > 0) + (o->pairs != NULL) + (o->text != NULL) > 1)
-        return slam_refuse("AUDIO, --pairs and --text: expected one of them");
-    if (!rest->n && !o->pairs && !o->text) return slam_refuse("no AUDIO: expected audio files, folders or @LIST");
-    if (jsonl && jsonl < rest->n) return slam_refuse("units (.jsonl) and audio together: expected one kind");
-    if (o->text && !o->tts.n) return slam_refuse("--text: expected --tts 'COMMAND {text}' as well, which speaks it");
-    if (o->tts.n && !o->text) return slam_refuse("--tts: is for --text FILE");
-    if (o->max_seconds > 0 && o->max_seconds < 1) return slam_refuse("--max-seconds %g: expected 0, or 1 at least", o->max_seconds);
-    j->units = jsonl > 0;
-    if (j->units && !check_unused(j, "the units are there already", of_audio)) return 0;
-    if ((o->pairs || o->text) && !check_unused(j, "is for AUDIO", of_files)) return 0;
-    return o->pairs || o->text || check_unused(j, "is for --pairs and --text", of_text);
+    if ((rest->n > 0) + (p->pairs != NULL) + (p->text != NULL) > 1)
+        return slam_set_error("AUDIO, --pairs and --text: expected one of them");
+    if (!rest->n && !p->pairs && !p->text) return slam_set_error("no AUDIO: expected audio files, folders or @LIST");
+    if (jsonl && jsonl < rest->n) return slam_set_error("units (.jsonl) and audio together: expected one kind");
+    if (p->text && !p->tts.n) return slam_set_error("--text: expected --tts 'COMMAND {text}' as well, which speaks it");
+    if (p->tts.n && !p->text) return slam_set_error("--tts: expected --text FILE as well");
+    if (p->max_seconds > 0 && p->max_seconds < 1)
+        return slam_set_error("--max-seconds %g: expected 0, or at least 1", p->max_seconds);
+    if (jsonl && !check_unused(p, "the inputs are units already", of_audio)) return 0;
+    if ((p->pairs || p->text) && !check_unused(p, "expected with AUDIO only", of_files)) return 0;
+    if (!jsonl && !p->unit_flags.kmeans)
+        return slam_set_error(p->fit ? "--fit: expected --kmeans FILE.npy, where the centroids are written"
+                                     : "expected --kmeans FILE.npy; --fit K makes one");
+    return p->pairs || p->text || check_unused(p, "expected with --pairs or --text only", of_text);
 }
 
-static int check_part(const options *o) {
-    unsigned long part = 0, of = 0;
+static int check_part(const program *p) {
+    unsigned long part = 0, parts = 0;
     char more = 0;
-    if (!o->part) return 1;
-    if (sscanf(o->part, "%lu/%lu%c", &part, &of, &more) != 2 || strchr(o->part, '-') || part < 1 || part > of)
-        return slam_refuse("--part %s: expected I/N with I from 1 to N, e.g. 2/8", o->part);
-    return !o->fit || slam_refuse("--part: is for -o OUT; centroids are found once, for all parts");
+    if (p->fit && p->comm->size > 1) return slam_set_error("--fit: expected one process, without mpirun or srun");
+    if (!p->part) return 1;
+    if (sscanf(p->part, "%lu/%lu%c", &part, &parts, &more) != 2 || strchr(p->part, '-') || part < 1 || part > parts ||
+        parts > 99999)
+        return slam_set_error("--part %s: expected I/N with I from 1 to N, e.g. 2/8", p->part);
+    if (p->comm->size > 1) return slam_set_error("--part %s: each rank is a part already; use one of the two", p->part);
+    return !p->fit || slam_set_error("--part: expected without --fit, which finds centroids once for all parts");
 }
 
-/* What the table cannot say of a flag. */
-static int check_flags(job *j) {
-    const options *o = &j->o;
-    if (!check_input(j) || !check_part(o)) return 0;
-    if (!o->units.kmeans && !j->units)
-        return slam_refuse(o->fit ? "--fit: expected --kmeans FILE.npy, where the centroids go"
-                                  : "expected --kmeans FILE.npy; --fit K makes one");
-    if (!o->fit && !o->out) return slam_refuse("expected -o OUT.bin or OUT.jsonl, or --fit K");
-    const size_t n = o->out ? strlen(o->out) : 0;
-    const int bin = n > 4 && !strcmp(o->out + n - 4, ".bin"), jsonl = n && is_jsonl(o->out);
-    if (o->out && !bin && !jsonl) return slam_refuse("--out %s: expected a name that ends in .bin or .jsonl", o->out);
-    if (o->audio_repr && !jsonl) return slam_refuse("--audio-repr: is for OUT.jsonl");
-    if (slam_flags_given(&j->flags, "shard-tokens") && !bin) return slam_refuse("--shard-tokens: is for OUT.bin");
-    if (!o->fit && slam_flags_given(&j->flags, "fit-frames")) return slam_refuse("--fit-frames: is for --fit K");
-    if (!o->fit && slam_flags_given(&j->flags, "seed")) return slam_refuse("--seed: is for --fit K");
-    return 1;
+/* What the table of flags cannot check. */
+static int check_flags(const program *p) {
+    static const char *const of_fit[] = {"fit-frames", "seed", NULL};
+    const size_t n = p->out ? strlen(p->out) : 0;
+    const int bin = n > 4 && !strcmp(p->out + n - 4, ".bin"), jsonl = n && is_jsonl(p->out);
+    if (!check_input(p) || !check_part(p)) return 0;
+    if (!p->fit && !p->out) return slam_set_error("expected -o OUT.bin or OUT.jsonl, or --fit K");
+    if (p->out && !bin && !jsonl)
+        return slam_set_error("--out %s: expected a name that ends in .bin or .jsonl", p->out);
+    if (n > 4000) return slam_set_error("--out: the path has %zu bytes, expected at most 4000", n);
+    if (p->audio_repr && !jsonl) return slam_set_error("--audio-repr: expected with OUT.jsonl");
+    if (slam_flags_given(&p->flags, "shard-tokens") && !bin)
+        return slam_set_error("--shard-tokens: expected with OUT.bin");
+    return p->fit || check_unused(p, "expected with --fit K", of_fit);
 }
 
 int main(int argc, char **argv) {
-    static job j;
-    if (!(j.ranks = slam_program_begin("tokenize"))) return 1;
-    j.flags.program = "tokenize";
-    j.flags.usage = "[options] AUDIO...|UNITS.jsonl... -o OUT.bin|OUT.jsonl";
-    j.flags.about =
-        "Speech into units. AUDIO: audio files of any sample rate (WAV; with libsndfile also FLAC, Ogg, MP3, AIFF and more), folders of "
-        "them, or @LIST with a path a line. UNITS.jsonl: units that are there already, into another form. A command that was cut short goes on where it stopped when it is repeated. The value without a flag stands in brackets; of two, the second is with --hubert. Exit status: 0, all files done, or stopped by a signal (Ctrl-C) after "
-        "saying how to go on; 3, done, but some files or lines were left out; 1, an error; 2, a wrong command line.";
-    j.flags.at = j.table;
-    j.flags.n = flag_table(&j.o, j.table);
+    static program p;
+    if (!(p.comm = slam_program_begin("tokenize"))) return 1;
+    set_flags(&p);
     if (argc == 1) {
         fputs(hint, stdout);
-        return slam_program_end(&j.flags, j.ranks, 0);
+        return slam_program_end(&p.flags, p.comm, 0);
     }
-    const int parsed = slam_flags_parse(&j.flags, argc, argv);
-    if (parsed == 2) return slam_program_end(&j.flags, j.ranks, 0);
-    if (!parsed || !slam_flags_defaults(&j.flags, j.o.units.hubert != NULL) || !check_flags(&j))
-        return slam_program_end(&j.flags, j.ranks, 2);
-    slam_threads(j.ranks, j.o.threads);
-    slam_signals_catch(j.ranks);
-    int status = run(&j);
-    if (status < 0) {
-        slam_progress_clear(&j.progress);
-        status = 1;
-    }
-    slam_program_end(&j.flags, j.ranks, status);
-    slam_sources_free(j.sources);
-    slam_ops_free(j.ops);
-    slam_flags_free(&j.flags);
+    const int parsed = slam_flags_parse(&p.flags, argc, argv);
+    if (parsed == 2) return slam_program_end(&p.flags, p.comm, 0);
+    if (!parsed || !slam_flags_defaults(&p.flags, p.unit_flags.hubert != NULL) || !check_flags(&p))
+        return slam_program_end(&p.flags, p.comm, 2);
+    slam_threads(p.comm, p.threads);
+    slam_signals_catch(p.comm);
+    int status = run(&p);
+    if (!slam_all_ok(p.comm, status >= 0)) status = 1;
+    status = (int)slam_comm_max(p.comm, status);
+    slam_program_end(&p.flags, p.comm, status);
+    slam_inputs_free(&p.inputs);
+    slam_tokenizer_free(p.tokenizer);
+    if (p.ops) slam_ops_free(p.ops);
+    slam_flags_free(&p.flags);
     return status;
 }

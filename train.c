@@ -1,40 +1,92 @@
-/* train.c - pre-training: flags, data and model together, and slam_run_train. `./train` alone trains on the bundled corpus. */
+/* train.c - pre-training. `./train` alone trains a tiny model on the bundled corpus.
+
+   main() reads the flags; pretrain() plans, opens the model and trains; train() is the training loop: batch, forward
+   and backward, update, log, evaluate, save. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct options {
-    char *weights, *twist, *model, *recipe;
-    double seconds, rope_theta, rate;
-    long tokens;
+typedef struct program {
+    slam_run run; /* flags, model, optimiser, folder, log and progress, shared with dpo.c */
+    char *weights, *twist, *model_name, *recipe; /* flags of this program */
+    double rope_theta, rate;
     int V;
-} options;
-
-/* All that a call of the program opens. */
-typedef struct train_job {
-    slam_job j;
-    options o;   /* besides those that all programs have that train */
-    int measure; /* --time has to find the number of steps */
-    slam_config config;
-    slam_ops *ops;
     slam_data *data, *val;
     slam_data_size size;
-    slam_pretraining *task;
-    char *start;
-} train_job;
+    char *start; /* folder of the model that training starts from; NULL: random weights */
+    slam_loader *loader;
+    slam_batch batch;
+} program;
+
+/* ---- the training loop ---- */
+
+/* One update: forward and backward over the micro-batches of the global batch, then AdamW. The loss is the mean over
+   all targets of the global batch. */
+static int train_step(program *p, double lr, slam_step *step) {
+    slam_run *r = &p->run;
+    slam_loader *l = p->loader;
+    int rows;
+    if (slam_loader_begin(l, r->o.batch, r->comm) <= 0) return 0;
+    if (!l->targets) return slam_set_error("a batch of %d rows has no token to predict", r->o.batch);
+    while ((rows = slam_loader_next(l, &p->batch)) > 0) {
+        if (!l->rows_left) slam_adamw_overlap(&r->opt); /* the ranks exchange gradients during the last backward pass */
+        if (!slam_forward_backward(r->model, &p->batch, (float)(1.0 / (double)l->targets))) return 0;
+    }
+    return rows == 0 && slam_adamw_step(&r->opt, lr, step);
+}
+
+/* Loss of the validation data, by source and of all (the mean over targets, not over sources). */
+static int evaluate(program *p, double *losses) {
+    double sum = 0, count = 0;
+    for (size_t s = 0; s < p->val->n_sources; s++) {
+        uint64_t targets;
+        if (!slam_data_loss(p->run.model, p->val, (int)s, &p->batch, &losses[1 + s], &targets)) return 0;
+        sum += losses[1 + s] * (double)targets;
+        count += (double)targets;
+    }
+    losses[0] = p->val->n_sources == 1 ? losses[1] : sum / count;
+    return count > 0 || slam_set_error("the validation data has no token to predict");
+}
+
+static int train(program *p) {
+    slam_run *r = &p->run;
+    slam_trainer *t = &r->trainer;
+    slam_loader *l = p->loader;
+    const size_t n_sources = p->val ? p->val->n_sources : 0;
+    double *losses = (double *)calloc(1 + n_sources, sizeof *losses);
+    slam_step step;
+    int ok = 1;
+
+    while (ok && !slam_run_over(r)) {
+        ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step);
+        if (!ok) break;
+        t->epoch = l->epoch;
+        t->row = l->row;
+        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
+
+        if (ok && p->val && slam_run_eval_due(r))
+            ok = evaluate(p, losses) && slam_run_log_eval(r, losses, n_sources, NULL, 0);
+
+        if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
+    }
+    free(losses);
+    return ok;
+}
+
+/* ---- flags ---- */
 
 /* What --recipe slam sets (Maimon, Elmakies and Adi 2025, and the configuration of SlamKit). */
 static const char *const recipe_slam[][2] = {
     {"model", "slam"},  {"context", "1024"},        {"batch", "78"},        {"steps", "17625"},      {"lr", "1e-3"},
     {"min-lr", "5e-5"}, {"warmup", "max(100, 1%)"}, {"beta1", "0.9"},       {"beta2", "0.999"},      {"eps", "1e-8"},
-    {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"},
+    {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"}, {NULL, NULL},
 };
 
-/* name, fallback (of two, the second is the one without DATA), help: see slam_job_flags */
+/* Defaults and help of the common flags, see slam_run_flags; "with DATA | without". */
 static const char *const presets[][3] = {
-    {"batch", "8 | 16", "rows of a step"},
+    {"batch", "8 | 16", "rows per step"},
     {"lr", "1e-3 | 5e-3", NULL},
     {"warmup", "max(100, 1%) | 50", NULL},
     {"schedule", "cosine", NULL},
@@ -47,47 +99,49 @@ static const char *const presets[][3] = {
     {"seed", NULL, "of weights, order and held-out documents"},
 };
 
-static void set_flags(train_job *t) {
-    options *o = &t->o;
-    slam_options *c = &t->j.o;
-    const slam_flag table[] = {
-        {NULL, 0, NULL, NULL, NULL, "Data", 0, 0, 0, 0},
-        {"val", SLAM_LIST, &c->val, "PATH", NULL, "validation data; may be repeated", 0, 0, 0, 0},
-        {"val-fraction", SLAM_REAL, &c->val_fraction, "P", "0", "or hold out this share of the documents", 0, 0.9, 0, 0},
-        {"weights", SLAM_TEXT, &o->weights, "W,W,...", NULL, "how often an epoch draws from each DATA (1 each)", 0, 0, 0, 0},
-        {"vocab", SLAM_INT, &o->V, "V", NULL, "size of the vocabulary, where the data do not say", 3, 65536, 0, 0},
-        {"context", SLAM_INT, &c->context, "N", "1024 | 256", "tokens of a row", 2, 1 << 24, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Model", 0, 0, 0, 0},
-        {"model", SLAM_TEXT, &o->model, "NAME", "tiny", "tiny, slam or a config.json", 0, 0, 0, 0},
-        {"init", SLAM_TEXT, &c->init, "DIR", NULL, "start from this model of the same units", 0, 0, 0, 0},
-        {"twist", SLAM_TEXT, &o->twist, "DIR", NULL, "start from this text model, its embedding cut to the units", 0, 0, 0, 0},
-        {"rope-theta", SLAM_REAL, &o->rope_theta, "X", NULL, "base of the rotary positions (the model's)", 1, 1e12, 0, 0},
-        {"recipe", SLAM_CHOICE, &o->recipe, "slam", NULL, "all settings of the Slam paper at once", 0, 0, 0, 0},
-        {NULL, 0, NULL, NULL, NULL, "Length: the first limit reached ends the run and fixes the schedule", 0, 0, 0, 0},
-        {"steps", SLAM_LONG, &c->steps, "N", "- | 600", "updates", 1, 1e12, 0, 0},
-        {"tokens", SLAM_LONG, &o->tokens, "N", NULL, "real tokens, padding not counted", 1, 1e15, 0, 0},
-        {"epochs", SLAM_REAL, &c->epochs, "X", "1 | -", "passes over the data", 1e-6, 1e6, 0, 0},
-        {"time", SLAM_TIME, &o->seconds, "HH:MM:SS", NULL, "as many steps as fit, by the rate of the first ones", 0, 0, 0, 0},
-        {"rate", SLAM_REAL, &o->rate, "N", NULL, "tokens a second, for the time that --dry-run prints", 0, 1e12, 0, 0},
+static void set_flags(program *p) {
+    slam_run *r = &p->run;
+    slam_options *o = &r->o;
+    const slam_flag own[] = {
+        SLAM_HEADING("Data"),
+        SLAM_FLAG("val", SLAM_LIST, &o->val, "PATH", NULL, "validation data; may be repeated"),
+        SLAM_NUMBER("val-fraction", SLAM_REAL, &o->val_fraction, "P", "0", 0, 0.9,
+                    "or hold out this share of the documents"),
+        SLAM_FLAG("weights", SLAM_TEXT, &p->weights, "W,W,...", NULL,
+                  "how often an epoch draws from each DATA (1 each)"),
+        SLAM_NUMBER("vocab", SLAM_INT, &p->V, "V", NULL, 3, 65536, "vocabulary size, if the data does not state it"),
+        SLAM_NUMBER("context", SLAM_INT, &o->context, "N", "1024 | 256", 2, 1 << 24, "tokens per row"),
+        SLAM_HEADING("Model"),
+        SLAM_FLAG("model", SLAM_TEXT, &p->model_name, "NAME", NULL, "tiny, slam or a config.json [tiny]"),
+        SLAM_FLAG("init", SLAM_PATH, &o->init, "DIR", NULL, "start from this model of the same units"),
+        SLAM_FLAG("twist", SLAM_PATH, &p->twist, "DIR", NULL,
+                  "start from this text model, its embedding cut to the units"),
+        SLAM_NUMBER("rope-theta", SLAM_REAL, &p->rope_theta, "X", NULL, 1, 1e12,
+                    "base of the rotary positions (the model's)"),
+        SLAM_FLAG("recipe", SLAM_CHOICE, &p->recipe, "slam", NULL, "all settings of the Slam paper at once"),
+        SLAM_HEADING("Length: the first limit reached ends the run and fixes the schedule"),
+        SLAM_NUMBER("steps", SLAM_LONG | SLAM_LIMIT, &o->steps, "N", "- | 600", 1, 1e12, "updates"),
+        SLAM_NUMBER("tokens", SLAM_LONG | SLAM_LIMIT, &o->tokens, "N", NULL, 1, 1e15, "tokens, without padding"),
+        SLAM_NUMBER("epochs", SLAM_REAL | SLAM_LIMIT, &o->epochs, "X", "1 | -", 1e-6, 1e6, "passes over the data"),
+        SLAM_NUMBER("time", SLAM_TIME | SLAM_LIMIT, &o->seconds, "HH:MM:SS", NULL, 1e-3, 1e9,
+                    "as many steps as fit, by the speed of the first ones"),
+        SLAM_NUMBER("rate", SLAM_REAL | SLAM_UNSAVED, &p->rate, "N", NULL, 0, 1e12,
+                    "with --dry-run: tokens per second, to print the time"),
     };
-    slam_job *j = &t->j;
-    j->program = "train";
-    j->key = "data";
-    j->not_kept = "out resume dry-run rate ranks flops bandwidth val";
-    j->may_change = "threads device recompute save-every keep log-every zero";
-    j->may_grow = "steps tokens epochs time";
-    j->flags.program = "train";
-    j->flags.usage = "[options] [DATA...]";
-    j->flags.about =
-        "Trains a speech language model on units: token shards (.bin) or unit files (.jsonl), globs allowed; without DATA on the "
-        "bundled corpus. The value without a flag stands in brackets; of two, the second is the one without DATA.";
-    slam_job_flags(j, table, (int)(sizeof table / sizeof *table), presets, (int)(sizeof presets / sizeof *presets));
+    r->data_name = "data";
+    r->bundled_data[0] = "test/corpus/train.bin";
+    r->bundled_data[1] = "test/corpus/val.bin";
+    r->flags.program = "train";
+    r->flags.usage = "[options] [DATA...]";
+    r->flags.about =
+        "Trains a speech language model on units: token shards (.bin) or unit files (.jsonl), globs allowed; without "
+        "DATA on the bundled corpus. Defaults stand in brackets; where there are two, the second is for the "
+        "bundled corpus.";
+    slam_run_flags(r, own, (int)(sizeof own / sizeof *own), presets, (int)(sizeof presets / sizeof *presets));
 }
 
-/* ---- which run, which settings ---- */
-
-/* W,W,...: one for each of n sources (0: any number), of which source i gets *weight; without the flag each is drawn once an epoch. */
-static int weight_at(const char *weights, size_t i, size_t n, double *weight) {
+/* --weights W,W,...: number i of n sources (n 0: any number). Without the flag each source has weight 1. */
+static int source_weight(const char *weights, size_t i, size_t n, double *weight) {
     *weight = 1;
     if (!weights || !*weights) return 1;
     const char *at = weights;
@@ -95,257 +149,271 @@ static int weight_at(const char *weights, size_t i, size_t n, double *weight) {
         char *end;
         const double w = strtod(at, &end);
         if (end == at || (*end && *end != ','))
-            return slam_refuse("--weights %s: expected numbers with commas between them", weights);
+            return slam_set_error("--weights %s: expected numbers separated by commas", weights);
         if (k == i) *weight = w;
         at = end + 1;
-        if (*end) continue;
-        return !n || k + 1 == n ? 1 : slam_refuse("--weights %s: %zu numbers for %zu DATA arguments", weights, k + 1, n);
+        if (!*end)
+            return !n || k + 1 == n ||
+                   slam_set_error("--weights %s: %zu numbers for %zu DATA arguments", weights, k + 1, n);
     }
 }
 
-/* What the table cannot say of a flag. */
-static int check_flags(train_job *t) {
-    const options *o = &t->o;
-    const char *init = t->j.o.init;
-    const size_t sources = t->j.flags.rest.n ? t->j.flags.rest.n : t->j.o.resume ? 0 : 1;
+/* What the table of flags cannot check. */
+static int check_flags(program *p) {
+    const slam_run *r = &p->run;
+    const size_t sources = r->flags.rest.n ? r->flags.rest.n : r->o.resume ? 0 : 1;
     double weight;
-    if (init && o->twist) return slam_refuse("--init and --twist: a run starts from one model");
-    if (o->model && (init || o->twist))
-        return slam_refuse("--model with --init or --twist: the model that training starts from has its shape");
-    return slam_job_check(&t->j) && weight_at(o->weights, 0, sources, &weight);
+    if (r->o.init && p->twist) return slam_set_error("--init and --twist: expected one model to start from");
+    if (p->model_name && (r->o.init || p->twist))
+        return slam_set_error("--model with --init or --twist: the model that training starts from has its shape");
+    return source_weight(p->weights, 0, sources, &weight);
 }
 
-static int is_name(const char *model) { return !strcmp(model, "tiny") || !strcmp(model, "slam"); }
+/* ---- the plan: settings, device, data, vocabulary, length ---- */
 
-/* Flags, then what the resumed run has, then the recipe, then defaults: the first to say a value decides. */
-static int settle(train_job *t) {
-    options *o = &t->o;
-    slam_job *j = &t->j;
-    if (!slam_job_absolute(j, "init") || !slam_job_absolute(j, "twist")) return 0;
-    if (o->model && !is_name(o->model) && !slam_job_absolute(j, "model")) return 0;
-    if (!slam_job_recall(j)) return 0;
-    for (size_t i = 0; j->fresh && o->recipe && i < sizeof recipe_slam / sizeof *recipe_slam; i++)
-        if (!slam_flags_given(&j->flags, recipe_slam[i][0]) && !slam_flags_set(&j->flags, recipe_slam[i][0], recipe_slam[i][1]))
-            return 0;
-    for (int i = 0; i < j->flags.n; i++)
-        if (j->table[i].to == &o->model && (j->o.init || o->twist)) j->table[i].fallback = NULL;
-    return slam_job_defaults(j);
-}
+static int is_preset(const char *model) { return !strcmp(model, "tiny") || !strcmp(model, "slam"); }
 
-/* ---- data and vocabulary ---- */
-
-/* How the sources that are validated on are called in the log: as the user calls them. */
-static const slam_list *val_names(const slam_job *j) {
-    if (j->o.val_fraction > 0) return j->is_bundled ? &j->data : &j->flags.rest;
-    return j->o.val.n ? &j->o.val : &j->val;
-}
-
-static int open_data(train_job *t) {
-    const slam_job *j = &t->j;
-    if (!(t->data = slam_data_new(j->o.context))) return 0;
-    for (size_t i = 0; i < j->data.n; i++) {
-        double weight;
-        if (!weight_at(t->o.weights, i, j->data.n, &weight) || !slam_data_add(t->data, j->data.at[i], weight)) return 0;
+/* A value comes from the command line, else from the resumed run, else from the recipe, else from the defaults. */
+static int resolve_flags(program *p) {
+    slam_run *r = &p->run;
+    if (p->recipe) r->recipe = recipe_slam;
+    if (p->model_name && !is_preset(p->model_name)) {
+        char *path = slam_path_absolute(p->model_name);
+        slam_flags_set(&r->flags, "model", path);
+        free(path);
     }
-    if (j->val.n && !(t->val = slam_data_new(j->o.context))) return 0;
-    for (size_t i = 0; i < j->val.n; i++)
-        if (!slam_data_add(t->val, j->val.at[i], 1)) return 0;
+    return slam_run_resolve(r);
+}
+
+static int open_data(program *p) {
+    const slam_run *r = &p->run;
+    const slam_strings *data = &r->flags.rest, *val = &r->o.val;
+    if (!(p->data = slam_data_new(r->o.context))) return 0;
+    for (size_t i = 0; i < data->n; i++) {
+        double weight;
+        if (!source_weight(p->weights, i, data->n, &weight) || !slam_data_add(p->data, data->at[i], weight)) return 0;
+    }
+    if (val->n && !(p->val = slam_data_new(r->o.context))) return 0;
+    for (size_t i = 0; i < val->n; i++)
+        if (!slam_data_add(p->val, val->at[i], 1)) return 0;
     return 1;
 }
 
-/* The model's V stands where there is one; else the data's, --vocab, what a config.json says, the recipe's 502. */
-static int decide_vocabulary(train_job *t) {
-    const options *o = &t->o;
-    int said, val_said = 0;
-    if (!slam_data_vocabulary(t->data, &said) || (t->val && !slam_data_vocabulary(t->val, &val_said))) return 0;
-    if (said && val_said && said != val_said)
-        return slam_refuse("%s: a vocabulary of %d, but the training data have one of %d", t->j.val.at[0], val_said, said);
-    said = said ? said : val_said;
-    if (said && o->V && o->V != said) return slam_refuse("--vocab %d: the data have a vocabulary of %d", o->V, said);
-    said = said ? said : o->V;
-    if (t->j.checkpoint || t->j.o.init)
-        return !said || said == t->config.V
-                   ? 1
-                   : slam_refuse("%s: the model has a vocabulary of %d, the data one of %d", t->start, t->config.V, said);
-    if (o->twist && said > t->config.V)
-        return slam_refuse("%s: the model has a vocabulary of %d, fewer than the data's %d", t->start, t->config.V, said);
-    if (said) t->config.V = said;
-    else if (o->twist || is_name(o->model)) t->config.V = 502;
+/* The vocabulary is that of the model to start from, else what the data or --vocab says, else the config's or the
+   recipe's 502. */
+static int resolve_vocabulary(program *p) {
+    slam_run *r = &p->run;
+    slam_config *c = &r->config;
+    const int of_data = p->data->V, of_val = p->val ? p->val->V : 0;
+    int V = of_data ? of_data : of_val;
+    if (of_data && of_val && of_data != of_val)
+        return slam_set_error("%s: vocabulary %d, expected the training data's, %d", r->o.val.at[0], of_val, of_data);
+    if (V && p->V && p->V != V) return slam_set_error("--vocab %d: the data has vocabulary %d", p->V, V);
+    if (!V) V = p->V;
+    if (r->checkpoint || r->o.init)
+        return !V || V == c->V || slam_set_error("%s: the model has vocabulary %d, the data %d", p->start, c->V, V);
+    if (p->twist && V > c->V)
+        return slam_set_error("%s: the model has vocabulary %d, expected at least the data's %d", p->start, c->V, V);
+    if (V) c->V = V;
+    else if (p->twist || is_preset(p->model_name)) c->V = 502;
     return 1;
 }
 
-/* Quantisers that differ number their units differently, and nothing else would tell. */
-static int check_units(const train_job *t) {
-    const uint32_t units = slam_data_fingerprint(t->data), val = t->val ? slam_data_fingerprint(t->val) : 0;
-    slam_trainer start;
-    if (units && val && units != val)
-        return slam_refuse("%s: units of quantiser %08x, those of the training data are of %08x", t->j.val.at[0], val, units);
-    if (!t->j.o.init || !slam_trainer_read(&start, t->start)) return 1; // a model of other make does not say
-    const uint32_t known = start.units;
-    slam_trainer_free(&start);
-    return !known || !units || known == units
-               ? 1
-               : slam_refuse("%s: trained on units of quantiser %08x, the data have %08x", t->start, known, units);
+/* Different unit tokenizers number their units differently, which nothing else would show. */
+static int check_units(const program *p) {
+    const uint32_t units = p->data->fingerprint, of_val = p->val ? p->val->fingerprint : 0;
+    slam_trainer before;
+    if (units && of_val && units != of_val)
+        return slam_set_error("%s: units of tokenizer %08x, the training data has units of %08x", p->run.o.val.at[0],
+                              (unsigned)of_val, (unsigned)units);
+    if (!p->run.o.init || !slam_trainer_load(&before, p->start)) return 1; /* a model from elsewhere does not say */
+    const uint64_t known = before.units;
+    slam_trainer_free(&before);
+    return !known || !units || known == units ||
+           slam_set_error("%s: trained on units of tokenizer %08x, the data has units of %08x", p->start,
+                          (unsigned)known, (unsigned)units);
 }
 
-/* The configuration of what training starts from; t->start is its folder, NULL: a new model. */
-static int read_config(train_job *t) {
-    const char *from = t->j.checkpoint ? t->j.checkpoint : t->j.o.init ? t->j.o.init : t->o.twist;
-    const int context = t->j.o.context;
+static int read_config(program *p) {
+    slam_run *r = &p->run;
+    slam_config *c = &r->config;
+    const char *from = r->checkpoint ? r->checkpoint : r->o.init ? r->o.init : p->twist;
     char path[4200];
-    if (from) {
-        if (!(t->start = slam_run_model(from))) return 0;
-        snprintf(path, sizeof path, "%s/config.json", t->start);
-    } else snprintf(path, sizeof path, "%s", t->o.model);
-    if (!slam_config_read(&t->config, path) || !decide_vocabulary(t)) return 0;
-    if (t->o.rope_theta > 0) t->config.rope_theta = t->o.rope_theta;
-    if (t->start && context > t->config.T)
-        return slam_refuse("--context %d: %s was made for up to %d positions", context, t->start, t->config.T);
-    if (context > t->config.T) t->config.T = context;
+    if (from && !(p->start = slam_run_model(from))) return 0;
+    if (!from && !p->model_name) slam_flags_set(&r->flags, "model", "tiny");
+    if (from) snprintf(path, sizeof path, "%s/config.json", p->start);
+    else snprintf(path, sizeof path, "%s", p->model_name);
+    if (!slam_config_load(c, path) || !resolve_vocabulary(p)) return 0;
+    if (p->rope_theta > 0) c->rope_theta = p->rope_theta;
+    if (p->start && r->o.context > c->T)
+        return slam_set_error("--context %d: %s has up to %d positions", r->o.context, p->start, c->T);
+    if (r->o.context > c->T) c->T = r->o.context;
     return 1;
 }
 
-static int open_model(train_job *t) {
-    slam_run *r = &t->j.run;
-    if (!t->start) r->model = slam_model_new(t->ops, &t->config, (uint64_t)t->j.o.seed);
-    else if (!t->j.checkpoint && t->o.twist) r->model = slam_model_twist(t->ops, t->start, t->config.V);
-    else r->model = slam_model_load(t->ops, t->start);
-    if (r->model && t->o.rope_theta > 0) slam_model_set_rope_theta(r->model, t->o.rope_theta);
-    return r->model != NULL;
+/* Steps until --tokens have been seen. */
+static int steps_for_tokens(program *p, long *steps) {
+    const slam_options *o = &p->run.o;
+    slam_loader *l = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
+    uint64_t tokens = 0;
+    int rows = 1;
+    for (*steps = 0; rows > 0 && tokens < (uint64_t)o->tokens && !slam_stop_requested(); ++*steps) {
+        rows = slam_loader_begin(l, o->batch, NULL);
+        tokens += l->tokens;
+    }
+    slam_loader_free(l);
+    return rows > 0 && !slam_stop_requested();
 }
 
-/* ---- how long ---- */
-
-/* The first limit decides; what --time allows is found once the model runs. */
-static int fix_steps(train_job *t) {
-    const options *o = &t->o;
-    const slam_options *c = &t->j.o;
+static int plan(program *p) {
+    slam_run *r = &p->run;
+    const slam_options *o = &r->o;
+    const uint64_t seed = (uint64_t)o->seed;
     long most = 0;
-    t->measure = o->seconds > 0 && (t->j.fresh || slam_job_grows(&t->j, "time"));
-    t->j.run.max_tokens = (uint64_t)o->tokens;
-    t->j.run.max_seconds = o->seconds;
-    if (o->tokens && slam_job_grows(&t->j, NULL) &&
-        !slam_steps_for_tokens(t->data, c->context, c->batch, (uint64_t)c->seed, (uint64_t)o->tokens, &most))
-        return 0;
-    return slam_job_steps(&t->j, (double)t->size.rows / c->batch, most);
+    if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
+    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
+    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
+    p->size = slam_data_measure(p->data, -1, seed);
+    if (o->tokens && r->grows && !steps_for_tokens(p, &most)) return 0;
+    return slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, most);
 }
 
-/* ---- the plan ---- */
-
-static void print_plan(const train_job *t, const char *note) {
-    const slam_options *c = &t->j.o;
-    const slam_config *m = &t->config;
-    const long steps = t->j.run.trainer.steps;
-    const double tokens = (double)steps * c->batch * c->context * t->size.fill;
-    char a[32], b[32], d[32];
-    slam_job_print_device(&t->j, note);
-    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", t->start ? t->start : t->o.model,
-           slam_spell_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
-    printf("data     %s tokens, %s documents, %d source%s; %s rows of %d, %.1f%% full\n",
-           slam_spell_count(a, (double)t->size.tokens), slam_spell_count(b, (double)t->size.documents), slam_data_sources(t->data),
-           slam_data_sources(t->data) == 1 ? "" : "s", slam_spell_count(d, (double)t->size.rows), c->context, 100 * t->size.fill);
-    slam_job_print_memory(&t->j, m, c->batch);
+static void print_plan(const program *p) {
+    const slam_run *r = &p->run;
+    const slam_options *o = &r->o;
+    const slam_config *m = &r->config;
+    const slam_data_size *s = &p->size;
+    const long steps = r->trainer.steps;
+    const double tokens = (double)o->batch * o->context * s->fill;
+    char a[32], b[32], c[32];
+    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->start ? p->start : p->model_name,
+           slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
+    printf("data     %s tokens, %s documents, %zu source%s; %s rows of %d, %.1f%% full\n",
+           slam_format_count(a, (double)s->tokens), slam_format_count(b, (double)s->documents), p->data->n_sources,
+           p->data->n_sources == 1 ? "" : "s", slam_format_count(c, (double)s->rows), o->context, 100 * s->fill);
     if (!steps) printf("steps    as many as fit into the time\n");
     else
-        printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", steps, c->batch, slam_spell_count(a, tokens),
-               tokens / (double)t->size.tokens);
-    slam_job_print_schedule(&t->j);
-    fflush(stdout);
+        printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", steps, o->batch,
+               slam_format_count(a, (double)steps * tokens), (double)steps * tokens / (double)s->tokens);
+    slam_run_print_plan(r, tokens);
+    if (!o->dry_run || p->rate <= 0) return;
+    if (steps) printf("time     %s at %g tokens/s\n", slam_format_time(a, (double)steps * tokens / p->rate), p->rate);
+    else
+        printf("time     %s make %.0f steps at %g tokens/s\n", slam_format_time(a, o->seconds),
+               floor(o->seconds * p->rate / tokens), p->rate);
 }
 
-static void print_dry_run(const train_job *t) {
-    const options *o = &t->o;
-    const slam_options *c = &t->j.o;
-    const double flops = slam_config_flops(&t->config, c->context), tokens = (double)c->batch * c->context * t->size.fill;
-    char a[32], b[32];
-    printf("work     %s FLOP a token\n", slam_spell_count(b, flops));
-    slam_job_print_ranks(&t->j, &t->config, c->batch, tokens);
-    if (o->rate > 0 && t->j.run.trainer.steps)
-        printf("time     %s at %g tokens/s\n", slam_spell_time(a, (double)t->j.run.trainer.steps * tokens / o->rate), o->rate);
-    else if (o->rate > 0)
-        printf("time     %s make %.0f steps at %g tokens/s\n", slam_spell_time(a, o->seconds), floor(o->seconds * o->rate / tokens),
-               o->rate);
+/* ---- --time ---- */
+
+/* Seconds per step, from some steps with learning rate 0, which change nothing. Sets eval_seconds, too. */
+static int measure_speed(program *p, double *seconds_per_step) {
+    slam_run *r = &p->run;
+    const double limit = r->o.seconds, share = 0.02 * limit,
+                 enough = share > 20  ? 20
+                          : share > 1 ? share
+                                      : fmin(1, 0.1 * limit);
+    double start = slam_clock();
+    slam_step step;
+    long n = 0;
+    for (; slam_comm_max(r->comm, n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
+        if (n == 1) start = slam_clock(); /* the first step is slower than the others */
+        if (!train_step(p, 0, &step) || !slam_all_ok(r->comm, !slam_stop_requested())) return 0;
+    }
+    *seconds_per_step = (slam_clock() - start) / (double)(n - 1);
+    slam_adamw_reset(&r->opt);
+    if (!p->val || !r->o.eval_every) return 1;
+    double *losses = (double *)calloc(1 + p->val->n_sources, sizeof *losses);
+    start = slam_clock();
+    const int ok = evaluate(p, losses);
+    r->eval_seconds = slam_clock() - start;
+    free(losses);
+    return ok;
 }
 
-/* What there is to do after the run. */
-static void print_next(const train_job *t) {
-    printf("\nnext  ");
-    slam_job_print_resume(&t->j);
-    printf("      ./eval ");
-    slam_print_path(t->j.run.folder);
-    printf(" ppl\n          sets it beside n-gram models of the same data\n");
-    if (!t->j.is_bundled) return;
-    printf(
-        "      ./tokenize FOLDER --fit 100 --kmeans km.npy\n      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n          trains on recordings of your own\n");
+/* Fixes the number of steps by the time that is left. */
+static int fit_steps(program *p) {
+    slam_run *r = &p->run;
+    slam_trainer *t = &r->trainer;
+    const long before = t->steps, eval_every = p->val ? r->o.eval_every : 0, save_every = r->o.save_every;
+    double step;
+    char text[32];
+    if (!measure_speed(p, &step)) return 0;
+    r->save_seconds = 12.0 * (double)slam_config_parameters(&r->config) / 300e6; /* a plain disk's 300 MB/s */
+    /* every evaluation may find the lowest loss so far, which is saved */
+    const long saves = eval_every && (!save_every || eval_every < save_every) ? eval_every : save_every;
+    double each = step;
+    if (eval_every) each += r->eval_seconds / (double)eval_every;
+    if (saves) each += r->save_seconds / (double)saves;
+    const double left = r->o.seconds - t->seconds - (slam_clock() - r->began);
+    const double steps = (0.97 * left - r->eval_seconds - r->save_seconds) / each;
+    const long fit = t->step - slam_comm_max(r->comm, steps > 1 ? -(long)steps : -1); /* the fewest of all ranks */
+    if (!t->steps || fit < t->steps) t->steps = fit;
+    if (!r->fresh && t->steps < before)
+        return slam_set_error("--time %s: allows %ld steps, the resumed run has %ld, and a limit may only grow",
+                              slam_format_time(text, r->o.seconds), t->steps, before);
+    printf("time     %s: %.4g s per step make %ld steps\n", slam_format_time(text, r->o.seconds), step, t->steps);
+    return 1;
 }
 
-/* ---- the run ---- */
+/* ---- main ---- */
 
-/* Settles all that is known before training: settings, device, data, vocabulary, length. */
-static int plan(train_job *t, const char *argv0, char note[256]) {
-    slam_job *j = &t->j;
-    const slam_options *c = &j->o;
-    if (!settle(t) || !slam_job_name_data(j, argv0, "test/corpus/train.bin", "test/corpus/val.bin")) return 0;
-    if (!(t->ops = slam_job_device(j, note))) return 0;
-    if (!open_data(t) || !read_config(t) || !check_units(t)) return 0;
-    if (!slam_data_prepare(t->data, t->config.V, c->val_fraction, (uint64_t)c->seed, c->val_fraction > 0 ? &t->val : NULL))
-        return 0;
-    if (j->val.n && !slam_data_prepare(t->val, t->config.V, 0, 0, NULL)) return 0;
-    return slam_data_measure(t->data, -1, (uint64_t)c->seed, &t->size) &&
-           slam_job_fill(j, t->ops, &t->config, c->batch, c->context) && fix_steps(t);
+/* Model, optimiser and loader, at the state of the checkpoint if there is one. */
+static int open_model(program *p) {
+    slam_run *r = &p->run;
+    const slam_options *o = &r->o;
+    if (!p->start) r->model = slam_model_new(r->ops, &r->config, (uint64_t)o->seed);
+    else if (!r->checkpoint && p->twist) r->model = slam_model_twist(r->ops, p->start, r->config.V);
+    else r->model = slam_model_load(r->ops, p->start);
+    if (r->model && p->rope_theta > 0) slam_model_set_rope_theta(r->model, p->rope_theta);
+    const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
+    if (!slam_all_ok(r->comm, ok)) return 0;
+    p->batch = slam_batch_new(r->micro, r->T, 0);
+    p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
+    if (o->seconds > 0 && (r->fresh || slam_flags_given(&r->flags, "time") == 2) && !fit_steps(p)) return 0;
+    r->trainer.units = p->data->fingerprint;
+    return slam_run_begin(r, p->data->hash) &&
+           slam_all_ok(r->comm, slam_loader_seek(p->loader, r->trainer.epoch, r->trainer.row));
 }
 
-static int train(train_job *t) {
-    slam_job *j = &t->j;
-    const slam_options *c = &j->o;
-    slam_run *r = &j->run;
-    uint64_t hash;
+static void print_end(program *p) {
+    slam_run *r = &p->run;
     char validation[96] = "";
-    if (!open_model(t)) return 0;
-    t->task = slam_pretraining_new(r->model, t->data, t->val, val_names(j), c->context, c->batch, r->micro, slam_job_mode(j),
-                                   (uint64_t)c->seed);
-    if (!t->task) return 0;
-    r->task = slam_pretraining_task(t->task);
-    const int timed = t->measure ? slam_run_time(r) : 1;
-    if (timed == 2) printf("stopped before the first step\n");
-    if (timed != 1) return timed;
-    r->trainer.units = slam_data_fingerprint(t->data);
-    if (!slam_data_hash(t->data, &t->size, c->context, (uint64_t)c->seed, &hash) || !slam_job_keep(j, hash) || !slam_job_begin(j))
-        return 0;
-    const long first = r->trainer.step;
-    if (!slam_run_train(r)) return 0;
-    if (r->val_step)
-        snprintf(validation, sizeof validation, "validation loss %.4f nats a token (perplexity %.2f)", r->val_loss,
-                 exp(r->val_loss));
-    slam_job_print_end(j, first, validation);
-    print_next(t);
+    if (r->eval_step > r->first_step)
+        snprintf(validation, sizeof validation, "validation loss %.4f nats per token (perplexity %.2f)", r->eval_loss,
+                 exp(r->eval_loss));
+    slam_run_print_end(r, validation);
+    printf("      ./eval ");
+    slam_print_path(r->folder);
+    printf(" ppl\n          compares it with n-gram models of the same data\n");
+    if (r->bundled)
+        printf("      ./tokenize FOLDER --fit 100 --kmeans km.npy\n"
+               "      ./tokenize FOLDER --kmeans km.npy -o my.bin && ./train my.bin\n"
+               "          trains on your own recordings\n");
+}
+
+static int pretrain(program *p) {
+    if (!slam_all_ok(p->run.comm, plan(p))) return 0;
+    print_plan(p);
+    if (p->run.o.dry_run) return 1;
+    if (!open_model(p) || !train(p)) return 0;
+    print_end(p);
     return 1;
 }
 
 int main(int argc, char **argv) {
-    train_job t;
-    char note[256] = "";
-    memset(&t, 0, sizeof t);
-    t.j.run.began = slam_clock();
-    if (!(t.j.ranks = slam_program_begin("train"))) return 1;
-    set_flags(&t);
-    const int parsed = slam_flags_parse(&t.j.flags, argc, argv);
-    int status = parsed == 0 || (parsed == 1 && !check_flags(&t)) ? 2 : 0;
-    if (parsed == 1 && status == 0) {
-        slam_signals_catch(t.j.ranks);
-        int ok = slam_ranks_agree(t.j.ranks, plan(&t, argv[0], note));
-        if (ok) print_plan(&t, note);
-        if (ok && t.j.o.dry_run) print_dry_run(&t);
-        else if (ok) ok = train(&t);
-        else if ((ok = (int)slam_ranks_max(t.j.ranks, slam_signals_stop()))) printf("stopped before the first step\n");
-        status = ok ? 0 : 1;
-    }
-    status = slam_job_end(&t.j, status);
-    slam_pretraining_free(t.task);
-    slam_model_free(t.j.run.model);
-    slam_data_free(t.val);
-    slam_data_free(t.data);
-    slam_ops_free(t.ops);
-    free(t.start);
+    static program p;
+    slam_run *r = &p.run;
+    if (!(r->comm = slam_program_begin("train"))) return 1;
+    set_flags(&p);
+    const int parsed = slam_run_parse(r, argc, argv);
+    int status = 0;
+    if (!parsed || (parsed == 1 && !check_flags(&p))) status = 2;
+    else if (parsed == 1) status = !pretrain(&p);
+    status = slam_run_end(r, status);
+    slam_loader_free(p.loader);
+    slam_batch_free(&p.batch);
+    slam_data_free(p.val);
+    slam_data_free(p.data);
+    free(p.start);
     return status;
 }

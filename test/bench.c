@@ -1,35 +1,32 @@
-/* Measures the training step of three models on the CPU, generation, and HuBERT, beside PyTorch's (test/bench_torch.py) in the same run where
-   there is a Python with torch and transformers, and writes the table to test/results/.
+/* Measures training steps of three models on the CPU, generation and HuBERT, next to PyTorch (test/bench_torch.py) in the same run
+   if there is a Python with torch and transformers, and writes the table to test/results/.
 
        make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert,dpo --python PATH"]
 
-   A step is forward, backward and AdamW with clipping on random tokens, one document a row; "slam" is one micro-step of the
-   358M model, forward and backward alone, as both sides measure it. "generate" continues 64 prompts of 75 tokens by up to 150 each,
-   sampled; its figures are new tokens a second. "hubert" is features of noise, a quarter of a minute at once, in
-   mHuBERT-25Hz's shape with random weights, up to layer 11: its figures are seconds of audio a second. "dpo" are steps of
-   preference optimisation with prompts computed once for both endings, beside the same with one for each. The two sides take turns,
-   ROUNDS times; figures are medians. */
+   A step is forward, backward and AdamW with clipping, on random tokens, one document per row; "slam" is one micro-step of the
+   358M model, only forward and backward, on both sides. "generate" continues 64 prompts of 75 tokens by up to 150 each, sampled;
+   its numbers are new tokens per second. "hubert" computes features of 15 s of noise by mHuBERT-25Hz's shape with random weights,
+   up to layer 11; its numbers are seconds of audio per second. "dpo" compares steps of preference optimisation with shared
+   prompts to steps without. The two sides take turns, ROUNDS times; numbers are medians. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "random_hubert.h"
 
 enum { ROUNDS = 3, STEPS_MAX = 4096 };
 
-#if defined SLAM_OPENBLAS
-static const char products[] = "OpenBLAS";
-#elif defined SLAM_ACCELERATE
-static const char products[] = "Accelerate";
+#ifdef SLAM_BLAS
+static const char products[] = "BLAS";
 #else
 static const char products[] = "our own kernel";
 #endif
 
-typedef struct row {
+typedef struct bench_row {
     const char *name, *what;
     slam_config config;
     int B, T, update;
-} row;
+} bench_row;
 
-static const row rows[] = {
+static const bench_row rows[] = {
     {"tiny",
      "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256",
      {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000},
@@ -49,13 +46,13 @@ static const row rows[] = {
      1024,
      0},
     {"generate",
-     "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens a second",
+     "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens per second",
      {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000},
      64,
      225,
      0},
     {"hubert",
-     "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds a second",
+     "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds per second",
      {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
      1,
      15,
@@ -77,33 +74,35 @@ static void die(void) {
     exit(1);
 }
 
-/* tokens a second: the median over the steps of `seconds` seconds, after two that do not count */
-static double measure(const row *r, int threads, double seconds) {
+/* Tokens per second: the median over the steps of `seconds` seconds, after two that do not count. */
+static double measure(const bench_row *r, int threads, double seconds) {
     const int N = r->B * r->T;
     static double times[STEPS_MAX];
-    int *numbers = (int *)calloc((size_t)N, 3 * sizeof(int)), n = 0;
+    int n = 0;
     uint64_t seed = 1;
     slam_ops *ops = slam_cpu(threads);
     slam_model *m = ops ? slam_model_new(ops, &r->config, 1) : NULL;
-    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0, 0.5, 0};
-    slam_optimiser *o = m && r->update ? slam_optimiser_new(m, &settings) : NULL;
-    if (!numbers || !m || (r->update && !o) || !slam_model_plan(m, r->B, r->T, 1)) die();
-    const slam_batch b = {r->B, r->T, numbers, numbers + N, numbers + 2 * N, NULL};
+    slam_adamw opt = ZERO;
+    opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
+    if (!m || !slam_model_plan(m, r->B, r->T, SLAM_TRAIN) || (r->update && !slam_adamw_init(&opt, m))) die();
+    slam_batch b = slam_batch_new(r->B, r->T, 0);
+    b.B = r->B;
     for (int i = 0; i < N; i++) b.tokens[i] = (int)rng_below(&seed, (uint64_t)r->config.V);
     for (int i = 0; i < N; i++) b.targets[i] = i % r->T == r->T - 1 ? -1 : b.tokens[i + 1];
+    memset(b.doc_start, 0, (size_t)N * sizeof(int));
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
         slam_step step;
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (!slam_model_backward(m, &b, 1.0f / (float)N, NULL, NULL) || !ops->finish(ops)) die();
-        if (r->update && !slam_optimiser_step(o, 1e-4, &step)) die();
+        if (!slam_forward_backward(m, &b, 1.0f / (float)N) || !ops->finish(ops)) die();
+        if (r->update && !slam_adamw_step(&opt, 1e-4, &step)) die();
         if (k >= 0) times[n++] = slam_clock() - began;
     }
-    slam_optimiser_free(o);
+    if (r->update) slam_adamw_free(&opt);
+    slam_batch_free(&b);
     slam_model_free(m);
     slam_ops_free(ops);
-    free(numbers);
     return N / median(times, n);
 }
 
@@ -111,14 +110,8 @@ static double measure(const row *r, int threads, double seconds) {
 
 enum { PROMPT_TOKENS = 75 };
 
-static int note_tokens(void *context, size_t done, uint64_t tokens) {
-    (void)done;
-    *(uint64_t *)context = tokens;
-    return 1;
-}
-
-/* new tokens a second */
-static double measure_generation(const row *r, int threads, double seconds) {
+/* New tokens per second. */
+static double measure_generation(const bench_row *r, int threads, double seconds) {
     static double rates[STEPS_MAX];
     int units[PROMPT_TOKENS], n = 0;
     slam_ops *ops = slam_cpu(threads);
@@ -127,15 +120,16 @@ static double measure_generation(const row *r, int threads, double seconds) {
     if (!m) die();
     double start = 0;
     for (int k = -1; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
-        slam_prompts p = SLAM_ZERO;
+        slam_prompts p = ZERO;
         uint64_t seed = (uint64_t)k + 5, tokens = 0;
         for (int b = 0; b < r->B; b++) {
             for (int t = 0; t < PROMPT_TOKENS; t++) units[t] = (int)rng_below(&seed, (uint64_t)r->config.V - 2);
-            if (!slam_prompts_add(&p, "prompt", units, PROMPT_TOKENS - 1)) die();
+            slam_prompts_add(&p, "prompt", units, NULL, PROMPT_TOKENS - 1);
         }
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (!slam_generate(m, &how, &p, note_tokens, &tokens)) die();
+        if (!slam_generate(m, &how, &p, NULL, NULL)) die();
+        for (size_t i = 0; i < p.n; i++) tokens += (uint64_t)(p.at[i].length + (p.at[i].ended != 0));
         if (k >= 0) rates[n++] = (double)tokens / (slam_clock() - began);
         slam_prompts_free(&p);
     }
@@ -144,22 +138,24 @@ static double measure_generation(const row *r, int threads, double seconds) {
     return median(rates, n);
 }
 
-/* FLOP for a new token: its own forward pass, and its share of the prompt's */
-static double generation_flops(const row *r) { return slam_config_flops(&r->config, r->T) / 3 * r->T / (r->T - PROMPT_TOKENS); }
+/* FLOP per new token: its own forward pass and its share of the prompt's. */
+static double generation_flops(const bench_row *r) {
+    return slam_config_flops(&r->config, r->T) / 3 * r->T / (r->T - PROMPT_TOKENS);
+}
 
 /* ---- HuBERT ---- */
 
-/* audio seconds a second */
-static double measure_hubert(const row *r, const char *folder, int threads, double seconds) {
+/* Seconds of audio per second. */
+static double measure_hubert(const bench_row *r, const char *folder, int threads, double seconds) {
     static double times[STEPS_MAX];
     const long samples = 16000L * r->T;
     int n = 0;
     uint64_t seed = 1;
     slam_ops *ops = slam_cpu(threads);
     slam_hubert *h = ops ? slam_hubert_load(ops, folder, HUBERT_LAYER) : NULL;
-    float *x = (float *)mem_new((size_t)samples, sizeof *x), *out = NULL;
-    if (h) out = (float *)mem_new((size_t)slam_hubert_frames(h, samples) * (size_t)slam_hubert_width(h), sizeof *out);
-    if (!h || !x || !out) die();
+    float *x = NEW(float, (size_t)samples), *out = NULL;
+    if (!h) die();
+    out = NEW(float, (size_t)slam_hubert_frames(h, samples) * (size_t)h->width);
     for (long i = 0; i < samples; i++) x[i] = (float)(0.1 * rng_normal(&seed));
     const float *in = x;
     double start = 0;
@@ -179,54 +175,70 @@ static double measure_hubert(const row *r, const char *folder, int threads, doub
 
 enum { DPO_BATCH = 24, DPO_PAIRS = 96, DPO_CONTEXT = 1024 };
 
-/* Pairs as long as SpokenSwag's: prompts of about 180 units (10 s), endings of about 55 (3 s). */
+/* Pairs as long as SpokenSwag's: prompts of about 180 units (10 s), completions of about 55 (3 s). */
 static void dpo_write(const char *path) {
+    static const char *const sides[] = {"prompt", "chosen", "rejected"};
     static const int least[] = {120, 35, 35}, most[] = {240, 75, 75};
     uint64_t seed = 1;
-    text t = SLAM_ZERO;
+    strbuf t = ZERO;
     for (int i = 0; i < DPO_PAIRS; i++)
-        for (int part = 0; part < 3; part++) {
-            const int n = least[part] + (int)rng_below(&seed, (uint64_t)(most[part] - least[part] + 1));
-            text_add(&t, "%s\"%s\": \"", part ? ", " : "{", pair_names[part]);
-            for (int k = 0; k < n; k++) text_add(&t, "<Un%d>", (int)rng_below(&seed, 500));
-            text_add(&t, part == 2 ? "\"}\n" : "\"");
+        for (int side = 0; side < 3; side++) {
+            const int n = least[side] + (int)rng_below(&seed, (uint64_t)(most[side] - least[side] + 1));
+            strbuf_add(&t, "%s\"%s\": \"", side ? ", " : "{", sides[side]);
+            for (int k = 0; k < n; k++) strbuf_add(&t, "<Un%d>", (int)rng_below(&seed, 500));
+            strbuf_add(&t, side == 2 ? "\"}\n" : "\"");
         }
-    if (t.failed || !file_write(path, t.at, t.n)) die();
-    text_free(&t);
+    if (!file_write(path, t.at, t.n)) die();
+    strbuf_free(&t);
 }
 
-/* pairs a second of whole steps: forward, backward, AdamW */
+/* Pairs per second of whole steps: forward, backward, AdamW, as dpo.c makes them. */
 static double measure_dpo(const slam_config *config, const char *path, int share, int threads, double seconds) {
     static double times[STEPS_MAX];
-    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0, 0.5, 0};
-    uint64_t tokens, n_pairs;
-    int n = 0;
+    int n = 0, rows;
     slam_ops *ops = slam_cpu(threads);
     slam_model *m = ops ? slam_model_new(ops, config, 1) : NULL;
-    slam_pairs *p = slam_pairs_new(config->V, DPO_CONTEXT, share, 0);
-    if (!m || !p || !slam_pairs_add(p, path, 0) || !slam_pairs_prepare(p, 0, 0)) die();
-    slam_dpo *d = slam_dpo_new(m, p, 0.1, 0, DPO_BATCH, 2, SLAM_TRAIN, 1);
-    slam_optimiser *o = slam_optimiser_new(m, &settings);
-    if (!d || !o || slam_pairs_compute(p, m, 2, NULL, 0, NULL, NULL) != 1) die();
+    slam_pairs p = ZERO;
+    slam_adamw opt = ZERO;
+    p.V = config->V, p.context = DPO_CONTEXT, p.share = share;
+    opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
+    if (!m || !slam_pairs_add(&p, path, 0) || !slam_pairs_prepare(&p, 0, 0)) die();
+    const int T = slam_pairs_row(&p);
+    slam_batch b = slam_batch_new(2, T, 1);
+    float *weights = NEW(float, (size_t)2 * T);
+    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 1, 1);
+    if (!slam_model_plan(m, 2, T, SLAM_TRAIN) || !slam_adamw_init(&opt, m)) die();
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
         slam_step step;
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (!slam_dpo_next(d, &tokens, &n_pairs) || !slam_dpo_accumulate(d, n_pairs, NULL, NULL) ||
-            !slam_optimiser_step(o, 1e-5, &step))
-            die();
+        if (slam_pair_loader_begin(l, DPO_BATCH, NULL) <= 0) die();
+        while ((rows = slam_pair_loader_next(l, &b)) > 0) {
+            double loss = 0, dmargin;
+            if (!slam_forward(m, &b)) die();
+            memset(weights, 0, (size_t)b.B * b.T * sizeof *weights);
+            for (size_t s = 0; s < b.n_sequences; s++) {
+                const slam_sequence *q = &b.sequences[s];
+                loss += slam_dpo_loss(0.1, 0, slam_sequence_logp(&b, q), &dmargin);
+                for (int i = q->first; i < q->end; i++) weights[i] = (float)dmargin / DPO_BATCH;
+            }
+            if (!slam_backward(m, weights, loss)) die();
+        }
+        if (rows < 0 || !slam_adamw_step(&opt, 1e-5, &step)) die();
         if (k >= 0) times[n++] = slam_clock() - began;
     }
-    slam_optimiser_free(o);
-    slam_dpo_free(d);
-    slam_pairs_free(p);
+    slam_pair_loader_free(l);
+    slam_adamw_free(&opt);
+    slam_batch_free(&b);
+    slam_pairs_free(&p);
     slam_model_free(m);
     slam_ops_free(ops);
+    free(weights);
     return DPO_BATCH / median(times, n);
 }
 
-static void bench_dpo(text *t, const char *folder, const slam_config *config, int threads, double seconds) {
+static void bench_dpo(strbuf *t, const char *folder, const slam_config *config, int threads, double seconds) {
     double rate[2][ROUNDS], ratio[ROUNDS];
     char path[128];
     snprintf(path, sizeof path, "%s/pairs.jsonl", folder);
@@ -234,39 +246,42 @@ static void bench_dpo(text *t, const char *folder, const slam_config *config, in
     for (int i = 0; i < ROUNDS; i++) {
         for (int share = 0; share < 2; share++) rate[share][i] = measure_dpo(config, path, share, threads, seconds);
         ratio[i] = rate[1][i] / rate[0][i];
-        printf("dpo, round %d: shared %.2f, apart %.2f pairs/s\n", i + 1, rate[1][i], rate[0][i]);
+        printf("dpo, round %d: shared %.2f, unshared %.2f pairs/s\n", i + 1, rate[1][i], rate[0][i]);
         fflush(stdout);
     }
-    text_add(t,
-             "\ndpo, the model of row 10m, prompts of 120 to 240 units, endings of 35 to 75, %d pairs a step, a context of %d:\n"
-             "%.2f pairs/s with shared prompts, %.2f with one for each ending, ratio %.2f\n",
-             DPO_BATCH, DPO_CONTEXT, median(rate[1], ROUNDS), median(rate[0], ROUNDS), median(ratio, ROUNDS));
+    strbuf_add(
+        t,
+        "\ndpo, the model of row 10m, prompts of 120 to 240 units, completions of 35 to 75, %d pairs per step, context %d:\n"
+        "%.2f pairs/s with shared prompts, %.2f with one per completion, ratio %.2f\n",
+        DPO_BATCH, DPO_CONTEXT, median(rate[1], ROUNDS), median(rate[0], ROUNDS), median(ratio, ROUNDS));
     remove(path);
 }
 
 /* ---- both sides ---- */
 
-/* The same row by PyTorch; 0 where it cannot be had. `versions` gets what it says of itself. */
-static double measure_torch(const row *r, const char *folder, const char *python, int threads, double seconds, char *versions,
-                            size_t n) {
+/* The same row by PyTorch, and its versions; 0: not available. */
+static double measure_torch(const bench_row *r, const char *folder, const char *python, int threads, double seconds,
+                            char *versions, size_t n) {
     char command[512], line[1024] = "";
     double rate = 0;
-    snprintf(command, sizeof command, "%s test/bench_torch.py --row %s --folder '%s' --threads %d --seconds %g 2>/dev/null", python,
-             r->name, folder, threads, seconds);
+    snprintf(command, sizeof command,
+             "%s test/bench_torch.py --row %s --folder '%s' --threads %d --seconds %g 2>/dev/null", python, r->name,
+             folder, threads, seconds);
     FILE *pipe = popen(command, "r");
     while (pipe && fgets(line, sizeof line, pipe))
         if (line[0] == '{') {
             json *j = json_parse(line, strlen(line), "bench_torch.py");
             json_real(j, "tokens_per_second", "bench_torch.py", 0, 1e12, &rate);
             json_real(j, "audio_seconds_per_second", "bench_torch.py", 0, 1e12, &rate);
-            snprintf(versions, n, "PyTorch %s, Transformers %s", json_text(j, "torch", "?"), json_text(j, "transformers", "?"));
+            snprintf(versions, n, "PyTorch %s, Transformers %s", json_string(j, "torch", "?"),
+                     json_string(j, "transformers", "?"));
             json_free(j);
         }
     if (pipe) pclose(pipe);
     return rate;
 }
 
-/* FLOP a second of a square matrix product, both factors beyond the caches: what a step could reach at most */
+/* FLOP/s of a square matrix product larger than the caches, the most that a step could reach. */
 static double sgemm_peak(int threads) {
     enum { S = 2048 };
     slam_ops *ops = slam_cpu(threads);
@@ -312,19 +327,22 @@ int main(int argc, char **argv) {
     if (!mkdtemp(folder)) die();
     char machine[128], versions[128] = "PyTorch not found", day[32], path[128], commit[64] = "unknown";
     time_t now = time(NULL);
-    text t = SLAM_ZERO;
+    strbuf t = ZERO;
     machine_name(machine, sizeof machine);
     strftime(day, sizeof day, "%Y-%m-%d", gmtime(&now));
     FILE *git = popen("git describe --always --dirty 2>/dev/null", "r");
     if (git && fgets(commit, sizeof commit, git)) commit[strcspn(commit, "\n")] = 0;
     if (git) pclose(git);
-    text_add(&t, "Training steps, generation and HuBERT on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n",
-             threads, machine, day, commit, products);
-    text_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", sgemm_peak(threads) / 1e9);
-    text_add(&t, "%-8s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s", "ratio");
+    strbuf_add(
+        &t,
+        "Training steps, generation and HuBERT on the CPU, fp32, %d threads; %s; %s; commit %s; matrix products by %s\n",
+        threads, machine, day, commit, products);
+    strbuf_add(&t, "peak: %.0f GFLOP/s (a product of size 2048, best of 5)\n\n", sgemm_peak(threads) / 1e9);
+    strbuf_add(&t, "%-8s %14s %10s %8s %16s %8s   model\n", "row", "slam tok/s", "GFLOP/s", "of peak", "PyTorch tok/s",
+               "ratio");
     const double peak = sgemm_peak(threads);
     for (int k = 0; k < ROWS; k++) {
-        const row *r = &rows[k];
+        const bench_row *r = &rows[k];
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
         int has = 1;
         const int is_hubert = r->config.V == 0, is_generation = !strcmp(r->name, "generate");
@@ -341,16 +359,19 @@ int main(int argc, char **argv) {
                    is_hubert ? "audio s/s" : "tok/s");
             fflush(stdout);
         }
-        const double rate = median(ours, ROUNDS), flops = rate * (is_hubert       ? random_hubert_flops(r->T)
-                                                                  : is_generation ? generation_flops(r)
-                                                                                  : slam_config_flops(&r->config, r->T));
-        text_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
-        if (has) text_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
-        else text_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
+        const double rate = median(ours, ROUNDS),
+                     flops = rate * (is_hubert       ? random_hubert_flops(r->T)
+                                     : is_generation ? generation_flops(r)
+                                                     : slam_config_flops(&r->config, r->T));
+        strbuf_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
+        if (has)
+            strbuf_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
+        else strbuf_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
     if (strstr(wanted, "dpo")) bench_dpo(&t, folder, &rows[1].config, threads, seconds);
-    text_add(
-        &t, "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",
+    strbuf_add(
+        &t,
+        "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",
         versions, ROUNDS, seconds);
     const char *const files[] = {"/model.safetensors", "/config.json", ""};
     for (int k = 0; k < 3; k++) {
@@ -361,6 +382,6 @@ int main(int argc, char **argv) {
     printf("\n%s", t.at);
     if (!file_write(path, t.at, t.n)) die();
     printf("written to %s\n", path);
-    text_free(&t);
+    strbuf_free(&t);
     return 0;
 }

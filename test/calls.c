@@ -142,12 +142,12 @@ int ftruncate(int fd, off_t size) {
     return result;
 }
 
-#define REMOVES(call)                                                                                                              \
-    int call(const char *path) {                                                                                                   \
-        before(#call, path, "");                                                                                                   \
-        const int result = REAL(call)(path);                                                                                       \
-        after();                                                                                                                   \
-        return result;                                                                                                             \
+#define REMOVES(call)                                                                                                  \
+    int call(const char *path) {                                                                                       \
+        before(#call, path, "");                                                                                       \
+        const int result = REAL(call)(path);                                                                           \
+        after();                                                                                                       \
+        return result;                                                                                                 \
     }
 REMOVES(unlink)
 REMOVES(rmdir)

@@ -30,7 +30,8 @@ static struct {
     int failures, passed, failed;
     char closest[200]; // the comparison that came closest to its tolerance, and how close: figure / tolerance
     double closeness;
-    uint64_t seed; // of the test's random numbers: TEST sets it to a hash of the name, so that no test changes those of another
+    uint64_t
+        seed; // of the test's random numbers: TEST sets it to a hash of the name, so that no test changes those of another
 } check_state;
 
 /* `if (TEST(format, ...)) ...`: false where CHECK_ONLY asks for other tests. */
@@ -40,11 +41,13 @@ static struct {
 /* |got - expected| <= tolerance */
 #define check_near(what, got, expected, tolerance) check_near_at(__FILE__, __LINE__, what, got, expected, tolerance)
 /* |got - expected| <= tolerance |expected| over n numbers, in the Euclidean norm */
-#define check_close(what, got, expected, n, tolerance) check_close_at(__FILE__, __LINE__, what, got, expected, n, tolerance)
+#define check_close(what, got, expected, n, tolerance)                                                                 \
+    check_close_at(__FILE__, __LINE__, what, got, expected, n, tolerance)
 /* `expression` fails (0 or NULL) and leaves a sentence that contains `part`. */
-#define check_fails(expression, part) check_fails_at(__FILE__, __LINE__, #expression, (CHECK_NO_ERROR, !(expression)), part)
+#define check_fails(expression, part)                                                                                  \
+    check_fails_at(__FILE__, __LINE__, #expression, (CHECK_NO_ERROR, !(expression)), part)
 #ifdef SLAM_IMPLEMENTATION
-#define CHECK_NO_ERROR (void)fail("%s", "")
+#define CHECK_NO_ERROR (void)set_error("%s", "")
 #else
 #define CHECK_NO_ERROR (void)0
 #endif
@@ -77,7 +80,8 @@ static inline int check_test(const char *format, ...) {
     if (only && !strstr(check_state.name, only)) check_state.name[0] = 0;
     check_state.closeness = -1;
     check_state.seed = 0xcbf29ce484222325u; // FNV-1a
-    for (const char *c = check_state.name; *c; c++) check_state.seed = (check_state.seed ^ (unsigned char)*c) * 0x100000001b3u;
+    for (const char *c = check_state.name; *c; c++)
+        check_state.seed = (check_state.seed ^ (unsigned char)*c) * 0x100000001b3u;
     return check_state.name[0] != 0;
 }
 
@@ -95,7 +99,8 @@ static inline void check_fail(const char *file, int line, const char *format, ..
     va_end(args);
     if (!check_state.name[0]) snprintf(check_state.name, sizeof check_state.name, "(a check outside any TEST)");
     if (check_state.failures++ < 20)
-        snprintf(check_state.why[check_state.failures - 1], sizeof check_state.why[0], "%.100s:%d: %s", file, line, text);
+        snprintf(check_state.why[check_state.failures - 1], sizeof check_state.why[0], "%.100s:%d: %s", file, line,
+                 text);
 }
 
 static inline int check_that(int holds, const char *file, int line, const char *condition, const char *format, ...) {
@@ -119,16 +124,17 @@ static inline int check_figure(const char *what, double figure, double tolerance
     return figure <= tolerance;
 }
 
-static inline int check_near_at(const char *file, int line, const char *what, double got, double expected, double tolerance) {
+static inline int check_near_at(const char *file, int line, const char *what, double got, double expected,
+                                double tolerance) {
     double figure = got == expected ? 0 : fabs(got - expected);
     if (check_figure(what, figure, tolerance)) return 1;
-    check_fail(file, line, "%.150s: got %.9g, expected %.9g: they differ by %.3g, allowed %.3g", what, got, expected, figure,
-               tolerance);
+    check_fail(file, line, "%.150s: got %.9g, expected %.9g: they differ by %.3g, allowed %.3g", what, got, expected,
+               figure, tolerance);
     return 0;
 }
 
-static inline int check_close_at(const char *file, int line, const char *what, const float *got, const float *expected, size_t n,
-                                 double tolerance) {
+static inline int check_close_at(const char *file, int line, const char *what, const float *got, const float *expected,
+                                 size_t n, double tolerance) {
     double square = 0, norm = 0;
     size_t worst = 0;
     for (size_t i = 0; i < n; i++) {
@@ -139,15 +145,17 @@ static inline int check_close_at(const char *file, int line, const char *what, c
     }
     double figure = square == 0 ? 0 : sqrt(square / norm);
     if (check_figure(what, figure, tolerance)) return 1;
-    check_fail(file, line,
-               "%.150s: relative difference %.3g over %zu numbers, allowed %.3g; furthest at [%zu]: got %.9g, expected %.9g", what,
-               figure, n, tolerance, worst, (double)got[worst], (double)expected[worst]);
+    check_fail(
+        file, line,
+        "%.150s: relative difference %.3g over %zu numbers, allowed %.3g; furthest at [%zu]: got %.9g, expected %.9g",
+        what, figure, n, tolerance, worst, (double)got[worst], (double)expected[worst]);
     return 0;
 }
 
-#define check_fails_at(file, line, expression, failed, part) check_failure(failed, file, line, expression, slam_error, part)
-static inline int check_failure(int failed, const char *file, int line, const char *expression, const char *(*error)(void),
-                                const char *part) {
+#define check_fails_at(file, line, expression, failed, part)                                                           \
+    check_failure(failed, file, line, expression, slam_error, part)
+static inline int check_failure(int failed, const char *file, int line, const char *expression,
+                                const char *(*error)(void), const char *part) {
     if (!failed) check_fail(file, line, "%.150s succeeded, expected an error with '%s'", expression, part);
     else if (!strstr(error(), part))
         check_fail(file, line, "%.150s: the error is '%s', expected '%s' in it", expression, error(), part);

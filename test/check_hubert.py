@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Holds slam's HuBERT against Transformers' HubertModel on real recordings, at full size with random weights.
+"""Compares slam's HuBERT with Transformers' HubertModel on real recordings, at full size with random weights.
 
     python test/check_hubert.py [--layer 11] [--threads N] [--models mhubert,large,...] FILE.flac FILE.wav ...
 
@@ -42,12 +42,17 @@ MODELS = {
 }  # fmt: skip
 
 
+class Hubert(ctypes.Structure):  # the beginning of struct slam_hubert
+    _fields_ = [("ops", ctypes.c_void_p), ("width", ctypes.c_int), ("step", ctypes.c_int)]
+
+
 def library(folder):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.path.join(folder, "slam.so")
     subprocess.check_call(["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-x", "c", os.path.join(root, "slam.cu"), "-o", path, "-lm"])
     lib = ctypes.CDLL(path)
-    lib.slam_cpu.restype = lib.slam_hubert_load.restype = ctypes.c_void_p
+    lib.slam_cpu.restype = ctypes.c_void_p
+    lib.slam_hubert_load.restype = ctypes.POINTER(Hubert)
     lib.slam_hubert_frames.restype = ctypes.c_long
     lib.slam_error.restype = ctypes.c_char_p
     return lib
@@ -55,11 +60,10 @@ def library(folder):
 
 def ours(lib, h, sounds):
     n, pointer = len(sounds), ctypes.POINTER(ctypes.c_float)
-    width = lib.slam_hubert_width(ctypes.c_void_p(h))
-    out = [numpy.zeros((lib.slam_hubert_frames(ctypes.c_void_p(h), ctypes.c_long(len(x))), width), numpy.float32) for x in sounds]
+    out = [numpy.zeros((lib.slam_hubert_frames(h, ctypes.c_long(len(x))), h.contents.width), numpy.float32) for x in sounds]
     to = lambda list: (pointer * n)(*(x.ctypes.data_as(pointer) for x in list))
     lengths = (ctypes.c_long * n)(*(len(x) for x in sounds))
-    if not lib.slam_hubert_features(ctypes.c_void_p(h), n, to(sounds), lengths, to(out)):
+    if not lib.slam_hubert_features(h, n, to(sounds), lengths, to(out)):
         raise SystemExit(lib.slam_error().decode())
     return out
 
@@ -115,7 +119,7 @@ def main():
             differ = ((units[0].argmin(1) != units[1].argmin(1)) & (two[:, 1] - two[:, 0] > 1e-5 * two[:, 1])).mean()
             print(f"{name}: frames {[len(a) for a in batch]}, worst relative difference {worst:.2g}, alone against batch {alone:.2g}, "
                   f"units that differ {differ:.2%}, slam {seconds / our_time:.1f} s/s, Transformers {seconds / their_time:.1f} s/s", flush=True)
-            lib.slam_hubert_free(ctypes.c_void_p(h))
+            lib.slam_hubert_free(h)
 
 
 main()

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The "copy it into your project" case: slam.h and slam.cu alone in an empty folder, compiled as C11, C++17 and by clang without a
-# warning, and a program of thirty lines that loads a checkpoint and prints logits, held against those of Transformers.
+# slam.h and slam.cu copied to a project: alone in an empty folder they compile as C11, C++17, and by clang without a
+# warning, and a program of thirty lines that loads a checkpoint prints the logits of Transformers.
 passed=0 failed=0
 ok() { echo "ok $1"; passed=$((passed + 1)); }
 no() { echo "FAIL $1: $2"; failed=$((failed + 1)); }
@@ -14,26 +14,21 @@ cat >logits.c <<'C'
 #include <stdlib.h>
 
 int main(int argc, char **argv) {
-    enum { T_MAX = 64 };
-    int tokens[T_MAX], doc_start[T_MAX] = {0};
     const int T = argc - 2;
-    if (T < 1 || T > T_MAX) return 2;
-    for (int t = 0; t < T; t++) tokens[t] = atoi(argv[t + 2]);
+    if (T < 1) return 2;
+    slam_batch batch = slam_batch_new(1, T, 0);
+    batch.B = 1;
+    for (int t = 0; t < T; t++) batch.tokens[t] = atoi(argv[t + 2]), batch.targets[t] = -1, batch.doc_start[t] = 0;
     slam_ops *ops = slam_cpu(0);
     slam_model *m = ops ? slam_model_load(ops, argv[1]) : NULL;
-    if (!m || !slam_model_plan(m, 1, T, 0)) {
+    float *logits = m ? (float *)malloc((size_t)T * m->config.V * sizeof *logits) : NULL;
+    if (!m || !slam_model_plan(m, 1, T, SLAM_INFERENCE) || !slam_logits(m, &batch, logits)) {
         fprintf(stderr, "%s\n", slam_error());
         return 1;
     }
-    const slam_batch batch = {1, T, tokens, NULL, doc_start, NULL};
-    const int V = slam_model_config(m)->V;
-    float *logits = (float *)malloc((size_t)T * V * sizeof *logits);
-    if (!slam_model_logits(m, &batch, logits)) {
-        fprintf(stderr, "%s\n", slam_error());
-        return 1;
-    }
-    for (int i = 0; i < T * V; i++) printf("%.6f%c", logits[i], i % V == V - 1 ? '\n' : ' ');
+    for (int i = 0, V = m->config.V; i < T * V; i++) printf("%.6f%c", logits[i], i % V == V - 1 ? '\n' : ' ');
     free(logits);
+    slam_batch_free(&batch);
     slam_model_free(m);
     slam_ops_free(ops);
     return 0;
@@ -67,10 +62,10 @@ try 'no flags' $CC
 try 'C++17' $CXX -std=c++17 -O1 -Wall -Wextra
 if command -v clang >/dev/null && [ "$CC" != clang ]; then try 'clang' clang -O1 -Wall -Wextra; fi
 if printf '#include "slam.h"\n' | $CC -E -x c - 2>/dev/null | grep -q 'printf\|malloc'; then
-    no 'the public part brings in stddef.h and stdint.h alone' 'printf or malloc is declared'
+    no 'the public part includes only stddef.h and stdint.h' 'printf or malloc is declared'
 else
-    ok 'the public part brings in stddef.h and stdint.h alone'
+    ok 'the public part includes only stddef.h and stdint.h'
 fi
-if ! ./logits /nonexistent 1 2>said && grep -q '/nonexistent' said; then ok 'a folder that is not there'; else no 'a folder that is not there' "$(cat said)"; fi
+if ! ./logits /nonexistent 1 2>said && grep -q '/nonexistent' said; then ok 'a folder that does not exist'; else no 'a folder that does not exist' "$(cat said)"; fi
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

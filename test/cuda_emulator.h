@@ -1,31 +1,38 @@
 /* cuda_emulator.h - runs the CUDA kernels of slam.h on the CPU, to test and to read them
 
-   A file compiled as C++17 with -DSLAM_EMULATOR -include test/cuda_emulator.h gets section 5 of slam.h without CUDA: the kernels
-   are plain C++ functions, and what they expect of nvcc and of the runtime library stands here. `make emulate` builds
-   ./train-emulated that way.
+   A file compiled as C++17 with -DSLAM_EMULATOR -include test/cuda_emulator.h gets section 5 of slam.h without CUDA:
+   the kernels are plain C++ functions, and this file defines what they use of nvcc, of the runtime library and of
+   cuBLASLt, and the functions that are PTX on a GPU. `make emulate` builds ./train-emulated that way.
 
-   A launch runs its blocks in random order (dealt to OpenMP's threads where there are some). Each thread of a block is a fiber, a
-   stack of its own; one runs until it reaches a barrier, a warp's collective or its end, then another one is drawn, at random.
-   A collective completes when all threads that it names have arrived. So the order of threads is as wild as a GPU's may be, but
-   the same for the same emulator_seed, and what depends on it is a bug in the kernel. With an even emulator_seed the warps of
-   a block have priorities, drawn at random: a thread of the first warp that can run is the next one. So the first warp is at
-   the next block barrier, or at its end, before the second one runs at all, and the last warp is behind all others.
+   A launch runs its blocks in random order (dealt to OpenMP's threads where there are some). Each thread of a block is
+   a fiber, a stack of its own; one runs until it reaches a barrier, a warp's collective or its end, then another one is
+   drawn, at random. A collective completes when all threads that it names have arrived. So the order of threads is as
+   wild as a GPU's may be, but the same for the same emulator_seed, and what depends on it is a bug in the kernel. With
+   an even emulator_seed the warps of a block have priorities, drawn at random, and of the threads that can run one of
+   the first warp runs: it is at the next block barrier, or at its end, before the second warp runs at all, and the last
+   warp stays behind all others.
 
-   - a missing barrier: shared memory is full of NaN when a block begins, and asynchronous copies (cp.async) leave NaN where they
-     will write, until the thread that waits for them gets there or, at random, before;
-   - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was asked for, which AddressSanitizer
-     watches (-fsanitize=address);
-   - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what others
-     have not read yet;
-   - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX wrappers: the run ends with a
-     sentence that names kernel, block and thread, and where the others wait.
+   What shows:
+   - a missing barrier: shared memory is full of NaN when a block begins, and asynchronous copies (cp.async) leave NaN
+     where they will write, until the thread that waits for them gets there or, at random, before;
+   - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what
+     others have yet to read;
+   - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was requested, which
+     AddressSanitizer watches (-fsanitize=address);
+   - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX functions: the run
+     ends with a message that names kernel, block and thread, and where the others wait.
 
-   It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one), bank conflicts,
-   registers, speed, or anything of cuBLASLt, whose products are a loop here.
+   cuBLASLt is emulated from the documentation of the calls that slam.h makes: column-major layouts, transposes, leading
+   dimensions, the bias, workspace, alignment. Its products are a loop; an algorithm is refused for a problem other than
+   it was proposed for, and a split sum over K loses its last K % 64 terms, as in cuBLASLt 13.1 on Hopper.
 
-   A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host memory that
-   is used again too early shows. What is asked of a second stream (nccl_emulator.h) always waits until somebody waits for it, and then
-   finds done, of the first stream's work, only what that stream was told to wait for. There is one device. */
+   It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one),
+   bank conflicts, registers, or speed.
+
+   A stream is a queue: with emulator_lazy(1) copies and launches run only when the host waits for them, so that host
+   memory that is used again too early shows. What is asked of a second stream (nccl_emulator.h) always waits until
+   somebody waits for it, and then finds done, of the first stream's work, only what that stream was told to wait for.
+   There is one device. */
 #ifndef CUDA_EMULATOR_H
 #define CUDA_EMULATOR_H
 #include <algorithm>
@@ -134,7 +141,8 @@ enum emulator_kind {
     EMULATOR_MMA,
     EMULATOR_LDMATRIX
 };
-static const char *const emulator_kinds[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle", "a vote", "mma", "ldmatrix"};
+static const char *const emulator_kinds[] = {"nothing", "__syncthreads", "__syncwarp", "a shuffle",
+                                             "a vote",  "mma",           "ldmatrix"};
 
 struct emulator_fiber {
     void *top;   // its stack pointer while it does not run
@@ -178,11 +186,12 @@ struct emulator_state {
     char *shared;
     void *top; // the scheduler's stack pointer
     emulator_fiber *now, *fibers[EMULATOR_THREADS];
-    int threads, ready[EMULATOR_THREADS], n_ready, live; // of this block: how many, who could go on, how many have not ended
-    int by_warp, warps[EMULATOR_THREADS / 32];           // 1: who could go on is in ready_lanes, and warps go first in this order
-    unsigned ready_lanes[EMULATOR_THREADS / 32];         // of a warp: that could go on
-    unsigned lanes[EMULATOR_THREADS / 32];               // of a warp: that have not ended
-    int at_barrier, at_warp[EMULATOR_THREADS / 32];      // how many wait for a barrier, for a collective of their warp
+    int threads, ready[EMULATOR_THREADS], n_ready,
+        live;                                  // of this block: how many, who could go on, how many have not ended
+    int by_warp, warps[EMULATOR_THREADS / 32]; // 1: who could go on is in ready_lanes, and warps go first in this order
+    unsigned ready_lanes[EMULATOR_THREADS / 32];    // of a warp: that could go on
+    unsigned lanes[EMULATOR_THREADS / 32];          // of a warp: that have not ended
+    int at_barrier, at_warp[EMULATOR_THREADS / 32]; // how many wait for a barrier, for a collective of their warp
     uint64_t random;
     const void *bottom; // the scheduler's stack, for AddressSanitizer
     size_t bottom_size;
@@ -228,14 +237,15 @@ extern "C" void __sanitizer_finish_switch_fiber(void *fake, const void **bottom,
 
 static void emulator_main(void);
 
-/* emulator_switch keeps what a call must preserve on the stack, its pointer in *save, and goes on where `to` was kept. */
+/* emulator_switch keeps what a call must preserve on the stack, its pointer in *save, and goes on where `to` was
+   kept. */
 #if defined __x86_64__ && defined __linux__
 extern "C" void emulator_switch(void **save, void *to);
 asm(".text\n.globl emulator_switch\n.type emulator_switch,@function\nemulator_switch:\n"
     "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
     "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size emulator_switch,.-emulator_switch\n");
-static void *emulator_first(char *stack) {              // a stack that emulator_switch "returns" from into emulator_main
+static void *emulator_first(char *stack) { // a stack that emulator_switch "returns" from into emulator_main
     void **top = (void **)(stack + EMULATOR_STACK) - 1; // a function begins 8 bytes off a multiple of 16
     *--top = (void *)emulator_main;
     return top - 6;
@@ -409,7 +419,9 @@ static void emulator_check_warp(emulator_kind kind, int warp, unsigned mask) {
         lane[l] = NULL;
         if (!(mask >> l & 1)) continue;
         lane[l] = emulator_lane(warp, l);
-        if (!lane[l]) emulator_fail("%s with mask %08x, whose lane %d has ended or does not exist", emulator_kinds[kind], mask, l);
+        if (!lane[l])
+            emulator_fail("%s with mask %08x, whose lane %d has ended or does not exist", emulator_kinds[kind], mask,
+                          l);
         if (lane[l]->kind != kind || lane[l]->mask != mask) return;
         votes |= (lane[l]->value != 0 ? (uint64_t)1 : 0) << l;
     }
@@ -433,7 +445,8 @@ static void emulator_collect(emulator_kind kind, unsigned mask) {
     f->mask = mask;
     if (kind == EMULATOR_BARRIER) emulator.at_barrier++;
     else emulator.at_warp[f->index / 32]++;
-    if (!f->copies.empty() && emulator_draw(4) == 0) emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
+    if (!f->copies.empty() && emulator_draw(4) == 0)
+        emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
     if (kind == EMULATOR_BARRIER) emulator_check_barrier();
     else {
         if (!(mask >> f->index % 32 & 1))
@@ -492,13 +505,16 @@ template <typename T> static inline T __shfl_down_sync(unsigned mask, T x, unsig
 
 /* ---- the functions of slam.h that are PTX on a GPU ---- */
 
-static inline char *emulator_shared(void) { return emulator.shared; }
+#define UNROLL
+static inline char *shared_memory(void) { return emulator.shared; }
+static inline float exp2_fast(float x) { return exp2f(x); }
+template <typename R> static inline void stay_packed(R *) {}
 
-static inline uint32_t emulator_pack_bf16(float lo, float hi) {
+static inline uint32_t pack_bf16(float lo, float hi) {
     return (uint32_t)__nv_bfloat16(lo).bits | (uint32_t)__nv_bfloat16(hi).bits << 16;
 }
 
-static inline void emulator_mma_bf16(float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
+static inline void mma_bf16(float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
     emulator_fiber *f = emulator.now;
     f->a = a;
     f->b[0] = b0;
@@ -519,26 +535,30 @@ static inline void emulator_ldmatrix(uint32_t *out, const void *row, int transpo
     f->transposed = transposed;
     emulator_collect(EMULATOR_LDMATRIX, 0xffffffffu);
 }
+static inline void ldmatrix(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 0); }
+static inline void ldmatrix_transposed(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 1); }
 
-static inline void emulator_copy_async(void *to, const void *from, int bytes) {
+static inline void copy_async(void *to, const void *from, int valid) {
     emulator_fiber *f = emulator.now;
     char now[16];
     emulator_aligned(to, "cp.async to");
-    if (bytes) emulator_aligned(from, "cp.async from"), memcpy(now, from, 16); // a wrong address shows here
+    if (valid) emulator_aligned(from, "cp.async from"), memcpy(now, from, 16); // a wrong address shows here
     memset(to, 0xff, 16);
-    const emulator_copy c = {to, from, bytes, f->groups};
+    const emulator_copy c = {to, from, valid ? 16 : 0, f->groups};
     f->copies.push_back(c);
 }
-static inline void emulator_copy_async_commit(void) { emulator.now->groups++; }
-static inline void emulator_copy_async_wait(int n) { emulator_deliver(emulator.now, emulator.now->groups - n - 1); }
+static inline void copy_async_commit(void) { emulator.now->groups++; }
+template <int n> static inline void copy_async_wait(void) {
+    emulator_deliver(emulator.now, emulator.now->groups - n - 1);
+}
 
 /* ---- launches ---- */
 
 static uint64_t emulator_random_seed = 1;
 static inline void emulator_seed(uint64_t seed) { emulator_random_seed = seed; }
 
-static void emulator_run_block(const char *kernel, const std::function<void()> &body, dim3 grid, dim3 block, size_t shared,
-                               size_t at, uint64_t seed) {
+static void emulator_run_block(const char *kernel, const std::function<void()> &body, dim3 grid, dim3 block,
+                               size_t shared, size_t at, uint64_t seed) {
     static thread_local std::deque<emulator_fiber> fibers; // kept for the next block
     emulator_state &e = emulator;
     const size_t threads = (size_t)block.x * block.y * block.z;
@@ -551,7 +571,8 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
     e.index.z = (unsigned)(at / grid.x / grid.y);
     e.random = seed + at * 0x9e3779b97f4a7c15u;
     void *memory = NULL;
-    if (posix_memalign(&memory, 128, shared ? shared : 1) != 0) emulator_fail("no memory for %zu bytes of shared memory", shared);
+    if (posix_memalign(&memory, 128, shared ? shared : 1) != 0)
+        emulator_fail("no memory for %zu bytes of shared memory", shared);
     memset(memory, 0xff, shared);
     e.shared = (char *)memory;
     e.threads = e.live = (int)threads;
@@ -654,10 +675,10 @@ enum { EMULATOR_SHARED = 48 << 10, EMULATOR_SHARED_MOST = 99 << 10, EMULATOR_PRO
 static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
 
 static struct {
-    std::deque<std::function<void()>> queue;                         // of the one stream
-    uint64_t asked, done;                                            // how many were put there, have run
-    int lazy, streams, stuck;                                        // stuck: the second stream never comes to an end
-    std::map<cudaStream_t, uint64_t> seen;                           // how much of the first stream's work a stream has waited for
+    std::deque<std::function<void()>> queue; // of the one stream
+    uint64_t asked, done;                    // how many were put there, have run
+    int lazy, streams, stuck;                // stuck: the second stream never comes to an end
+    std::map<cudaStream_t, uint64_t> seen;   // how much of the first stream's work a stream has waited for
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
     std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
@@ -682,17 +703,19 @@ static void emulator_ask(std::function<void()> work) {
     emulator_device.asked++;
     emulator_device.queue.push_back(std::move(work));
     if (!emulator_device.lazy) emulator_drain(emulator_device.asked);
-    else if (emulator_device.queue.size() > 1000) emulator_drain(emulator_device.asked - 500); // as a GPU goes on unasked
+    else if (emulator_device.queue.size() > 1000)
+        emulator_drain(emulator_device.asked - 500); // as a GPU goes on unasked
 }
 
 /* Arguments are copied when a kernel is launched, as <<<...>>> does. */
 template <typename... P, typename... A>
-static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A... args) {
+static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
+                            A... args) {
     const std::tuple<P...> values(args...);
     const std::map<const void *, size_t>::const_iterator most = emulator_device.shared.find((const void *)kernel);
     const size_t threads = (size_t)block.x * block.y * block.z;
-    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads < 1 ||
-        threads > EMULATOR_THREADS || block.z > 64 ||
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+        threads < 1 || threads > EMULATOR_THREADS || block.z > 64 ||
         shared > (most == emulator_device.shared.end() ? (size_t)EMULATOR_SHARED : most->second)) {
         emulator_device.error = cudaErrorInvalidConfiguration;
         return;
@@ -702,7 +725,7 @@ static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, d
             name, [&] { std::apply(kernel, values); }, grid, block, shared);
     });
 }
-#define SLAM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                                \
+#define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     emulator_launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 static inline cudaError_t cudaGetLastError(void) {
@@ -802,7 +825,9 @@ static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
     if (emulator_device.stuck) return cudaErrorNotReady;
     return emulator_catch_up(s), cudaSuccess;
 }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return *e = new emulator_event(), cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    return *e = new emulator_event(), cudaSuccess;
+}
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
     e->ticket = emulator_device.asked;
@@ -828,36 +853,213 @@ template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAt
     return cudaSuccess;
 }
 
-/* ---- matrix products, cuBLASLt's on a GPU ----
-   C (M,N) = op(A) op(B) + beta C + bias in row order, op(A) (M,K), op(B) (K,N); A, B and bias are of one type; sums in double. */
-static inline void emulator_product(int transA, int transB, int M, int N, int K, const void *A, int lda, const void *B, int ldb,
-                                    float beta, void *C, int ldc, const void *bias, int a_is_bf16, int c_is_bf16) {
-    const auto number = [](const void *p, size_t i, int is_bf16) {
-        return is_bf16 ? (float)((const __nv_bfloat16 *)p)[i] : ((const float *)p)[i];
-    };
+/* ---- cuBLASLt ---- */
+
+typedef struct emulator_products *cublasLtHandle_t;
+typedef enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15
+} cublasStatus_t;
+typedef enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T } cublasOperation_t;
+typedef enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 } cublasComputeType_t;
+typedef enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16BF = 14 } cudaDataType;
+typedef enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 } cublasLtEpilogue_t;
+typedef enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_TRANSA = 3,
+    CUBLASLT_MATMUL_DESC_TRANSB = 4,
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8
+} cublasLtMatmulDescAttributes_t;
+typedef enum cublasLtMatmulPreferenceAttributes_t {
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
+} cublasLtMatmulPreferenceAttributes_t;
+enum {
+    CUBLASLT_REDUCTION_SCHEME_NONE = 0,
+    CUBLASLT_REDUCTION_SCHEME_INPLACE = 1,
+    CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2
+};
+
+typedef struct cublasLtMatmulDescOpaque_t {
+    cublasOperation_t transA, transB;
+    cublasLtEpilogue_t epilogue;
+    const void *bias;
+} cublasLtMatmulDescOpaque_t;
+typedef struct cublasLtMatrixLayoutOpaque_t {
+    cudaDataType type;
+    uint64_t rows, cols;
+    int64_t ld; // columns are ld numbers apart
+} cublasLtMatrixLayoutOpaque_t;
+typedef struct cublasLtMatmulPreferenceOpaque_t {
+    size_t workspace;
+    uint32_t schemes, align[4]; // of A, B, C, D
+} cublasLtMatmulPreferenceOpaque_t;
+typedef struct cublasLtMatmulAlgo_t { // the problem that it was proposed for
+    uint64_t m, n, k;
+    int splits, epilogue;
+    uint32_t align[4], align_bias;
+} cublasLtMatmulAlgo_t;
+typedef struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+    size_t workspaceSize;
+    cublasStatus_t state;
+} cublasLtMatmulHeuristicResult_t;
+
+static struct {
+    int proposals, refusals; // calls of cublasLtMatmulAlgoGetHeuristic, of cublasLtMatmul that were refused
+    int refuse;              // so many of the next products are refused
+} emulator_products_state;
+
+static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) {
+    return *h = (cublasLtHandle_t)malloc(1), CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return free(h), CUBLAS_STATUS_SUCCESS; }
+static inline const char *cublasLtGetStatusString(cublasStatus_t s) {
+    return s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED"
+           : s                              ? "CUBLAS_STATUS_INVALID_VALUE"
+                                            : "CUBLAS_STATUS_SUCCESS";
+}
+static inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDescOpaque_t *d, cublasComputeType_t,
+                                                    cudaDataType scale) {
+    *d = {CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL};
+    return scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+static cublasStatus_t emulator_attribute(void *to, size_t expected, const void *value, size_t bytes) {
+    if (bytes != expected) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(to, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *d,
+                                                            cublasLtMatmulDescAttributes_t name, const void *value,
+                                                            size_t bytes) {
+    return name == CUBLASLT_MATMUL_DESC_TRANSA     ? emulator_attribute(&d->transA, sizeof d->transA, value, bytes)
+           : name == CUBLASLT_MATMUL_DESC_TRANSB   ? emulator_attribute(&d->transB, sizeof d->transB, value, bytes)
+           : name == CUBLASLT_MATMUL_DESC_EPILOGUE ? emulator_attribute(&d->epilogue, sizeof d->epilogue, value, bytes)
+                                                   : emulator_attribute(&d->bias, sizeof d->bias, value, bytes);
+}
+static inline cublasStatus_t cublasLtMatrixLayoutInit(cublasLtMatrixLayoutOpaque_t *l, cudaDataType type, uint64_t rows,
+                                                      uint64_t cols, int64_t ld) {
+    *l = {type, rows, cols, ld};
+    return ld >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+}
+static inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreferenceOpaque_t *p) {
+    *p = {0, 7, {256, 256, 256, 256}};
+    return CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *p,
+                                                                  cublasLtMatmulPreferenceAttributes_t name,
+                                                                  const void *value, size_t bytes) {
+    if (name == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
+        return emulator_attribute(&p->workspace, sizeof p->workspace, value, bytes);
+    if (name == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK)
+        return emulator_attribute(&p->schemes, sizeof p->schemes, value, bytes);
+    return emulator_attribute(&p->align[name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], sizeof *p->align, value,
+                              bytes);
+}
+
+/* The problem's dimensions; 0 where the layouts do not fit each other. */
+static int emulator_problem(const cublasLtMatmulDescOpaque_t *d, const cublasLtMatrixLayoutOpaque_t *A,
+                            const cublasLtMatrixLayoutOpaque_t *B, const cublasLtMatrixLayoutOpaque_t *C,
+                            const cublasLtMatrixLayoutOpaque_t *D, cublasLtMatmulAlgo_t *problem) {
+    const int a = d->transA == CUBLAS_OP_T, b = d->transB == CUBLAS_OP_T;
+    *problem = {D->rows, D->cols, a ? A->rows : A->cols, 1, d->epilogue, {0, 0, 0, 0}, 0};
+    return (a ? A->cols : A->rows) == problem->m && (b ? B->cols : B->rows) == problem->k &&
+           (b ? B->rows : B->cols) == problem->n && C->rows == D->rows && C->cols == D->cols && A->type == B->type &&
+           C->type == D->type && (A->type == CUDA_R_16BF || D->type == CUDA_R_32F);
+}
+static uint32_t emulator_alignment(const void *p) {
+    uint32_t bytes = 1;
+    while (bytes < 256 && (uintptr_t)p % (2 * bytes) == 0) bytes *= 2;
+    return bytes;
+}
+
+/* First an algorithm that splits K in two, if its partial sums may lie in the workspace, then one that does not. */
+static inline cublasStatus_t
+cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, cublasLtMatrixLayoutOpaque_t *A,
+                               cublasLtMatrixLayoutOpaque_t *B, cublasLtMatrixLayoutOpaque_t *C,
+                               cublasLtMatrixLayoutOpaque_t *D, cublasLtMatmulPreferenceOpaque_t *p, int most,
+                               cublasLtMatmulHeuristicResult_t *found, int *n) {
+    cublasLtMatmulAlgo_t problem;
+    if (!emulator_problem(d, A, B, C, D, &problem) || most < 2) return CUBLAS_STATUS_INVALID_VALUE;
+    if (p->schemes & CUBLASLT_REDUCTION_SCHEME_INPLACE)
+        return CUBLAS_STATUS_NOT_SUPPORTED; // slam.h must not ask for it
+    emulator_products_state.proposals++;
+    memcpy(problem.align, p->align, sizeof problem.align);
+    problem.align_bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? emulator_alignment(d->bias) : 0;
+    const size_t partial = 2 * problem.m * problem.n * sizeof(float);
+    *n = 0;
+    if (p->schemes & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && problem.k >= 128 && partial <= p->workspace) {
+        problem.splits = 2;
+        found[(*n)++] = {problem, partial, CUBLAS_STATUS_SUCCESS};
+        problem.splits = 1;
+    }
+    found[(*n)++] = {problem, 0, CUBLAS_STATUS_SUCCESS};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+static inline float emulator_number(const void *p, size_t i, cudaDataType type) {
+    return type == CUDA_R_16BF ? (float)((const __nv_bfloat16 *)p)[i] : ((const float *)p)[i];
+}
+
+/* D = alpha op(A) op(B) + beta C + bias, of which slam.h uses alpha 1, beta 0 and 1, and D = C. The sums of a split are
+   double. */
+static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, const float *alpha,
+                                            const void *A_, cublasLtMatrixLayoutOpaque_t *A, const void *B_,
+                                            cublasLtMatrixLayoutOpaque_t *B, const float *beta, const void *C_,
+                                            cublasLtMatrixLayoutOpaque_t *C, void *D_, cublasLtMatrixLayoutOpaque_t *D,
+                                            const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
+                                            cudaStream_t) {
+    cublasLtMatmulAlgo_t s;
+    const void *pointers[4] = {A_, B_, C_, D_};
+    if (!emulator_problem(d, A, B, C, D, &s) || *alpha != 1 || C_ != D_) return CUBLAS_STATUS_INVALID_VALUE;
+    int refused = s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue;
+    for (int i = 0; i < 4; i++) refused |= emulator_alignment(pointers[i]) < algo->align[i];
+    refused |= algo->align_bias && emulator_alignment(d->bias) < algo->align_bias;
+    if (refused || emulator_products_state.refuse > 0) {
+        emulator_products_state.refuse -= !refused;
+        emulator_products_state.refusals++;
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
+    if (algo->splits > 1 && 2 * m * n * sizeof(float) > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+    const cublasLtMatmulDescOpaque_t desc = *d;
+    const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;
+    const float add = *beta;
+    const int splits = algo->splits;
     emulator_ask([=] {
-        std::vector<float> b((size_t)K * N);
-        for (int k = 0; k < K; k++)
-            for (int j = 0; j < N; j++)
-                b[(size_t)k * N + j] = number(B, transB ? (size_t)j * ldb + k : (size_t)k * ldb + j, a_is_bf16);
+        if (splits > 1) memset(workspace, 0xff, 2 * m * n * sizeof(float));
+        std::vector<float> a((size_t)k_end * m);
+        for (uint64_t k = 0; k < k_end; k++)
+            for (uint64_t i = 0; i < m; i++)
+                a[k * m + i] = emulator_number(
+                    A_, desc.transA == CUBLAS_OP_T ? i * a_layout.ld + k : k * a_layout.ld + i, a_layout.type);
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif
-        for (int i = 0; i < M; i++) {
-            std::vector<double> row((size_t)N);
-            for (int j = 0; j < N; j++) row[j] = bias ? (double)number(bias, j, a_is_bf16) : 0.0;
-            for (int k = 0; k < K; k++) {
-                const double a = number(A, transA ? (size_t)k * lda + i : (size_t)i * lda + k, a_is_bf16);
-                for (int j = 0; j < N; j++) row[j] += a * b[(size_t)k * N + j];
+        for (int64_t j = 0; j < (int64_t)n; j++) {
+            std::vector<double> column((size_t)m);
+            for (uint64_t i = 0; desc.epilogue == CUBLASLT_EPILOGUE_BIAS && i < m; i++)
+                column[i] = emulator_number(desc.bias, i, d_layout.type);
+            for (uint64_t k = 0; k < k_end; k++) {
+                const size_t at = desc.transB == CUBLAS_OP_T ? k * b_layout.ld + j : j * b_layout.ld + k;
+                const double b = emulator_number(B_, at, b_layout.type);
+                for (uint64_t i = 0; i < m; i++) column[i] += b * a[k * m + i];
             }
-            for (int j = 0; j < N; j++) {
-                const size_t at = (size_t)i * ldc + j;
-                const float sum = (float)(row[j] + (beta != 0 ? (double)beta * number(C, at, c_is_bf16) : 0.0));
-                if (c_is_bf16) ((__nv_bfloat16 *)C)[at] = sum;
-                else ((float *)C)[at] = sum;
+            for (uint64_t i = 0; i < m; i++) {
+                const size_t at = j * d_layout.ld + i;
+                const float sum =
+                    (float)(column[i] + (add != 0 ? (double)add * emulator_number(D_, at, d_layout.type) : 0.0));
+                if (d_layout.type == CUDA_R_16BF) ((__nv_bfloat16 *)D_)[at] = sum;
+                else ((float *)D_)[at] = sum;
             }
         }
     });
+    return CUBLAS_STATUS_SUCCESS;
 }
 #ifdef SLAM_MPI
 #include "nccl_emulator.h"

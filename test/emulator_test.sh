@@ -28,14 +28,14 @@ static void *given(slam_ops *ops, const float *x, size_t n) {
 static void run(slam_ops *ops, const float *x, float *out) {
     slam_act *dy = (slam_act *)given(ops, x, N * C), *s = (slam_act *)given(ops, x + 50, N * C), *ds = (slam_act *)given(ops, x + 9, N * C);
     slam_act *w = (slam_act *)given(ops, x + 5, C), *y = (slam_act *)ops->alloc(ops, sizeof(float) * N * C);
-    float *r = (float *)ops->alloc(ops, sizeof(float) * N), *dw = (float *)ops->alloc(ops, sizeof(float) * C);
-    ops->rmsnorm_forward(ops, s, y, r, s, NULL, w, 1e-6f, N, C);
-    ops->rmsnorm_backward(ops, ds, dw, dy, s, w, r, N, C);
+    float *rstd = (float *)ops->alloc(ops, sizeof(float) * N), *dw = (float *)ops->alloc(ops, sizeof(float) * C);
+    ops->rmsnorm_forward(ops, s, y, rstd, s, NULL, w, 1e-6f, N, 1, C, C);
+    ops->rmsnorm_backward(ops, ds, dw, dy, s, w, rstd, N, 1, C, C);
     ops->download(ops, out, y, sizeof(float) * N * C);
     ops->download(ops, out + N * C, ds, sizeof(float) * N * C);
     ops->download(ops, out + 2 * N * C, dw, sizeof(float) * C);
     if (!ops->finish(ops)) fprintf(stderr, "%s\n", slam_error()), exit(2);
-    void *all[] = {dy, s, ds, w, y, r, dw};
+    void *all[] = {dy, s, ds, w, y, rstd, dw};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ops->release(ops, all[i]);
 }
 int main() {
@@ -64,7 +64,7 @@ plant() { # plant NAME KERNEL SCRIPT FLAGS...: the program with a copy of slam.h
     shift 3
     mkdir -p "$folder/$name"
     cp "$folder/planted.cc" "$folder/$name"
-    sed "/ $kernel(/,/^}/{$script
+    sed "/$kernel(/,/^}/{$script
 }" slam.h >"$folder/$name/slam.h"
     if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then no "$name" "nothing could be planted into $kernel"; return 1; fi
     $CXX -std=c++17 -O0 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
@@ -82,12 +82,12 @@ if plant none warp_sum ''; then
     if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else no 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
-# C = 65: a block a row, whose sums go through the same shared memory one after the other
-plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=65 &&
+# C = 1025: a block a row, whose sums go through the same shared memory one after the other
+plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
     shows 'a missing barrier after a sum' 'number .* order 2'
 plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
-    plant bounds rmsnorm_forward_kernel 's/TEAM < packs) a/TEAM <= packs) a/' -fsanitize=address &&
+    plant bounds norm_kernel 's/STEP < C) a/STEP <= C) a/' -fsanitize=address &&
         shows 'a read out of bounds' 'AddressSanitizer: heap-buffer-overflow'
 else
     skip 'a read out of bounds' "$CXX has no AddressSanitizer"

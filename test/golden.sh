@@ -7,7 +7,7 @@
 #   units.jsonl      9 documents that make 8 rows of 64 tokens in any packing: one batch, so a step is an epoch
 #   val.jsonl        3 documents to validate on
 #   run/             train: the checkpoint of step 10 of 20, log.jsonl up to step 11
-#   dpo/             dpo: the checkpoint of step 2 of 4, log.jsonl up to step 3, reference.bin
+#   dpo/             dpo: the checkpoint of step 2 of 4, log.jsonl up to step 3, reference.safetensors
 #   audio/           tokenize's input; of it km.npy, km.json, speech.jsonl, speech.bin, and from paths.jsonl pairs.jsonl
 #   losses.txt       `train STEP LOSS`, `val STEP LOSS`, `dpo STEP LOSS`, `ppl NLL` of the checkpoint in run/ on val.jsonl
 #   torch.txt, torch.safetensors, not_finite/    by PyTorch: see reference_golden.py
@@ -87,7 +87,7 @@ for keep in run/step_000010 dpo/step_000002; do
     sed "/\"step\": $((${keep##*_0000} + 2)),/,\$d" ${keep%/*}/log.jsonl >kept/${keep%/*}/log.jsonl
     sed "s|$folder/|/|g" $keep/trainer.json >kept/$keep/trainer.json
 done
-cp dpo/reference.bin kept/dpo
+cp dpo/reference.safetensors kept/dpo
 rm -rf "$golden/run" "$golden/dpo"
 cp -r kept/* init audio units.jsonl val.jsonl paths.jsonl pairs.jsonl km.npy km.json speech.jsonl speech.bin losses.txt \
     "$golden"

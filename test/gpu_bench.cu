@@ -1,18 +1,19 @@
-/* gpu_bench.cu - measures the CUDA operations and the training step of the Slam model, each against what the card can do at most:
-   copying from its memory to its memory, and a matrix product of size 8192 through the same operation that the model uses.
+/* gpu_bench.cu - measures the CUDA operations and the training step of the Slam model, each against what the card can
+   do at most: copying from its memory to its memory, and a matrix product of size 8192 through the same operation that
+   the model uses.
 
        gpu_bench ceilings|products|memory|attention|step|hubert|generate
                  [--copy GB/s] [--peak TFLOP/s] [--keys FILE] [--seconds S] [--small] [--cpu]
 
-   `make gpu-bench` (test/gpu_bench.sh) runs one part after the other, each in a process of its own, since after a kernel that
-   failed a process can do nothing more on the card. Tables go to stdout; each figure that is compared with another program's
-   goes to FILE as a line `key value`. Parts after the first get the two ceilings by --copy and --peak, without them shares are
-   not printed. --seconds: rows that would begin later are left out. --small: tiny shapes; --cpu: the operations on the CPU; so
-   this program can be tried without a GPU (test/cuda_emulator.h).
+   `make gpu-bench` (test/gpu_bench.sh) runs one part after the other, each in a process of its own, since after a
+   kernel that failed a process can do nothing more on the card. Tables go to stdout; each metric that is compared with
+   another program's goes to FILE as a line `key value`. Parts after the first get the two ceilings by --copy and
+   --peak, without them shares are not printed. --seconds: rows that would begin later are skipped. --small: tiny
+   shapes; --cpu: the operations on the CPU; so this program can be tried without a GPU (test/cuda_emulator.h).
 
-   A figure is the median of ROUNDS rounds, each of as many calls as take 20 ms, timed by events in the stream. Numbers are random
-   (a product of zeros is faster); calls take turns among several sets of tensors, SPAN bytes in all, so that no cache holds
-   them. */
+   A figure is the median of ROUNDS rounds, each of as many calls as take 20 ms, timed by events in the stream. Numbers
+   are random (a product of zeros is faster); calls take turns among several sets of tensors, SPAN bytes in all, so that
+   no cache holds them. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "random_hubert.h"
@@ -33,7 +34,7 @@ typedef struct bench {
     float *numbers; // random numbers, normal(0, 1), and the same as activations
     slam_act *acts;
     size_t pool;
-    int full; // a tensor found no room
+    int full; // a tensor did not fit
 } bench;
 
 static void stop(const char *why) {
@@ -53,7 +54,7 @@ static void key(bench *b, double value, const char *format, ...) {
 
 static int late(bench *b, const char *what) {
     if (b->seconds <= 0 || slam_clock() - b->began < b->seconds) return 0;
-    printf("%s: left out, the time is used up\n", what);
+    printf("%s: skipped, the time is used up\n", what);
     return 1;
 }
 
@@ -101,12 +102,12 @@ template <typename F> static double seconds_of_calls(bench *b, F work, int n) {
     return seconds;
 }
 
-/* Seconds of one call of work(i), i = 0, 1, ...; 0, after a sentence, where it failed or its tensors found no room. */
+/* Seconds of one call of work(i), i = 0, 1, ...; 0, with a message, if it failed or its tensors did not fit. */
 template <typename F> static double seconds_of(bench *b, const char *what, F work) {
     double times[ROUNDS];
     const int rounds = b->small ? 1 : ROUNDS;
     if (b->full) {
-        printf("%s: left out, its tensors find no room\n", what);
+        printf("%s: skipped, its tensors do not fit\n", what);
         return 0;
     }
     double once = seconds_of_calls(b, work, 2); // the first call also finds algorithms and loads kernels
@@ -121,7 +122,7 @@ template <typename F> static double seconds_of(bench *b, const char *what, F wor
 
 /* ---- tensors ---- */
 
-static void *room_for(bench *b, size_t bytes) {
+static void *tensor_space(bench *b, size_t bytes) {
     bytes = (bytes + 255) / 256 * 256;
     if (bytes > b->size - b->used) {
         b->full = 1;
@@ -134,7 +135,7 @@ static void *room_for(bench *b, size_t bytes) {
 /* n random numbers of `size` bytes, from another place of the pool for each tensor */
 static void *drawn(bench *b, const void *pool, size_t n, size_t size) {
     const size_t start = b->used / 256 * 7919 % (b->pool / 2) / 64 * 64;
-    char *p = (char *)room_for(b, n * size);
+    char *p = (char *)tensor_space(b, n * size);
     if (b->full) return p;
     for (size_t i = 0; i < n; i += b->pool - start) {
         const size_t m = n - i < b->pool - start ? n - i : b->pool - start;
@@ -142,15 +143,15 @@ static void *drawn(bench *b, const void *pool, size_t n, size_t size) {
     }
     return p;
 }
-static slam_act *act_tensor(bench *b, size_t n) { return (slam_act *)drawn(b, b->acts, n, b->ops->bytes_per_act); }
+static slam_act *act_tensor(bench *b, size_t n) { return (slam_act *)drawn(b, b->acts, n, b->ops->act_bytes); }
 static float *float_tensor(bench *b, size_t n) { return (float *)drawn(b, b->numbers, n, sizeof(float)); }
 static float *zero_tensor(bench *b, size_t n) {
-    float *p = (float *)room_for(b, n * sizeof *p);
+    float *p = (float *)tensor_space(b, n * sizeof *p);
     if (!b->full) b->ops->zero(b->ops, p, n * sizeof *p);
     return p;
 }
 static void *upload(bench *b, const void *host, size_t bytes) {
-    void *p = room_for(b, bytes);
+    void *p = tensor_space(b, bytes);
     if (!b->full) b->ops->upload(b->ops, p, host, bytes);
     return p;
 }
@@ -167,8 +168,7 @@ static int sets_of(const bench *b, double bytes) {
 
 static int *tokens_tensor(bench *b, int N) {
     uint64_t seed = 1;
-    int *host = (int *)mem_new((size_t)N, sizeof *host);
-    if (!host) stop(slam_error());
+    int *host = NEW(int, N);
     for (int i = 0; i < N; i++) host[i] = (int)rng_below(&seed, (uint64_t)b->config.V);
     int *p = (int *)upload(b, host, (size_t)N * sizeof *host);
     b->ops->finish(b->ops);
@@ -181,11 +181,11 @@ static void tensors_open(bench *b) {
     uint64_t seed = 1;
     b->pool = b->small ? 1 << 16 : 1 << 23;
     b->size = b->small ? (size_t)64 << 20 : (size_t)fmin(8e9, 0.6 * (double)ops->memory);
-    float *host = (float *)mem_new(b->pool, sizeof *host);
+    float *host = NEW(float, b->pool);
     b->numbers = (float *)ops->alloc(ops, b->pool * sizeof(float));
-    b->acts = (slam_act *)ops->alloc(ops, b->pool * ops->bytes_per_act);
+    b->acts = (slam_act *)ops->alloc(ops, b->pool * ops->act_bytes);
     while (!(b->arena = (char *)ops->alloc(ops, b->size)) && b->size > (size_t)64 << 20) b->size /= 2;
-    if (!host || !b->numbers || !b->acts || !b->arena) stop(slam_error());
+    if (!b->numbers || !b->acts || !b->arena) stop(slam_error());
     for (size_t i = 0; i < b->pool; i++) host[i] = (float)rng_normal(&seed);
     ops->upload(ops, b->numbers, host, b->pool * sizeof *host);
     ops->to_act(ops, b->acts, b->numbers, b->pool);
@@ -205,8 +205,9 @@ static void bench_ceilings(bench *b) {
     const int S = b->small ? 64 : 8192;
     slam_ops *ops = b->ops;
     printf("on %s\n", ops->name);
-    char *to = (char *)room_for(b, bytes), *from = (char *)drawn(b, b->numbers, bytes / 4, 4);
-    const double copy = seconds_of(b, "copy", [&](int) { cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, b->stream); });
+    char *to = (char *)tensor_space(b, bytes), *from = (char *)drawn(b, b->numbers, bytes / 4, 4);
+    const double copy =
+        seconds_of(b, "copy", [&](int) { cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, b->stream); });
     if (copy > 0) printf("copy within the card's memory   %7.0f GB/s, read and written\n", 2e-9 * (double)bytes / copy);
     key(b, copy > 0 ? 2e-9 * (double)bytes / copy : 0, "copy");
     slam_act *x[2], *w[2], *out[2];
@@ -216,8 +217,8 @@ static void bench_ceilings(bench *b) {
         w[k] = act_tensor(b, (size_t)S * S);
         out[k] = act_tensor(b, (size_t)S * S);
     }
-    const double product =
-        seconds_of(b, "matrix product", [&](int i) { ops->matmul_forward(ops, out[i % 2], x[i % 2], w[i % 2], NULL, S, S, S); });
+    const double product = seconds_of(
+        b, "matrix product", [&](int i) { ops->matmul_forward(ops, out[i % 2], x[i % 2], w[i % 2], NULL, S, S, S); });
     if (product > 0) printf("matrix product of size %4d     %7.0f TFLOP/s\n", S, 2e-12 * S * S * S / product);
     key(b, product > 0 ? 2e-12 * S * S * S / product : 0, "peak");
 }
@@ -228,7 +229,7 @@ enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 
 static double product_seconds(bench *b, const char *what, int kind, int N, int C, int OC, int bias) {
     slam_ops *ops = b->ops;
-    const size_t act = (size_t)ops->bytes_per_act, n = N, c = C, o = OC;
+    const size_t act = (size_t)ops->act_bytes, n = N, c = C, o = OC;
     slam_act *x[SETS], *w[SETS], *out[SETS];
     float *dw[SETS];
     tensors_clear(b);
@@ -259,7 +260,8 @@ static void bench_products(bench *b) {
         double layer = 0, flops = 0;
         int whole = 1;
         if (late(b, "matrix products")) return;
-        printf("%sN = %d (%d x %d), TFLOP/s   forward       backward input  backward weight\n", r ? "\n" : "", N, rows[r], T);
+        printf("%sN = %d (%d x %d), TFLOP/s   forward       backward input  backward weight\n", r ? "\n" : "", N,
+               rows[r], T);
         for (int p = 0; p < 5; p++) {
             const double flop = 2.0 * N * in[p] * out[p];
             printf("%-8s %5d -> %-5d", names[p], in[p], out[p]);
@@ -279,8 +281,8 @@ static void bench_products(bench *b) {
             fflush(stdout);
         }
         if (!whole) continue;
-        printf("a layer's twelve: %.0f us, %.3f us a token in all layers, %.0f TFLOP/s", 1e6 * layer, 1e6 * layer * c->L / N,
-               1e-12 * flops / layer);
+        printf("a layer's twelve: %.0f us, %.3f us a token in all layers, %.0f TFLOP/s", 1e6 * layer,
+               1e6 * layer * c->L / N, 1e-12 * flops / layer);
         share(flops / layer, b->peak);
         printf("\n");
         key(b, 1e-12 * flops / layer, "products/%d", rows[r]);
@@ -301,7 +303,7 @@ static void memory_row(bench *b, const char *name, double n, double bytes, const
 static void memory_rows(bench *b, int N) {
     slam_ops *ops = b->ops;
     const int C = b->config.C, F = b->config.F, V = b->config.V, W = (b->config.NH + 2 * b->config.KVH) * b->config.HS;
-    const double n = N, a = ops->bytes_per_act, c = C, f = F, v = V, st = b->stride;
+    const double n = N, a = ops->act_bytes, c = C, f = F, v = V, st = b->stride;
     const size_t rows = N;
     slam_act *x[SETS], *y[SETS], *z[SETS], *u[SETS];
     float *r[SETS];
@@ -312,9 +314,11 @@ static void memory_rows(bench *b, int N) {
     slam_act *table = act_tensor(b, (size_t)V * C);
     float *dtable = zero_tensor(b, (size_t)V * C);
     for (int k = 0; k < sets; k++) x[k] = act_tensor(b, rows * C);
-    s = seconds_of(b, "embedding_forward", [&](int i) { ops->embedding_forward(ops, x[i % sets], tokens, table, N, C); });
+    s = seconds_of(b, "embedding_forward",
+                   [&](int i) { ops->embedding_forward(ops, x[i % sets], tokens, table, N, C); });
     memory_row(b, "embedding_forward", n, n * c * a + v * c * a + 4 * n, "N C a + V C a + 4 N", s);
-    s = seconds_of(b, "embedding_backward", [&](int i) { ops->embedding_backward(ops, dtable, x[i % sets], tokens, N, C, V); });
+    s = seconds_of(b, "embedding_backward",
+                   [&](int i) { ops->embedding_backward(ops, dtable, x[i % sets], tokens, N, C, V); });
     memory_row(b, "embedding_backward", n, n * c * a + 8 * v * c + 4 * n, "N C a + 8 V C + 4 N", s);
 
     tensors_clear(b);
@@ -330,14 +334,14 @@ static void memory_rows(bench *b, int N) {
     }
     s = seconds_of(b, "rmsnorm_forward", [&](int i) {
         const int k = i % sets;
-        ops->rmsnorm_forward(ops, z[k], u[k], r[k], x[k], y[k], w, 1e-6f, N, C);
+        ops->rmsnorm_forward(ops, z[k], u[k], r[k], x[k], y[k], w, 1e-6f, N, 1, C, C);
     });
     memory_row(b, "rmsnorm_forward", n, 4 * n * c * a + 4 * n, "4 N C a + 4 N: x, delta -> s, y, r", s);
     s = seconds_of(b, "rmsnorm_backward", [&](int i) {
         const int k = i % sets;
-        ops->rmsnorm_backward(ops, x[k], dw, y[k], z[k], w, r[k], N, C);
+        ops->rmsnorm_backward(ops, x[k], dw, y[k], z[k], w, r[k], N, 1, C, C);
     });
-    memory_row(b, "rmsnorm_backward", n, 4 * n * c * a + 4 * n, "4 N C a + 4 N: dy, s, ds, r -> ds", s);
+    memory_row(b, "rmsnorm_backward", n, 4 * n * c * a + 4 * n, "4 N C a + 4 N: dy, s, ds, rstd -> ds", s);
 
     tensors_clear(b);
     sets = sets_of(b, 5 * n * f * a);
@@ -366,16 +370,17 @@ static void memory_rows(bench *b, int N) {
     const double without = product_seconds(b, "qkv without bias", BACKWARD_WEIGHT, N, C, W, 0),
                  with = product_seconds(b, "qkv with bias", BACKWARD_WEIGHT, N, C, W, 1);
     if (with > without && without > 0)
-        memory_row(b, "bias_gradient", n, n * W * a, "N W a; the time that a bias adds to backward_weight of qkv", with - without);
+        memory_row(b, "bias_gradient", n, n * W * a, "N W a; the time that a bias adds to backward_weight of qkv",
+                   with - without);
 }
 
 /* Over all parameters, as the optimiser calls them. */
 static void memory_parameters(bench *b) {
     slam_ops *ops = b->ops;
     const size_t n = slam_config_parameters(&b->config) / 256 * 256;
-    const double p = (double)n, a = ops->bytes_per_act;
+    const double p = (double)n, a = ops->act_bytes;
     const double one[2] = {1, 1};
-    const slam_adamw h = {1e-6, 0.9, 0.999, 1e-8, 0, 0.5, 1};
+    const slam_adamw_params h = {1e-6, 0.9, 0.999, 1e-8, 0, 0.5, 1};
     tensors_clear(b);
     double *stats = (double *)upload(b, one, sizeof one);
     float *w = float_tensor(b, n), *m = zero_tensor(b, n), *v = zero_tensor(b, n), *g = float_tensor(b, n);
@@ -393,8 +398,9 @@ static void memory_parameters(bench *b) {
 }
 
 static void bench_memory(bench *b) {
-    printf("%-20s %9s %9s %7s %5s   bytes that must move; a = %d bytes an activation, C %d, F %d, V %d, stride %d\n", "operation",
-           "N", "us", "GB/s", "share", b->ops->bytes_per_act, b->config.C, b->config.F, b->config.V, b->stride);
+    printf("%-20s %9s %9s %7s %5s   bytes that must move; a = %d bytes an activation, C %d, F %d, V %d, stride %d\n",
+           "operation", "N", "us", "GB/s", "share", b->ops->act_bytes, b->config.C, b->config.F, b->config.V,
+           b->stride);
     const int T = b->small ? 64 : 1024;
     if (!late(b, "N = 8 rows")) memory_rows(b, 8 * T);
     if (!late(b, "the optimiser's")) memory_parameters(b);
@@ -402,80 +408,61 @@ static void bench_memory(bench *b) {
 }
 
 /* ---- packed rows, made as for training ----
-   Documents as long as the recipe's: lognormal, those longer than the context are cut, 620 tokens a piece at 1024. */
+   Documents as long as the recipe's: lognormal, those longer than the context are split, 620 tokens a chunk at 1024. */
 
-typedef struct packed {
-    int rows, T, *tokens, *targets, *doc_start;
-    double fill, piece; // share of real tokens; mean length of a piece
-} packed;
+typedef struct bench_rows {
+    slam_batch rows;
+    double fill, chunk; // share of real tokens; mean length of a chunk
+} bench_rows;
 
-static int packed_documents(const char *path, int V, int T, size_t tokens) {
-    shard_writer w;
+static int documents_write(const char *path, int V, int T, size_t tokens) {
+    append_file f = ZERO;
     uint64_t seed = 1;
-    uint16_t *document = (uint16_t *)mem_new((size_t)32 * T, sizeof *document);
-    int ok = document && shard_begin(&w, path, V, 0);
+    uint16_t *document = NEW(uint16_t, (size_t)32 * T);
+    int ok = append_open(&f, path) && append_resume(&f, 0) && shard_write_header(&f, V, 0);
     for (size_t done = 0; ok && done < tokens;) {
         const double length = 0.61 * (T < 1024 ? T : 1024) * exp(0.75 * rng_normal(&seed));
         const int n = length < 8 ? 8 : length > 32.0 * T ? 32 * T : (int)length;
-        document[0] = document[n - 1] = 1;
+        document[0] = document[n - 1] = DOCUMENT_TOKEN;
         for (int i = 1; i < n - 1; i++) document[i] = (uint16_t)(2 + rng_below(&seed, (uint64_t)V - 2));
-        ok = shard_add(&w, document, (size_t)n);
+        ok = append_write(&f, document, 2 * (size_t)n);
         done += (size_t)n;
     }
     free(document);
-    return ok && shard_end(&w);
+    ok = ok && shard_write_header(&f, V, 0);
+    return append_close(&f) && ok;
 }
 
-static int packed_read(packed *p, const char *path, int V) {
-    slam_data_size size;
-    slam_data *data = slam_data_new(p->T);
-    int ok =
-        data && slam_data_add(data, path, 1) && slam_data_prepare(data, V, 0, 0, NULL) && slam_data_measure(data, -1, 1, &size);
-    slam_rows *rows = ok ? slam_rows_new(data, -1, 1, 1) : NULL;
-    double real = 0;
-    for (int r = 0; rows && ok && r < p->rows; r++) {
-        const size_t at = (size_t)r * p->T;
-        int targets, n = 0;
-        for (int tries = 0; n == 0 && tries < 2; tries++) // 0: an epoch has ended
-            n = slam_rows_next(rows, p->tokens + at, p->targets + at, p->doc_start + at, &targets);
-        ok = n > 0;
-        real += n;
-    }
+static int documents_pack(bench_rows *p, const char *path, int V) {
+    slam_data *data = slam_data_new(p->rows.T);
+    int ok = slam_data_add(data, path, 1) && slam_data_prepare(data, V, 0, 0, NULL);
+    slam_loader *loader = ok ? slam_loader_new(data, -1, 1, 1) : NULL;
+    ok = loader && slam_loader_begin(loader, p->rows.capacity, NULL) &&
+         slam_loader_next(loader, &p->rows) == p->rows.capacity;
     if (ok) {
-        p->fill = real / ((double)p->rows * p->T);
-        p->piece = (double)size.tokens / (double)size.pieces;
+        const slam_data_size size = slam_data_measure(data, -1, 1);
+        p->fill = (double)loader->tokens / ((double)p->rows.B * p->rows.T);
+        p->chunk = (double)size.tokens / (double)size.chunks;
     }
-    ok = ok && rows;
-    slam_rows_free(rows);
+    slam_loader_free(loader);
     slam_data_free(data);
     return ok;
 }
 
 /* `rows` rows of T tokens; whole: one document a row. */
-static int packed_new(packed *p, int rows, int T, int V, int whole) {
-    char path[256];
-    const size_t N = (size_t)rows * T;
+static bench_rows rows_new(int rows, int T, int V, int whole) {
+    bench_rows p = {slam_batch_new(rows, T, 0), 1, (double)T};
     uint64_t seed = 2;
-    memset(p, 0, sizeof *p);
-    p->rows = rows;
-    p->T = T;
-    if (!(p->tokens = (int *)mem_new(3 * N, sizeof(int)))) return 0;
-    p->targets = p->tokens + N;
-    p->doc_start = p->targets + N;
-    p->fill = 1;
-    p->piece = T;
-    for (size_t i = 0; whole && i < N; i++) p->tokens[i] = (int)rng_below(&seed, (uint64_t)V);
-    for (size_t i = 0; whole && i < N; i++) p->targets[i] = i % T == (size_t)T - 1 ? -1 : p->tokens[i + 1];
-    if (whole) return 1;
-    snprintf(path, sizeof path, "%s/slam_gpu_bench_%ld.bin", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", (long)getpid());
-    const int ok = packed_documents(path, V, T, N + N / 4 + 64 * (size_t)T) && packed_read(p, path, V);
+    for (int i = 0; whole && i < rows * T; i++) p.rows.tokens[i] = (int)rng_below(&seed, (uint64_t)V);
+    for (int i = 0; whole && i < rows * T; i++) p.rows.targets[i] = i % T == T - 1 ? -1 : p.rows.tokens[i + 1];
+    if (whole) return p;
+    char *path =
+        string_print("%s/slam_gpu_bench_%ld.bin", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", (long)getpid());
+    const size_t N = (size_t)rows * T;
+    if (!documents_write(path, V, T, N + N / 4 + 64 * (size_t)T) || !documents_pack(&p, path, V)) stop(slam_error());
     unlink(path);
-    return ok;
-}
-
-static void packed_free(packed *p) {
-    free(p->tokens);
-    memset(p, 0, sizeof *p);
+    free(path);
+    return p;
 }
 
 /* ---- attention ---- */
@@ -486,22 +473,17 @@ static void attention_rows(bench *b, int T, int whole) {
     const int B = b->small ? 2 : 32768 / T, HS = c->HS, W = (c->NH + 2 * c->KVH) * HS;
     const size_t N = (size_t)B * T, O = (size_t)c->NH * HS;
     char what[64];
-    packed p;
     double pairs = 0, angle;
     snprintf(what, sizeof what, "attention, T %d, %s", T, whole ? "one document a row" : "packed");
     if (late(b, what)) return;
-    if (!packed_new(&p, B, T, c->V, whole)) {
-        printf("%s: FAILED: %s\n", what, slam_error());
-        packed_free(&p);
-        return;
-    }
+    bench_rows p = rows_new(B, T, c->V, whole);
+    const int *doc_start = p.rows.doc_start;
     for (size_t i = 0; i < N; i++) // a document of n tokens counts as n n / 2 pairs
-        if (i + 1 == N || p.doc_start[i + 1] != p.doc_start[i] || (i + 1) % T == 0) {
-            const double n = (double)(i % T) - p.doc_start[i] + 1;
+        if (i + 1 == N || doc_start[i + 1] != doc_start[i] || (i + 1) % T == 0) {
+            const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = (float *)mem_new((size_t)T * HS, sizeof *rope);
-    if (!rope) stop(slam_error());
+    float *rope = NEW(float, (size_t)T *HS);
     for (int t = 0; t < T; t++)
         for (int k = 0; k < HS / 2; k++) {
             angle = t * pow(c->rope_theta, -2.0 * k / HS);
@@ -509,9 +491,10 @@ static void attention_rows(bench *b, int T, int whole) {
             rope[t * HS + HS / 2 + k] = (float)sin(angle);
         }
     tensors_clear(b);
-    const slam_window win = {B,      T,    c->NH,
-                             c->KVH, HS,   (const int *)upload(b, p.doc_start, N * sizeof(int)),
-                             NULL,   NULL, (const float *)upload(b, rope, (size_t)T * HS * sizeof *rope)};
+    slam_mask mask = ZERO;
+    mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS;
+    mask.doc_start = (const int *)upload(b, doc_start, N * sizeof(int));
+    mask.rope = (const float *)upload(b, rope, (size_t)T * HS * sizeof *rope);
     slam_act *qkv[2], *dqkv[2], *out[2], *dout[2];
     float *lse[2], *D = float_tensor(b, (size_t)B * c->NH * T);
     for (int k = 0; k < 2; k++) {
@@ -522,28 +505,29 @@ static void attention_rows(bench *b, int T, int whole) {
         lse[k] = float_tensor(b, (size_t)B * c->NH * T);
     }
     const double forward =
-        seconds_of(b, what, [&](int i) { ops->attention_forward(ops, out[i % 2], lse[i % 2], qkv[i % 2], &win); });
+        seconds_of(b, what, [&](int i) { ops->attention_forward(ops, out[i % 2], lse[i % 2], qkv[i % 2], &mask); });
     const double backward = !(forward > 0) ? 0 : seconds_of(b, what, [&](int i) {
-        ops->attention_backward(ops, dqkv[i % 2], D, dout[i % 2], out[i % 2], lse[i % 2], qkv[i % 2], &win);
+        ops->attention_backward(ops, dqkv[i % 2], D, dout[i % 2], out[i % 2], lse[i % 2], qkv[i % 2], &mask);
     });
     const double flop = 4 * pairs * (double)O;
     if (forward > 0) {
         printf("%5d %4d  %-19s %9.3f %8.0f %10.3f %8.0f", T, B, whole ? "one a row" : "packed", 1e3 * forward,
                1e-12 * flop / forward, 1e3 * backward, backward > 0 ? 2.5e-12 * flop / backward : 0);
-        if (!whole) printf("   %.0f tokens a piece, %.1f%% full", p.piece, 100 * p.fill);
+        if (!whole) printf("   %.0f tokens a chunk, %.1f%% full", p.chunk, 100 * p.fill);
         printf("\n");
         fflush(stdout);
     }
     key(b, 1e3 * forward, "attention/forward/%d/%s", T, whole ? "whole" : "packed");
     key(b, 1e3 * backward, "attention/backward/%d/%s", T, whole ? "whole" : "packed");
-    packed_free(&p);
+    slam_batch_free(&p.rows);
     free(rope);
 }
 
 static void bench_attention(bench *b) {
     const int sizes[] = {1024, 2048, 4096};
-    printf("causal, NH %d, KVH %d, HS %d, rotation included; FLOP: 4 n n / 2 HS NH a document forward, 2.5 times that backward\n",
-           b->config.NH, b->config.KVH, b->config.HS);
+    printf(
+        "causal, NH %d, KVH %d, HS %d, rotation included; FLOP: 4 n n / 2 HS NH a document forward, 2.5 times that backward\n",
+        b->config.NH, b->config.KVH, b->config.HS);
     printf("%5s %4s  %-19s %9s %8s %10s %8s\n", "T", "B", "documents", "fwd ms", "TFLOP/s", "bwd ms", "TFLOP/s");
     for (int whole = 1; whole >= 0; whole--)
         for (int k = 0; k < 3; k++) attention_rows(b, b->small ? sizes[k] / 16 : sizes[k], whole);
@@ -551,16 +535,17 @@ static void bench_attention(bench *b) {
 
 /* ---- time of a step by kind of operation: each is called between two moments in the stream ---- */
 
-enum { MATMUL, ATTENTION, NORMS, SWIGLU, HEAD, OPTIMISER, OTHER, GROUPS, MARKS = 8192 };
-static const char *const group_names[] = {"matrix products", "attention", "norms", "SwiGLU", "head", "optimiser", "other"};
+enum { MATMUL, ATTENTION, NORMS, SWIGLU, HEAD, OPTIMISER, OTHER, TIMED_GROUPS, MARKS = 8192 };
+static const char *const timed_names[] = {"matrix products", "attention", "norms", "SwiGLU", "head",
+                                          "optimiser",       "other"};
 
 static struct {
     slam_ops real;
     bench *b;
     moment from[MARKS], to[MARKS];
     int group[MARKS], n;
-    double seconds[GROUPS];
-    long calls[GROUPS];
+    double seconds[TIMED_GROUPS];
+    long calls[TIMED_GROUPS];
     size_t parameters;
     int stride;
 } profile;
@@ -582,54 +567,58 @@ static void profile_open(slam_ops *ops, int group) {
 
 static void profile_close(void) { moment_note(profile.b, &profile.to[profile.n++]); }
 
-#define TIMED(name, group, parameters, ...)                                                                                        \
-    static void timed_##name parameters {                                                                                          \
-        profile_open(ops, group);                                                                                                  \
-        profile.real.name(__VA_ARGS__);                                                                                            \
-        profile_close();                                                                                                           \
+#define TIMED(name, group, parameters, ...)                                                                            \
+    static void timed_##name parameters {                                                                              \
+        profile_open(ops, group);                                                                                      \
+        profile.real.name(__VA_ARGS__);                                                                                \
+        profile_close();                                                                                               \
     }
 #define MATMUL_OR_HEAD (OC >= profile.stride - 8 && OC <= profile.stride ? HEAD : MATMUL)
 
 TIMED(upload, OTHER, (slam_ops * ops, void *to, const void *host, size_t bytes), ops, to, host, bytes)
 TIMED(zero, bytes / 4 >= profile.parameters ? OPTIMISER : OTHER, (slam_ops * ops, void *p, size_t bytes), ops, p, bytes)
-TIMED(embedding_forward, OTHER, (slam_ops * ops, slam_act *x, const int *tokens, const slam_act *table, int N, int C), ops, x,
-      tokens, table, N, C)
-TIMED(embedding_backward, OTHER, (slam_ops * ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V), ops,
-      dtable, dx, tokens, N, C, V)
+TIMED(embedding_forward, OTHER, (slam_ops * ops, slam_act *x, const int *tokens, const slam_act *table, int N, int C),
+      ops, x, tokens, table, N, C)
+TIMED(embedding_backward, OTHER,
+      (slam_ops * ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V), ops, dtable, dx,
+      tokens, N, C, V)
 TIMED(rmsnorm_forward, NORMS,
-      (slam_ops * ops, slam_act *s, slam_act *y, float *r, const slam_act *x, const slam_act *delta, const slam_act *w, float eps,
-       int N, int C),
-      ops, s, y, r, x, delta, w, eps, N, C)
+      (slam_ops * ops, slam_act *s, slam_act *y, float *r, const slam_act *x, const slam_act *delta, const slam_act *w,
+       float eps, int N, int G, int C, int stride),
+      ops, s, y, r, x, delta, w, eps, N, G, C, stride)
 TIMED(rmsnorm_backward, NORMS,
-      (slam_ops * ops, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s, const slam_act *w, const float *r, int N,
-       int C),
-      ops, ds, dw, dy, s, w, r, N, C)
+      (slam_ops * ops, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s, const slam_act *w,
+       const float *r, int N, int G, int C, int stride),
+      ops, ds, dw, dy, s, w, r, N, G, C, stride)
 TIMED(matmul_forward, MATMUL_OR_HEAD,
-      (slam_ops * ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC), ops, out, x,
-      w, b, N, C, OC)
+      (slam_ops * ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC),
+      ops, out, x, w, b, N, C, OC)
 TIMED(matmul_backward_input, MATMUL_OR_HEAD,
-      (slam_ops * ops, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC), ops, dx, dout, w, N, C, OC)
-TIMED(matmul_backward_weight, MATMUL_OR_HEAD,
-      (slam_ops * ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC), ops, dw, db, dout, x,
+      (slam_ops * ops, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC), ops, dx, dout, w,
       N, C, OC)
-TIMED(attention_forward, ATTENTION, (slam_ops * ops, slam_act *out, float *lse, slam_act *qkv, const slam_window *win), ops, out,
-      lse, qkv, win)
+TIMED(matmul_backward_weight, MATMUL_OR_HEAD,
+      (slam_ops * ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC), ops, dw,
+      db, dout, x, N, C, OC)
+TIMED(attention_forward, ATTENTION, (slam_ops * ops, slam_act *out, float *lse, slam_act *qkv, const slam_mask *mask),
+      ops, out, lse, qkv, mask)
 TIMED(attention_backward, ATTENTION,
-      (slam_ops * ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse, const slam_act *qkv,
-       const slam_window *win),
-      ops, dqkv, D, dout, out, lse, qkv, win)
-TIMED(swiglu_forward, SWIGLU, (slam_ops * ops, slam_act *h, const slam_act *gate_up, int N, int F), ops, h, gate_up, N, F)
-TIMED(swiglu_backward, SWIGLU, (slam_ops * ops, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F), ops,
-      dgate_up, dh, gate_up, N, F)
+      (slam_ops * ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
+       const slam_act *qkv, const slam_mask *mask),
+      ops, dqkv, D, dout, out, lse, qkv, mask)
+TIMED(swiglu_forward, SWIGLU, (slam_ops * ops, slam_act *h, const slam_act *gate_up, int N, int F), ops, h, gate_up, N,
+      F)
+TIMED(swiglu_backward, SWIGLU,
+      (slam_ops * ops, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F), ops, dgate_up,
+      dh, gate_up, N, F)
 TIMED(crossentropy, HEAD,
-      (slam_ops * ops, float *loss, slam_act *logits, const int *targets, const float *weights, float scale, int N, int V,
-       int stride),
+      (slam_ops * ops, float *loss, slam_act *logits, const int *targets, const float *weights, float scale, int N,
+       int V, int stride),
       ops, loss, logits, targets, weights, scale, N, V, stride)
 TIMED(sum, OTHER, (slam_ops * ops, double *out, const float *x, size_t n), ops, out, x, n)
 TIMED(sum_squares, OPTIMISER, (slam_ops * ops, double *out, const float *x, size_t n), ops, out, x, n)
 TIMED(adamw, OPTIMISER,
-      (slam_ops * ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats, const slam_adamw *h,
-       size_t n),
+      (slam_ops * ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
+       const slam_adamw_params *h, size_t n),
       ops, w_act, w, m, v, g, stats, h, n)
 
 static void profile_begin(bench *b) {
@@ -673,11 +662,11 @@ static void profile_end(bench *b) {
     }
 }
 
-/* What each group should take for a token: products at 83 % of the peak, attention at 220 and 180 TFLOP/s on whole rows, the rest
-   by its bytes at 85 % of copy speed. */
+/* What each group should take for a token: products at 83 % of the peak, attention at 220 and 180 TFLOP/s on whole
+   rows, the rest by its bytes at 85 % of copy speed. */
 static double profile_budget(const bench *b, int group, double tokens) {
     const slam_config *c = &b->config;
-    const double a = b->ops->bytes_per_act, C = c->C, F = c->F, L = c->L, O = c->NH * c->HS, W = O + 2.0 * c->KVH * c->HS;
+    const double a = b->ops->act_bytes, C = c->C, F = c->F, L = c->L, O = c->NH * c->HS, W = O + 2.0 * c->KVH * c->HS;
     const double copy = 0.85 * b->copy, n = (double)slam_config_parameters(c);
     if (!(b->copy > 0) || !(b->peak > 0)) return 0;
     switch (group) {
@@ -694,10 +683,10 @@ static double profile_budget(const bench *b, int group, double tokens) {
 static void profile_print(const bench *b, double wall, double tokens) {
     double sum = 0, budget = 0;
     printf("%-16s %9s %6s %9s %10s %8s\n", "group", "ms a step", "share", "us/token", "budget", "calls");
-    for (int g = 0; g < GROUPS; g++) {
+    for (int g = 0; g < TIMED_GROUPS; g++) {
         const double s = profile.seconds[g], should = profile_budget(b, g, tokens);
-        printf("%-16s %9.2f %5.1f%% %9.3f %10.3f %8ld\n", group_names[g], 1e3 * s, 100 * s / wall, 1e6 * s / tokens, 1e6 * should,
-               profile.calls[g]);
+        printf("%-16s %9.2f %5.1f%% %9.3f %10.3f %8ld\n", timed_names[g], 1e3 * s, 100 * s / wall, 1e6 * s / tokens,
+               1e6 * should, profile.calls[g]);
         sum += s;
         budget += should;
     }
@@ -712,29 +701,35 @@ typedef struct result {
 } result;
 
 /* One step: ROWS rows of batch k, `micro` at a time, and the update. */
-static int step_once(slam_model *m, slam_optimiser *o, const packed *p, int k, int micro, slam_step *step, int *terms) {
-    const size_t first = (size_t)(k * ROWS % p->rows) * p->T;
+static int step_once(slam_model *m, slam_adamw *o, const bench_rows *p, int k, int micro, slam_step *step, int *terms) {
+    const int T = p->rows.T;
+    const size_t first = (size_t)(k * ROWS % p->rows.B) * T;
     *terms = 0;
-    for (size_t i = 0; i < (size_t)ROWS * p->T; i++) *terms += p->targets[first + i] >= 0;
+    for (size_t i = 0; i < (size_t)ROWS * T; i++) *terms += p->rows.targets[first + i] >= 0;
     for (int row = 0; row < ROWS; row += micro) {
-        const size_t at = first + (size_t)row * p->T;
-        const slam_batch b = {
-            ROWS - row < micro ? ROWS - row : micro, p->T, p->tokens + at, p->targets + at, p->doc_start + at, NULL};
-        if (!slam_model_backward(m, &b, 1.0f / (float)*terms, NULL, NULL)) return 0;
+        const size_t at = first + (size_t)row * T;
+        slam_batch b = ZERO;
+        b.B = ROWS - row < micro ? ROWS - row : micro;
+        b.T = T;
+        b.tokens = p->rows.tokens + at, b.targets = p->rows.targets + at, b.doc_start = p->rows.doc_start + at;
+        b.losses = p->rows.losses + at;
+        if (!slam_forward_backward(m, &b, 1.0f / (float)*terms)) return 0;
     }
-    return slam_optimiser_step(o, 1e-5, step);
+    return slam_adamw_step(o, 1e-5, step);
 }
 
 /* Steps for four seconds, three at least, after two that do not count. */
-static int step_measure(const bench *b, slam_model *m, slam_optimiser *o, const packed *p, int micro, result *r) {
+static int step_measure(const bench *b, slam_model *m, slam_adamw *o, const bench_rows *p, int micro, result *r) {
     double times[64], began = 0;
     int n = 0, terms;
     slam_step step;
-    for (int k = b->small ? -1 : -2; n < 64 && (n < (b->small ? 1 : 3) || (!b->small && slam_clock() - began < 4)); k++) {
+    for (int k = b->small ? -1 : -2; n < 64 && (n < (b->small ? 1 : 3) || (!b->small && slam_clock() - began < 4));
+         k++) {
         const double start = slam_clock();
         if (k == 0) began = start;
         if (!step_once(m, o, p, k + 2, micro, &step, &terms)) return 0;
-        if (step.skipped) return fail("step %d: loss or gradient is not finite (loss %g)", k + 2, step.loss_sum / terms);
+        if (step.skipped)
+            return set_error("step %d: loss or gradient is not finite (loss %g)", k + 2, step.loss_sum / terms);
         if (r->loss == 0) r->loss = step.loss_sum / terms;
         if (k >= 0) times[n++] = slam_clock() - start;
     }
@@ -750,22 +745,24 @@ static double card_used(double *total) {
     return (double)(all - room);
 }
 
-static int step_row(bench *b, slam_model *m, slam_optimiser *o, const packed *p, int micro, const char *documents, double *best) {
+static int step_row(bench *b, slam_model *m, slam_adamw *o, const bench_rows *p, int micro, const char *documents,
+                    double *best) {
     result r = {0, 0};
     char what[64];
     snprintf(what, sizeof what, "%d rows at once, %s", micro, documents);
     if (late(b, what)) return 0;
-    if (!slam_model_plan(m, micro, p->T, 1) || !step_measure(b, m, o, p, micro, &r)) {
+    if (!slam_model_plan(m, micro, p->rows.T, SLAM_TRAIN) || !step_measure(b, m, o, p, micro, &r)) {
         printf("%s: FAILED: %s\n", what, slam_error());
         fflush(stdout);
         return 0;
     }
-    const double used = card_used(NULL), tokens = ROWS * (double)p->T, rate = tokens * p->fill / r.seconds;
+    const double used = card_used(NULL), tokens = ROWS * (double)p->rows.T, rate = tokens * p->fill / r.seconds;
     printf("%5d  %-18s %10.0f %10.1f %9.3f %6.0f", micro, documents, rate, 1e3 * r.seconds, 1e6 * r.seconds / tokens,
-           1e-12 * tokens / r.seconds * slam_config_flops(&b->config, p->T));
-    share(tokens / r.seconds * slam_config_flops(&b->config, p->T), b->peak);
-    printf(" %9.2f %9.2f   %.4f\n", 1e-9 * slam_config_memory(&b->config, b->ops->bytes_per_act, micro, p->T, 1, 1).total,
-           1e-9 * used, r.loss);
+           1e-12 * tokens / r.seconds * slam_config_flops(&b->config, p->rows.T));
+    share(tokens / r.seconds * slam_config_flops(&b->config, p->rows.T), b->peak);
+    printf(" %9.2f %9.2f   %.4f\n",
+           1e-9 * slam_config_memory(&b->config, b->ops->act_bytes, micro, p->rows.T, SLAM_TRAIN, 1).total, 1e-9 * used,
+           r.loss);
     fflush(stdout);
     key(b, rate, "step/%d/%s", micro, p->fill < 1 ? "packed" : "whole");
     if (micro == 8 && p->fill < 1) key(b, 1e-9 * used, "step/memory/8");
@@ -776,10 +773,10 @@ static int step_row(bench *b, slam_model *m, slam_optimiser *o, const packed *p,
     return 0;
 }
 
-static void step_profile(bench *b, slam_model *m, slam_optimiser *o, const packed *p, int micro) {
+static void step_profile(bench *b, slam_model *m, slam_adamw *o, const bench_rows *p, int micro) {
     slam_step step;
     int terms;
-    if (late(b, "time by kind of operation") || !slam_model_plan(m, micro, p->T, 1)) return;
+    if (late(b, "time by kind of operation") || !slam_model_plan(m, micro, p->rows.T, SLAM_TRAIN)) return;
     profile_begin(b);
     const double began = slam_clock();
     const int ok = step_once(m, o, p, 0, micro, &step, &terms);
@@ -788,123 +785,96 @@ static void step_profile(bench *b, slam_model *m, slam_optimiser *o, const packe
     profile_end(b);
     if (!ok) printf("time by kind of operation: FAILED: %s\n", slam_error());
     if (!ok) return;
-    printf("\nOne step of %d rows, %d at once, packed, each operation between two events (which makes it somewhat slower)\n", ROWS,
-           micro);
-    profile_print(b, wall, ROWS * (double)p->T);
+    printf(
+        "\nOne step of %d rows, %d at once, packed, each operation between two events (which makes it somewhat slower)\n",
+        ROWS, micro);
+    profile_print(b, wall, ROWS * (double)p->rows.T);
 }
 
 static void bench_step(bench *b) {
     const int sizes[] = {8, 16, 32, 39, 78}, T = b->small ? 64 : 1024;
-    const slam_adamw settings = {0, 0.9, 0.999, 1e-8, 0, 0.5, 0};
     double best = 0, total = 0, ignored = 0, began = slam_clock();
     int best_micro = 0;
-    packed p, whole;
-    if (!packed_new(&p, ROWS * (b->small ? 1 : BATCHES), T, b->config.V, 0) || !packed_new(&whole, ROWS, T, b->config.V, 1))
-        stop(slam_error());
+    bench_rows p = rows_new(ROWS * (b->small ? 1 : BATCHES), T, b->config.V, 0),
+               whole = rows_new(ROWS, T, b->config.V, 1);
     slam_model *m = slam_model_new(b->ops, &b->config, 1);
-    slam_optimiser *o = m ? slam_optimiser_new(m, &settings) : NULL;
-    if (!o) stop(slam_error());
+    slam_adamw o = ZERO;
+    o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-8;
+    if (!m || !slam_adamw_init(&o, m)) stop(slam_error());
     printf(
-        "%.0fM parameters, made in %.1f s; a step is %d rows of %d; pieces of %.0f tokens packed, %.1f%% full;\n"
+        "%.0fM parameters, made in %.1f s; a step is %d rows of %d; chunks of %.0f tokens packed, %.1f%% full;\n"
         "tokens are real ones, TFLOP/s and us count every position, attention as on whole rows; GB: planned, in use on the card\n",
-        1e-6 * (double)slam_config_parameters(&b->config), slam_clock() - began, ROWS, T, p.piece, 100 * p.fill);
-    printf("%5s  %-18s %10s %10s %9s %6s %5s %9s %9s   first loss\n", "micro", "documents", "tokens/s", "ms a step", "us/pos.",
-           "TFLOPS", "peak", "planned", "in use");
+        1e-6 * (double)slam_config_parameters(&b->config), slam_clock() - began, ROWS, T, p.chunk, 100 * p.fill);
+    printf("%5s  %-18s %10s %10s %9s %6s %5s %9s %9s   first loss\n", "micro", "documents", "tokens/s", "ms a step",
+           "us/pos.", "TFLOPS", "peak", "planned", "in use");
     for (int k = 0; k < (b->small ? 1 : 5); k++)
-        if (step_row(b, m, o, &p, sizes[k], "packed", &best)) best_micro = sizes[k];
+        if (step_row(b, m, &o, &p, sizes[k], "packed", &best)) best_micro = sizes[k];
     if (best_micro) {
-        step_row(b, m, o, &whole, best_micro, "one a row", &ignored);
-        step_profile(b, m, o, &p, best_micro);
-        if (best_micro != 8 && !b->small) step_profile(b, m, o, &p, 8);
+        step_row(b, m, &o, &whole, best_micro, "one a row", &ignored);
+        step_profile(b, m, &o, &p, best_micro);
+        if (best_micro != 8 && !b->small) step_profile(b, m, &o, &p, 8);
     }
     card_used(&total);
     printf("the card has %.1f GB\n", 1e-9 * total);
-    slam_optimiser_free(o);
+    slam_adamw_free(&o);
     slam_model_free(m);
-    packed_free(&p);
-    packed_free(&whole);
+    slam_batch_free(&p.rows);
+    slam_batch_free(&whole.rows);
 }
 
 /* ---- HuBERT's units ---- */
 
-enum { CLIPS = 600 };
+enum { RECORDINGS = 600 };
 
-/* Clips of noise as long as LibriSpeech's utterances, two thirds of 12 to 17 s, others from 1 s on. */
-static double clips_make(const bench *b, clip_list *list, const slam_speech *s, const float *noise) {
-    double seconds = 0;
-    uint64_t seed = 3;
-    list->n = 0;
-    for (int i = 0; i < (b->small ? 3 : CLIPS); i++) {
-        const double length = (rng_below(&seed, 3) ? 12 : 1) + rng_uniform(&seed) * (i % 3 ? 5 : 11);
-        clip *c = (clip *)mem_new(1, sizeof *c);
-        if (!c || !clips_add(list, c)) stop(slam_error());
-        c->u.samples = (size_t)(16000 * (b->small ? 1 : length));
-        seconds += (double)c->u.samples / 16000;
-        if (!clip_wait(c, s, noise + rng_below(&seed, 16000))) stop(slam_error());
-    }
-    return seconds;
-}
-
-/* From samples on the host to units on the host, by the batches that tokenize makes. */
+/* From samples on the host to units on the host. Recordings of noise as long as LibriSpeech's utterances, two thirds of
+   12 to 17 s, others from 1 s on. */
 static void bench_hubert(bench *b) {
-    char folder[] = "/tmp/gpu_bench.XXXXXX", path[64];
-    slam_speech_settings settings;
-    clip_list list = SLAM_ZERO;
+    static const float *samples[RECORDINGS];
+    static long lengths[RECORDINGS];
+    static slam_units units[RECORDINGS];
+    char folder[] = "/tmp/gpu_bench.XXXXXX";
+    slam_unit_config config = slam_unit_config_default();
     double times[8], seconds = 0;
     uint64_t seed = 1;
-    audio_block block = SLAM_ZERO;
-    if (!mkdtemp(folder) || !random_hubert(folder)) stop(slam_error());
-    slam_speech_defaults(&settings);
-    settings.features = SLAM_HUBERT;
-    settings.rate = 0;
-    settings.layer = b->small ? 1 : HUBERT_LAYER;
-    snprintf(settings.hubert, sizeof settings.hubert, "%s", folder);
-    float *noise = (float *)mem_new(18 * 16000, sizeof *noise), *centroids = (float *)mem_new(500 * 768, sizeof *centroids);
-    for (int i = 0; noise && i < 18 * 16000; i++) noise[i] = (float)(0.1 * rng_normal(&seed));
-    for (int i = 0; centroids && i < 500 * 768; i++) centroids[i] = (float)rng_normal(&seed);
-    slam_quantiser *q = noise && centroids ? slam_quantiser_new(&settings, b->ops, centroids, 500) : NULL;
-    if (!q) stop(slam_error());
-    block.speech = q->speech;
-    block.quantiser = q;
-    const int rounds = b->small ? 1 : 5;
+    const int n = b->small ? 3 : RECORDINGS, rounds = b->small ? 1 : 5;
     int done = -1;
+    if (!mkdtemp(folder) || !random_hubert(folder)) stop(slam_error());
+    config.features = SLAM_HUBERT;
+    config.rate = 0;
+    config.layer = b->small ? 1 : HUBERT_LAYER;
+    snprintf(config.hubert, sizeof config.hubert, "%s", folder);
+    float *noise = NEW(float, 18 * 16000), *centroids = NEW(float, 500 * 768);
+    for (int i = 0; i < 18 * 16000; i++) noise[i] = (float)(0.1 * rng_normal(&seed));
+    for (int i = 0; i < 500 * 768; i++) centroids[i] = (float)rng_normal(&seed);
+    for (int i = 0; i < n; i++) {
+        const double length = (rng_below(&seed, 3) ? 12 : 1) + rng_uniform(&seed) * (i % 3 ? 5 : 11);
+        lengths[i] = (long)(16000 * (b->small ? 1 : fmin(length, 17)));
+        samples[i] = noise + rng_below(&seed, 16000);
+        seconds += (double)lengths[i] / 16000;
+    }
+    slam_tokenizer *t = slam_tokenizer_new(&config, b->ops, centroids, 500);
+    if (!t) stop(slam_error());
     for (; done < rounds && !(done > 0 && late(b, "further rounds")); done++) {
-        seconds = clips_make(b, &list, q->speech, noise);
-        clip **all = (clip **)mem_new(list.n, sizeof *all);
-        const size_t n = list.n;
-        if (!all) stop(slam_error());
-        memcpy(all, list.at, n * sizeof *all);
-        block.told = slam_clock();
-        if (!block_encode(&block, &list)) stop(slam_error());
-        times[done < 0 ? 0 : done] = slam_clock() - block.told;
-        for (size_t i = 0; i < n; i++) clip_free(all[i]);
-        free(all);
+        const double began = slam_clock();
+        if (!slam_units_encode(t, n, samples, lengths, units)) stop(slam_error());
+        times[done < 0 ? 0 : done] = slam_clock() - began;
+        for (int i = 0; i < n; i++) slam_units_free(&units[i]);
     }
     const double rate = seconds / median(times, done), flops = rate * random_hubert_flops(12);
     printf("%-44s %12s %9s\n%-44s %12.0f %9.1f", "", "audio s/s", "TFLOPS", "mHuBERT-25Hz to layer 11, 500 units", rate,
            1e-12 * flops);
     share(flops, b->peak);
-    printf("\n%.0f s of audio in %d clips\n", seconds, b->small ? 3 : CLIPS);
+    printf("\n%.0f s of audio in %d recordings\n", seconds, n);
     key(b, rate, "hubert");
-    slam_quantiser_free(q);
-    free(list.at), free(noise), free(centroids);
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, i ? "config.json" : "model.safetensors");
-        unlink(path);
-    }
-    rmdir(folder);
+    slam_tokenizer_free(t);
+    free(noise), free(centroids);
+    remove_tree(folder);
 }
 
 /* ---- generation ---- */
 
-static int note_tokens(void *context, size_t done, uint64_t tokens) {
-    (void)done;
-    *(uint64_t *)context = tokens;
-    return 1;
-}
-
-/* The Slam model continues prompts of 75 tokens by up to 150 each, sampled, `batch` at once. Bound by memory: a step reads all
-   weights, and each sequence's keys and values. */
+/* The Slam model continues prompts of 75 tokens by up to 150 each, sampled, `batch` at once. Bound by memory: a step
+   reads all weights, and each sequence's keys and values. */
 static void bench_generation(bench *b) {
     const slam_config *c = &b->config;
     const int sizes[] = {1, 16, 64, 256}, prompt = 75, fresh = 150;
@@ -913,22 +883,24 @@ static void bench_generation(bench *b) {
     printf("%5s %10s %12s %10s\n", "batch", "tokens/s", "ms a step", "of copy");
     for (int k = 0; k < (b->small ? 1 : 4); k++) {
         const slam_generation how = {{0.8, 25, 1, 1}, b->small ? 5 : fresh, prompt + fresh, sizes[k], 1};
-        const double tokens_read = sizes[k] * (prompt + how.max_new / 2.0), act = b->ops->bytes_per_act;
+        const double tokens_read = sizes[k] * (prompt + how.max_new / 2.0), act = b->ops->act_bytes;
         const double bytes = act * ((double)slam_config_parameters(c) + tokens_read * 2 * c->L * c->KVH * c->HS);
         double times[9], rates[9];
         int units[75], n = 0;
         if (late(b, "generation")) break;
         for (int round = -1; round < (b->small ? 1 : 5); round++) {
-            slam_prompts p = SLAM_ZERO;
-            uint64_t seed = (uint64_t)round + 5, tokens = 0;
+            slam_prompts p = ZERO;
+            uint64_t seed = (uint64_t)round + 5;
+            double tokens = 0;
             for (int i = 0; i < sizes[k]; i++) {
                 for (int t = 0; t < prompt; t++) units[t] = (int)rng_below(&seed, (uint64_t)c->V - 2);
-                if (!slam_prompts_add(&p, "prompt", units, (size_t)prompt - 1)) stop(slam_error());
+                slam_prompts_add(&p, "prompt", units, NULL, (size_t)prompt - 1);
             }
             const double start = slam_clock();
-            if (!slam_generate(m, &how, &p, note_tokens, &tokens)) stop(slam_error());
+            if (!slam_generate(m, &how, &p, NULL, NULL)) stop(slam_error());
             const double seconds = slam_clock() - start;
-            if (round >= 0) times[n] = seconds / how.max_new, rates[n++] = (double)tokens / seconds;
+            for (size_t i = 0; i < p.n; i++) tokens += p.at[i].length;
+            if (round >= 0) times[n] = seconds / how.max_new, rates[n++] = tokens / seconds;
             slam_prompts_free(&p);
         }
         const double rate = median(rates, n), step = median(times, n);
@@ -944,22 +916,21 @@ int main(int argc, char **argv) {
     static bench b;
     const char *part = argc > 1 ? argv[1] : "", *keys = NULL;
     int cpu = 0;
-    static const slam_config small = {102, 128, 2, 2, 1, 64, 192, 1024, 1, 1, 1e-6, 0.02, 10000};
     b.began = slam_clock();
     for (int i = 2; i < argc; i++) {
         if (!strcmp(argv[i], "--small")) b.small = 1;
         else if (!strcmp(argv[i], "--cpu")) cpu = 1;
         else if (i + 1 == argc)
-            stop("gpu_bench ceilings|products|memory|attention|step|hubert|generate [--copy GB/s] [--peak TFLOP/s] ...");
+            stop(
+                "gpu_bench ceilings|products|memory|attention|step|hubert|generate [--copy GB/s] [--peak TFLOP/s] ...");
         else if (!strcmp(argv[i], "--copy")) b.copy = 1e9 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--peak")) b.peak = 1e12 * atof(argv[++i]);
         else if (!strcmp(argv[i], "--seconds")) b.seconds = atof(argv[++i]);
         else if (!strcmp(argv[i], "--keys")) keys = argv[++i];
     }
     if (keys && !(b.keys = fopen(keys, "a"))) stop("the file of keys cannot be written");
-    if (!slam_config_read(&b.config, "slam")) stop(slam_error());
-    b.config.V = 502;
-    if (b.small) b.config = small;
+    if (!slam_config_load(&b.config, b.small ? "tiny" : "slam")) stop(slam_error());
+    b.config.V = b.small ? 102 : 502;
     b.stride = (b.config.V + 7) / 8 * 8;
     b.ops = cpu ? slam_cpu(0) : slam_cuda(0, 2);
     if (!b.ops) stop(slam_error());

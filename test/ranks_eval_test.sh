@@ -1,13 +1,12 @@
 #!/bin/sh
-# test/ranks_eval_test.sh: eval on several ranks gives the figures and files of one process, and ends on all of them when it has to.
-# Prints as test/programs.sh does.
+# test/ranks_eval_test.sh: eval on several ranks gives the numbers and files of one process, and an error or a signal ends all of them.
 
 . "$(dirname "$0")/ranks.sh"
 train=$root/train eval=$root/eval tokenize=$root/tokenize
 
 # ---- data and models ----
 
-# units SEED LINES LONGEST: uneven lengths, so that batches and continuations are
+# units SEED LINES LONGEST: of uneven lengths, as are batches and continuations then
 units() {
     awk -v seed="$1" -v lines="$2" -v longest="$3" 'function draw(n) { seed = (seed * 16807) % 2147483647; return seed % n }
     BEGIN { for (i = 0; i < 5; i++) draw(2); for (l = 0; l < lines; l++) {
@@ -35,7 +34,7 @@ sed 's/"hidden_size": 32/"hidden_size": 256/; s/"intermediate_size": 64/"interme
 
 # ---- helpers ----
 
-# same_as_one ARGUMENTS...: by $n ranks to the files of one process, which were made as one.*
+# same_as_one ARGUMENTS...: eval on $n ranks writes some.*, the same as one.*, which one process wrote
 same_as_one() {
     rm -f some.*
     ends 0 on "$n" "$eval" one "$@" || return 1
@@ -45,7 +44,7 @@ same_as_one() {
         return 1
     }
 }
-# begins N MARK ARGUMENTS...: eval of a slow model on N ranks beside this script, and waits until it has said so
+# begins N MARK ARGUMENTS...: starts eval of a slow model on N ranks and waits for its line MARK
 begins() {
     begins_n=$1 begins_mark=$2
     shift 2
@@ -57,14 +56,14 @@ begins() {
     sleep 0.3
 }
 
-# ---- the figures of one process ----
+# ---- the numbers of one process ----
 
 "$eval" one ppl v.jsonl --train a.jsonl --json one.json >/dev/null
 for n in 2 3; do check "ppl on $n ranks" same_as_one ppl v.jsonl --train a.jsonl --json some.json; done
 n=5 && check 'ppl: more ranks than batches' same_as_one ppl v.jsonl --train a.jsonl --batch 64 --json some.json
 "$eval" one swuggy gold.csv --units v.jsonl --batch 2 --context 32 --json one.json --submission one.txt >one.out
 for n in 2 3; do check "swuggy on $n ranks" same_as_one swuggy gold.csv --units v.jsonl --batch 2 --context 32 --json some.json --submission some.txt; done
-check 'swuggy: sequences that windows slide over were among them' grep -q 'slides over them' one.out
+check 'swuggy: some sequences were scored in windows' grep -q 'scored in windows' one.out
 "$eval" one swuggy few.csv --units v.jsonl --sum --json one.json --submission one.txt >/dev/null
 n=5 && check 'swuggy: more ranks than rows' same_as_one swuggy few.csv --units v.jsonl --sum --json some.json --submission some.txt
 said="generate twice.jsonl --prompt-units 4 --max-new 40"
@@ -89,19 +88,19 @@ done
 rm -f one.jsonl some.*
 n=3 && check 'storycloze: audio' same_as_one storycloze pairset --kmeans km.npy --json some.json --submission some.txt
 "$eval" one generate speech --kmeans km.npy -o one.jsonl --max-new 20 >/dev/null 2>&1
-check 'generate: a file that cannot be heard' ends 3 on 3 "$eval" one generate speech --kmeans km.npy -o some.jsonl --max-new 20
-check 'generate: it is told once, the others are continued' sh -c 'test $(grep -c "^eval: left out" said.err) = 1 && cmp one.jsonl some.jsonl'
+check 'generate: a file that cannot be decoded' ends 3 on 3 "$eval" one generate speech --kmeans km.npy -o some.jsonl --max-new 20
+check 'generate: it is reported once, the others are continued' sh -c 'test $(grep -c "^eval: skipped" said.err) = 1 && cmp one.jsonl some.jsonl'
 
 # ---- failures ----
 
 check 'a wrong flag' ends 2 on 2 "$eval" one generate two.jsonl --top-p 2
-check 'a wrong flag: told once' test "$(grep -c '^eval: error' said.err)" = 1
+check 'a wrong flag: one error' test "$(grep -c '^eval: error' said.err)" = 1
 check 'all fail alike' ends 1 on 3 "$eval" one generate nothing.jsonl
-check 'all fail alike: one sentence, of no rank' once nothing.jsonl
-check 'figures that cannot be written' ends 1 on 2 "$eval" one ppl v.jsonl --json no/x.json
-check 'figures that cannot be written: the sentence' once 'no/x.json: cannot be written'
+check 'all fail alike: one error, of no rank' once nothing.jsonl
+check 'results that cannot be written' ends 1 on 2 "$eval" one ppl v.jsonl --json no/x.json
+check 'results that cannot be written: the error' once 'no/x.json: cannot be written'
 check 'a full disk behind stdout' ends 1 on 2 sh -c 'exec "$0" "$@" >/dev/full' "$eval" one ppl v.jsonl
-check 'a full disk behind stdout: the sentence' once 'stdout: cannot be written'
+check 'a full disk behind stdout: the error' once 'stdout: cannot be written'
 cp v.jsonl x.jsonl
 mkdir in.1
 ln -s ../one in.1/one
@@ -111,25 +110,25 @@ for task in 'ppl x.jsonl' 'swuggy gold.csv --units x.jsonl' 'generate x.jsonl --
 done
 rm in.1/one
 check 'one rank has no model' ends 1 on 2 ./each "$eval" one ppl v.jsonl
-check 'one rank has no model: its sentence' once 'rank 1: one'
+check 'one rank has no model: its error' once 'rank 1: one'
 ln -s ../wild in.1/one
 cp v.jsonl in.1
 check 'the model of one rank is broken: generate' ends 1 on 3 ./each "$eval" one generate v.jsonl --max-new 20 -o x.out.jsonl
-check 'the model of one rank is broken: its sentence, no file' sh -c 'grep -q "^eval: error: rank 1: f.*logits are not finite" said.err && test ! -e x.out.jsonl'
+check 'the model of one rank is broken: its error, no file' sh -c 'grep -q "^eval: error: rank 1: f.*logits are not finite" said.err && test ! -e x.out.jsonl'
 ln -s ../gold.csv in.1/gold.csv
 check 'the model of one rank is broken: swuggy' ends 1 on 3 ./each "$eval" one swuggy gold.csv --units v.jsonl --context 32 --batch 2
-check 'the model of one rank is broken: scores are not finite' once 'sequence [0-9]*: its log-probability is not finite'
+check 'the model of one rank is broken: scores are not finite' once '.*sequence [0-9]*: the log-probability is not finite'
 rm -r in.1
 
 # ---- signals and kills ----
 
 long="generate many.jsonl --batch 1 --max-new 60"
 begins 3 prompts $long -o halted.jsonl
-check 'TERM to rank 1: generate ends in good order' stops TERM 1 0
-check 'TERM to rank 1: what all had done is kept' sh -c 'n=$(sed -n "s/.*stopped after \([0-9]*\) of 1000.*/\1/p" said.out) && test -n "$n" && test $(wc -l <halted.jsonl.partial) = "$n" -a ! -e halted.jsonl'
+check 'TERM to rank 1: generate ends with status 0' stops TERM 1 0
+check 'TERM to rank 1: the continuations of all ranks are kept' sh -c 'n=$(sed -n "s/^stopped  after \([0-9]*\) of 1000.*/\1/p" said.out) && test -n "$n" && test $(wc -l <halted.jsonl.partial) = "$n" -a ! -e halted.jsonl'
 begins 2 set swuggy many.csv --units many-units.jsonl --batch 1
 check 'TERM to rank 1: a test set ends' stops TERM 1 1
-check 'TERM to rank 1: with its sentence' sh -c "test \$(grep -c '^eval: error' said.err) = 1 && grep -q 'stopped after [0-9]* of [0-9]* tokens' said.err"
+check 'TERM to rank 1: with its error' sh -c "test \$(grep -c '^eval: error' said.err) = 1 && grep -q 'stopped (score: [0-9]* of [0-9]*)' said.err"
 begins 2 prompts $long -o halted.jsonl
 check 'kill -9 of rank 1: all end' stops KILL 1 any
 check 'kill -9 of rank 1: nothing is written' test ! -e halted.jsonl

@@ -503,9 +503,9 @@ def make_sizes():
             m(positions, position_ids=positions, attention_mask=mask, use_cache=False).logits.sum().backward()
         flop = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
         attention = flop.pop("aten.bmm")
-        numbers = [V, C, L, NH, KVH, HS, F, 0, tied, int(kind == "qwen2"), 0, 0, 0]
         n = sum(p.numel() for p in m.parameters())
-        print("{{" + ", ".join(map(str, numbers)) + f"}}, {T}, {n}, {sum(flop.values()) / T:.0f}, {attention / T:.0f}}},")
+        row = [V, C, L, NH, KVH, HS, F, tied, int(kind == "qwen2"), T, n, sum(flop.values()) // T, attention // T]
+        print("{" + ", ".join(map(str, row)) + "},")
 
 
 def main():

@@ -1,12 +1,10 @@
 /* HuBERT against Transformers' HubertModel: test/fixtures/hubert holds small models for every switch of the configuration
    (test/reference_hubert.py makes them). An utterance's features are the same alone and in a batch. */
-static long convolved_at_once = 1 << 20;
-#define HUBERT_SLICE convolved_at_once
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "check.h"
 
-#if defined SLAM_OPENBLAS || defined SLAM_ACCELERATE
+#ifdef SLAM_BLAS
 enum { SAME_BITS = 0 };
 #else
 enum { SAME_BITS = 1 };
@@ -29,7 +27,7 @@ typedef struct fixture {
     char folder[200];
     tensors *file;
     int n, layers;
-    float *samples[UTTERANCES], *features[UTTERANCES];
+    float *samples[UTTERANCES];
     long lengths[UTTERANCES];
     const tensor *hidden[UTTERANCES][LAYERS + 1]; // NULL: the utterance is too short for a frame
 } fixture;
@@ -58,17 +56,16 @@ static int fixture_open(fixture *f, const char *name) {
 }
 
 static void fixture_close(fixture *f) {
-    for (int i = 0; i < UTTERANCES; i++) free(f->samples[i]), free(f->features[i]);
+    for (int i = 0; i < UTTERANCES; i++) free(f->samples[i]);
     tensors_close(f->file);
 }
 
-/* Room for the features of all utterances, and how many numbers they are */
-static size_t fixture_features(fixture *f, const slam_hubert *h, int i) {
-    const size_t n = (size_t)slam_hubert_frames(h, f->lengths[i]) * slam_hubert_width(h);
-    free(f->features[i]);
-    f->features[i] = (float *)malloc((n + 1) * sizeof(float));
-    for (size_t k = 0; k <= n; k++) f->features[i][k] = NAN;
-    return n;
+/* The utterance's features in memory for one more number, NaN. *n: how many numbers they are */
+static float *room_for(const slam_hubert *h, long samples, size_t *n) {
+    *n = (size_t)slam_hubert_frames(h, samples) * (size_t)h->width;
+    float *x = NEW(float, *n + 1);
+    for (size_t i = 0; i <= *n; i++) x[i] = NAN;
+    return x;
 }
 
 static int features(slam_hubert *h, int n, float *const *samples, const long *lengths, float *const *out) {
@@ -80,100 +77,77 @@ static void test_model(slam_ops *ops, const char *name) {
     if (!fixture_open(&f, name)) return;
     for (int l = 0; l <= f.layers; l++) {
         slam_hubert *h = slam_hubert_load(ops, f.folder, l);
+        float *out[UTTERANCES];
         size_t n[UTTERANCES];
         if (!CHECK(h, "%s", slam_error())) break;
-        for (int i = 0; i < f.n; i++) n[i] = fixture_features(&f, h, i);
-        CHECK(features(h, f.n, f.samples, f.lengths, f.features), "%s", slam_error());
+        for (int i = 0; i < f.n; i++) out[i] = room_for(h, f.lengths[i], &n[i]);
+        CHECK(features(h, f.n, f.samples, f.lengths, out), "%s", slam_error());
         for (int i = 0; i < f.n; i++) {
             const tensor *t = f.hidden[i][l];
+            float *expected = NEW(float, n[i] + 1), *alone = NEW(float, n[i] + 1);
             if (!CHECK(n[i] == (t ? t->count : 0), "utterance %d: %zu numbers", i, n[i])) break;
-            CHECK(f.features[i][n[i]] != f.features[i][n[i]], "utterance %d: something is written behind its features", i);
-            float *expected = (float *)malloc((n[i] + 1) * sizeof(float)), *alone = (float *)malloc((n[i] + 1) * sizeof(float));
+            CHECK(isnan(out[i][n[i]]), "utterance %d: something is written behind its features", i);
             if (t) CHECK(tensor_floats(t, expected, 0, n[i]), "%s", slam_error());
-            check_close("hidden states", f.features[i], expected, n[i], 3e-5);
+            check_close("hidden states", out[i], expected, n[i], 3e-5);
             CHECK(features(h, 1, &f.samples[i], &f.lengths[i], &alone), "%s", slam_error());
-            check_close("alone", alone, f.features[i], n[i], 1e-5);
-            if (SAME_BITS) CHECK(memcmp(alone, f.features[i], n[i] * sizeof(float)) == 0, "utterance %d: other bits alone", i);
-            free(expected), free(alone);
+            check_close("alone", alone, out[i], n[i], 1e-5);
+            if (SAME_BITS) CHECK(!memcmp(alone, out[i], n[i] * sizeof(float)), "utterance %d: other bits alone", i);
+            free(expected), free(alone), free(out[i]);
         }
         slam_hubert_free(h);
     }
     fixture_close(&f);
 }
 
-/* Batches in all orders, of one utterance many times, and beside one that is nothing but NaN, are of no account; nor are threads. */
+/* An utterance has the same bits in any batch: of mixed lengths, with some many times and some of NaN; as one of several rows of
+   almost equal length; by one thread; and where a batch has a shape of its own (same_rows 0). */
 static void test_batches(slam_ops *ops, const char *name) {
+    enum { N = 40 };
     fixture f;
     if (!fixture_open(&f, name)) return;
-    slam_hubert *h = slam_hubert_load(ops, f.folder, f.layers);
-    if (!CHECK(h, "%s", slam_error())) return;
-    float *bad = (float *)malloc(sizeof(float) * 5000), *out[9], *in[9];
-    long lengths[9];
+    slam_ops *one = slam_cpu(1);
+    slam_hubert *h = slam_hubert_load(ops, f.folder, f.layers), *h1 = slam_hubert_load(one, f.folder, f.layers);
+    if (!CHECK(h && h1, "%s", slam_error())) return;
+    float *in[N], *out[N], *alone[N], *bad = NEW(float, 5000);
+    long lengths[N];
+    size_t n[N];
     for (int i = 0; i < 5000; i++) bad[i] = NAN;
-    for (int i = 0; i < f.n; i++) fixture_features(&f, h, i);
-    CHECK(features(h, f.n, f.samples, f.lengths, f.features), "%s", slam_error());
-    for (int k = 0; k < 9; k++) {
+    for (int k = 0; k < N; k++) {
         const int i = (7 * k + 1) % f.n;
         in[k] = k % 4 == 2 ? bad : f.samples[i];
-        lengths[k] = k % 4 == 2 ? 5000 - k : f.lengths[i];
-        out[k] = (float *)malloc(sizeof(float) * (1 + (size_t)slam_hubert_frames(h, lengths[k]) * slam_hubert_width(h)));
+        lengths[k] = k % 4 == 2 ? 5000 - k : f.lengths[i] > 100 && k > 8 ? f.lengths[i] - k : f.lengths[i];
+        out[k] = room_for(h, lengths[k], &n[k]);
+        alone[k] = room_for(h, lengths[k], &n[k]);
+        CHECK(features(h, 1, &in[k], &lengths[k], &alone[k]), "%s", slam_error());
     }
-    CHECK(features(h, 9, in, lengths, out), "%s", slam_error());
-    for (int k = 0; k < 9; k++) {
-        const int i = (7 * k + 1) % f.n;
-        const size_t n = (size_t)slam_hubert_frames(h, lengths[k]) * slam_hubert_width(h);
-        if (k % 4 == 2) continue;
-        check_close("another batch", out[k], f.features[i], n, 1e-5);
-        if (SAME_BITS) CHECK(memcmp(out[k], f.features[i], n * sizeof(float)) == 0, "utterance %d of the batch: other bits", k);
-    }
-    slam_hubert_free(h);
-    slam_ops *one = slam_cpu(1);
-    h = slam_hubert_load(one, f.folder, f.layers);
-    if (CHECK(h, "%s", slam_error())) {
-        CHECK(features(h, 9, in, lengths, out), "%s", slam_error());
-        for (int k = 0; SAME_BITS && k < 9; k++)
-            if (k % 4 != 2)
-                CHECK(memcmp(out[k], f.features[(7 * k + 1) % f.n],
-                             sizeof(float) * (size_t)slam_hubert_frames(h, lengths[k]) * slam_hubert_width(h)) == 0,
-                      "one thread gives other bits");
-        CHECK(features(h, 0, NULL, NULL, NULL), "an empty batch: %s", slam_error());
-        lengths[0] = 0;
-        CHECK(features(h, 1, in, lengths, out), "an empty utterance: %s", slam_error());
-    }
-    slam_hubert_free(h);
-    slam_ops_free(one);
-    slam_ops_free(slam_cpu(ops->threads)); // as many threads as before
-    for (int k = 0; k < 9; k++) free(out[k]);
-    free(bad);
-    fixture_close(&f);
-}
-
-/* Samples of a batch of mixed lengths are convolved a row or a few rows at a time: the features are those of each alone. */
-static void test_slices(slam_ops *ops, const char *name) {
-    fixture f;
-    if (!fixture_open(&f, name)) return;
-    slam_hubert *h = slam_hubert_load(ops, f.folder, f.layers);
-    if (!CHECK(h, "%s", slam_error())) return;
-    size_t n[UTTERANCES];
-    float *alone[UTTERANCES];
-    long longest = 0;
-    for (int i = 0; i < f.n; i++) {
-        n[i] = fixture_features(&f, h, i);
-        alone[i] = (float *)malloc((n[i] + 1) * sizeof(float));
-        if (f.lengths[i] > longest) longest = f.lengths[i];
-        CHECK(features(h, 1, &f.samples[i], &f.lengths[i], &alone[i]), "%s", slam_error());
-    }
-    for (int rows = 1; rows < 4; rows++) {
-        convolved_at_once = rows * (longest + 1000);
-        CHECK(features(h, f.n, f.samples, f.lengths, f.features), "%s", slam_error());
-        for (int i = 0; i < f.n; i++) {
-            check_close("features", f.features[i], alone[i], n[i], 1e-5);
-            CHECK(f.features[i][n[i]] != f.features[i][n[i]], "utterance %d: something is written behind its features", i);
+    for (int way = 0; way < 4;
+         way++) { // both; one thread; a device whose batches hold many frames; whose rows depend on each other
+        slam_hubert *by = way == 1 ? h1 : h;
+        ops->asynchronous = way >= 2;
+        ops->same_rows = SAME_BITS && way != 3;
+        CHECK(features(by, N, in, lengths, out), "%s", slam_error());
+        for (int k = 0; k < N; k++) {
+            CHECK(isnan(out[k][n[k]]), "utterance %d: something is written behind its features", k);
+            if (in[k] == bad) continue;
+            check_close("another batch", out[k], alone[k], n[k], 1e-5);
+            if (SAME_BITS)
+                CHECK(!memcmp(out[k], alone[k], n[k] * sizeof(float)), "way %d, utterance %d of the batch: other bits",
+                      way, k);
         }
     }
-    convolved_at_once = 1 << 20;
-    for (int i = 0; i < f.n; i++) free(alone[i]);
+    ops->asynchronous = 0;
+    ops->same_rows = SAME_BITS;
+    CHECK(features(h, 0, NULL, NULL, NULL), "an empty batch: %s", slam_error());
+    lengths[0] = 0;
+    CHECK(features(h, 1, in, lengths, out), "an empty utterance: %s", slam_error());
+    lengths[0] = INT_MAX;
+    check_fails(features(h, 1, in, lengths, out), "an utterance of 2147483647 samples");
+    for (int k = 0; k < N; k++) free(out[k]), free(alone[k]);
     slam_hubert_free(h);
+    slam_hubert_free(h1);
+    slam_ops_free(one);
+    slam_ops_free(slam_cpu(ops->threads)); // as many threads as before
+    free(bad);
     fixture_close(&f);
 }
 
@@ -192,7 +166,7 @@ static const char *changed(const char *name, const char *file, const char *from,
     static const char *const files[] = {"config.json", "model.safetensors"};
     char folder[300], path[64];
     snprintf(folder, sizeof folder, "test/fixtures/hubert/%s", name);
-    make_folders(check_path("changed"));
+    folder_create(check_path("changed"));
     for (int k = 0; k < 2; k++) {
         size_t n = 0;
         char *text = file_text(folder, files[k], &n), *out = (char *)calloc(1, n + 1000);
@@ -210,7 +184,7 @@ static const char *changed(const char *name, const char *file, const char *from,
     return check_path("changed");
 }
 
-static void test_refused(slam_ops *ops) {
+static void test_errors(slam_ops *ops) {
     const char *c = "config.json", *m = "model.safetensors";
     const struct {
         const char *file, *from, *to, *error;
@@ -219,18 +193,22 @@ static void test_refused(slam_ops *ops) {
         {c, "\"hidden_act\": \"gelu\"", "\"hidden_act\": \"relu\"", "hidden_act is 'relu'"},
         {c, "\"feat_extract_activation\": \"gelu\"", "\"feat_extract_activation\": \"gelu_new\"",
          "feat_extract_activation is 'gelu_new'"},
-        {c, "\"feat_extract_norm\": \"group\"", "\"feat_extract_norm\": \"batch\"", "feat_extract_norm is 'batch'"},
+        {c, "\"feat_extract_norm\": \"group\"", "\"feat_extract_norm\": \"batch\"",
+         "feat_extract_norm is 'batch', expected 'group' or 'layer'"},
         {c, "\"conv_bias\": false", "\"conv_bias\": 0", "'conv_bias'"},
-        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "conv_dim, conv_kernel and conv_stride have 4, 3 and 3"},
-        {c, "\"conv_stride\": [", "\"conv_stride\": [ 0,", "'conv_stride' holds 0"},
+        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "'conv_dim' has 16 after 3 numbers, expected 3"},
+        {c, "\"conv_stride\": [", "\"conv_stride\": [ 0,",
+         "'conv_stride' has 0 after 0 numbers, expected 3 from 1 to 1024"},
         {c, "\"conv_stride\": [\n    5,\n    2,", "\"conv_stride\": [\n    1000, 1000,", "multiplies to more"},
-        {c, "\"num_feat_extract_layers\": 3", "\"num_feat_extract_layers\": 4", "as num_feat_extract_layers says"},
-        {c, "\"num_attention_heads\": 2", "\"num_attention_heads\": 5", "24 over 5 heads"},
-        {c, "\"num_conv_pos_embedding_groups\": 4", "\"num_conv_pos_embedding_groups\": 7", "24 over 7 groups"},
+        {c, "\"num_feat_extract_layers\": 3", "\"num_feat_extract_layers\": 4",
+         "'conv_dim' has no more after 3 numbers, expected 4"},
+        {c, "\"num_attention_heads\": 2", "\"num_attention_heads\": 5", "hidden_size 24 over 5 heads"},
+        {c, "\"num_conv_pos_embedding_groups\": 4", "\"num_conv_pos_embedding_groups\": 7",
+         "24 over 2 heads and 7 groups"},
         {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has shape (24,16), expected (32,16)"},
-        {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer 2 was asked for, expected 0 to 1"},
+        {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer is 2, expected 0 to 1"},
         {c, "\"intermediate_size\": 40", "\"intermediate_size\": 40, \"adapter_attn_dim\": 8", "adapter_attn_dim"},
-        {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true", "conv.weight' is missing"},
+        {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true", "batch_norm.weight' is missing"},
         {c, "\"do_stable_layer_norm\": false", "\"do_stable_layer_norm\": \"no\"", "'do_stable_layer_norm'"},
         {m, "encoder.layers.1.final_layer_norm.bias", "encoder.layers.1.final_layer_norm.bios",
          "final_layer_norm.bias' is missing"},
@@ -238,283 +216,169 @@ static void test_refused(slam_ops *ops) {
         {m, "[16,16,3]", "[16,3,16]", "expected (16,16,3)"},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
-        check_fails(slam_hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2), cases[k].error);
-    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", 3), "layer 3 was asked for");
-    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", -1), "layer -1 was asked for");
+        check_fails(slam_hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2),
+                    cases[k].error);
+    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", 3), "layer is 3");
+    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", -1), "layer is -1");
     check_fails(slam_hubert_load(ops, "test/fixtures/none", 1), "none");
     /* what a lower layer does not need may be wrong */
-    slam_hubert *h = slam_hubert_load(
-        ops, changed("older_spelling", m, "encoder.layers.1.final_layer_norm.bias", "encoder.layers.1.final_layer_norm.bios"), 1);
+    slam_hubert *h = slam_hubert_load(ops,
+                                      changed("older_spelling", m, "encoder.layers.1.final_layer_norm.bias",
+                                              "encoder.layers.1.final_layer_norm.bios"),
+                                      1);
     CHECK(h, "%s", slam_error());
     slam_hubert_free(h);
 }
 
-/* ---- from files to units ---- */
+/* ---- units ---- */
 
-enum { FILES = 12, K = 9 };
-
-typedef struct speech_files {
-    slam_list paths;
-    float *x[FILES];
-    size_t n[FILES];
-} speech_files;
+enum { RECORDINGS = 12, K = 9 };
 
 /* Noise under a slow envelope, of lengths from 5 ms (too short for a frame of HuBERT) to 3 s. */
-static void make_files(speech_files *f) {
-    static const size_t lengths[FILES] = {8000, 80, 48000, 8100, 16000, 2000, 31000, 8000, 640, 12345, 30500, 5000};
+static void make_recordings(float **x, long *n) {
+    static const long lengths[RECORDINGS] = {8000, 80, 48000, 8100, 16000, 2000, 31000, 8000, 640, 12345, 30500, 5000};
     uint64_t state = 5;
-    memset(f, 0, sizeof *f);
-    for (int i = 0; i < FILES; i++) {
-        char name[32];
-        f->n[i] = lengths[i];
-        f->x[i] = (float *)malloc(lengths[i] * sizeof(float));
-        int16_t *pcm = (int16_t *)malloc(lengths[i] * sizeof *pcm);
-        for (size_t t = 0; t < lengths[i]; t++) {
-            pcm[t] = (int16_t)(9000 * rng_normal(&state) * sin(t * 4e-4 + i) * 0.3);
-            f->x[i][t] = (float)pcm[t] / 32768;
-        }
-        snprintf(name, sizeof name, "h%02d.wav", i);
-        const uint32_t bytes = (uint32_t)(2 * lengths[i]), sizes[] = {36 + bytes, 16, 16000, 32000, bytes};
-        char *wav = (char *)malloc(44 + bytes);
-        memcpy(wav, "RIFF....WAVEfmt ....\1\0\1\0........\2\0\20\0data....", 44);
-        memcpy(wav + 4, &sizes[0], 4), memcpy(wav + 16, &sizes[1], 4), memcpy(wav + 24, &sizes[2], 8),
-            memcpy(wav + 40, &sizes[4], 4);
-        memcpy(wav + 44, pcm, bytes);
-        slam_list_add(&f->paths, check_file(name, wav, 44 + bytes));
-        free(wav);
-        free(pcm);
+    for (int i = 0; i < RECORDINGS; i++) {
+        n[i] = lengths[i];
+        x[i] = NEW(float, (size_t)n[i]);
+        for (long t = 0; t < n[i]; t++) x[i][t] = (float)(0.27 * rng_normal(&state) * sin((double)t * 4e-4 + i) * 0.3);
     }
 }
 
-static void free_files(speech_files *f) {
-    for (int i = 0; i < FILES; i++) free(f->x[i]);
-    slam_list_free(&f->paths);
+static slam_unit_config config_of(const char *folder, int layer) {
+    slam_unit_config c = slam_unit_config_default();
+    c.features = SLAM_HUBERT;
+    c.rate = 0;
+    c.layer = layer;
+    snprintf(c.hubert, sizeof c.hubert, "%s", folder);
+    return c;
 }
 
-static slam_speech_settings settings_of(const char *folder, int layer) {
-    slam_speech_settings s;
-    slam_speech_defaults(&s);
-    s.features = SLAM_HUBERT;
-    s.rate = 0;
-    s.layer = layer;
-    snprintf(s.hubert, sizeof s.hubert, "%s", folder);
-    return s;
-}
-
-static float *features_of(slam_hubert *h, const float *x, size_t n, size_t *frames) {
-    const long length = (long)n;
-    *frames = (size_t)slam_hubert_frames(h, length);
-    float *out = (float *)malloc((1 + *frames * slam_hubert_width(h)) * sizeof *out);
-    CHECK(slam_hubert_features(h, 1, &x, &length, &out), "%s", slam_error());
-    return out;
-}
-
-/* Centroids near features of the longest file. */
-static slam_quantiser *quantiser_near(slam_ops *ops, const slam_speech_settings *s, const speech_files *f) {
-    slam_hubert *h = slam_hubert_load(ops, s->hubert, s->layer);
-    if (!CHECK(h, "%s", slam_error())) return NULL;
-    size_t frames, D = (size_t)slam_hubert_width(h);
-    float *x = features_of(h, f->x[2], f->n[2], &frames), *c = (float *)malloc(K * D * sizeof *c);
-    for (size_t k = 0; k < K; k++)
-        for (size_t d = 0; d < D; d++) c[k * D + d] = 0.9f * x[k * (frames / K) * D + d];
-    slam_quantiser *q = slam_quantiser_new(s, ops, c, K);
-    CHECK(q, "%s", slam_error());
-    slam_hubert_free(h);
+/* Centroids near features of the longest recording. */
+static slam_tokenizer *tokenizer_near(slam_ops *ops, const slam_unit_config *c, float *const *samples,
+                                      const long *lengths) {
+    slam_features *f = slam_features_new(c, ops);
+    if (!CHECK(f, "%s", slam_error())) return NULL;
+    const size_t frames = slam_features_frames(f, (size_t)lengths[2]), D = (size_t)f->width;
+    float *x = NEW(float, frames *D), *centroids = NEW(float, K *D);
+    const float *in = samples[2];
+    CHECK(slam_features_compute(f, 1, &in, &lengths[2], &x), "%s", slam_error());
+    for (size_t i = 0; i < K * D; i++) centroids[i] = 0.9f * x[i / D * (frames / K) * D + i % D];
+    slam_tokenizer *t = tokenizer_new(f, centroids, K);
+    CHECK(t, "%s", slam_error());
     free(x);
-    free(c);
-    return q;
+    free(centroids);
+    return t;
 }
 
-/* The units of a file are the nearest centroids of its features, by a loop of its own. */
-static void check_units(slam_hubert *h, const slam_quantiser *q, const float *x, size_t n, const slam_units *u) {
-    size_t frames, D = (size_t)slam_hubert_width(h), t = 0;
-    float *features = features_of(h, x, n, &frames);
-    CHECK(u->frames == frames && u->samples == n, "%zu frames, expected %zu", u->frames, frames);
+/* The units are the nearest centroids of the recording's features, by a loop of its own. */
+static void check_units(const slam_tokenizer *tokenizer, const float *x, long n, const slam_units *u) {
+    const size_t frames = slam_features_frames(tokenizer->features, (size_t)n), D = (size_t)tokenizer->features->width;
+    float *out = NEW(float, frames *D);
+    size_t t = 0;
+    CHECK(slam_features_compute(tokenizer->features, 1, &x, &n, &out), "%s", slam_error());
+    CHECK(u->frames == frames && u->samples == (size_t)n, "%zu frames, expected %zu", u->frames, frames);
     for (size_t i = 0; i < u->n; i++)
         for (int k = 0; k < u->duration[i] && t < frames; k++, t++) {
             double best = HUGE_VAL, ours = 0;
             for (int c = 0; c < K; c++) {
                 double sum = 0;
-                for (size_t d = 0; d < D; d++) {
-                    const double e = features[t * D + d] - q->centroid[c * D + d];
-                    sum += e * e;
-                }
+                for (size_t d = 0; d < D; d++)
+                    sum += pow((double)out[t * D + d] - tokenizer->centroids[(size_t)c * D + d], 2);
                 if (sum < best) best = sum;
                 if (c == u->unit[i]) ours = sum;
             }
             CHECK(ours <= best * (1 + 1e-5), "frame %zu: unit %d at %g, the nearest at %g", t, u->unit[i], ours, best);
         }
     CHECK(t == frames, "durations of %zu frames, expected %zu", t, frames);
-    free(features);
-}
-
-static int count_failed(void *context, const slam_speech_progress *p) {
-    if (p->failed) {
-        CHECK(strstr(p->because, "5.0 ms of audio, which is too short"), "%s", p->because);
-        ++*(int *)context;
-    }
-    return 1;
-}
-
-/* Lets `left` calls pass, then stops. */
-static int stop_soon(void *context, const slam_speech_progress *p) { return p->failed || (*(int *)context)-- > 0; }
-
-static void check_bytes(const char *a, const char *b) {
-    size_t n[2];
-    char *text[2] = {file_text("", a, &n[0]), file_text("", b, &n[1])};
-    CHECK(n[0] == n[1] && n[0] > 0 && !memcmp(text[0], text[1], n[0]), "%s (%zu bytes) and %s (%zu) differ", a, n[0], b, n[1]);
-    free(text[0]);
-    free(text[1]);
-}
-
-/* As slam_quantiser_sources, with room for so many samples and, where `asynchronous`, as for a device of that kind. */
-static void check_rounds(const slam_quantiser *q, const slam_sources *s, int64_t room, int asynchronous,
-                         const slam_units *expected) {
-    audio_block b = SLAM_ZERO;
-    size_t n, clip_at = 0;
-    const slam_ops before = *q->ops;
-    b.speech = q->speech;
-    b.quantiser = q;
-    b.sources = s;
-    b.want = WANT_CLIPS;
-    q->ops->asynchronous = asynchronous;
-    q->ops->same_rows = before.same_rows && !asynchronous;
-    CHECK(block_begin(&b), "%s", slam_error());
-    b.most_waiting = room;
-    for (size_t at = 0; at < s->n; at += n) {
-        if (!CHECK(block_run(&b, at, &n) && n, "%s", slam_error())) break;
-        for (size_t i = 0; i < n; i++) {
-            heard *h = &b.result[i];
-            CHECK(h->failed == (at + i == 1 && s->max_seconds == 0), "%s: %s", h->name, h->error ? h->error : "");
-            for (size_t k = 0; k < h->clips.n; k++) {
-                const slam_units *u = &h->clips.at[k]->u, *e = &expected[s->max_seconds > 0 ? clip_at++ : at + i];
-                CHECK(u->n == e->n && u->frames == e->frames && !memcmp(u->unit, e->unit, u->n * sizeof *u->unit) &&
-                          !memcmp(u->duration, e->duration, u->n * sizeof *u->unit),
-                      "%s, part %zu: other units with room for %lld samples", h->name, k, (long long)room);
-            }
-            heard_free(h);
-        }
-    }
-    block_end(&b);
-    q->ops->asynchronous = before.asynchronous;
-    q->ops->same_rows = before.same_rows;
-}
-
-/* Parts of the longest file, alone and in rounds. */
-static void test_parts(const slam_quantiser *q, const speech_files *f) {
-    slam_list one = SLAM_ZERO;
-    slam_units expected[16];
-    audio_parts p;
-    decoder d = SLAM_ZERO;
-    int n = 0;
-    slam_list_add(&one, f->paths.at[2]);
-    CHECK(parts_open(&p, &d, f->paths.at[2], 1), "%s", slam_error());
-    for (; n < 16 && parts_next(&p) > 0; n++) CHECK(slam_quantiser_units(q, p.sample, p.samples, &expected[n]), "%s", slam_error());
-    CHECK(n >= 3, "%d parts", n);
-    slam_sources *s = slam_sources_audio(&one, 1);
-    check_rounds(q, s, 1, 0, expected);
-    check_rounds(q, s, 20000, 0, expected);
-    slam_sources_free(s);
-    for (int i = 0; i < n; i++) slam_units_free(&expected[i]);
-    parts_close(&p);
-    decoder_close(&d);
-    slam_list_free(&one);
-}
-
-static void test_tokenize(const slam_quantiser *q, const slam_sources *s) {
-    slam_tokenize_report r, r2;
-    int stops = 0;
-    char *whole = text_copy(check_path("whole.jsonl")), *parts = text_copy(check_path("parts.jsonl"));
-    CHECK(slam_tokenize(q, s, whole, 0, 100, NULL, NULL, &r), "%s", slam_error());
-    CHECK(r.files == FILES && r.failed == 1 && r.documents == FILES - 1, "%zu files, %zu failed", r.files, r.failed);
-    do {
-        int soon = 1;
-        if (!CHECK(slam_tokenize(q, s, parts, 0, 100, stop_soon, &soon, &r2), "%s", slam_error())) break;
-    } while (r2.stopped && ++stops < 40);
-    CHECK(stops > 2 && !r2.stopped, "stopped %d times", stops);
-    check_bytes(whole, parts);
-    free(whole);
-    free(parts);
+    free(out);
 }
 
 static void test_units(slam_ops *ops) {
-    const slam_speech_settings settings = settings_of("test/fixtures/hubert/mhubert", 2);
-    slam_units u[FILES];
-    speech_files f;
-    int failed = 0;
-    make_files(&f);
-    slam_quantiser *q = quantiser_near(ops, &settings, &f);
-    slam_hubert *h = slam_hubert_load(ops, settings.hubert, 2);
-    slam_sources *s = slam_sources_audio(&f.paths, 0);
-    if (q && TEST("hubert: units of files")) {
-        CHECK(slam_quantiser_sources(q, s, u, count_failed, &failed) && failed == 1, "%d failed: %s", failed, slam_error());
-        for (int i = 0; i < FILES; i++)
-            if (i != 1) check_units(h, q, f.x[i], f.n[i], &u[i]);
-        for (int i = 0; i < FILES; i++) slam_units_free(&u[i]);
+    slam_unit_config config = config_of("test/fixtures/hubert/mhubert", 2);
+    float *x[RECORDINGS];
+    long n[RECORDINGS];
+    make_recordings(x, n);
+    for (int normalize = 0; normalize < 2; normalize++) {
+        if (!TEST("hubert: units of recordings%s, the same with any others", normalize ? ", normalised" : "")) continue;
+        config.normalize = normalize;
+        slam_tokenizer *t = tokenizer_near(ops, &config, x, n);
+        slam_units alone[RECORDINGS], u[RECORDINGS];
+        for (int i = 0; t && i < RECORDINGS; i++) {
+            const float *in = x[i];
+            CHECK(slam_units_encode(t, 1, &in, &n[i], &alone[i]), "%s", slam_error());
+            check_units(t, x[i], n[i], &alone[i]);
+        }
+        CHECK(alone[1].frames == 0 && alone[1].n == 0, "5 ms have %zu frames", alone[1].frames);
+        for (int way = 0; way < 3; way++) {
+            ops->asynchronous = way > 0;
+            ops->same_rows = SAME_BITS && way < 2;
+            CHECK(slam_units_encode(t, RECORDINGS, (const float *const *)x, n, u), "%s", slam_error());
+            for (int i = 0; i < RECORDINGS; i++) {
+                CHECK(u[i].n == alone[i].n && u[i].frames == alone[i].frames &&
+                          !memcmp(u[i].unit, alone[i].unit, u[i].n * sizeof(int)) &&
+                          !memcmp(u[i].duration, alone[i].duration, u[i].n * sizeof(int)),
+                      "way %d, recording %d: other units", way, i);
+                slam_units_free(&u[i]);
+            }
+        }
+        ops->asynchronous = 0;
+        ops->same_rows = SAME_BITS;
+        for (int i = 0; i < RECORDINGS; i++) slam_units_free(&alone[i]);
+        slam_tokenizer_free(t);
     }
-    if (q && TEST("hubert: units in any company are those alone")) {
-        memset(u, 0, sizeof u);
-        for (int i = 0; i < FILES; i++)
-            if (i != 1) CHECK(slam_quantiser_file(q, f.paths.at[i], &u[i]), "%s", slam_error());
-        for (int asynchronous = 0; asynchronous < 2; asynchronous++)
-            for (int64_t room = 1; room < 1000000; room *= 30) check_rounds(q, s, room, asynchronous, u);
-        for (int i = 0; i < FILES; i++) slam_units_free(&u[i]);
-        test_parts(q, &f);
-    }
-    if (q && TEST("hubert: a job that is stopped goes on")) test_tokenize(q, s);
-    slam_sources_free(s);
-    slam_hubert_free(h);
-    slam_quantiser_free(q);
-    free_files(&f);
+    for (int i = 0; i < RECORDINGS; i++) free(x[i]);
 }
 
-/* km.json says which model and layer the centroids are of, and other weights are told. */
-static void test_settings(slam_ops *ops) {
-    slam_speech_settings settings = settings_of("test/fixtures/hubert/mhubert", 1), other;
-    slam_kmeans_report r, r2;
-    speech_files f;
-    make_files(&f);
-    slam_sources *s = slam_sources_audio(&f.paths, 0);
-    char *path = text_copy(check_path("kmh.npy"));
-    settings.normalize = 1;
-    if (TEST("hubert: a fit, and what km.json says of it")) {
-        slam_quantiser *q = slam_quantiser_fit(&settings, ops, s, K, 100, 3, NULL, NULL, &r);
-        if (!CHECK(q, "%s", slam_error())) return;
-        slam_ops_free(slam_cpu(1));
-        slam_quantiser *again = slam_quantiser_fit(&settings, ops, s, K, 100, 3, NULL, NULL, &r2);
-        slam_ops_free(slam_cpu(ops->threads));
-        CHECK(again && (!SAME_BITS || !memcmp(q->centroid, again->centroid, K * (size_t)q->D * sizeof(float))),
-              "one thread fits others");
-        CHECK(r.frames == 100 && r.inertia > 0 && slam_quantiser_settings(q)->rate == 25, "%zu frames, %d a second", r.frames,
-              slam_quantiser_settings(q)->rate);
-        CHECK(slam_quantiser_save(q, path, &r), "%s", slam_error());
-        CHECK(slam_quantiser_may_fit(path, &settings, s, K, 100, 3) == 2, "not known again");
-        slam_speech_defaults(&other);
-        CHECK(slam_quantiser_settings_read(path, &other) && other.features == SLAM_HUBERT && other.layer == 1 &&
-                  other.normalize == 1 && !strcmp(other.hubert, settings.hubert),
+/* km.json says which model and layer the centroids belong to; other weights are an error. */
+static void test_config(slam_ops *ops) {
+    slam_unit_config config = config_of("test/fixtures/hubert/mhubert", 1), other = slam_unit_config_default();
+    float *x[RECORDINGS];
+    long n[RECORDINGS];
+    make_recordings(x, n);
+    char *path = string_copy(check_path("kmh.npy"));
+    config.normalize = 1;
+    slam_tokenizer *t = tokenizer_near(ops, &config, x, n);
+    if (t && TEST("hubert: km.json")) {
+        CHECK(t->features->config.rate == 25 && t->features->step == 640, "%d frames per second",
+              t->features->config.rate);
+        CHECK(slam_tokenizer_save(t, path, NULL), "%s", slam_error());
+        CHECK(slam_unit_config_load(&other, path) && other.features == SLAM_HUBERT && other.layer == 1 &&
+                  other.normalize == 1 && other.rate == 25 && !strcmp(other.hubert, config.hubert),
               "layer %d of '%s'", other.layer, other.hubert);
-        slam_speech_defaults(&other);
-        slam_quantiser_free(again);
-        again = slam_quantiser_open(path, &other, ops);
-        CHECK(again && slam_quantiser_fingerprint(again) == slam_quantiser_fingerprint(q), "%s", slam_error());
-        slam_quantiser_free(again);
-        slam_quantiser_free(q);
+        other = slam_unit_config_default();
+        slam_tokenizer *back = slam_tokenizer_load(path, &other, ops);
+        CHECK(back && back->fingerprint == t->fingerprint, "%s", slam_error());
+        slam_tokenizer_free(back);
     }
-    if (TEST("hubert: another model than that of the centroids")) {
+    if (t && TEST("hubert: another model than that of the centroids")) {
         snprintf(other.hubert, sizeof other.hubert, "%s",
                  changed("mhubert", "config.json", "\"layer_norm_eps\": 1e-05", "\"layer_norm_eps\": 2e-05"));
-        check_fails(slam_quantiser_open(path, &other, ops), "do not belong together");
-        check_fails(slam_quantiser_open(path, &other, NULL), "HuBERT needs a device");
-        other = settings;
+        check_fails(slam_tokenizer_load(path, &other, ops), "do not belong together");
+        check_fails(slam_tokenizer_load(path, &other, NULL), "HuBERT needs a device");
+        other = config;
         other.rate = 50;
-        check_fails(slam_speech_new(&other, ops), "has 25 frames a second, not 50");
+        check_fails(slam_features_new(&other, ops), "has 25 frames per second, expected 50");
         const float wrong[12] = {0};
         CHECK(npy_write(check_path("wrong.npy"), wrong, 3, 4), "%s", slam_error());
-        check_fails(slam_quantiser_open(check_path("wrong.npy"), &settings, ops),
+        check_fails(slam_tokenizer_load(check_path("wrong.npy"), &config, ops),
                     "has shape (3, 4), expected 1 to 65534 centroids of 24 numbers");
     }
-    slam_sources_free(s);
-    free_files(&f);
+    if (TEST("hubert: preprocessor_config.json")) {
+        static const char *const texts[] = {"{\"do_normalize\": false}", "{\"do_normalize\": true}",
+                                            "{\"do_normalize\": 1}"};
+        const char *folder = changed("mhubert", "config.json", "1e-05", "1e-05");
+        for (int i = 0; i < 3; i++) {
+            check_file("changed/preprocessor_config.json", texts[i], strlen(texts[i]));
+            slam_hubert *h = slam_hubert_load(ops, folder, 0);
+            CHECK(i == 2 ? !h && strstr(slam_error(), "'do_normalize'") != NULL : h && h->do_normalize == i, "%s: %s",
+                  texts[i], slam_error());
+            slam_hubert_free(h);
+        }
+        unlink(check_path("changed/preprocessor_config.json"));
+    }
+    slam_tokenizer_free(t);
+    for (int i = 0; i < RECORDINGS; i++) free(x[i]);
     free(path);
 }
 
@@ -524,20 +388,19 @@ int main(void) {
         if (TEST("hubert: %s", models[k])) test_model(ops, models[k]);
     for (int k = 0; k < MODELS; k++)
         if (TEST("hubert: batches, %s", models[k])) test_batches(ops, models[k]);
-    for (int k = 0; k < MODELS; k++)
-        if (TEST("hubert: slices of a batch, %s", models[k])) test_slices(ops, models[k]);
     if (TEST("hubert: frames")) {
         slam_hubert *h = slam_hubert_load(ops, "test/fixtures/hubert/mhubert", 0);
         if (CHECK(h, "%s", slam_error())) { // of two LibriSpeech utterances, in mHuBERT-25Hz
             CHECK(slam_hubert_frames(h, 225360) == 352 && slam_hubert_frames(h, 255120) == 398,
-                  "%ld and %ld frames, expected 352, 398", slam_hubert_frames(h, 225360), slam_hubert_frames(h, 255120));
+                  "%ld and %ld frames, expected 352, 398", slam_hubert_frames(h, 225360),
+                  slam_hubert_frames(h, 255120));
             CHECK(slam_hubert_frames(h, 0) == 0 && slam_hubert_frames(h, -5) == 0, "frames of no samples");
         }
         slam_hubert_free(h);
     }
-    if (TEST("hubert: what is refused")) test_refused(ops);
+    if (TEST("hubert: models that are errors")) test_errors(ops);
     test_units(ops);
-    test_settings(ops);
+    test_config(ops);
     slam_ops_free(ops);
     return check_end();
 }

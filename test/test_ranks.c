@@ -1,17 +1,18 @@
 /* What ranks do together: the exchanges against sums made here, and training, whose numbers must be those of one process. Run by
-   itself it is alone; ranks_test.sh runs it as several, also as C++ with the emulator of CUDA and NCCL. Rank 0 speaks for all. */
+   itself it is a single process; ranks_test.sh runs it as several, also as C++ with the emulator of CUDA and NCCL. Rank 0 prints. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "check.h"
 
-static slam_ranks *ranks;
-static slam_ops *ops; // attached to them
+static slam_comm *comm;
+static slam_ops *ops; // attached to it
 
-/* A device of the kind that is tested. The emulator is slow, and its numbers are bf16, so that float weights are in parts, too. */
+/* A device of the kind that is tested. The emulator is slow, and its numbers are bf16, so that float weights are sharded, too. */
 #ifdef SLAM_EMULATOR
 static slam_ops *device(void) { return slam_cuda(0, 2); }
 enum { ROWS = 4, T = 16, STEPS = 3, LAYERS = 3, POISONED = 1 };
-static const double later = 1e-3; // after the first update a weight may round to the other bf16, which all that follows shows
+static const double later =
+    1e-3; // after the first update a weight may round to the other bf16, which all that follows shows
 #else
 static slam_ops *device(void) { return slam_cpu(1); }
 enum { ROWS = 7, T = 48, STEPS = 6, LAYERS = 5, POISONED = 2 };
@@ -26,120 +27,127 @@ static float number(int rank, size_t i) {
 /* sum over the ranks of number(), in their order */
 static float number_sum(size_t i) {
     float sum = number(0, i);
-    for (int k = 1; k < ranks->n; k++) sum += number(k, i);
+    for (int k = 1; k < comm->size; k++) sum += number(k, i);
     return sum;
 }
 
 static void test_shares(void) {
-    slam_ranks r = *ranks;
-    for (r.n = 1; r.n < 9; r.n++)
+    slam_comm c = *comm;
+    for (c.size = 1; c.size < 9; c.size++)
         for (size_t n = 0; n < 3000; n = 2 * n + 1) {
             size_t shared = 0, parted = 0;
-            for (r.rank = 0; r.rank < r.n; r.rank++) {
-                size_t first, end, count;
-                slam_ranks_share(&r, n, &first, &end);
-                CHECK(first == shared && end - first - n / (size_t)r.n <= 1, "share %zu to %zu of %zu", first, end, n);
-                shared = end;
-                part_of(&r, r.rank, n, &first, &count);
-                CHECK(first == parted && first % 64 == 0, "part %zu, %zu of %zu", first, count, n);
-                parted += count;
+            for (c.rank = 0; c.rank < c.size; c.rank++) {
+                const slam_range share = slam_comm_share(&c, n), part = comm_part(&c, c.rank, n);
+                CHECK(share.first == shared && share.end - share.first - n / (size_t)c.size <= 1,
+                      "share %zu to %zu of %zu", share.first, share.end, n);
+                CHECK(part.first == parted && part.first % 64 == 0, "part %zu to %zu of %zu", part.first, part.end, n);
+                shared = share.end;
+                parted = part.end;
             }
             CHECK(shared == n && parted == n, "%zu and %zu of %zu", shared, parted, n);
         }
 }
 
-static void test_words(void) {
-    const int me = ranks->rank, n = ranks->n;
+/* The n bytes that a rank gathers in a round: none, some of every second rank, many. */
+static size_t gathered(int round, int rank) {
+    return round == 0 ? 0 : round == 1 ? (size_t)(rank % 2 ? 0 : rank + 1) : 100000 + (size_t)rank;
+}
+
+static void test_collectives(void) {
+    const int rank = comm->rank, size = comm->size;
     double x[1500];
     char text[] = "none";
-    CHECK(slam_ranks_max(ranks, 10 - me) == 10 && slam_ranks_max(ranks, -5 - me) == -5, "the largest");
-    CHECK(slam_ranks_same(ranks, ~(uint64_t)0) && slam_ranks_same(ranks, 0), "the same numbers");
-    CHECK(n == 1 || !slam_ranks_same(ranks, 7 + (uint64_t)(me == n - 1)), "one that differs");
-    for (size_t i = 0; i < 1500; i++) x[i] = (double)number(me, i);
-    slam_ranks_sum(ranks, x, 1500);
+    CHECK(slam_comm_max(comm, 10 - rank) == 10 && slam_comm_max(comm, -5 - rank) == -5, "the largest");
+    CHECK(slam_comm_equal(comm, ~(uint64_t)0) && slam_comm_equal(comm, 0), "equal numbers");
+    CHECK(size == 1 || !slam_comm_equal(comm, 7 + (uint64_t)(rank == size - 1)), "one that differs");
+    for (size_t i = 0; i < 1500; i++) x[i] = (double)number(rank, i);
+    slam_comm_sum(comm, x, 1500);
     for (size_t i = 0; i < 1500; i++) {
         double sum = (double)number(0, i);
-        for (int k = 1; k < n; k++) sum += (double)number(k, i);
+        for (int k = 1; k < size; k++) sum += (double)number(k, i);
         CHECK(x[i] == sum, "sum %zu is %.17g, expected %.17g", i, x[i], sum);
     }
-    if (me == 0) memcpy(text, "told", 5);
-    slam_ranks_broadcast(ranks, text, sizeof text);
-    CHECK(!strcmp(text, "told"), "%s", text);
-    for (int round = 0; round < 3; round++) { // nothing at all; something of every second one; a lot
-        size_t bytes_of_all, mine = round == 0 ? 0 : round == 1 ? (size_t)(me % 2 ? 0 : me + 1) : 100000 + (size_t)me, at = 0;
-        char *bytes = (char *)malloc(mine + 1), *all;
-        memset(bytes, 'a' + me, mine);
-        if (!CHECK((all = (char *)slam_ranks_all_gather(ranks, bytes, mine, &bytes_of_all)) != NULL, "%s", slam_error())) return;
-        for (int k = 0; k < n; k++) {
-            const size_t of = round == 0 ? 0 : round == 1 ? (size_t)(k % 2 ? 0 : k + 1) : 100000 + (size_t)k;
-            for (size_t i = 0; i < of; i++, at++)
-                if ((at >= bytes_of_all || all[at] != 'a' + k) && !CHECK(0, "byte %zu of rank %d", i, k)) break;
-        }
-        CHECK(at == bytes_of_all, "%zu bytes of %zu", bytes_of_all, at);
-        free(bytes);
-        free(all);
+    if (rank == 0) memcpy(text, "sent", 5);
+    slam_comm_broadcast(comm, text, sizeof text);
+    CHECK(!strcmp(text, "sent"), "%s", text);
+    for (int round = 0; round < 3; round++) {
+        size_t total, at = 0;
+        char *own = NEW(char, gathered(round, rank) + 1);
+        memset(own, 'a' + rank, gathered(round, rank));
+        char *all = (char *)slam_comm_all_gather(comm, own, gathered(round, rank), &total);
+        for (int k = 0; k < size; k++)
+            for (size_t i = 0; i < gathered(round, k); i++, at++)
+                if ((at >= total || all[at] != 'a' + k) && !CHECK(0, "byte %zu of rank %d", i, k)) break;
+        CHECK(at == total, "%zu bytes of %zu", total, at);
+        free(own), free(all);
     }
 }
 
-/* The first rank that fails speaks for all, and from then on nobody waits. */
-static void test_agree(void) {
-    slam_ranks *r = slam_ranks_join();
-    fail("mine, %d", ranks->rank);
-    CHECK(slam_ranks_agree(r, 1) == 1 && !slam_ranks_failed(r), "all are well");
-    CHECK(slam_ranks_agree(r, ranks->rank == 0 && ranks->n > 1) == 0, "all but the first have failed");
-    CHECK(!strcmp(slam_error(), ranks->n > 1 ? "rank 1: mine, 1" : "mine, 0"), "%s", slam_error());
-    CHECK(slam_ranks_failed(r) == (ranks->n > 1), "known");
-    CHECK(ranks->n == 1 || slam_ranks_agree(r, 1) == 0, "agreed after a failure");
-    slam_ranks_leave(r, 1);
+/* The error is the lowest failed rank's, and from then on nobody waits. A NULL comm is a single process. */
+static void test_all_ok(void) {
+    slam_comm *c = slam_comm_init();
+    set_error("own, %d", comm->rank);
+    CHECK(slam_all_ok(c, 1) == 1 && !c->failed, "no rank failed");
+    CHECK(slam_all_ok(c, comm->rank == 0 && comm->size > 1) == 0, "all but the first failed");
+    CHECK(!strcmp(slam_error(), comm->size > 1 ? "rank 1: own, 1" : "own, 0"), "%s", slam_error());
+    CHECK(c->failed == (comm->size > 1), "known");
+    CHECK(comm->size == 1 || slam_all_ok(c, 1) == 0, "all ok after a failure");
+    slam_comm_finalize(c, 1);
+    CHECK(slam_all_ok(NULL, 1) && !slam_all_ok(NULL, 0) && slam_comm_max(NULL, 3) == 3 && slam_comm_equal(NULL, 5),
+          "NULL");
+    CHECK(slam_comm_share(NULL, 7).end == 7 && comm_part(NULL, 0, 7).end == 7 && slam_comm_alive(NULL), "NULL");
+    CHECK(slam_comm_alive(comm), "a rank has died");
 }
 
 static void test_exchange(void) {
-    const size_t sizes[] = {1, 63, 64, 1000, 64 * 12, 300001, 5};
-    const size_t n_sizes = sizeof sizes / sizeof *sizes, all = 400000;
+    const size_t sizes[] = {1, 63, 64, 1000, 64 * 12, 300001, 5}, n_sizes = sizeof sizes / sizeof *sizes, all = 400000;
     float *x = (float *)ops->alloc(ops, all * sizeof *x), *whole = (float *)ops->alloc(ops, all * sizeof *x);
-    size_t at = 0, first, count;
+    size_t at = 0;
     CHECK(ops->finish(ops), "%s", slam_error()); // the memory is zero now
-    for (size_t i = 0; i < all; i++) x[i] = number(ranks->rank, i);
-    for (size_t k = 0; k < n_sizes; at += sizes[k++]) { // more under way than there is room for
-        CHECK(exchange_reduce_scatter(ranks, x + at, sizes[k]), "%s", slam_error());
-        exchange_progress(ranks);
+    for (size_t i = 0; i < all; i++) x[i] = number(comm->rank, i);
+    for (size_t k = 0; k < n_sizes; at += sizes[k++]) { // one while another is under way
+        CHECK(comm_reduce_scatter(ops->comm, x + at, sizes[k]), "%s", slam_error());
+        comm_progress(ops->comm);
     }
-    exchange_wait(ranks);
+    comm_wait(ops->comm);
     CHECK(ops->finish(ops), "%s", slam_error());
     at = 0;
     for (size_t k = 0; k < n_sizes; at += sizes[k++]) {
-        part_of(ranks, ranks->rank, sizes[k], &first, &count);
-        for (size_t i = first; i < first + count; i++) CHECK(x[at + i] == number_sum(at + i), "number %zu of %zu", i, sizes[k]);
-        CHECK(exchange_all_gather(ranks, whole + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
-        CHECK(exchange_all_gather(ranks, x + at, x + at + first, sizes[k], sizeof *x), "%s", slam_error());
+        const slam_range part = comm_part(comm, comm->rank, sizes[k]);
+        for (size_t i = part.first; i < part.end; i++)
+            CHECK(x[at + i] == number_sum(at + i), "number %zu of %zu", i, sizes[k]);
+        CHECK(comm_gather_parts(ops->comm, whole + at, x + at + part.first, sizes[k], sizeof *x), "%s", slam_error());
+        CHECK(comm_gather_parts(ops->comm, x + at, x + at + part.first, sizes[k], sizeof *x), "%s", slam_error());
     }
-    exchange_wait(ranks);
+    comm_wait(ops->comm);
     CHECK(ops->finish(ops), "%s", slam_error());
-    CHECK(ranks->transport == TRANSPORT_NONE || !memcmp(x, whole, at * sizeof *x), "gathered in place and apart");
+    CHECK(!ops->comm || !memcmp(x, whole, at * sizeof *x), "gathered in place and elsewhere");
     for (size_t i = 0; i < at; i++) CHECK(x[i] == number_sum(i), "number %zu", i);
-    double stats[2] = {1.5 + ranks->rank, 2}, sum = 1.5, *given = (double *)(void *)x;
-    for (int k = 1; k < ranks->n; k++) sum += 1.5 + k;
+    double stats[2] = {1.5 + comm->rank, 2}, sum = 1.5, *given = (double *)(void *)x;
+    for (int k = 1; k < comm->size; k++) sum += 1.5 + k;
     ops->upload(ops, given, stats, sizeof stats);
-    CHECK(exchange_all_reduce(ranks, given, 2), "%s", slam_error());
+    CHECK(comm_all_reduce(ops->comm, given, 2), "%s", slam_error());
     ops->download(ops, stats, given, sizeof stats);
-    CHECK(ops->finish(ops) && stats[0] == sum && stats[1] == 2 * ranks->n, "%g %g", stats[0], stats[1]);
+    CHECK(ops->finish(ops) && stats[0] == sum && stats[1] == 2 * comm->size, "%g %g", stats[0], stats[1]);
     ops->release(ops, x);
     ops->release(ops, whole);
 }
 
-/* What is larger than a bucket may be: pieces of nearly one size, neighbours. */
+/* What is larger than a bucket may be: parts of nearly one size, neighbours. */
 static void test_buckets(void) {
-    const size_t sizes[] = {BUCKET_MOST, BUCKET_MOST + 1, 3 * (size_t)BUCKET_MOST - 1};
+    const size_t sizes[] = {BUCKET_MAX, BUCKET_MAX + 1, 3 * (size_t)BUCKET_MAX - 1};
     for (size_t k = 0; k < 3; k++) {
-        slam_optimiser o = SLAM_ZERO;
+        slam_buckets b = ZERO;
         size_t at = 7;
-        CHECK(bucket_add(&o, at, sizes[k], 5) && o.buckets == k + 1, "%zu buckets of %zu numbers", o.buckets, sizes[k]);
-        for (size_t i = 0; i < o.buckets; at += o.all[i++].n)
-            CHECK(o.all[i].first == at && o.all[i].after == 5 && o.all[i].n <= BUCKET_MOST &&
-                      o.all[i].n + 512 * k >= sizes[k] / (k + 1),
-                  "bucket %zu of %zu: %zu numbers at %zu", i, o.buckets, o.all[i].n, o.all[i].first);
-        CHECK(at == 7 + sizes[k], "%zu numbers of %zu", at - 7, sizes[k]);
-        free(o.all);
+        b.comm = comm;
+        bucket_add(&b, at, sizes[k], 5);
+        CHECK(b.n == k + 1, "%zu buckets of %zu numbers", b.n, sizes[k]);
+        for (size_t i = 0; i < b.n; at += b.list[i++].n)
+            CHECK(b.list[i].first == at && b.list[i].after == 5 && b.list[i].n <= BUCKET_MAX &&
+                      b.list[i].n + 512 * k >= sizes[k] / (k + 1),
+                  "bucket %zu of %zu: %zu numbers at %zu", i, b.n, b.list[i].n, b.list[i].first);
+        CHECK(at == 7 + sizes[k] && b.moments == sizes[k], "%zu numbers of %zu", at - 7, sizes[k]);
+        free(b.list);
     }
 }
 
@@ -148,173 +156,171 @@ static void test_buckets(void) {
 typedef struct outcome {
     double loss[STEPS], norm[STEPS];
     float *first, *weights, *moments; // (total) after the first update, (total), (2 total), on rank 0
-    size_t total, kept;               // numbers of a moment that a rank keeps
+    size_t total, kept;               // numbers of the model; of a moment that a rank keeps
+    int reduced;                      // buckets reduced during the backward passes
 } outcome;
 
-static void outcome_free(outcome *o) {
-    free(o->first);
-    free(o->weights);
-    free(o->moments);
+static void outcome_free(outcome *o) { free(o->first), free(o->weights), free(o->moments); }
+
+static slam_adamw adamw_new(slam_model *m) {
+    slam_adamw o = ZERO;
+    o.beta1 = 0.9, o.beta2 = 0.95, o.eps = 1e-8, o.weight_decay = 0.1, o.clip = 0.5;
+    CHECK(slam_adamw_init(&o, m), "%s", slam_error());
+    return o;
 }
 
-/* `told`: the backward pass tells of its layers. poison: the step in which the last rank's gradient is not finite. */
-static int train(slam_ops *with, const slam_config *config, int zero, int told, int poison, outcome *out) {
-    const slam_adamw settings = {0, 0.9, 0.95, 1e-8, 0.1, 0.5, 0};
-    static int tokens[ROWS * T], targets[ROWS * T], doc_start[ROWS * T];
+/* poison: the step in which the last rank's loss is not finite. */
+static int train(slam_ops *with, const slam_config *config, int zero, int overlap, int poison, outcome *out) {
+    const int rank = with->comm ? comm->rank : 0, last = with->comm ? comm->rank == comm->size - 1 : 1;
+    const slam_range rows = slam_comm_share(with->comm, ROWS);
     const double nan = NAN;
-    size_t first, end;
     uint64_t random = 9;
     memset(out, 0, sizeof *out);
-    slam_ranks_zero(with->ranks, zero);
-    slam_ranks_share(with->ranks, ROWS, &first, &end);
+    comm->zero = zero;
     slam_model *m = slam_model_new(with, config, 5);
+    slam_batch all = slam_batch_new(ROWS, T, 0);
     if (!m || !slam_model_plan(m, 2, T, SLAM_TRAIN)) return 0;
-    slam_optimiser *o = slam_optimiser_new(m, &settings);
-    if (!o) return 0;
-    const int root = slam_ranks_root(with->ranks);
-    out->total = m->w.total;
-    out->first = root ? (float *)malloc(out->total * sizeof(float)) : NULL;
+    slam_adamw o = adamw_new(m);
+    out->total = m->n_weights;
+    out->first = rank ? NULL : NEW(float, out->total);
     for (int step = 0; step < STEPS; step++) {
         slam_step s;
-        for (int i = 0; i < ROWS * T; i++) tokens[i] = (int)rng_below(&random, (uint64_t)config->V);
-        for (int i = 0; i < ROWS * T; i++) targets[i] = i % T + 1 < T ? tokens[i + 1] : -1;
-        for (size_t b = first; b < end; b += 2) {
-            const int last = end - b <= 2;
-            const slam_batch batch = {last ? (int)(end - b) : 2, T, tokens + b * T, targets + b * T, doc_start, NULL};
-            if (!slam_model_backward(m, &batch, 1.0f / (ROWS * (T - 1)), last && told ? slam_optimiser_after_layer : NULL, o))
-                return 0;
-            if (last && step == poison && slam_ranks_rank(with->ranks) == slam_ranks_count(with->ranks) - 1)
-                with->upload(with, m->stats, &nan, sizeof nan);
+        for (int i = 0; i < ROWS * T; i++) all.tokens[i] = (int)rng_below(&random, (uint64_t)config->V);
+        for (int i = 0; i < ROWS * T; i++) all.targets[i] = i % T + 1 < T ? all.tokens[i + 1] : -1;
+        for (size_t b = rows.first; b < rows.end; b += 2) {
+            slam_batch some = all;
+            some.B = rows.end - b < 2 ? 1 : 2;
+            some.tokens += b * T, some.targets += b * T;
+            if (overlap && rows.end - b <= 2) slam_adamw_overlap(&o);
+            if (!slam_forward_backward(m, &some, 1.0f / (ROWS * (T - 1)))) return 0;
+            CHECK(!m->grads_ready, "overlap lasts longer than a backward pass");
         }
-        if (!slam_optimiser_step(o, 1e-3, &s)) return 0;
+        out->reduced += (int)o.buckets->reduced;
+        if (step == poison && last) with->upload(with, m->stats, &nan, sizeof nan);
+        if (!slam_adamw_step(&o, 1e-3, &s)) return 0;
         out->loss[step] = s.loss_sum / (ROWS * (T - 1));
         out->norm[step] = s.grad_norm;
-        if (s.skipped != (step == poison)) return fail("step %d skipped: %d", step, s.skipped);
-        if (step == 0 && !master_download(o, out->first)) return 0;
+        if (s.skipped != (step == poison)) return set_error("step %d skipped: %d", step, s.skipped);
+        if (step == 0 && !master_download(&o, out->first)) return 0;
     }
-    out->kept = o->n;
-    out->weights = root ? (float *)malloc(out->total * sizeof(float)) : NULL;
-    out->moments = root ? (float *)malloc(2 * out->total * sizeof(float)) : NULL;
-    const int ok = master_download(o, out->weights) && state_download(o, o->m, out->moments) &&
-                   state_download(o, o->v, root ? out->moments + out->total : NULL);
-    slam_optimiser_free(o);
+    CHECK(o.updates == STEPS - (poison >= 0), "%ld updates", o.updates);
+    out->kept = o.buckets->moments;
+    out->weights = rank ? NULL : NEW(float, out->total);
+    out->moments = rank ? NULL : NEW(float, 2 * out->total);
+    const int ok = master_download(&o, out->weights) && adamw_state_download(&o, o.m, out->moments) &&
+                   adamw_state_download(&o, o.v, rank ? NULL : out->moments + out->total);
+    slam_batch_free(&all);
+    slam_adamw_free(&o);
     slam_model_free(m);
     return ok;
 }
 
 static void check_same(const char *what, const outcome *a, const outcome *b) {
-    CHECK(!memcmp(a->loss, b->loss, sizeof a->loss) && !memcmp(a->norm, b->norm, sizeof a->norm), "%s: other losses or norms",
-          what);
-    if (ranks->rank) return;
+    CHECK(!memcmp(a->loss, b->loss, sizeof a->loss) && !memcmp(a->norm, b->norm, sizeof a->norm),
+          "%s: other losses or norms", what);
+    if (comm->rank) return;
     CHECK(!memcmp(a->weights, b->weights, a->total * sizeof(float)), "%s: other weights", what);
     CHECK(!memcmp(a->moments, b->moments, 2 * a->total * sizeof(float)), "%s: other moments", what);
 }
 
 static void test_training(int tied) {
-    slam_config c = config_tiny;
-    slam_ops *lone = device();
-    outcome alone, parts, late, whole;
+    slam_config c;
+    slam_ops *alone = device();
+    outcome one, sharded, late, whole;
+    CHECK(slam_config_load(&c, "tiny"), "%s", slam_error());
     c.tied = tied;
     c.L = LAYERS; // buckets of two layers, and of one
-    int ok = CHECK(train(lone, &c, 1, 0, -1, &alone), "%s", slam_error());
-    ok = CHECK(train(ops, &c, 1, 1, -1, &parts), "%s", slam_error()) && ok;
+    int ok = CHECK(train(alone, &c, 1, 0, -1, &one), "%s", slam_error());
+    ok = CHECK(train(ops, &c, 1, 1, -1, &sharded), "%s", slam_error()) && ok;
     ok = CHECK(train(ops, &c, 1, 0, -1, &late), "%s", slam_error()) && ok;
     ok = CHECK(train(ops, &c, 0, 1, -1, &whole), "%s", slam_error()) && ok;
     if (!ok) return;
     for (int i = 0; i < STEPS; i++) {
-        check_near("loss against one process", parts.loss[i], alone.loss[i], i ? later : 1e-6);
-        check_near("norm against one process", parts.norm[i] / alone.norm[i], 1, i ? later : 1e-6);
+        check_near("loss against one process", sharded.loss[i], one.loss[i], i ? later : 1e-6);
+        check_near("norm against one process", sharded.norm[i] / one.norm[i], 1, i ? later : 1e-6);
     }
-    if (ranks->rank == 0) {
-        check_close("weights of the first update against one process", parts.first, alone.first, alone.total, 1e-6);
-        check_close("weights against one process", parts.weights, alone.weights, alone.total, later);
+    if (comm->rank == 0) {
+        check_close("weights of the first update against one process", sharded.first, one.first, one.total, 1e-6);
+        check_close("weights against one process", sharded.weights, one.weights, one.total, later);
     }
-    check_same("reduced when all is computed", &parts, &late);
-    check_same("without ZeRO", &parts, &whole);
-    CHECK(whole.kept == alone.total && alone.kept == alone.total, "%zu and %zu moments of %zu", whole.kept, alone.kept,
-          alone.total);
+    check_same("reduced when all is computed", &sharded, &late);
+    check_same("without ZeRO", &sharded, &whole);
+    CHECK(late.reduced == 0 && (comm->size == 1 || sharded.reduced > 0), "%d and %d buckets reduced early",
+          late.reduced, sharded.reduced);
+    CHECK(whole.kept == one.total && one.kept == one.total, "%zu and %zu moments of %zu", whole.kept, one.kept,
+          one.total);
     /* what does not divide by 64 numbers and ranks, of each of 6 buckets */
-    CHECK(parts.kept <= alone.total / (size_t)ranks->n + 6 * 64 * (size_t)ranks->n, "%zu moments of %zu", parts.kept, alone.total);
-    outcome_free(&alone);
-    outcome_free(&parts);
-    outcome_free(&late);
-    outcome_free(&whole);
-    slam_ops_free(lone);
+    CHECK(sharded.kept <= one.total / (size_t)comm->size + 6 * 64 * (size_t)comm->size, "%zu moments of %zu",
+          sharded.kept, one.total);
+    outcome_free(&one), outcome_free(&sharded), outcome_free(&late), outcome_free(&whole);
+    slam_ops_free(alone);
 }
 
 static void test_poison(void) {
     outcome out;
-    slam_config c = config_tiny;
+    slam_config c;
+    CHECK(slam_config_load(&c, "tiny"), "%s", slam_error());
     c.L = LAYERS;
     CHECK(train(ops, &c, 1, 1, POISONED, &out), "%s", slam_error());
     CHECK(isnan(out.loss[POISONED]) && isfinite(out.loss[POISONED + 1]) && isfinite(out.norm[POISONED + 1]),
-          "the step is left out on all, the next one is not");
+          "the step is skipped on all ranks, the next one is not");
     outcome_free(&out);
 }
 
-/* Written by all together, read back by each its part, and by one alone. */
-static void test_moments(void) {
-    const slam_adamw settings = {0, 0.9, 0.95, 1e-8, 0.1, 0.5, 0};
-    char folder[600];
-    slam_ops *lone = device();
-    snprintf(folder, sizeof folder, "%.500s", check_path("moments"));
-    slam_ranks_broadcast(ranks, folder, sizeof folder);
-    if (ranks->rank == 0) CHECK(make_folders(folder), "%s", slam_error());
-    slam_model *m = slam_model_new(ops, &config_tiny, 5), *again = slam_model_new(ops, &config_tiny, 5),
-               *l = slam_model_new(lone, &config_tiny, 5);
-    slam_optimiser *o = slam_optimiser_new(m, &settings), *p = slam_optimiser_new(again, &settings),
-                   *q = slam_optimiser_new(l, &settings);
-    parameter *list = NULL;
-    size_t n = 0;
-    if (!CHECK(o && p && q && (list = parameters_of(&config_tiny, &n)) != NULL, "%s", slam_error())) return;
-    for (size_t k = 0; k < n; k++) // what is between tensors is not written
-        for (size_t i = 0; i < parameter_size(&list[k]); i++) {
-            const float mean = number(0, list[k].at + i), square = number(1, list[k].at + i);
-            state_upload(o, o->m, &mean, list[k].at + i, 1);
-            state_upload(o, o->v, &square, list[k].at + i, 1);
-        }
-    o->updates = 17;
-    CHECK(slam_optimiser_save(o, folder) && slam_optimiser_load(p, folder) && slam_optimiser_load(q, folder), "%s", slam_error());
-    CHECK(p->updates == 17 && q->updates == 17, "%ld and %ld updates", p->updates, q->updates);
-    CHECK(!memcmp(o->m, p->m, o->n * sizeof(float)) && !memcmp(o->v, p->v, o->n * sizeof(float)), "read by those who wrote");
-    for (size_t i = 0; i < o->buckets; i++) {
-        const bucket *b = &o->all[i];
-        CHECK(!memcmp(o->m + b->at, q->m + b->mine, b->count * sizeof(float)), "the means of bucket %zu, alone", i);
-        CHECK(!memcmp(o->v + b->at, q->v + b->mine, b->count * sizeof(float)), "the squares of bucket %zu, alone", i);
+/* The state of all ranks as one, from there to each its part, and to a single process. */
+static void test_state(void) {
+    slam_config c;
+    slam_ops *alone = device();
+    CHECK(slam_config_load(&c, "tiny"), "%s", slam_error());
+    comm->zero = 1;
+    slam_model *m = slam_model_new(ops, &c, 5), *l = slam_model_new(alone, &c, 5);
+    slam_adamw o = adamw_new(m), q = adamw_new(l);
+    const model_tensors *t = &m->layout->tensors;
+    float *host = NEW(float, m->n_weights), *whole = NEW(float, m->n_weights);
+    for (size_t i = 0; i < m->n_weights; i++) host[i] = number(0, i);
+    for (size_t k = 0; k < t->n; k++) { // as a checkpoint does: tensor by tensor
+        adamw_state_upload(&o, o.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
+        adamw_state_upload(&q, q.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
     }
-    free(list);
-    slam_optimiser_free(o);
-    slam_optimiser_free(p);
-    slam_optimiser_free(q);
-    slam_model_free(m);
-    slam_model_free(again);
-    slam_model_free(l);
-    slam_ops_free(lone);
+    CHECK(adamw_state_download(&o, o.m, comm->rank ? NULL : whole), "%s", slam_error());
+    for (size_t k = 0; comm->rank == 0 && k < t->n; k++)
+        CHECK(!memcmp(whole + t->list[k].at, host + t->list[k].at, tensor_size(&t->list[k]) * sizeof(float)), "%s",
+              t->list[k].name);
+    CHECK(adamw_state_download(&q, q.m, host), "%s", slam_error());
+    for (const bucket *k = o.buckets->list; k < o.buckets->list + o.buckets->n; k++) {
+        ops->download(ops, whole, o.m + k->at, k->update_n * sizeof(float));
+        CHECK(!memcmp(whole, host + k->update, k->update_n * sizeof(float)), "this rank's part of a bucket");
+    }
+    free(host), free(whole);
+    slam_adamw_free(&o), slam_adamw_free(&q);
+    slam_model_free(m), slam_model_free(l);
+    slam_ops_free(alone);
 }
 
 int main(void) {
-    ranks = slam_ranks_join();
+    comm = slam_comm_init();
     ops = device();
 #ifdef SLAM_EMULATOR
     emulator_lazy(1); // so that what NCCL does not wait for has not been computed yet
 #endif
-    if (!ranks || !ops) return 1;
-    slam_ranks_attach(ranks, ops);
-    if (ops->ranks && !ranks_connect(ranks)) return 1;
-    if (ranks->rank && !freopen("/dev/null", "w", stdout)) return 1;
+    if (!comm || !ops) return 1;
+    slam_comm_attach(comm, ops);
+    if (!comm_connect(ops->comm)) return 1;
+    if (comm->rank && !freopen("/dev/null", "w", stdout)) return 1;
     if (TEST("ranks: shares and parts")) test_shares();
-    if (TEST("ranks: what they tell each other")) test_words();
-    if (TEST("ranks: one fails, all know")) test_agree();
+    if (TEST("ranks: collectives")) test_collectives();
+    if (TEST("ranks: one fails, all know")) test_all_ok();
     if (TEST("ranks: reduce, gather")) test_exchange();
     if (TEST("ranks: large buckets")) test_buckets();
     for (int tied = 0; tied < 2; tied++)
         if (TEST("ranks: training, %s", tied ? "tied head" : "head of its own")) test_training(tied);
     if (TEST("ranks: a loss that is not finite on one of them")) test_poison();
-    if (TEST("ranks: moments in a file")) test_moments();
-    const int failed = (int)slam_ranks_max(ranks, (check_close_test(), check_state.failed));
-    if (failed > check_state.failed) printf("FAIL ranks: another rank than the first has failed\n"), check_state.failed++;
+    if (TEST("ranks: the state of all")) test_state();
+    const int failed = (int)slam_comm_max(comm, (check_close_test(), check_state.failed));
+    if (failed > check_state.failed)
+        printf("FAIL ranks: another rank than the first has failed\n"), check_state.failed++;
     check_end();
-    slam_ranks_leave(ranks, 0);
+    slam_comm_finalize(comm, 0);
     slam_ops_free(ops);
     return failed != 0;
 }

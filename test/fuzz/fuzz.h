@@ -1,5 +1,5 @@
-/* fuzz.h - what the fuzz targets share. A target is given bytes and hands them to one reader, which must return a value or an
-   error; what it returned is then held against what else is known of it. `make fuzz`, then e.g.
+/* fuzz.h - shared by the fuzz targets. A target is given bytes and passes them to one reader, which must return a value or an
+   error; the value is then checked against what else is known about it. `make fuzz`, then e.g.
 
        build/fuzz/fuzz_audio -max_total_time=600 new-corpus test/fuzz/seeds/audio */
 #ifndef FUZZ_H
@@ -10,18 +10,19 @@
 #define SLAM_IMPLEMENTATION
 #include "../../slam.h"
 
-/* Ends the run where something does not hold that must. */
-#define MUST(condition)                                                                                                            \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            fprintf(stderr, "%s:%d: %s does not hold; slam_error() is '%s'\n", __FILE__, __LINE__, #condition, slam_error());      \
-            abort();                                                                                                               \
-        }                                                                                                                          \
+/* Ends the run if the condition does not hold. */
+#define MUST(condition)                                                                                                \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s does not hold; slam_error() is '%s'\n", __FILE__, __LINE__, #condition,         \
+                    slam_error());                                                                                     \
+            abort();                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 /* The bytes in memory of exactly their size, so that AddressSanitizer sees a step beyond them. */
 static inline file_map fuzz_map(const void *bytes, size_t size) {
-    file_map map = SLAM_ZERO;
+    file_map map = ZERO;
     void *copy = malloc(size ? size : 1);
     MUST(copy);
     memcpy(copy, bytes, size);
@@ -30,7 +31,7 @@ static inline file_map fuzz_map(const void *bytes, size_t size) {
     return map;
 }
 
-/* A path under which the bytes are a file, for readers that take nothing else. */
+/* The path of a file of the bytes, for readers that take a path. */
 static inline const char *fuzz_file(const void *bytes, size_t size) {
     static int fd = -1;
     static char path[40];

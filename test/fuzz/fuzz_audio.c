@@ -1,37 +1,44 @@
-/* Audio of any format: a file becomes units in parts of a second, each frame in one unit, whatever the file holds. */
+/* Audio of any format: a file becomes units in segments of a second, each frame in one unit, whatever the file holds. */
 #include "fuzz.h"
 
-/* libsndfile 1.2.0 leaks with damaged Ogg files; what this project allocates is still looked at. */
+/* libsndfile 1.2.0 leaks with damaged Ogg files; what this project allocates is still checked. */
 const char *__lsan_default_suppressions(void);
 const char *__lsan_default_suppressions(void) { return "leak:libsndfile\nleak:libvorbis\nleak:libogg\n"; }
 
 enum { LARGEST = 1 << 18 }; // bytes; some formats make much audio out of few
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
-    static slam_quantiser *q;
-    slam_speech_settings settings;
-    float centroid[2 * 39] = {1, 2, 3};
-    decoder d = SLAM_ZERO;
-    audio_parts p;
+    static slam_tokenizer *t;
+    const slam_unit_config config = slam_unit_config_default();
+    const float centroids[2 * 39] = {1, 2, 3};
     double end = 0;
+    float *x;
+    size_t n;
+    audio a;
     if (size > LARGEST) return 0;
-    slam_speech_defaults(&settings);
-    if (!q) q = slam_quantiser_new(&settings, NULL, centroid, 2);
-    MUST(q);
-    int more = parts_open(&p, &d, fuzz_file(bytes, size), 1) ? 1 : -1;
-    for (int i = 0; more > 0 && i < 20 && (more = parts_next(&p)) > 0; i++) {
+    if (!t) t = slam_tokenizer_new(&config, NULL, centroids, 2);
+    MUST(t);
+    int more = audio_open(&a, fuzz_file(bytes, size), NULL) ? 1 : -1;
+    for (int i = 0; more > 0 && i < 20 && (more = audio_next_segment(&a, 1, &x, &n)) > 0; i++) {
         slam_units u;
         size_t frames = 0;
-        MUST(p.used > 0 && p.samples > 0 && p.start == end && p.end > p.start && p.end - p.start <= 1);
-        end = p.end;
-        for (size_t k = 0; k < p.samples; k++) MUST(isfinite(p.sample[k]));
-        MUST(slam_quantiser_units(q, p.sample, p.samples, &u));
+        const float *const in = x;
+        const long length = (long)n;
+        MUST(n > 0 && a.start == end && a.end > a.start && a.end - a.start <= 1);
+        end = a.end;
+        for (size_t k = 0; k < n; k++) MUST(isfinite(x[k]));
+        MUST(slam_units_encode(t, 1, &in, &length, &u));
         for (size_t k = 0; k < u.n; k++) frames += (size_t)u.duration[k];
         MUST(frames == u.frames && frames > 0);
         slam_units_free(&u);
+        free(x);
     }
     if (more < 0) MUST(slam_error()[0]);
-    parts_close(&p);
-    decoder_close(&d);
+    audio_close(&a);
+    while (resamplers) { // of all the rates that are made up
+        slam_resampler *next = resamplers->next;
+        slam_resampler_free(resamplers);
+        resamplers = next;
+    }
     return 0;
 }

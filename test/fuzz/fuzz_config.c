@@ -4,7 +4,8 @@
 
 static void check_config(const slam_config *c) {
     size_t n = 0, end = 0;
-    MUST(c->V > 0 && c->C > 0 && c->L > 0 && c->F > 0 && c->T > 0 && c->KVH > 0 && c->NH % c->KVH == 0 && c->HS % 2 == 0);
+    MUST(c->V > 0 && c->C > 0 && c->L > 0 && c->F > 0 && c->T > 0 && c->KVH > 0 && c->NH % c->KVH == 0 &&
+         c->HS % 2 == 0);
     MUST(c->eps > 0 && c->rope_theta >= 1);
     const weights_layout w = weights_of(c);
     MUST(w.total >= slam_config_parameters(c) && w.matrices <= w.total && w.total < (size_t)1 << 60);

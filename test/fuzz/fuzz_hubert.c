@@ -1,5 +1,5 @@
-/* A HuBERT model's folder: four bytes that say how long config.json is, it, and model.safetensors. A model that is taken computes
-   features of noise, as many as it said, within memory that is its own. */
+/* A HuBERT model's folder: four bytes with the length of config.json, it, and model.safetensors. A model that loads computes
+   features of noise, as many as it says, within its own memory. */
 #include "fuzz.h"
 
 static void write_file(const char *folder, const char *name, const uint8_t *bytes, size_t n) {
@@ -25,8 +25,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     slam_hubert *h = slam_hubert_load(ops, folder, 1);
     if (!h) return 0;
     const long frames = slam_hubert_frames(h, length);
-    const int D = slam_hubert_width(h);
-    MUST(frames >= 0 && frames <= length + 80 && D > 0 && slam_hubert_step(h) > 0);
+    const int D = h->width;
+    MUST(frames >= 0 && frames <= length + 80 && D > 0 && h->step > 0);
     uint64_t state = 1;
     for (int i = 0; i < length; i++) samples[i] = (float)rng_normal(&state);
     float *out = (float *)malloc((size_t)frames * (size_t)D * sizeof *out + 1);

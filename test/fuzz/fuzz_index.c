@@ -1,4 +1,4 @@
-/* The index of a model in several files: two good ones, and the input as model.safetensors.index.json. Nothing outside of the
+/* The index of a model in several files: two valid ones, and the input as model.safetensors.index.json. Nothing outside the
    folder is opened. */
 #include "fuzz.h"
 
@@ -8,7 +8,7 @@ static void clean(void) { remove_tree(folder); }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const float numbers[6] = {1, 2, 3, 4, 5, 6};
-    const tensor_out first = {"a", 2, {2, 3, 0, 0}, DTYPE_F32, numbers}, second = {"b", 1, {6, 0, 0, 0}, DTYPE_F32, numbers};
+    const tensor_out first = {"a", DTYPE_F32, 2, {2, 3}, numbers}, second = {"b", DTYPE_F32, 1, {6}, numbers};
     (void)argc;
     (void)argv;
     MUST(mkdtemp(folder));
@@ -28,7 +28,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     tensors *t = tensors_open(folder);
     MUST(t || strstr(slam_error(), folder));
     for (size_t i = 0; t && i < t->files; i++)
-        MUST(strncmp(t->file[i].path, folder, strlen(folder)) == 0 && !strchr(t->file[i].path + strlen(folder) + 1, '/'));
+        MUST(strncmp(t->file[i].path, folder, strlen(folder)) == 0 &&
+             !strchr(t->file[i].path + strlen(folder) + 1, '/'));
     tensors_close(t);
     free(index);
     return 0;

@@ -1,17 +1,15 @@
-/* .npy: what is read is finite and as large as the file. */
+/* .npy: the numbers are finite and as many as the file has. */
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
-    float *data = NULL, sum = 0;
+    file_map map = fuzz_map(bytes, size);
+    float *data = NULL;
     size_t rows = 0, cols = 0;
-    if (npy_parse(bytes, size, "fuzz", &data, &rows, &cols)) {
-        for (size_t i = 0; i < rows * cols; i++) {
-            MUST(isfinite(data[i]));
-            sum += data[i];
-        }
+    if (npy_parse(&map, "fuzz", &data, &rows, &cols)) {
+        for (size_t i = 0; i < rows * cols; i++) MUST(isfinite(data[i]));
         MUST(rows * cols <= size / 4);
         free(data);
     }
-    (void)sum;
+    file_map_close(&map);
     return 0;
 }

@@ -1,52 +1,61 @@
-/* Lines of preference pairs: what is read fits the context and the vocabulary, and its rows are a batch that a model takes. */
+/* Lines of preference pairs: what is read fits the context and the vocabulary, and its rows are batches that a model takes. */
 #include "fuzz.h"
 
 enum { V = 40, CONTEXT = 16 };
 
-static void check_pair(const slam_pairs *p, const preference *q) {
-    const size_t n = (size_t)q->n[PROMPT] + q->n[CHOSEN] + q->n[REJECTED];
-    for (int part = CHOSEN; part <= REJECTED; part++) MUST(q->n[part] >= 1 && q->n[PROMPT] + q->n[part] + 2 <= CONTEXT);
-    MUST(q->first + n <= p->n_tokens);
-    for (size_t i = 0; i < n; i++) MUST(p->tokens[q->first + i] >= UNIT_TOKEN && p->tokens[q->first + i] < V);
+static void check_pair(const slam_pair *q) {
+    const uint32_t n[] = {q->n_prompt, q->n_chosen, q->n_rejected};
+    const uint16_t *t = q->tokens;
+    MUST(n[0] >= 1 && n[1] >= 2 && n[2] >= 2 && n[0] + n[1] <= CONTEXT && n[0] + n[2] <= CONTEXT);
+    MUST(*t++ == DOCUMENT_TOKEN);
+    for (int part = 0; part < 3; part++) {
+        for (uint32_t i = 1; i < n[part]; i++, t++) MUST(*t >= FIRST_UNIT && *t < V);
+        if (part > 0) MUST(*t++ == DOCUMENT_TOKEN);
+    }
 }
 
-static void check_rows(slam_pairs *p) {
-    pair_rows r;
+static void check_rows(const slam_pairs *p) {
+    slam_batch b = slam_batch_new(2, slam_pairs_row(p), 1);
+    slam_pair_loader *l = slam_pair_loader_new(p, 0, 1, 1);
     uint64_t tokens = 0;
-    MUST(rows_new(&r, p, p->n_train, 2));
-    pack_pairs(&r, p->train, p->n_train);
-    for (size_t first = 0, end; first < r.n; first = end) {
-        slam_batch b;
-        end = rows_fill(&r, first, &b);
-        MUST(end > first && b.B >= 1 && b.B <= 2 && b.T <= slam_pairs_row(p));
+    size_t completions = 0;
+    MUST(l && slam_pair_loader_begin(l, (int)p->n, NULL) == (int)p->n);
+    while (slam_pair_loader_next(l, &b) > 0) {
+        MUST(b.B >= 1 && b.B <= 2 && b.T <= slam_pairs_row(p));
+        completions += b.n_sequences;
         for (int i = 0; i < b.B * b.T; i++) {
-            const int t = i % b.T, start = b.doc_start[i], hole = b.hole[2 * i], hole_end = b.hole[2 * i + 1];
+            const int t = i % b.T, start = b.doc_start[i], mask = b.mask_start[i], mask_end = b.mask_end[i];
             MUST(b.tokens[i] >= 0 && b.tokens[i] < V && b.targets[i] < V && start >= 0 && start <= t);
-            MUST(hole == hole_end || (hole >= start && hole < hole_end && hole_end <= t));
-            MUST(t - start - (hole_end - hole) < CONTEXT);
+            MUST(mask == mask_end || (mask >= start && mask < mask_end && mask_end <= t));
+            MUST(t - start - (mask_end - mask) < CONTEXT);
             tokens += b.tokens[i] != 0;
         }
     }
-    MUST(tokens == r.tokens);
-    rows_free(&r);
+    MUST(tokens == l->tokens && completions == 2 * p->n);
+    slam_pair_loader_free(l);
+    slam_batch_free(&b);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     units_reader r;
-    units u = SLAM_ZERO;
-    json *root;
-    slam_pairs *p = slam_pairs_new(V, CONTEXT, (int)(size % 2), 0.3);
-    MUST(p);
+    units u[3];
+    json *root = NULL;
+    slam_pairs p = ZERO;
+    p.V = V;
+    p.context = CONTEXT;
+    p.share = (int)(size % 2);
+    p.max_repetition = 0.3;
+    memset(u, 0, sizeof u);
     if (units_open(&r, fuzz_file(bytes, size))) {
-        for (int ok = 1; ok && units_json(&r, &root) > 0;) {
-            ok = pair_read(p, root, r.what, &u);
+        for (int ok = 1; ok && units_next_json(&r, &root) > 0;) {
+            ok = pairs_add_line(&p, root, r.what, u, 0);
             json_free(root);
         }
         units_close(&r);
     }
-    for (size_t i = 0; i < p->n; i++) check_pair(p, &p->at[i]);
-    if (slam_pairs_prepare(p, 0, 0)) check_rows(p);
-    units_free(&u);
-    slam_pairs_free(p);
+    for (size_t i = 0; i < p.n; i++) check_pair(&p.at[i]);
+    if (slam_pairs_prepare(&p, 0, 0)) check_rows(&p);
+    for (int k = 0; k < 3; k++) units_free(&u[k]);
+    slam_pairs_free(&p);
     return 0;
 }

@@ -1,0 +1,128 @@
+#!/bin/sh
+# eval from end to end. Prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why`, and last
+# `N passed, N failed`.
+. "$(dirname "$0")/programs_lib.sh"
+. "$programs/test/wave.sh"
+
+"$train" $few a.jsonl --val v.jsonl --steps 20 --out one >/dev/null 2>&1
+mkdir speech
+for i in $(seq 10 33); do # noise, the same every time
+    n=$((9000 + i * 602))
+    { wave 1 1 8000 16 $n && tail -c +$((i * 997)) "$root/slam.h" | head -c $n; } >"speech/$i.wav"
+done
+"$tokenize" speech --fit 20 --kmeans km.npy >/dev/null 2>&1
+"$tokenize" speech --fit 20 --seed 1 --kmeans other.npy >/dev/null 2>&1
+"$tokenize" speech --kmeans km.npy -o speech.bin >/dev/null 2>&1
+"$train" --model model.json --context 64 --batch 4 --threads 1 speech.bin --steps 1 --out spoken >/dev/null 2>&1
+
+# refuse_all: lines NAME|STATUS|PATTERN|ARGUMENTS of eval
+refuse_all() {
+    while IFS='|' read -r refuse_row status pattern arguments; do
+        refuses "$refuse_row" "$status" "$pattern" "$eval" $arguments
+    done
+}
+
+# ---- perplexity ----
+
+check 'ppl of a run: its validation data, n-grams of its training data' 'other data' sh -c "'$eval' one ppl --json run.json >run.out &&
+    grep -q '^data .*/v.jsonl' run.out && grep -q '^n-grams .*/a.jsonl' run.out"
+check 'ppl of data and n-grams of other data' 'differ' sh -c "'$eval' one ppl v.jsonl --train a.jsonl --json given.json && cmp run.json given.json"
+check 'ppl: all numbers are in the JSON' 'members' grep -q '"task": "ppl", "n": [0-9]*, "nll": .*"perplexity".*"unigram".*"bigram".*"trigram".*"fourgram".*"fivegram"' run.json
+"$train" $few a.jsonl --val-fraction 0.1 --seed 7 --eval-every 2 --steps 2 --out held >/dev/null 2>&1
+check 'ppl of what a run held out: the loss that training found' 'differs' sh -c "'$eval' held ppl --json held.json | grep -q 'what the run held out' &&
+    echo \$(sed 's/.*\"nll\": //; s/,.*//' held.json) \$(tail -n 1 held/log.jsonl | sed 's/.*\"val_loss\": //; s/[,}].*//') | awk '{ d = \$1 - \$2; exit !(NF == 2 && d < 1e-5 && d > -1e-5) }'"
+"$train" $few a.jsonl --steps 2 --out unheld >/dev/null 2>&1
+check 'ppl of a run that held nothing out' 'other data' sh -c "'$eval' unheld ppl | grep -q '^data .*a.jsonl (its training data'"
+mkdir moved && cp -rL one a.jsonl v.jsonl moved && mv a.jsonl gone.jsonl
+check 'ppl of a run that has moved with its data' 'other data' sh -c "cd moved && '$eval' one ppl --json ../moved.json && cmp ../run.json ../moved.json"
+mv gone.jsonl a.jsonl
+cp -rL one/latest bare && rm bare/trainer.json
+check 'ppl of a model that is from no run' 'differ' sh -c "'$eval' bare ppl v.jsonl --train a.jsonl --context 64 --json bare.json && cmp run.json bare.json"
+
+# ---- generation ----
+
+continue="generate v.jsonl --prompt-units 4 --max-new 30"
+check 'generate' 'status' "$eval" one $continue -o all.jsonl --json all.json
+check 'generate: a line per prompt, of at most that many units' 'lines' test "$(grep -c '^{"file_name": "[0-9]*", "prompt": \[[0-9]*, [0-9]*, [0-9]*, [0-9]*\], "units": \[[0-9, ]*\]}$' all.jsonl)" = 20
+check 'generate: JSON' 'members' grep -q '^{"task": "generate", "n": 20, "tokens": [0-9]*, "auto_bleu_2": [0-9.e-]*}$' all.json
+check 'generate: one at a time gives the same' 'differ' sh -c "'$eval' one $continue -o alone.jsonl --batch 1 && cmp all.jsonl alone.jsonl"
+check 'generate: another seed gives others' 'the same' sh -c "'$eval' one $continue -o other.jsonl --seed 1 && ! cmp all.jsonl other.jsonl"
+check 'generate: --greedy needs no seed' 'differ' sh -c "'$eval' one $continue --greedy -o all.jsonl && '$eval' one $continue --greedy -o other.jsonl --seed 1 && cmp all.jsonl other.jsonl"
+check 'generate: prompts longer than the context allows' 'not said' sh -c "'$eval' one generate v.jsonl --prompt-seconds 0 --max-new 50 | grep -q '[0-9] prompts were longer than the context'"
+check 'generate: continuations as prompts' 'status' "$eval" one generate all.jsonl --max-new 2
+check 'generate: token shards and audio as prompts' 'prompts' sh -c "'$eval' spoken generate speech.bin speech --kmeans km.npy --max-new 2 -o both.jsonl && test \$(wc -l <both.jsonl) = 48"
+: >speech/99.wav
+check 'generate: a file that cannot be decoded is skipped, with status 3' 'status or message' sh -c "'$eval' spoken generate speech --kmeans km.npy --max-new 2 -o most.jsonl 2>skipped.err; test \$? = 3 &&
+    grep -q '^eval: skipped: .*99.wav' skipped.err && test \$(wc -l <most.jsonl) = 24"
+rm speech/99.wav
+printf 'one two one two\n\n' >texts.txt
+check 'auto-BLEU of texts' 'number' sh -c "'$eval' generate --transcripts texts.txt | grep -q '0.3333 over 2 lines'"
+echo '{"units": [700], "file_name": "x"}' >far.jsonl
+refuse_all <<EOT
+generate: no space for a prompt|1|64 new tokens.*context of 64|one generate v.jsonl --max-new 64
+generate: a folder that is not there, before anything is generated|1|no/said.jsonl: cannot be written|one $continue -o no/said.jsonl
+generate: a folder as the output|1|one: is a folder|one $continue -o one
+generate: no such prompts|1|nothing.jsonl|one generate nothing.jsonl
+generate: a prompt beyond the vocabulary|1|x: unit 1 is 700, expected below 100|one generate far.jsonl
+generate: audio without --kmeans|1|x.wav.*--kmeans|one generate x.wav
+generate: a top-p of 2|2|top-p|one $continue --top-p 2
+EOT
+cat v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl >many.jsonl
+"$eval" one generate many.jsonl --batch 1 --max-new 60 -o halted.jsonl >halted.out 2>&1 &
+halted=$!
+while ! grep -q '^prompts' halted.out && kill -0 $halted 2>/dev/null; do :; done
+kill -INT $halted
+check 'generate: a signal ends it with status 0' 'status' wait $halted
+check 'generate: what was done by then is in another file' 'files' sh -c 'grep -q "^stopped  after [0-9]* of 200" halted.out && test -f halted.jsonl.partial -a ! -e halted.jsonl'
+
+# ---- test sets ----
+
+mkdir -p zero/lexical/dev pairset/one pairset/two salmon/bg_alignment salmon/speaker_consistency empty_set
+echo 'id,filename,voice,frequency,word,phones,length,correct' >zero/lexical/dev/gold.csv
+i=0
+for file in speech/*.wav; do
+    cp "$file" "zero/lexical/dev/f$i.wav"
+    echo "$((i / 4)),f$i,v$((i / 2 % 2)),$((i * i)),,,5,$((i % 2))" >>zero/lexical/dev/gold.csv
+    [ $i -ge 8 ] || cp "$file" "pairset/$([ $i -lt 4 ] && echo one || echo two)/${i}_x.wav"
+    [ $i -ge 4 ] || cp "$file" "salmon/$([ $i -lt 2 ] && echo bg_alignment || echo speaker_consistency)/sample_0_$((i % 2)).wav"
+    i=$((i + 1))
+done
+check 'swuggy: audio' 'status or count' sh -c "'$eval' spoken swuggy zero --kmeans km.npy --json audio.json --submission audio.txt && grep -q '\"n\": 6,' audio.json && test \$(wc -l <audio.txt) = 24"
+check 'swuggy: the same from units' 'differ' sh -c "'$tokenize' zero/lexical/dev --kmeans km.npy -o zero.jsonl && '$eval' spoken swuggy zero/lexical/dev --units zero.jsonl --json units.json --submission units.txt &&
+    cmp audio.json units.json && cmp audio.txt units.txt"
+check 'storycloze: folders of pairs' 'count' sh -c "'$eval' spoken storycloze pairset --kmeans km.npy --sum --json pairset.json && grep -q '\"of\": \"sum\", \"n\": 4,' pairset.json"
+check 'storycloze: from units alone' 'differ' sh -c "'$tokenize' pairset --kmeans km.npy -o pairset.jsonl && '$eval' spoken storycloze --units pairset.jsonl --sum --json pairset2.json && cmp pairset.json pairset2.json"
+check 'salmon: by part' 'parts' sh -c "'$eval' spoken salmon salmon --kmeans km.npy --json salmon.json && grep -q '\"by_part\": \[{\"part\": \"bg_alignment\", \"n\": 1' salmon.json"
+check 'JSON: pairs and scores' 'members' sh -c "grep -q '\"by_vocabulary\": \[{\"vocabulary\": \"in\", \"n\": 6,' units.json && test \$(grep -c '^{\"right\": \"f' units.json) = 12 -a \$(grep -c '^{\"name\": \"f' units.json) = 24"
+check 'JSON into a pipe' 'JSON' sh -c "'$eval' spoken swuggy zero --units zero.jsonl --json /dev/stdout | sed -n '/^{/,\$p' | head -n 37 | grep -q '\"task\": \"swuggy\"'"
+mv zero/lexical/dev/f3.wav f3.wav
+refuses 'a missing wav' 1 'f3: no such file' "$eval" spoken swuggy zero --kmeans km.npy
+: >zero/lexical/dev/f3.wav
+check 'a wav that cannot be decoded' 'status or message' sh -c "'$eval' spoken swuggy zero --kmeans km.npy 2>skipped.err; test \$? = 1 &&
+    grep -q 'error: 1 of the set.s files cannot be decoded' skipped.err && grep -q f3.wav skipped.err"
+mv f3.wav zero/lexical/dev/f3.wav
+sed 's/"units": \[[0-9]*/"units": [20/' zero.jsonl >large.jsonl
+cat zero.jsonl zero.jsonl >twice.jsonl
+head -n 24 zero/lexical/dev/gold.csv >partner.csv
+refuse_all <<'EOT'
+audio without centroids|1|kmeans|spoken swuggy zero
+centroids of other units than the model|1|the model was trained on units of|spoken swuggy zero --kmeans other.npy
+units without one of the files|1|has no line with the name 'f0'|spoken swuggy zero --units pairset.jsonl
+units beyond the vocabulary|1|large.jsonl:1: unit 1 is 20, expected below 20|spoken swuggy zero --units large.jsonl
+two lines of one name|1|twice.jsonl:25: an earlier line has the name 'zero/lexical/dev/f0.wav'|spoken swuggy zero --units twice.jsonl
+a row without a partner|1|partner.csv:[0-9]*: id .* expected one of each|spoken swuggy partner.csv --units zero.jsonl
+an empty folder|1|empty_set|spoken sblimp empty_set --kmeans km.npy
+a split that PATH contradicts|1|dev/gold.csv: is not split test|spoken swuggy zero/lexical/dev --split test --units zero.jsonl
+a split that is not there|1|zero: is not split test|spoken swuggy zero --split test --units zero.jsonl
+a longer context than the model has|1|a context of 100000 tokens, the model has|spoken swuggy zero --units zero.jsonl --context 100000
+an output that cannot be written, before anything is scored|1|no/results.json: cannot be written|spoken swuggy zero --units zero.jsonl --json no/results.json
+no such task|2|there is no such task|spoken swuggly zero
+no task|2|no task after one|one
+two sets|2|one test set at a time|spoken swuggy zero zero
+salmon without a folder|1|expected the folder of SALMon's parts|spoken salmon
+EOT
+if [ -f "$programs/test/corpus/swuggy/gold.csv" ]; then
+    refuses 'a model of other units than the bundled set' 1 'the bundled data has units of tokenizer' "$eval" spoken swuggy
+    refuses 'a model of other units than the bundled pairs: dpo' 1 'the bundled data has units of tokenizer' "$dpo" --init spoken
+fi
+finish
