@@ -1,8 +1,9 @@
-/* eval.c - measures a model. `./eval` alone: the perplexity of the newest run, next to that of n-gram models; `./eval swuggy` (sblimp,
-   storycloze, salmon): how often it prefers the correct one of two sequences; `./eval generate`: continues prompts.
+/* eval.c - measures a model. `./eval` alone: the perplexity of the newest run, next to that of n-gram models; `./eval
+   swuggy` (sblimp, storycloze, salmon): how often it prefers the correct one of two sequences; `./eval generate`:
+   continues prompts.
 
-   The three measurements come first, then flags, and what is opened for a measurement. `mpirun -np N ./eval ...` shares the work
-   among N ranks, with the same numbers and files; rank 0 prints and writes. */
+   The three measurements come first, then flags, and what is opened for a measurement. `mpirun -np N ./eval ...` shares
+   the work among N ranks, with the same numbers and files; rank 0 prints and writes. */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
@@ -273,16 +274,18 @@ static void set_flags(program *p) {
     p->flags.at = p->table;
     p->flags.n = (int)(sizeof table / sizeof *table);
     p->flags.program = "eval";
-    p->flags.usage =
-        "[MODEL] ppl [DATA...] [options]\n       ./eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n       "
-        "./eval [MODEL] generate [PROMPTS...] [options]";
+    p->flags.usage = "[MODEL] ppl [DATA...] [options]\n"
+                     "       ./eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n"
+                     "       ./eval [MODEL] generate [PROMPTS...] [options]";
     p->flags.about =
-        "Measures a model: a folder with config.json and model.safetensors, or a run, whose newest checkpoint it takes; by default the "
-        "newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); without DATA on the run's validation data, "
-        "next to n-gram models of its training data. swuggy, sblimp, storycloze, salmon: how often the correct one of two sequences is "
-        "more likely. PATH: a folder of ZeroSpeech 2021 (gold.csv), of SlamKit's pairs of files, or of SALMon's parts, as audio or with "
-        "units; without PATH a bundled set. generate: continues PROMPTS: audio, unit files or token shards; without PROMPTS the "
-        "bundled validation data. Defaults stand in brackets; where there are two, the second is for generate.";
+        "Measures a model: a folder with config.json and model.safetensors, or a run, whose newest checkpoint it "
+        "takes; by default the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); "
+        "without DATA on the run's validation data, next to n-gram models of its training data. swuggy, sblimp, "
+        "storycloze, salmon: how often the correct one of two sequences is more likely. PATH: a folder of "
+        "ZeroSpeech 2021 (gold.csv), of SlamKit's pairs of files, or of SALMon's parts, as audio or with units; "
+        "without PATH a bundled set. generate: continues PROMPTS: audio, unit files or token shards; without "
+        "PROMPTS the bundled validation data. Defaults stand in brackets; where there are two, the second is for "
+        "generate.";
 }
 
 static int task_of(const char *word) {
@@ -363,9 +366,9 @@ static void add_all(slam_strings *to, const slam_strings *from) {
     for (size_t i = 0; i < from->n; i++) slam_strings_add(to, from->at[i]);
 }
 
-/* Without DATA: the run's validation data, or its training data if it was validated on none; n-grams are counted on its training data.
-   A model from elsewhere, or from dpo, is measured on the bundled data, as a run of train that names no data. Returns what the run
-   held out of its training data: then that is what is measured. */
+/* Without DATA: the run's validation data, or its training data if it was validated on none; n-grams are counted on its
+   training data. A model from elsewhere, or from dpo, is measured on the bundled data, as a run of train that names no
+   data. Returns what the run held out of its training data: then that is what is measured. */
 static double name_data(program *p, const char *argv0) {
     const int of_train = !strcmp(setting(p, "program", ""), "train");
     const double fraction = of_train ? atof(setting(p, "val-fraction", "0")) : 0;

@@ -8665,7 +8665,7 @@ typedef struct hubert_loader {
     const tensors *file;
     const char *folder, *prefix;
     char *used; // (file->n) whether the tensor is a part of the model
-    size_t at;  // weights stored so far
+    size_t end; // of the weights placed so far
     int ok;
 } hubert_loader;
 
@@ -8691,15 +8691,21 @@ static float *hubert_read(hubert_loader *l, const char *format, int layer, const
     return x;
 }
 
-/* Uploads x (n) and frees it. The first part of a matrix is aligned. The numbers are hashed before they are rounded. */
-static slam_act *hubert_store(hubert_loader *l, float *x, size_t n, int first) {
+/* Where n more weights go. */
+static size_t hubert_reserve(hubert_loader *l, size_t n) {
+    const size_t at = l->end;
+    l->end += round_up(n, 256);
+    return at;
+}
+
+/* Uploads x (n) and frees it. The hash takes places and numbers, before they are rounded, in the order of the calls. */
+static slam_act *hubert_store(hubert_loader *l, float *x, size_t n, size_t at) {
     slam_ops *ops = l->h->ops;
     float *wide = l->ok ? (float *)ops->alloc(ops, n * sizeof *wide) : NULL;
     slam_act *to = NULL;
     if ((l->ok = wide != NULL)) {
-        if (first) l->at = round_up(l->at, 256);
-        to = act_at(ops, l->h->state->weights, l->at);
-        l->at += n;
+        to = act_at(ops, l->h->state->weights, at);
+        l->h->hash ^= at;
         for (size_t i = 0; i < n; i++) {
             uint32_t bits;
             memcpy(&bits, &x[i], sizeof bits);
@@ -8714,20 +8720,22 @@ static slam_act *hubert_store(hubert_loader *l, float *x, size_t n, int first) {
 }
 
 /* The same for a convolution (OC,C,K), which becomes (OC,K,C), tap k multiplied by scale[k] (scale NULL: 1). */
-static slam_act *hubert_store_conv(hubert_loader *l, float *x, const float *scale, size_t OC, size_t C, size_t K) {
+static slam_act *hubert_store_conv(hubert_loader *l, float *x, const float *scale, size_t OC, size_t C, size_t K,
+                                   size_t at) {
     float *out = x ? NEW(float, OC *C *K) : NULL;
     for (size_t i = 0; x && i < OC * C * K; i++)
         out[(i / (C * K) * K + i % K) * C + i / K % C] = x[i] * (scale ? scale[i % K] : 1);
     free(x);
-    return hubert_store(l, out, OC * C * K, 1);
+    return hubert_store(l, out, OC * C * K, at);
 }
 
 /* NAME.weight of shape (a), (a,b) or (a,b,c), and NAME.bias (a) */
 static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *name, int layer, size_t a, size_t b,
                                size_t c, int bias) {
     float *w = hubert_read(l, name, layer, "weight", a, b, c);
-    m->w = c ? hubert_store_conv(l, w, NULL, a, b, c) : hubert_store(l, w, b ? a * b : a, 1);
-    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), a, 1);
+    const size_t n = a * (b ? b : 1) * (c ? c : 1), at = hubert_reserve(l, n);
+    m->w = c ? hubert_store_conv(l, w, NULL, a, b, c, at) : hubert_store(l, w, n, at);
+    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), a, hubert_reserve(l, a));
 }
 
 /* The convolution for positions, with one of
@@ -8737,8 +8745,10 @@ static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *n
 static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s) {
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
     const size_t C = s->config.C, K = s->config.taps, width = C / s->config.groups;
-    s->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), C, 1);
+    const size_t at = hubert_reserve(l, C * width * K);
+    s->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), C, hubert_reserve(l, C));
     if (s->config.batch_norm) {
+        s->positions.w = hubert_store_conv(l, hubert_read(l, conv, 0, "weight", C, width, K), NULL, C, width, K, at);
         float *w = hubert_read(l, norm, 0, "weight", C, 0, 0), *b = hubert_read(l, norm, 0, "bias", C, 0, 0);
         float *mean = hubert_read(l, norm, 0, "running_mean", C, 0, 0),
               *var = hubert_read(l, norm, 0, "running_var", C, 0, 0);
@@ -8750,9 +8760,8 @@ static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s)
         }
         free(mean);
         free(var);
-        s->batch_norm.w = hubert_store(l, w, C, 1);
-        s->batch_norm.b = hubert_store(l, b, C, 1);
-        s->positions.w = hubert_store_conv(l, hubert_read(l, conv, 0, "weight", C, width, K), NULL, C, width, K);
+        s->batch_norm.w = hubert_store(l, w, C, hubert_reserve(l, C));
+        s->batch_norm.b = hubert_store(l, b, C, hubert_reserve(l, C));
         return;
     }
     int newer = 0; // newer or older names of PyTorch
@@ -8765,7 +8774,7 @@ static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s)
         for (size_t i = k; i < C * width * K; i += K) squares += (double)v[i] * v[i];
         g[k] = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
     }
-    s->positions.w = hubert_store_conv(l, v, g, C, width, K);
+    s->positions.w = hubert_store_conv(l, v, g, C, width, K, at);
     free(g);
 }
 
@@ -8792,13 +8801,13 @@ static void hubert_load_weights(hubert_loader *l) {
     if (!k->stable) hubert_load_module(l, &s->norm, "encoder.layer_norm", 0, C, 0, 0, 1);
     for (int i = 0; i < l->h->layer; i++) {
         hubert_layer *w = &s->layers[i];
-        slam_act *part[6];
-        for (int j = 0; j < 3; j++)
-            part[j] = hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), C * C, j == 0);
-        for (int j = 0; j < 3; j++)
-            part[3 + j] = hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), C, j == 0);
-        w->qkv.w = part[0];
-        w->qkv.b = part[3];
+        const size_t at = hubert_reserve(l, 3 * C * C), bias_at = hubert_reserve(l, 3 * C);
+        for (int j = 0; j < 3; j++) {
+            slam_act *m = hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), C * C, at + j * C * C);
+            slam_act *bias = hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), C, bias_at + j * C);
+            if (j == 0) w->qkv.w = m;
+            if (j == 0) w->qkv.b = bias;
+        }
         hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 0, 1);
         hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 0, 1);
         hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 0, 1);

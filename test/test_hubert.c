@@ -364,6 +364,17 @@ static void test_config(slam_ops *ops) {
         check_fails(slam_tokenizer_load(check_path("wrong.npy"), &config, ops),
                     "has shape (3, 4), expected 1 to 65534 centroids of 24 numbers");
     }
+    if (TEST("hubert: hashes of slam 0.1, which are part of the fingerprints in shards")) {
+        static const char *const names[] = {"mhubert", "stable_batch_norm", "older_spelling"};
+        static const uint64_t hashes[] = {0xec28cbd324a455b0, 0x05197adf7002e3d9, 0xac7bdb4d5f024840};
+        for (int i = 0; i < 3; i++) {
+            char *folder = path_join("test/fixtures/hubert", names[i]);
+            slam_hubert *h = slam_hubert_load(ops, folder, 2);
+            CHECK(h && h->hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->hash : 0);
+            slam_hubert_free(h);
+            free(folder);
+        }
+    }
     if (TEST("hubert: preprocessor_config.json")) {
         static const char *const texts[] = {"{\"do_normalize\": false}", "{\"do_normalize\": true}",
                                             "{\"do_normalize\": 1}"};
