@@ -208,7 +208,7 @@ static void test_errors(slam_ops *ops) {
         {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has shape (24,16), expected (32,16)"},
         {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer is 2, expected 0 to 1"},
         {c, "\"intermediate_size\": 40", "\"intermediate_size\": 40, \"adapter_attn_dim\": 8", "adapter_attn_dim"},
-        {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true", "batch_norm.weight' is missing"},
+        {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true", "pos_conv_embed.conv.weight' is missing"},
         {c, "\"do_stable_layer_norm\": false", "\"do_stable_layer_norm\": \"no\"", "'do_stable_layer_norm'"},
         {m, "encoder.layers.1.final_layer_norm.bias", "encoder.layers.1.final_layer_norm.bios",
          "final_layer_norm.bias' is missing"},
