@@ -1181,7 +1181,7 @@ void slam_strings_free(slam_strings *list) {
 
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
-/* The next line of *at .. end, without its line ending (\n or \r\n), and its length; NULL at the end. */
+/* The next line of *at .. end, without its line break (\n or \r\n), and its length; NULL at the end. */
 static const char *next_line(const char **at, const char *end, size_t *n) {
     const char *line = *at;
     if (line >= end) return NULL;
@@ -3492,7 +3492,7 @@ int slam_cuda_count(void) { return 0; }
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
-/* PTX that needs compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() refuses such a build. */
+/* PTX that needs compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() fails in such a build. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define PTX(statement)
 #else
@@ -6082,7 +6082,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
-/* Refuses by its name what is not implemented. */
+/* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
     static const char *const biases[] = {"attention_bias", "mlp_bias"};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");

@@ -566,7 +566,7 @@ static void test_configs(void) {
         {"\"use_sliding_window\": true, \"layer_types\": [\"full_attention\"]", 10000},
     };
     slam_config c;
-    if (TEST("config.json: what is not implemented, absurd or missing is refused by name"))
+    if (TEST("config.json: unsupported, absurd or missing settings are errors that name them"))
         for (size_t k = 0; k < sizeof refused / sizeof *refused; k++)
             check_fails(load_config(&c, refused[k][0]), refused[k][1]);
     if (TEST("config.json: every spelling of the rotary base"))
