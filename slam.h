@@ -1000,6 +1000,7 @@ int slam_run_end(slam_run *, int status);                    /* slam_program_end
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -1017,6 +1018,9 @@ int slam_run_end(slam_run *, int status);                    /* slam_program_end
 #define SLAM_PRAGMA(text) _Pragma(#text)
 #else
 #define SLAM_PRAGMA(text)
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+static void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
 /* A loop whose iterations write to different places. Each thread takes a contiguous range of them. */
@@ -1048,29 +1052,18 @@ static THREAD_LOCAL char error_text[1024];
 
 const char *slam_error(void) { return error_text; }
 
-static int PRINTF_LIKE(1, 0) set_error_v(const char *format, va_list args) {
+/* Returns 0: `return set_error("%s: ...", path);` */
+#define set_error slam_set_error
+
+int PRINTF_LIKE(1, 2) slam_set_error(const char *format, ...) {
     char text[sizeof error_text]; // not error_text itself: it may be one of the arguments
+    va_list args;
+    va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
+    va_end(args);
     for (char *c = text; *c; c++) // file names may contain terminal escape sequences
         if (iscntrl((unsigned char)*c)) *c = '?';
     memcpy(error_text, text, sizeof text);
-    return 0;
-}
-
-/* Sets slam_error() and returns 0: `return set_error("%s: ...", path);` */
-static int PRINTF_LIKE(1, 2) set_error(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    set_error_v(format, args);
-    va_end(args);
-    return 0;
-}
-
-int slam_set_error(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    set_error_v(format, args);
-    va_end(args);
     return 0;
 }
 
@@ -1131,21 +1124,16 @@ static void strbuf_add_bytes(strbuf *s, const void *bytes, size_t n) {
     s->at[s->n] = 0;
 }
 
-static void PRINTF_LIKE(2, 0) strbuf_add_v(strbuf *s, const char *format, va_list args) {
-    va_list again;
-    va_copy(again, args);
-    const int n = vsnprintf(NULL, 0, format, args);
-    GROW(char, s->at, s->capacity, s->n + (size_t)n + 1);
-    vsnprintf(s->at + s->n, (size_t)n + 1, format, again);
-    va_end(again);
-    s->n += (size_t)n;
-}
-
 static void PRINTF_LIKE(2, 3) strbuf_add(strbuf *s, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    strbuf_add_v(s, format, args);
+    const size_t n = (size_t)vsnprintf(NULL, 0, format, args);
     va_end(args);
+    GROW(char, s->at, s->capacity, s->n + n + 1);
+    va_start(args, format);
+    vsnprintf(s->at + s->n, n + 1, format, args);
+    va_end(args);
+    s->n += n;
 }
 
 static void strbuf_free(strbuf *s) {
@@ -1155,12 +1143,12 @@ static void strbuf_free(strbuf *s) {
 
 /* The formatted string in memory of its own. */
 static char *PRINTF_LIKE(1, 2) string_print(const char *format, ...) {
-    strbuf s = ZERO;
+    char *s = NULL;
     va_list args;
     va_start(args, format);
-    strbuf_add_v(&s, format, args);
+    if (vasprintf(&s, format, args) < 0) SLAM_OUT_OF_MEMORY(strlen(format));
     va_end(args);
-    return s.at;
+    return s;
 }
 
 static int string_ends(const char *s, const char *end) {
@@ -1261,25 +1249,14 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
 
 /* Sets the number of threads of parallel loops, 0: one per core. Returns the number. */
 static int threads_set(int threads) {
-#ifdef _OPENMP
     if (threads > 0) omp_set_num_threads(threads);
     return omp_get_max_threads();
-#else
-    (void)threads;
-    return 1;
-#endif
 }
 
-static int threads_count(void) { return threads_set(0); }
+static int threads_count(void) { return omp_get_max_threads(); }
 
 /* Index of the calling thread in a parallel loop. */
-static int thread_index(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
+static int thread_index(void) { return omp_get_thread_num(); }
 
 /* ---- files ---- */
 
@@ -1332,77 +1309,64 @@ static int folder_list(const char *path, slam_strings *list) {
     return 1;
 }
 
-/* Removes a file, or a folder and everything below it. Symbolic links are removed, not followed. */
-static int remove_tree(const char *path) {
-    struct stat s;
-    if (lstat(path, &s) != 0) return errno == ENOENT || set_error("%s: %s", path, strerror(errno));
-    const int is_folder = S_ISDIR(s.st_mode);
-    slam_strings list = ZERO;
-    int ok = !is_folder || folder_list(path, &list);
-    for (size_t i = 0; ok && i < list.n; i++) {
-        char *below = path_join(path, list.at[i]);
-        ok = remove_tree(below);
-        free(below);
-    }
-    slam_strings_free(&list);
-    if (ok && (is_folder ? rmdir(path) : unlink(path)) != 0)
-        return set_error("%s: cannot be removed: %s", path, strerror(errno));
-    return ok;
+static int remove_entry(const char *path, const struct stat *s, int type, struct FTW *place) {
+    (void)s, (void)type, (void)place;
+    return remove(path) != 0 && !set_error("%s: cannot be removed: %s", path, strerror(errno));
 }
 
-/* A whole file as read-only memory: mapped if it is a regular file, else read (a pipe). */
+/* Removes a file, or a folder and everything below it. Symbolic links are removed, not followed. */
+static int remove_tree(const char *path) {
+    const int status = nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    if (status < 0 && errno != ENOENT) return set_error("%s: %s", path, strerror(errno));
+    return status <= 0;
+}
+
+/* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
+   copy. */
+static FILE *file_open(const char *path, const char *name, size_t *size) {
+    FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
+    struct stat s;
+    int ok = f && fstat(fileno(f), &s) == 0;
+    if (ok && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode)) {
+        char block[65536];
+        FILE *copy = tmpfile();
+        for (size_t n = 1; copy && n > 0; fwrite(block, 1, n, copy)) n = fread(block, 1, sizeof block, f);
+        ok = copy && !ferror(f) && fflush(copy) == 0 && !ferror(copy) && fstat(fileno(copy), &s) == 0;
+        if (copy) rewind(copy);
+        fclose(f);
+        f = copy;
+    }
+    if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
+    else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
+    *size = ok ? (size_t)s.st_size : 0;
+    if (ok) return f;
+    if (f) fclose(f);
+    return NULL;
+}
+
+/* A whole file as read-only memory. */
 typedef struct file_map {
     const unsigned char *data;
     size_t size;
-    int mapped;
 } file_map;
 
-static int file_map_read(file_map *map, const char *path, int fd) {
-    strbuf s = ZERO;
-    char block[65536];
-    ssize_t n;
-    while ((n = read(fd, block, sizeof block)) > 0) strbuf_add_bytes(&s, block, (size_t)n);
-    if (n < 0) {
-        strbuf_free(&s);
-        return set_error("%s: %s", path, strerror(errno));
+static int file_map_open(file_map *map, const char *path) {
+    FILE *f = file_open(path, path, &map->size);
+    map->data = NULL;
+    if (!f) return 0;
+    void *p = map->size ? mmap(NULL, map->size, PROT_READ, MAP_PRIVATE, fileno(f), 0) : NULL;
+    fclose(f);
+    if (p == MAP_FAILED) {
+        map->size = 0;
+        return set_error("%s: cannot be mapped: %s", path, strerror(errno));
     }
-    map->data = (const unsigned char *)s.at;
-    map->size = s.n;
+    map->data = (const unsigned char *)p;
     return 1;
 }
 
-static int file_map_open(file_map *map, const char *path) {
-    memset(map, 0, sizeof *map);
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat s;
-    int ok = 1;
-    if (fd < 0) return set_error("%s: cannot be opened: %s", path, strerror(errno));
-    if (fstat(fd, &s) != 0) ok = set_error("%s: %s", path, strerror(errno));
-    else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", path);
-    else if (!S_ISREG(s.st_mode)) ok = file_map_read(map, path, fd);
-    else if (s.st_size > 0) {
-        void *p = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (p == MAP_FAILED) ok = set_error("%s: cannot be mapped: %s", path, strerror(errno));
-        else map->data = (const unsigned char *)p, map->size = (size_t)s.st_size, map->mapped = 1;
-    }
-    close(fd);
-    return ok;
-}
-
 static void file_map_close(file_map *map) {
-    if (map->mapped) munmap((void *)(uintptr_t)map->data, map->size);
-    else free((void *)(uintptr_t)map->data);
+    if (map->size) munmap((void *)(uintptr_t)map->data, map->size);
     memset(map, 0, sizeof *map);
-}
-
-/* Flushes, syncs to disk and closes a file that was being written. A full disk is reported here at the latest. */
-static int file_close(FILE *f, const char *path) {
-    int ok = !ferror(f);
-    ok = fflush(f) == 0 && ok;
-    ok = fsync(fileno(f)) == 0 && ok;
-    const int why = errno;
-    ok = fclose(f) == 0 && ok;
-    return ok || set_error("%s: cannot be written: %s", path, strerror(why ? why : EIO));
 }
 
 /* Syncs a folder: only then are renames and new files in it on the disk. */
@@ -1414,47 +1378,32 @@ static int folder_sync(const char *path) {
     return ok || set_error("%s: cannot be synced: %s", path, strerror(errno));
 }
 
-/* A file that is written as PATH.part and renamed to PATH when it is complete, so that PATH is never half written. A
-   PATH that is not a regular file (/dev/stdout, a pipe) is written directly; then `part` is NULL. */
-typedef struct file_out {
-    FILE *f;
-    char *path, *part;
-} file_out;
+typedef struct bytes {
+    const void *at;
+    size_t n;
+} bytes;
 
-static int file_out_open(file_out *out, const char *path) {
+/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written. A PATH that is no
+   regular file (/dev/stdout, a pipe) is written directly. */
+static int file_write_parts(const char *path, const bytes *parts, size_t n) {
     struct stat s;
     const int direct = stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode);
-    out->part = direct ? NULL : string_print("%s.part", path);
-    out->f = fopen(direct ? path : out->part, "wb");
-    const int why = errno;
-    out->path = string_copy(path);
-    if (out->f) return 1;
-    free(out->part);
-    free(out->path);
-    return set_error("%s: cannot be written: %s", path, strerror(why));
-}
-
-static int file_out_write(file_out *out, const void *data, size_t n) {
-    return n == 0 || fwrite(data, 1, n, out->f) == n ||
-           set_error("%s: cannot be written: %s", out->path, strerror(errno));
-}
-
-/* Syncs, closes and renames; if not `ok`, removes. Returns 1 if the file is in place. */
-static int file_out_close(file_out *out, int ok) {
-    if (ok && out->part) ok = file_close(out->f, out->path);
-    else if (fclose(out->f) != 0 && ok) ok = set_error("%s: cannot be written: %s", out->path, strerror(errno));
-    if (ok && out->part && rename(out->part, out->path) != 0)
-        ok = set_error("%s: cannot be renamed into place: %s", out->path, strerror(errno));
-    if (!ok && out->part) unlink(out->part);
-    free(out->part);
-    free(out->path);
+    char *part = string_print("%s%s", path, direct ? "" : ".part");
+    FILE *f = fopen(part, "wb");
+    int ok = f != NULL;
+    for (const bytes *p = parts; ok && p < parts + n; p++) ok = p->n == 0 || fwrite(p->at, p->n, 1, f) == 1;
+    ok = ok && fflush(f) == 0 && (direct || fsync(fileno(f)) == 0);
+    if (f && fclose(f) != 0) ok = 0;
+    ok = ok && (direct || rename(part, path) == 0);
+    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
+    if (!ok && f && !direct) unlink(part);
+    free(part);
     return ok;
 }
 
-/* Writes a whole file. */
 static int file_write(const char *path, const void *data, size_t n) {
-    file_out out;
-    return file_out_open(&out, path) && file_out_close(&out, file_out_write(&out, data, n));
+    const bytes part = {data, n};
+    return file_write_parts(path, &part, 1);
 }
 
 /* ==========================================================================================
@@ -1477,11 +1426,11 @@ typedef struct json {
 } json;
 
 typedef struct json_parser {
-    const char *text, *what;
-    size_t n;
-    char *copy, *at; // a copy of the text that ends with 0; strings are unescaped in place
-    json *node;      // the next unused node
-    int depth;
+    char *at, *end; // in a copy of the text that ends with 0; strings are unescaped in place
+    char *line;     // start of the current line
+    int n_line, depth;
+    json *node; // the next unused node
+    const char *what;
 } json_parser;
 
 #define JSON_SIZE  100000000 // the largest header that the safetensors library reads
@@ -1501,20 +1450,20 @@ static size_t utf8_length(const char *at) {
 
 /* The error "what: line 3, byte 14: found '}', expected ..."; the line only if it is not the first. */
 static int json_expected(const json_parser *p, const char *expected) {
-    const size_t at = (size_t)(p->at - p->copy);
-    const int c = at < p->n ? (unsigned char)p->text[at] : 0;
-    char found[16] = "the end", place[32] = "";
-    size_t line = 1, start = 0;
-    for (size_t i = 0; i < at; i++)
-        if (p->text[i] == '\n') line++, start = i + 1;
-    if (at < p->n) snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    if (line > 1) snprintf(place, sizeof place, "line %zu, ", line);
-    return set_error("%s: %sbyte %zu: found %s, expected %s", p->what, place, at - start + 1, found, expected);
+    const int c = (unsigned char)*p->at;
+    char found[16] = "the end", line[24] = "";
+    if (p->at < p->end) snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    if (p->n_line > 1) snprintf(line, sizeof line, "line %d, ", p->n_line);
+    return set_error("%s: %sbyte %td: found %s, expected %s", p->what, line, p->at - p->line + 1, found, expected);
 }
 
 /* The next character that is not white space. */
 static char json_peek(json_parser *p) {
-    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
+    for (; *p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t'; p->at++)
+        if (*p->at == '\n') {
+            p->n_line++;
+            p->line = p->at + 1;
+        }
     return *p->at;
 }
 
@@ -1551,7 +1500,7 @@ static int json_parse_string(json_parser *p, const char **string) {
     char *out = ++p->at;
     *string = out;
     for (;;) {
-        while ((signed char)*p->at >= ' ' && *p->at != '"' && *p->at != '\\') *out++ = *p->at++;
+        while ((signed char)*p->at >= ' ' && *p->at != '"' && *p->at != '\\') *out++ = *p->at++; // ASCII
         if (*p->at == '"') break;
         if (*p->at == '\\') {
             if (!json_parse_escape(p, &out)) return 0;
@@ -1559,8 +1508,7 @@ static int json_parse_string(json_parser *p, const char **string) {
         }
         size_t length = utf8_length(p->at);
         if (length == 0) return json_expected(p, "UTF-8");
-        if (!*p->at) return json_expected(p, "the closing quote of a string");
-        if (length == 1) return json_expected(p, "an escape sequence for a control character");
+        if (length == 1) return json_expected(p, "a closing quote, or an escape sequence for a control character");
         while (length-- > 0) *out++ = *p->at++;
     }
     *out = 0;
@@ -1568,50 +1516,30 @@ static int json_parse_string(json_parser *p, const char **string) {
     return 1;
 }
 
-/* The double nearest to a decimal number like -12.5e-3, whatever the locale; NAN if s is not one, or is over 1000
-   bytes. */
-static double parse_double(const char *s) {
-    char text[1100], *end;
-    const char *point = strchr(s, '.');
-    const size_t n = strlen(s);
-    if (n == 0 || n > 1000 || strspn(s, "0123456789.+-eE") < n) return NAN;
-    if (point) {
-        snprintf(text, sizeof text, "%.*s%s%s", (int)(point - s), s, localeconv()->decimal_point, point + 1);
-        s = text;
-    }
-    const double x = strtod(s, &end);
-    return *end ? NAN : x;
-}
-
 static int json_parse_number(json_parser *p, json *j) {
-    char *text = p->at - 1; // one byte to the left, so that a 0 after it does not overwrite what follows the number
-    const char *first = p->at + (*p->at == '-'), *s = first;
-    double x = 0; // exact if it has at most 15 digits
+    char *first = p->at + (*p->at == '-'), *s = first, *text = p->at - 1, *end;
+    double x = 0; // exact up to 15 digits
     while (isdigit((unsigned char)*s)) x = 10 * x + (*s++ - '0');
     int ok = s > first && (s == first + 1 || *first != '0') && (*s != '.' || isdigit((unsigned char)s[1]));
-    const int whole = s - first <= 15 && (!*s || !strchr(".+-eE", *s));
+    const int whole = s - first <= 15 && *s != '.' && *s != 'e' && *s != 'E';
     if (!whole) s += strspn(s, "0123456789.+-eE");
+    // one byte to the left, over the character before it, so that its 0 does not overwrite the one behind it
     const size_t n = (size_t)(s - p->at);
     memmove(text, p->at, n);
     text[n] = 0;
     j->string = text;
-    j->number = !whole ? parse_double(text) : *text == '-' ? -x : x;
-    if (!ok || !isfinite(j->number)) return json_expected(p, "a decimal number that a double can hold");
+    j->number = *text == '-' ? -x : x;
+    if (!whole) {
+        char *point = strchr(text, '.');
+        if (point) *point = *localeconv()->decimal_point;
+        j->number = strtod(text, &end);
+        if (point) *point = '.';
+        ok = ok && !*end;
+    }
+    if (!ok || !isfinite(j->number))
+        return set_error("%s: found %.40s, expected a decimal number that a double can hold", p->what, text);
     p->at += n;
     return 1;
-}
-
-/* Equal keys are found by sorting, so that an object of a million members takes no longer than reading it. */
-static int json_check_keys(json_parser *p, const json *object) {
-    const char **key = NEW(const char *, object->n), *twice = NULL;
-    size_t n = 0;
-    for (const json *j = object->first; j; j = j->next) key[n++] = j->key;
-    qsort((void *)key, n, sizeof *key, compare_strings);
-    for (size_t i = 1; i < n; i++)
-        if (strcmp(key[i - 1], key[i]) == 0) twice = key[i];
-    free((void *)key);
-    if (twice) p->at = p->copy + (twice - p->copy);
-    return !twice || json_expected(p, "each key only once in an object");
 }
 
 static int json_parse_value(json_parser *p, json *j);
@@ -1621,10 +1549,13 @@ static int json_parse_items(json_parser *p, json *j, char close) {
     json **link = &j->first;
     if (++p->depth > 64) return json_expected(p, "at most 64 levels of nesting");
     p->at++;
-    while (json_peek(p) != close) {
-        json *item = p->node++;
-        if (j->n > 0 && *p->at != ',') return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
-        p->at += j->n > 0;
+    for (; json_peek(p) != close; j->n++) {
+        json *item = *link = p->node++;
+        link = &item->next;
+        if (j->n > 0 && *p->at++ != ',') {
+            p->at--;
+            return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
+        }
         if (close == '}') {
             if (json_peek(p) != '"') return json_expected(p, "a key in quotes");
             if (!json_parse_string(p, &item->key)) return 0;
@@ -1632,12 +1563,8 @@ static int json_parse_items(json_parser *p, json *j, char close) {
             p->at++;
         }
         if (!json_parse_value(p, item)) return 0;
-        *link = item;
-        link = &item->next;
-        j->n++;
     }
     p->depth--;
-    if (close == '}' && j->n > 1 && !json_check_keys(p, j)) return 0;
     p->at++;
     return 1;
 }
@@ -1660,9 +1587,8 @@ static int json_parse_value(json_parser *p, json *j) {
 
 static void json_free(json *root) { free(root); }
 
-/* The value of n bytes of text, to be freed with json_free; NULL and an error that starts with `what`. Strict: UTF-8,
-   no key twice in an object, no number beyond a double, nothing after the end; and no \u0000, so that strings are C
-   strings. */
+/* The value of n bytes of text, to be freed with json_free; NULL and an error that starts with `what`. Strict, and
+   without \u0000, so that strings are C strings. */
 static json *json_parse(const char *text, size_t n, const char *what) {
     json_parser p = ZERO;
     size_t nodes = 1;
@@ -1672,15 +1598,17 @@ static json *json_parse(const char *text, size_t n, const char *what) {
     }
     for (size_t i = 0; i < n; i++) nodes += text[i] == ',' || text[i] == '[' || text[i] == '{'; // one before each item
     json *root = (json *)(void *)NEW(char, nodes * sizeof(json) + n + 2); // and the copy behind them
-    p.text = text;
     p.what = what;
-    p.n = n;
     p.node = root + 1;
-    p.copy = p.at = (char *)(root + nodes) + 1;
-    if (n) memcpy(p.copy, text, n);
-    int ok = json_parse_value(&p, root);
-    if (ok && (json_peek(&p) || p.at < p.copy + n)) ok = json_expected(&p, "nothing more");
-    if (ok) return root;
+    p.at = p.line = (char *)(root + nodes) + 1;
+    p.end = p.at + n;
+    p.n_line = 1;
+    if (n) memcpy(p.at, text, n);
+    if (json_parse_value(&p, root)) {
+        json_peek(&p);
+        if (p.at == p.end) return root;
+        json_expected(&p, "nothing more");
+    }
     json_free(root);
     return NULL;
 }
@@ -1693,11 +1621,12 @@ static json *json_load(const char *path) {
     return root;
 }
 
-/* The member of that name; NULL if there is none, if it is null, or if `object` is not an object. */
+/* The member of that name, of several the last; NULL if there is none, if it is null, or if `object` is no object. */
 static const json *json_get(const json *object, const char *key) {
-    const json *j = object && object->type == JSON_OBJECT ? object->first : NULL;
-    while (j && strcmp(j->key, key)) j = j->next;
-    return j && j->type != JSON_NULL ? j : NULL;
+    const json *found = NULL;
+    for (const json *j = object && object->type == JSON_OBJECT ? object->first : NULL; j; j = j->next)
+        if (strcmp(j->key, key) == 0) found = j;
+    return found && found->type != JSON_NULL ? found : NULL;
 }
 
 static const char *json_string(const json *object, const char *key, const char *fallback) {
@@ -1732,15 +1661,13 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
 
 /* The shortest text that reads back as the same double; null if it is not finite. */
 static void strbuf_add_number(strbuf *out, double x) {
-    char text[40], *to = text;
+    char text[40];
     // 15 digits survive a double that is not subnormal, so that %g may drop their trailing zeros
     int digits = fabs(x) < 0x1p-1022 ? 0 : 14;
     do snprintf(text, sizeof text, "%.*g", ++digits, x);
     while (digits < 17 && strtod(text, NULL) != x); // 17 tell any two doubles apart
-    for (const char *c = text; *c; c++)             // the decimal point of the locale may be several bytes
-        if (strchr("0123456789e+-", *c)) *to++ = *c;
-        else if (to > text && to[-1] != '.') *to++ = '.';
-    *to = 0;
+    char *point = strchr(text, *localeconv()->decimal_point);
+    if (point) *point = '.';
     strbuf_add(out, "%s", isfinite(x) ? text : "null");
 }
 
@@ -1758,29 +1685,27 @@ typedef struct field {
 static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
     for (const field *end = f + n; f < end; f++) {
         const json *j = json_get(object, f->name);
-        const int type = j ? j->type : JSON_NULL;
+        const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
         void *at = (char *)to + f->offset;
+        char expected[80] = "true or false";
         if (!j && !f->required) continue;
-        if (f->type == FIELD_BOOL) {
-            if (type != JSON_TRUE && type != JSON_FALSE)
-                return set_error("%s: '%s' is %.60s, expected true or false", what, f->name, json_describe(j));
-            *(int *)at = type == JSON_TRUE;
-        } else if (f->type == FIELD_HEX) {
+        int ok = type == JSON_TRUE || type == JSON_FALSE;
+        if (f->type == FIELD_HEX) {
             const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-            if (digits == 0 || digits > 16 || j->string[digits])
-                return set_error("%s: '%s' is %.60s, expected hexadecimal digits in quotes", what, f->name,
-                                 json_describe(j));
-            *(uint64_t *)at = strtoull(j->string, NULL, 16);
-        } else {
-            const int whole = f->type != FIELD_REAL;
-            if (type != JSON_NUMBER || j->number < f->min || j->number > f->max || (whole && !json_whole(j)))
-                return set_error("%s: '%s' is %.60s, expected a %snumber from %.16g to %.16g", what, f->name,
-                                 json_describe(j), whole ? "whole " : "", f->min, f->max);
-            if (f->type == FIELD_INT) *(int *)at = (int)j->number;
-            if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
-            if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
-            if (f->type == FIELD_REAL) *(double *)at = j->number;
+            ok = digits >= 1 && digits <= 16 && !j->string[digits];
+            snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
+        } else if (f->type != FIELD_BOOL) {
+            ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
+            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min,
+                     f->max);
         }
+        if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
+        if (f->type == FIELD_INT) *(int *)at = (int)j->number;
+        if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
+        if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
+        if (f->type == FIELD_REAL) *(double *)at = j->number;
+        if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
+        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
     }
     return 1;
 }
@@ -1831,8 +1756,9 @@ static const char *const dtype_names[] = {"F32", "F16", "BF16", "F64", "I32", "I
 typedef struct tensor {
     const char *name;
     int dtype, rank;
-    size_t shape[8], count;
-    const unsigned char *data; // not necessarily aligned
+    size_t shape[8];
+    const void *data; // not necessarily aligned
+    size_t count;     // of numbers, and the file: of a tensor that was read
     const char *file;
 } tensor;
 
@@ -1902,24 +1828,17 @@ static int tensor_parse(tensor *t, const json *entry, const unsigned char *data,
     return 1;
 }
 
-static int compare_tensor_places(const void *a, const void *b) {
-    const tensor *x = (const tensor *)a, *y = (const tensor *)b;
-    if (x->data != y->data) return x->data < y->data ? -1 : 1;
-    return (x->count > 0) - (y->count > 0); // empty ones first
-}
-
-static int compare_tensor_names(const void *a, const void *b) {
+static int compare_tensors(const void *a, const void *b) {
     return strcmp(((const tensor *)a)->name, ((const tensor *)b)->name);
 }
 
 /* Adds the tensors of a file. Takes over its bytes, on failure too. */
-static int tensors_add(tensors *t, const char *name, file_map *map) {
-    const size_t first = t->n, size = map->size;
+static int tensors_add(tensors *t, const char *path, const file_map *map) {
+    const size_t size = map->size;
     uint64_t n = 0;
-    char *path = string_copy(name);
     GROW(tensors_file, t->file, t->file_capacity, t->files + 1);
     tensors_file *file = &t->file[t->files++];
-    file->path = path;
+    file->path = string_copy(path);
     file->map = *map;
     file->header = NULL;
     if (size > 8) memcpy(&n, map->data, 8);
@@ -1928,36 +1847,27 @@ static int tensors_add(tensors *t, const char *name, file_map *map) {
                          (double)n);
     file->header = json_parse((const char *)map->data + 8, (size_t)n, path);
     if (!file->header) return 0;
-    const unsigned char *data = map->data + 8 + n;
-    const size_t bytes = size - 8 - n;
-    size_t at = 0;
+    const size_t bytes = size - 8 - (size_t)n;
+    size_t sum = 0;
     GROW(tensor, t->at, t->capacity, t->n + file->header->n + 1);
-    const json *metadata = json_get(file->header, "__metadata__");
-    int strings = !metadata || metadata->type == JSON_OBJECT;
-    for (const json *j = metadata ? metadata->first : NULL; j; j = j->next) strings &= j->type == JSON_STRING;
-    if (!strings) return set_error("%s: __metadata__ has other values, expected an object of strings", path);
-    for (const json *j = file->header->first; j; j = j->next)
-        if (strcmp(j->key, "__metadata__") && !tensor_parse(&t->at[t->n++], j, data, bytes, path)) return 0;
-    qsort(t->at + first, t->n - first, sizeof *t->at, compare_tensor_places);
-    for (const tensor *x = t->at + first; x < t->at + t->n; at += x->count * dtype_bytes[x->dtype], x++)
-        if (x->data != data + at) return set_error("%s: there is a gap or overlap before tensor '%s'", path, x->name);
-    if (at != bytes) return set_error("%s: found %zu bytes of data, expected tensors of %zu", path, bytes, at);
-    qsort(t->at, t->n, sizeof *t->at, compare_tensor_names);
+    for (const json *j = file->header->first; j; j = j->next) {
+        if (strcmp(j->key, "__metadata__") == 0) continue;
+        tensor *x = &t->at[t->n++];
+        if (!tensor_parse(x, j, map->data + 8 + n, bytes, file->path)) return 0;
+        sum += x->count * dtype_bytes[x->dtype];
+    }
+    if (sum != bytes) return set_error("%s: found %zu bytes of data, expected tensors of %zu", path, bytes, sum);
+    qsort(t->at, t->n, sizeof *t->at, compare_tensors);
     for (const tensor *x = t->at + 1; x < t->at + t->n; x++)
         if (!strcmp(x[-1].name, x->name))
             return set_error("%s: tensor '%s' is also in %s", x->file, x->name, x[-1].file);
     return 1;
 }
 
-static int tensors_add_path(tensors *t, const char *path) {
-    file_map map;
-    return file_map_open(&map, path) && tensors_add(t, path, &map);
-}
-
 static const tensor *tensors_find(const tensors *t, const char *name) {
     tensor key = ZERO;
     key.name = name;
-    return t->n ? (const tensor *)bsearch(&key, t->at, t->n, sizeof *t->at, compare_tensor_names) : NULL;
+    return t->n ? (const tensor *)bsearch(&key, t->at, t->n, sizeof *t->at, compare_tensors) : NULL;
 }
 
 /* The value of `key` in the metadata of the (first) file, or NULL. */
@@ -1965,7 +1875,7 @@ static const char *tensors_metadata(const tensors *t, const char *key) {
     return t->files ? json_string(json_get(t->file[0].header, "__metadata__"), key, NULL) : NULL;
 }
 
-/* Adds the files that an index names. Only files beside it are opened, and each tensor has to be where it says. */
+/* Adds the files that an index names; only files beside it are opened. */
 static int tensors_add_index(tensors *t, const char *folder, const char *index) {
     json *root = json_load(index);
     const json *map = json_get(root, "weight_map");
@@ -1975,43 +1885,40 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
     for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
         const char *name = j->type == JSON_STRING ? j->string : "";
         char *path = path_join(folder, name);
+        file_map file;
         size_t i = 0;
         while (i < t->files && strcmp(path_name(t->file[i].path), name)) i++;
         if (!*name || strchr(name, '/') || !path_is_file(path))
             ok = set_error("%s: tensor '%s' is in '%s', expected a file in the same folder", index, j->key, name);
-        else if (i == t->files) ok = tensors_add_path(t, path);
+        else if (i == t->files) ok = file_map_open(&file, path) && tensors_add(t, path, &file);
         free(path);
-    }
-    for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
-        const tensor *found = tensors_find(t, j->key);
-        if (!found || strcmp(path_name(found->file), j->string))
-            ok = set_error("%s: tensor '%s' is not in '%s', expected it there", index, j->key, j->string);
     }
     json_free(root);
     return ok;
 }
-
-static const char pickled_advice[] =
-    "%s: found only pytorch_model.bin, which can contain programs and is not read, expected model.safetensors; "
-    "convert it, in this folder, with python3 -c \"import torch, safetensors.torch as s; s.save_file({k: v.clone()"
-    ".contiguous() for k, v in torch.load('pytorch_model.bin', map_location='cpu', weights_only=True).items()}, "
-    "'model.safetensors', {'format': 'pt'})\"";
 
 /* The tensors of a .safetensors file or of a model's folder; NULL and an error if anything in them is wrong. */
 static tensors *tensors_open(const char *path) {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"};
     tensors *t = NEW(tensors, 1);
     char *file = string_copy(path);
+    file_map map;
     int kind = 0, ok = 0;
     for (; path_is_folder(path) && kind < 3; kind++) {
         free(file);
         file = path_join(path, names[kind]);
         if (path_is_file(file)) break;
     }
-    if (kind == 0) ok = tensors_add_path(t, file);
-    if (kind == 1) ok = tensors_add_index(t, path, file);
-    if (kind == 2) set_error(pickled_advice, path);
-    if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
+    if (kind == 0) ok = file_map_open(&map, file) && tensors_add(t, file, &map);
+    else if (kind == 1) ok = tensors_add_index(t, path, file);
+    else if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
+    else
+        set_error(
+            "%s: found only pytorch_model.bin, which can contain programs and is not read, expected "
+            "model.safetensors; convert it, in this folder, with python3 -c \"import torch, safetensors.torch as s; "
+            "s.save_file({k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', map_location='cpu', "
+            "weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\"",
+            path);
     free(file);
     if (ok) return t;
     tensors_close(t);
@@ -2058,7 +1965,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
         return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = t->data + first * dtype_bytes[t->dtype];
+    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
     if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
     for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
         memcpy(&wide, from + 8 * i, 8);
@@ -2071,93 +1978,71 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
-/* A tensor to be written. */
-typedef struct tensor_out {
-    const char *name;
-    int dtype, rank;
-    size_t shape[8];
-    const void *data;
-} tensor_out;
-
 /* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
    expects, is always added. */
-static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
+static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
-    file_out out;
+    bytes *parts = NEW(bytes, n + 2); // length, header, tensors
     strbuf_add(&header, "{\"__metadata__\":{\"format\":\"pt\"");
     for (int k = 0; metadata && metadata[k]; k++) {
         strbuf_add(&header, k % 2 ? ":" : ",");
         strbuf_add_json(&header, metadata[k]);
     }
     strbuf_add(&header, "}");
-    for (const tensor_out *t = list; t < list + n; t++) {
-        const size_t end = begin + tensor_bytes(t->dtype, t->rank, t->shape);
+    for (size_t i = 0; i < n; i++) {
+        const tensor *t = &list[i];
+        const size_t size = tensor_bytes(t->dtype, t->rank, t->shape);
         strbuf_add(&header, ",");
         strbuf_add_json(&header, t->name);
         strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
         strbuf_add_shape(&header, t->rank, t->shape);
-        strbuf_add(&header, "],\"data_offsets\":[%zu,%zu]}", begin, end);
-        begin = end;
+        strbuf_add(&header, "],\"data_offsets\":[%zu,%zu]}", begin, begin + size);
+        parts[2 + i].at = t->data;
+        parts[2 + i].n = size;
+        begin += size;
     }
     strbuf_add(&header, "}%*s", (int)(7 - header.n % 8), ""); // the data start at a multiple of 8
     const uint64_t length = header.n;
-    int ok = file_out_open(&out, path);
-    if (ok) {
-        ok = file_out_write(&out, &length, 8) && file_out_write(&out, header.at, header.n);
-        for (const tensor_out *t = list; ok && t < list + n; t++)
-            ok = file_out_write(&out, t->data, tensor_bytes(t->dtype, t->rank, t->shape));
-        ok = file_out_close(&out, ok);
-    }
+    parts[0].at = &length;
+    parts[0].n = 8;
+    parts[1].at = header.at;
+    parts[1].n = header.n;
+    const int ok = file_write_parts(path, parts, n + 2);
     strbuf_free(&header);
+    free(parts);
     return ok;
 }
 
-/* ---- npy (NumPy's format, versions 1 to 3) ----
-   "\x93NUMPY", major, minor, the length of the header (16 bits; 32 bits from version 2 on), the header, a Python
-   dictionary:
+/* ---- npy (NumPy's format, version 1) ----
+   "\x93NUMPY", 1, 0, the length of the header (16 bits), the header, a Python dictionary as numpy.save writes it:
        {'descr': '<f4', 'fortran_order': False, 'shape': (100, 39), }
    filled with spaces and ended by a newline so that the data, in row order, start at a multiple of 64. */
 
-static int npy_parse_header(char *h, int *dtype, size_t *rows, size_t *cols, const char *path) {
-    size_t n = 0;
-    int used = 0;
-    for (const char *c = h; *c; c++)
-        if (*c != ' ' && *c != '\n') h[n++] = *c;
-    h[n] = 0;
-    const char *shape = strstr(h, "'shape':("), *order = strstr(h, "'fortran_order':False");
-    *dtype = strstr(h, "'descr':'<f4'") ? DTYPE_F32 : strstr(h, "'descr':'<f8'") ? DTYPE_F64 : -1;
-    if (shape) sscanf(shape += 9, "%18zu,%18zu%n", rows, cols, &used);
-    if (used) used += shape[used] == ',';
-    // 48: the braces, the entries and the commas between them; one more may follow
-    const int braces = h[0] == '{' && h[n - 1] == '}' && shape && shape[used] == ')';
-    if (used && braces && order && *dtype >= 0 && n == 48 + (size_t)used + (h[n - 2] == ',')) return 1;
-    const char *advice = "save it with numpy.save(path, numpy.ascontiguousarray(x, 'float32'))";
-    return set_error("%s: found %.99s, expected float32 or float64, row order, two dimensions: %s", path, h, advice);
-}
-
 static int npy_parse(const file_map *map, const char *path, float **data, size_t *rows, size_t *cols) {
-    const unsigned char *file = map->data;
-    uint32_t length = 0;
-    int dtype;
-    if (map->size < 12 || memcmp(file, "\x93NUMPY", 6)) return set_error("%s: is not an .npy file", path);
-    if (file[6] < 1 || file[6] > 3) return set_error("%s: found .npy version %d, expected 1 to 3", path, file[6]);
-    const size_t start = file[6] == 1 ? 10 : 12, size = map->size - start;
-    memcpy(&length, file + 8, start - 8);
-    if (length > size) return set_error("%s: found %zu bytes, expected a header of %u", path, size, length);
-    char *header = string_copy_n((const char *)file + start, length);
-    int ok = npy_parse_header(header, &dtype, rows, cols, path);
-    free(header);
-    if (!ok) return 0;
-    const size_t R = *rows, C = *cols, n = R * C, bytes = size - length;
-    if ((C && R > bytes / C) || n * dtype_bytes[dtype] != bytes)
-        return set_error("%s: found %zu bytes of data, expected %zu x %zu %s", path, bytes, R, C, dtype_names[dtype]);
-    const tensor t = {path, dtype, 2, {R, C}, n, file + start + length, path};
-    float *x = *data = NEW(float, n);
-    tensor_floats(&t, x, 0, n);
+    char header[256] = "";
+    int width = 0, used = 0;
+    size_t length = 0;
+    if (map->size >= 10) length = map->data[8] | (size_t)map->data[9] << 8;
+    if (map->size < 10 + length || memcmp(map->data, "\x93NUMPY\x01", 7))
+        return set_error("%s: is not an .npy file of version 1, or is truncated", path);
+    memcpy(header, map->data + 10, length < 255 ? length : 255);
+    sscanf(header, "{'descr': '<f%1d', 'fortran_order': False, 'shape': (%18zu, %18zu), }%n", &width, rows, cols,
+           &used);
+    if (!used || header[used + (int)strspn(header + used, " \n")] || (width != 4 && width != 8))
+        return set_error("%s: found %.99s, expected float32 or float64, row order, two dimensions: save it with "
+                         "numpy.save(path, numpy.ascontiguousarray(x, 'float32'))",
+                         path, header);
+    const size_t R = *rows, C = *cols, n = R * C, bytes = map->size - 10 - length;
+    if ((C && R > bytes / C) || n * (size_t)width != bytes)
+        return set_error("%s: found %zu bytes of data, expected %zu x %zu float%d", path, bytes, R, C, 8 * width);
+    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, map->data + 10 + length, n, path};
+    float *x = NEW(float, n);
+    int ok = tensor_floats(&t, x, 0, n);
     for (size_t i = 0; ok && i < n; i++)
         if (!isfinite(x[i])) ok = set_error("%s: row %zu has %g, expected finite numbers", path, i / C, (double)x[i]);
-    if (!ok) free(x);
+    if (ok) *data = x;
+    else free(x);
     return ok;
 }
 
@@ -2171,13 +2056,11 @@ static int npy_read(const char *path, float **data, size_t *rows, size_t *cols) 
 
 static int npy_write(const char *path, const float *data, size_t rows, size_t cols) {
     char header[129], text[118];
-    file_out out;
     snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", rows, cols);
     snprintf(header, sizeof header, "\x93NUMPY\x01 v %-117s\n", text);
     header[7] = header[9] = 0; // version 1.0; 'v' is 118, the length of the header
-    if (!file_out_open(&out, path)) return 0;
-    const int ok = file_out_write(&out, header, 128) && file_out_write(&out, data, rows * cols * sizeof *data);
-    return file_out_close(&out, ok);
+    const bytes parts[2] = {{header, 128}, {data, rows * cols * sizeof *data}};
+    return file_write_parts(path, parts, 2);
 }
 
 /* ---- token shards (llm.c's format) ----
@@ -2194,8 +2077,6 @@ typedef struct shard {
     int V;                // 0: unknown
     uint32_t fingerprint; // 0: unknown
 } shard;
-
-static void shard_close(shard *s) { file_map_close(&s->map); }
 
 static int shard_parse(shard *s, const char *path) {
     int32_t h[5] = {0, 0, 0, 0, 0};
@@ -2216,9 +2097,11 @@ static int shard_parse(shard *s, const char *path) {
 static int shard_open(shard *s, const char *path) {
     memset(s, 0, sizeof *s);
     const int ok = file_map_open(&s->map, path) && shard_parse(s, path);
-    if (!ok) shard_close(s);
+    if (!ok) file_map_close(&s->map);
     return ok;
 }
+
+static void shard_close(shard *s) { file_map_close(&s->map); }
 
 /* A file that is appended to and resumed after a kill: sync it, then note `bytes` in a journal; a later process cuts it
    to the noted bytes and continues there. While it is open, no other process can open it this way. */
@@ -2269,7 +2152,8 @@ static int append_write(append_file *a, const void *data, size_t n) {
 static int append_sync(append_file *a) { return append_ok(a, fflush(a->f) == 0 && fsync(fileno(a->f)) == 0); }
 
 static int append_close(append_file *a) {
-    const int ok = !a->f || file_close(a->f, a->path);
+    const int ok = !a->f || append_sync(a);
+    if (a->f) fclose(a->f);
     free(a->path);
     memset(a, 0, sizeof *a);
     return ok;
@@ -2433,8 +2317,6 @@ typedef struct units_reader {
     size_t line;       // number of the last line that was read, from 1
 } units_reader;
 
-#define UNITS_LINE 64000000 // bytes of a line: units of some hundred hours
-
 static int units_open(units_reader *r, const char *path) {
     memset(r, 0, sizeof *r);
     if (!file_map_open(&r->map, path)) return 0;
@@ -2456,15 +2338,14 @@ static void units_close(units_reader *r) {
 static int units_next_json(units_reader *r, json **root) {
     const char *line;
     size_t n, blank;
-    do { // the search for the end of the line stops after UNITS_LINE bytes
-        line = next_line(&r->at, r->end - r->at > UNITS_LINE ? r->at + UNITS_LINE + 1 : r->end, &n);
+    do {
+        line = next_line(&r->at, r->end, &n);
         if (!line) return 0;
         r->line++;
-        for (blank = 0; blank < n && (line[blank] == ' ' || line[blank] == '\t' || line[blank] == '\r');) blank++;
+        for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
     free(r->what);
     r->what = string_print("%s:%zu", r->path, r->line);
-    if (n > UNITS_LINE) return set_error("%s: found a longer line, expected at most %d bytes", r->what, UNITS_LINE) - 1;
     *root = json_parse(line, n, r->what);
     return *root ? 1 : -1;
 }
@@ -6620,7 +6501,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor_out *out = NEW(tensor_out, n);
+    tensor *out = NEW(tensor, n);
     for (size_t k = 0; k < n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         char name[96];
@@ -8262,33 +8143,19 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
 
 /* ---- opening and reading ---- */
 
-/* A pipe can be read only once and in order: it is replaced by a temporary copy. */
-static int audio_copy_pipe(audio *a) {
-    char block[65536];
-    ssize_t n = -1;
-    FILE *copy = tmpfile();
-    while (copy && (n = read(a->fd, block, sizeof block)) > 0 && fwrite(block, 1, (size_t)n, copy) == (size_t)n) {}
-    const int ok = n == 0 && fflush(copy) == 0
-                       ? 1
-                       : set_error("%s: cannot be copied to a temporary file: %s", a->name, strerror(errno));
-    close(a->fd);
-    a->fd = copy ? fcntl(fileno(copy), F_DUPFD_CLOEXEC, 0) : -1;
-    if (copy) fclose(copy);
-    return ok;
-}
-
 /* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
 static int audio_open(audio *a, const char *path, const char *name) {
     unsigned char head[12] = {0};
-    struct stat s;
     uint64_t at = 0;
+    size_t size;
     memset(a, 0, sizeof *a);
     a->name = string_copy(name ? name : path);
-    a->fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (a->fd < 0 || fstat(a->fd, &s) != 0) return set_error("%s: cannot be opened: %s", a->name, strerror(errno));
-    if (S_ISDIR(s.st_mode)) return set_error("%s: is a folder, expected a file", a->name);
-    if (!S_ISREG(s.st_mode) && (!audio_copy_pipe(a) || fstat(a->fd, &s) != 0)) return 0;
-    a->size = (uint64_t)s.st_size;
+    FILE *f = file_open(path, a->name, &size);
+    a->fd = f ? fcntl(fileno(f), F_DUPFD_CLOEXEC, 0) : -1;
+    if (!f) return 0;
+    fclose(f);
+    if (a->fd < 0) return set_error("%s: cannot be opened: %s", a->name, strerror(errno));
+    a->size = size;
     audio_bytes(a, 0, head, sizeof head);
     if (!memcmp(head, "ID3",
                 3)) { // a tag in front: 10 bytes, and as many as its size says, which has 7 bits in each byte
@@ -10726,7 +10593,7 @@ int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t mo
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, logp};
+    const tensor out = {"logp", DTYPE_F64, 2, {p->n, 2}, logp, 2 * p->n, path};
     const int ok = tensors_write(path, &out, 1, metadata);
     free(logp);
     return ok;
@@ -10751,7 +10618,7 @@ int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_ha
     else ok = tensor_has_shape(t, 2, p->n, 2);
     for (size_t i = 0; ok && i < 2 * p->n; i++) {
         double *logp = &p->at[i / 2].reference[i % 2];
-        memcpy(logp, t->data + i * sizeof *logp, sizeof *logp);
+        memcpy(logp, (const char *)t->data + i * sizeof *logp, sizeof *logp);
         if (!isfinite(*logp)) ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
     }
     tensors_close(file);
@@ -11970,7 +11837,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
         slam_strings names = moment_names(tensors);
-        tensor_out *out = NEW(tensor_out, n);
+        tensor *out = NEW(tensor, n);
         char updates[32], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);

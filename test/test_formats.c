@@ -68,7 +68,7 @@ static void test_json_invalid(void) {
         {"-.5", "a decimal number that a double can hold"},
         {"1.e5", "a decimal number that a double can hold"},
         {"1.5.5", "a decimal number that a double can hold"},
-        {"1-2", "a decimal number that a double can hold"},
+        {"1-2", "found '-', expected nothing more"},
         {"+1", "found '+'"},
         {"1e", "a decimal number that a double can hold"},
         {"1e999", "a decimal number that a double can hold"},
@@ -89,7 +89,7 @@ static void test_json_invalid(void) {
         {"\"\\udc00\\ud800\"", "half of a surrogate pair"},
         {"\"\\ud800\\n\"", "half of a surrogate pair"},
         {"\"\\u0000\"", "not 0000"},
-        {"\"a\nb\"", "x.json: byte 3: found byte 0x0a, expected an escape sequence"},
+        {"\"a\nb\"", "x.json: byte 3: found byte 0x0a, expected a closing quote, or an escape"},
         {"\"\x80\"", "UTF-8"},
         {"\"\xc0\xaf\"", "UTF-8"},
         {"\"\xed\xa0\x80\"", "UTF-8"},
@@ -97,8 +97,6 @@ static void test_json_invalid(void) {
         {"\"\xe2\x82\"", "found byte 0xe2, expected UTF-8"},
         {"\xef\xbb\xbf{}", "found byte 0xef"},
         {"/* no */ 1", "found '/'"},
-        {"{\"a\":1,\"b\":2,\"a\":3}", "each key only once"},
-        {"{\"\\u0061\":1,\"a\":3}", "each key only once"},
         {"\n\n[1,\n  x]", "x.json: line 4, byte 3: found 'x'"},
         {"[1, x]", "x.json: byte 5: found 'x', expected a value"},
     };
@@ -116,13 +114,13 @@ static void test_json_invalid(void) {
     digits[1999] = 0;
     check_fails(parse(digits), "a decimal number that a double can hold");
     check_fails(json_parse("1\0", 2, "x.json"), "found byte 0x00, expected nothing more");
-    check_fails(json_parse("\"\0\"", 3, "x.json"), "found byte 0x00, expected the closing quote");
+    check_fails(json_parse("\"\0\"", 3, "x.json"), "found byte 0x00, expected a closing quote");
     check_fails(json_load(check_path("absent.json")), "cannot be opened");
     check_fails(json_load(text_file("empty.json", "")), "empty.json: byte 1: found the end, expected a value");
 }
 
 static void test_json_many_keys(void) {
-    if (!TEST("json: an object of 100000 keys, and one of them twice")) return;
+    if (!TEST("json: an object of 100000 keys; of equal keys the last counts")) return;
     strbuf t = ZERO;
     for (int i = 0; i < 100000; i++) strbuf_add(&t, "%c\"k%d\":%d", i ? ',' : '{', i, i);
     strbuf_add(&t, "}");
@@ -131,7 +129,9 @@ static void test_json_many_keys(void) {
     json_free(root);
     t.at[t.n - 1] = ',';
     strbuf_add(&t, "\"k500\":1}");
-    check_fails(json_parse(t.at, t.n, "x"), "found 'k', expected each key only once");
+    root = json_parse(t.at, t.n, "x");
+    CHECK(root && json_get(root, "k500")->number == 1 && json_get(root, "k501")->number == 501, "%s", slam_error());
+    json_free(root);
     strbuf_free(&t);
 }
 
@@ -140,7 +140,6 @@ static void check_number(double x, const char *expected) {
     strbuf_add_number(&t, x);
     json *root = json_parse(t.at, t.n, "x");
     CHECK(root && root->number == x && signbit(root->number) == signbit(x), "%.17g became %s", x, t.at);
-    CHECK(parse_double(t.at) == x, "%.17g became %s", x, t.at);
     if (expected) CHECK(strcmp(t.at, expected) == 0, "%.17g became %s, expected %s", x, t.at, expected);
     json_free(root);
     strbuf_free(&t);
@@ -166,7 +165,7 @@ static void test_json_numbers(void) {
                     {2.2250738585072014e-308, "2.2250738585072014e-308"},
                     {1.7976931348623157e308, "1.7976931348623157e+308"},
                     {9007199254740993.0, "9007199254740992"}};
-    static const char *const not_numbers[] = {"", "x", "1x", " 1", "1 ", "inf", "nan", "0x1p3", "1,5", "1e", "-", "."};
+    static const char *const not_numbers[] = {"", "x", "1x", "inf", "nan", "0x1p3", "1,5", "1e", "-", "."};
     if (TEST("json: the shortest text of a number")) {
         for (size_t i = 0; i < COUNT(shortest); i++) check_number(shortest[i].x, shortest[i].text);
         strbuf t = ZERO;
@@ -174,9 +173,7 @@ static void test_json_numbers(void) {
         strbuf_add_number(&t, -INFINITY);
         CHECK(strcmp(t.at, "nullnull") == 0, "%s", t.at);
         strbuf_free(&t);
-        for (size_t i = 0; i < COUNT(not_numbers); i++)
-            CHECK(isnan(parse_double(not_numbers[i])), "'%s' became %g", not_numbers[i], parse_double(not_numbers[i]));
-        CHECK(parse_double("+.5e1") == 5 && parse_double("1e999") == INFINITY, "%g", parse_double("+.5e1"));
+        for (size_t i = 0; i < COUNT(not_numbers); i++) check_fails(parse(not_numbers[i]), "x.json: ");
     }
     if (TEST("json: 50000 doubles of any size survive, and are what strtod reads")) {
         uint64_t state = check_state.seed;
@@ -323,11 +320,11 @@ static void test_tensors_round_trip(void) {
     const float a[6] = {1, -2, 3.5f, -0.0f, INFINITY, 1e-42f}, b[3] = {7, 8, 9};
     const double c[1] = {1e300};
     const int32_t d[2] = {-5, 6};
-    const tensor_out list[] = {{"a", DTYPE_F32, 2, {2, 3}, a},
-                               {"d", DTYPE_I32, 1, {2}, d},
-                               {"b.\"quoted\"", DTYPE_F32, 1, {3}, b},
-                               {"c", DTYPE_F64, 0, {0}, c},
-                               {"e", DTYPE_F32, 2, {0, 4}, NULL}};
+    const tensor list[] = {{"a", DTYPE_F32, 2, {2, 3}, a, 0, NULL},
+                           {"d", DTYPE_I32, 1, {2}, d, 0, NULL},
+                           {"b.\"quoted\"", DTYPE_F32, 1, {3}, b, 0, NULL},
+                           {"c", DTYPE_F64, 0, {0}, c, 0, NULL},
+                           {"e", DTYPE_F32, 2, {0, 4}, NULL, 0, NULL}};
     static const char *const metadata[] = {"updates", "20", "note", "a \"b\"", NULL};
     const char *path = check_path("round.safetensors");
     float got[6] = {0};
@@ -336,7 +333,8 @@ static void test_tensors_round_trip(void) {
     if (!CHECK(t, "%s", slam_error())) return;
     const tensor *found = tensors_find(t, "a");
     CHECK(t->n == 5 && !strcmp(t->at[1].name, "b.\"quoted\"") && found == &t->at[0], "%zu tensors", t->n);
-    CHECK(t->file[0].map.size % 4 == 0 && (found->data - t->file[0].map.data) % 8 == 0, "data are not aligned");
+    CHECK(t->file[0].map.size % 4 == 0 && ((const unsigned char *)found->data - t->file[0].map.data) % 8 == 0,
+          "data are not aligned");
     CHECK(!strcmp(tensors_metadata(t, "format"), "pt") && !strcmp(tensors_metadata(t, "note"), "a \"b\"") &&
               !strcmp(tensors_metadata(t, "updates"), "20") && !tensors_metadata(t, "absent"),
           "metadata differ");
@@ -416,9 +414,9 @@ static void test_tensors_damaged(void) {
     } bad[] = {
         {23, "{" A "}", "tensor 'a' has no valid data_offsets, expected two up to 23"},
         {25, "{" A "}", "found 25 bytes of data, expected tensors of 24"},
-        {24, "{" A "," ENTRY("b", "F32", "[1]", "[20,24]") "}", "a gap or overlap before tensor 'b'"},
-        {32, "{" A "," ENTRY("b", "F32", "[1]", "[28,32]") "}", "a gap or overlap before tensor 'b'"},
-        {8, "{" ENTRY("b", "F32", "[1]", "[4,8]") "}", "a gap or overlap before tensor 'b'"},
+        {24, "{" A "," ENTRY("b", "F32", "[1]", "[20,24]") "}", "bytes of data, expected tensors of"},
+        {32, "{" A "," ENTRY("b", "F32", "[1]", "[28,32]") "}", "bytes of data, expected tensors of"},
+        {8, "{" ENTRY("b", "F32", "[1]", "[4,8]") "}", "bytes of data, expected tensors of"},
         {8, "{" ENTRY("b", "F32", "[1]", "[8,4]") "}", "no valid data_offsets"},
         {8, "{" ENTRY("b", "F32", "[1]", "[-4,0]") "}", "no valid data_offsets"},
         {8, "{" ENTRY("b", "F32", "[1]", "[0,18446744073709551620]") "}", "no valid data_offsets"},
@@ -441,9 +439,7 @@ static void test_tensors_damaged(void) {
          "has 0 bytes, expected 79228162514264337593"},
         {0, "{" ENTRY("b", "U8", "[4294967296,4294967296]", "[0,0]") "}",
          "has 0 bytes, expected 18446744073709551616 numbers"},
-        {24, "{" A "," A "}", "each key only once"},
-        {24, "{\"__metadata__\":[]," A "}", "__metadata__ has other values, expected an object of strings"},
-        {24, "{\"__metadata__\":{\"x\":1}," A "}", "__metadata__ has other values"},
+        {48, "{" A "," A "}", "tensor 'a' is also in"},
         {24, "{" A, "found the end"},
         {0, "[]", "10 bytes, expected a header of 2: truncated, or not safetensors"},
         {0, " {}", "11 bytes, expected a header of 3"},
@@ -464,8 +460,9 @@ static void test_tensors_damaged(void) {
         tensors *t = tensors_open(tensor_file(
             "order.safetensors",
             "{" ENTRY("b", "U8", "[2]", "[24,26]") "," ENTRY("z", "U8", "[5,0]", "[24,24]") "," A "}      ", 26));
-        CHECK(t && t->n == 3 && tensors_find(t, "b")->data[1] == 25 && tensors_find(t, "z")->count == 0, "%s",
-              slam_error());
+        CHECK(t && t->n == 3 && ((const unsigned char *)tensors_find(t, "b")->data)[1] == 25 &&
+                  tensors_find(t, "z")->count == 0,
+              "%s", slam_error());
         tensors_close(t);
         t = tensors_open(tensor_file("none.safetensors", "{}", 0));
         CHECK(t && t->n == 0 && !tensors_find(t, "a"), "%s", slam_error());
@@ -477,9 +474,6 @@ static void test_tensors_folders(void) {
     static const invalid indices[] = {
         {"{\"weight_map\": {\"a\": \"m-1.safetensors\", \"b\": \"m-3.safetensors\"}}",
          "model.safetensors.index.json: tensor 'b' is in 'm-3.safetensors', expected a file"},
-        {"{\"weight_map\": {\"a\": \"m-1.safetensors\", \"b\": \"m-1.safetensors\"}}",
-         "'b' is not in 'm-1.safetensors', expected it"},
-        {"{\"weight_map\": {\"a\": \"m-2.safetensors\", \"b\": \"m-1.safetensors\"}}", "expected it there"},
         {"{\"weight_map\": {\"b\": \"../outside.safetensors\"}}",
          "tensor 'b' is in '../outside.safetensors', expected a file in the same folder"},
         {"{\"weight_map\": {\"b\": \"..\"}}", "expected a file in the same folder"},
@@ -495,7 +489,7 @@ static void test_tensors_folders(void) {
     if (!TEST("safetensors: folders, shards, and invalid indices")) return;
     static const char index[] = "model/model.safetensors.index.json";
     const float a[2] = {1, 2}, b[3] = {3, 4, 5};
-    const tensor_out both[2] = {{"a", DTYPE_F32, 1, {2}, a}, {"b", DTYPE_F32, 1, {3}, b}};
+    const tensor both[2] = {{"a", DTYPE_F32, 1, {2}, a, 0, NULL}, {"b", DTYPE_F32, 1, {3}, b, 0, NULL}};
     char folder[1024];
     float got[3] = {0};
     snprintf(folder, sizeof folder, "%s", check_path("model"));
@@ -547,13 +541,11 @@ static const char *npy_file(int version, const char *dictionary, const void *dat
 #define NPY(descr, order, shape) "{'descr': " descr ", 'fortran_order': " order ", 'shape': " shape ", }"
 static void test_npy(void) {
     static const char *const good[] = {NPY("'<f4'", "False", "(2, 3)") "          \n",
-                                       "{'shape':(2,3),'descr':'<f4','fortran_order':False}",
-                                       "{ 'fortran_order' : False , 'shape' : (2, 3,) , 'descr' : '<f4' , }\n",
                                        NPY("'<f8'", "False", "(2, 3)") "          \n"};
     static const char header[] = "expected float32 or float64, row order, two dimensions";
     static const invalid bad[] = {
         {NPY("'<i8'", "False", "(2, 3)"),
-         "found {'descr':'<i8','fortran_order':False,'shape':(2,3),}, expected float32"},
+         "found {'descr': '<i8', 'fortran_order': False, 'shape': (2, 3), }, expected float32"},
         {NPY("'>f4'", "False", "(2, 3)"), header},
         {NPY("[('a', '<f4')]", "False", "(2, 3)"), header},
         {NPY("'<f4'", "True", "(2, 3)"), header},
@@ -561,7 +553,7 @@ static void test_npy(void) {
         {NPY("'<f4'", "False", "(6,)"), header},
         {NPY("'<f4'", "False", "()"), header},
         {NPY("'<f4'", "False", "(1, 2, 3)"), header},
-        {NPY("'<f4'", "False", "(2, 4)"), "found 24 bytes of data, expected 2 x 4 F32"},
+        {NPY("'<f4'", "False", "(2, 4)"), "found 24 bytes of data, expected 2 x 4 float32"},
         {NPY("'<f4'", "False", "(4294967296, 4294967296)"), "found 24 bytes of data, expected 4294967296 x"},
         {NPY("'<f4'", "False", "(2, 4611686018427387904)"), header},
         {NPY("'<f4'", "False", "(99999999999999999999, 1)"), header},
@@ -587,31 +579,27 @@ static void test_npy(void) {
         check_fails(npy_write(check_path("no/such/w.npy"), f, 2, 3), "cannot be written");
         check_fails(npy_read(check_path("no/such/w.npy"), &got, &rows, &cols), "cannot be opened");
     }
-    if (TEST("npy: float32 and float64 of all versions, keys in any order")) {
-        for (int version = 1; version <= 3; version++)
-            for (int i = 0; i < 4; i++) {
-                const char *path =
-                    npy_file(version, good[i], i == 3 ? (const void *)d : f, i == 3 ? sizeof d : sizeof f);
-                got = NULL;
-                CHECK(npy_read(path, &got, &rows, &cols), "%s", slam_error());
-                CHECK(got && rows == 2 && cols == 3 && memcmp(got, f, sizeof f) == 0, "version %d, header %d", version,
-                      i);
-                free(got);
-            }
+    if (TEST("npy: float32 and float64")) {
+        for (int i = 0; i < 2; i++) {
+            const char *path = npy_file(1, good[i], i ? (const void *)d : f, i ? sizeof d : sizeof f);
+            got = NULL;
+            CHECK(npy_read(path, &got, &rows, &cols), "%s", slam_error());
+            CHECK(got && rows == 2 && cols == 3 && memcmp(got, f, sizeof f) == 0, "header %d", i);
+            free(got);
+        }
     }
     if (!TEST("npy: anything but a matrix of finite numbers is an error")) return;
     for (size_t i = 0; i < COUNT(bad); i++)
         check_fails(npy_read(npy_file(1, bad[i].text, f, sizeof f), &got, &rows, &cols), bad[i].error);
     check_fails(npy_read(npy_file(1, good[0], infinite, sizeof infinite), &got, &rows, &cols),
                 "row 1 has inf, expected finite");
-    check_fails(npy_read(npy_file(1, good[3], large, sizeof large), &got, &rows, &cols), "row 1 has inf");
-    check_fails(npy_read(npy_file(4, good[0], f, sizeof f), &got, &rows, &cols), ".npy version 4, expected 1 to 3");
+    check_fails(npy_read(npy_file(1, good[1], large, sizeof large), &got, &rows, &cols), "row 1 has inf");
+    check_fails(npy_read(npy_file(4, good[0], f, sizeof f), &got, &rows, &cols), "is not an .npy file of version 1");
     check_fails(npy_read(npy_file(1, good[0], f, sizeof f - 1), &got, &rows, &cols), "23 bytes of data");
     check_fails(npy_read(npy_file(1, "{\0}", f, 3), &got, &rows, &cols), header);
     check_fails(npy_read(check_file("x.npy", "\x80\x04\x95 a pickled object", 20), &got, &rows, &cols),
                 "is not an .npy file");
-    check_fails(npy_read(check_file("x.npy", "\x93NUMPY\x02\x00\xff\xff\xff\x7f{}", 14), &got, &rows, &cols),
-                "found 2 bytes, expected a header of 2147483647");
+    check_fails(npy_read(check_file("x.npy", "\x93NUMPY\x01\x00\xff\xff{}", 12), &got, &rows, &cols), "is truncated");
     check_fails(npy_read(check_file("x.npy", "", 0), &got, &rows, &cols), "is not an .npy file");
 }
 
@@ -845,9 +833,9 @@ static void test_units(void) {
     }
     const char *endless = check_path("endless.jsonl");
     const int made = open(endless, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    CHECK(made >= 0 && ftruncate(made, (off_t)1 << 33) == 0 && close(made) == 0, "%s: %s", endless, strerror(errno));
+    CHECK(made >= 0 && ftruncate(made, 200000000) == 0 && close(made) == 0, "%s: %s", endless, strerror(errno));
     CHECK(units_open(&r, endless), "%s", slam_error());
-    check_fails(units_next(&r, &u) >= 0, "endless.jsonl:1: found a longer line, expected at most 64000000 bytes");
+    check_fails(units_next(&r, &u) >= 0, "endless.jsonl:1: found 200000000 bytes, expected at most 100000000");
     units_close(&r);
     unlink(endless);
     check_fails(units_open(&r, check_path("absent.jsonl")), "cannot be opened");
@@ -868,7 +856,7 @@ static int read_json(file_map *map) {
 static int read_tensors(file_map *map) {
     tensors *t = NEW(tensors, 1);
     const int ok = tensors_add(t, "damaged", map);
-    map->data = NULL; // tensors_add took it
+    t->file[0].map.size = 0; // not mapped: read_copy frees it
     for (size_t i = 0; ok && i < t->n; i++) {
         float number;
         for (size_t k = 0; k < t->at[i].count && tensor_floats(&t->at[i], &number, k, 1); k++) sink = number;
@@ -947,7 +935,7 @@ static void test_damage(void) {
         "\"s\": \"\\u00e9\\ud83d\\ude00\\n\"}";
     static const char features[] = "{\"units\": [3, 49, 7], \"duration\": [1, 2, 1], \"file_name\": \"a.wav\"}";
     static const char repr[] = "{\"audio_repr\": \"<Un3><Un49><Un7>\", \"file_name\": \"a.wav\"}";
-    const tensor_out list[] = {{"a", DTYPE_F32, 2, {2, 3}, numbers}, {"b", DTYPE_F64, 1, {3}, numbers}};
+    const tensor list[] = {{"a", DTYPE_F32, 2, {2, 3}, numbers, 0, NULL}, {"b", DTYPE_F64, 1, {3}, numbers, 0, NULL}};
     CHECK(tensors_write(check_path("damage.safetensors"), list, 2, NULL), "%s", slam_error());
     CHECK(npy_write(check_path("damage.npy"), numbers, 2, 3), "%s", slam_error());
     CHECK(write_shard(check_path("damage.bin"), tokens, 5, 100, 7), "%s", slam_error());

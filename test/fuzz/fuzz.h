@@ -31,6 +31,8 @@ static inline file_map fuzz_map(const void *bytes, size_t size) {
     return map;
 }
 
+static inline void fuzz_free(file_map *map) { free((void *)(uintptr_t)map->data); }
+
 /* The path of a file of the bytes, for readers that take a path. */
 static inline const char *fuzz_file(const void *bytes, size_t size) {
     static int fd = -1;

@@ -25,7 +25,7 @@ static void check(const json *j) {
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     file_map map = fuzz_map(bytes, size);
     json *root = json_parse((const char *)map.data, map.size, "fuzz");
-    file_map_close(&map);
+    fuzz_free(&map);
     if (root) check(root);
     json_free(root);
     return 0;

@@ -10,6 +10,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
         MUST(rows * cols <= size / 4);
         free(data);
     }
-    file_map_close(&map);
+    fuzz_free(&map);
     return 0;
 }

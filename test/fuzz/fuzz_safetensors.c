@@ -37,6 +37,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
         memcpy(&header, t->file[0].map.data, 8);
         check(t, t->file[0].map.size - 8 - header);
     }
+    t->file[0].map.size = 0; // not mapped
     tensors_close(t);
+    fuzz_free(&map);
     return 0;
 }
