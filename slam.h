@@ -1756,9 +1756,8 @@ static const char *const dtype_names[] = {"F32", "F16", "BF16", "F64", "I32", "I
 typedef struct tensor {
     const char *name;
     int dtype, rank;
-    size_t shape[8];
-    const void *data; // not necessarily aligned
-    size_t count;     // of numbers, and the file: of a tensor that was read
+    size_t shape[8], count;
+    const unsigned char *data; // not necessarily aligned
     const char *file;
 } tensor;
 
@@ -1965,7 +1964,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
         return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
+    const unsigned char *from = t->data + first * dtype_bytes[t->dtype];
     if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
     for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
         memcpy(&wide, from + 8 * i, 8);
@@ -1978,9 +1977,17 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
+/* A tensor to be written. */
+typedef struct tensor_out {
+    const char *name;
+    int dtype, rank;
+    size_t shape[8];
+    const void *data;
+} tensor_out;
+
 /* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
    expects, is always added. */
-static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
+static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
     bytes *parts = NEW(bytes, n + 2); // length, header, tensors
@@ -1991,7 +1998,7 @@ static int tensors_write(const char *path, const tensor *list, size_t n, const c
     }
     strbuf_add(&header, "}");
     for (size_t i = 0; i < n; i++) {
-        const tensor *t = &list[i];
+        const tensor_out *t = &list[i];
         const size_t size = tensor_bytes(t->dtype, t->rank, t->shape);
         strbuf_add(&header, ",");
         strbuf_add_json(&header, t->name);
@@ -2036,7 +2043,7 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     const size_t R = *rows, C = *cols, n = R * C, bytes = map->size - 10 - length;
     if ((C && R > bytes / C) || n * (size_t)width != bytes)
         return set_error("%s: found %zu bytes of data, expected %zu x %zu float%d", path, bytes, R, C, 8 * width);
-    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, map->data + 10 + length, n, path};
+    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, n, map->data + 10 + length, path};
     float *x = NEW(float, n);
     int ok = tensor_floats(&t, x, 0, n);
     for (size_t i = 0; ok && i < n; i++)
@@ -6501,7 +6508,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, n);
+    tensor_out *out = NEW(tensor_out, n);
     for (size_t k = 0; k < n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         char name[96];
@@ -10593,7 +10600,7 @@ int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t mo
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor out = {"logp", DTYPE_F64, 2, {p->n, 2}, logp, 2 * p->n, path};
+    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, logp};
     const int ok = tensors_write(path, &out, 1, metadata);
     free(logp);
     return ok;
@@ -10618,7 +10625,7 @@ int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_ha
     else ok = tensor_has_shape(t, 2, p->n, 2);
     for (size_t i = 0; ok && i < 2 * p->n; i++) {
         double *logp = &p->at[i / 2].reference[i % 2];
-        memcpy(logp, (const char *)t->data + i * sizeof *logp, sizeof *logp);
+        memcpy(logp, t->data + i * sizeof *logp, sizeof *logp);
         if (!isfinite(*logp)) ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
     }
     tensors_close(file);
@@ -11837,7 +11844,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
         slam_strings names = moment_names(tensors);
-        tensor *out = NEW(tensor, n);
+        tensor_out *out = NEW(tensor_out, n);
         char updates[32], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);

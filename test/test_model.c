@@ -587,8 +587,8 @@ static void test_configs(void) {
 }
 
 /* The tensors of a folder's file as a list to write, with space for one more. */
-static tensor *list_tensors(const tensors *file) {
-    tensor *list = NEW(tensor, file->n + 1);
+static tensor_out *list_tensors(const tensors *file) {
+    tensor_out *list = NEW(tensor_out, file->n + 1);
     for (size_t k = 0; k < file->n; k++) {
         const tensor *t = &file->at[k];
         list[k].name = t->name, list[k].rank = t->rank, list[k].dtype = t->dtype, list[k].data = t->data;
@@ -616,7 +616,7 @@ static void test_damaged_weights(slam_ops *ops) {
     for (int i = 0; i < 64; i++) poison[i] = i == 40 ? NAN : 1;
     for (int damage = 0; damage < 5; damage++) {
         const size_t n = file->n;
-        tensor *list = list_tensors(file), *o = list;
+        tensor_out *list = list_tensors(file), *o = list;
         while (strcmp(o->name, "model.layers.0.self_attn.o_proj.weight")) o++;
         if (damage == 0) o->name = "model.layers.0.self_attn.p_proj.weight";
         if (damage == 1) o->shape[0] = 4, o->shape[1] = 16;
@@ -646,7 +646,7 @@ static void test_tied_head(slam_ops *ops) {
     tensors *file = tensors_open(path);
     for (int differs = 0; differs < 2; differs++) {
         float *head = copy_of(m->master, 88);
-        tensor *list = list_tensors(file);
+        tensor_out *list = list_tensors(file);
         head[87] += (float)differs;
         list[file->n].name = "lm_head.weight", list[file->n].rank = 2, list[file->n].data = head;
         list[file->n].shape[0] = 11, list[file->n].shape[1] = 8;

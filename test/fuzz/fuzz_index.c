@@ -8,8 +8,7 @@ static void clean(void) { remove_tree(folder); }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const float numbers[6] = {1, 2, 3, 4, 5, 6};
-    const tensor first = {"a", DTYPE_F32, 2, {2, 3}, numbers, 0, NULL},
-                 second = {"b", DTYPE_F32, 1, {6}, numbers, 0, NULL};
+    const tensor_out first = {"a", DTYPE_F32, 2, {2, 3}, numbers}, second = {"b", DTYPE_F32, 1, {6}, numbers};
     (void)argc;
     (void)argv;
     MUST(mkdtemp(folder));
