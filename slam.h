@@ -109,17 +109,14 @@ typedef struct slam_mask {
     const float *rope;                /* (T,HS) per position: HS/2 cosines, HS/2 sines; NULL: no rotation */
 } slam_mask;
 
-/* Hyperparameters of one AdamW update. */
 typedef struct slam_adamw_params {
-    double lr, beta1, beta2, eps, weight_decay;
-    double clip; /* maximum norm of the gradient; 0: no clipping */
-    long step;   /* 1 for the first update (bias correction uses beta^step) */
+    double lr, beta1, beta2, eps, weight_decay, clip; /* clip: maximum norm of the gradient; 0: no clipping */
+    long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* A convolution over time. B rows of T frames, G groups of C input and OC output channels, TO output frames. */
+/* B rows of T frames, G groups of C input and OC output channels, K taps, TO output frames; gelu: GELU follows. */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride;
-    int gelu; /* apply GELU to the output */
+    int B, G, T, C, TO, OC, K, stride, gelu;
 } slam_conv;
 
 struct slam_ops {
@@ -139,8 +136,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* A second stream (cudaStream_t) for communication. begin: it waits for the work queued so far. end: later work
-       waits for it. done: 1 when it is idle. comm_stream NULL: there is none; MPI reads device memory directly. */
+    /* A second stream (cudaStream_t; NULL: none, MPI reads device memory). begin: it waits for the work queued so far.
+       end: later work waits for it. done: it is idle. */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -160,10 +157,9 @@ struct slam_ops {
            rstd_i = 1 / sqrt(mean_c s_ic^2 + eps)           y_ic = w_c rstd_i s_ic
            ds_ic += rstd_i (w_c dy_ic - s_ic rstd_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic rstd_i s_ic
-       N groups of G neighbouring rows of C numbers, groups `stride` numbers apart (a matrix: G = 1, stride = C; the
-       heads of a row of qkv: G = NH, C = HS, stride = its width). All arrays but w (C) and rstd (N G) lie like x.
-       delta NULL: s is x and not written. y may be x. The statistics are those of s as stored: recomputing gives the
-       same bits. ds holds the gradient from the residual stream on entry, the whole gradient of s on return. */
+       N groups of G rows of C numbers, groups `stride` apart (a matrix: G = 1, stride = C; the heads of qkv: G = NH,
+       C = HS, stride = its width), in all arrays but w (C) and rstd (N G). delta NULL: s is x, not written. y may be x.
+       On entry ds holds the gradient from the residual stream. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int G, int C, int stride);
     void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s,
@@ -195,8 +191,8 @@ struct slam_ops {
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_mask *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                const float *lse, const slam_act *qkv, const slam_mask *);
-    /* Decoding: one new token for each of B sequences. Row b of qkv is at position lengths_b < T. Its k' and v go to
-       that index of the cache, and it attends to indices 0..lengths_b. Uses B, T, NH, KVH, HS and rope of the mask.
+    /* Decoding: row b of qkv is the token at position lengths_b < T of sequence b. Its k' and v go to the cache, and it
+       attends to positions 0..lengths_b. Uses B, T, NH, KVH, HS and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -207,18 +203,18 @@ struct slam_ops {
 
     /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
            dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))    du = dh g sigmoid(g)
-       h (N,F)  gate_up (N,2F)  dgate_up (N,2F), may be gate_up itself */
+       h, dh (N,F)  gate_up, dgate_up (N,2F), may be the same */
     void (*swiglu_forward)(slam_ops *, slam_act *h, const slam_act *gate_up, int N, int F);
     void (*swiglu_backward)(slam_ops *, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F);
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V) in rows `stride` numbers apart, replaced by
-       dz if scale != 0 (0 for rows without a target and for the stride - V numbers of padding) */
+       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. If scale != 0, dz
+       replaces them; it is 0 without a target and in the stride - V numbers of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
                          float scale, int N, int V, int stride);
 
-    /* out[0] += sum of x (n);  out[0] += sum of squares of x (n). The order of summation depends on n alone. */
+    /* out[0] += sum of x (n), of its squares, in an order that depends on n alone */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
     void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
 
@@ -234,18 +230,18 @@ struct slam_ops {
 
     /* Convolution over time without padding, optionally followed by GELU
            out_bt(g o) = sum_k sum_c x_bg(t stride + k)c w_(g o)kc + b_(g o)
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + K > T read past the
-       end of their row; that memory must exist, and the result is not used. */
+       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Frames with t stride + K > T read the memory
+       behind their row. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
-    /* Input of conv1d: splits channels into groups and pads with `before` zero frames in front and zeros behind
+    /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
            out_bgtc = scale_(g c) x_b(t - before)(g c) + shift_(g c)   where 0 <= t - before < length_b, else 0
        out (B,G,TO,C/G)  x (B,T,C)  lengths (B)  scale, shift (C), NULL: 1, 0 */
     void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
                          const slam_act *shift, int before, int B, int T, int TO, int C, int G);
     /* x_bt = 0 for t >= length_b      x (B,T,C)  lengths (B) */
     void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
-    /* GELU (Hendrycks and Gimpel 2016), exact: y = x Phi(x), Phi the normal distribution;  x, y (n), y may be x */
+    /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
            s = x + delta      y_ic = w_c (s_ic - mean_i) / sqrt(var_i + eps) + b_c
@@ -3005,7 +3001,7 @@ static query_tile tile_of(const slam_mask *mask, int b, int index) {
     t.first = t.i;
     int end = doc_end ? 0 : t.i + t.n;
     for (int i = t.i; i < t.i + t.n; i++) {
-        if (doc_start[i] < t.first) t.first = doc_start[i];
+        t.first = min_int(t.first, doc_start[i]);
         if (doc_end && doc_end[i] > end) end = doc_end[i];
     }
     t.keys = end - t.first;
@@ -4028,10 +4024,10 @@ static void cuda_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens
     each<WIDE<T>>(ops, __func__, N, C, embedding_op<T>{(T *)x, tokens, (const T *)table, C}, x, table);
 }
 
-/* A warp has `rows` rows of the table (one for up to 4096 rows) and 32 P of their channels,
-   P in each lane. It looks through all tokens, 8 in each lane at a time, and adds the rows of dx of those in its rows, in
-   registers as long as the token stays the same: each sum has one owner and one order. Bound by memory for a small
-   vocabulary: dx once, N C sizeof(T) bytes. Each warp also reads all tokens, 4 N bytes from the caches. */
+/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It looks through all tokens, 8 in a
+   lane at a time, and adds the rows of dx of those in its rows, in registers as long as the token stays the same: each
+   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. Each warp also
+   reads all tokens, 4 N bytes from the caches. */
 template <typename T, int P>
 KERNEL(256)
 embedding_backward_kernel(float *dtable, const T *__restrict__ dx, const int *tokens, int N, int C, int V, int rows) {
@@ -5361,8 +5357,9 @@ template <typename T> struct unfold_op {
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product, the last ones computed twice so that all products
-   have as many rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by memory. */
+/* As many frames at a time as fit behind the workspace of the product, some of the last computed twice so that all
+   products have the same number of rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by
+   memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
