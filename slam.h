@@ -109,17 +109,14 @@ typedef struct slam_mask {
     const float *rope;                /* (T,HS) per position: HS/2 cosines, HS/2 sines; NULL: no rotation */
 } slam_mask;
 
-/* Hyperparameters of one AdamW update. */
 typedef struct slam_adamw_params {
-    double lr, beta1, beta2, eps, weight_decay;
-    double clip; /* maximum norm of the gradient; 0: no clipping */
-    long step;   /* 1 for the first update (bias correction uses beta^step) */
+    double lr, beta1, beta2, eps, weight_decay, clip; /* clip: maximum norm of the gradient; 0: no clipping */
+    long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* A convolution over time. B rows of T frames, G groups of C input and OC output channels, TO output frames. */
+/* B rows of T frames, G groups of C input and OC output channels, K taps, TO output frames; gelu: GELU follows. */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride;
-    int gelu; /* apply GELU to the output */
+    int B, G, T, C, TO, OC, K, stride, gelu;
 } slam_conv;
 
 struct slam_ops {
@@ -139,8 +136,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* A second stream (cudaStream_t) for communication. begin: it waits for the work queued so far. end: later work
-       waits for it. done: 1 when it is idle. comm_stream NULL: there is none; MPI reads device memory directly. */
+    /* A second stream (cudaStream_t; NULL: none, MPI reads device memory). begin: it waits for the work queued so far.
+       end: later work waits for it. done: it is idle. */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -160,10 +157,9 @@ struct slam_ops {
            rstd_i = 1 / sqrt(mean_c s_ic^2 + eps)           y_ic = w_c rstd_i s_ic
            ds_ic += rstd_i (w_c dy_ic - s_ic rstd_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic rstd_i s_ic
-       N groups of G neighbouring rows of C numbers, groups `stride` numbers apart (a matrix: G = 1, stride = C; the
-       heads of a row of qkv: G = NH, C = HS, stride = its width). All arrays but w (C) and rstd (N G) lie like x.
-       delta NULL: s is x and not written. y may be x. The statistics are those of s as stored: recomputing gives the
-       same bits. ds holds the gradient from the residual stream on entry, the whole gradient of s on return. */
+       N groups of G rows of C numbers, groups `stride` apart (a matrix: G = 1, stride = C; the heads of qkv: G = NH,
+       C = HS, stride = its width), in all arrays but w (C) and rstd (N G). delta NULL: s is x, not written. y may be x.
+       On entry ds holds the gradient from the residual stream. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int G, int C, int stride);
     void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s,
@@ -195,8 +191,8 @@ struct slam_ops {
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_mask *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                const float *lse, const slam_act *qkv, const slam_mask *);
-    /* Decoding: one new token for each of B sequences. Row b of qkv is at position lengths_b < T. Its k' and v go to
-       that index of the cache, and it attends to indices 0..lengths_b. Uses B, T, NH, KVH, HS and rope of the mask.
+    /* Decoding: row b of qkv is the token at position lengths_b < T of sequence b. Its k' and v go to the cache, and it
+       attends to positions 0..lengths_b. Uses B, T, NH, KVH, HS and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -207,18 +203,18 @@ struct slam_ops {
 
     /* SwiGLU (Shazeer 2020)      h = g sigmoid(g) u       with g, u the halves of a row of gate_up
            dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))    du = dh g sigmoid(g)
-       h (N,F)  gate_up (N,2F)  dgate_up (N,2F), may be gate_up itself */
+       h, dh (N,F)  gate_up, dgate_up (N,2F), may be the same */
     void (*swiglu_forward)(slam_ops *, slam_act *h, const slam_act *gate_up, int N, int F);
     void (*swiglu_backward)(slam_ops *, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F);
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V) in rows `stride` numbers apart, replaced by
-       dz if scale != 0 (0 for rows without a target and for the stride - V numbers of padding) */
+       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. If scale != 0, dz
+       replaces them; it is 0 without a target and in the stride - V numbers of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
                          float scale, int N, int V, int stride);
 
-    /* out[0] += sum of x (n);  out[0] += sum of squares of x (n). The order of summation depends on n alone. */
+    /* out[0] += sum of x (n), of its squares, in an order that depends on n alone */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
     void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
 
@@ -234,18 +230,18 @@ struct slam_ops {
 
     /* Convolution over time without padding, optionally followed by GELU
            out_bt(g o) = sum_k sum_c x_bg(t stride + k)c w_(g o)kc + b_(g o)
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + K > T read past the
-       end of their row; that memory must exist, and the result is not used. */
+       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Frames with t stride + K > T read the memory
+       behind their row. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
-    /* Input of conv1d: splits channels into groups and pads with `before` zero frames in front and zeros behind
+    /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
            out_bgtc = scale_(g c) x_b(t - before)(g c) + shift_(g c)   where 0 <= t - before < length_b, else 0
        out (B,G,TO,C/G)  x (B,T,C)  lengths (B)  scale, shift (C), NULL: 1, 0 */
     void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
                          const slam_act *shift, int before, int B, int T, int TO, int C, int G);
     /* x_bt = 0 for t >= length_b      x (B,T,C)  lengths (B) */
     void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
-    /* GELU (Hendrycks and Gimpel 2016), exact: y = x Phi(x), Phi the normal distribution;  x, y (n), y may be x */
+    /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
            s = x + delta      y_ic = w_c (s_ic - mean_i) / sqrt(var_i + eps) + b_c
@@ -2893,7 +2889,7 @@ static query_tile tile_of(const slam_mask *mask, int b, int index) {
     t.first = t.i;
     int end = doc_end ? 0 : t.i + t.n;
     for (int i = t.i; i < t.i + t.n; i++) {
-        if (doc_start[i] < t.first) t.first = doc_start[i];
+        t.first = min_int(t.first, doc_start[i]);
         if (doc_end && doc_end[i] > end) end = doc_end[i];
     }
     t.keys = end - t.first;
@@ -3465,37 +3461,31 @@ typedef __nv_bfloat16 bf16;
 enum {
     CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, or the workspace of a product and unfolded frames behind it
     PRODUCT_WORKSPACE = 32 << 20, // what cuBLASLt recommends on Hopper
-    SLOT = 4 << 20,               // bytes of pinned memory in a slot of the ring for uploads
-    SLOTS = 4,                    // slots
     ALGORITHMS = 64               // algorithms of products that are remembered
 };
 
-/* What decides which algorithms cuBLASLt may use for a product. Alignments are in bytes, of the bias 0 if there is
-   none. */
+/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
 typedef struct product_shape {
     int flags, M, N, K, ldc;
     uint32_t align_A, align_B, align_C, align_bias;
 } product_shape;
 
 typedef struct cuda_ops {
-    slam_ops ops; // first, so that a slam_ops pointer is also one to this
+    slam_ops ops; // first: a slam_ops * of this backend is also a cuda_ops *
     char name[320];
     int device, processors; // its number, its multiprocessors
     cudaStream_t stream, comm;
     cudaEvent_t order;        // of the two streams
-    char *workspace;          // CUDA_WORKSPACE bytes; an op is done with it when the next one begins
-    const char *failed, *why; // the first op that failed since the last finish, NULL: none
+    char *workspace;          // CUDA_WORKSPACE bytes, free again when an op's last kernel is queued
+    const char *failed, *why; // the first op that failed since the last finish; NULL: none
     int late;                 // the failure may be an earlier kernel's
-    char *ring;               // (SLOTS, SLOT) pinned host memory
-    cudaEvent_t copied[SLOTS];
-    int slot; // the next one
     cublasLtHandle_t products;
-    product_shape shapes[ALGORITHMS]; // a ring
+    product_shape shapes[ALGORITHMS];
     cublasLtMatmulAlgo_t algorithms[ALGORITHMS];
-    int oldest; // the next to be replaced
+    int proposed; // how many were stored so far, the oldest are replaced
 } cuda_ops;
 
-/* Records the first failure, which finish reports. late: it may be that of an earlier kernel. */
+/* Records the first failure, which finish reports. */
 static void cuda_fail(slam_ops *ops, const char *operation, const char *why, int late) {
     cuda_ops *cuda = (cuda_ops *)ops;
     if (cuda->failed) return;
@@ -3504,7 +3494,6 @@ static void cuda_fail(slam_ops *ops, const char *operation, const char *why, int
     cuda->late = late;
 }
 
-/* 1 if there was no error. */
 static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
     const int late = error != cudaErrorInvalidConfiguration && error != cudaErrorInvalidValue;
     if (error != cudaSuccess) cuda_fail(ops, operation, cudaGetErrorString(error), late);
@@ -3559,10 +3548,9 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
     }
     cudaGetLastError(); // or the next launch would return it
     cudaMemGetInfo(&available, &total);
-    set_error(
-        "%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s; a smaller --micro-batch (eval: --batch), a shorter "
-        "--context or --recompute needs less",
-        cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
+    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: reduce --micro-batch (eval: --batch) or "
+              "--context, or use --recompute",
+              cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
     return NULL;
 }
 
@@ -3572,19 +3560,10 @@ static void cuda_release(slam_ops *ops, void *p) {
     cuda_check(ops, cudaFree(p), "release");
 }
 
-/* Through a ring of pinned slots, so that neither side waits: the host waits only for a slot whose last copy is in
-   flight. */
 static void cuda_upload(slam_ops *ops, void *to, const void *host, size_t bytes) {
-    cuda_ops *cuda = cuda_of(ops);
-    for (size_t done = 0; done < bytes; done += SLOT) {
-        const size_t n = bytes - done < (size_t)SLOT ? bytes - done : (size_t)SLOT;
-        char *pinned = cuda->ring + (size_t)cuda->slot * SLOT;
-        if (!cuda_check(ops, cudaEventSynchronize(cuda->copied[cuda->slot]), "upload")) return;
-        memcpy(pinned, (const char *)host + done, n);
-        cuda_check(ops, cudaMemcpyAsync((char *)to + done, pinned, n, cudaMemcpyHostToDevice, cuda->stream), "upload");
-        cuda_check(ops, cudaEventRecord(cuda->copied[cuda->slot], cuda->stream), "upload");
-        cuda->slot = (cuda->slot + 1) % SLOTS;
-    }
+    const cudaStream_t stream = cuda_of(ops)->stream;
+    cuda_check(ops, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream), "upload");
+    cuda_check(ops, cudaStreamSynchronize(stream), "upload"); // `host` may be reused now
 }
 
 /* After a failure `host` holds zeros. */
@@ -3611,18 +3590,14 @@ static int cuda_finish(slam_ops *ops) {
 
 /* ---- the communication stream ---- */
 
-/* Work that is enqueued in `waiting` from now on starts after all that is in `before`. */
-static void stream_wait(cuda_ops *cuda, cudaStream_t waiting, cudaStream_t before) {
-    cuda_check(&cuda->ops, cudaEventRecord(cuda->order, before), "cudaEventRecord");
-    cuda_check(&cuda->ops, cudaStreamWaitEvent(waiting, cuda->order, 0), "cudaStreamWaitEvent");
+/* Work that is queued in `waiting` from now on starts after all that is in `before`. */
+static void stream_wait(slam_ops *ops, cudaStream_t waiting, cudaStream_t before) {
+    cuda_check(ops, cudaEventRecord(cuda_of(ops)->order, before), "cudaEventRecord");
+    cuda_check(ops, cudaStreamWaitEvent(waiting, ((cuda_ops *)ops)->order, 0), "cudaStreamWaitEvent");
 }
 
-static void cuda_comm_begin(slam_ops *ops) {
-    stream_wait(cuda_of(ops), ((cuda_ops *)ops)->comm, ((cuda_ops *)ops)->stream);
-}
-static void cuda_comm_end(slam_ops *ops) {
-    stream_wait(cuda_of(ops), ((cuda_ops *)ops)->stream, ((cuda_ops *)ops)->comm);
-}
+static void cuda_comm_begin(slam_ops *ops) { stream_wait(ops, ((cuda_ops *)ops)->comm, ((cuda_ops *)ops)->stream); }
+static void cuda_comm_end(slam_ops *ops) { stream_wait(ops, ((cuda_ops *)ops)->stream, ((cuda_ops *)ops)->comm); }
 
 static int cuda_comm_done(slam_ops *ops) {
     const int done = cudaStreamQuery(cuda_of(ops)->comm) != cudaErrorNotReady;
@@ -3636,10 +3611,7 @@ static void cuda_close(slam_ops *ops) {
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->comm) cudaStreamSynchronize(cuda->comm);
     if (cuda->products) cublasLtDestroy(cuda->products);
-    for (int k = 0; k < SLOTS; k++)
-        if (cuda->copied[k]) cudaEventDestroy(cuda->copied[k]);
-    if (cuda->ring) cudaFreeHost(cuda->ring);
-    if (cuda->workspace) cudaFree(cuda->workspace);
+    cudaFree(cuda->workspace);
     if (cuda->order) cudaEventDestroy(cuda->order);
     if (cuda->comm) cudaStreamDestroy(cuda->comm);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
@@ -3765,14 +3737,16 @@ template <typename To, typename From> struct convert_op {
     }
 };
 
+template <typename To, typename From> static void convert(slam_ops *ops, To *out, const From *in, size_t n) {
+    if ((const void *)out != (const void *)in) each<4>(ops, __func__, 1, n, convert_op<To, From>{out, in}, out, in);
+}
+
 template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
-    if ((const void *)out == (const void *)in) return;
-    each<4>(ops, __func__, 1, n, convert_op<T, float>{(T *)out, in}, out, in);
+    convert(ops, (T *)out, in, n);
 }
 
 template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) {
-    if ((const void *)out == (const void *)in) return;
-    each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
+    convert(ops, out, (const T *)in, n);
 }
 
 /* 2 n sizeof(T) bytes */
@@ -3938,47 +3912,31 @@ static void cuda_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens
     each<WIDE<T>>(ops, __func__, N, C, embedding_op<T>{(T *)x, tokens, (const T *)table, C}, x, table);
 }
 
-enum { EMBEDDING_SCAN = 8, EMBEDDING_LIST = 128 * EMBEDDING_SCAN }; // tokens that a thread, a block look at together
-
-/* A block has `rows` rows of the table (one, up to 4096 of them) and 128 P of their channels, P in each thread. It
-   lists, in order, those of the next 1024 tokens that are in its rows, and adds their rows of dx, in registers as long
-   as the token stays the same: each sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N
-   C sizeof(T) bytes. Each block also reads all tokens, 4 N bytes from L2. */
+/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It looks through all tokens, 8 in a
+   lane at a time, and adds the rows of dx of those in its rows, in registers as long as the token stays the same: each
+   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. Each warp also
+   reads all tokens, 4 N bytes from the caches. */
 template <typename T, int P>
-KERNEL(128)
+KERNEL(256)
 embedding_backward_kernel(float *dtable, const T *__restrict__ dx, const int *tokens, int N, int C, int V, int rows) {
-    int *list = (int *)shared_memory(), *counts = list + EMBEDDING_LIST; // (EMBEDDING_LIST), (4)
-    const int first = blockIdx.x * rows, end = min(first + rows, V), c = (blockIdx.y * 128 + threadIdx.x) * P;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = (blockIdx.y * 32 + lane) * P;
+    const int first = (blockIdx.x * 8 + warp) * rows, end = min(first + rows, V);
     float sum[P] = {0}, x[P];
     int last = -1; // the token that sum belongs to
-    for (int i = 0; i < N; i += EMBEDDING_LIST) {
-        unsigned hits[EMBEDDING_SCAN];
-        int hits_of_warp = 0, at = 0, n = 0;
-        for (int k = 0; k < EMBEDDING_SCAN; k++) {
-            const int j = i + (warp * EMBEDDING_SCAN + k) * 32 + lane, token = j < N ? tokens[j] : -1;
-            hits[k] = __ballot_sync(0xffffffffu, token >= first && token < end);
-            hits_of_warp += __popc(hits[k]);
-        }
-        if (lane == 0) counts[warp] = hits_of_warp;
-        __syncthreads();
-        for (int w = 0; w < 4; w++) {
-            if (w < warp) at += counts[w];
-            n += counts[w];
-        }
-        for (int k = 0; k < EMBEDDING_SCAN; k++) {
-            const int before = __popc(hits[k] & ((1u << lane) - 1));
-            if (hits[k] >> lane & 1) list[at + before] = i + (warp * EMBEDDING_SCAN + k) * 32 + lane;
-            at += __popc(hits[k]);
-        }
-        __syncthreads();
-        for (int k = 0; k < n && c < C; k++) {
-            const int token = tokens[list[k]];
-            if (token != last && last >= 0) add_floats(dtable + (size_t)last * C + c, sum);
-            load(x, dx + (size_t)list[k] * C + c);
-            for (int j = 0; j < P; j++) sum[j] = (token == last ? sum[j] : 0) + x[j];
-            last = token;
-        }
+    for (int i = 0; i < N; i += 256) {
+        int token[8];
+        for (int k = 0; k < 8; k++) token[k] = i + 32 * k + lane < N ? tokens[i + 32 * k + lane] : -1;
+        UNROLL
+        for (int k = 0; k < 8; k++)
+            for (unsigned hits = __ballot_sync(0xffffffffu, token[k] >= first && token[k] < end); hits;
+                 hits &= hits - 1) {
+                const int hit = __ffs(hits) - 1, now = __shfl_sync(0xffffffffu, token[k], hit);
+                if (c >= C) continue;
+                if (now != last && last >= 0) add_floats(dtable + (size_t)last * C + c, sum);
+                load(x, dx + (size_t)(i + 32 * k + hit) * C + c);
+                for (int j = 0; j < P; j++) sum[j] = (now == last ? sum[j] : 0) + x[j];
+                last = now;
+            }
     }
     if (last >= 0) add_floats(dtable + (size_t)last * C + c, sum);
 }
@@ -3986,10 +3944,10 @@ embedding_backward_kernel(float *dtable, const T *__restrict__ dx, const int *to
 template <typename T>
 static void cuda_embedding_backward(slam_ops *ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C,
                                     int V) {
-    const int rows = (int)blocks(V, 4096), shared = (EMBEDDING_LIST + 4) * sizeof(int);
+    const int rows = (int)blocks(V, 4096);
     WITH_P(C % WIDE<T> == 0 && aligned16(dx, dtable),
-           LAUNCH(ops, (embedding_backward_kernel<T, P>), dim3(blocks(V, rows), blocks(C, 128 * P)), 128, shared,
-                  dtable, (const T *)dx, tokens, N, C, V, rows));
+           LAUNCH(ops, (embedding_backward_kernel<T, P>), dim3(blocks(V, 8 * rows), blocks(C, 32 * P)), 256, 0, dtable,
+                  (const T *)dx, tokens, N, C, V, rows));
 }
 
 /* ---- norms ----
@@ -4178,8 +4136,8 @@ typedef struct product_plan {
 } product_plan;
 
 static cublasStatus_t product_describe(product_plan *p, const product_shape *s, cudaDataType act, const void *bias) {
-    const int trans_A = s->flags & TRANS_A, trans_B = s->flags & TRANS_B, lda = trans_A ? s->M : s->K,
-              ldb = trans_B ? s->K : s->N;
+    const int trans_A = s->flags & TRANS_A, trans_B = s->flags & TRANS_B;
+    const int lda = trans_A ? s->M : s->K, ldb = trans_B ? s->K : s->N;
     const cublasOperation_t op_A = trans_A ? CUBLAS_OP_T : CUBLAS_OP_N, op_B = trans_B ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasLtEpilogue_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     cublasStatus_t status = cublasLtMatmulDescInit(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F);
@@ -4196,14 +4154,16 @@ static cublasStatus_t product_describe(product_plan *p, const product_shape *s, 
     return status;
 }
 
-/* The algorithms that cuBLASLt proposes, the best guess first; always the same for the same shape. A sum that is split
-   over K is added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split
-   sums on Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
-static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
-                                      product_plan *p, const product_shape *s) {
+/* The algorithm that cuBLASLt proposes first; always the same for the same shape. A sum that is split over K is added
+   in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split sums on Hopper
+   (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
+static cublasStatus_t product_propose(cublasLtMatmulAlgo_t *algorithm, cuda_ops *cuda, product_plan *p,
+                                      const product_shape *s) {
     cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t found;
     const size_t workspace = PRODUCT_WORKSPACE;
     const uint32_t schemes = s->K % 64 ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    int n = 0;
     cublasStatus_t status = cublasLtMatmulPreferenceInit(&preference);
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t name, const auto &value) {
         if (!status) status = cublasLtMatmulPreferenceSetAttribute(&preference, name, &value, sizeof value);
@@ -4214,50 +4174,42 @@ static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, in
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, s->align_A);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_C);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_C);
-    if (status) return status;
-    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found,
-                                          n);
+    if (!status)
+        status = cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, 1,
+                                                &found, &n);
+    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!status) *algorithm = found.algo;
+    return status;
 }
 
 /* The largest power of two up to 256 that divides p; 0 for NULL. */
 static uint32_t alignment(const void *p) {
-    uint32_t bytes = p ? 1 : 0;
-    while (p && bytes < 256 && (uintptr_t)p % (2 * bytes) == 0) bytes *= 2;
-    return bytes;
+    const uintptr_t at = (uintptr_t)p | (p ? 256 : 0);
+    return (uint32_t)(at & -at);
 }
 
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. By the algorithm that is remembered for the shape, else by the first proposed one that works. Bound by
-   arithmetic: 2 M N K. */
+   apart. Bound by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
-    enum { PROPOSED = 8 };
     cuda_ops *cuda = (cuda_ops *)ops;
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
-    cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
-    int known = 0, n = 0;
+    int at = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
-        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C, algorithm,
-                                cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
-        cudaGetLastError(); // or the next launch would return it
-        return !status;
-    };
-    while (known < ALGORITHMS && memcmp(&cuda->shapes[known], &s, sizeof s) != 0) known++;
-    if (!status && known < ALGORITHMS && multiply(&cuda->algorithms[known])) return;
-    if (!status || known < ALGORITHMS) status = product_propose(found, PROPOSED, &n, cuda, &p, &s);
-    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
-    for (int k = 0; k < n; k++)
-        if (multiply(&found[k].algo)) {
-            if (known == ALGORITHMS) known = cuda->oldest++ % ALGORITHMS;
-            cuda->shapes[known] = s;
-            cuda->algorithms[known] = found[k].algo;
-            return;
-        }
-    cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
+    while (at < ALGORITHMS && memcmp(&cuda->shapes[at], &s, sizeof s) != 0) at++;
+    if (!status && at == ALGORITHMS) {
+        at = cuda->proposed % ALGORITHMS;
+        status = product_propose(&cuda->algorithms[at], cuda, &p, &s);
+        if (!status) cuda->shapes[at] = s, cuda->proposed++;
+    }
+    if (!status)
+        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C,
+                                &cuda->algorithms[at], cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
+    cudaGetLastError(); // or the next launch would return it
+    if (status) cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
 }
 
 static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
@@ -4388,13 +4340,16 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
     if (threadIdx.x == 0) out[0] += sum;
 }
 
-template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+template <int SQUARES> static void sum_of(slam_ops *ops, double *out, const float *x, size_t n) {
     const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
     LAUNCH(ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
     LAUNCH(ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
 }
+
+static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<0>(ops, out, x, n); }
+static void cuda_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<1>(ops, out, x, n); }
 
 /* ---- attention ----
    The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
@@ -5290,18 +5245,19 @@ template <typename T> struct unfold_op {
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product. Bound by arithmetic, and for the first
-   convolution of an encoder, from one channel, by memory: the output. */
+/* As many frames at a time as fit behind the workspace of the product, some of the last computed twice so that all
+   products have the same number of rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by
+   memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
     const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO;
-    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W;
+    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W, n = N < most ? N : most;
     T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE);
-    if (most == 0) cuda_fail(ops, __func__, "too many taps and channels", 0);
-    for (int g = 0; g < conv->G && most; g++)
-        for (int first = 0, n; first < N; first += n) {
-            n = N - first < most ? N - first : most;
+    if (most == 0) return cuda_fail(ops, __func__, "too many taps and channels", 0);
+    for (int g = 0; g < conv->G; g++)
+        for (int done = 0; done < N; done += n) {
+            const int first = done + n < N ? done : N - n;
             each<WIDE<T>>(ops, __func__, (size_t)n * conv->K, conv->C,
                           unfold_op<T>{columns, (const T *)x, *conv, g, first}, x);
             product(ops, __func__, TRANS_B, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
@@ -5385,27 +5341,22 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     int n = 0;
     cudaFuncAttributes attributes;
     cudaError_t error = cudaGetDeviceCount(&n);
+    if (!error && device >= 0 && device < n) error = cudaGetDeviceProperties(p, device);
+    if (!error && device >= 0 && device < n) error = cudaSetDevice(device);
     cudaGetLastError();
-    if (error == cudaErrorInsufficientDriver)
-        return set_error(
-            "cuda:%d: no NVIDIA driver, or one older than this build's CUDA (nvidia-smi shows its version)", device);
-    if (error == cudaErrorNoDevice || (!error && n == 0))
-        return set_error("cuda:%d: no GPU found (nvidia-smi lists them, CUDA_VISIBLE_DEVICES may hide them)", device);
-    if (!error && (device < 0 || device >= n))
-        return set_error("cuda:%d: no such GPU: found %d, numbered from 0", device, n);
-    if (!error) error = cudaGetDeviceProperties(p, device);
-    if (!error) error = cudaSetDevice(device);
-    if (error) return set_error("cuda:%d: the GPU cannot be used: %s", device, cudaGetErrorString(error));
+    if (error) // no driver, one older than this build's CUDA, no GPU, ...
+        return set_error("cuda:%d: cannot be used: %s (nvidia-smi shows the driver and the GPUs)", device,
+                         cudaGetErrorString(error));
+    if (device < 0 || device >= n) return set_error("cuda:%d: no such GPU: found %d, numbered from 0", device, n);
     if (p->major < 8)
         return set_error("cuda:%d: %s has compute capability %d.%d, expected 8.0 or higher (Ampere, 2020)", device,
                          p->name, p->major, p->minor);
     error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
     cudaGetLastError();
     if (error || attributes.ptxVersion < 80) // older PTX would be compiled for any newer GPU, but without these kernels
-        return set_error("cuda:%d: %s has compute capability %d.%d, this build has no code for it: "
-                         "build with nvcc -arch=native (make CUDA_ARCH=native)%s%s",
-                         device, p->name, p->major, p->minor, error ? ": " : "",
-                         error ? cudaGetErrorString(error) : "");
+        return set_error("cuda:%d: this build has no code for %s (%d.%d): use nvcc -arch=native "
+                         "(make CUDA_ARCH=native)",
+                         device, p->name, p->major, p->minor);
     return 1;
 }
 
@@ -5415,9 +5366,6 @@ static int cuda_open(cuda_ops *cuda) {
     if (!error) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
     if (!error) error = cudaEventCreateWithFlags(&cuda->order, cudaEventDisableTiming);
     if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
-    if (!error) error = cudaMallocHost(&cuda->ring, (size_t)SLOTS * SLOT);
-    for (int k = 0; k < SLOTS && !error; k++)
-        error = cudaEventCreateWithFlags(&cuda->copied[k], cudaEventDisableTiming);
     cudaGetLastError();
     if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
     const cublasStatus_t status = cublasLtCreate(&cuda->products);
@@ -5425,32 +5373,17 @@ static int cuda_open(cuda_ops *cuda) {
 }
 
 template <typename T> static void cuda_fill_ops(slam_ops *ops) {
-    ops->to_act = cuda_to_act<T>;
-    ops->to_float = cuda_to_float<T>;
-    ops->embedding_forward = cuda_embedding_forward<T>;
-    ops->embedding_backward = cuda_embedding_backward<T>;
-    ops->rmsnorm_forward = cuda_rmsnorm_forward<T>;
-    ops->rmsnorm_backward = cuda_rmsnorm_backward<T>;
-    ops->matmul_forward = cuda_matmul_forward;
-    ops->matmul_backward_input = cuda_matmul_backward_input;
-    ops->matmul_backward_weight = cuda_matmul_backward_weight<T>;
-    ops->attention_forward = cuda_attention_forward<T>;
-    ops->attention_backward = cuda_attention_backward<T>;
-    ops->attention_decode = cuda_attention_decode<T>;
-    ops->attention_fill = cuda_attention_fill<T>;
-    ops->swiglu_forward = cuda_swiglu_forward<T>;
-    ops->swiglu_backward = cuda_swiglu_backward<T>;
-    ops->crossentropy = cuda_crossentropy<T>;
-    ops->sum = cuda_sum<0>;
-    ops->sum_squares = cuda_sum<1>;
-    ops->adamw = cuda_adamw<T>;
-    ops->conv1d = cuda_conv1d<T>;
-    ops->group_frames = cuda_group_frames<T>;
-    ops->mask_frames = cuda_mask_frames<T>;
-    ops->gelu_forward = cuda_gelu_forward<T>;
-    ops->layernorm = cuda_layernorm<T>;
-    ops->channelnorm = cuda_channelnorm<T>;
-    ops->nearest = cuda_nearest;
+#define CUDA_OP(name)  ops->name = cuda_##name
+#define TYPED_OP(name) ops->name = cuda_##name<T>
+    CUDA_OP(alloc), CUDA_OP(release), CUDA_OP(upload), CUDA_OP(download), CUDA_OP(zero), CUDA_OP(finish);
+    CUDA_OP(close), CUDA_OP(comm_begin), CUDA_OP(comm_end), CUDA_OP(comm_done);
+    TYPED_OP(to_act), TYPED_OP(to_float), TYPED_OP(embedding_forward), TYPED_OP(embedding_backward);
+    TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
+    TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
+    TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
+    TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
+    TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
+    CUDA_OP(nearest);
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -5470,16 +5403,6 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->asynchronous = 1;
     ops->threads = threads_count();
     ops->memory = p.totalGlobalMem;
-    ops->alloc = cuda_alloc;
-    ops->release = cuda_release;
-    ops->upload = cuda_upload;
-    ops->download = cuda_download;
-    ops->zero = cuda_zero;
-    ops->finish = cuda_finish;
-    ops->close = cuda_close;
-    ops->comm_begin = cuda_comm_begin;
-    ops->comm_end = cuda_comm_end;
-    ops->comm_done = cuda_comm_done;
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
     if (cuda_open(cuda)) {
