@@ -8559,23 +8559,11 @@ static int hubert_config_load(hubert_config *k, const char *path) {
                                              {"hidden_act", "gelu", "gelu"},
                                              {"feat_extract_activation", "gelu", "gelu"},
                                              {"feat_extract_norm", "group", "layer"}};
-    // of Transformers' HubertConfig
-    const hubert_config defaults = {7,
-                                    {512, 512, 512, 512, 512, 512, 512},
-                                    {10, 3, 3, 3, 3, 2, 2},
-                                    {5, 2, 2, 2, 2, 2, 2},
-                                    0,
-                                    0,
-                                    1,
-                                    768,
-                                    12,
-                                    12,
-                                    3072,
-                                    128,
-                                    16,
-                                    0,
-                                    0,
-                                    1e-5};
+    // clang-format off
+    const hubert_config defaults = { // of Transformers' HubertConfig
+        7, {512, 512, 512, 512, 512, 512, 512}, {10, 3, 3, 3, 3, 2, 2}, {5, 2, 2, 2, 2, 2, 2}, 0, 0, 1,
+        768, 12, 12, 3072, 128, 16, 0, 0, 1e-5};
+    // clang-format on
     json *c = json_load(path);
     const json *list = json_get(c, "conv_dim");
     int ok = c != NULL, step = 1;
@@ -8795,23 +8783,6 @@ static int hubert_is_unused(const hubert_loader *l, const char *name) {
            (l->h->config.stable && !strncmp(name, "encoder.layer_norm.", 19));
 }
 
-static int hubert_load_file(slam_hubert *h, const tensors *file, const char *folder) {
-    hubert_loader l = {h, file, folder, "", NEW(char, file->n), 0, 1};
-    size_t n = 0;
-    if (tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
-    for (size_t i = 0; i < file->n; i++)
-        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
-    h->weights = (slam_act *)h->ops->alloc(h->ops, n * h->ops->act_bytes);
-    h->layers = NEW(hubert_layer, h->layer);
-    l.ok = h->weights != NULL;
-    if (l.ok) hubert_load_weights(&l);
-    for (size_t i = 0; l.ok && i < file->n; i++)
-        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
-            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
-    free(l.used);
-    return l.ok && h->ops->finish(h->ops);
-}
-
 static void hubert_free(slam_hubert *h) {
     if (!h) return;
     h->ops->release(h->ops, h->weights);
@@ -8824,19 +8795,35 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     slam_hubert *h = NEW(slam_hubert, 1);
     hubert_config *k = &h->config;
-    int ok = hubert_config_load(k, path);
-    if (ok && (layer < 0 || layer > k->L))
-        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
-    tensors *file = ok ? tensors_open(folder) : NULL;
-    json *p = file && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
+    size_t n = 0;
     h->ops = ops;
     h->layer = layer;
     h->step = 1;
+    int ok = hubert_config_load(k, path);
+    if (ok && (layer < 0 || layer > k->L))
+        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
     for (int i = 0; i < k->convs; i++) h->step *= k->stride[i];
     h->hash = hash_bytes(HASH_START, k, sizeof *k);
-    ok = file && json_bool(p, "do_normalize", preprocessor, &h->do_normalize) && hubert_load_file(h, file, folder);
+    json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
+    ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
+    tensors *file = ok ? tensors_open(folder) : NULL;
+    hubert_loader l = {h, file, folder, "", NULL, 0, file != NULL};
+    if (file && tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
+    for (size_t i = 0; file && i < file->n; i++)
+        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
+    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    if (h->weights) {
+        l.used = NEW(char, file->n);
+        h->layers = NEW(hubert_layer, layer);
+        hubert_load_weights(&l);
+    }
+    for (size_t i = 0; h->weights && l.ok && i < file->n; i++)
+        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
+            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
+    ok = h->weights && l.ok && ops->finish(ops);
     if (file) tensors_close(file);
     json_free(p);
+    free(l.used);
     free(path);
     free(preprocessor);
     if (ok) return h;
@@ -9369,25 +9356,14 @@ slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops
 
 /* ---- km.npy and km.json ---- */
 
-typedef struct unit_config_file {
-    slam_unit_config config;
-    int units, width;
-    uint64_t frames; // of the fit; inertia too
-    double inertia;
-} unit_config_file;
-
-#define UNIT_FIELD(name, type, member, min, max)                                                                       \
-    { name, type, offsetof(unit_config_file, member), min, max, 0 }
-static const field unit_config_fields[] = {UNIT_FIELD("rate", FIELD_INT, config.rate, 1, SAMPLE_RATE),
-                                           UNIT_FIELD("normalize", FIELD_BOOL, config.normalize, 0, 0),
-                                           UNIT_FIELD("dedup", FIELD_BOOL, config.dedup, 0, 0),
-                                           UNIT_FIELD("layer", FIELD_INT, config.layer, 0, 1 << 10),
-                                           UNIT_FIELD("fingerprint", FIELD_U64, config.fingerprint, 1, UINT32_MAX),
-                                           UNIT_FIELD("origin", FIELD_HEX, config.origin, 0, 0),
-                                           UNIT_FIELD("units", FIELD_INT, units, 1, 65534),
-                                           UNIT_FIELD("width", FIELD_INT, width, 1, INT_MAX),
-                                           UNIT_FIELD("frames", FIELD_U64, frames, 0, 9e15),
-                                           UNIT_FIELD("inertia", FIELD_REAL, inertia, 0, 1e300)};
+static const field unit_config_fields[] = {
+    {"rate", FIELD_INT, offsetof(slam_unit_config, rate), 1, SAMPLE_RATE, 0},
+    {"normalize", FIELD_BOOL, offsetof(slam_unit_config, normalize), 0, 0, 0},
+    {"dedup", FIELD_BOOL, offsetof(slam_unit_config, dedup), 0, 0, 0},
+    {"layer", FIELD_INT, offsetof(slam_unit_config, layer), 0, 1 << 10, 0},
+    {"fingerprint", FIELD_U64, offsetof(slam_unit_config, fingerprint), 1, UINT32_MAX, 0},
+    {"origin", FIELD_HEX, offsetof(slam_unit_config, origin), 0, 0, 0},
+};
 enum { N_UNIT_FIELDS = sizeof unit_config_fields / sizeof *unit_config_fields };
 
 /* km.npy -> km.json */
@@ -9396,18 +9372,17 @@ static char *unit_config_path(const char *km_npy) {
 }
 
 int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
-    unit_config_file file = {*config, 0, 0, 0, 0};
-    slam_unit_config *c = &file.config;
+    slam_unit_config c = *config;
     char *path = unit_config_path(km_npy);
     const int exists = path_is_file(path);
     json *root = exists ? json_load(path) : NULL;
     const char *features = json_string(root, "features", "");
-    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &file, path);
-    c->features = !strcmp(features, "hubert");
-    if (!*c->hubert) snprintf(c->hubert, sizeof c->hubert, "%s", json_string(root, "hubert", ""));
-    if (ok && strcmp(features, feature_names[c->features]))
+    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path);
+    c.features = !strcmp(features, "hubert");
+    if (!*c.hubert) snprintf(c.hubert, sizeof c.hubert, "%s", json_string(root, "hubert", ""));
+    if (ok && strcmp(features, feature_names[c.features]))
         ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
-    if (ok) *config = *c;
+    if (ok) *config = c;
     json_free(root);
     free(path);
     return ok || !exists;
@@ -9415,14 +9390,17 @@ int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
 
 /* Writes KM.json and then KM.npy: if there is only the first, a kill came between the two. */
 static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
-    unit_config_file file = {t->config, t->K, t->width, report->frames, report->inertia};
+    slam_unit_config c = t->config;
     char *path = unit_config_path(km_npy);
     strbuf s = ZERO;
-    file.config.fingerprint = t->fingerprint;
-    strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[t->config.features]);
-    strbuf_add_json(&s, t->config.hubert);
+    c.fingerprint = t->fingerprint;
+    strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
+    strbuf_add_json(&s, c.hubert);
+    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n", t->K, t->width);
+    strbuf_add(&s, "  \"frames\": %zu,\n  \"inertia\": ", report->frames);
+    strbuf_add_number(&s, report->inertia);
     strbuf_add(&s, ",\n");
-    fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &file, "  ");
+    fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
     const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
     strbuf_free(&s);
@@ -9704,10 +9682,9 @@ static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
 
 typedef struct segment {
-    units u;         // name: of a line; start, end: in a longer file
-    float *samples;  // (n) at 16 kHz, until they are encoded
-    float *features; // (frames,width) instead of units, for a fit
-    size_t n, frames;
+    slam_recording audio; // its samples, until they are encoded; units, or features for a fit
+    char *name;           // of a line of units, or NULL
+    double start, end;    // in a longer file, else 0
 } segment;
 
 struct slam_item {
@@ -9744,9 +9721,11 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 static void item_free(slam_item *item) {
     if (!item) return;
     for (size_t i = 0; i < item->n; i++) {
-        free(item->segments[i].samples);
-        free(item->segments[i].features);
-        units_free(&item->segments[i].u);
+        segment *s = &item->segments[i];
+        free((void *)s->audio.samples);
+        free(s->audio.features);
+        slam_units_free(&s->audio.units);
+        free(s->name);
     }
     audio_close(&item->recording);
     slam_strings_free(&item->sources);
@@ -9770,14 +9749,15 @@ static void item_add(slam_item *item, const segment *s) {
 
 /* A line of units less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
-    segment s = ZERO;
-    int ok = units_from_json(line, item->name, &s.u);
-    for (size_t i = 0; ok && i < s.u.n; i++) {
-        s.frames += s.u.duration ? (size_t)s.u.duration[i] : 1;
-        if (s.u.unit[i] >= K)
-            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, s.u.unit[i], K);
-    }
+    units u = ZERO;
+    int ok = units_from_json(line, item->name, &u);
+    const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
     item_add(item, &s);
+    for (size_t i = 0; ok && i < u.n; i++) {
+        item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
+        if (u.unit[i] >= K)
+            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
+    }
     return ok;
 }
 
@@ -9865,26 +9845,27 @@ static void item_read(slam_reader *r, slam_item *item) {
     audio *a = &item->recording;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
-        segment s = ZERO;
-        int64_t samples;
+        float *samples = NULL;
+        size_t n = 0, frames = 0;
+        int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
-        samples = r->samples;
-        if (samples >= r->limit || slam_clock() > r->deadline) return;
+        decoded = r->samples;
+        if (decoded >= r->limit || slam_clock() > r->deadline) return;
         if (!a->name) ok = item_open(r, item, l);
-        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &s.samples, &s.n) : 0;
+        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &samples, &n) : 0;
         const int whole = a->start == 0 && a->last;
-        if (more > 0) s.frames = tokenizer_frames(r->tokenizer, s.n);
-        if (!whole) s.u.start = a->start, s.u.end = a->end;
+        if (more > 0) frames = tokenizer_frames(r->tokenizer, n);
         if (more < 0) ok = 0;
-        else if (s.n > INT_MAX / 4)
+        else if (n > INT_MAX / 4)
             ok = set_error("%s: %.0f s without a split are too long; use --max-seconds", a->name,
-                           (double)s.n / SAMPLE_RATE);
-        else if (more && whole && !s.frames) // a segment would be dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)s.n / 16);
-        if (ok > 0 && s.frames) item_add(item, &s);
-        else free(s.samples);
+                           (double)n / SAMPLE_RATE);
+        else if (more && whole && !frames) // a segment would be dropped
+            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
+        if (ok > 0 && frames) item_add(item, &s);
+        else free(samples);
         SLAM_PRAGMA(omp atomic)
-        r->samples += (int64_t)s.n;
+        r->samples += (int64_t)n;
         if (ok > 0 && more && !a->last) continue;
         audio_close(a);
         item->source++;
@@ -9921,20 +9902,15 @@ static int reader_encode(slam_reader *r) {
     slam_recording *recordings = NEW(slam_recording, most);
     for (size_t i = 0; i < r->n; i++)
         for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++) {
-            if (!s->samples) continue;
-            recordings[n].samples = s->samples;
-            recordings[n].n = s->n;
+            if (!s->audio.samples) continue;
+            recordings[n] = s->audio;
             list[n++] = s;
         }
     const int ok = !n || slam_units_encode(r->tokenizer, recordings, (int)n);
     for (size_t i = 0; i < n; i++) {
-        const slam_units *u = &recordings[i].units;
-        list[i]->u.unit = u->unit;
-        list[i]->u.duration = u->duration;
-        list[i]->u.n = u->n;
-        list[i]->features = recordings[i].features;
-        free(list[i]->samples);
-        list[i]->samples = NULL;
+        list[i]->audio = recordings[i];
+        list[i]->audio.samples = NULL;
+        free((void *)recordings[i].samples);
     }
     free(list);
     free(recordings);
@@ -10125,10 +10101,11 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
-        units u = item->segments[i].u;
-        if (!u.name) u.name = item->name;
-        w->samples += item->segments[i].n;
-        w->frames += item->segments[i].frames;
+        const segment *g = &item->segments[i];
+        const slam_units *of = &g->audio.units;
+        const units u = {g->name ? g->name : item->name, of->unit, of->duration, of->n, g->start, g->end};
+        w->samples += of->samples;
+        w->frames += of->frames;
         w->units += u.n;
         w->tokens += u.n + (w->pairs ? 1 : 2);
         if (w->binary) ok = writer_add_tokens(w, &u);
@@ -10189,32 +10166,25 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
-/* 1: KM.npy can be written; 2: it and KM.json are there, of this call (config.origin); 0 and an error: of another. */
-static int fit_check(const char *km_npy, const slam_unit_config *config) {
-    slam_unit_config stored = *config;
-    char *km_json = unit_config_path(km_npy);
-    const int npy = path_exists(km_npy), found = path_exists(km_json);
-    int may = path_writable(km_npy) ? 1 + npy : 0;
-    stored.origin = 0;
-    if (may && (npy || found) && (!slam_unit_config_load(&stored, km_npy) || stored.origin != config->origin))
-        may = fail_exists(npy ? km_npy : km_json);
-    free(km_json);
-    return may;
-}
-
 slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c, slam_ops *ops, const slam_inputs *in,
                                    int K, size_t frames, uint64_t seed, slam_progress_fn *progress, void *context,
                                    slam_kmeans_report *report) {
     const uint64_t numbers[] = {(uint64_t)K, frames, seed};
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
-    slam_unit_config config = *c;
+    slam_unit_config config = *c, stored = *c;
     slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     const slam_item *item;
+    const int exists = path_exists(km_npy);
+    char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    const int may = fit_check(km_npy, &config);
-    if (may == 2) return slam_unit_config_load(&config, km_npy) ? slam_tokenizer_load(km_npy, &config, ops) : NULL;
-    slam_tokenizer *t = may ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    int ok = path_writable(km_npy);
+    if (ok && (exists || path_exists(km_json)) &&
+        (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
+        ok = fail_exists(exists ? km_npy : km_json);
+    free(km_json);
+    if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
+    slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
@@ -10229,11 +10199,10 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     int more = 1;
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].features, item->segments[i].frames);
+            reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
     float *centroids = NEW(float, (size_t)K *sample.D);
-    const int ok = more >= 0 &&
-                   kmeans_fit(sample.frames, sample.n, t->width, K, seed, centroids, progress, context, report) &&
-                   tokenizer_set_centroids(t, centroids, (size_t)K) && tokenizer_save(t, km_npy, report);
+    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, t->width, K, seed, centroids, progress, context, report) &&
+         tokenizer_set_centroids(t, centroids, (size_t)K) && tokenizer_save(t, km_npy, report);
     slam_reader_close(reader);
     free(centroids);
     free(sample.frames);
@@ -10256,11 +10225,11 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const segment none = ZERO, *g = item->error ? &none : item->segments;
-        const int head[] = {(int)g->u.n, (int)g->frames, (int)g->n};
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
+        const int head[] = {(int)u->n, (int)u->frames, (int)u->samples};
         strbuf_add_bytes(&s, head, sizeof head);
-        strbuf_add_bytes(&s, g->u.unit, g->u.n * sizeof(int));
-        strbuf_add_bytes(&s, g->u.duration, g->u.n * sizeof(int));
+        strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
+        strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
     }
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);

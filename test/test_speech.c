@@ -913,11 +913,12 @@ static void test_tokenizer(void) {
         CHECK(tokenizer_save(t, path, &report), "%s", slam_error());
         strbuf text = read_file(check_path("km.json"));
         char expected[300];
-        snprintf(expected, sizeof expected,
-                 "{\n  \"features\": \"mfcc\",\n  \"hubert\": \"\",\n  \"rate\": 50,\n  \"normalize\": false,\n  "
-                 "\"dedup\": false,\n  \"layer\": 11,\n  \"fingerprint\": %u,\n  \"origin\": \"123456789abcdef0\",\n  "
-                 "\"units\": 20,\n  \"width\": 39,\n  \"frames\": 5000,\n  \"inertia\": 2.5\n}\n",
-                 (unsigned)t->fingerprint);
+        snprintf(
+            expected, sizeof expected,
+            "{\n  \"features\": \"mfcc\",\n  \"hubert\": \"\",\n  \"units\": 20,\n  \"width\": 39,\n  \"frames\": 5000,\n  "
+            "\"inertia\": 2.5,\n  \"rate\": 50,\n  \"normalize\": false,\n  \"dedup\": false,\n  \"layer\": 11,\n  "
+            "\"fingerprint\": %u,\n  \"origin\": \"123456789abcdef0\"\n}\n",
+            (unsigned)t->fingerprint);
         CHECK(text.n && !strcmp(text.at, expected), "%s", text.at);
         strbuf_free(&text);
         other = slam_unit_config_default();
