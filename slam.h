@@ -556,23 +556,23 @@ void slam_units_free(slam_units *);
 typedef struct slam_recording {
     const float *samples; /* (n) at 16 kHz */
     size_t n;
-    float *features; /* (units.frames,width); free() them */
+    float *features; /* (units.frames,width) of slam_units_encode without centroids; free() them */
     slam_units units;
 } slam_recording;
 
-/* Features and centroids: audio in, units 0..K-1 out. Without centroids (NULL, K = 0): features out. */
+/* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
 typedef struct slam_tokenizer {
     slam_unit_config config;
-    int K, width, step;                        /* centroids; numbers per frame; samples per frame */
-    int do_normalize;                          /* the model's preprocessor_config.json asks for config.normalize */
-    uint32_t fingerprint;                      /* hash of config and centroids, never 0; word 4 of a shard's header */
-    float *centroids, *lanes, *device_squares; /* (K,width); they and their squares in the layout of the device */
+    int K, width, step;   /* centroids; numbers per frame; samples per frame */
+    int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
+    uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
+    float *centroids, *lanes, *device_squares;
     slam_act *device_centroids;
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *, slam_ops *, const float *centroids,
-                                   int K); /* ops: HuBERT */
+/* ops: the device of HuBERT, NULL for MFCC. */
+slam_tokenizer *slam_tokenizer_new(const slam_unit_config *, slam_ops *, const float *centroids, int K);
 /* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
@@ -8802,7 +8802,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     int ok = hubert_config_load(k, path);
     if (ok && (layer < 0 || layer > k->L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
-    for (int i = 0; i < k->convs; i++) h->step *= k->stride[i];
+    for (int i = 0; ok && i < k->convs; i++) h->step *= k->stride[i];
     h->hash = hash_bytes(HASH_START, k, sizeof *k);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
     ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
