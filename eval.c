@@ -463,9 +463,9 @@ static int add_audio_prompts(program *p, const slam_strings *arguments) {
     slam_inputs in;
     slam_units *units = NULL;
     memset(&in, 0, sizeof in);
-    if (open_tokenizer(p) && slam_inputs_audio(&in, (const char *const *)arguments->at, arguments->n))
+    if (open_tokenizer(p) && slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)arguments->at, arguments->n))
         units = tokenize(p, &in.paths);
-    if (units) p->prompts.rate = p->tokenizer->features->config.rate;
+    if (units) p->prompts.rate = p->tokenizer->config.rate;
     for (size_t i = 0; units && i < in.paths.n; i++) {
         const slam_units *u = &units[i];
         if (u->samples) slam_prompts_add(&p->prompts, in.paths.at[i], u->unit, u->duration, u->n);

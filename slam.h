@@ -527,58 +527,20 @@ float *slam_audio_load(const char *path, size_t *n);
 /* ---- 11. UNITS: audio -> features -> units ---- */
 
 enum { SLAM_MFCC, SLAM_HUBERT };
-/* What turns audio into units; km.json beside the centroids in km.npy. */
+/* What turns audio into units; km.json beside the centroids in km.npy. MFCC are those of the Python package
+   python_speech_features: 13 with first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
+   Transformers' HubertModel, n > 0 the output of layer n, without the final norm of do_stable_layer_norm models. */
 typedef struct slam_unit_config {
-    int features;      /* SLAM_MFCC: 13 cepstra with first and second differences, 39 numbers a frame; SLAM_HUBERT */
-    int rate;          /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
-    int normalize;     /* each file's waveform to zero mean and unit variance first */
-    int dedup;         /* equal neighbouring frames become one unit with a duration */
-    int layer;         /* HuBERT: hidden_states[layer] */
-    char hubert[1024]; /* HuBERT: its folder, in Hugging Face's format */
+    int features;         /* SLAM_MFCC, SLAM_HUBERT */
+    int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
+    int normalize, dedup; /* zero mean and unit variance of each file first; merge equal neighbouring frames */
+    int layer;
+    char hubert[1024];            /* HuBERT: its folder, in Hugging Face's format */
+    uint64_t fingerprint, origin; /* of km.json, 0: unknown: of the tokenizer; hash of the fit's settings and inputs */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
-
-/* A HuBERT encoder (Hsu et al. 2021), computed up to hidden_states[layer] of Transformers' HubertModel: 0 is the input
-   of the first transformer layer, n the output of layer n, without the final norm of do_stable_layer_norm models. */
-typedef struct slam_hubert {
-    slam_ops *ops;
-    int width, step, layer; /* numbers per frame, samples per frame */
-    uint64_t hash;          /* of configuration and weights in use */
-    int do_normalize;       /* preprocessor_config.json asks for normalised waveforms */
-    struct slam_hubert_state *state;
-} slam_hubert;
-slam_hubert *slam_hubert_load(slam_ops *, const char *folder, int layer);
-void slam_hubert_free(slam_hubert *);
-long slam_hubert_frames(const slam_hubert *, long samples); /* with 40 zeros on each side; 0: too short for a frame */
-/* n utterances: features[i] = (frames_i, width) on the host. An utterance's features do not depend on the others. */
-int slam_hubert_features(slam_hubert *, int n, const float *const *samples, const long *lengths,
-                         float *const *features);
-
-/* Features of 16 kHz samples, of either kind. MFCC are those of the Python package python_speech_features (mfcc, delta
-   with N = 2, twice); the last frame reaches past the end, where samples count as 0. */
-typedef struct slam_features {
-    slam_unit_config config;
-    int width, step;
-    slam_hubert *hubert; /* NULL for MFCC */
-    struct slam_mfcc *mfcc;
-} slam_features;
-slam_features *slam_features_new(const slam_unit_config *, slam_ops *); /* ops for HuBERT; NULL for MFCC */
-void slam_features_free(slam_features *);
-size_t slam_features_frames(const slam_features *, size_t samples);
-int slam_features_compute(const slam_features *, int n, const float *const *samples, const long *lengths,
-                          float *const *features);
-
-typedef struct slam_kmeans_report {
-    size_t frames;
-    double inertia;             /* mean squared distance of a frame to its centroid */
-    int passes, reseeded, dead; /* full passes; centroids without frames that were moved; that remain at the end */
-    uint64_t origin;            /* hash of settings, inputs, K, frames and seed; kept in km.json */
-} slam_kmeans_report;
-/* k-means of frames (n,D): k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
-   (Lloyd 1982) until the inertia stops falling. centroids (K,D). The result does not depend on the number of threads.
-   */
-int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids, slam_progress_fn *,
-                void *context, slam_kmeans_report *);
+/* config = km.json beside KM.npy, if there is one (else unchanged); a folder in `hubert` stays if set: models move. */
+int slam_unit_config_load(slam_unit_config *, const char *km_npy);
 
 /* Units of one recording or sequence. */
 typedef struct slam_units {
@@ -587,27 +549,31 @@ typedef struct slam_units {
 } slam_units;
 void slam_units_free(slam_units *);
 
-/* Features and centroids: audio in, units 0..K-1 out. */
+typedef struct slam_recording {
+    const float *samples; /* (n) at 16 kHz */
+    size_t n;
+    float *features; /* (units.frames,width) of slam_units_encode without centroids; free() them */
+    slam_units units;
+} slam_recording;
+
+/* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
 typedef struct slam_tokenizer {
-    slam_features *features;
-    int K;
-    float *centroids;           /* (K,width) */
-    uint32_t fingerprint;       /* hash of config and centroids, never 0; word 4 of a shard's header */
-    float *lanes;               /* the centroids as slam_tokenizer_nearest reads them */
-    slam_act *device_centroids; /* HuBERT: on its device, for ops->nearest; their squares */
-    float *device_squares;
+    slam_unit_config config;
+    int K, width, step;   /* centroids; numbers per frame; samples per frame */
+    int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
+    uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
+    float *centroids, *lanes, *device_squares;
+    slam_act *device_centroids;
+    struct slam_mfcc *mfcc;
+    struct slam_hubert *hubert;
 } slam_tokenizer;
+/* ops: the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_new(const slam_unit_config *, slam_ops *, const float *centroids, int K);
-/* config = km.json beside KM.npy, if there is one (else unchanged); a folder in `hubert` stays if set: models move. */
-int slam_unit_config_load(slam_unit_config *, const char *km_npy);
-slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *otherwise, slam_ops *);
-int slam_tokenizer_save(const slam_tokenizer *, const char *km_npy, const slam_kmeans_report *);
+/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right. */
+slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
-/* Nearest centroid of each frame (n,width); distance (n) may be NULL. */
-void slam_tokenizer_nearest(const slam_tokenizer *, const float *frames, size_t n, int *unit, float *distance);
-/* Units of n recordings at 16 kHz. A recording's units do not depend on the others. */
-int slam_units_encode(const slam_tokenizer *, int n, const float *const *samples, const long *lengths,
-                      slam_units *units);
+/* Units (or features) of n recordings, which do not depend on each other. */
+int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 
 /* ---- 11. UNITS: from files to units; tokenize.c has the loop ---- */
 
@@ -623,21 +589,19 @@ typedef struct slam_inputs {
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
-/* Audio files, folders (recursively, in byte order of names) and @LIST files with a path per line. */
-int slam_inputs_audio(slam_inputs *, const char *const *arguments, size_t n);
-/* Lines: SlamKit features or tokens (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or
-   prompt, chosen and rejected separated by tabs (TEXT, with voices). */
-int slam_inputs_lines(slam_inputs *, int kind, const char *const *paths, size_t n);
+/* AUDIO: files, folders (recursively, in byte order of names) and @LIST files with a path per line. Else lines: SlamKit
+   features or tokens (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and
+   rejected separated by tabs (TEXT, with voices). */
+int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
-/* Reads many inputs at once. An item: the segments of a recording, or the three sides of a pair. */
+/* An item: the units of an input, which are segments of a recording, or the three sides of a pair. */
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-int slam_reader_decode(slam_reader *); /* some more segments, in parallel; 0: all inputs are taken */
-int slam_reader_encode(slam_reader *); /* segments to units */
-/* The next complete item, in order, valid until the next call; NULL: not yet. error: why it is skipped, or NULL. */
-const slam_item *slam_reader_take(slam_reader *, const char **error);
+/* 1: *item is the next, in order, valid until the next call, *skipped NULL or why it is skipped; or *item is NULL: a
+   chunk of segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
+int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
 /* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin) or OUT.jsonl (SlamKit
@@ -657,17 +621,20 @@ int slam_writer_check(const char *out); /* 0 and slam_error() if OUT cannot be w
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
-int slam_writer_add(slam_writer *, const slam_item *);
-int slam_writer_commit(slam_writer *, double seconds); /* data to disk, then the journal; not if less than this ago */
-/* ok: OUT.partial becomes OUT if all inputs are done, else is committed. 0, after an error: as at the last commit. */
+int slam_writer_add(slam_writer *, const slam_item *); /* and, once a second, data to disk, then the journal */
+/* ok: OUT.partial becomes OUT if all inputs are done, else is kept. 0, after an error: as at the last journal. */
 int slam_writer_close(slam_writer *, int ok);
 
-/* k-means of at most `frames` frames, sampled evenly from inputs in an order of the seed's, up to 8 x frames. */
-slam_tokenizer *slam_tokenizer_fit(const slam_unit_config *, slam_ops *, const slam_inputs *, int K, size_t frames,
-                                   uint64_t seed, slam_progress_fn *, void *context, slam_kmeans_report *);
-/* Before a fit: 1: KM.npy can be written; 2: it exists, from the same call; 0 and slam_error(): it cannot. */
-int slam_tokenizer_may_fit(const char *km_npy, const slam_unit_config *, const slam_inputs *, int K, size_t frames,
-                           uint64_t seed);
+typedef struct slam_kmeans_report {
+    size_t frames;    /* 0: KM.npy was there already, of the same call */
+    double inertia;   /* mean squared distance of a frame to its centroid */
+    int passes, dead; /* full passes; centroids without a frame */
+} slam_kmeans_report;
+/* Writes KM.npy and KM.json: k-means of at most `frames` frames, sampled evenly from inputs in an order of the seed's,
+   up to 8 x frames. */
+slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *, slam_ops *, const slam_inputs *, int K,
+                                   size_t frames, uint64_t seed, slam_progress_fn *, void *context,
+                                   slam_kmeans_report *);
 /* Units of whole audio files, units (paths->n); of a skipped file: n and samples 0. The ranks share the work. */
 int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *, void *context);
@@ -8343,13 +8310,13 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, c
     free(normal);
 }
 
-/* ---- HuBERT: configuration ----
+/* ---- HuBERT (Hsu et al. 2021): configuration ----
    Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
    linear layer, a convolution over many frames that adds positions, and a transformer. */
 
 enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40 };
 
-typedef struct hubert_config { // its bytes are part of slam_hubert.hash
+typedef struct hubert_config { // its bytes are part of the model's hash
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
     int conv_bias, all_norms; // all_norms: a layer norm after each convolution, else a channel norm after the first
     int projection_norm, C, L, NH, F;
@@ -8389,22 +8356,11 @@ static int hubert_config_load(hubert_config *k, const char *path) {
                                              {"hidden_act", "gelu", "gelu"},
                                              {"feat_extract_activation", "gelu", "gelu"},
                                              {"feat_extract_norm", "group", "layer"}};
-    const hubert_config defaults = {7,
-                                    {512, 512, 512, 512, 512, 512, 512},
-                                    {10, 3, 3, 3, 3, 2, 2},
-                                    {5, 2, 2, 2, 2, 2, 2},
-                                    0,
-                                    0,
-                                    1,
-                                    768,
-                                    12,
-                                    12,
-                                    3072,
-                                    128,
-                                    16,
-                                    0,
-                                    0,
-                                    1e-5}; // of Transformers' HubertConfig
+    // clang-format off
+    const hubert_config defaults = { // of Transformers' HubertConfig
+        7, {512, 512, 512, 512, 512, 512, 512}, {10, 3, 3, 3, 3, 2, 2}, {5, 2, 2, 2, 2, 2, 2}, 0, 0, 1,
+        768, 12, 12, 3072, 128, 16, 0, 0, 1e-5};
+    // clang-format on
     json *c = json_load(path);
     const json *list = json_get(c, "conv_dim");
     int ok = c != NULL, step = 1;
@@ -8446,8 +8402,12 @@ typedef struct hubert_layer {
     hubert_module qkv, out, up, down, attention_norm, mlp_norm; // qkv: one matrix (3C,C)
 } hubert_layer;
 
-struct slam_hubert_state {
+typedef struct slam_hubert {
+    slam_ops *ops;
     hubert_config config;
+    int layer, step;                                           // layers in use; samples per frame
+    int do_normalize;                                          // of preprocessor_config.json
+    uint64_t hash;                                             // of configuration and weights in use
     hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS]; // (OC,K,C), as conv1d reads it
     hubert_module projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift of the input of `positions`
@@ -8455,7 +8415,7 @@ struct slam_hubert_state {
     slam_act *weights; // all of them
     char *arena;       // activations of a batch
     size_t arena_bytes;
-};
+} slam_hubert;
 
 typedef struct hubert_loader {
     slam_hubert *h;
@@ -8495,60 +8455,55 @@ static size_t hubert_reserve(hubert_loader *l, size_t n) {
     return at;
 }
 
-/* Uploads x (n) and frees it. The hash takes places and numbers, before they are rounded, in the order of the calls. */
-static slam_act *hubert_store(hubert_loader *l, float *x, size_t n, size_t at) {
+/* Uploads x of shape (a), (a,b), or (a,b,c), which becomes (a,c,b), and frees it. The hash takes places and numbers,
+   before they are rounded, in the order of the calls. */
+static slam_act *hubert_store(hubert_loader *l, float *x, size_t at, size_t a, size_t b, size_t c) {
     slam_ops *ops = l->h->ops;
-    float *wide = l->ok ? (float *)ops->alloc(ops, n * sizeof *wide) : NULL;
+    const size_t n = a * (b ? b : 1) * (c ? c : 1);
+    float *wide = l->ok ? (float *)ops->alloc(ops, n * sizeof *wide) : NULL, *host = x;
     slam_act *to = NULL;
     if ((l->ok = wide != NULL)) {
-        to = act_at(ops, l->h->state->weights, at);
+        if (c) host = NEW(float, n);
+        for (size_t i = 0; c && i < n; i++) host[(i / (b * c) * c + i % c) * b + i / c % b] = x[i];
+        to = act_at(ops, l->h->weights, at);
         l->h->hash ^= at;
         for (size_t i = 0; i < n; i++) {
             uint32_t bits;
-            memcpy(&bits, &x[i], sizeof bits);
+            memcpy(&bits, &host[i], sizeof bits);
             l->h->hash = (l->h->hash ^ bits) * HASH_PRIME;
         }
-        ops->upload(ops, wide, x, n * sizeof *wide);
+        ops->upload(ops, wide, host, n * sizeof *wide);
         ops->to_act(ops, to, wide, n);
         ops->release(ops, wide);
     }
+    if (host != x) free(host);
     free(x);
     return to;
-}
-
-/* The same for a convolution (OC,C,K), which becomes (OC,K,C), tap k multiplied by scale[k] (scale NULL: 1). */
-static slam_act *hubert_store_conv(hubert_loader *l, float *x, const float *scale, size_t OC, size_t C, size_t K,
-                                   size_t at) {
-    float *out = x ? NEW(float, OC *C *K) : NULL;
-    for (size_t i = 0; x && i < OC * C * K; i++)
-        out[(i / (C * K) * K + i % K) * C + i / K % C] = x[i] * (scale ? scale[i % K] : 1);
-    free(x);
-    return hubert_store(l, out, OC * C * K, at);
 }
 
 /* NAME.weight of shape (a), (a,b) or (a,b,c), and NAME.bias (a) */
 static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *name, int layer, size_t a, size_t b,
                                size_t c, int bias) {
-    float *w = hubert_read(l, name, layer, "weight", a, b, c);
-    const size_t n = a * (b ? b : 1) * (c ? c : 1), at = hubert_reserve(l, n);
-    m->w = c ? hubert_store_conv(l, w, NULL, a, b, c, at) : hubert_store(l, w, n, at);
-    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), a, hubert_reserve(l, a));
+    const size_t at = hubert_reserve(l, a * (b ? b : 1) * (c ? c : 1));
+    m->w = hubert_store(l, hubert_read(l, name, layer, "weight", a, b, c), at, a, b, c);
+    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), hubert_reserve(l, a), a, 0, 0);
 }
 
 /* The convolution for positions, with one of
        weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
        batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
                                           scale = w / sqrt(var + 1e-5), shift = b - mean scale */
-static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s) {
+static void hubert_load_positions(hubert_loader *l) {
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = s->config.C, K = s->config.taps, width = C / s->config.groups;
+    slam_hubert *h = l->h;
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
     const size_t at = hubert_reserve(l, C * width * K);
-    s->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), C, hubert_reserve(l, C));
-    if (s->config.batch_norm) {
-        s->positions.w = hubert_store_conv(l, hubert_read(l, conv, 0, "weight", C, width, K), NULL, C, width, K, at);
+    h->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), hubert_reserve(l, C), C, 0, 0);
+    if (h->config.batch_norm) {
+        h->positions.w = hubert_store(l, hubert_read(l, conv, 0, "weight", C, width, K), at, C, width, K);
         float *w = hubert_read(l, norm, 0, "weight", C, 0, 0), *b = hubert_read(l, norm, 0, "bias", C, 0, 0);
-        float *mean = hubert_read(l, norm, 0, "running_mean", C, 0, 0),
-              *var = hubert_read(l, norm, 0, "running_var", C, 0, 0);
+        float *mean = hubert_read(l, norm, 0, "running_mean", C, 0, 0);
+        float *var = hubert_read(l, norm, 0, "running_var", C, 0, 0);
         for (size_t c = 0; var && c < C; c++) {
             const double scale = w[c] / sqrt((double)var[c] + 1e-5);
             if (!isfinite(scale)) l->ok = set_error("%s: '%s.running_var' has %g", l->folder, norm, var[c]);
@@ -8557,8 +8512,8 @@ static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s)
         }
         free(mean);
         free(var);
-        s->batch_norm.w = hubert_store(l, w, C, hubert_reserve(l, C));
-        s->batch_norm.b = hubert_store(l, b, C, hubert_reserve(l, C));
+        h->batch_norm.w = hubert_store(l, w, hubert_reserve(l, C), C, 0, 0);
+        h->batch_norm.b = hubert_store(l, b, hubert_reserve(l, C), C, 0, 0);
         return;
     }
     int newer = 0; // newer or older names of PyTorch
@@ -8569,9 +8524,10 @@ static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s)
     for (size_t k = 0; v && k < K; k++) {
         double squares = 0;
         for (size_t i = k; i < C * width * K; i += K) squares += (double)v[i] * v[i];
-        g[k] = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
+        const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
+        for (size_t i = k; i < C * width * K; i += K) v[i] *= scale;
     }
-    s->positions.w = hubert_store_conv(l, v, g, C, width, K, at);
+    h->positions.w = hubert_store(l, v, at, C, width, K);
     free(g);
 }
 
@@ -8579,32 +8535,32 @@ static void hubert_load_positions(hubert_loader *l, struct slam_hubert_state *s)
 static void hubert_load_weights(hubert_loader *l) {
     static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
                                       "encoder.layers.%d.attention.v_proj"};
-    struct slam_hubert_state *s = l->h->state;
-    const hubert_config *k = &s->config;
+    slam_hubert *h = l->h;
+    const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        hubert_load_module(l, &s->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+        hubert_load_module(l, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(l, &s->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 0, 0, 1);
+            hubert_load_module(l, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 0, 0, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(l, &s->projection_norm, "feature_projection.layer_norm", 0, before, 0, 0, 1);
-    hubert_load_module(l, &s->projection, "feature_projection.projection", 0, C, before, 0, 1);
-    hubert_load_positions(l, s);
-    if (!k->stable) hubert_load_module(l, &s->norm, "encoder.layer_norm", 0, C, 0, 0, 1);
-    for (int i = 0; i < l->h->layer; i++) {
-        hubert_layer *w = &s->layers[i];
+        hubert_load_module(l, &h->projection_norm, "feature_projection.layer_norm", 0, before, 0, 0, 1);
+    hubert_load_module(l, &h->projection, "feature_projection.projection", 0, C, before, 0, 1);
+    hubert_load_positions(l);
+    if (!k->stable) hubert_load_module(l, &h->norm, "encoder.layer_norm", 0, C, 0, 0, 1);
+    for (int i = 0; i < h->layer; i++) {
+        hubert_layer *w = &h->layers[i];
         const size_t at = hubert_reserve(l, 3 * C * C), bias_at = hubert_reserve(l, 3 * C);
-        for (int j = 0; j < 3; j++) {
-            slam_act *m = hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), C * C, at + j * C * C);
-            slam_act *bias = hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), C, bias_at + j * C);
-            if (j == 0) w->qkv.w = m;
-            if (j == 0) w->qkv.b = bias;
+        for (size_t j = 0; j < 3; j++) {
+            hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), at + j * C * C, C, C, 0);
+            hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), bias_at + j * C, C, 0, 0);
         }
+        w->qkv.w = act_at(h->ops, h->weights, at);
+        w->qkv.b = act_at(h->ops, h->weights, bias_at);
         hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 0, 1);
         hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 0, 1);
         hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 0, 1);
@@ -8619,200 +8575,194 @@ static int hubert_is_unused(const hubert_loader *l, const char *name) {
     int i = 0, end = 0;
     if (strncmp(name, l->prefix, skip)) return 1;
     name += skip;
-    if (sscanf(name, "encoder.layers.%d.%n", &i, &end) == 1 && end)
-        return i >= l->h->layer && i < l->h->state->config.L;
+    if (sscanf(name, "encoder.layers.%d.%n", &i, &end) == 1 && end) return i >= l->h->layer && i < l->h->config.L;
     return !strcmp(name, "masked_spec_embed") || string_ends(name, "num_batches_tracked") ||
-           (l->h->state->config.stable && !strncmp(name, "encoder.layer_norm.", 19));
+           (l->h->config.stable && !strncmp(name, "encoder.layer_norm.", 19));
 }
 
-static int hubert_load(slam_hubert *h, const tensors *file, const char *folder) {
-    hubert_loader l = {h, file, folder, "", NEW(char, file->n), 0, 1};
-    size_t n = 0;
-    if (tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
-    for (size_t i = 0; i < file->n; i++)
-        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
-    h->state->weights = (slam_act *)h->ops->alloc(h->ops, n * h->ops->act_bytes);
-    h->state->layers = NEW(hubert_layer, h->layer);
-    l.ok = h->state->weights != NULL;
-    if (l.ok) hubert_load_weights(&l);
-    for (size_t i = 0; l.ok && i < file->n; i++)
-        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
-            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
-    free(l.used);
-    return l.ok && h->ops->finish(h->ops);
-}
-
-void slam_hubert_free(slam_hubert *h) {
+static void hubert_free(slam_hubert *h) {
     if (!h) return;
-    h->ops->release(h->ops, h->state->weights);
-    h->ops->release(h->ops, h->state->arena);
-    free(h->state->layers);
-    free(h->state);
+    h->ops->release(h->ops, h->weights);
+    h->ops->release(h->ops, h->arena);
+    free(h->layers);
     free(h);
 }
 
-slam_hubert *slam_hubert_load(slam_ops *ops, const char *folder, int layer) {
+static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     slam_hubert *h = NEW(slam_hubert, 1);
-    h->state = NEW(struct slam_hubert_state, 1);
-    hubert_config *k = &h->state->config;
+    hubert_config *k = &h->config;
+    size_t n = 0;
+    h->ops = ops;
+    h->layer = layer;
+    h->step = 1;
     int ok = hubert_config_load(k, path);
     if (ok && (layer < 0 || layer > k->L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
-    tensors *file = ok ? tensors_open(folder) : NULL;
-    json *p = file && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    h->ops = ops;
-    h->layer = layer;
-    h->width = k->C;
-    h->step = 1;
-    for (int i = 0; i < k->convs; i++) h->step *= k->stride[i];
+    for (int i = 0; ok && i < k->convs; i++) h->step *= k->stride[i];
     h->hash = hash_bytes(HASH_START, k, sizeof *k);
-    ok = file && json_bool(p, "do_normalize", preprocessor, &h->do_normalize) && hubert_load(h, file, folder);
+    json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
+    ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
+    tensors *file = ok ? tensors_open(folder) : NULL;
+    hubert_loader l = {h, file, folder, "", NULL, 0, file != NULL};
+    if (file && tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
+    for (size_t i = 0; file && i < file->n; i++)
+        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
+    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    if (h->weights) {
+        l.used = NEW(char, file->n);
+        h->layers = NEW(hubert_layer, layer);
+        hubert_load_weights(&l);
+    }
+    for (size_t i = 0; h->weights && l.ok && i < file->n; i++)
+        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
+            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
+    ok = h->weights && l.ok && ops->finish(ops);
     if (file) tensors_close(file);
     json_free(p);
+    free(l.used);
     free(path);
     free(preprocessor);
     if (ok) return h;
-    slam_hubert_free(h);
+    hubert_free(h);
     return NULL;
 }
 
 /* ---- HuBERT: from samples to features ----
-   The utterances of a batch lie in rows of equal length, a multiple of the samples per frame, so that each convolution
-   divides the length of a row by its stride. Nothing behind an utterance can change its features: a frame of an
-   utterance never reads past its end; norms over time and attention stop there; later frames are zeroed before the
-   convolution for positions, which looks both ways. Where a row of a product may depend on the other rows (same_rows
-   0), the shape of a batch depends only on the lengths of its utterances, each by itself, and the remaining rows hold
-   silence: an utterance has the same bits with any others. */
+   The recordings of a batch lie in rows of equal length, a multiple of the samples per frame, so that each convolution
+   divides the length of a row by its stride. Nothing behind a recording can change its features: its frames never read
+   past its end; norms over time and attention stop there; later frames are zeroed before the convolution for
+   positions, which looks both ways. Where a row of a product may depend on the other rows (same_rows 0), the shape of
+   a batch depends only on the length of a recording by itself, and the remaining rows hold silence: a recording has
+   the same bits with any others. */
 
-enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one utterance is longer
-
-typedef struct hubert_utterance {
-    long samples, frames;
-    int index;
-} hubert_utterance;
+enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one recording is longer
 
 typedef struct hubert_batch {
-    int B, n, S, T;                     // rows, the first n of them with an utterance; samples and frames of a row
-    const hubert_utterance *utterances; // (n)
+    int B, n, S, T;                     // rows, the first n of them with a recording; samples and frames of a row
+    slam_recording *const *recordings;  // (n)
     float *wide;                        // (B,S) samples; at the end (B,T,C) features or (B,T,K) scores of centroids
     slam_act *samples, *conv[2];        // (B,S) converted; outputs of the convolutions in turn
     slam_act *x, *delta, *in;           // (B,T,C) residual stream, what is added to it, input and output of attention
     slam_act *grouped, *qkv, *mlp;      // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
     float *lse;                         // (B,NH,T)
     int *nearest, *doc_start, *doc_end; // (B,T)
-    int *frames, *first_frames;         // (B) frames of each utterance, at the end and after the first convolution
+    int *frames, *first_frames;         // (B) frames of each recording, at the end and after the first convolution
 } hubert_batch;
 
-/* Frames of an utterance after the first n convolutions. */
-static long hubert_frames(const hubert_config *k, long samples, int n) {
-    long frames = samples < 0 ? 0 : samples + 2 * HUBERT_PADDING;
-    for (int i = 0; i < n; i++) frames = frames < k->kernel[i] ? 0 : (frames - k->kernel[i]) / k->stride[i] + 1;
+/* Frames of a recording after the first n convolutions. */
+static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
+    size_t frames = samples + 2 * HUBERT_PADDING;
+    for (int i = 0; i < n; i++)
+        frames = frames < (size_t)k->kernel[i] ? 0 : (frames - (size_t)k->kernel[i]) / (size_t)k->stride[i] + 1;
     return frames;
-}
-
-long slam_hubert_frames(const slam_hubert *h, long samples) {
-    return hubert_frames(&h->state->config, samples, h->state->config.convs);
 }
 
 /* Places the batch in the arena and returns its size. */
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, int centroids, const char *arena) {
-    const hubert_config *k = &h->state->config;
-    const size_t act = h->ops->act_bytes, B = b->B, S = b->S, N = B * b->T, C = k->C,
-                 columns = k->C > centroids ? k->C : centroids;
+    const hubert_config *k = &h->config;
+    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, columns = k->C > centroids ? k->C : centroids;
     size_t end = 0, frames = B * S, largest[2] = {0, 0};
     for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
-    b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
-    b->samples = (slam_act *)take(arena, &end, (B * S + k->kernel[0]) * act);
-    for (int i = 0; i < 2; i++) b->conv[i] = (slam_act *)take(arena, &end, largest[i] * act);
-    b->x = (slam_act *)take(arena, &end, N * C * act);
-    b->delta = (slam_act *)take(arena, &end, N * C * act);
-    b->in = (slam_act *)take(arena, &end, N * C * act);
-    b->grouped = (slam_act *)take(arena, &end, (N + B * (k->taps - 1)) * C * act);
-    b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
-    b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
-    b->lse = (float *)take(arena, &end, N * k->NH * sizeof(float));
-    b->nearest = (int *)take(arena, &end, N * sizeof(int));
-    b->doc_start = (int *)take(arena, &end, N * sizeof(int));
-    b->doc_end = (int *)take(arena, &end, (N + 2 * B) * sizeof(int));
-    b->frames = arena ? b->doc_end + N : NULL;
-    b->first_frames = arena ? b->frames + B : NULL;
+#define ACTS(n)   (slam_act *)take(arena, &end, (n)*h->ops->act_bytes)
+#define FLOATS(n) (float *)take(arena, &end, (n) * sizeof(float))
+#define INTS(n)   (int *)take(arena, &end, (n) * sizeof(int))
+    b->wide = FLOATS(B * S > N * columns ? B * S : N * columns);
+    b->samples = ACTS(B * S + k->kernel[0]);
+    for (int i = 0; i < 2; i++) b->conv[i] = ACTS(largest[i]);
+    b->x = ACTS(N * C);
+    b->delta = ACTS(N * C);
+    b->in = ACTS(N * C);
+    b->grouped = ACTS((N + B * (k->taps - 1)) * C);
+    b->qkv = ACTS(3 * N * C);
+    b->mlp = ACTS(N * k->F);
+    b->lse = FLOATS(N * k->NH);
+    b->nearest = INTS(N);
+    b->doc_start = INTS(N);
+    b->doc_end = INTS(N);
+    b->frames = INTS(B);
+    b->first_frames = INTS(B);
+#undef ACTS
+#undef FLOATS
+#undef INTS
     return end;
 }
 
-/* Uploads the samples with zeros around them, the frames of the utterances, and the keys of attention. Frames behind an
-   utterance see only its first frame, so that no tile of attention is wider than the utterance. */
-static void hubert_upload(slam_hubert *h, const hubert_batch *b, const float *const *samples, int normalize) {
+/* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames behind a
+   recording see only its first frame, so that no tile of attention is wider than the recording. */
+static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->ops;
     const size_t B = b->B, S = b->S, T = b->T;
     float *host = NEW(float, B *S);
-    int *ends = NEW(int, B *T + 2 * B), *frames = ends + B * T, *first_frames = frames + B;
+    int *ends = NEW(int, B *T), *frames = NEW(int, 2 * B), *first_frames = frames + B;
     for (size_t i = 0; i < B; i++) {
-        const hubert_utterance silence = {0, 1, 0}, *u = i < (size_t)b->n ? &b->utterances[i] : &silence;
+        const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
         float *to = host + i * S + HUBERT_PADDING;
-        if (normalize && u->samples) normalize_waveform(to, samples[u->index], u->samples);
-        else memcpy(to, samples[u->index], u->samples * sizeof *to);
-        frames[i] = (int)u->frames;
-        first_frames[i] = u->samples ? (int)hubert_frames(&h->state->config, u->samples, 1) : 1;
+        if (r && normalize) normalize_waveform(to, r->samples, r->n);
+        else if (r) memcpy(to, r->samples, r->n * sizeof *to);
+        frames[i] = r ? (int)r->units.frames : 1;
+        first_frames[i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->wide, host, B * S * sizeof *host);
     ops->to_act(ops, b->samples, b->wide, B * S);
     ops->zero(ops, b->doc_start, B * T * sizeof *ends);
-    ops->upload(ops, b->doc_end, ends, (B * T + 2 * B) * sizeof *ends); // and frames, first_frames
+    ops->upload(ops, b->doc_end, ends, B * T * sizeof *ends);
+    ops->upload(ops, b->frames, frames, B * sizeof *frames);
+    ops->upload(ops, b->first_frames, first_frames, B * sizeof *frames);
     free(host);
     free(ends);
+    free(frames);
 }
 
 /* Convolutions with their norms, and the projection: samples (B,S) to x (B,T,C). */
-static void hubert_convolve(slam_hubert *h, const hubert_batch *b) {
+static void hubert_convolve(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
-    const struct slam_hubert_state *s = h->state;
-    const hubert_config *k = &s->config;
+    const hubert_config *k = &h->config;
     slam_act *x = b->samples;
     int T = b->S, C = 1;
     for (int i = 0; i < k->convs; i++) {
         const int has_norm = i == 0 || k->all_norms, TO = T / k->stride[i], OC = k->width[i], K = k->kernel[i];
         const slam_conv conv = {b->B, 1, T, C, TO, OC, K, k->stride[i], !has_norm};
-        const hubert_module *norm = &s->conv_norm[i];
+        const hubert_module *norm = &h->conv_norm[i];
         slam_act *out = b->conv[i % 2];
         ops->zero(ops, act_at(ops, x, (size_t)b->B * T * C), (size_t)K * C * ops->act_bytes);
-        ops->conv1d(ops, out, x, s->conv[i].w, s->conv[i].b, &conv);
+        ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
         if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, b->B * TO, OC);
         else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, b->B, TO, OC);
         x = out;
         T = TO;
         C = OC;
     }
-    const hubert_module *norm = &s->projection_norm, *projection = &s->projection;
+    const hubert_module *norm = &h->projection_norm;
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, (float)k->eps, 0, b->B * T, C);
-    ops->matmul_forward(ops, b->x, x, projection->w, projection->b, b->B * T, C, k->C);
+    ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, b->B * T, C, k->C);
 }
 
 /* x (B,T,C) += gelu(convolution of x over `taps` frames), then a norm unless norms stand before attention and MLP */
-static void hubert_positions(slam_hubert *h, const hubert_batch *b) {
+static void hubert_positions(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
-    const struct slam_hubert_state *s = h->state;
-    const hubert_config *k = &s->config;
+    const hubert_config *k = &h->config;
     const int B = b->B, T = b->T, C = k->C, G = k->groups, TO = T + k->taps - 1;
     const slam_conv conv = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
     ops->mask_frames(ops, b->x, b->frames, B, T, C);
-    ops->group_frames(ops, b->grouped, b->x, b->frames, s->batch_norm.w, s->batch_norm.b, k->taps / 2, B, T, TO, C, G);
-    ops->conv1d(ops, b->delta, b->grouped, s->positions.w, s->positions.b, &conv);
+    ops->group_frames(ops, b->grouped, b->x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
+    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &conv);
     if (k->stable) ops->layernorm(ops, b->x, NULL, b->x, b->delta, NULL, NULL, 0, 0, B * T, C);
-    else ops->layernorm(ops, NULL, b->x, b->x, b->delta, s->norm.w, s->norm.b, (float)k->eps, 0, B * T, C);
+    else ops->layernorm(ops, NULL, b->x, b->x, b->delta, h->norm.w, h->norm.b, (float)k->eps, 0, B * T, C);
 }
 
 /* A transformer layer, x (B,T,C) in place. stable: x + O attention(norm x), then x + D gelu(U norm x); else
    norm(x + O attention x), then norm(x + D gelu(U x)). */
-static void hubert_layer_forward(slam_hubert *h, const hubert_batch *b, const slam_mask *mask, const hubert_layer *w) {
+static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, const slam_mask *mask,
+                                 const hubert_layer *w) {
     slam_ops *ops = h->ops;
-    const int C = h->width, F = h->state->config.F, N = b->B * b->T, stable = h->state->config.stable;
-    const float eps = (float)h->state->config.eps;
+    const int C = h->config.C, F = h->config.F, N = b->B * b->T, stable = h->config.stable;
+    const float eps = (float)h->config.eps;
     const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
     slam_act *x = b->x, *in = stable ? b->in : x;
     if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
@@ -8829,126 +8779,70 @@ static void hubert_layer_forward(slam_hubert *h, const hubert_batch *b, const sl
 }
 
 /* Allocates what the batch needs and computes x (B,T,C). */
-static int hubert_forward(slam_hubert *h, hubert_batch *b, int centroids, const float *const *samples, int normalize) {
-    struct slam_hubert_state *s = h->state;
-    const hubert_config *k = &s->config;
+static int hubert_forward(slam_hubert *h, hubert_batch *b, int centroids, int normalize) {
+    const hubert_config *k = &h->config;
     if ((double)b->B * (b->T + k->taps) * k->groups > INT_MAX)
-        return set_error("a batch of %d utterances of up to %d frames, expected fewer", b->B, b->T);
+        return set_error("a batch of %d recordings of up to %d frames, expected fewer", b->B, b->T);
     const size_t bytes = hubert_place(h, b, centroids, NULL);
-    if (bytes > s->arena_bytes) {
-        h->ops->release(h->ops, s->arena);
-        s->arena = (char *)h->ops->alloc(h->ops, bytes);
-        s->arena_bytes = s->arena ? bytes : 0;
-        if (!s->arena) return 0;
+    if (bytes > h->arena_bytes) {
+        h->ops->release(h->ops, h->arena);
+        h->arena = (char *)h->ops->alloc(h->ops, bytes);
+        h->arena_bytes = h->arena ? bytes : 0;
+        if (!h->arena) return 0;
     }
-    hubert_place(h, b, centroids, s->arena);
+    hubert_place(h, b, centroids, h->arena);
     const slam_mask mask = {b->B, b->T, k->NH, k->NH, k->C / k->NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
-    hubert_upload(h, b, samples, normalize);
+    hubert_upload(h, b, normalize);
     hubert_convolve(h, b);
     hubert_positions(h, b);
-    for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, b, &mask, &s->layers[l]);
+    for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, b, &mask, &h->layers[l]);
     return 1;
 }
 
-/* Frames of a row for an utterance: its own, rounded up in 8 to 16 steps an octave. */
-static int hubert_row_frames(const slam_hubert *h, long samples) {
-    const int frames = (int)((samples + 2 * HUBERT_PADDING + h->step - 1) / h->step);
+/* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
+static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
+    const int step = h->step, frames = ((int)r->n + 2 * HUBERT_PADDING + step - 1) / step;
     int grain = 1;
-    while (frames / grain >= 16) grain *= 2;
+    while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
 }
 
-static int compare_utterances(const void *a, const void *b) { // the longest first
-    const hubert_utterance *x = (const hubert_utterance *)a, *y = (const hubert_utterance *)b;
-    return x->samples != y->samples ? (x->samples < y->samples ? 1 : -1) : x->index - y->index;
+static int compare_recordings(const void *a, const void *b) { // the longest first
+    const slam_recording *x = *(slam_recording *const *)a, *y = *(slam_recording *const *)b;
+    return x->n != y->n ? (x->n < y->n ? 1 : -1) : x < y ? -1 : 1;
 }
 
-/* The utterances that have a frame, in batches of rows of about the same length: features[i] (frames,C) or, with a
-   tokenizer, the nearest centroids units[i].unit (frames). */
-static int hubert_compute(slam_hubert *h, int normalize, int n, const float *const *samples, const long *lengths,
-                          float *const *features, const slam_tokenizer *t, const slam_units *units) {
+/* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
+   frame i; without centroids, the features. */
+static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
-    const int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES, C = h->width, K = t ? t->K : 0;
-    hubert_utterance *utterances = NEW(hubert_utterance, n), *u = utterances, *end = u;
+    const int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES, C = t->width;
+    slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
     int ok = 1;
     for (int i = 0; ok && i < n; i++) {
-        const hubert_utterance next = {lengths[i], slam_hubert_frames(h, lengths[i]), i};
-        if (lengths[i] > INT_MAX / 4)
-            ok = set_error("an utterance of %ld samples, expected at most %d", lengths[i], INT_MAX / 4);
-        else if (next.frames) *end++ = next;
+        if (recordings[i].n > INT_MAX / 4)
+            ok = set_error("a recording of %zu samples, expected at most %d", recordings[i].n, INT_MAX / 4);
+        if (recordings[i].units.frames) *end++ = &recordings[i];
     }
-    qsort(u, end - u, sizeof *u, compare_utterances);
-    for (; ok && u < end; ok = ops->finish(ops)) {
+    qsort((void *)list, end - list, sizeof *list, compare_recordings);
+    for (; ok && r < end; ok = ops->finish(ops)) {
         hubert_batch b = ZERO;
-        b.utterances = u;
-        b.T = hubert_row_frames(h, u->samples);
+        b.recordings = r;
+        b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < most ? most / b.T : 1;
-        while (u + b.n < end && b.n < b.B && hubert_row_frames(h, u[b.n].samples) == b.T) b.n++;
-        if (ops->same_rows) b.B = b.n, b.T = (int)((u->samples + 2 * HUBERT_PADDING + h->step - 1) / h->step);
+        while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
+        if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
-        if (!(ok = hubert_forward(h, &b, K, samples, normalize))) break;
-        if (t) ops->nearest(ops, b.nearest, b.wide, b.x, t->device_centroids, t->device_squares, b.B * b.T, C, K);
+        if (!(ok = hubert_forward(h, &b, t->K, t->config.normalize))) break;
+        if (t->K) ops->nearest(ops, b.nearest, b.wide, b.x, t->device_centroids, t->device_squares, b.B * b.T, C, t->K);
         else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
-        for (size_t row = 0; b.n > 0; b.n--, row += b.T, u++)
-            if (t) ops->download(ops, units[u->index].unit, b.nearest + row, u->frames * sizeof(int));
-            else ops->download(ops, features[u->index], b.wide + row * C, u->frames * C * sizeof(float));
+        for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
+            if (t->K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
+            else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
     }
-    free(utterances);
+    free((void *)list);
     return ok;
-}
-
-int slam_hubert_features(slam_hubert *h, int n, const float *const *samples, const long *lengths,
-                         float *const *features) {
-    return hubert_compute(h, 0, n, samples, lengths, features, NULL, NULL);
-}
-
-/* ---- features of either kind ---- */
-
-slam_unit_config slam_unit_config_default(void) {
-    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, ""};
-    return c;
-}
-
-slam_features *slam_features_new(const slam_unit_config *config, slam_ops *ops) {
-    slam_features *f = NEW(slam_features, 1);
-    int ok = 1;
-    f->config = *config;
-    if (config->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", config->hubert);
-        ok = ok && (f->hubert = slam_hubert_load(ops, config->hubert, config->layer)) != NULL;
-        f->width = ok ? f->hubert->width : 0;
-        f->step = ok ? f->hubert->step : 1;
-        f->config.rate = SAMPLE_RATE / f->step;
-        if (ok && config->rate && config->rate != f->config.rate)
-            ok = set_error("%s: has %d frames per second, expected %d", config->hubert, f->config.rate, config->rate);
-    } else if (config->rate == 25 || config->rate == 50) {
-        f->mfcc = mfcc_new(config->rate);
-        f->width = MFCC_WIDTH;
-        f->step = f->mfcc->step;
-    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", config->rate);
-    if (ok) return f;
-    slam_features_free(f);
-    return NULL;
-}
-
-void slam_features_free(slam_features *f) {
-    if (!f) return;
-    slam_hubert_free(f->hubert);
-    free(f->mfcc);
-    free(f);
-}
-
-size_t slam_features_frames(const slam_features *f, size_t samples) {
-    return f->hubert ? (size_t)slam_hubert_frames(f->hubert, (long)samples) : mfcc_frames(f->mfcc, samples);
-}
-
-int slam_features_compute(const slam_features *f, int n, const float *const *samples, const long *lengths,
-                          float *const *features) {
-    const int normalize = f->config.normalize;
-    if (f->hubert) return hubert_compute(f->hubert, normalize, n, samples, lengths, features, NULL, NULL);
-    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
-    for (int i = 0; i < n; i++) mfcc_compute(f->mfcc, normalize, features[i], samples[i], (size_t)lengths[i]);
-    return 1;
 }
 
 /* ---- nearest centroids ----
@@ -8969,7 +8863,7 @@ static float *centroid_lanes(float *lanes, const float *centroids, int K, int D)
     return lanes;
 }
 
-/* out (4), distances of four frames from a block of centroids */
+/* out (4), squared distances of four frames from a block of centroids */
 UNFUSED static void centroid_distances(centroid_vector *out, const float *const *x, const float *lanes, int D) {
     centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
     for (int d = 0; d < D; d++) {
@@ -9033,11 +8927,6 @@ UNFUSED static float squared_distance(const float *a, const float *b, int D) {
     return sum;
 }
 
-static void kmeans_nearest(kmeans *f, const float *x, size_t n, float *distance) {
-    centroid_lanes(f->lanes, f->centroids, f->K, (int)f->D);
-    centroids_nearest(x, n, f->lanes, f->K, (int)f->D, f->unit, distance);
-}
-
 /* k-means++ on the first m frames of the order: each further centroid is a frame drawn with probability proportional to
    its squared distance from the nearest centroid so far. */
 static void kmeans_seed(kmeans *f, size_t m) {
@@ -9055,12 +8944,16 @@ static void kmeans_seed(kmeans *f, size_t m) {
         for (size_t i = 0; i < m; i++) all += f->distance[i];
         const double until = all * rng_uniform(&f->state);
         drawn = k + 1 < m ? k + 1 : 0; // if all frames are centroids already
-        for (size_t i = 0; all > 0 && i < m; i++) {
+        for (size_t i = 0; all > 0 && sum <= until && i < m; i++) {
             if (f->distance[i] > 0) drawn = i;
             sum += f->distance[i];
-            if (sum > until) break;
         }
     }
+}
+
+static void kmeans_nearest(kmeans *f, const float *x, size_t n, float *distance) {
+    centroid_lanes(f->lanes, f->centroids, f->K, (int)f->D);
+    centroids_nearest(x, n, f->lanes, f->K, (int)f->D, f->unit, distance);
 }
 
 /* Moves each centroid to the mean of all frames that it got in this and earlier batches. batch (m,D): frames first ..
@@ -9093,7 +8986,7 @@ static int kmeans_update(kmeans *f) {
     enum { COLUMNS_AT_ONCE = 16 };
     const size_t D = f->D;
     double *sum = NEW(double, f->K *D);
-    int reseeded = 0;
+    int moved = 0;
     PARALLEL_FOR
     for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
         for (size_t i = 0; i < f->n; i++)
@@ -9108,19 +9001,20 @@ static int kmeans_update(kmeans *f) {
         if (f->count[k] || f->distance[far] <= 0) continue; // 0: every frame is a centroid
         memcpy(f->centroids + k * f->D, f->x + far * f->D, f->D * sizeof *f->centroids);
         f->distance[far] = 0;
-        reseeded++;
+        moved++;
     }
-    return reseeded;
+    return moved;
 }
 
-int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids,
-                slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
+/* k-means of frames (n,D): k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
+   (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
+static int kmeans_fit(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids,
+                      slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     const size_t m = n < 10000 ? n : 10000, seeds = 100 * (size_t)K;
     double before = INFINITY;
-    slam_progress p = ZERO;
+    slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
     report->frames = n;
-    if (K < 1 || D < 1) return set_error("k-means: %d centroids of %d numbers, expected at least 1 of 1", K, D);
     if (n < (size_t)K || n > UINT32_MAX)
         return set_error("k-means: %zu frames, expected at least one for each of %d centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
@@ -9130,7 +9024,6 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
     int *unit = NEW(int, n), more = 1;
     size_t *count = NEW(size_t, K);
     kmeans f = {frames, n, (size_t)D, K, rng_stream(seed, 0x6b6d, 0), centroids, lanes, order, unit, distance, count};
-    p.stage = "fit";
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&f.state, order, n);
     kmeans_seed(&f, n < seeds ? n : seeds);
@@ -9147,9 +9040,7 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
-        const int reseeded = kmeans_update(&f);
-        report->reseeded += reseeded;
-        before = reseeded ? INFINITY : report->inertia;
+        before = kmeans_update(&f) ? INFINITY : report->inertia;
     }
     for (int k = 0; k < K; k++) report->dead += count[k] == 0;
     free(lanes);
@@ -9165,15 +9056,19 @@ int slam_kmeans(const float *frames, size_t n, int D, int K, uint64_t seed, floa
 
 static const char *const feature_names[] = {"mfcc", "hubert"};
 
+slam_unit_config slam_unit_config_default(void) {
+    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
+    return c;
+}
+
 /* A hash of whatever changes a unit or what a document holds. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
-    const slam_unit_config *c = &t->features->config;
-    const slam_hubert *h = t->features->hubert;
+    const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
     strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
-               c->normalize != 0, c->dedup != 0, t->K, t->features->width);
-    if (h) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)h->hash);
-    strbuf_add_bytes(&s, t->centroids, (size_t)t->K * t->features->width * sizeof *t->centroids);
+               c->normalize != 0, c->dedup != 0, t->K, t->width);
+    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    strbuf_add_bytes(&s, t->centroids, (size_t)t->K * t->width * sizeof *t->centroids);
     const uint64_t hash = hash_bytes(HASH_START, s.at, s.n);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     strbuf_free(&s);
@@ -9182,8 +9077,8 @@ static uint32_t tokenizer_hash(const slam_tokenizer *t) {
 
 /* Uploads the centroids for ops->nearest, and their squares as the device rounds them. */
 static int tokenizer_upload(slam_tokenizer *t) {
-    slam_ops *ops = t->features->hubert->ops;
-    const size_t D = t->features->width, K = t->K, n = K * D;
+    slam_ops *ops = t->hubert->ops;
+    const size_t D = t->width, K = t->K, n = K * D;
     float *wide = (float *)ops->alloc(ops, n * sizeof *wide), *host = NEW(float, n), *squares = NEW(float, K);
     t->device_centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
     t->device_squares = (float *)ops->alloc(ops, K * sizeof *squares);
@@ -9207,136 +9102,125 @@ static int tokenizer_upload(slam_tokenizer *t) {
     return ok;
 }
 
-/* Takes the features, which may be NULL after an error. centroids (K,width) */
-static slam_tokenizer *tokenizer_new(slam_features *features, const float *centroids, int K) {
-    if (!features || K < 1 || K > 65534) {
-        if (features) set_error("%d centroids, expected 1 to 65534, so that a token fits 16 bits", K);
-        slam_features_free(features);
-        return NULL;
-    }
-    slam_tokenizer *t = NEW(slam_tokenizer, 1);
-    const size_t n = (size_t)K * features->width;
-    t->features = features;
-    t->K = K;
-    t->centroids = NEW(float, n);
-    memcpy(t->centroids, centroids, n * sizeof *centroids);
-    t->lanes = centroid_lanes(NULL, centroids, K, features->width);
+/* Completes a tokenizer without centroids. centroids (K,width) */
+static int tokenizer_set_centroids(slam_tokenizer *t, const float *centroids, size_t K) {
+    if (K < 1 || K > 65534) return set_error("%zu centroids, expected 1 to 65534, so that a token fits 16 bits", K);
+    const size_t n = K * t->width;
+    t->K = (int)K;
+    t->centroids = (float *)memcpy(NEW(float, n), centroids, n * sizeof *centroids);
+    t->lanes = centroid_lanes(NULL, centroids, t->K, t->width);
     t->fingerprint = tokenizer_hash(t);
-    if (!features->hubert || tokenizer_upload(t)) return t;
-    slam_tokenizer_free(t);
-    return NULL;
-}
-
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops, const float *centroids, int K) {
-    return tokenizer_new(slam_features_new(config, ops), centroids, K);
+    return !t->hubert || tokenizer_upload(t);
 }
 
 void slam_tokenizer_free(slam_tokenizer *t) {
     if (!t) return;
-    slam_ops *ops = t->features->hubert ? t->features->hubert->ops : NULL;
+    slam_ops *ops = t->hubert ? t->hubert->ops : NULL;
     if (ops) ops->release(ops, t->device_centroids);
     if (ops) ops->release(ops, t->device_squares);
-    slam_features_free(t->features);
+    hubert_free(t->hubert);
+    free(t->mfcc);
     free(t->lanes);
     free(t->centroids);
     free(t);
 }
 
-void slam_tokenizer_nearest(const slam_tokenizer *t, const float *frames, size_t n, int *unit, float *distance) {
-    centroids_nearest(frames, n, t->lanes, t->K, t->features->width, unit, distance);
+slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops, const float *centroids, int K) {
+    slam_tokenizer *t = NEW(slam_tokenizer, 1);
+    slam_unit_config *c = &t->config;
+    int ok = 1;
+    *c = *config;
+    if (c->features == SLAM_HUBERT) {
+        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
+        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if ((ok = t->hubert != NULL)) {
+            t->width = t->hubert->config.C;
+            t->step = t->hubert->step;
+            t->do_normalize = t->hubert->do_normalize;
+            c->rate = SAMPLE_RATE / t->step;
+        }
+        if (ok && config->rate && config->rate != c->rate)
+            ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
+    } else if (c->rate == 25 || c->rate == 50) {
+        t->mfcc = mfcc_new(c->rate);
+        t->width = MFCC_WIDTH;
+        t->step = t->mfcc->step;
+    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
+    if (ok && (!centroids || tokenizer_set_centroids(t, centroids, (size_t)K))) return t;
+    slam_tokenizer_free(t);
+    return NULL;
 }
+
+/* ---- km.npy and km.json ---- */
+
+static const field unit_config_fields[] = {
+    {"rate", FIELD_INT, offsetof(slam_unit_config, rate), 1, SAMPLE_RATE, 0},
+    {"normalize", FIELD_BOOL, offsetof(slam_unit_config, normalize), 0, 0, 0},
+    {"dedup", FIELD_BOOL, offsetof(slam_unit_config, dedup), 0, 0, 0},
+    {"layer", FIELD_INT, offsetof(slam_unit_config, layer), 0, 1 << 10, 0},
+    {"fingerprint", FIELD_U64, offsetof(slam_unit_config, fingerprint), 1, UINT32_MAX, 0},
+    {"origin", FIELD_HEX, offsetof(slam_unit_config, origin), 0, 0, 0},
+};
+enum { N_UNIT_FIELDS = sizeof unit_config_fields / sizeof *unit_config_fields };
 
 /* km.npy -> km.json */
 static char *unit_config_path(const char *km_npy) {
     return string_print("%.*s.json", (int)strlen(km_npy) - 4 * string_ends(km_npy, ".npy"), km_npy);
 }
 
-int slam_tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
-    const slam_unit_config *c = &t->features->config;
+int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
+    slam_unit_config c = *config;
+    char *path = unit_config_path(km_npy);
+    const int exists = path_is_file(path);
+    json *root = exists ? json_load(path) : NULL;
+    const char *features = json_string(root, "features", "");
+    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path);
+    c.features = !strcmp(features, "hubert");
+    if (!*c.hubert) snprintf(c.hubert, sizeof c.hubert, "%s", json_string(root, "hubert", ""));
+    if (ok && strcmp(features, feature_names[c.features]))
+        ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
+    if (ok) *config = c;
+    json_free(root);
+    free(path);
+    return ok || !exists;
+}
+
+/* Writes KM.json and then KM.npy: if there is only the first, a kill came between the two. */
+static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
+    slam_unit_config c = t->config;
     char *path = unit_config_path(km_npy);
     strbuf s = ZERO;
-    strbuf_add(&s, "{\"features\": \"%s\", \"rate\": %d, \"normalize\": %s, \"dedup\": %s, ",
-               feature_names[c->features], c->rate, c->normalize ? "true" : "false", c->dedup ? "true" : "false");
-    strbuf_add(&s, "\"units\": %d, \"width\": %d, \"fingerprint\": %u", t->K, t->features->width,
-               (unsigned)t->fingerprint);
-    if (t->features->hubert) {
-        strbuf_add(&s, ", \"layer\": %d, \"hubert\": ", c->layer);
-        strbuf_add_json(&s, c->hubert);
-    }
-    if (report) {
-        strbuf_add(&s, ", \"frames\": %zu, \"inertia\": ", report->frames);
-        strbuf_add_number(&s, report->inertia);
-        strbuf_add(&s, ", \"origin\": \"%016llx\"", (unsigned long long)report->origin);
-    }
+    c.fingerprint = t->fingerprint;
+    strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
+    strbuf_add_json(&s, c.hubert);
+    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n", t->K, t->width);
+    strbuf_add(&s, "  \"frames\": %zu,\n  \"inertia\": ", report->frames);
+    strbuf_add_number(&s, report->inertia);
+    strbuf_add(&s, ",\n");
+    fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
-    const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->features->width);
+    const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
     strbuf_free(&s);
     free(path);
     return ok;
 }
 
-typedef struct unit_config_file {
-    slam_unit_config config;
-    uint64_t fingerprint, origin;
-} unit_config_file;
-
-static const field unit_config_fields[] = {
-    {"rate", FIELD_INT, offsetof(unit_config_file, config.rate), 1, SAMPLE_RATE, 0},
-    {"normalize", FIELD_BOOL, offsetof(unit_config_file, config.normalize), 0, 0, 0},
-    {"dedup", FIELD_BOOL, offsetof(unit_config_file, config.dedup), 0, 0, 0},
-    {"layer", FIELD_INT, offsetof(unit_config_file, config.layer), 0, 1 << 10, 0},
-    {"fingerprint", FIELD_U64, offsetof(unit_config_file, fingerprint), 1, UINT32_MAX, 0},
-    {"origin", FIELD_HEX, offsetof(unit_config_file, origin), 0, 0, 0},
-};
-
-/* slam_unit_config_load that also gives fingerprint and origin; 0: km.json does not say, or there is none */
-static int unit_config_read(slam_unit_config *config, const char *km_npy, uint64_t *fingerprint, uint64_t *origin) {
-    unit_config_file file = {*config, 0, 0};
-    slam_unit_config *c = &file.config;
-    char *path = unit_config_path(km_npy);
-    const int exists = path_is_file(path);
-    json *root = exists ? json_load(path) : NULL;
-    const char *features = json_string(root, "features", "");
-    int ok = !exists || root;
-    if (root) {
-        c->features = !strcmp(features, "hubert");
-        if (!*c->hubert) snprintf(c->hubert, sizeof c->hubert, "%s", json_string(root, "hubert", ""));
-        if (strcmp(features, feature_names[c->features]))
-            ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
-        ok = ok &&
-             fields_read(root, unit_config_fields, sizeof unit_config_fields / sizeof *unit_config_fields, &file, path);
-    }
-    if (ok) *config = *c;
-    *fingerprint = file.fingerprint;
-    *origin = file.origin;
-    json_free(root);
-    free(path);
-    return ok;
-}
-
-int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
-    uint64_t fingerprint, origin;
-    return unit_config_read(config, km_npy, &fingerprint, &origin);
-}
-
-slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *otherwise, slam_ops *ops) {
-    slam_unit_config config = *otherwise;
-    uint64_t fingerprint, origin;
+slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *config, slam_ops *ops) {
     float *centroids = NULL;
     size_t K = 0, D = 0;
-    if (!unit_config_read(&config, km_npy, &fingerprint, &origin) || !npy_read(km_npy, &centroids, &K, &D)) return NULL;
-    slam_features *features = slam_features_new(&config, ops);
-    slam_tokenizer *t = NULL;
-    if (features && (D != (size_t)features->width || K < 1 || K > 65534)) {
-        set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
-                  features->width, feature_names[config.features]);
-        slam_features_free(features);
-    } else t = tokenizer_new(features, centroids, (int)K);
+    if (!npy_read(km_npy, &centroids, &K, &D)) return NULL;
+    slam_tokenizer *t = slam_tokenizer_new(config, ops, NULL, 0);
+    int ok = t != NULL;
+    if (ok && (D != (size_t)t->width || K < 1 || K > 65534))
+        ok = set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
+                       t->width, feature_names[config->features]);
+    ok = ok && tokenizer_set_centroids(t, centroids, K);
+    if (ok && config->fingerprint && config->fingerprint != t->fingerprint)
+        ok = set_error(
+            "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
+            km_npy, (unsigned long long)config->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
     free(centroids);
-    if (!t || !fingerprint || fingerprint == t->fingerprint) return t;
-    set_error(
-        "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
-        km_npy, (unsigned long long)fingerprint, t->features->hubert ? " and model" : "", (unsigned)t->fingerprint);
+    if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
 }
@@ -9361,29 +9245,38 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
     return to;
 }
 
-int slam_units_encode(const slam_tokenizer *t, int n, const float *const *samples, const long *lengths,
-                      slam_units *units) {
-    const slam_features *f = t->features;
-    const int normalize = f->config.normalize;
+static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
+    return t->mfcc ? mfcc_frames(t->mfcc, samples)
+                   : hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+}
+
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
     int ok = 1;
     for (int i = 0; i < n; i++) {
-        slam_units *u = &units[i];
-        u->samples = (size_t)lengths[i];
-        u->frames = slam_features_frames(f, u->samples);
-        u->unit = NEW(int, u->frames);
-        u->duration = NEW(int, u->frames);
+        slam_recording *r = &recordings[i];
+        memset(&r->units, 0, sizeof r->units);
+        r->units.samples = r->n;
+        r->units.frames = tokenizer_frames(t, r->n);
+        r->features = t->K && t->hubert ? NULL : NEW(float, r->units.frames *(size_t)t->width);
+        if (!t->K) continue;
+        r->units.unit = NEW(int, r->units.frames);
+        r->units.duration = NEW(int, r->units.frames);
     }
-    if (f->hubert) ok = hubert_compute(f->hubert, normalize, n, samples, lengths, NULL, t, units);
+    if (t->hubert) ok = hubert_compute(t, recordings, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
-    for (int i = 0; i < (f->hubert ? 0 : n); i++) {
-        float *x = NEW(float, units[i].frames *MFCC_WIDTH);
-        mfcc_compute(f->mfcc, normalize, x, samples[i], units[i].samples);
-        slam_tokenizer_nearest(t, x, units[i].frames, units[i].unit, NULL);
-        free(x);
+    for (int i = 0; i < (t->hubert ? 0 : n); i++) {
+        slam_recording *r = &recordings[i];
+        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->samples, r->n);
+        if (t->K) centroids_nearest(r->features, r->units.frames, t->lanes, t->K, t->width, r->units.unit, NULL);
     }
-    for (int i = 0; i < n; i++)
-        if (ok) units[i].n = units_merge(units[i].unit, units[i].duration, units[i].frames, f->config.dedup);
-        else slam_units_free(&units[i]);
+    for (slam_recording *r = recordings; r < recordings + n; r++) {
+        slam_units *u = &r->units;
+        if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
+        if (ok && !t->K) continue;
+        free(r->features);
+        r->features = NULL;
+        if (!ok) slam_units_free(u);
+    }
     return ok;
 }
 
@@ -9443,23 +9336,23 @@ static int voice_open(audio *a, const char *voice, const char *text, const char 
     FILE *files[3] = {tmpfile(), tmpfile(), tmpfile()};
     slam_strings words = ZERO;
     char line[400], said[400] = "", path[32]; // said: the last line on stderr
-    int ok = command_split(&words, voice, text), status = -1;
-    if (ok && files[0] && files[1] && files[2]) {
+    int ok = command_split(&words, voice, text) ? 1 : -1, status = -1;
+    const char *program = ok > 0 ? words.at[0] : "";
+    if (ok > 0 && files[0] && files[1] && files[2]) {
         if (!strstr(voice, "{text}")) fprintf(files[0], "%s\n", text);
         rewind(files[0]);
         status = command_run(&words, files);
         for (rewind(files[2]); fgets(line, sizeof line, files[2]);)
             if (*line != '\n') snprintf(said, sizeof said, "%.*s", (int)strcspn(line, "\r\n"), line);
     }
-    const char *program = ok ? words.at[0] : NULL;
-    if (!program) ok = -1;
-    else if (status == -1) ok = set_error("%s: %s cannot be started: %s", name, program, strerror(errno)) - 1;
-    else if (WIFSIGNALED(status)) ok = set_error("%s: %s was ended by signal %d", name, program, WTERMSIG(status));
-    else if (WEXITSTATUS(status) == 127 && !*said)
+    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    if (ok > 0 && status == -1) ok = set_error("%s: %s cannot be started: %s", name, program, strerror(errno)) - 1;
+    else if (ok > 0 && code == 127 && !*said)
         ok = set_error("%s: no program %s that can be started", name, program) - 1;
-    else if (WEXITSTATUS(status))
-        ok = set_error("%s: %s failed with status %d%s%s", name, program, WEXITSTATUS(status), *said ? ": " : "", said);
-    else {
+    else if (ok > 0 && code)
+        ok = set_error("%s: %s failed with status %d%s%s", name, program, code, *said ? ": " : "", said);
+    else if (ok > 0 && status) ok = set_error("%s: %s was ended by signal %d", name, program, WTERMSIG(status));
+    if (ok > 0) {
         snprintf(path, sizeof path, "/dev/fd/%d", fileno(files[1]));
         lseek(fileno(files[1]), 0, SEEK_SET);
         ok = audio_open(a, path, name);
@@ -9518,43 +9411,42 @@ static int list_audio(slam_strings *list, const char *path, const parents *above
     return ok;
 }
 
-int slam_inputs_lines(slam_inputs *in, int kind, const char *const *paths, size_t n) {
-    size_t capacity = 0;
-    in->kind = kind;
-    in->pairs_out = kind == SLAM_INPUT_PAIRS;
-    in->files = NEW(file_map, n);
-    for (size_t i = 0; i < n; i++) {
-        slam_strings_add(&in->paths, paths[i]);
-        if (!file_map_open(&in->files[i], paths[i])) return 0;
-        const char *at = (const char *)in->files[i].data, *end = at + in->files[i].size;
-        struct slam_line l = {NULL, in->paths.at[i], 0, 1};
-        for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
-            while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
-            while (l.n && *l.text == ' ') l.text++, l.n--;
-            if (!l.n) continue;
-            GROW(struct slam_line, in->lines, capacity, in->n + 1);
-            in->lines[in->n++] = l;
-            if (kind != SLAM_INPUT_TEXT) continue;
-            size_t fields = 1;
-            for (size_t k = 0; k < l.n; k++) fields += l.text[k] == '\t';
-            if (in->n == 1) in->pairs_out = fields > 1;
-            if (in->pairs_out && fields != 3)
-                return set_error("%s:%zu: %zu fields separated by tabs, expected 3: prompt, chosen, rejected", l.path,
-                                 l.number, fields);
-        }
+/* Adds the lines of a file that are not blank, without white space around them, except tabs at the end. */
+static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
+    file_map *map = &in->files[in->paths.n];
+    slam_strings_add(&in->paths, path);
+    if (!file_map_open(map, path)) return 0;
+    const char *at = (const char *)map->data, *end = at + map->size;
+    struct slam_line l = {NULL, in->paths.at[in->paths.n - 1], 0, 1};
+    for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
+        while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
+        while (l.n && *l.text == ' ') l.text++, l.n--;
+        if (!l.n) continue;
+        GROW(struct slam_line, in->lines, *capacity, in->n + 1);
+        in->lines[in->n++] = l;
+        if (in->kind != SLAM_INPUT_TEXT) continue;
+        size_t fields = 1;
+        for (size_t k = 0; k < l.n; k++) fields += l.text[k] == '\t';
+        if (in->n == 1) in->pairs_out = fields > 1;
+        if (in->pairs_out && fields != 3)
+            return set_error("%s:%zu: %zu fields separated by tabs, expected 3: prompt, chosen, rejected", path,
+                             l.number, fields);
     }
-    in->end = in->n;
-    return in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file");
+    return 1;
 }
 
-int slam_inputs_audio(slam_inputs *in, const char *const *arguments, size_t n) {
+int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
+    size_t capacity = 0;
     int ok = 1;
-    in->kind = SLAM_INPUT_AUDIO;
+    in->kind = kind;
+    in->pairs_out = kind == SLAM_INPUT_PAIRS;
+    if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
-        const char *const path = arguments[i] + (*arguments[i] == '@');
+        const char *const listed = paths[i] + 1;
         slam_inputs list = ZERO;
-        if (path == arguments[i]) ok = list_audio(&in->paths, path, NULL);
-        else ok = slam_inputs_lines(&list, SLAM_INPUT_AUDIO, &path, 1);
+        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
+        else if (*paths[i] != '@') ok = list_audio(&in->paths, paths[i], NULL);
+        else ok = slam_inputs_open(&list, SLAM_INPUT_UNITS, &listed, 1);
         for (size_t k = 0; ok && k < list.n; k++) {
             char *name = string_copy_n(list.lines[k].text, list.lines[k].n);
             ok = list_audio(&in->paths, name, NULL);
@@ -9562,8 +9454,9 @@ int slam_inputs_audio(slam_inputs *in, const char *const *arguments, size_t n) {
         }
         slam_inputs_free(&list);
     }
-    in->n = in->end = in->paths.n;
-    return ok;
+    if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
+    in->end = in->n;
+    return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
 static uint64_t hash_strings(uint64_t hash, const slam_strings *s) {
@@ -9586,10 +9479,9 @@ static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
 
 typedef struct segment {
-    units u;         // name: of a line; start, end: in a longer file
-    float *samples;  // (n) at 16 kHz, until they are encoded
-    float *features; // (frames,width) instead of units, for a fit
-    size_t n, frames;
+    slam_recording audio; // its samples, until they are encoded; units, or features for a fit
+    char *name;           // of a line of units, or NULL
+    double start, end;    // in a longer file, else 0
 } segment;
 
 struct slam_item {
@@ -9607,12 +9499,11 @@ struct slam_item {
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer; // NULL: inputs are units, or it is a fit
-    const slam_features *features;
+    const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
     const uint32_t *order;                  // of inputs, for a fit
-    slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_take returned
+    slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
     size_t next, n;                         // next: input that is started next
-    double audio_seconds, deadline;         // decoded so far; when slam_reader_decode ends, or when it has
+    double audio_seconds, deadline;         // decoded so far; when the decoding of a chunk ends, or when it has
     int64_t samples, limit;                 // decoded so many: a program can be stopped soon, and memory is bounded
 };
 
@@ -9620,7 +9511,6 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
     slam_reader *r = NEW(slam_reader, 1);
     r->inputs = in;
     r->tokenizer = t;
-    r->features = t ? t->features : NULL;
     r->next = first;
     return r;
 }
@@ -9628,9 +9518,11 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 static void item_free(slam_item *item) {
     if (!item) return;
     for (size_t i = 0; i < item->n; i++) {
-        free(item->segments[i].samples);
-        free(item->segments[i].features);
-        units_free(&item->segments[i].u);
+        segment *s = &item->segments[i];
+        free((void *)s->audio.samples);
+        free(s->audio.features);
+        slam_units_free(&s->audio.units);
+        free(s->name);
     }
     audio_close(&item->recording);
     slam_strings_free(&item->sources);
@@ -9653,38 +9545,36 @@ static void item_add(slam_item *item, const segment *s) {
 }
 
 /* A line of units less than K. */
-static int parse_units(slam_item *item, const struct slam_line *l, int K) {
-    segment s = ZERO;
-    json *root = json_parse(l->text, l->n, item->name);
-    int ok = root && units_from_json(root, item->name, &s.u);
-    for (size_t i = 0; ok && i < s.u.n; i++) {
-        s.frames += s.u.duration ? (size_t)s.u.duration[i] : 1;
-        if (s.u.unit[i] >= K)
-            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, s.u.unit[i], K);
-    }
+static int parse_units(slam_item *item, const json *line, int K) {
+    units u = ZERO;
+    int ok = units_from_json(line, item->name, &u);
+    const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
     item_add(item, &s);
-    json_free(root);
+    for (size_t i = 0; ok && i < u.n; i++) {
+        item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
+        if (u.unit[i] >= K)
+            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
+    }
     return ok;
 }
 
 /* A line that names three audio files, relative to its own file. Its other members, without arrays, objects and sides,
    are passed on. */
-static int parse_pair(slam_item *item, const struct slam_line *l, double max_repetition) {
+static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
+    const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
-    json *root = json_parse(l->text, l->n, item->name);
-    const char *prompt = json_string(root, "prompt_text", NULL), *chosen = json_string(root, "chosen_text", NULL);
-    int ok = root && (root->type == JSON_OBJECT || set_error("%s: expected a JSON object", item->name));
+    if (line->type != JSON_OBJECT) return set_error("%s: expected a JSON object", item->name);
     const int repeats = prompt && chosen && pair_repeats(prompt, chosen, max_repetition);
-    for (int side = 0; ok && !repeats && side < 3; side++) {
+    for (int side = 0; !repeats && side < 3; side++) {
         char key[24];
         snprintf(key, sizeof key, "%s_path", pair_sides[side]);
-        const char *name = json_string(root, key, "");
-        char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(l->path) - l->path), l->path, name);
+        const char *name = json_string(line, key, "");
+        if (!*name) return set_error("%s: expected a string '%s'", item->name, key);
+        char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
         slam_strings_add(&item->sources, path);
         free(path);
-        ok = *name || set_error("%s: expected a string '%s'", item->name, key);
     }
-    for (const json *j = ok ? root->first : NULL; j; j = j->next) {
+    for (const json *j = line->first; j; j = j->next) {
         int side = j->type == JSON_ARRAY || j->type == JSON_OBJECT;
         for (int i = 0; i < 3; i++) side |= !strcmp(j->key, pair_sides[i]);
         if (side) continue;
@@ -9695,8 +9585,7 @@ static int parse_pair(slam_item *item, const struct slam_line *l, double max_rep
         else strbuf_add(&members, "%s", json_describe(j)); // a number's text, true, false or null
     }
     item->members = members.at;
-    json_free(root);
-    return ok;
+    return 1;
 }
 
 /* A line of text, or of the texts of a pair. */
@@ -9726,9 +9615,13 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
         return 1;
     }
     item->name = string_print("%s:%zu", l->path, l->number);
-    return in->kind == SLAM_INPUT_UNITS   ? parse_units(item, l, r->tokenizer ? r->tokenizer->K : 65534)
-           : in->kind == SLAM_INPUT_PAIRS ? parse_pair(item, l, in->max_repetition)
-                                          : parse_text(item, l, in);
+    if (in->kind == SLAM_INPUT_TEXT) return parse_text(item, l, in);
+    json *line = json_parse(l->text, l->n, item->name);
+    int ok = line != NULL;
+    if (ok && in->kind == SLAM_INPUT_UNITS) ok = parse_units(item, line, r->tokenizer ? r->tokenizer->K : 65534);
+    else if (ok) ok = parse_pair(item, line, l->path, in->max_repetition);
+    json_free(line);
+    return ok;
 }
 
 /* Opens the source that is next: 1, 0: the item is skipped, -1: so would be all others. */
@@ -9749,26 +9642,27 @@ static void item_read(slam_reader *r, slam_item *item) {
     audio *a = &item->recording;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
-        segment s = ZERO;
-        int64_t samples;
+        float *samples = NULL;
+        size_t n = 0, frames = 0;
+        int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
-        samples = r->samples;
-        if (samples >= r->limit || slam_clock() > r->deadline) return;
+        decoded = r->samples;
+        if (decoded >= r->limit || slam_clock() > r->deadline) return;
         if (!a->name) ok = item_open(r, item, l);
-        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &s.samples, &s.n) : 0;
+        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &samples, &n) : 0;
         const int whole = a->start == 0 && a->last;
-        if (more > 0) s.frames = slam_features_frames(r->features, s.n);
-        if (!whole) s.u.start = a->start, s.u.end = a->end;
+        if (more > 0) frames = tokenizer_frames(r->tokenizer, n);
         if (more < 0) ok = 0;
-        else if (s.n > INT_MAX / 4)
+        else if (n > INT_MAX / 4)
             ok = set_error("%s: %.0f s without a split are too long; use --max-seconds", a->name,
-                           (double)s.n / SAMPLE_RATE);
-        else if (more && whole && !s.frames) // a segment would be dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)s.n / 16);
-        if (ok > 0 && s.frames) item_add(item, &s);
-        else free(s.samples);
+                           (double)n / SAMPLE_RATE);
+        else if (more && whole && !frames) // a segment would be dropped
+            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
+        if (ok > 0 && frames) item_add(item, &s);
+        else free(samples);
         SLAM_PRAGMA(omp atomic)
-        r->samples += (int64_t)s.n;
+        r->samples += (int64_t)n;
         if (ok > 0 && more && !a->last) continue;
         audio_close(a);
         item->source++;
@@ -9778,12 +9672,13 @@ static void item_read(slam_reader *r, slam_item *item) {
     if (ok <= 0) item->error = string_copy(slam_error());
 }
 
-int slam_reader_decode(slam_reader *r) {
+/* Decodes a chunk of segments, in parallel. */
+static int reader_decode(slam_reader *r) {
+    const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
         slam_item *item = r->items[r->n++] = NEW(slam_item, 1);
         item->input = r->order ? r->order[r->next] : r->next;
     }
-    const slam_hubert *hubert = r->features ? r->features->hubert : NULL;
     r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
     r->samples = 0;
     r->deadline = slam_clock() + 0.25;
@@ -9791,66 +9686,56 @@ int slam_reader_decode(slam_reader *r) {
     for (int64_t i = 0; i < (int64_t)r->n; i++)
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
-    return r->n > 0;
+    for (size_t i = 0; i < r->n; i++)
+        if (r->items[i]->fatal) return set_error("%s", r->items[i]->error);
+    return 1;
 }
 
-int slam_reader_encode(slam_reader *r) {
+/* Encodes what is decoded. */
+static int reader_encode(slam_reader *r) {
     size_t most = 0, n = 0;
-    for (size_t i = 0; i < r->n; most += r->items[i++]->n)
-        if (r->items[i]->fatal) return set_error("%s", r->items[i]->error);
+    for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
     segment **list = NEW(segment *, most);
-    const float **samples = NEW(const float *, most);
-    float **features = NEW(float *, most);
-    long *lengths = NEW(long, most);
-    slam_units *units = NEW(slam_units, most);
+    slam_recording *recordings = NEW(slam_recording, most);
     for (size_t i = 0; i < r->n; i++)
-        for (size_t k = 0; k < r->items[i]->n; k++) {
-            segment *s = &r->items[i]->segments[k];
-            if (!s->samples) continue;
-            if (!r->tokenizer) s->features = NEW(float, s->frames *(size_t)r->features->width);
-            samples[n] = s->samples;
-            lengths[n] = (long)s->n;
-            features[n] = s->features;
+        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++) {
+            if (!s->audio.samples) continue;
+            recordings[n] = s->audio;
             list[n++] = s;
         }
-    int ok = 1;
-    if (n && r->tokenizer) ok = slam_units_encode(r->tokenizer, (int)n, samples, lengths, units);
-    else if (n) ok = slam_features_compute(r->features, (int)n, samples, lengths, features);
+    const int ok = !n || slam_units_encode(r->tokenizer, recordings, (int)n);
     for (size_t i = 0; i < n; i++) {
-        list[i]->u.unit = units[i].unit;
-        list[i]->u.duration = units[i].duration;
-        list[i]->u.n = units[i].n;
-        free(list[i]->samples);
-        list[i]->samples = NULL;
+        list[i]->audio = recordings[i];
+        list[i]->audio.samples = NULL;
+        free((void *)recordings[i].samples);
     }
     free(list);
-    free((void *)samples);
-    free(features);
-    free(lengths);
-    free(units);
+    free(recordings);
     return ok;
 }
 
-const slam_item *slam_reader_take(slam_reader *r, const char **error) {
+int slam_reader_next(slam_reader *r, const slam_item **item, const char **skipped) {
     item_free(r->taken);
     r->taken = r->n && r->items[0]->done ? r->items[0] : NULL;
+    *item = r->taken;
+    *skipped = r->taken ? r->taken->error : NULL;
     if (r->taken) memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
-    *error = r->taken ? r->taken->error : NULL;
-    return r->taken;
+    if (r->taken) return 1;
+    if (!r->n && r->next >= r->inputs->end) return 0;
+    return reader_decode(r) && reader_encode(r) ? 1 : -1;
 }
 
-/* The next item, reported to a progress callback; NULL: none is left, or *ok = 0 and an error. */
-static const slam_item *reader_next(slam_reader *r, slam_progress *p, slam_progress_fn *progress, void *context,
-                                    int *ok) {
-    const slam_item *item;
-    while ((item = slam_reader_take(r, &p->reason)) == NULL)
-        if (!slam_reader_decode(r) || !(*ok = slam_reader_encode(r))) return NULL;
+/* The next item, reported to a progress callback: 1, 0 at the end, -1 and an error. */
+static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p, slam_progress_fn *progress,
+                       void *context) {
+    int more;
+    do more = slam_reader_next(r, item, &p->reason);
+    while (more > 0 && !*item);
+    if (more <= 0) return more;
     p->done++;
-    p->skipped = item->error ? item->name : NULL;
+    p->skipped = p->reason ? (*item)->name : NULL;
     p->audio_seconds = r->audio_seconds;
-    if (!progress || progress(context, p)) return item;
-    *ok = set_error("stopped before all audio was processed");
-    return NULL;
+    return !progress || progress(context, p) ? 1 : set_error("stopped before all audio was processed") - 1;
 }
 
 /* ---- writing: units -> token shards or lines ----
@@ -9914,33 +9799,10 @@ int slam_writer_check(const char *out) {
     return !binary || !path_exists(shard_path(path, out, 1)) || fail_exists(path);
 }
 
-static int journal_read(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
-    const uint64_t identity = w->identity;
-    json *root = json_load(f->journal);
-    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
-    json_free(root);
-    f->journaled = w->earlier = w->inputs;
-    if (!ok || (w->identity == identity && w->inputs <= f->total)) return ok;
-    return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
-                     f->journal);
-}
-
-/* What got its name after the journal was written is partial again: OUT, or shards, of which the first is needed. */
-static int writer_take_back(slam_writer *w) {
-    char path[PATH_MAX];
-    const char *partial = w->files->partial;
-    uint64_t last = w->shards;
-    int ok = path_exists(partial) || !path_exists(w->out) || file_rename(w->out, partial);
-    while (w->binary && path_exists(shard_path(path, w->out, last + 1))) last++;
-    for (; ok && last > w->shards; last--) ok = file_rename(shard_path(path, w->out, last), partial);
-    return ok;
-}
-
-int slam_writer_commit(slam_writer *w, double seconds) {
+/* Syncs the data, then writes the journal, which replaces the one before. */
+static int writer_commit(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
-    if (slam_clock() - f->committed < seconds) return 1;
     if (!append_sync(&f->data) || !append_sync(&f->skipped)) return 0;
     w->bytes = w->documents ? f->data.bytes : 0; // a file without documents is begun again
     w->failed_bytes = f->skipped.bytes;
@@ -9951,6 +9813,26 @@ int slam_writer_commit(slam_writer *w, double seconds) {
     strbuf_free(&s);
     f->journaled = w->inputs;
     f->committed = slam_clock();
+    return ok;
+}
+
+/* Reads the journal, and what got its name after it was written is partial again: OUT, or shards, of which the first is
+   needed. */
+static int writer_resume(slam_writer *w) {
+    struct slam_writer_files *f = w->files;
+    const uint64_t identity = w->identity;
+    char path[PATH_MAX];
+    json *root = json_load(f->journal);
+    int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
+    json_free(root);
+    f->journaled = w->earlier = w->inputs;
+    if (ok && (w->identity != identity || w->inputs > f->total))
+        ok = set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
+                       f->journal);
+    if (ok && !path_exists(f->partial) && path_exists(w->out)) ok = file_rename(w->out, f->partial);
+    uint64_t last = w->shards;
+    while (w->binary && path_exists(shard_path(path, w->out, last + 1))) last++;
+    for (; ok && last > w->shards; last--) ok = file_rename(shard_path(path, w->out, last), f->partial);
     return ok;
 }
 
@@ -9988,9 +9870,8 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = slam_writer_check(out) && append_open(&f->skipped, f->failed);
     ok = ok && slam_writer_check(out); // again: the process that had the lock may just have finished
-    if (ok && path_exists(f->journal)) ok = journal_read(w) && writer_take_back(w);
-    ok = ok && append_resume(&f->skipped, w->failed_bytes);
-    if (ok && writer_open_data(w) && slam_writer_commit(w, 0)) return 1;
+    if (ok && path_exists(f->journal)) ok = writer_resume(w);
+    if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
 
@@ -10017,10 +9898,11 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
-        units u = item->segments[i].u;
-        if (!u.name) u.name = item->name;
-        w->samples += item->segments[i].n;
-        w->frames += item->segments[i].frames;
+        const segment *g = &item->segments[i];
+        const slam_units *of = &g->audio.units;
+        const units u = {g->name ? g->name : item->name, of->unit, of->duration, of->n, g->start, g->end};
+        w->samples += of->samples;
+        w->frames += of->frames;
         w->units += u.n;
         w->tokens += u.n + (w->pairs ? 1 : 2);
         if (w->binary) ok = writer_add_tokens(w, &u);
@@ -10043,14 +9925,14 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     w->failed += item->error != NULL;
     w->repetitive += !item->error && !n;
     w->documents += w->pairs ? n > 0 : n;
-    return ok;
+    return ok && (slam_clock() - f->committed < 1 || writer_commit(w));
 }
 
 int slam_writer_close(slam_writer *w, int ok) {
     struct slam_writer_files *f = w->files;
     const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
     if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, w->out));
-    else if (ok) ok = slam_writer_commit(w, 0);
+    else if (ok) ok = writer_commit(w);
     const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
     if (over) unlink(f->partial);
     if (f->skipped.f && (!f->skipped.bytes || (over && !all))) unlink(f->failed);
@@ -10081,35 +9963,27 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
-/* Which call made a km.npy, for km.json. */
-static uint64_t fit_origin(const slam_unit_config *c, const slam_inputs *in, int K, size_t frames, uint64_t seed) {
-    const uint64_t numbers[] = {(uint64_t)K, frames, seed};
-    return inputs_hash(hash_bytes(hash_bytes(HASH_START, c, sizeof *c), numbers, sizeof numbers), in);
-}
-
-int slam_tokenizer_may_fit(const char *km_npy, const slam_unit_config *c, const slam_inputs *in, int K, size_t frames,
-                           uint64_t seed) {
-    slam_unit_config stored = *c;
-    uint64_t fingerprint = 0, origin = 0;
-    char *km_json = unit_config_path(km_npy); // written first: if there is only that, a kill came between the two
-    const int npy = path_exists(km_npy), found = path_exists(km_json);
-    const int same = found && unit_config_read(&stored, km_npy, &fingerprint, &origin) &&
-                     origin == fit_origin(c, in, K, frames, seed);
-    int may = path_writable(km_npy) ? 1 + npy : 0;
-    if (may && (npy || found) && !same) may = fail_exists(npy ? km_npy : km_json);
-    free(km_json);
-    return may;
-}
-
-slam_tokenizer *slam_tokenizer_fit(const slam_unit_config *config, slam_ops *ops, const slam_inputs *in, int K,
-                                   size_t frames, uint64_t seed, slam_progress_fn *progress, void *context,
+slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c, slam_ops *ops, const slam_inputs *in,
+                                   int K, size_t frames, uint64_t seed, slam_progress_fn *progress, void *context,
                                    slam_kmeans_report *report) {
-    slam_features *features = slam_features_new(config, ops);
-    slam_tokenizer *t = NULL;
+    const uint64_t numbers[] = {(uint64_t)K, frames, seed};
+    const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
+    slam_unit_config config = *c, stored = *c;
     slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     const slam_item *item;
-    if (!features) return NULL;
-    reservoir sample = {NULL, 0, 0, frames, (size_t)features->width, 0, rng_stream(seed, 0x6b6d, 1)};
+    const int exists = path_exists(km_npy);
+    char *km_json = unit_config_path(km_npy);
+    memset(report, 0, sizeof *report);
+    config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
+    int ok = path_writable(km_npy);
+    if (ok && (exists || path_exists(km_json)) &&
+        (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
+        ok = fail_exists(exists ? km_npy : km_json);
+    free(km_json);
+    if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
+    slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    if (!t) return NULL;
+    reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
     uint32_t *order = NEW(uint32_t, in->n);
     for (size_t i = 0; i < in->n; i++) { // inside-out Fisher-Yates
@@ -10117,23 +9991,22 @@ slam_tokenizer *slam_tokenizer_fit(const slam_unit_config *config, slam_ops *ops
         order[i] = order[j];
         order[j] = (uint32_t)i;
     }
-    slam_reader *reader = slam_reader_open(in, NULL, 0);
-    reader->features = features;
+    slam_reader *reader = slam_reader_open(in, t, 0);
     reader->order = order;
-    int ok = 1;
-    while (sample.seen / 8 < frames && (item = reader_next(reader, &p, progress, context, &ok)) != NULL)
+    int more = 1;
+    while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].features, item->segments[i].frames);
+            reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
     float *centroids = NEW(float, (size_t)K *sample.D);
-    ok = ok && slam_kmeans(sample.frames, sample.n, features->width, K, seed, centroids, progress, context, report);
-    if (ok) t = tokenizer_new(features, centroids, K); // which has the features, or frees them
-    else slam_features_free(features);
-    report->origin = fit_origin(config, in, K, frames, seed);
+    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, t->width, K, seed, centroids, progress, context, report) &&
+         tokenizer_set_centroids(t, centroids, (size_t)K) && tokenizer_save(t, km_npy, report);
     slam_reader_close(reader);
     free(centroids);
     free(sample.frames);
     free(order);
-    return t;
+    if (ok) return t;
+    slam_tokenizer_free(t);
+    return NULL;
 }
 
 /* ---- units of audio files in memory ---- */
@@ -10147,17 +10020,17 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     const slam_item *item;
     strbuf s = ZERO; // ints, for each file: n, frames, samples, units (n), durations (n)
     size_t total;
-    int ok = 1;
-    while ((item = reader_next(reader, &p, progress, context, &ok)) != NULL) {
-        const segment none = ZERO, *g = item->error ? &none : item->segments;
-        const int head[] = {(int)g->u.n, (int)g->frames, (int)g->n};
+    int more;
+    while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
+        const int head[] = {(int)u->n, (int)u->frames, (int)u->samples};
         strbuf_add_bytes(&s, head, sizeof head);
-        strbuf_add_bytes(&s, g->u.unit, g->u.n * sizeof(int));
-        strbuf_add_bytes(&s, g->u.duration, g->u.n * sizeof(int));
+        strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
+        strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
     }
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
-    ok = slam_all_ok(comm, ok);
+    const int ok = slam_all_ok(comm, more == 0);
     int *all = ok ? (int *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
         u->n = (size_t)at[0];
@@ -11109,7 +10982,7 @@ static int testset_list(slam_testset *s, const char *path) {
     int status = -1;
     if (path && !path_is_folder(path)) return set_error("%s: no such folder", path);
     if (!path && !s->units) return set_error("expected a folder of audio files, or units");
-    if (path && slam_inputs_audio(&audio, &path, 1)) {
+    if (path && slam_inputs_open(&audio, SLAM_INPUT_AUDIO, &path, 1)) {
         for (size_t i = status = 0; i < audio.paths.n; i++) slam_strings_add(&s->items, audio.paths.at[i]);
     } else if (s->units && units_open(&r, s->units)) {
         while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
@@ -12417,13 +12290,12 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
     slam_unit_config config = slam_unit_config_default();
-    uint64_t bundled = 0, origin;
     char *path = slam_path_beside(argv0, "test/corpus/km.npy");
-    const int ok = !units || unit_config_read(&config, path, &bundled, &origin);
+    const int ok = !units || slam_unit_config_load(&config, path);
     free(path);
-    if (!ok || !units || bundled == units) return ok;
+    if (!ok || !units || config.fingerprint == units) return ok;
     return set_error("the bundled data has units of tokenizer %08x, the model was trained on units of %08x",
-                     (unsigned)bundled, (unsigned)units);
+                     (unsigned)config.fingerprint, (unsigned)units);
 }
 
 /* ---- a training run: flags ---- */

@@ -87,19 +87,16 @@ static int tokenize(program *p) {
     slam_reader *reader = slam_reader_open(in, p->tokenizer, in->first + w.inputs);
     slam_bar_begin(&p->bar);
     const uint64_t before = w.samples;
-    int ok = 1;
-    while (ok && !slam_stop_requested() && slam_reader_decode(reader)) { /* audio files, in parallel */
-        ok = slam_reader_encode(reader);                                 /* audio -> features -> units */
-        while (ok && (item = slam_reader_take(reader, &skipped))) {      /* in the order of the inputs */
-            ok = slam_writer_add(&w, item);
-            if (skipped) report_skipped(p, skipped);
-        }
-        ok = ok && slam_writer_commit(&w, 1); /* at most once a second: from here a killed command resumes */
+    int more = 1; /* the reader decodes audio in parallel, computes features and units, and has items in order */
+    while (more > 0 && (more = slam_reader_next(reader, &item, &skipped)) > 0) {
+        if (item && !slam_writer_add(&w, item)) more = -1;
+        if (skipped) report_skipped(p, skipped);
         show_progress(p, (double)w.inputs, (double)total, (double)(w.samples - before) / 16000);
+        if (!item && slam_stop_requested()) break;
     }
     slam_bar_clear(&p->bar);
     slam_reader_close(reader);
-    if (!slam_writer_close(&w, ok)) return -1;
+    if (!slam_writer_close(&w, more >= 0)) return -1;
     if (w.inputs == total) print_end(p, &w);
     else
         printf("stopped  after %llu of %zu %ss; the same command resumes\n", (unsigned long long)w.inputs, total,
@@ -131,26 +128,20 @@ static int show_fit(void *context, const slam_progress *progress) {
 static slam_tokenizer *fit_tokenizer(program *p, const slam_unit_config *config) {
     const char *path = p->unit_flags.kmeans;
     const size_t frames = (size_t)p->fit_frames;
-    const uint64_t seed = (uint64_t)p->seed;
     slam_kmeans_report report;
-    const int may = slam_tokenizer_may_fit(path, config, &p->inputs, p->fit, frames, seed);
-    if (!may || (p->out && !slam_writer_check(p->out_path))) return NULL;
-    if (may == 2) {
-        printf("fit      %s was made by this command before\n", path);
-        return slam_tokenizer_load(path, config, p->ops);
-    }
+    if (p->out && !slam_writer_check(p->out_path)) return NULL;
     slam_bar_begin(&p->bar);
     const double start = slam_clock();
-    slam_tokenizer *t = slam_tokenizer_fit(config, p->ops, &p->inputs, p->fit, frames, seed, show_fit, p, &report);
+    slam_tokenizer *t =
+        slam_tokenizer_fit(path, config, p->ops, &p->inputs, p->fit, frames, (uint64_t)p->seed, show_fit, p, &report);
     slam_bar_clear(&p->bar);
-    if (!t || !slam_tokenizer_save(t, path, &report)) {
-        slam_tokenizer_free(t);
-        return NULL;
+    if (!t) return NULL;
+    if (!report.frames) {
+        printf("fit      %s was made by this command before\n", path);
+        return t;
     }
     printf("fit      %d centroids from %zu frames in %.1f s, %d full passes, mean squared distance %.4g\n", p->fit,
            report.frames, slam_clock() - start, report.passes, report.inertia);
-    if (report.reseeded)
-        printf("         centroids without a frame were moved to the furthest frames, %d times\n", report.reseeded);
     if (report.dead)
         printf("         %d centroids have no frame: the audio has fewer distinct frames than %d\n", report.dead,
                p->fit);
@@ -166,8 +157,7 @@ static int open_tokenizer(program *p) {
     if (p->fit) p->tokenizer = fit_tokenizer(p, &config);
     else p->tokenizer = slam_tokenizer_load(p->unit_flags.kmeans, &config, p->ops);
     if (!p->tokenizer) return p->fit && slam_stop_requested() ? 2 : 0;
-    const slam_hubert *hubert = p->tokenizer->features->hubert;
-    if (hubert && hubert->do_normalize && !config.normalize)
+    if (p->tokenizer->do_normalize && !p->tokenizer->config.normalize)
         printf("         its preprocessor_config.json asks for normalised waveforms: see --normalize\n");
     return 1;
 }
@@ -182,14 +172,15 @@ static int is_jsonl(const char *path) {
 static int open_inputs(program *p) {
     slam_inputs *in = &p->inputs;
     const slam_strings *rest = &p->flags.rest;
-    const char *const *paths = (const char *const *)rest->at;
+    const char *const one[] = {p->pairs ? p->pairs : p->text};
+    const char *const *paths = *one ? one : (const char *const *)rest->at;
     const double repetition = p->pairs && !slam_flags_given(&p->flags, "max-repetition") ? 0 : p->max_repetition;
-    int ok;
+    const int kind = p->pairs                ? SLAM_INPUT_PAIRS
+                     : p->text               ? SLAM_INPUT_TEXT
+                     : is_jsonl(rest->at[0]) ? SLAM_INPUT_UNITS
+                                             : SLAM_INPUT_AUDIO;
     for (size_t i = 0; i < p->tts.n; i++) slam_strings_add(&in->voices, p->tts.at[i]);
-    if (p->pairs) ok = slam_inputs_lines(in, SLAM_INPUT_PAIRS, (const char *const *)&p->pairs, 1);
-    else if (p->text) ok = slam_inputs_lines(in, SLAM_INPUT_TEXT, (const char *const *)&p->text, 1);
-    else if (is_jsonl(rest->at[0])) ok = slam_inputs_lines(in, SLAM_INPUT_UNITS, paths, rest->n);
-    else ok = slam_inputs_audio(in, paths, rest->n);
+    const int ok = slam_inputs_open(in, kind, paths, *one ? 1 : rest->n);
     in->max_seconds = p->max_seconds;
     in->max_repetition = in->pairs_out ? repetition : 0;
     if (ok && in->pairs_out && (!is_jsonl(p->out) || p->audio_repr))

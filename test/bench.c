@@ -152,22 +152,24 @@ static double measure_hubert(const bench_row *r, const char *folder, int threads
     int n = 0;
     uint64_t seed = 1;
     slam_ops *ops = slam_cpu(threads);
-    slam_hubert *h = ops ? slam_hubert_load(ops, folder, HUBERT_LAYER) : NULL;
-    float *x = NEW(float, (size_t)samples), *out = NULL;
-    if (!h) die();
-    out = NEW(float, (size_t)slam_hubert_frames(h, samples) * (size_t)h->width);
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, "", 0, 0};
+    snprintf(config.hubert, sizeof config.hubert, "%s", folder);
+    slam_tokenizer *t = ops ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    float *x = NEW(float, (size_t)samples);
+    if (!t) die();
     for (long i = 0; i < samples; i++) x[i] = (float)(0.1 * rng_normal(&seed));
-    const float *in = x;
+    slam_recording recording = {x, (size_t)samples, NULL, ZERO};
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (!slam_hubert_features(h, 1, &in, &samples, &out)) die();
+        if (!slam_units_encode(t, &recording, 1)) die();
         if (k >= 0) times[n++] = slam_clock() - began;
+        free(recording.features);
     }
-    slam_hubert_free(h);
+    slam_tokenizer_free(t);
     slam_ops_free(ops);
-    free(x), free(out);
+    free(x);
     return r->T / median(times, n);
 }
 

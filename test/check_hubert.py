@@ -42,8 +42,23 @@ MODELS = {
 }  # fmt: skip
 
 
-class Hubert(ctypes.Structure):  # the beginning of struct slam_hubert
-    _fields_ = [("ops", ctypes.c_void_p), ("width", ctypes.c_int), ("step", ctypes.c_int)]
+class Config(ctypes.Structure):  # slam_unit_config
+    _fields_ = [(name, ctypes.c_int) for name in ("features", "rate", "normalize", "dedup", "layer")]
+    _fields_ += [("hubert", ctypes.c_char * 1024), ("fingerprint", ctypes.c_uint64), ("origin", ctypes.c_uint64)]
+
+
+class Tokenizer(ctypes.Structure):  # the beginning of struct slam_tokenizer
+    _fields_ = [("config", Config), ("K", ctypes.c_int), ("width", ctypes.c_int)]
+
+
+class Units(ctypes.Structure):  # slam_units
+    _fields_ = [("unit", ctypes.c_void_p), ("duration", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("n", "frames", "samples")]
+
+
+class Recording(ctypes.Structure):  # slam_recording
+    _fields_ = [("samples", ctypes.c_void_p), ("n", ctypes.c_size_t)]
+    _fields_ += [("features", ctypes.POINTER(ctypes.c_float)), ("units", Units)]
 
 
 def library(folder):
@@ -52,19 +67,19 @@ def library(folder):
     subprocess.check_call(["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-x", "c", os.path.join(root, "slam.cu"), "-o", path, "-lm"])
     lib = ctypes.CDLL(path)
     lib.slam_cpu.restype = ctypes.c_void_p
-    lib.slam_hubert_load.restype = ctypes.POINTER(Hubert)
-    lib.slam_hubert_frames.restype = ctypes.c_long
+    lib.slam_tokenizer_new.restype = ctypes.POINTER(Tokenizer)
     lib.slam_error.restype = ctypes.c_char_p
     return lib
 
 
-def ours(lib, h, sounds):
-    n, pointer = len(sounds), ctypes.POINTER(ctypes.c_float)
-    out = [numpy.zeros((lib.slam_hubert_frames(h, ctypes.c_long(len(x))), h.contents.width), numpy.float32) for x in sounds]
-    to = lambda list: (pointer * n)(*(x.ctypes.data_as(pointer) for x in list))
-    lengths = (ctypes.c_long * n)(*(len(x) for x in sounds))
-    if not lib.slam_hubert_features(h, n, to(sounds), lengths, to(out)):
+def ours(lib, t, sounds):
+    recordings = (Recording * len(sounds))(*(Recording(x.ctypes.data, len(x)) for x in sounds))
+    if not lib.slam_units_encode(t, recordings, len(sounds)):
         raise SystemExit(lib.slam_error().decode())
+    out = []
+    for r in recordings:
+        out.append(numpy.ctypeslib.as_array(r.features, (r.units.frames, t.contents.width)).copy())
+        ctypes.CDLL(None).free(r.features)
     return out
 
 
@@ -102,7 +117,8 @@ def main():
                     model(torch.nn.functional.pad(torch.from_numpy(x), (40, 40))[None])
                 theirs.append(states.pop().reshape(-1, model.config.hidden_size).numpy())
             their_time = time.perf_counter() - start
-            h = lib.slam_hubert_load(ctypes.c_void_p(ops), folder.encode(), arguments.layer)
+            config = Config(features=1, layer=arguments.layer, hubert=folder.encode())
+            h = lib.slam_tokenizer_new(ctypes.byref(config), ctypes.c_void_p(ops), None, 0)
             if not h:
                 raise SystemExit(lib.slam_error().decode())
             ours(lib, h, sounds)
@@ -119,7 +135,7 @@ def main():
             differ = ((units[0].argmin(1) != units[1].argmin(1)) & (two[:, 1] - two[:, 0] > 1e-5 * two[:, 1])).mean()
             print(f"{name}: frames {[len(a) for a in batch]}, worst relative difference {worst:.2g}, alone against batch {alone:.2g}, "
                   f"units that differ {differ:.2%}, slam {seconds / our_time:.1f} s/s, Transformers {seconds / their_time:.1f} s/s", flush=True)
-            lib.slam_hubert_free(h)
+            lib.slam_tokenizer_free(h)
 
 
 main()

@@ -829,9 +829,7 @@ enum { RECORDINGS = 600 };
 /* From samples on the host to units on the host. Recordings of noise as long as LibriSpeech's utterances, two thirds of
    12 to 17 s, others from 1 s on. */
 static void bench_hubert(bench *b) {
-    static const float *samples[RECORDINGS];
-    static long lengths[RECORDINGS];
-    static slam_units units[RECORDINGS];
+    static slam_recording recordings[RECORDINGS];
     char folder[] = "/tmp/gpu_bench.XXXXXX";
     slam_unit_config config = slam_unit_config_default();
     double times[8], seconds = 0;
@@ -848,17 +846,17 @@ static void bench_hubert(bench *b) {
     for (int i = 0; i < 500 * 768; i++) centroids[i] = (float)rng_normal(&seed);
     for (int i = 0; i < n; i++) {
         const double length = (rng_below(&seed, 3) ? 12 : 1) + rng_uniform(&seed) * (i % 3 ? 5 : 11);
-        lengths[i] = (long)(16000 * (b->small ? 1 : fmin(length, 17)));
-        samples[i] = noise + rng_below(&seed, 16000);
-        seconds += (double)lengths[i] / 16000;
+        recordings[i].n = (size_t)(16000 * (b->small ? 1 : fmin(length, 17)));
+        recordings[i].samples = noise + rng_below(&seed, 16000);
+        seconds += (double)recordings[i].n / 16000;
     }
     slam_tokenizer *t = slam_tokenizer_new(&config, b->ops, centroids, 500);
     if (!t) stop(slam_error());
     for (; done < rounds && !(done > 0 && late(b, "further rounds")); done++) {
         const double began = slam_clock();
-        if (!slam_units_encode(t, n, samples, lengths, units)) stop(slam_error());
+        if (!slam_units_encode(t, recordings, n)) stop(slam_error());
         times[done < 0 ? 0 : done] = slam_clock() - began;
-        for (int i = 0; i < n; i++) slam_units_free(&units[i]);
+        for (int i = 0; i < n; i++) slam_units_free(&recordings[i].units);
     }
     const double rate = seconds / median(times, done), flops = rate * random_hubert_flops(12);
     printf("%-44s %12s %9s\n%-44s %12.0f %9.1f", "", "audio s/s", "TFLOPS", "mHuBERT-25Hz to layer 11, 500 units", rate,

@@ -628,23 +628,26 @@ static std::vector<float> waveform(long n, double frequency) {
 static void test_hubert(const char *name, int layer) {
     char folder[200];
     snprintf(folder, sizeof folder, "test/fixtures/hubert/%s", name);
-    const long lengths[] = {1200, 300, 2500};
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, layer, "", 0, 0};
+    snprintf(config.hubert, sizeof config.hubert, "%s", folder);
+    const size_t lengths[] = {1200, 300, 2500};
     std::vector<float> samples[3], out[4][3];
-    const float *in[3];
-    for (int i = 0; i < 3; i++) samples[i] = waveform(lengths[i], (i + 1) / 7.0), in[i] = samples[i].data();
+    slam_recording r[3];
+    for (int i = 0; i < 3; i++) {
+        samples[i] = waveform((long)lengths[i], (i + 1) / 7.0);
+        r[i] = {samples[i].data(), lengths[i], NULL, ZERO};
+    }
     for (int run = 0; run < 4; run++) { // the CPU; twice here; each alone
-        slam_hubert *h = slam_hubert_load(run ? gpu : cpu, folder, layer);
-        if (!CHECK(h, "%s", slam_error())) return;
-        float *to[3];
+        slam_tokenizer *t = slam_tokenizer_new(&config, run ? gpu : cpu, NULL, 0);
+        if (!CHECK(t, "%s", slam_error())) return;
         emulator_seed((uint64_t)run);
+        if (run < 3) CHECK(slam_units_encode(t, r, 3), "%s", slam_error());
         for (int i = 0; i < 3; i++) {
-            out[run][i].assign((size_t)slam_hubert_frames(h, lengths[i]) * h->width, NAN);
-            to[i] = out[run][i].data();
+            if (run == 3) CHECK(slam_units_encode(t, &r[i], 1), "%s", slam_error());
+            out[run][i].assign(r[i].features, r[i].features + r[i].units.frames * (size_t)t->width);
+            free(r[i].features);
         }
-        if (run < 3) CHECK(slam_hubert_features(h, 3, in, lengths, to), "%s", slam_error());
-        for (int i = 0; run == 3 && i < 3; i++)
-            CHECK(slam_hubert_features(h, 1, in + i, lengths + i, to + i), "%s", slam_error());
-        slam_hubert_free(h);
+        slam_tokenizer_free(t);
     }
     const int is_bf16 = gpu->act_bytes == 2;
     for (int i = 0; i < 3; i++) {
@@ -666,14 +669,13 @@ static void test_units(void) {
     for (int t = 0; t < 2500; t++)
         samples.push_back((float)(0.3 * sin(t * t / 3e4) + 0.1 * rng_normal(&check_state.seed)));
     for (int i = 0; i < 10 * 24; i++) centroids.push_back((float)rng_normal(&check_state.seed));
-    const float *in = samples.data();
-    const long length = (long)samples.size();
     for (int k = 0; k < 2; k++) {
-        slam_units u = ZERO;
+        slam_recording r = {samples.data(), samples.size(), NULL, ZERO};
+        const slam_units &u = r.units;
         slam_tokenizer *t = slam_tokenizer_new(&config, k ? gpu : cpu, centroids.data(), 10);
-        if (!CHECK(t && slam_units_encode(t, 1, &in, &length, &u), "%s", slam_error())) return;
+        if (!CHECK(t && slam_units_encode(t, &r, 1), "%s", slam_error())) return;
         for (size_t i = 0; i < u.n; i++) frames[k].insert(frames[k].end(), u.duration ? u.duration[i] : 1, u.unit[i]);
-        slam_units_free(&u);
+        slam_units_free(&r.units);
         slam_tokenizer_free(t);
     }
     const size_t n = frames[0].size();

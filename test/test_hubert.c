@@ -60,23 +60,39 @@ static void fixture_close(fixture *f) {
     tensors_close(f->file);
 }
 
+static size_t frames_of(const slam_hubert *h, long samples) {
+    return hubert_frames(&h->config, (size_t)samples, h->config.convs);
+}
+
 /* The utterance's features in memory for one more number, NaN. *n: how many numbers they are */
 static float *room_for(const slam_hubert *h, long samples, size_t *n) {
-    *n = (size_t)slam_hubert_frames(h, samples) * (size_t)h->width;
+    *n = frames_of(h, samples) * (size_t)h->config.C;
     float *x = NEW(float, *n + 1);
     for (size_t i = 0; i <= *n; i++) x[i] = NAN;
     return x;
 }
 
 static int features(slam_hubert *h, int n, float *const *samples, const long *lengths, float *const *out) {
-    return slam_hubert_features(h, n, (const float *const *)samples, lengths, out);
+    slam_tokenizer t = ZERO;
+    slam_recording *r = NEW(slam_recording, n);
+    t.hubert = h;
+    t.width = h->config.C;
+    for (int i = 0; i < n; i++) {
+        r[i].samples = samples[i];
+        r[i].n = (size_t)lengths[i];
+        r[i].features = out[i];
+        r[i].units.frames = frames_of(h, lengths[i]);
+    }
+    const int ok = hubert_compute(&t, r, n);
+    free(r);
+    return ok;
 }
 
 static void test_model(slam_ops *ops, const char *name) {
     fixture f;
     if (!fixture_open(&f, name)) return;
     for (int l = 0; l <= f.layers; l++) {
-        slam_hubert *h = slam_hubert_load(ops, f.folder, l);
+        slam_hubert *h = hubert_load(ops, f.folder, l);
         float *out[UTTERANCES];
         size_t n[UTTERANCES];
         if (!CHECK(h, "%s", slam_error())) break;
@@ -94,7 +110,7 @@ static void test_model(slam_ops *ops, const char *name) {
             if (SAME_BITS) CHECK(!memcmp(alone, out[i], n[i] * sizeof(float)), "utterance %d: other bits alone", i);
             free(expected), free(alone), free(out[i]);
         }
-        slam_hubert_free(h);
+        hubert_free(h);
     }
     fixture_close(&f);
 }
@@ -106,7 +122,7 @@ static void test_batches(slam_ops *ops, const char *name) {
     fixture f;
     if (!fixture_open(&f, name)) return;
     slam_ops *one = slam_cpu(1);
-    slam_hubert *h = slam_hubert_load(ops, f.folder, f.layers), *h1 = slam_hubert_load(one, f.folder, f.layers);
+    slam_hubert *h = hubert_load(ops, f.folder, f.layers), *h1 = hubert_load(one, f.folder, f.layers);
     if (!CHECK(h && h1, "%s", slam_error())) return;
     float *in[N], *out[N], *alone[N], *bad = NEW(float, 5000);
     long lengths[N];
@@ -141,10 +157,10 @@ static void test_batches(slam_ops *ops, const char *name) {
     lengths[0] = 0;
     CHECK(features(h, 1, in, lengths, out), "an empty utterance: %s", slam_error());
     lengths[0] = INT_MAX;
-    check_fails(features(h, 1, in, lengths, out), "an utterance of 2147483647 samples");
+    check_fails(features(h, 1, in, lengths, out), "a recording of 2147483647 samples");
     for (int k = 0; k < N; k++) free(out[k]), free(alone[k]);
-    slam_hubert_free(h);
-    slam_hubert_free(h1);
+    hubert_free(h);
+    hubert_free(h1);
     slam_ops_free(one);
     slam_ops_free(slam_cpu(ops->threads)); // as many threads as before
     free(bad);
@@ -217,18 +233,18 @@ static void test_errors(slam_ops *ops) {
         {m, "[16,16,3]", "[16,3,16]", "expected (16,16,3)"},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
-        check_fails(slam_hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2),
+        check_fails(hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2),
                     cases[k].error);
-    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", 3), "layer is 3");
-    check_fails(slam_hubert_load(ops, "test/fixtures/hubert/base", -1), "layer is -1");
-    check_fails(slam_hubert_load(ops, "test/fixtures/none", 1), "none");
+    check_fails(hubert_load(ops, "test/fixtures/hubert/base", 3), "layer is 3");
+    check_fails(hubert_load(ops, "test/fixtures/hubert/base", -1), "layer is -1");
+    check_fails(hubert_load(ops, "test/fixtures/none", 1), "none");
     /* what a lower layer does not need may be wrong */
-    slam_hubert *h = slam_hubert_load(ops,
-                                      changed("older_spelling", m, "encoder.layers.1.final_layer_norm.bias",
-                                              "encoder.layers.1.final_layer_norm.bios"),
-                                      1);
+    slam_hubert *h = hubert_load(ops,
+                                 changed("older_spelling", m, "encoder.layers.1.final_layer_norm.bias",
+                                         "encoder.layers.1.final_layer_norm.bios"),
+                                 1);
     CHECK(h, "%s", slam_error());
-    slam_hubert_free(h);
+    hubert_free(h);
 }
 
 /* ---- units ---- */
@@ -255,18 +271,26 @@ static slam_unit_config config_of(const char *folder, int layer) {
     return c;
 }
 
+/* The features (frames,width) of a recording; free() them. */
+static float *features_by(const slam_tokenizer *t, const float *x, long n, size_t *frames) {
+    slam_tokenizer plain = *t;
+    slam_recording r = {x, (size_t)n, NULL, ZERO};
+    plain.K = 0;
+    CHECK(slam_units_encode(&plain, &r, 1), "%s", slam_error());
+    *frames = r.units.frames;
+    return r.features;
+}
+
 /* Centroids near features of the longest recording. */
 static slam_tokenizer *tokenizer_near(slam_ops *ops, const slam_unit_config *c, float *const *samples,
                                       const long *lengths) {
-    slam_features *f = slam_features_new(c, ops);
-    if (!CHECK(f, "%s", slam_error())) return NULL;
-    const size_t frames = slam_features_frames(f, (size_t)lengths[2]), D = (size_t)f->width;
-    float *x = NEW(float, frames *D), *centroids = NEW(float, K *D);
-    const float *in = samples[2];
-    CHECK(slam_features_compute(f, 1, &in, &lengths[2], &x), "%s", slam_error());
+    slam_tokenizer *t = slam_tokenizer_new(c, ops, NULL, 0);
+    if (!CHECK(t, "%s", slam_error())) return NULL;
+    const size_t D = (size_t)t->width;
+    size_t frames;
+    float *x = features_by(t, samples[2], lengths[2], &frames), *centroids = NEW(float, K *D);
     for (size_t i = 0; i < K * D; i++) centroids[i] = 0.9f * x[i / D * (frames / K) * D + i % D];
-    slam_tokenizer *t = tokenizer_new(f, centroids, K);
-    CHECK(t, "%s", slam_error());
+    CHECK(tokenizer_set_centroids(t, centroids, K), "%s", slam_error());
     free(x);
     free(centroids);
     return t;
@@ -274,10 +298,9 @@ static slam_tokenizer *tokenizer_near(slam_ops *ops, const slam_unit_config *c, 
 
 /* The units are the nearest centroids of the recording's features, by a loop of its own. */
 static void check_units(const slam_tokenizer *tokenizer, const float *x, long n, const slam_units *u) {
-    const size_t frames = slam_features_frames(tokenizer->features, (size_t)n), D = (size_t)tokenizer->features->width;
-    float *out = NEW(float, frames *D);
-    size_t t = 0;
-    CHECK(slam_features_compute(tokenizer->features, 1, &x, &n, &out), "%s", slam_error());
+    const size_t D = (size_t)tokenizer->width;
+    size_t frames, t = 0;
+    float *out = features_by(tokenizer, x, n, &frames);
     CHECK(u->frames == frames && u->samples == (size_t)n, "%zu frames, expected %zu", u->frames, frames);
     for (size_t i = 0; i < u->n; i++)
         for (int k = 0; k < u->duration[i] && t < frames; k++, t++) {
@@ -304,23 +327,27 @@ static void test_units(slam_ops *ops) {
         if (!TEST("hubert: units of recordings%s, the same with any others", normalize ? ", normalised" : "")) continue;
         config.normalize = normalize;
         slam_tokenizer *t = tokenizer_near(ops, &config, x, n);
-        slam_units alone[RECORDINGS], u[RECORDINGS];
+        slam_units alone[RECORDINGS];
+        slam_recording r[RECORDINGS];
         for (int i = 0; t && i < RECORDINGS; i++) {
-            const float *in = x[i];
-            CHECK(slam_units_encode(t, 1, &in, &n[i], &alone[i]), "%s", slam_error());
+            const slam_recording one = {x[i], (size_t)n[i], NULL, ZERO};
+            r[i] = one;
+            CHECK(slam_units_encode(t, &r[i], 1), "%s", slam_error());
+            alone[i] = r[i].units;
             check_units(t, x[i], n[i], &alone[i]);
         }
         CHECK(alone[1].frames == 0 && alone[1].n == 0, "5 ms have %zu frames", alone[1].frames);
         for (int way = 0; way < 3; way++) {
             ops->asynchronous = way > 0;
             ops->same_rows = SAME_BITS && way < 2;
-            CHECK(slam_units_encode(t, RECORDINGS, (const float *const *)x, n, u), "%s", slam_error());
+            CHECK(slam_units_encode(t, r, RECORDINGS), "%s", slam_error());
             for (int i = 0; i < RECORDINGS; i++) {
-                CHECK(u[i].n == alone[i].n && u[i].frames == alone[i].frames &&
-                          !memcmp(u[i].unit, alone[i].unit, u[i].n * sizeof(int)) &&
-                          !memcmp(u[i].duration, alone[i].duration, u[i].n * sizeof(int)),
+                const slam_units *u = &r[i].units;
+                CHECK(u->n == alone[i].n && u->frames == alone[i].frames &&
+                          !memcmp(u->unit, alone[i].unit, u->n * sizeof(int)) &&
+                          !memcmp(u->duration, alone[i].duration, u->n * sizeof(int)),
                       "way %d, recording %d: other units", way, i);
-                slam_units_free(&u[i]);
+                slam_units_free(&r[i].units);
             }
         }
         ops->asynchronous = 0;
@@ -331,38 +358,44 @@ static void test_units(slam_ops *ops) {
     for (int i = 0; i < RECORDINGS; i++) free(x[i]);
 }
 
+/* The tokenizer of km.npy and km.json. */
+static slam_tokenizer *load(const char *km_npy, const slam_unit_config *otherwise, slam_ops *ops) {
+    slam_unit_config c = *otherwise;
+    return slam_unit_config_load(&c, km_npy) ? slam_tokenizer_load(km_npy, &c, ops) : NULL;
+}
+
 /* km.json says which model and layer the centroids belong to; other weights are an error. */
 static void test_config(slam_ops *ops) {
     slam_unit_config config = config_of("test/fixtures/hubert/mhubert", 1), other = slam_unit_config_default();
     float *x[RECORDINGS];
     long n[RECORDINGS];
     make_recordings(x, n);
+    const slam_kmeans_report report = {100, 2.5, 3, 0};
     char *path = string_copy(check_path("kmh.npy"));
     config.normalize = 1;
     slam_tokenizer *t = tokenizer_near(ops, &config, x, n);
     if (t && TEST("hubert: km.json")) {
-        CHECK(t->features->config.rate == 25 && t->features->step == 640, "%d frames per second",
-              t->features->config.rate);
-        CHECK(slam_tokenizer_save(t, path, NULL), "%s", slam_error());
+        CHECK(t->config.rate == 25 && t->step == 640, "%d frames per second", t->config.rate);
+        CHECK(tokenizer_save(t, path, &report), "%s", slam_error());
         CHECK(slam_unit_config_load(&other, path) && other.features == SLAM_HUBERT && other.layer == 1 &&
                   other.normalize == 1 && other.rate == 25 && !strcmp(other.hubert, config.hubert),
               "layer %d of '%s'", other.layer, other.hubert);
         other = slam_unit_config_default();
-        slam_tokenizer *back = slam_tokenizer_load(path, &other, ops);
+        slam_tokenizer *back = load(path, &other, ops);
         CHECK(back && back->fingerprint == t->fingerprint, "%s", slam_error());
         slam_tokenizer_free(back);
     }
     if (t && TEST("hubert: another model than that of the centroids")) {
         snprintf(other.hubert, sizeof other.hubert, "%s",
                  changed("mhubert", "config.json", "\"layer_norm_eps\": 1e-05", "\"layer_norm_eps\": 2e-05"));
-        check_fails(slam_tokenizer_load(path, &other, ops), "do not belong together");
-        check_fails(slam_tokenizer_load(path, &other, NULL), "HuBERT needs a device");
+        check_fails(load(path, &other, ops), "do not belong together");
+        check_fails(load(path, &other, NULL), "HuBERT needs a device");
         other = config;
         other.rate = 50;
-        check_fails(slam_features_new(&other, ops), "has 25 frames per second, expected 50");
+        check_fails(slam_tokenizer_new(&other, ops, NULL, 0), "has 25 frames per second, expected 50");
         const float wrong[12] = {0};
         CHECK(npy_write(check_path("wrong.npy"), wrong, 3, 4), "%s", slam_error());
-        check_fails(slam_tokenizer_load(check_path("wrong.npy"), &config, ops),
+        check_fails(load(check_path("wrong.npy"), &config, ops),
                     "has shape (3, 4), expected 1 to 65534 centroids of 24 numbers");
     }
     if (TEST("hubert: hashes of slam 0.1, which are part of the fingerprints in shards")) {
@@ -370,9 +403,9 @@ static void test_config(slam_ops *ops) {
         static const uint64_t hashes[] = {0xec28cbd324a455b0, 0x05197adf7002e3d9, 0xac7bdb4d5f024840};
         for (int i = 0; i < 3; i++) {
             char *folder = path_join("test/fixtures/hubert", names[i]);
-            slam_hubert *h = slam_hubert_load(ops, folder, 2);
+            slam_hubert *h = hubert_load(ops, folder, 2);
             CHECK(h && h->hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->hash : 0);
-            slam_hubert_free(h);
+            hubert_free(h);
             free(folder);
         }
     }
@@ -382,10 +415,10 @@ static void test_config(slam_ops *ops) {
         const char *folder = changed("mhubert", "config.json", "1e-05", "1e-05");
         for (int i = 0; i < 3; i++) {
             check_file("changed/preprocessor_config.json", texts[i], strlen(texts[i]));
-            slam_hubert *h = slam_hubert_load(ops, folder, 0);
+            slam_hubert *h = hubert_load(ops, folder, 0);
             CHECK(i == 2 ? !h && strstr(slam_error(), "'do_normalize'") != NULL : h && h->do_normalize == i, "%s: %s",
                   texts[i], slam_error());
-            slam_hubert_free(h);
+            hubert_free(h);
         }
         unlink(check_path("changed/preprocessor_config.json"));
     }
@@ -401,14 +434,13 @@ int main(void) {
     for (int k = 0; k < MODELS; k++)
         if (TEST("hubert: batches, %s", models[k])) test_batches(ops, models[k]);
     if (TEST("hubert: frames")) {
-        slam_hubert *h = slam_hubert_load(ops, "test/fixtures/hubert/mhubert", 0);
+        slam_hubert *h = hubert_load(ops, "test/fixtures/hubert/mhubert", 0);
         if (CHECK(h, "%s", slam_error())) { // of two LibriSpeech utterances, in mHuBERT-25Hz
-            CHECK(slam_hubert_frames(h, 225360) == 352 && slam_hubert_frames(h, 255120) == 398,
-                  "%ld and %ld frames, expected 352, 398", slam_hubert_frames(h, 225360),
-                  slam_hubert_frames(h, 255120));
-            CHECK(slam_hubert_frames(h, 0) == 0 && slam_hubert_frames(h, -5) == 0, "frames of no samples");
+            CHECK(frames_of(h, 225360) == 352 && frames_of(h, 255120) == 398, "%zu and %zu frames, expected 352, 398",
+                  frames_of(h, 225360), frames_of(h, 255120));
+            CHECK(frames_of(h, 0) == 0, "frames of no samples");
         }
-        slam_hubert_free(h);
+        hubert_free(h);
     }
     if (TEST("hubert: models that are errors")) test_errors(ops);
     test_units(ops);

@@ -653,16 +653,19 @@ static void test_resampler(void) {
 
 /* ---- MFCC ---- */
 
-static slam_features *mfcc_of(int rate, int normalize) {
+static slam_tokenizer *mfcc_of(int rate, int normalize) {
     slam_unit_config c = slam_unit_config_default();
     c.rate = rate;
     c.normalize = normalize;
-    return slam_features_new(&c, NULL);
+    return slam_tokenizer_new(&c, NULL, NULL, 0);
 }
 
-static int features_of(const slam_features *f, const float *x, size_t n, float *out) {
-    const long length = (long)n;
-    return slam_features_compute(f, 1, &x, &length, &out);
+static int features_of(const slam_tokenizer *f, const float *x, size_t n, float *out) {
+    slam_recording r = {x, n, NULL, ZERO};
+    const int ok = slam_units_encode(f, &r, 1);
+    if (ok) memcpy(out, r.features, r.units.frames * (size_t)f->width * sizeof *out);
+    free(r.features);
+    return ok;
 }
 
 static void test_mfcc(void) {
@@ -676,10 +679,10 @@ static void test_mfcc(void) {
         const tensor *signal = tensors_find(fixture, name);
         snprintf(name, sizeof name, "mfcc%d.%d", rate, k);
         const tensor *wanted = tensors_find(fixture, name);
-        slam_features *f = mfcc_of(rate, 0);
+        slam_tokenizer *f = mfcc_of(rate, 0);
         if (CHECK(signal && wanted && f && f->width == 39 && f->step == 16000 / rate, "the fixture has no %s", name) &&
-            CHECK(slam_features_frames(f, signal->count) == wanted->shape[0], "%zu frames, expected %zu",
-                  slam_features_frames(f, signal->count), wanted->shape[0])) {
+            CHECK(tokenizer_frames(f, signal->count) == wanted->shape[0], "%zu frames, expected %zu",
+                  tokenizer_frames(f, signal->count), wanted->shape[0])) {
             float *x = NEW(float, signal->count), *got = NEW(float, wanted->count),
                   *expected = NEW(float, wanted->count);
             for (size_t t = 0; t < signal->count; t++) {
@@ -692,14 +695,14 @@ static void test_mfcc(void) {
             for (size_t t = 0; t < wanted->count; t++) check_near(name, got[t], expected[t], 1e-3);
             free(x), free(got), free(expected);
         }
-        slam_features_free(f);
+        slam_tokenizer_free(f);
         tensors_close(fixture);
     }
     if (TEST("mfcc: frames of short, silent and loud audio; normalised; several at once")) {
-        slam_features *plain = mfcc_of(25, 0), *normal = mfcc_of(25, 1);
+        slam_tokenizer *plain = mfcc_of(25, 0), *normal = mfcc_of(25, 1);
         static const size_t lengths[][2] = {{0, 0}, {1, 1}, {1024, 1}, {1025, 2}, {1664, 2}, {1665, 3}};
         for (int i = 0; i < 6; i++)
-            CHECK(slam_features_frames(plain, lengths[i][0]) == lengths[i][1], "frames of %zu samples", lengths[i][0]);
+            CHECK(tokenizer_frames(plain, lengths[i][0]) == lengths[i][1], "frames of %zu samples", lengths[i][0]);
         float zero[3000] = {0}, got[39 * 5], a[39 * 5], b[39 * 5], loud[3000], *x = make_audio(3000, 16000, 3);
         CHECK(features_of(plain, zero, 3000, got), "%s", slam_error());
         check_near("energy of silence", got[0], log(2.220446049250313e-16), 1e-5);
@@ -708,16 +711,17 @@ static void test_mfcc(void) {
         for (int i = 0; i < 3000; i++) loud[i] = 0.25f + 10 * x[i];
         CHECK(features_of(normal, x, 3000, a) && features_of(normal, loud, 3000, b), "%s", slam_error());
         check_close("normalised, of another level", a, b, 39 * 4, 1e-4);
-        const float *const in[] = {x, loud, zero, x};
-        const long n[] = {2000, 3000, 0, 3000};
-        float *const out[] = {got, a, NULL, b};
-        CHECK(slam_features_compute(plain, 4, in, n, out), "%s", slam_error());
-        CHECK(features_of(plain, x, 3000, a) && !memcmp(a, b, 39 * 5 * sizeof *a) && !memcmp(a, got, 13 * sizeof *a),
+        slam_recording r[] = {
+            {x, 2000, NULL, ZERO}, {loud, 3000, NULL, ZERO}, {zero, 0, NULL, ZERO}, {x, 3000, NULL, ZERO}};
+        CHECK(slam_units_encode(plain, r, 4), "%s", slam_error());
+        CHECK(features_of(plain, x, 3000, a) && !memcmp(a, r[3].features, 39 * 5 * sizeof *a) &&
+                  !memcmp(a, r[0].features, 13 * sizeof *a) && r[3].units.frames == 5,
               "not as alone");
+        for (int i = 0; i < 4; i++) free(r[i].features);
         check_fails(mfcc_of(30, 0), "expected 25 or 50");
         free(x);
-        slam_features_free(plain);
-        slam_features_free(normal);
+        slam_tokenizer_free(plain);
+        slam_tokenizer_free(normal);
     }
 }
 
@@ -752,7 +756,7 @@ static void test_kmeans(void) {
     float *x = make_clusters(N, D, K, place, 5);
     if (TEST("k-means: finds clusters that are there")) {
         int taken[K] = {0};
-        CHECK(slam_kmeans(x, N, D, K, 1, found, NULL, NULL, &r), "%s", slam_error());
+        CHECK(kmeans_fit(x, N, D, K, 1, found, NULL, NULL, &r), "%s", slam_error());
         for (int k = 0; k < K; k++) {
             const int nearest = nearest_to(found + k * D, place, K, D);
             taken[nearest]++;
@@ -768,17 +772,17 @@ static void test_kmeans(void) {
         const int threads = threads_count();
         int left = 103;
         threads_set(1);
-        CHECK(slam_kmeans(x, N, D, K, 9, found, NULL, NULL, &r), "%s", slam_error());
+        CHECK(kmeans_fit(x, N, D, K, 9, found, NULL, NULL, &r), "%s", slam_error());
         threads_set(5);
-        CHECK(slam_kmeans(x, N, D, K, 9, again, NULL, NULL, &r2), "%s", slam_error());
+        CHECK(kmeans_fit(x, N, D, K, 9, again, NULL, NULL, &r2), "%s", slam_error());
         CHECK(!memcmp(found, again, sizeof found) && r.inertia == r2.inertia, "one thread and five differ");
-        CHECK(slam_kmeans(x, N, D, K, 10, again, NULL, NULL, &r2) && memcmp(found, again, sizeof found),
+        CHECK(kmeans_fit(x, N, D, K, 10, again, NULL, NULL, &r2) && memcmp(found, again, sizeof found),
               "seeds 9 and 10 give the same");
-        CHECK(slam_kmeans(x, N, D, K, 9, again, cancel_soon, &left, &r2) && left == 3 - r2.passes,
+        CHECK(kmeans_fit(x, N, D, K, 9, again, cancel_soon, &left, &r2) && left == 3 - r2.passes,
               "%d calls left, %d passes", left, r2.passes);
         for (left = 0; left < 102; left += 101) {
             int calls = left;
-            check_fails(slam_kmeans(x, N, D, K, 9, again, cancel_soon, &calls, &r2),
+            check_fails(kmeans_fit(x, N, D, K, 9, again, cancel_soon, &calls, &r2),
                         "stopped before the centroids were found");
         }
         threads_set(threads);
@@ -786,12 +790,12 @@ static void test_kmeans(void) {
     if (TEST("k-means: fewer different frames than centroids, fewer frames")) {
         float few[60 * 2];
         for (int i = 0; i < 60; i++) few[2 * i] = (float)(i % 3), few[2 * i + 1] = 1;
-        CHECK(slam_kmeans(few, 60, 2, 5, 0, found, NULL, NULL, &r), "%s", slam_error());
+        CHECK(kmeans_fit(few, 60, 2, 5, 0, found, NULL, NULL, &r), "%s", slam_error());
         CHECK(r.dead == 2 && r.inertia == 0, "%d dead, inertia %g", r.dead, r.inertia);
-        check_fails(slam_kmeans(few, 4, 2, 5, 0, found, NULL, NULL, &r),
+        check_fails(kmeans_fit(few, 4, 2, 5, 0, found, NULL, NULL, &r),
                     "4 frames, expected at least one for each of 5 centroids");
         few[7] = NAN;
-        check_fails(slam_kmeans(few, 60, 2, 5, 0, found, NULL, NULL, &r), "frame 3 has a number that is not finite");
+        check_fails(kmeans_fit(few, 60, 2, 5, 0, found, NULL, NULL, &r), "frame 3 has a number that is not finite");
     }
     if (TEST("k-means: a centroid without frames moves to a far one")) {
         float points[] = {0, 1, 2, 100}, centroids[] = {1, 50, 1000}, distance[4], lanes[16];
@@ -836,7 +840,7 @@ static void test_units(void) {
         for (int d = 0; d < 39; d++) centroids[66 * 39 + d] = centroids[5 * 39 + d]; // the same place twice
         for (int i = 0; i < 50 * 39; i++) x[i] = i < 39 ? centroids[5 * 39 + i] : (float)(int)(4 * rng_normal(&seed));
         slam_tokenizer *t = slam_tokenizer_new(&c, NULL, centroids, 70);
-        slam_tokenizer_nearest(t, x, 50, unit, distance);
+        centroids_nearest(x, 50, t->lanes, t->K, t->width, unit, distance);
         CHECK(unit[0] == 5 && distance[0] == 0, "unit %d at %g, expected 5 at 0", unit[0], (double)distance[0]);
         for (int i = 0; i < 50; i++) {
             const int nearest = nearest_to(x + 39 * i, centroids, 70, 39);
@@ -859,25 +863,32 @@ static void test_units(void) {
         slam_tokenizer *t = make_tokenizer(25, 1, 20, 1);
         const float one = 0.5f, zero[20000] = {0};
         float *x = make_audio(60000, 16000, 8);
-        const float *const in[] = {&one, zero, zero, x, x, x + 100, x + 7};
-        const long n[] = {1, 20000, 0, 60000, 16000, 1024, 30001};
-        slam_units u[7], alone;
-        CHECK(slam_units_encode(t, 7, in, n, u), "%s", slam_error());
-        CHECK(u[0].n == 1 && u[0].duration[0] == 1 && u[0].frames == 1, "of one sample");
-        CHECK(u[1].n == 1 && (size_t)u[1].duration[0] == u[1].frames && u[1].samples == 20000, "%zu units of silence",
-              u[1].n);
-        CHECK(u[2].n == 0 && u[2].frames == 0 && u[3].n > 1, "of nothing");
+        slam_recording r[] = {{&one, 1, NULL, ZERO},     {zero, 20000, NULL, ZERO}, {zero, 0, NULL, ZERO},
+                              {x, 60000, NULL, ZERO},    {x, 16000, NULL, ZERO},    {x + 100, 1024, NULL, ZERO},
+                              {x + 7, 30001, NULL, ZERO}};
+        CHECK(slam_units_encode(t, r, 7), "%s", slam_error());
+        CHECK(r[0].units.n == 1 && r[0].units.duration[0] == 1 && r[0].units.frames == 1, "of one sample");
+        CHECK(r[1].units.n == 1 && (size_t)r[1].units.duration[0] == r[1].units.frames && r[1].units.samples == 20000,
+              "%zu units of silence", r[1].units.n);
+        CHECK(r[2].units.n == 0 && r[2].units.frames == 0 && r[3].units.n > 1, "of nothing");
         threads_set(1);
         for (int i = 0; i < 7; i++) {
-            CHECK(slam_units_encode(t, 1, &in[i], &n[i], &alone) && same_units(&alone, &u[i]),
+            slam_recording alone = r[i];
+            CHECK(slam_units_encode(t, &alone, 1) && same_units(&alone.units, &r[i].units),
                   "recording %d: other units alone", i);
-            slam_units_free(&alone);
-            slam_units_free(&u[i]);
+            slam_units_free(&alone.units);
+            slam_units_free(&r[i].units);
         }
         threads_set(threads);
         free(x);
         slam_tokenizer_free(t);
     }
+}
+
+/* The tokenizer of km.npy and km.json. */
+static slam_tokenizer *load(const char *km_npy, const slam_unit_config *otherwise, slam_ops *ops) {
+    slam_unit_config c = *otherwise;
+    return slam_unit_config_load(&c, km_npy) ? slam_tokenizer_load(km_npy, &c, ops) : NULL;
 }
 
 static void test_tokenizer(void) {
@@ -895,26 +906,24 @@ static void test_tokenizer(void) {
     }
     if (TEST("tokenizer: km.npy and km.json")) {
         slam_unit_config other = slam_unit_config_default();
-        slam_kmeans_report report = {5000, 2.5, 3, 0, 0, 0x123456789abcdef0u};
+        const slam_kmeans_report report = {5000, 2.5, 3, 0};
         slam_tokenizer *t = make_tokenizer(50, 0, 20, 1), *back;
         char *path = string_copy(check_path("km.npy"));
-        uint64_t fingerprint, origin;
-        CHECK(slam_tokenizer_save(t, path, &report), "%s", slam_error());
-        CHECK(unit_config_read(&other, path, &fingerprint, &origin) && fingerprint == t->fingerprint &&
-                  origin == report.origin,
-              "%s", slam_error());
+        t->config.origin = 0x123456789abcdef0u;
+        CHECK(tokenizer_save(t, path, &report), "%s", slam_error());
         strbuf text = read_file(check_path("km.json"));
-        char expected[200];
+        char expected[300];
         snprintf(
             expected, sizeof expected,
-            "{\"features\": \"mfcc\", \"rate\": 50, \"normalize\": false, \"dedup\": false, \"units\": 20, \"width\": 39, "
-            "\"fingerprint\": %u, \"frames\": 5000, \"inertia\": 2.5, \"origin\": \"123456789abcdef0\"}\n",
+            "{\n  \"features\": \"mfcc\",\n  \"hubert\": \"\",\n  \"units\": 20,\n  \"width\": 39,\n  \"frames\": 5000,\n  "
+            "\"inertia\": 2.5,\n  \"rate\": 50,\n  \"normalize\": false,\n  \"dedup\": false,\n  \"layer\": 11,\n  "
+            "\"fingerprint\": %u,\n  \"origin\": \"123456789abcdef0\"\n}\n",
             (unsigned)t->fingerprint);
         CHECK(text.n && !strcmp(text.at, expected), "%s", text.at);
         strbuf_free(&text);
         other = slam_unit_config_default();
-        if (CHECK(back = slam_tokenizer_load(path, &other, NULL), "%s", slam_error())) {
-            const slam_unit_config *c = &back->features->config;
+        if (CHECK(back = load(path, &other, NULL), "%s", slam_error())) {
+            const slam_unit_config *c = &back->config;
             CHECK(back->fingerprint == t->fingerprint && c->rate == 50 && !c->dedup && back->K == 20,
                   "not what was written");
             slam_tokenizer_free(back);
@@ -930,15 +939,15 @@ static void test_tokenizer(void) {
             {"[]", "'features' is \"\""}};
         for (size_t i = 0; i < sizeof damaged / sizeof *damaged; i++) {
             check_file("km.json", damaged[i][0], strlen(damaged[i][0]));
-            check_fails(slam_tokenizer_load(path, &other, NULL), damaged[i][1]);
+            check_fails(load(path, &other, NULL), damaged[i][1]);
         }
         unlink(check_path("km.json"));
-        if (CHECK(back = slam_tokenizer_load(path, &other, NULL), "%s", slam_error()))
-            CHECK(back->features->config.rate == 25, "the caller's settings");
+        if (CHECK(back = load(path, &other, NULL), "%s", slam_error()))
+            CHECK(back->config.rate == 25, "the caller's settings");
         slam_tokenizer_free(back);
         const float wrong[12] = {0};
         CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
-        check_fails(slam_tokenizer_load(path, &other, NULL), "has shape (3, 4)");
+        check_fails(load(path, &other, NULL), "has shape (3, 4)");
         slam_tokenizer_free(t);
         free(path);
     }

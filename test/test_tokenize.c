@@ -72,23 +72,20 @@ static int tokenize(const slam_tokenizer *t, const slam_inputs *in, const char *
                     slam_writer *w) {
     const slam_item *item;
     const char *skipped;
-    int ok = 1;
+    int more = 1;
     if (!slam_writer_open(w, out, in, t, audio_repr, 60)) return 0;
     slam_reader *r = slam_reader_open(in, t, in->first + w->inputs);
-    for (size_t n = 0; ok && n < most && slam_reader_decode(r);) {
-        ok = slam_reader_encode(r);
-        while (ok && n < most && (item = slam_reader_take(r, &skipped)) != NULL) {
-            ok = slam_writer_add(w, item);
-            n++;
-        }
+    for (size_t n = 0; n < most && more > 0 && (more = slam_reader_next(r, &item, &skipped)) > 0; n += item != NULL) {
+        CHECK(item || !skipped, "skipped without an item");
+        if (item && !slam_writer_add(w, item)) more = -1;
     }
     slam_reader_close(r);
-    return slam_writer_close(w, ok);
+    return slam_writer_close(w, more >= 0);
 }
 
 static slam_inputs lines_of(int kind, const char *path) {
     slam_inputs in = ZERO;
-    CHECK(slam_inputs_lines(&in, kind, &path, 1), "%s", slam_error());
+    CHECK(slam_inputs_open(&in, kind, &path, 1), "%s", slam_error());
     return in;
 }
 
@@ -162,7 +159,7 @@ static void make_folder(slam_inputs *in) {
     CHECK(mkfifo(check_path("audio/pipe.wav"), 0666) == 0, "a pipe, from which nothing can be read");
     CHECK(symlink("..", check_path("audio/b/up")) == 0 && symlink("b", check_path("audio/z")) == 0, "links");
     folder = check_path("audio");
-    CHECK(slam_inputs_audio(in, &folder, 1), "%s", slam_error());
+    CHECK(slam_inputs_open(in, SLAM_INPUT_AUDIO, &folder, 1), "%s", slam_error());
 }
 
 static void test_lists(slam_inputs *in) {
@@ -175,11 +172,11 @@ static void test_lists(slam_inputs *in) {
     char *text = string_print("%s\r\n\n%s\n%s", at[0], check_path("audio/b/c"), at[3]);
     char *name = string_print("@%s", check_file("list.txt", text, strlen(text)));
     const char *arguments[] = {name, "@/none", check_path("empty")};
-    CHECK(slam_inputs_audio(&list, arguments, 1) && list.n == 12 && !strcmp(list.paths.at[11], at[3]), "%zu: %s",
-          list.n, slam_error());
-    check_fails(slam_inputs_audio(&list, arguments + 1, 1), "/none: cannot be opened");
+    CHECK(slam_inputs_open(&list, SLAM_INPUT_AUDIO, arguments, 1) && list.n == 12 && !strcmp(list.paths.at[11], at[3]),
+          "%zu: %s", list.n, slam_error());
+    check_fails(slam_inputs_open(&list, SLAM_INPUT_AUDIO, arguments + 1, 1), "/none: cannot be opened");
     mkdir(arguments[2], 0777);
-    check_fails(slam_inputs_audio(&list, arguments + 2, 1), "no audio file");
+    check_fails(slam_inputs_open(&list, SLAM_INPUT_AUDIO, arguments + 2, 1), "no audio file");
     slam_inputs_free(&list);
     free(text);
     free(name);
@@ -203,8 +200,8 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
             size_t n = 0;
             slam_units u = ZERO;
             float *x = slam_audio_load(in->paths.at[i], &n);
-            const long length = (long)n;
-            if (x) slam_units_encode(t, 1, (const float *const *)&x, &length, &u);
+            slam_recording r = {x, n, NULL, u};
+            if (x && slam_units_encode(t, &r, 1)) u = r.units;
             CHECK(u.n == units_of[i].n && u.samples == units_of[i].samples && u.frames == units_of[i].frames &&
                       (!u.n || (!memcmp(u.unit, units_of[i].unit, u.n * 4) &&
                                 !memcmp(u.duration, units_of[i].duration, u.n * 4))),
@@ -285,7 +282,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
     if (TEST("tokenize: nothing usable")) {
         const char *path = "/none/a.wav";
         slam_inputs none = ZERO;
-        CHECK(slam_inputs_audio(&none, &path, 1), "%s", slam_error());
+        CHECK(slam_inputs_open(&none, SLAM_INPUT_AUDIO, &path, 1), "%s", slam_error());
         for (int i = 0; i < 2; i++)
             check_fails(tokenize(t, &none, check_path("none.bin"), 0, 5, &w), "none of the 1 files or lines");
         CHECK(!path_exists(check_path("none.bin")) && !leftovers(check_path("none.bin")), "files");
@@ -316,7 +313,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
         units u = ZERO;
         double end = 0;
         const char *path = make_wav("long.wav", 47 * 8000, 8000, 3);
-        CHECK(slam_inputs_audio(&one, &path, 1), "%s", slam_error());
+        CHECK(slam_inputs_open(&one, SLAM_INPUT_AUDIO, &path, 1), "%s", slam_error());
         for (one.max_seconds = 47; one.max_seconds >= 0; one.max_seconds -= 47) {
             const char *out = one.max_seconds > 0 ? check_path("long47.jsonl") : check_path("long0.jsonl");
             CHECK(tokenize(t, &one, out, 0, SIZE_MAX, &w) && w.documents == 1, "%s", slam_error());
@@ -455,9 +452,9 @@ static void test_text(const slam_tokenizer *t, const slam_strings *files, char *
         check_text(check_path("tsv.jsonl"), s.at, 1);
         slam_inputs_free(&in);
         const char *four = check_file("four.tsv", "a\tb\tc\na\tb\n", 10), *blank = check_file("blank.txt", "\n \n", 3);
-        check_fails(slam_inputs_lines(&in, SLAM_INPUT_TEXT, &four, 1), "four.tsv:2: 2 fields");
+        check_fails(slam_inputs_open(&in, SLAM_INPUT_TEXT, &four, 1), "four.tsv:2: 2 fields");
         slam_inputs_free(&in);
-        check_fails(slam_inputs_lines(&in, SLAM_INPUT_TEXT, &blank, 1), "blank.txt: has no lines");
+        check_fails(slam_inputs_open(&in, SLAM_INPUT_TEXT, &blank, 1), "blank.txt: has no lines");
         slam_inputs_free(&in);
     }
     strbuf_free(&s);
@@ -554,7 +551,10 @@ static void test_fit(const slam_inputs *in) {
             for (int n = 1; n <= 3; n++) {
                 size_t skipped = 0;
                 threads_set(n);
-                slam_tokenizer *t = slam_tokenizer_fit(&c, NULL, in, 8, frames, 4, count_skipped, &skipped, &r);
+                slam_tokenizer *t = slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 8, frames, 4,
+                                                       count_skipped, &skipped, &r);
+                unlink(check_path("sample.npy"));
+                unlink(check_path("sample.json"));
                 if (!CHECK(t, "%s", slam_error())) continue;
                 if (n == 1) first = t->fingerprint;
                 CHECK(t->fingerprint == first && r.frames == frames && (skipped == 5 || frames == 10),
@@ -563,21 +563,27 @@ static void test_fit(const slam_inputs *in) {
             }
         }
         threads_set(threads);
-        check_fails(slam_tokenizer_fit(&c, NULL, in, 5000, 100000, 4, NULL, NULL, &r), "5000");
-        check_fails(slam_tokenizer_fit(&c, NULL, in, 8, 100, 4, cancel, NULL, &r), "stopped");
+        check_fails(slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 5000, 100000, 4, NULL, NULL, &r),
+                    "5000");
+        check_fails(slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 8, 100, 4, cancel, NULL, &r), "stopped");
     }
     if (TEST("fit: of the same call again, of another")) {
-        const char *path = check_path("fit.npy");
-        check_fails(slam_tokenizer_may_fit("/none/km.npy", &c, in, 8, 10, 4), "/none/km.npy: cannot be written");
-        CHECK(slam_tokenizer_may_fit(path, &c, in, 8, 10, 4) == 1, "%s", slam_error());
-        slam_tokenizer *t = slam_tokenizer_fit(&c, NULL, in, 8, 10, 4, NULL, NULL, &r);
-        CHECK(t && slam_tokenizer_save(t, path, &r) && slam_tokenizer_may_fit(path, &c, in, 8, 10, 4) == 2, "%s",
-              slam_error());
-        check_fails(slam_tokenizer_may_fit(path, &c, in, 8, 10, 5), "fit.npy: exists");
+        char *path = string_copy(check_path("fit.npy"));
+        check_fails(slam_tokenizer_fit("/none/km.npy", &c, NULL, in, 8, 10, 4, NULL, NULL, &r),
+                    "/none/km.npy: cannot be written");
+        slam_tokenizer *t = slam_tokenizer_fit(path, &c, NULL, in, 8, 10, 4, NULL, NULL, &r);
+        CHECK(t && r.frames == 10 && path_exists(path), "%s", slam_error());
+        slam_tokenizer *again = slam_tokenizer_fit(path, &c, NULL, in, 8, 10, 4, NULL, NULL, &r);
+        CHECK(again && !r.frames && again->fingerprint == t->fingerprint, "%s", slam_error());
+        slam_tokenizer_free(again);
+        check_fails(slam_tokenizer_fit(path, &c, NULL, in, 8, 10, 5, NULL, NULL, &r), "fit.npy: exists");
         unlink(path); // what a kill between the two files leaves
-        CHECK(slam_tokenizer_may_fit(path, &c, in, 8, 10, 4) == 1, "%s", slam_error());
-        check_fails(slam_tokenizer_may_fit(path, &c, in, 8, 10, 5), "fit.json: exists");
+        check_fails(slam_tokenizer_fit(path, &c, NULL, in, 8, 10, 5, NULL, NULL, &r), "fit.json: exists");
+        again = slam_tokenizer_fit(path, &c, NULL, in, 8, 10, 4, NULL, NULL, &r);
+        CHECK(again && r.frames == 10 && again->fingerprint == t->fingerprint, "%s", slam_error());
+        slam_tokenizer_free(again);
         slam_tokenizer_free(t);
+        free(path);
     }
 }
 
@@ -594,7 +600,7 @@ int main(void) {
         snprintf(name, sizeof name, "s%d.wav", i);
         slam_strings_add(&files, make_wav(name, 5000 + 3000 * (size_t)i, 16000, 50 + (uint64_t)i));
     }
-    CHECK(slam_inputs_audio(&in, (const char *const *)files.at, 8), "%s", slam_error());
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)files.at, 8), "%s", slam_error());
     slam_audio_units(t, NULL, &files, units_of + folder.n, NULL, NULL);
     for (int i = 0; i < 8; i++) { // as a line has them
         const slam_units *u = &units_of[folder.n + (size_t)i];

@@ -20,17 +20,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     MUST(t);
     int more = audio_open(&a, fuzz_file(bytes, size), NULL) ? 1 : -1;
     for (int i = 0; more > 0 && i < 20 && (more = audio_next_segment(&a, 1, &x, &n)) > 0; i++) {
-        slam_units u;
         size_t frames = 0;
-        const float *const in = x;
-        const long length = (long)n;
+        slam_recording r = {x, n, NULL, ZERO};
         MUST(n > 0 && a.start == end && a.end > a.start && a.end - a.start <= 1);
         end = a.end;
         for (size_t k = 0; k < n; k++) MUST(isfinite(x[k]));
-        MUST(slam_units_encode(t, 1, &in, &length, &u));
-        for (size_t k = 0; k < u.n; k++) frames += (size_t)u.duration[k];
-        MUST(frames == u.frames && frames > 0);
-        slam_units_free(&u);
+        MUST(slam_units_encode(t, &r, 1));
+        for (size_t k = 0; k < r.units.n; k++) frames += (size_t)r.units.duration[k];
+        MUST(frames == r.units.frames && frames > 0);
+        slam_units_free(&r.units);
         free(x);
     }
     if (more < 0) MUST(slam_error()[0]);
