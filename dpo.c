@@ -40,7 +40,7 @@ static void dpo_loss(program *p, double n_pairs, metrics *m) {
     memset(p->weights, 0, (size_t)b->B * b->T * sizeof *p->weights);
     for (size_t k = 0; k + 1 < b->n_sequences; k += 2) {
         const slam_sequence *chosen = &b->sequences[k], *rejected = &b->sequences[k + 1];
-        const double *reference = p->pairs.at[chosen->item / 2].reference;
+        const double *reference = &p->pairs.reference[chosen->item];
         const double logp_chosen = slam_sequence_logp(b, chosen), logp_rejected = slam_sequence_logp(b, rejected);
         const double margin = (logp_chosen - reference[0]) - (logp_rejected - reference[1]);
         double dmargin;
@@ -89,7 +89,7 @@ static int evaluate(program *p) {
     slam_pair_loader *l = p->val_loader;
     int pairs, rows = 0;
     memset(&p->eval, 0, sizeof p->eval);
-    if (!slam_pair_loader_seek(l, 0, 0)) return 0;
+    l->epoch = l->pair = 0;
     while ((pairs = slam_pair_loader_begin(l, r->o.batch, r->comm)) > 0)
         while ((rows = slam_pair_loader_next(l, &p->batch)) > 0) {
             if (!slam_forward(r->model, &p->batch)) return 0;
@@ -318,10 +318,9 @@ static int find_reference(program *p) {
     slam_model *reference = r->model;
     char path[4200], text[32];
     uint64_t hash;
-    int found;
     snprintf(path, sizeof path, "%s/reference.safetensors", r->folder);
-    if (!slam_all_ok(r->comm, slam_pairs_load_reference(&p->pairs, path, p->reference_hash, &found))) return 0;
-    if (found) return 1;
+    if (!slam_all_ok(r->comm, slam_pairs_load_reference(&p->pairs, path, p->reference_hash))) return 0;
+    if (p->pairs.reference) return 1;
     const double start = slam_clock();
     int ok = 1;
     if (r->checkpoint) { /* the model has moved away from it */
@@ -355,9 +354,10 @@ static int open_model(program *p) {
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 1);
     p->weights = (float *)calloc((size_t)r->micro * r->T, sizeof *p->weights);
-    return slam_run_begin(r, p->pairs.hash) &&
-           slam_all_ok(r->comm, slam_pair_loader_seek(p->loader, r->trainer.epoch, r->trainer.row)) &&
-           find_reference(p);
+    if (!slam_run_begin(r, p->pairs.hash)) return 0;
+    p->loader->epoch = r->trainer.epoch;
+    p->loader->pair = r->trainer.row;
+    return find_reference(p);
 }
 
 static void print_end(program *p) {

@@ -145,18 +145,19 @@ static int score_pairs(program *p) {
     const size_t n = set->items.n;
     const int context = context_of(p);
     double *scores = (double *)calloc(n, sizeof *scores);
-    slam_score_stats stats;
+    size_t windowed = 0, tokens = 0;
+    for (size_t i = 0; i < n; i++) {
+        tokens += p->set_units[i].n + 1;
+        windowed += p->set_units[i].n + 1 > (size_t)context;
+    }
     slam_bar_begin(&p->bar);
-    int ok = slam_score(p->model, p->set_units, n, p->batch, context, p->sum, scores, &stats, show_progress, p);
+    int ok = slam_score(p->model, p->set_units, n, p->batch, context, p->sum, scores, show_progress, p);
     slam_bar_clear(&p->bar);
     if (ok) {
         slam_testset_score(set, scores);
         print_accuracies(set);
-        printf("by the %s of log-probabilities over %llu tokens of %zu sequences", p->sum ? "sum" : "mean",
-               (unsigned long long)stats.tokens, n);
-        if (stats.different < n) printf(", %zu of them different", stats.different);
-        if (stats.windowed) printf("; %zu are longer than a row of %d and scored in windows", stats.windowed, context);
-        if (stats.empty) printf("; %zu have no units", stats.empty);
+        printf("by the %s of log-probabilities over %zu tokens of %zu sequences", p->sum ? "sum" : "mean", tokens, n);
+        if (windowed) printf("; %zu are longer than a row of %d and scored in windows", windowed, context);
         printf("\n");
         ok = (!p->json || slam_testset_write(set, task_names[p->task], p->sum, p->json)) &&
              (!p->submission || slam_testset_submission(set, p->submission));

@@ -645,30 +645,27 @@ int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *pa
    model is planned for batch->capacity rows of T = context. */
 int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
 
-/* Preference pairs: a prompt with a chosen and a rejected completion. The prompt is `1 u..`, a completion `u.. 1`; its
-   log-probability is the sum over its tokens. */
+/* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
     uint16_t *tokens; /* prompt, chosen, rejected, one after the other */
     uint32_t n_prompt, n_chosen, n_rejected;
-    int validation;
-    double reference[2]; /* the reference model's log-probabilities of chosen and rejected; NaN: not computed */
 } slam_pair;
 typedef struct slam_pairs {
-    int V, context, share; /* share: both completions attend to one copy of the prompt */
-    double max_repetition;
-    slam_pair *at; /* training pairs first, then validation pairs */
+    int V, context,
+        share; /* tokens of prompt and completion; share: both completions attend to one copy of the prompt */
+    double max_repetition; /* least slam_auto_bleu of order 2 of a text that is skipped; 0: none is */
+    slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
+    double *reference; /* (n,2) the reference model's log-probabilities of chosen and rejected; NULL: not computed */
     /* skipped: their text repeats itself; a completion has no units; both are the same; longer than the context */
     uint64_t repetitive, empty, identical, too_long;
-    /* kept: the prompt lost its beginning; the prompt is not shared, as the context cannot hold both completions */
-    uint64_t truncated, unshared;
-    uint64_t hash; /* of all pairs, after slam_pairs_prepare */
+    uint64_t truncated, unshared; /* kept: the prompt lost its beginning; no space in the context to share the prompt */
+    uint64_t hash;                /* of all pairs, after slam_pairs_prepare */
 } slam_pairs;
-/* Reads a file or glob of SlamKit preference pairs (.jsonl). The struct starts as zeros with V, context (tokens of
-   prompt and completion), share and max_repetition (slam_auto_bleu of order 2 of prompt_text and chosen_text; 0: no
-   limit). */
+/* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
+   V, context, share and max_repetition. */
 int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
-/* Moves round(fraction * pairs), at least one, chosen by seed, from training to validation (0: none). Call once. */
+/* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
 int slam_pairs_row(const slam_pairs *); /* most tokens per row: 2 x context, at least 1024 */
@@ -676,19 +673,19 @@ int slam_pairs_row(const slam_pairs *); /* most tokens per row: 2 x context, at 
 /* Draws batches of pairs, packed into rows of about the same length. */
 typedef struct slam_pair_loader {
     const slam_pairs *pairs;
-    int validation, shuffle;    /* validation -1: all pairs */
-    uint64_t seed, epoch, pair; /* position */
-    uint64_t tokens, n_pairs;   /* of the global batch */
-    int rows, T;                /* of the global batch; T: tokens per row, a multiple of 16 */
-    int rows_left;              /* of this rank's share: 0 after the last micro-batch */
+    uint64_t epoch, pair;     /* position: epochs finished, pairs drawn of the current one. May be set */
+    uint64_t tokens, n_pairs; /* of the global batch */
+    int rows, T, rows_left;   /* of the global batch; tokens per row; rows of this rank's share that are left */
+    int shuffle;
+    uint64_t seed, first, ordered;
     struct slam_packer *packer;
 } slam_pair_loader;
+/* validation 0: training pairs, 1: validation pairs, -1: all. */
 slam_pair_loader *slam_pair_loader_new(const slam_pairs *, int validation, uint64_t seed, int shuffle);
 void slam_pair_loader_free(slam_pair_loader *);
-int slam_pair_loader_seek(slam_pair_loader *, uint64_t epoch, uint64_t pair);
 /* As slam_loader_begin and slam_loader_next, of `pairs` pairs. The batch is made for T = slam_pairs_row, with masks if
-   pairs are shared, and gets the loader's T. Sequences 2 k and 2 k + 1 of a batch are the completions of one pair: item
-   2 p is the chosen, 2 p + 1 the rejected one of pair p. Rows do not depend on the ranks; a rank may get none. */
+   pairs are shared, and gets the loader's T. Item 2 p of batch->sequences is the chosen, the next one, 2 p + 1, the
+   rejected completion of pair p. Rows do not depend on the ranks; a rank may get none. */
 int slam_pair_loader_begin(slam_pair_loader *, int pairs, const slam_comm *);
 int slam_pair_loader_next(slam_pair_loader *, slam_batch *);
 
@@ -698,24 +695,18 @@ double slam_sequence_logp(const slam_batch *, const slam_sequence *);
        margin D = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))
        loss = -(1 - e) log s(b D) - e log s(-b D)      dloss/dD = -b ((1 - e) s(-b D) - e s(b D)) */
 double slam_dpo_loss(double beta, double label_smoothing, double margin, double *dloss);
-/* Computes `reference` of every pair with this model, planned for batch->capacity rows of slam_pairs_row; the ranks
-   share the work. 0 also if cancelled by the callback. */
+/* Computes pairs->reference with a model planned for batch->capacity rows of slam_pairs_row; the ranks share the work.
+   0 also if cancelled by the callback. */
 int slam_pairs_reference(slam_pairs *, slam_model *reference, slam_batch *, slam_progress_fn *, void *context);
-/* Saves and loads the reference log-probabilities: a safetensors file with the hashes of pairs and model. Load:
-   *found 0 if there is no file; an error if it is of other pairs or another model. */
+/* As a safetensors file with the hashes of pairs and model. Load: without a file, reference stays NULL. */
 int slam_pairs_save_reference(const slam_pairs *, const char *path, uint64_t model_hash);
-int slam_pairs_load_reference(slam_pairs *, const char *path, uint64_t model_hash, int *found);
+int slam_pairs_load_reference(slam_pairs *, const char *path, uint64_t model_hash);
 
-/* Scores of sequences of units: mean (or sum) log-probability per token after the leading 1. */
-typedef struct slam_score_stats {
-    size_t different, windowed, empty; /* distinct sequences; of these longer than a row; sequences without units */
-    uint64_t tokens;                   /* scored */
-} slam_score_stats;
-/* scores (n). Sequences are packed into rows of up to T tokens, B rows at a time (this plans the model); longer ones
-   are scored in windows of T of which each but the first predicts its second half. Equal sequences get equal scores.
-   The ranks share the work. A score that is not finite is an error. */
-int slam_score(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_score_stats *,
-               slam_progress_fn *, void *context);
+/* scores (n): mean (or sum) log-probability per token after the leading 1. Sequences are packed into rows of up to T
+   tokens, B at a time (this plans the model); longer ones are scored in windows of T of which each but the first
+   predicts its second half. Equal sequences get equal scores. The ranks share the work. */
+int slam_score(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_progress_fn *,
+               void *context);
 
 /* ---- 13. EVALUATION: n-grams, test sets, generation ---- */
 
@@ -10061,6 +10052,13 @@ static int forward_logps(slam_model *m, slam_batch *b, double *logp) {
     return 1;
 }
 
+/* Each logp is 0 on all ranks but the one that computed it, so that the sums have the bits of a single process. */
+static int share_logps(slam_comm *comm, int ok, double *logp, size_t n) {
+    if (!slam_all_ok(comm, ok)) return 0;
+    slam_comm_sum(comm, logp, n);
+    return 1;
+}
+
 static int report_progress(slam_progress_fn *progress, void *context, const char *stage, double done, double total) {
     slam_progress p = ZERO;
     p.stage = stage;
@@ -10070,14 +10068,14 @@ static int report_progress(slam_progress_fn *progress, void *context, const char
     return set_error("stopped (%s: %.0f of %.0f)", stage, done, total);
 }
 
-/* Each logp is 0 on all ranks but the one that computed it, so that the sums have the bits of a single process. */
-static int share_logps(slam_comm *comm, int ok, double *logp, size_t n) {
-    if (!slam_all_ok(comm, ok)) return 0;
-    slam_comm_sum(comm, logp, n);
+static int units_check(const int *unit, size_t n, int V, const char *what) {
+    const int n_units = (V < 65536 ? V : 65536) - FIRST_UNIT;
+    for (size_t i = 0; i < n; i++)
+        if (unit[i] < 0 || unit[i] >= n_units)
+            return set_error("%s: unit %zu is %d, expected below %d (the vocabulary is %d)", what, i + 1, unit[i],
+                             n_units, V);
     return 1;
 }
-
-/* ---- the loss of a data set ---- */
 
 int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
     int ok = 1;
@@ -10110,21 +10108,17 @@ static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
 }
 
 /* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
-static int pairs_add_line(slam_pairs *p, const json *root, const char *what, units u[3], int validation) {
+static int pairs_add_line(slam_pairs *p, const json *root, const char *what, units u[3]) {
     static const char *const names[] = {"prompt", "chosen", "rejected"};
-    const int n_units = (p->V < 65536 ? p->V : 65536) - FIRST_UNIT;
-    if (root->type != JSON_OBJECT) return set_error("%s: found %s, expected an object", what, json_describe(root));
-    for (int k = 0; k < 3; k++) {
+    int ok = 1;
+    for (int k = 0; ok && k < 3; k++) {
         const json *value = json_get(root, names[k]);
         char *name = string_print("%s: '%s'", what, names[k]);
-        int ok = value ? units_from_json(value, name, &u[k]) : set_error("%s is missing", name);
-        for (size_t i = 0; ok && i < u[k].n; i++)
-            if (u[k].unit[i] >= n_units)
-                ok = set_error("%s: unit %zu is %d, expected below %d (the vocabulary is %d)", name, i + 1,
-                               u[k].unit[i], n_units, p->V);
+        ok = value ? units_from_json(value, name, &u[k]) : set_error("%s is missing", name);
+        ok = ok && units_check(u[k].unit, u[k].n, p->V, name);
         free(name);
-        if (!ok) return 0;
     }
+    if (!ok) return 0;
     const char *prompt = json_string(root, "prompt_text", NULL), *chosen = json_string(root, "chosen_text", NULL);
     const size_t longer = u[1].n > u[2].n ? u[1].n : u[2].n, most = (size_t)p->context - 2;
     uint64_t *skipped = NULL;
@@ -10142,8 +10136,6 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
     q->n_prompt = (uint32_t)(1 + u[0].n - cut);
     q->n_chosen = (uint32_t)u[1].n + 1;
     q->n_rejected = (uint32_t)u[2].n + 1;
-    q->validation = validation;
-    q->reference[0] = q->reference[1] = NAN;
     q->tokens = NEW(uint16_t, (size_t)q->n_prompt + q->n_chosen + q->n_rejected);
     uint16_t *to = q->tokens;
     *to++ = DOCUMENT_TOKEN;
@@ -10156,21 +10148,18 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
     return 1;
 }
 
-static int pairs_add_file(slam_pairs *p, const char *path, int validation) {
+static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
     units u[3];
     json *root = NULL;
     int status, ok = 1;
-    if (path_is_folder(path))
-        return set_error("%s: is a folder, expected a file or a pattern such as %s/*.jsonl", path, path);
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
     while (ok && (status = units_next_json(&reader, &root)) != 0) {
-        ok = status > 0 && pairs_add_line(p, root, reader.what, u, validation);
+        ok = status > 0 && pairs_add_line(p, root, reader.what, u);
         if (status > 0) json_free(root);
     }
-    if (ok && !reader.line) ok = set_error("%s: is empty, expected preference pairs", path);
     for (int k = 0; k < 3; k++) units_free(&u[k]);
     units_close(&reader);
     return ok;
@@ -10179,35 +10168,19 @@ static int pairs_add_file(slam_pairs *p, const char *path, int validation) {
 int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     slam_strings list = ZERO;
     const size_t before = p->n;
-    if (p->V <= FIRST_UNIT || p->context < 4 || p->context > LONGEST_CONTEXT)
-        return set_error("pairs with a vocabulary of %d and a context of %d, expected at least %d and 4 to %d", p->V,
-                         p->context, FIRST_UNIT + 1, LONGEST_CONTEXT);
-    if (p->hash) return set_error("%s: pairs cannot be added to prepared pairs", pattern);
+    if (p->context < 4 || p->context > LONGEST_CONTEXT)
+        return set_error("pairs with a context of %d, expected 4 to %d", p->context, LONGEST_CONTEXT);
     int ok = path_glob(pattern, &list);
-    for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i], validation);
+    for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
     if (ok && validation && p->n == before) ok = set_error("%s: contains no pairs to validate on", pattern);
+    if (!validation) p->n_train = p->n;
     slam_strings_free(&list);
     return ok;
 }
 
-static uint64_t pairs_hash(const slam_pairs *p) {
-    const uint64_t numbers[] = {(uint64_t)p->V, (uint64_t)p->context, p->n, p->n_train};
-    uint64_t hash = hash_bytes(HASH_START, numbers, sizeof numbers);
-    for (size_t i = 0; i < p->n; i++) {
-        const slam_pair *q = &p->at[i];
-        const uint32_t n[] = {q->n_prompt, q->n_chosen, q->n_rejected};
-        hash = hash_bytes(hash_bytes(hash, n, sizeof n), q->tokens, ((size_t)n[0] + n[1] + n[2]) * sizeof *q->tokens);
-    }
-    return hash;
-}
-
 /* Chosen by selection sampling, as documents are. */
 int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
-    size_t n = 0;
-    if (p->hash) return set_error("pairs can be prepared only once");
-    if (!(fraction >= 0 && fraction < 1))
-        return set_error("held-out fraction %g, expected at least 0 and below 1", fraction);
-    for (size_t i = 0; i < p->n; i++) n += !p->at[i].validation;
+    const size_t n = p->n_train;
     uint64_t held = (uint64_t)(fraction * (double)n + 0.5), rng = rng_stream(seed, 0, STREAM_HELD_OUT);
     if (fraction > 0 && held < 1) held = 1;
     if (n <= held)
@@ -10219,24 +10192,28 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     slam_pair *sorted = NEW(slam_pair, p->n);
     size_t train = 0, validation = p->n_train = n - (size_t)held;
     for (size_t i = 0; i < p->n; i++) {
-        slam_pair *q = &p->at[i];
-        if (!q->validation) {
-            q->validation = held && rng_below(&rng, n) < held;
-            held -= (uint64_t)q->validation;
-            n--;
-        }
-        sorted[q->validation ? validation++ : train++] = *q;
+        const int is_held = i < n && held && rng_below(&rng, n - i) < held;
+        held -= (uint64_t)is_held;
+        sorted[i >= n || is_held ? validation++ : train++] = p->at[i];
     }
     free(p->at);
     p->at = sorted;
     p->capacity = p->n;
-    p->hash = pairs_hash(p);
+    const uint64_t numbers[] = {(uint64_t)p->V, (uint64_t)p->context, p->n, p->n_train};
+    p->hash = hash_bytes(HASH_START, numbers, sizeof numbers);
+    for (size_t i = 0; i < p->n; i++) {
+        const slam_pair *q = &p->at[i];
+        const uint32_t lengths[] = {q->n_prompt, q->n_chosen, q->n_rejected};
+        const size_t tokens = (size_t)lengths[0] + lengths[1] + lengths[2];
+        p->hash = hash_bytes(hash_bytes(p->hash, lengths, sizeof lengths), q->tokens, tokens * sizeof *q->tokens);
+    }
     return 1;
 }
 
 void slam_pairs_free(slam_pairs *p) {
     for (size_t i = 0; i < p->n; i++) free(p->at[i].tokens);
     free(p->at);
+    free(p->reference);
     memset(p, 0, sizeof *p);
 }
 
@@ -10244,31 +10221,21 @@ int slam_pairs_row(const slam_pairs *p) { return p->context < 512 ? 1024 : (2 * 
 
 /* ---- pairs -> rows -> batches ---- */
 
-static void pair_loader_begin_epoch(slam_pair_loader *l, uint64_t epoch) {
-    struct slam_packer *p = l->packer;
-    const size_t first = l->validation > 0 ? l->pairs->n_train : 0,
-                 end = l->validation ? l->pairs->n : l->pairs->n_train;
-    uint64_t rng = rng_stream(l->seed, epoch, STREAM_ORDER);
-    p->n_order = end - first;
-    GROW(uint32_t, p->order, p->order_capacity, p->n_order);
-    for (size_t i = 0; i < p->n_order; i++) p->order[i] = (uint32_t)(first + i);
-    if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
-    l->epoch = epoch;
-    l->pair = 0;
-}
-
 slam_pair_loader *slam_pair_loader_new(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
-    if (!p->hash || (validation > 0 && p->n == p->n_train)) {
-        set_error("a loader of pairs that are not prepared, or of validation pairs where there are none");
+    const size_t n = validation < 0 ? p->n : validation ? p->n - p->n_train : p->n_train;
+    if (n == 0) {
+        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
         return NULL;
     }
     slam_pair_loader *l = NEW(slam_pair_loader, 1);
     l->pairs = p;
-    l->validation = validation;
+    l->first = validation > 0 ? p->n_train : 0;
     l->seed = seed;
     l->shuffle = shuffle;
     l->packer = NEW(struct slam_packer, 1);
-    pair_loader_begin_epoch(l, 0);
+    l->packer->order = NEW(uint32_t, n);
+    l->packer->n_order = n;
+    l->ordered = UINT64_MAX;
     return l;
 }
 
@@ -10277,13 +10244,20 @@ void slam_pair_loader_free(slam_pair_loader *l) {
     free(l);
 }
 
-int slam_pair_loader_seek(slam_pair_loader *l, uint64_t epoch, uint64_t pair) {
-    if (pair > l->packer->n_order)
-        return set_error("pair %llu of epoch %llu, but there are %zu: these are other pairs", (unsigned long long)pair,
-                         (unsigned long long)epoch, l->packer->n_order);
-    pair_loader_begin_epoch(l, epoch);
-    l->pair = pair;
-    return 1;
+/* The next pair, of the next epoch after the last one. */
+static uint32_t pair_loader_draw(slam_pair_loader *l) {
+    struct slam_packer *p = l->packer;
+    if (l->pair >= p->n_order) {
+        l->pair = 0;
+        l->epoch++;
+    }
+    if (l->ordered != l->epoch) {
+        uint64_t rng = rng_stream(l->seed, l->epoch, STREAM_ORDER);
+        for (size_t i = 0; i < p->n_order; i++) p->order[i] = (uint32_t)(l->first + i);
+        if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
+        l->ordered = l->epoch;
+    }
+    return p->order[l->pair++];
 }
 
 /* Packs as `pack` into as few rows of at most T, and these as short as possible: MULTIFIT (Coffman, Garey and Johnson
@@ -10306,12 +10280,12 @@ static uint32_t pack_evenly(packed_rows *rows, const uint32_t *items, const uint
 
 int slam_pair_loader_begin(slam_pair_loader *l, int pairs, const slam_comm *comm) {
     struct slam_packer *p = l->packer;
-    const size_t left = p->n_order - (size_t)l->pair, n = l->shuffle || (size_t)pairs < left ? (size_t)pairs : left;
+    const size_t left = l->pair < p->n_order ? p->n_order - (size_t)l->pair : 0;
+    const size_t n = l->shuffle || (size_t)pairs < left ? (size_t)pairs : left;
     uint32_t *items = NEW(uint32_t, n), *lengths = NEW(uint32_t, n);
     l->tokens = 0;
     for (size_t i = 0; i < n; i++) {
-        if (l->pair == p->n_order) pair_loader_begin_epoch(l, l->epoch + 1);
-        const slam_pair *q = &l->pairs->at[items[i] = p->order[l->pair++]];
+        const slam_pair *q = &l->pairs->at[items[i] = pair_loader_draw(l)];
         lengths[i] = pair_length(q, pair_is_shared(l->pairs, q));
         l->tokens += lengths[i];
     }
@@ -10380,182 +10354,134 @@ int slam_pairs_reference(slam_pairs *p, slam_model *m, slam_batch *b, slam_progr
         ok = forward_logps(m, b, logp) &&
              report_progress(progress, context, "reference", floor(n * (1 - l->rows_left / share)), n);
     ok = share_logps(comm, ok, logp, 2 * p->n);
-    for (size_t i = 0; ok && i < 2 * p->n; i++) {
+    for (size_t i = 0; ok && i < 2 * p->n; i++)
         if (!isfinite(logp[i])) ok = set_error("the reference's log-probability of pair %zu is not finite", i / 2 + 1);
-        p->at[i / 2].reference[i % 2] = logp[i];
-    }
     slam_pair_loader_free(l);
-    free(logp);
+    free(p->reference);
+    p->reference = logp;
     return slam_all_ok(comm, ok);
 }
 
 int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t model_hash) {
     char hashes[2][20];
-    double *logp = NEW(double, 2 * p->n);
-    for (size_t i = 0; i < 2 * p->n; i++) logp[i] = p->at[i / 2].reference[i % 2];
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, logp};
-    const int ok = tensors_write(path, &out, 1, metadata);
-    free(logp);
-    return ok;
+    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference};
+    return tensors_write(path, &out, 1, metadata);
 }
 
-int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_hash, int *found) {
-    *found = 0;
+int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_hash) {
     if (!path_is_file(path)) return 1;
     tensors *file = tensors_open(path);
     if (!file) return 0;
     const tensor *t = tensors_find(file, "logp");
     const char *pairs = tensors_metadata(file, "pairs"), *model = tensors_metadata(file, "model");
-    int ok = 1;
-    if (!t || t->dtype != DTYPE_F64 || !pairs || !model)
-        ok = set_error("%s: not a file of reference log-probabilities", path);
-    else if (strtoull(model, NULL, 16) != model_hash)
-        ok = set_error("%s: log-probabilities of model %s, expected %016llx: the reference is another model", path,
-                       model, (unsigned long long)model_hash);
-    else if (strtoull(pairs, NULL, 16) != p->hash)
-        ok = set_error("%s: log-probabilities of other pairs (%s), expected %016llx", path, pairs,
-                       (unsigned long long)p->hash);
-    else ok = tensor_has_shape(t, 2, p->n, 2);
-    for (size_t i = 0; ok && i < 2 * p->n; i++) {
-        double *logp = &p->at[i / 2].reference[i % 2];
-        memcpy(logp, t->data + i * sizeof *logp, sizeof *logp);
-        if (!isfinite(*logp)) ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
-    }
+    int ok = t && t->dtype == DTYPE_F64 && pairs && strtoull(pairs, NULL, 16) == p->hash && model &&
+             strtoull(model, NULL, 16) == model_hash;
+    if (!ok) set_error("%s: not the log-probabilities of these pairs by this reference model", path);
+    ok = ok && tensor_has_shape(t, 2, p->n, 2);
+    if (ok) p->reference = (double *)memcpy(NEW(double, 2 * p->n), t->data, 2 * p->n * sizeof(double));
     tensors_close(file);
-    *found = ok;
     return ok;
 }
 
 /* ---- scores of sequences of units ----
-   A sequence `1 u.. 1` of n units has n + 1 tokens to predict. One that is longer than a row is scored in windows,
-   each token by the first window that has it. */
+   A sequence `1 u.. 1` of n units has n + 1 tokens to predict. One that is longer than a row is scored in windows of T
+   tokens: the first predicts after all of them, each later one after its second half. */
 
 typedef struct score_window {
-    size_t sequence,
-        start; // tokens start .. start + n - 1 are read; what follows the first `skip` of them is not scored
+    size_t sequence;
+    const uint16_t *tokens; // (n + 1) the first n are read, and what follows the first `skip` of them is not scored
     int n, skip;
 } score_window;
 
-typedef struct hashed_units {
-    uint64_t hash;
-    size_t index;
-} hashed_units;
-
-/* For each sequence one that equals it, the same one for all that are equal. */
-static size_t *find_equal(const slam_units *units, size_t n) {
-    hashed_units *sorted = NEW(hashed_units, n);
-    size_t *same = NEW(size_t, n);
-    for (size_t i = 0; i < n; i++) {
-        sorted[i].hash = hash_bytes(HASH_START, units[i].unit, units[i].n * sizeof *units[i].unit);
-        sorted[i].index = i;
-    }
-    qsort(sorted, n, sizeof *sorted, compare_u64);
-    for (size_t i = 0; i < n; i++) {
-        const slam_units *x = &units[sorted[i].index], *y = &units[sorted[i ? i - 1 : 0].index];
-        const int equal = i > 0 && x->n == y->n && (!x->n || !memcmp(x->unit, y->unit, x->n * sizeof *x->unit));
-        same[sorted[i].index] = equal ? same[sorted[i - 1].index] : sorted[i].index;
-    }
-    free(sorted);
-    return same;
-}
-
-/* Windows of T tokens: the first predicts after all of them, each later one after its second half. */
-static void add_windows(score_window **list, size_t *n, size_t *capacity, size_t sequence, size_t tokens, size_t T) {
-    for (size_t done = 0, end; done < tokens; done = end) {
-        end = done == 0 ? T : done + T - T / 2;
-        if (end > tokens) end = tokens;
-        GROW(score_window, *list, *capacity, *n + 1);
-        score_window *w = &(*list)[(*n)++];
-        w->sequence = sequence;
-        w->start = end < T ? 0 : end - T;
-        w->n = (int)(end - w->start);
-        w->skip = (int)(done - w->start);
-    }
-}
-
-static int batch_put_window(slam_batch *b, int at, const slam_units *u, const score_window *w, size_t item,
-                            uint16_t *tokens) {
-    for (size_t k = 0; k <= (size_t)w->n; k++) {
-        const size_t i = w->start + k;
-        tokens[k] = (uint16_t)(i == 0 || i > u->n ? DOCUMENT_TOKEN : u->unit[i - 1] + FIRST_UNIT);
-    }
-    const int end = batch_put(b, at, tokens, w->n, tokens[w->n], w->skip, at % b->T);
-    batch_add_sequence(b, item, at + w->skip, end);
-    return end;
+static int compare_sequences(const void *a, const void *b) {
+    const slam_units *x = *(const slam_units *const *)a, *y = *(const slam_units *const *)b;
+    if (x->n != y->n) return x->n < y->n ? -1 : 1;
+    return x->n ? memcmp(x->unit, y->unit, x->n * sizeof *x->unit) : 0;
 }
 
 /* The log-probability of each window; of several ranks each computes some. */
-static int score_windows(slam_model *m, const slam_units *units, const score_window *list, size_t n, int B, int T,
-                         double *logp, uint64_t tokens, slam_progress_fn *progress, void *context) {
+static int score_windows(slam_model *m, const score_window *list, size_t n, int B, int T, double *logp, double tokens,
+                         slam_progress_fn *progress, void *context) {
     slam_comm *comm = m->ops->comm;
     packed_rows rows = ZERO;
     uint32_t *lengths = NEW(uint32_t, n);
-    uint16_t *space = NEW(uint16_t, (size_t)T + 1);
     for (size_t i = 0; i < n; i++) lengths[i] = (uint32_t)list[i].n;
     pack(&rows, NULL, lengths, n, (uint32_t)T);
     const int share = packed_rows_share(&rows, comm);
-    if ((size_t)B > rows.n) B = (int)rows.n;
-    slam_batch b = slam_batch_new(B, T, 0);
-    int ok = slam_model_plan(m, B, T, SLAM_INFERENCE);
+    slam_batch b = slam_batch_new((size_t)B < rows.n ? B : (int)rows.n, T, 0);
+    int ok = slam_model_plan(m, b.capacity, T, SLAM_INFERENCE);
     while (slam_comm_max(comm, ok ? rows.next < rows.end : 2) == 1) { // all stop when one has failed or is cancelled
         if (rows.next == rows.end) continue;
         const packed_row *row = batch_begin(&b, &rows, T);
         for (int i = 0; i < b.B; i++)
-            for (uint32_t k = 0, at = (uint32_t)(i * b.T); k < row[i].n; k++) {
+            for (uint32_t k = 0, at = (uint32_t)(i * T); k < row[i].n; k++) {
                 const uint32_t item = rows.items[row[i].first + k];
-                at = (uint32_t)batch_put_window(&b, (int)at, &units[list[item].sequence], &list[item], item, space);
+                const score_window *w = &list[item];
+                const int first = (int)at;
+                at = (uint32_t)batch_put(&b, first, w->tokens, w->n, w->tokens[w->n], w->skip, first % T);
+                batch_add_sequence(&b, item, first + w->skip, (int)at);
             }
-        const double left = (double)(rows.end - rows.next) / share;
-        ok = forward_logps(m, &b, logp) &&
-             report_progress(progress, context, "score", floor((double)tokens * (1 - left)), (double)tokens);
+        const double done = 1 - (double)(rows.end - rows.next) / share;
+        ok = forward_logps(m, &b, logp) && report_progress(progress, context, "score", floor(tokens * done), tokens);
     }
     ok = share_logps(comm, ok, logp, n);
     slam_batch_free(&b);
     packed_rows_free(&rows);
     free(lengths);
-    free(space);
     return ok;
 }
 
 int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, int sum, double *scores,
-               slam_score_stats *stats, slam_progress_fn *progress, void *context) {
-    const int n_units = (m->config.V < 65536 ? m->config.V : 65536) - FIRST_UNIT;
-    score_window *list = NULL;
-    size_t n_windows = 0, capacity = 0;
-    memset(stats, 0, sizeof *stats);
+               slam_progress_fn *progress, void *context) {
+    size_t n_windows = 0, capacity = 0, n_tokens = 0;
     if (B < 1 || T < 2) return set_error("%d rows of %d tokens, expected at least 1 and 2", B, T);
     if (T > m->config.T) return set_error("a context of %d tokens, the model has %d positions", T, m->config.T);
-    for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; k < units[i].n; k++)
-            if (units[i].unit[k] < 0 || units[i].unit[k] >= n_units)
-                return set_error("sequence %zu: unit %d, expected below %d (the model's vocabulary is %d)", i + 1,
-                                 units[i].unit[k], n_units, m->config.V);
-    size_t *same = find_equal(units, n);
     for (size_t i = 0; i < n; i++) {
-        stats->empty += units[i].n == 0;
-        scores[i] = 0;
-        if (same[i] != i) continue;
-        stats->different++;
-        stats->windowed += units[i].n + 1 > (size_t)T;
-        stats->tokens += units[i].n + 1;
-        add_windows(&list, &n_windows, &capacity, i, units[i].n + 1, (size_t)T);
+        char what[40];
+        snprintf(what, sizeof what, "sequence %zu", i + 1);
+        if (!units_check(units[i].unit, units[i].n, m->config.V, what)) return 0;
+        n_tokens += units[i].n + 2;
     }
-    if (stats->tokens < (uint64_t)T) T = stats->tokens > 2 ? (int)stats->tokens : 2; // all in one row
+    const slam_units **sorted = NEW(const slam_units *, n); // equal sequences are neighbours, and scored once
+    for (size_t i = 0; i < n; i++) sorted[i] = &units[i];
+    if (n) qsort(sorted, n, sizeof *sorted, compare_sequences);
+    uint16_t *tokens = NEW(uint16_t, n_tokens), *t = tokens;
+    score_window *list = NULL;
+    for (size_t i = 0; i < n; i++) {
+        const slam_units *u = sorted[i];
+        const size_t length = u->n + 1;
+        if (i > 0 && !compare_sequences(&sorted[i - 1], &sorted[i])) continue;
+        t[0] = t[length] = DOCUMENT_TOKEN;
+        for (size_t k = 1; k < length; k++) t[k] = (uint16_t)(u->unit[k - 1] + FIRST_UNIT);
+        for (size_t done = 0, end; done < length; done = end) {
+            end = done ? done + (size_t)(T - T / 2) : (size_t)T;
+            if (end > length) end = length;
+            const size_t start = end < (size_t)T ? 0 : end - (size_t)T;
+            const score_window w = {(size_t)(u - units), t + start, (int)(end - start), (int)(done - start)};
+            GROW(score_window, list, capacity, n_windows + 1);
+            list[n_windows++] = w;
+        }
+        t += length + 1;
+    }
+    if (t - tokens < T) T = (int)(t - tokens); // all in one row
     double *logp = NEW(double, n_windows);
-    int ok = n_windows == 0 || score_windows(m, units, list, n_windows, B, T, logp, stats->tokens, progress, context);
-    for (size_t i = 0; ok && i < n_windows; i++) scores[list[i].sequence] += logp[i];
-    for (size_t i = 0; ok && i < n; i++)
-        if (!sum && same[i] == i) scores[i] /= (double)(units[i].n + 1);
+    int ok = !n || score_windows(m, list, n_windows, B, T, logp, (double)(t - tokens), progress, context);
+    for (size_t i = 0; i < n; i++) scores[i] = 0;
+    for (size_t i = 0; i < n_windows; i++) scores[list[i].sequence] += logp[i];
     for (size_t i = 0; ok && i < n; i++) {
-        scores[i] = scores[same[i]];
-        if (!isfinite(scores[i])) ok = set_error("sequence %zu: the log-probability is not finite", i + 1);
+        double *score = &scores[sorted[i] - units];
+        if (i > 0 && !compare_sequences(&sorted[i - 1], &sorted[i])) *score = scores[sorted[i - 1] - units];
+        else if (!sum) *score /= (double)(sorted[i]->n + 1);
+        if (!isfinite(*score))
+            ok = set_error("sequence %zu: the log-probability is not finite", (size_t)(sorted[i] - units) + 1);
     }
     free(logp);
     free(list);
-    free(same);
+    free(tokens);
+    free(sorted);
     return slam_all_ok(m->ops->comm, ok);
 }
 

@@ -48,12 +48,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     memset(u, 0, sizeof u);
     if (units_open(&r, fuzz_file(bytes, size))) {
         for (int ok = 1; ok && units_next_json(&r, &root) > 0;) {
-            ok = pairs_add_line(&p, root, r.what, u, 0);
+            ok = pairs_add_line(&p, root, r.what, u);
             json_free(root);
         }
         units_close(&r);
     }
     for (size_t i = 0; i < p.n; i++) check_pair(&p.at[i]);
+    p.n_train = p.n;
     if (slam_pairs_prepare(&p, 0, 0)) check_rows(&p);
     for (int k = 0; k < 3; k++) units_free(&u[k]);
     slam_pairs_free(&p);
