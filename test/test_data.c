@@ -725,7 +725,8 @@ static void test_shard_errors(void) {
 static void test_errors(void) {
     if (TEST("data: errors of malformed unit files")) {
         static const char *const bad[][2] = {
-            {"{\"units\": [1, 2]}\n\n{\"units\": [3, 100, 7]}\n", "units.jsonl:3: unit 100, expected below 100"},
+            {"{\"units\": [1, 2]}\n\n{\"units\": [3, 100, 7]}\n",
+             "units.jsonl: token 6 (from 0) is 102, expected 1 to 101"},
             {"{\"units\": [1, 2]}\n{\"units\": [3, 65534]}\n", "units.jsonl:2: unit 65534"},
             {"{\"units\": [1, 2]}\n{\"units\": [3, 65537]}\n", "units.jsonl:2: unit 65537"},
             {"{\"units\": [1, -2]}\n", "units.jsonl:1"},
@@ -773,7 +774,7 @@ static void test_errors(void) {
         check_fails(slam_data_add(d, a, 1), "cannot be added");
         check_fails(slam_loader_new(d, -1, 0, 1), "draws nothing");
         check_fails(slam_data_measure(d, -1, 0).rows, "draws nothing");
-        check_fails(slam_loader_new(d, 1, 0, 0), "source 1, expected 0 to 0");
+        check_fails(slam_loader_new(d, 1, 0, 0), "source 1: there is no such source");
         slam_data_free(d);
         check_fails(slam_data_new(1), "context 1");
         check_fails(slam_data_new(INT_MAX), "2 to 16777216");
