@@ -7348,6 +7348,8 @@ typedef struct token_file {
     size_t n;
     shard mapped;
     uint16_t *memory; // of a .jsonl file
+    int largest;      // of a .jsonl file: the largest unit and the first line that has it
+    size_t largest_line;
 } token_file;
 
 /* Shared by training and held-out data; the last user closes them. */
@@ -7390,15 +7392,15 @@ void slam_data_free(slam_data *d) {
 static int token_file_read(token_file *f) {
     units_reader reader;
     units u = ZERO;
-    size_t capacity = 0, line = 0;
-    int status, largest = 0;
+    size_t capacity = 0;
+    int status;
     if (!units_open(&reader, f->path)) return 0;
     while ((status = units_next(&reader, &u)) > 0) {
         if (u.n == 0) continue;
         GROW(uint16_t, f->memory, capacity, f->n + u.n + 2);
         f->memory[f->n++] = DOCUMENT_TOKEN;
         for (size_t i = 0; i < u.n; i++) {
-            if (u.unit[i] > largest) largest = u.unit[i], line = reader.line;
+            if (u.unit[i] > f->largest || !f->largest_line) f->largest = u.unit[i], f->largest_line = reader.line;
             f->memory[f->n++] = (uint16_t)(u.unit[i] + FIRST_UNIT);
         }
         f->memory[f->n++] = DOCUMENT_TOKEN;
@@ -7406,8 +7408,6 @@ static int token_file_read(token_file *f) {
     units_free(&u);
     units_close(&reader);
     f->tokens = f->memory;
-    if (status == 0 && largest > UINT16_MAX - FIRST_UNIT)
-        return set_error("%s:%zu: unit %d, expected at most %d", f->path, line, largest, UINT16_MAX - FIRST_UNIT);
     if (status == 0 && f->n > UINT32_MAX)
         return set_error("%s: found %zu tokens, expected at most %u; make it token shards", f->path, f->n, UINT32_MAX);
     return status == 0;
@@ -7489,6 +7489,9 @@ static int scan_file(const token_file *f, uint32_t file, int V, document_list *l
     uint64_t powers[65]; // P^64 .. P^0
     size_t start = 0, n;
     int open = 0;
+    if (f->largest >= most - FIRST_UNIT)
+        return set_error("%s:%zu: unit %d, expected below %d (the vocabulary is %d)", f->path, f->largest_line,
+                         f->largest, most - FIRST_UNIT, V);
     powers[64] = 1;
     for (int k = 64; k > 0; k--) powers[k - 1] = powers[k] * P;
     for (size_t i = 0; i < f->n; i += n) {

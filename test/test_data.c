@@ -725,8 +725,7 @@ static void test_shard_errors(void) {
 static void test_errors(void) {
     if (TEST("data: errors of malformed unit files")) {
         static const char *const bad[][2] = {
-            {"{\"units\": [1, 2]}\n\n{\"units\": [3, 100, 7]}\n",
-             "units.jsonl: token 6 (from 0) is 102, expected 1 to 101"},
+            {"{\"units\": [1, 2]}\n\n{\"units\": [3, 100, 7]}\n", "units.jsonl:3: unit 100, expected below 100"},
             {"{\"units\": [1, 2]}\n{\"units\": [3, 65534]}\n", "units.jsonl:2: unit 65534"},
             {"{\"units\": [1, 2]}\n{\"units\": [3, 65537]}\n", "units.jsonl:2: unit 65537"},
             {"{\"units\": [1, -2]}\n", "units.jsonl:1"},
