@@ -8,13 +8,17 @@
 
    USE
    Copy slam.h and slam.cu. Add slam.cu to your build (`nvcc -c slam.cu`, or `cc -x c -c slam.cu` without CUDA) and
-   include slam.h where you call it. Load a model and score a sequence (token 1 opens and closes a document, unit u is
-   token u + 2):
+   include slam.h where you call it. Load a model and score a sequence of n tokens (token 1 opens and closes a
+   document, unit u is token u + 2):
 
        slam_ops *ops = slam_cpu(0);                              // 0: one thread per core
        slam_model *m = slam_model_load(ops, "runs/train/latest");
-       if (!m) { fprintf(stderr, "%s\n", slam_error()); return 1; }
-       double nll = slam_model_nll(m, tokens, n);                // nats per token, mean over tokens[1..n-1]
+       slam_batch batch = slam_batch_new(1, n, 0);               // one row
+       for (int t = 0; t < n; t++) batch.tokens[t] = tokens[t];
+       for (int t = 0; t + 1 < n; t++) batch.targets[t] = tokens[t + 1];
+       if (!m || !slam_model_plan(m, 1, n, SLAM_INFERENCE) || !slam_forward(m, &batch)) return puts(slam_error());
+       // batch.losses[t]: -log p(tokens[t + 1] | tokens[0..t]), in nats
+       slam_batch_free(&batch);
        slam_model_free(m);
        slam_ops_free(ops);
 
@@ -266,31 +270,23 @@ int slam_cuda_count(void); /* number of GPUs */
 void slam_ops_free(slam_ops *);
 
 /* ---- 6. COMM: several processes that work together, over MPI and NCCL ----
-
-   The processes of one mpirun or srun, numbered by rank. All call the same collective functions in the same order,
-   with the same arguments except their own data. A NULL slam_comm * is a single process everywhere. */
+   The processes of one mpirun or srun, numbered by rank. All call the same collective functions in the same order. A
+   NULL slam_comm * is a single process everywhere. */
 struct slam_comm {
-    int rank, size;             /* this process, number of processes; rank 0 prints and writes */
-    int local_rank, local_size; /* the same among the processes of this machine: local rank k uses GPU k */
-    int zero;                   /* 1: ZeRO-1, a rank keeps a shard of the optimiser state; 0: all of it. Same numbers */
-    int failed;                 /* slam_all_ok returned 0: every rank has the same slam_error() */
-    void *state;                /* MPI and NCCL */
+    int rank, size;                /* this process, number of processes; rank 0 prints and writes */
+    int local_rank, local_size;    /* the same among the processes of this machine: local rank k uses GPU k */
+    int zero;                      /* 1: ZeRO-1, a rank keeps a shard of the optimiser state; 0: all of it */
+    int failed;                    /* slam_all_ok returned 0: every rank has the same slam_error() */
+    struct slam_comm_state *state; /* MPI and NCCL */
 };
-/* Joins the processes that this one was started with; size 1: there are none. NULL and slam_error() on failure. */
-slam_comm *slam_comm_init(void);
-/* status 0: waits for all ranks and frees. Else ends all ranks at once, unless every rank knows of the failure
-   (failed). */
+slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL and slam_error() on failure */
+/* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
 void slam_comm_finalize(slam_comm *, int status);
-int slam_comm_alive(const slam_comm *); /* 0: a rank of this machine has died. Async-signal-safe */
-/* Training, scoring and generation with these ops are shared by all ranks from here on. */
-void slam_comm_attach(slam_comm *, slam_ops *);
-
+void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
 typedef struct slam_range {
     size_t first, end; /* first <= i < end */
 } slam_range;
-/* This rank's contiguous share of n items; shares differ by one at most. */
-slam_range slam_comm_share(const slam_comm *, size_t n);
-
+slam_range slam_comm_share(const slam_comm *, size_t n); /* this rank's share of n items: contiguous, nearly equal */
 /* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
 int slam_all_ok(slam_comm *, int ok);         /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 int slam_comm_equal(slam_comm *, uint64_t x); /* 1 if x is the same on every rank */
@@ -381,8 +377,6 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 /* Logits (B,T,V) on the host. */
 int slam_logits(slam_model *, const slam_batch *, float *logits);
-/* Mean loss of tokens[1..n-1], in windows of the config's T; negative and slam_error() on failure. */
-double slam_model_nll(slam_model *, const int *tokens, int n);
 
 /* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's numbers do not depend on
    the others (to the bit where ops->same_rows). The model is planned for inference and must outlive the decoder. */
@@ -5392,11 +5386,29 @@ slam_ops *slam_cuda(int device, int act_bytes) {
 #define OMPI_SKIP_MPICXX
 #define MPICH_SKIP_MPICXX
 #include <mpi.h>
-#include <signal.h>
 #endif
 #if defined(SLAM_NCCL) && !defined(SLAM_EMULATOR)
 #include <nccl.h>
 #endif
+
+struct slam_comm_state {
+    slam_ops *ops;
+    int started; // MPI_Init was called here, so MPI_Finalize is as well
+    int lost;    // an exchange failed here. The others may be inside it, so this rank takes no further part
+    /* the reduce-scatter under way */
+    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
+    size_t n, capacity;
+    float *received; // (size,part)
+    int *counts;     // (4,size): numbers to send to each rank, their offsets, numbers to receive, their offsets
+#ifdef SLAM_MPI
+    MPI_Request request;
+#endif
+#ifdef SLAM_NCCL
+    ncclComm_t nccl;
+#endif
+};
+
+static int takes_part(const slam_comm *c) { return c && c->size > 1 && !c->state->lost; }
 
 slam_range slam_comm_share(const slam_comm *c, size_t n) {
     const size_t size = c ? c->size : 1, rank = c ? c->rank : 0, each = n / size, more = n % size;
@@ -5426,86 +5438,37 @@ static int comm_launched(void) {
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
-    const int n = tasks ? atoi(tasks) : 1;
-    if (n < 2) return 1;
 #ifdef SLAM_MPI
-    return set_error(
-        "%s started %d processes, but this one sees only itself: %s", launcher, n,
-        mpirun ? "mpirun and this build belong to different MPIs"
-               : "srun --mpi=pmix with Open MPI, --mpi=pmi2 with MPICH (independent runs: unset SLURM_STEP_NUM_TASKS)");
+    const char *advice = "build with the MPI of this mpirun; srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)";
 #else
-    return set_error("%s started %d processes, but this build has no MPI: install libopenmpi-dev, then make", launcher,
-                     n);
+    const char *advice = "this build has no MPI: install libopenmpi-dev, then make";
 #endif
+    if (!tasks || atoi(tasks) < 2) return 1;
+    return set_error("%s started %s processes, but this one sees only itself: %s", launcher, tasks, advice);
 }
 
-#ifndef SLAM_MPI
-/* ---- one process ---- */
+/* ---- host memory, over MPI ---- */
 
-// clang-format off
-static void comm_join(slam_comm *c) { (void)c; }
-void slam_comm_finalize(slam_comm *c, int status) { (void)status; free(c); }
-int slam_comm_alive(const slam_comm *c) { (void)c; return 1; }
-void slam_comm_attach(slam_comm *c, slam_ops *ops) { (void)c; (void)ops; }
-int slam_all_ok(slam_comm *c, int ok) { (void)c; return ok; }
-int slam_comm_equal(slam_comm *c, uint64_t x) { (void)c; (void)x; return 1; }
-long slam_comm_max(slam_comm *c, long x) { (void)c; return x; }
-void slam_comm_sum(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; }
-void slam_comm_broadcast(slam_comm *c, void *x, size_t bytes) { (void)c; (void)x; (void)bytes; }
-static int comm_connect(slam_comm *c) { (void)c; return 1; }
-static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
-    (void)c; (void)x; (void)part; (void)n; (void)bytes; return 1;
-}
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static void comm_wait(slam_comm *c) { (void)c; }
-static int comm_finish(slam_comm *c) { (void)c; return 1; }
-static void comm_progress(slam_comm *c) { (void)c; }
-// clang-format on
-
-void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
-    (void)c;
-    char *copy = NEW(char, bytes);
-    if (bytes) memcpy(copy, x, bytes);
-    *total = bytes;
-    return copy;
-}
-#else
-/* ---- MPI ---- */
-
-typedef struct comm_state {
-    slam_ops *ops;
-    int started;   // MPI_Init was called here, so MPI_Finalize is as well
-    int lost;      // an exchange failed here. The others may be inside it, so this rank takes no further part
-    int64_t *pids; // (local_size) of this machine's ranks; 0: in another PID name space
-    /* the reduce-scatter under way */
-    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
-    size_t n, capacity;
-    float *received; // (size - 1, part) from the other ranks
-    int *counts;     // (4,size): numbers to send to each rank, their offsets, numbers to receive, their offsets
-    MPI_Request request;
-#ifdef SLAM_NCCL
-    ncclComm_t nccl;
-#endif
-} comm_state;
-
-static comm_state *comm_get(const slam_comm *c) { return (comm_state *)c->state; }
-static int takes_part(const slam_comm *c) { return c && c->size > 1 && !comm_get(c)->lost; }
-
-static int comm_lost(slam_comm *c) {
-    comm_get(c)->lost = 1;
-    return 0;
+#ifdef SLAM_MPI
+static long ranks_max(long x) {
+    MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
+    return x;
 }
 
-/* Joins the processes that this one was started with. */
+static void ranks_broadcast(void *x, size_t bytes, int from) {
+    MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
+}
+
+static void ranks_gather(void *all, const void *x, size_t bytes) {
+    MPI_Allgather(x, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD);
+}
+
 static void comm_join(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
     int running = 0, level;
     MPI_Comm machine;
-    struct stat space = ZERO;
     MPI_Initialized(&running);
     if (!running && !comm_launched()) return;
-    comm_state *s = NEW(comm_state, 1);
-    c->state = s;
     s->started = !running;
     if (s->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
@@ -5513,77 +5476,75 @@ static void comm_join(slam_comm *c) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &c->local_rank);
     MPI_Comm_size(machine, &c->local_size);
-    const int known = stat("/proc/self/ns/pid", &space);
-    const int64_t own[2] = {getpid(), known == 0 ? (int64_t)space.st_ino : 0};
-    int64_t *all = NEW(int64_t, 2 * (size_t)c->local_size);
-    s->pids = NEW(int64_t, c->local_size);
-    MPI_Allgather(own, 2, MPI_INT64_T, all, 2, MPI_INT64_T, machine);
-    for (int k = 0; k < c->local_size; k++) s->pids[k] = all[2 * k + 1] == own[1] ? all[2 * k] : 0;
-    free(all);
     MPI_Comm_free(&machine);
 }
 
-void slam_comm_finalize(slam_comm *c, int status) {
-    comm_state *s = c ? comm_get(c) : NULL;
-    if (s && s->started && status && c->size > 1 && !c->failed) {
+static void comm_leave(slam_comm *c, int status) {
+    if (c->state->started && status && c->size > 1 && !c->failed) {
         fflush(NULL);
         MPI_Abort(MPI_COMM_WORLD, status);
     }
-    if (s) {
-        if (s->ops) s->ops->comm = NULL;
 #ifdef SLAM_NCCL
-        if (s->nccl) ncclCommDestroy(s->nccl);
+    if (c->state->nccl) ncclCommDestroy(c->state->nccl);
 #endif
-        if (s->started) MPI_Finalize();
-        free(s->received);
-        free(s->counts);
-        free(s->pids);
-        free(s);
-    }
+    if (c->state->started) MPI_Finalize();
+}
+#else
+// clang-format off
+static long ranks_max(long x) { return x; }
+static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
+static void ranks_gather(void *all, const void *x, size_t bytes) { (void)all; (void)x; (void)bytes; }
+static void comm_join(slam_comm *c) { (void)c; }
+static void comm_leave(slam_comm *c, int status) { (void)c; (void)status; }
+// clang-format on
+#endif
+
+void slam_comm_finalize(slam_comm *c, int status) {
+    if (!c) return;
+    if (c->state->ops) c->state->ops->comm = NULL;
+    comm_leave(c, status);
+    free(c->state->received);
+    free(c->state->counts);
+    free(c->state);
     free(c);
 }
 
-int slam_comm_alive(const slam_comm *c) {
-    const comm_state *s = c ? comm_get(c) : NULL;
-    for (int k = 0; s && k < c->local_size; k++)
-        if (s->pids[k] > 0 && kill((pid_t)s->pids[k], 0) != 0 && errno == ESRCH) return 0;
-    return 1;
+slam_comm *slam_comm_init(void) {
+    slam_comm *c = NEW(slam_comm, 1);
+    c->size = c->local_size = c->zero = 1;
+    c->state = NEW(struct slam_comm_state, 1);
+    comm_join(c);
+    if (c->size > 1 || launcher_check()) return c;
+    slam_comm_finalize(c, 1);
+    return NULL;
 }
 
 void slam_comm_attach(slam_comm *c, slam_ops *ops) {
     if (!c || c->size == 1) return;
     ops->comm = c;
-    comm_get(c)->ops = ops;
+    c->state->ops = ops;
 }
 
 int slam_all_ok(slam_comm *c, int ok) {
     char text[sizeof error_text];
     if (!c || c->size == 1) return ok;
     if (c->failed || !takes_part(c)) return 0;
-    int first = ok ? INT_MAX : c->rank;
-    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-    if (first == INT_MAX) return 1;
+    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank);
+    if (first == c->size) return 1;
     memcpy(text, error_text, sizeof text);
-    MPI_Bcast(text, (int)sizeof text, MPI_CHAR, first, MPI_COMM_WORLD);
+    ranks_broadcast(text, sizeof text, first);
     c->failed = 1;
     return first ? set_error("rank %d: %s", first, text) : set_error("%s", text);
 }
 
-int slam_comm_equal(slam_comm *c, uint64_t x) {
-    uint64_t ends[2] = {x, ~x}; // the largest, and the inverse of the smallest
-    if (takes_part(c)) MPI_Allreduce(MPI_IN_PLACE, ends, 2, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
-    return ends[0] == ~ends[1];
-}
+long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-long slam_comm_max(slam_comm *c, long x) {
-    if (takes_part(c)) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_LONG, MPI_MAX, MPI_COMM_WORLD);
-    return x;
-}
+int slam_comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
-    MPI_Allgather(x, (int)n, MPI_DOUBLE, all, (int)n, MPI_DOUBLE, MPI_COMM_WORLD);
+    ranks_gather(all, x, n * sizeof *x);
     for (size_t i = 0; i < n; i++) {
         x[i] = all[i];
         for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
@@ -5592,20 +5553,20 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
 }
 
 void slam_comm_broadcast(slam_comm *c, void *x, size_t bytes) {
-    if (takes_part(c)) MPI_Bcast(x, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
 void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
     const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
     uint64_t own = bytes, *sizes = NEW(uint64_t, size);
     sizes[0] = own;
-    if (part) MPI_Allgather(&own, 1, MPI_UINT64_T, sizes, 1, MPI_UINT64_T, MPI_COMM_WORLD);
+    if (part) ranks_gather(sizes, &own, sizeof own);
     *total = 0;
     for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
     char *all = NEW(char, *total), *at = all;
     for (int k = 0; k < size; at += sizes[k++]) {
         if (k == rank && bytes) memcpy(at, x, bytes);
-        if (part) MPI_Bcast(at, (int)sizes[k], MPI_BYTE, k, MPI_COMM_WORLD); // sizes may exceed an int in sum
+        if (part) ranks_broadcast(at, sizes[k], k); // sizes may exceed an int in sum
     }
     free(sizes);
     return all;
@@ -5617,14 +5578,32 @@ void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *to
 
    Over MPI a reduce-scatter is an all-to-all and a sum in rank order: MPI_Reduce_scatter may add in another order if
    a message has another size, and the same numbers must give the same bits however they are divided into messages. An
-   error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so that no return value is read; an error of
-   NCCL loses the rank. */
+   error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read; an error of NCCL
+   loses the rank. */
+
+#ifndef SLAM_MPI
+// clang-format off
+static int comm_connect(slam_comm *c) { (void)c; return 1; }
+static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
+static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
+    (void)c; (void)x; (void)part; (void)n; (void)bytes; return 1;
+}
+static int comm_all_reduce(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
+static void comm_wait(slam_comm *c) { (void)c; }
+static int comm_finish(slam_comm *c) { (void)c; return 1; }
+static void comm_progress(slam_comm *c) { (void)c; }
+// clang-format on
+#else
+static int comm_lost(slam_comm *c) {
+    c->state->lost = 1;
+    return 0;
+}
 
 #ifdef SLAM_NCCL
 /* The stream of all NCCL calls (cudaStream_t as the driver names it), after the work queued so far. NULL: memory is
    exchanged by MPI. */
 static struct CUstream_st *nccl_begin(slam_comm *c) {
-    slam_ops *ops = comm_get(c)->ops;
+    slam_ops *ops = c->state->ops;
     if (ops->comm_stream) ops->comm_begin(ops);
     return (struct CUstream_st *)ops->comm_stream;
 }
@@ -5638,15 +5617,14 @@ static int nccl_ok(slam_comm *c, ncclResult_t result, const char *operation) {
 
 /* Before the first exchange of device memory. Collective. */
 static int comm_connect(slam_comm *c) {
-    if (!takes_part(c) || !comm_get(c)->ops->comm_stream) return 1;
+    if (!takes_part(c) || !c->state->ops->comm_stream) return 1;
 #ifdef SLAM_NCCL
-    comm_state *s = comm_get(c);
     ncclUniqueId id;
-    if (s->nccl) return 1;
+    if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
     slam_comm_broadcast(c, &id, sizeof id);
-    return nccl_ok(c, ncclCommInitRank(&s->nccl, c->size, id, c->rank),
+    return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
     return set_error(
@@ -5657,20 +5635,16 @@ static int comm_connect(slam_comm *c) {
 
 /* Waits for the reduce-scatter under way and sums what was received, in rank order. */
 static void reduction_end(slam_comm *c) {
-    comm_state *s = comm_get(c);
+    struct slam_comm_state *s = c->state;
     if (!s->x) return;
     MPI_Wait(&s->request, MPI_STATUS_IGNORE);
     const slam_range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
-    float *x = s->x + part.first;
     PARALLEL_FOR
     for (size_t i = 0; i < n; i++) {
-        float sum = 0;
-        for (int k = 0; k < c->size; k++) {
-            const float y = k == c->rank ? x[i] : s->received[(size_t)(k - (k > c->rank)) * n + i];
-            sum = k ? sum + y : y;
-        }
-        x[i] = sum;
+        float sum = s->received[i];
+        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
+        s->x[part.first + i] = sum;
     }
     s->x = NULL;
 }
@@ -5678,7 +5652,7 @@ static void reduction_end(slam_comm *c) {
 /* This rank's part of x becomes the sum over ranks; the other parts become undefined. n at most 2^28. */
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
-    comm_state *s = comm_get(c);
+    struct slam_comm_state *s = c->state;
     const int size = c->size;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
@@ -5694,17 +5668,17 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     reduction_end(c);
     const slam_range own = comm_part(c, c->rank, n);
-    const int own_n = (int)(own.end - own.first);
+    const size_t own_n = own.end - own.first;
     if (!s->counts) s->counts = NEW(int, 4 * (size_t)size);
     int *sent = s->counts, *sent_at = sent + size, *received = sent + 2 * size, *received_at = sent + 3 * size;
     for (int k = 0; k < size; k++) {
         const slam_range part = comm_part(c, k, n);
-        sent[k] = k == c->rank ? 0 : (int)(part.end - part.first);
+        sent[k] = (int)(part.end - part.first);
         sent_at[k] = (int)part.first;
-        received[k] = k == c->rank ? 0 : own_n;
-        received_at[k] = (k - (k > c->rank)) * own_n;
+        received[k] = (int)own_n;
+        received_at[k] = (int)(k * own_n);
     }
-    GROW(float, s->received, s->capacity, (size_t)(size - 1) * own_n);
+    GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
     MPI_Ialltoallv(x, sent, sent_at, MPI_FLOAT, s->received, received, received_at, MPI_FLOAT, MPI_COMM_WORLD,
@@ -5715,7 +5689,7 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 /* x (n elements of `bytes` bytes) = the parts of all ranks. This rank's is at `part`, which may lie in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
-    comm_state *s = comm_get(c);
+    struct slam_comm_state *s = c->state;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
@@ -5745,14 +5719,13 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
 /* x (n) on the device = the sum over ranks, the same bits on every rank. */
 static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
     if (!c) return 1;
-    slam_ops *ops = comm_get(c)->ops;
+    slam_ops *ops = c->state->ops;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const int ok =
-            nccl_ok(c, ncclAllReduce(x, x, n, ncclDouble, ncclSum, comm_get(c)->nccl, stream), "an all-reduce");
+        const ncclResult_t result = ncclAllReduce(x, x, n, ncclDouble, ncclSum, c->state->nccl, stream);
         ops->comm_end(ops);
-        return ok;
+        return nccl_ok(c, result, "an all-reduce");
     }
 #endif
     if (!ops->finish(ops)) return comm_lost(c);
@@ -5761,16 +5734,16 @@ static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
 }
 
 static void comm_wait(slam_comm *c) {
-    comm_state *s = c ? comm_get(c) : NULL;
-    if (s && s->ops->comm_stream) s->ops->comm_end(s->ops);
-    if (s) reduction_end(c);
+    if (!c) return;
+    if (c->state->ops->comm_stream) c->state->ops->comm_end(c->state->ops);
+    reduction_end(c);
 }
 
 /* Before the host waits for the device: waits for NCCL here, because an exchange never ends if the network or a rank
    of another machine is gone. */
 static int comm_finish(slam_comm *c) {
 #ifdef SLAM_NCCL
-    comm_state *s = c ? comm_get(c) : NULL;
+    struct slam_comm_state *s = c ? c->state : NULL;
     while (s && s->ops->comm_stream && !s->ops->comm_done(s->ops)) {
         ncclResult_t state = ncclSuccess;
         const ncclResult_t result = ncclCommGetAsyncError(s->nccl, &state);
@@ -5789,20 +5762,10 @@ static int comm_finish(slam_comm *c) {
 
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
-    comm_state *s = c ? comm_get(c) : NULL;
     int done;
-    if (s && s->x) MPI_Test(&s->request, &done, MPI_STATUS_IGNORE);
+    if (c && c->state->x) MPI_Test(&c->state->request, &done, MPI_STATUS_IGNORE);
 }
 #endif
-
-slam_comm *slam_comm_init(void) {
-    slam_comm *c = NEW(slam_comm, 1);
-    c->size = c->local_size = c->zero = 1;
-    comm_join(c);
-    if (c->size > 1 || launcher_check()) return c;
-    slam_comm_finalize(c, 1);
-    return NULL;
-}
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
@@ -5839,12 +5802,12 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
     double rotary = 1;
-    if (rope && rope->type != JSON_OBJECT) return set_error("%s: '%s' is not an object", path, key);
-    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        return set_error("%s: %s has rope_type '%s', expected 'default'", path, key, type->string ? type->string : "");
+    int plain = !rope || rope->type == JSON_OBJECT;
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
-        if (j->type == JSON_OBJECT)
-            return set_error("%s: %s has '%s', expected the same settings for all layers", path, key, j->key);
+        plain &= j->type != JSON_OBJECT; // one per layer type
+    if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
+        return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
+                         type && type->type == JSON_STRING ? type->string : "");
     return json_real(rope, "rope_theta", path, 1, 1e12, &config->rope_theta) &&
            json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) &&
            json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary) &&
@@ -5853,22 +5816,22 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
 
 /* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
-    static const char *const biases[] = {"attention_bias", "mlp_bias"};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
     const json *layers = json_get(c, "layer_types");
-    int sliding = 0, bias = 0;
+    int sliding = 0, attention_bias = 0, mlp_bias = 0;
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    if (!json_bool(c, "use_sliding_window", path, &sliding)) return 0;
+    if (!json_bool(c, "use_sliding_window", path, &sliding) || !json_bool(c, "mlp_bias", path, &mlp_bias) ||
+        !json_bool(c, "attention_bias", path, &attention_bias))
+        return 0;
     if (layers) sliding = 0; // layer_types decides
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
         if (l->type != JSON_STRING || strcmp(l->string, "full_attention")) sliding = 1;
     if (sliding) return set_error("%s: asks for a sliding window, expected full attention in every layer", path);
-    for (int i = 0; i < 2; i++) {
-        if (!json_bool(c, biases[i], path, &bias)) return 0;
-        if (bias) return set_error("%s: %s is true, expected biases of q, k and v (Qwen2) or none", path, biases[i]);
-    }
+    if (attention_bias || mlp_bias)
+        return set_error("%s: %s is true, expected biases of q, k and v (Qwen2) or none", path,
+                         mlp_bias ? "mlp_bias" : "attention_bias");
     return 1;
 }
 
@@ -5940,20 +5903,12 @@ typedef struct param {
     float *grad;    // NULL until planned for training
 } param;
 
-/* O = NH HS, W = (NH + 2 KVH) HS */
 typedef struct layer_weights {
-    param attn_norm; // (C)
-    param qkv;       // (W,C)
-    param qkv_bias;  // (W)
-    param out;       // (C,O)
-    param mlp_norm;  // (C)
-    param gate_up;   // (2F,C)
-    param down;      // (C,F)
+    param attn_norm, qkv, qkv_bias, out, mlp_norm, gate_up, down; // shapes: tensors_of
 } layer_weights;
 
 typedef struct model_weights {
-    param embed, head; // (P,C); the same if tied
-    param norm;        // (C)
+    param embed, head, norm; // head is embed if tied
 } model_weights;
 
 enum { MATRIX, NORM, BIAS }; // initialised from normal(0, init_std), to 1, to 0
@@ -6049,55 +6004,22 @@ double slam_config_flops(const slam_config *c, int T) {
     return 6.0 * (double)m.products + 6.0 * c->L * T * c->NH * c->HS;
 }
 
-/* The largest product of a layer: (N,C) by (OC,C). */
-static void config_largest_product(const slam_config *c, int *C, int *OC) {
-    const model_tensors m = tensors_of(c);
-    *C = *OC = 0;
-    for (size_t i = 1, rows = 0; i < m.n && m.list[i].layer == 0; i++) {
-        const model_tensor *t = &m.list[i];
-        rows = t->rows + (t->param == t[-1].param ? rows : 0);
-        if (rows * t->cols <= (size_t)*OC * *C) continue;
-        *OC = (int)rows;
-        *C = (int)t->cols;
-    }
-    free(m.list);
-}
-
 /* ---- activations ---- */
 
-/* N = B T. Those marked * are computed again in the backward pass by SLAM_TRAIN_RECOMPUTE. */
-typedef struct layer_acts {
-    slam_act *x;       // (N,C) the residual stream before attention
-    slam_act *attn_in; // (N,C) * norm of x
-    float *attn_rstd;  // (N) its 1/rms
-    slam_act *qkv;     // (N,W) q and k rotated
-    slam_act *attn;    // (N,O)
-    float *lse;        // (B,NH,T)
-    slam_act *x_mid;   // (N,C) the residual stream before the MLP
-    slam_act *mlp_in;  // (N,C) * norm of x_mid
-    float *mlp_rstd;   // (N)
-    slam_act *gate_up; // (N,2F)
-    slam_act *swiglu;  // (N,F) *
+typedef struct layer_acts { // shapes: acts_place
+    slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
+    float *attn_rstd, *lse, *mlp_rstd;
 } layer_acts;
 
 typedef struct model_acts {
-    slam_act *delta;                        // (N,C) what a sub-layer adds to the residual stream
-    slam_act *x_end, *head_in;              // (N,C) the residual stream after the last layer, its norm
-    float *head_rstd, *losses;              // (N)
-    slam_act *logits;                       // (head_rows,P)
-    int *tokens, *targets;                  // (N)
-    int *doc_start, *mask_start, *mask_end; // (N)
-    int *slots, *lengths;                   // (N) of sequences that are generated
-    float *rope;                            // (T,HS)
-    float *weights;                         // (N) of slam_backward
-    slam_act *dx, *dnorm;                   // (N,C) gradients of the residual stream, of the output of a norm
-    slam_act *dattn, *dswiglu, *dqkv;       // (N,O) (N,F) (N,W)
-    float *D;                               // (B,NH,T)
+    slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
+    float *head_rstd, *losses, *rope, *weights, *D;
+    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
 } model_acts;
 
 typedef struct model_layer {
     layer_weights w;
-    layer_acts a; // without a backward pass the same memory in all layers
+    layer_acts a;
 } model_layer;
 
 typedef struct slam_layout {
@@ -6105,7 +6027,7 @@ typedef struct slam_layout {
     model_layer *layers; // (L)
     model_weights w;
     model_acts a;
-    int head_rows; // rows of logits in memory at once: 64 MB
+    int head_rows; // rows of logits in memory at once
     char *arena;   // the memory of all activations
     size_t arena_bytes;
     slam_mask mask; // of the last forward pass ...
@@ -6119,10 +6041,11 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
     return (void *)at;
 }
 
-/* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. */
+/* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. Without a
+   backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
     const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
-    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes);
+    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes); // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
@@ -6130,24 +6053,27 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
 #define INTS(n)   (int *)take(k->arena, &end, (n) * sizeof(int))
     for (int l = 0; l < c->L; l++) {
         layer_acts *a = &k->layers[l].a;
-        const int own = l == 0 || train, own_recomputable = l == 0 || mode == SLAM_TRAIN;
         *a = k->layers[0].a;
-        if (own) a->x = ACTS(N * C);
-        if (own) a->attn_rstd = FLOATS(N);
-        if (own) a->qkv = ACTS(N * W);
-        if (own) a->attn = ACTS(N * O);
-        if (own) a->lse = FLOATS(N * c->NH);
-        if (own) a->x_mid = ACTS(N * C);
-        if (own) a->mlp_rstd = FLOATS(N);
-        if (own) a->gate_up = ACTS(N * 2 * F);
-        if (own_recomputable) a->attn_in = ACTS(N * C);
-        if (own_recomputable) a->mlp_in = ACTS(N * C);
-        if (own_recomputable) a->swiglu = ACTS(N * F);
+        if (l == 0 || train) {
+            a->x = ACTS(N * C); // residual stream before attention
+            a->attn_rstd = FLOATS(N);
+            a->qkv = ACTS(N * W); // q and k rotated
+            a->attn = ACTS(N * O);
+            a->lse = FLOATS(N * c->NH); // (B,NH,T)
+            a->x_mid = ACTS(N * C);     // residual stream before the MLP
+            a->mlp_rstd = FLOATS(N);
+            a->gate_up = ACTS(N * 2 * F);
+        }
+        if (l == 0 || mode == SLAM_TRAIN) {
+            a->attn_in = ACTS(N * C); // norm of x
+            a->mlp_in = ACTS(N * C);  // norm of x_mid
+            a->swiglu = ACTS(N * F);
+        }
     }
     model_acts *a = &k->a;
     k->head_rows = (int)(rows < 1 ? 1 : rows < N ? rows : N);
-    a->delta = ACTS(N * C);
-    a->x_end = ACTS(N * C);
+    a->delta = ACTS(N * C); // what a sub-layer adds to the residual stream
+    a->x_end = ACTS(N * C); // residual stream after the last layer
     a->head_in = ACTS(N * C);
     a->head_rstd = FLOATS(N);
     a->losses = FLOATS(N);
@@ -6157,15 +6083,17 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->doc_start = INTS(N);
     a->mask_start = INTS(N);
     a->mask_end = INTS(N);
-    a->slots = INTS(N);
+    a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
     a->rope = FLOATS(T * HS);
-    a->weights = FLOATS(train ? N : 0);
-    a->dx = ACTS(train ? N * C : 0);
-    a->dnorm = ACTS(train ? N * C : 0);
-    a->dattn = a->dswiglu = ACTS(train ? N * (F > O ? F : O) : 0); // never needed at once
-    a->dqkv = ACTS(train ? N * W : 0);
-    a->D = FLOATS(train ? N * c->NH : 0);
+    if (train) {
+        a->weights = FLOATS(N);                            // of the losses in slam_backward
+        a->dx = ACTS(N * C);                               // gradient of the residual stream
+        a->dnorm = ACTS(N * C);                            // of the output of a norm
+        a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
+        a->dqkv = ACTS(N * W);
+        a->D = FLOATS(N * c->NH);
+    }
 #undef ACTS
 #undef FLOATS
 #undef INTS
@@ -6297,43 +6225,39 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
-/* Finds the model's tensors in a file, and nothing else there. Sizes in the file are checked here, before memory is
-   allocated for them. twist: the file's vocabulary may have more rows. */
-static int weights_find(const slam_config *c, const model_tensors *m, const tensors *file, const char *prefix,
-                        int twist, const char *folder, const tensor **found) {
-    for (size_t k = 0; k < m->n; k++) {
-        const model_tensor *t = &m->list[k];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        const tensor *f = found[k] = tensors_find(file, name);
-        if (!f) return set_error("%s: tensor '%s' is missing", folder, name);
-        const int more = twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > t->rows;
-        if (!tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : t->rows ? t->rows : t->cols, t->cols)) return 0;
-    }
-    for (size_t k = 0; k < file->n; k++) {
-        const tensor *f = &file->at[k];
-        size_t i = 0;
-        while (i < m->n && found[i] != f) i++;
-        if (i == m->n && !string_ends(f->name, "rotary_emb.inv_freq") &&
-            !(c->tied && string_ends(f->name, "lm_head.weight")))
-            return set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
-    }
-    return 1;
-}
-
-static int weights_load(slam_model *m, const tensor *const *found) {
+/* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
+   allocated. twist: the file's vocabulary may have more rows. */
+static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
+    const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
-        const model_tensor *t = &m->layout->tensors.list[k];
-        const tensor *f = found[k];
-        float *host = NEW(float, tensor_size(t));
-        ok = tensor_floats(f, host, 0, tensor_size(t));
-        for (size_t i = 0; ok && i < tensor_size(t); i++)
+    for (size_t k = 0; ok && k < list.n; k++) {
+        const model_tensor *t = &list.list[k];
+        const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
+        char *name = string_print("%s%s", prefix, t->name);
+        const tensor *f = tensors_find(file, name);
+        const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
+        ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
+               : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
+        free(name);
+        if (!ok || !m) continue;
+        float *host = NEW(float, n);
+        ok = tensor_floats(f, host, 0, n);
+        for (size_t i = 0; ok && i < n; i++)
             if (!isfinite(host[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", f->file, f->name);
-        if (ok) m->ops->upload(m->ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        if (ok) m->ops->upload(m->ops, m->master + t->at, host, n * sizeof *host);
         free(host);
     }
-    if (ok) weights_changed(m);
+    for (size_t k = 0; ok && k < file->n; k++) {
+        const tensor *f = &file->at[k];
+        const size_t skip = strncmp(f->name, prefix, strlen(prefix)) ? 0 : strlen(prefix);
+        const int unused =
+            string_ends(f->name, "rotary_emb.inv_freq") || (c->tied && string_ends(f->name, "lm_head.weight"));
+        size_t i = 0;
+        while (i < list.n && strcmp(list.list[i].name, f->name + skip)) i++;
+        if (i == list.n && !unused) ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+    }
+    free(list.list);
+    if (ok && m) weights_changed(m);
     return ok;
 }
 
@@ -6354,13 +6278,9 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, tensor_bytes(embed->dtype, embed->rank, embed->shape));
     if (V) c.V = V;
-    const model_tensors list = tensors_of(&c);
-    const tensor **found = NEW(const tensor *, list.n);
-    if (weights_find(&c, &list, file, prefix, V != 0, folder, found)) m = model_empty(ops, &c);
-    ok = m && weights_load(m, found);
+    if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
+    ok = m && weights_read(m, &c, file, prefix, V != 0);
     if (!ok) slam_model_free(m);
-    free((void *)found);
-    free(list.list);
     tensors_close(file);
     return ok ? m : NULL;
 }
@@ -6368,18 +6288,28 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-/* The model with these weights (n_weights) as a folder. */
+static tensor_out tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
+    const tensor_out out = {name, DTYPE_F32, t->rows ? 2 : 1, {t->rows ? t->rows : t->cols, t->cols}, weights + t->at};
+    return out;
+}
+
+static int folder_write(const char *folder, const char *name, const char *text) {
+    char *path = path_join(folder, name);
+    const int ok = file_write(path, text, strlen(text));
+    free(path);
+    return ok;
+}
+
+/* The model with these weights (n_weights) as a folder. SlamKit takes what base_config does not state from
+   base_model_name's config. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
-    static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
     const size_t n = m->layout->tensors.n;
-    char *paths[] = {path_join(folder, "config.json"), path_join(folder, "generation_config.json"),
-                     path_join(folder, "model.safetensors")};
     strbuf config = ZERO;
     slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
-    if (slamkit) { // SlamKit asks base_model_name's config for what base_config does not state
+    if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
         strbuf_add(&config, "  \"base_model_name\": \"%s\",\n  \"twist_init\": true,\n  \"vocab_size\": %d,\n",
                    c->qkv_bias ? "Qwen/Qwen2.5-0.5B" : "HuggingFaceTB/SmolLM2-135M", c->V);
@@ -6395,19 +6325,17 @@ static int model_write(const slam_model *m, const float *host, const char *folde
         char name[96];
         snprintf(name, sizeof name, "%s%s", slamkit ? "lm." : "", t->name);
         slam_strings_add(&names, name);
-        out[k].name = names.at[k];
-        out[k].dtype = DTYPE_F32;
-        out[k].rank = t->rows ? 2 : 1;
-        out[k].shape[0] = t->rows ? t->rows : t->cols;
-        out[k].shape[1] = t->cols;
-        out[k].data = host + t->at;
+        out[k] = tensor_to_write(t, names.at[k], host);
     }
-    const int ok = file_write(paths[0], config.at, config.n) && file_write(paths[1], generation, strlen(generation)) &&
-                   tensors_write(paths[2], out, n, NULL);
+    char *path = path_join(folder, "model.safetensors");
+    const int ok = folder_write(folder, "config.json", config.at) &&
+                   folder_write(folder, "generation_config.json",
+                                "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n") &&
+                   tensors_write(path, out, n, NULL);
+    free(path);
     free(out);
     slam_strings_free(&names);
     strbuf_free(&config);
-    for (int i = 0; i < 3; i++) free(paths[i]);
     return ok;
 }
 
@@ -6485,10 +6413,10 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     slam_ops *ops = m->ops;
     model_acts *a = &m->layout->a;
     const size_t N = (size_t)b->B * b->T, bytes = N * sizeof(int);
+    slam_mask mask = {b->B, b->T, c->NH, c->KVH, c->HS, a->doc_start, NULL, NULL, NULL, a->rope};
     m->layout->valid = 0;
     if (b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
         return set_error("a batch of %d rows of %d tokens, planned for %d rows of %d", b->B, b->T, m->B, m->T);
-    if (with_targets && !b->targets) return set_error("a batch without targets has no loss");
     for (size_t i = 0; i < N; i++) {
         const int t = (int)(i % b->T), start = b->doc_start[i];
         const int first = b->mask_start ? b->mask_start[i] : 0, end = b->mask_start ? b->mask_end[i] : 0;
@@ -6503,30 +6431,31 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     ops->upload(ops, a->tokens, b->tokens, bytes);
     ops->upload(ops, a->doc_start, b->doc_start, bytes);
     if (with_targets) ops->upload(ops, a->targets, b->targets, bytes);
-    if (b->mask_start) ops->upload(ops, a->mask_start, b->mask_start, bytes);
-    if (b->mask_start) ops->upload(ops, a->mask_end, b->mask_end, bytes);
-    slam_mask mask = {b->B, b->T, c->NH, c->KVH, c->HS, a->doc_start, NULL, NULL, NULL, a->rope};
-    if (b->mask_start) mask.mask_start = a->mask_start;
-    if (b->mask_start) mask.mask_end = a->mask_end;
+    if (b->mask_start) {
+        ops->upload(ops, a->mask_start, b->mask_start, bytes);
+        ops->upload(ops, a->mask_end, b->mask_end, bytes);
+        mask.mask_start = a->mask_start;
+        mask.mask_end = a->mask_end;
+    }
     m->layout->mask = mask;
     return 1;
 }
 
 /* ---- forward ---- */
 
-/* Keys and values of sequences that are being generated. */
-typedef struct kv_cache {
-    slam_act *at; // (L,slots,capacity,2 KVH HS)
-    size_t layer; // numbers of a layer
-    int capacity;
-    int prefill; // 1: stores the first lengths_b tokens of row b in slot slots_b. 0: one more token after lengths_b
-} kv_cache;
+struct slam_decoder_state {
+    slam_act *cache; // (L,slots,capacity,2 KVH HS) keys and values
+    size_t layer;    // numbers of a layer's
+    int capacity;    // T rounded up to whole tiles
+    int prefill;     // 1: stores the first lengths_b tokens of row b in slot slots_b. 0: one more token after lengths_b
+    slam_batch batch; // of a prefill
+};
 
-static void attend(slam_model *m, int l, const slam_mask *mask, const kv_cache *cache) {
+static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *cache) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
     const int *slots = m->layout->a.slots, *lengths = m->layout->a.lengths;
-    slam_act *kv = cache ? act_at(ops, cache->at, l * cache->layer) : NULL;
+    slam_act *kv = cache ? act_at(ops, cache->cache, l * cache->layer) : NULL;
     if (cache && !cache->prefill) {
         ops->attention_decode(ops, a->attn, kv, a->qkv, lengths, mask);
         return;
@@ -6539,7 +6468,7 @@ static void attend(slam_model *m, int l, const slam_mask *mask, const kv_cache *
    What a sub-layer adds (delta) is added by the norm that follows it, which saves a pass over memory:
    x = x_prev + delta_prev, and the layer leaves x_mid and delta. x_prev (N,C). delta_prev (N,C) or NULL. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
-                          const slam_mask *mask, const kv_cache *cache) {
+                          const slam_mask *mask, const struct slam_decoder_state *cache) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
@@ -6558,7 +6487,7 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
 }
 
 /* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
-static void forward(slam_model *m, int N, const slam_mask *mask, const kv_cache *cache) {
+static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *cache) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
@@ -6574,6 +6503,20 @@ static void forward(slam_model *m, int N, const slam_mask *mask, const kv_cache 
                          C, C);
 }
 
+/* The first n rows of logits, (n,P) on the device, as (n,V) on the host. */
+static void logits_download(slam_model *m, float *logits, int n) {
+    const size_t V = m->config.V, P = padded_vocabulary(&m->config), bytes = m->ops->act_bytes;
+    unsigned char *host = NEW(unsigned char, n *P *bytes);
+    m->ops->download(m->ops, host, m->layout->a.logits, n * P * bytes);
+    for (size_t i = 0; i < (size_t)n; i++)
+        for (size_t v = 0; v < V; v++) {
+            uint32_t bits = 0; // bf16 is the upper half of a float
+            memcpy((char *)&bits + 4 - bytes, host + (i * P + v) * bytes, bytes);
+            logits[i * V + v] = float_from_bits(bits);
+        }
+    free(host);
+}
+
 /* From head_in to losses, head_rows rows of logits at a time. scale not 0: also the gradients of the head and, in
    dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. logits (N,V) on the host not
    NULL: these instead. */
@@ -6582,26 +6525,18 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
     const model_acts *a = &m->layout->a;
     const param *w = &m->layout->w.head;
     const int C = m->config.C, V = m->config.V, P = padded_vocabulary(&m->config), rows = m->layout->head_rows;
-    unsigned char *host = NEW(unsigned char, logits ? (size_t)rows *P * ops->act_bytes : 0);
-    tensor on_host = ZERO;
-    on_host.name = on_host.file = "logits";
-    on_host.dtype = ops->act_bytes == 2 ? DTYPE_BF16 : DTYPE_F32;
-    on_host.count = (size_t)rows * P;
-    on_host.data = host;
     for (int i = 0; i < N; i += rows) {
         const int n = N - i < rows ? N - i : rows;
         const slam_act *x = act_at(ops, a->head_in, (size_t)i * C);
         slam_act *dlogits = a->logits; // crossentropy replaces the logits
         ops->matmul_forward(ops, a->logits, x, w->data, NULL, n, C, P);
-        if (logits) ops->download(ops, host, a->logits, (size_t)n * P * ops->act_bytes);
-        for (int k = 0; logits && k < n; k++) tensor_floats(&on_host, logits + (size_t)(i + k) * V, (size_t)k * P, V);
+        if (logits) logits_download(m, logits + (size_t)i * V, n);
         if (logits) continue;
         ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, weights ? weights + i : NULL, scale, n, V, P);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_at(ops, a->dnorm, (size_t)i * C), dlogits, w->data, n, C, P);
         ops->matmul_backward_weight(ops, w->grad, NULL, dlogits, x, n, C, P);
     }
-    free(host);
 }
 
 /* ---- backward ---- */
@@ -6705,28 +6640,6 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
     return m->ops->finish(m->ops);
 }
 
-/* Windows overlap by half: each but the first repeats half a window as context and scores what follows. */
-double slam_model_nll(slam_model *m, const int *tokens, int n) {
-    const int T = n < m->config.T ? n : m->config.T, stride = T > 1 ? T - T / 2 : 1;
-    double sum = 0;
-    if (n < 2) return set_error("a sequence of %d tokens, expected 2 or more to score", n) - 1;
-    slam_batch b = slam_batch_new(1, T, 0);
-    int ok = slam_model_plan(m, 1, T, m->mode);
-    for (int start = 0, scored = 1; ok && scored < n; start += stride) {
-        b.T = n - start < T ? n - start : T;
-        for (int t = 0; t < b.T; t++) {
-            const int next = start + t + 1;
-            b.tokens[t] = tokens[start + t];
-            b.targets[t] = next >= scored && next < n ? tokens[next] : -1;
-        }
-        ok = slam_forward(m, &b);
-        for (int t = 0; ok && t < b.T; t++) sum += b.losses[t];
-        scored = start + b.T + 1;
-    }
-    slam_batch_free(&b);
-    return ok ? sum / (n - 1) : -1;
-}
-
 /* ---- decoding ----
    The last token of a sequence is not in the cache yet: the step that predicts what follows computes it. So one kind
    of step makes all predictions, the first included. */
@@ -6735,14 +6648,9 @@ double slam_model_nll(slam_model *m, const int *tokens, int n) {
    row. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
-struct slam_decoder_state {
-    kv_cache cache;   // capacity: T rounded up to whole tiles
-    slam_batch batch; // of a prefill
-};
-
 void slam_decoder_free(slam_decoder *d) {
     if (!d) return;
-    d->model->ops->release(d->model->ops, d->state->cache.at);
+    d->model->ops->release(d->model->ops, d->state->cache);
     slam_batch_free(&d->state->batch);
     free(d->state);
     free(d->length);
@@ -6751,8 +6659,7 @@ void slam_decoder_free(slam_decoder *d) {
 }
 
 static int decoder_plan(slam_decoder *d) {
-    const slam_batch *b = &d->state->batch;
-    return slam_model_plan(d->model, b->capacity, d->state->cache.capacity, SLAM_INFERENCE);
+    return slam_model_plan(d->model, d->state->batch.capacity, d->state->capacity, SLAM_INFERENCE);
 }
 
 slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
@@ -6763,18 +6670,17 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
     }
     slam_decoder *d = NEW(slam_decoder, 1);
     struct slam_decoder_state *s = d->state = NEW(struct slam_decoder_state, 1);
-    const int capacity = (int)round_up(T, PREFILL_TILE);
-    const int prefill = PREFILL_TOKENS / capacity, step = (slots - 1) / capacity + 1; // rows that they need
     d->model = m;
     d->slots = slots;
     d->T = T;
     d->length = NEW(int, slots);
     d->last = NEW(int, slots);
-    s->batch = slam_batch_new(prefill > step ? prefill : step, capacity, 0);
-    s->cache.capacity = capacity;
-    s->cache.layer = (size_t)slots * capacity * 2 * c->KVH * c->HS;
-    s->cache.at = (slam_act *)m->ops->alloc(m->ops, c->L * s->cache.layer * m->ops->act_bytes);
-    if (s->cache.at && decoder_plan(d)) return d;
+    s->capacity = (int)round_up(T, PREFILL_TILE);
+    s->layer = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
+    s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer * m->ops->act_bytes);
+    const int prefill = PREFILL_TOKENS / s->capacity, step = (slots - 1) / s->capacity + 1; // rows that they need
+    s->batch = slam_batch_new(prefill > step ? prefill : step, s->capacity, 0);
+    if (s->cache && decoder_plan(d)) return d;
     slam_decoder_free(d);
     return NULL;
 }
@@ -6789,16 +6695,15 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
             return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
         if (lengths[i] < 1 || lengths[i] > d->T)
             return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        for (int t = 0; t < lengths[i]; t++)
-            if (tokens[i][t] < 0 || tokens[i][t] >= m->config.V)
-                return set_error("token %d at position %d, expected 0 to %d", tokens[i][t], t, m->config.V - 1);
+        if (tokens[i][lengths[i] - 1] < 0 || tokens[i][lengths[i] - 1] >= m->config.V) // prefill checks the others
+            return set_error("token %d at the end, expected 0 to %d", tokens[i][lengths[i] - 1], m->config.V - 1);
         d->length[slots[i]] = lengths[i];
         d->last[slots[i]] = tokens[i][lengths[i] - 1];
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
-    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->cache.capacity / T : n;
-    d->state->cache.prefill = 1;
+    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->capacity / T : n;
+    d->state->prefill = 1;
     for (int first = 0; T && first < n; first += rows) {
         int *cached = NEW(int, rows); // tokens of a row in the cache: all but the last, then comes padding
         b->B = n - first < rows ? n - first : rows;
@@ -6814,7 +6719,7 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
         ops->upload(ops, m->layout->a.lengths, cached, b->B * sizeof(int));
         free(cached);
         if (!ok) return 0;
-        forward(m, b->B * T, &m->layout->mask, &d->state->cache);
+        forward(m, b->B * T, &m->layout->mask, d->state);
     }
     return ops->finish(ops);
 }
@@ -6836,10 +6741,10 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
     m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
     free(cached);
-    const slam_mask mask = {n, d->state->cache.capacity, c->NH, c->KVH, c->HS, NULL, NULL, NULL, NULL, a->rope};
+    const slam_mask mask = {n, d->state->capacity, c->NH, c->KVH, c->HS, NULL, NULL, NULL, NULL, a->rope};
     m->layout->valid = 0;
-    d->state->cache.prefill = 0;
-    forward(m, n, &mask, &d->state->cache);
+    d->state->prefill = 0;
+    forward(m, n, &mask, d->state);
     head(m, n, 0, NULL, logits);
     return m->ops->finish(m->ops);
 }
@@ -6858,9 +6763,8 @@ static int sampling_check(const slam_sampling *s) {
         return set_error("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
     if (s->top_k < 0) return set_error("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
     if (!(s->top_p >= 0 && s->top_p <= 1)) return set_error("top-p of %g, expected 0 to 1", s->top_p);
-    if (!(s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL))
-        return set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
-    return 1;
+    return (s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
+           set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
 }
 
 static int compare_larger_first(const void *a, const void *b) {
@@ -6932,15 +6836,14 @@ double slam_learning_rate(const slam_schedule *s, long step) {
    the layers from last to first, the embedding, then norms and biases. A bucket is as many layers as make a message
    worth sending, or a part of something large. A single process has one bucket of everything. */
 
-/* Numbers: 1 and 64 MB, not yet tuned on GPUs; PyTorch's DistributedDataParallel takes 25 MB. */
-enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 };
+enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; PyTorch takes 25 MB
 
 typedef struct bucket {
     size_t first, n;         // in the array of weights
     int after;               // its gradients are complete after this layer (as grads_ready counts)
-    size_t part, part_n;     // this rank reduces part_n of them from `part` on,
-    size_t update, update_n; // updates these (the same with ZeRO-1, else all),
-    size_t at;               // and keeps their moments from `at` on
+    size_t part, part_n;     // the part that this rank reduces,
+    size_t update, update_n; // that it updates (the same with ZeRO-1, else all),
+    size_t at;               // and where their moments are
 } bucket;
 
 typedef struct slam_buckets {
@@ -6950,6 +6853,7 @@ typedef struct slam_buckets {
     int failed;      // one of these failed
     int sharded;     // ZeRO-1
     size_t moments;  // numbers of m and v
+    size_t largest;  // numbers of the largest bucket
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
@@ -6968,6 +6872,7 @@ static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
         k.update_n = b->sharded ? k.part_n : k.n;
         k.at = b->sharded ? b->moments : k.first;
         b->moments += k.update_n;
+        if (k.n > b->largest) b->largest = k.n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
         b->list[b->n++] = k;
     }
@@ -7006,20 +6911,54 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
+/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m, o->v or o->master, as far as this rank
+   keeps them. */
+static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+    slam_ops *ops = o->model->ops;
+    for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
+        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
+        const size_t end = kept_end < first + n ? kept_end : first + n;
+        if (from < end)
+            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
+    }
+}
+
+/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
+static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
+    slam_ops *ops = o->model->ops;
+    slam_buckets *b = o->buckets;
+    if (!b->sharded) {
+        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
+        return ops->finish(ops);
+    }
+    float *whole = (float *)ops->alloc(ops, b->largest * sizeof *whole);
+    int ok = slam_all_ok(b->comm, whole != NULL);
+    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
+        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
+        comm_wait(b->comm);
+        ok = ok && comm_finish(b->comm);
+        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
+    }
+    ops->release(ops, whole);
+    return ok && ops->finish(ops);
+}
+
+/* The float weights, likewise. */
+static int master_download(slam_adamw *o, float *host) {
+    if (o->master) return adamw_state_download(o, o->master, host);
+    return !host || weights_download(o->model, host);
+}
+
 /* Keeps this rank's parts of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    slam_ops *ops = m->ops;
-    o->master = (float *)ops->alloc(ops, o->buckets->moments * sizeof *o->master);
-    for (size_t i = 0; o->master && i < o->buckets->n; i++) {
-        const bucket *k = &o->buckets->list[i];
-        float *host = NEW(float, k->part_n);
-        ops->download(ops, host, m->master + k->part, k->part_n * sizeof *host);
-        ops->upload(ops, o->master + k->at, host, k->part_n * sizeof *host);
-        free(host);
-    }
-    if (!o->master || !ops->finish(ops)) return 0;
-    ops->release(ops, m->master);
+    float *host = NEW(float, m->n_weights);
+    o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *o->master);
+    const int ok = o->master && weights_download(m, host);
+    if (ok) adamw_state_upload(o, o->master, host, 0, m->n_weights);
+    free(host);
+    if (!ok) return 0;
+    m->ops->release(m->ops, m->master);
     m->master = NULL;
     return 1;
 }
@@ -7087,8 +7026,8 @@ int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     slam_buckets *b = o->buckets;
-    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     const bucket *end = b->list + b->n;
+    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     double stats[2];
     if (!m->grads) return set_error("the model is not planned for training");
     reduce_ready(o, -1);
@@ -7118,46 +7057,6 @@ int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     return ops->finish(ops);
 }
 
-/* ---- the whole state on the host, for checkpoints ---- */
-
-/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
-static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
-    slam_ops *ops = o->model->ops;
-    slam_buckets *b = o->buckets;
-    size_t largest = 0;
-    if (!b->sharded) {
-        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
-        return ops->finish(ops);
-    }
-    for (size_t i = 0; i < b->n; i++) largest = b->list[i].n > largest ? b->list[i].n : largest;
-    float *whole = (float *)ops->alloc(ops, largest * sizeof *whole);
-    int ok = slam_all_ok(b->comm, whole != NULL);
-    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
-        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
-        comm_wait(b->comm);
-        ok = ok && comm_finish(b->comm);
-        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
-    }
-    ops->release(ops, whole);
-    return ok && ops->finish(ops);
-}
-
-/* The float weights, likewise. */
-static int master_download(slam_adamw *o, float *host) {
-    if (o->master) return adamw_state_download(o, o->master, host);
-    return !host || weights_download(o->model, host);
-}
-
-/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m or o->v, as far as this rank keeps them. */
-static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
-    slam_ops *ops = o->model->ops;
-    for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
-        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
-        const size_t end = kept_end < first + n ? kept_end : first + n;
-        if (from < end)
-            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
-    }
-}
 /* ==========================================================================================
    SECTION 9. BATCHES   documents -> chunks -> packed rows -> batches
    ========================================================================================== */
@@ -7217,9 +7116,9 @@ typedef struct token_file {
     const uint16_t *tokens;
     size_t n;
     shard mapped;
-    uint16_t *memory;    // of a .jsonl file
-    int largest;         // of a .jsonl file: the largest unit,
-    size_t largest_line; // and the first line that has it
+    uint16_t *memory; // of a .jsonl file
+    int largest;      // of a .jsonl file: the largest unit and the first line that has it
+    size_t largest_line;
 } token_file;
 
 /* Shared by training and held-out data; the last user closes them. */
@@ -7426,19 +7325,6 @@ static void split_source(slam_data *const parts[2], size_t source, const documen
     for (int k = 0; k < 2 && parts[k]; k++) parts[k]->sources[source].end_chunk = parts[k]->n_chunks;
 }
 
-static slam_data *data_new_held_out(const slam_data *d) {
-    slam_data *held = NEW(slam_data, 1);
-    *held = *d;
-    held->files->users++;
-    held->sources = NEW(slam_source, d->n_sources);
-    for (size_t i = 0; i < d->n_sources; i++) {
-        held->sources[i] = d->sources[i];
-        held->sources[i].name = string_copy(d->sources[i].name);
-        held->sources[i].weight = 1;
-    }
-    return held;
-}
-
 int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_data **held_out) {
     if (held_out) *held_out = NULL;
     if (d->chunks) return set_error("data can be prepared only once");
@@ -7446,11 +7332,23 @@ int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_
     if (V <= FIRST_UNIT) return set_error("a vocabulary of %d, expected at least %d", V, FIRST_UNIT + 1);
     if (!(fraction >= 0 && fraction < 1) || (fraction > 0 && !held_out))
         return set_error("held-out fraction %g, expected at least 0 and below 1", fraction);
-    slam_data *parts[2] = {d, fraction > 0 ? data_new_held_out(d) : NULL};
     const uint64_t split[] = {(uint64_t)d->context, fraction > 0 ? seed : 0};
     uint64_t hash = hash_bytes(HASH_START, split, sizeof split);
+    slam_data *parts[2] = {d, NULL};
     document_list list = ZERO;
     int ok = 1;
+    d->V = V;
+    if (fraction > 0) {
+        slam_data *held = parts[1] = NEW(slam_data, 1);
+        *held = *d;
+        held->files->users++;
+        held->sources = NEW(slam_source, d->n_sources);
+        for (size_t i = 0; i < d->n_sources; i++) {
+            held->sources[i] = d->sources[i];
+            held->sources[i].name = string_copy(d->sources[i].name);
+            held->sources[i].weight = 1;
+        }
+    }
     for (size_t i = 0; ok && i < d->n_sources; i++) {
         const slam_source *s = &d->sources[i];
         list.n = 0;
@@ -7465,12 +7363,10 @@ int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_
         if (d->n_chunks > UINT32_MAX) ok = set_error("%s: more than %u chunks", s->name, UINT32_MAX);
     }
     free(list.at);
+    d->hash = hash;
+    if (parts[1]) parts[1]->hash = hash;
     if (ok && parts[1] && !parts[1]->chunks)
         ok = set_error("%s: has one document, which cannot be held out", d->sources[0].name);
-    for (int k = 0; k < 2 && parts[k]; k++) {
-        parts[k]->V = V;
-        parts[k]->hash = hash;
-    }
     if (ok && parts[1]) *held_out = parts[1];
     else slam_data_free(parts[1]);
     return ok;
@@ -7494,15 +7390,6 @@ static void packed_rows_free(packed_rows *rows) {
     free(rows->items);
     free(rows->at);
     memset(rows, 0, sizeof *rows);
-}
-
-static void packed_rows_add(packed_rows *rows, const uint32_t *items, packed_row row) {
-    GROW(uint32_t, rows->items, rows->item_capacity, rows->n_items + row.n);
-    GROW(packed_row, rows->at, rows->capacity, rows->n + 1);
-    memcpy(rows->items + rows->n_items, items + row.first, row.n * sizeof *items);
-    row.first = (uint32_t)rows->n_items;
-    rows->n_items += row.n;
-    rows->at[rows->n++] = row;
 }
 
 /* The longest length up to `room` that is left; 0: none. fit[l] is l if there are items of length l, else a shorter
@@ -7649,8 +7536,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
 
 slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
     if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        if (!d->chunks) set_error("a loader of data that is not prepared");
-        else set_error("source %d, expected 0 to %zu, or -1 for all", source, d->n_sources - 1);
+        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
         return NULL;
     }
     slam_loader *l = NEW(slam_loader, 1);
@@ -7686,10 +7572,16 @@ int slam_loader_begin(slam_loader *l, int rows, const slam_comm *comm) {
     for (p->batch.n = p->batch.n_items = 0; p->batch.n < (size_t)rows; l->row++) {
         if (l->row == p->epoch.n && !l->shuffle) break;
         if (l->row == p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
-        const packed_row *row = &p->epoch.at[l->row];
-        packed_rows_add(&p->batch, p->epoch.items, *row);
-        l->tokens += row->length;
-        l->targets += row->length - row->n; // the last token of a chunk has no target
+        packed_rows *b = &p->batch;
+        packed_row row = p->epoch.at[l->row];
+        GROW(uint32_t, b->items, b->item_capacity, b->n_items + row.n);
+        GROW(packed_row, b->at, b->capacity, b->n + 1);
+        memcpy(b->items + b->n_items, p->epoch.items + row.first, row.n * sizeof *b->items);
+        row.first = (uint32_t)b->n_items;
+        b->n_items += row.n;
+        b->at[b->n++] = row;
+        l->tokens += row.length;
+        l->targets += row.length - row.n; // the last token of a chunk has no target
     }
     l->rows_left = packed_rows_share(&p->batch, comm);
     return (int)p->batch.n;
@@ -11809,24 +11701,15 @@ char *slam_run_model(const char *path) {
 /* ---- signals ---- */
 
 static volatile sig_atomic_t signals_seen;
-static const slam_comm *signals_comm;
 
-/* mpirun and srun signal all ranks when one of them has died. The others may be waiting for it, so they end at once. */
 static void on_signal(int number) {
-    static const char died[] = "error: another rank has died\n";
-    const int kept = errno;
     if (signals_seen) _exit(128 + number);
-    if (!slam_comm_alive(signals_comm)) {
-        const ssize_t written = write(STDERR_FILENO, died, sizeof died - 1);
-        _exit(written < 0 ? 1 : 128 + number);
-    }
     signals_seen = 1;
-    errno = kept;
 }
 
 void slam_signals_catch(const slam_comm *comm) {
     struct sigaction action;
-    signals_comm = comm;
+    (void)comm;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
@@ -11849,7 +11732,6 @@ slam_comm *slam_program_begin(const char *program) {
 
 int slam_program_end(const slam_flags *flags, slam_comm *comm, int status) {
     const char *name = flags->program;
-    signals_comm = NULL;
     if (status == 2) slam_all_ok(comm, 0); // all ranks have the same command line
     if ((status == 1 || status == 2) && (is_root(comm) || !comm->failed)) {
         fprintf(stderr, "%s: error: ", name);
@@ -12156,8 +12038,7 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
    products of zeros are faster. */
 static double measure_peak(const slam_model *m, int rows) {
     slam_ops *ops = m->ops;
-    int C, O;
-    config_largest_product(&m->config, &C, &O);
+    const int C = m->config.C, O = 2 * m->config.F; // gate and up
     const int most = rows < 8192 ? rows : 8192, N = m->n_weights / C < (size_t)most ? (int)(m->n_weights / C) : most;
     slam_act *out = (slam_act *)ops->alloc(ops, (size_t)N * O * ops->act_bytes);
     double best = 0, began = slam_clock();

@@ -773,7 +773,7 @@ static void test_errors(void) {
         check_fails(slam_data_add(d, a, 1), "cannot be added");
         check_fails(slam_loader_new(d, -1, 0, 1), "draws nothing");
         check_fails(slam_data_measure(d, -1, 0).rows, "draws nothing");
-        check_fails(slam_loader_new(d, 1, 0, 0), "source 1, expected 0 to 0");
+        check_fails(slam_loader_new(d, 1, 0, 0), "source 1: there is no such source");
         slam_data_free(d);
         check_fails(slam_data_new(1), "context 1");
         check_fails(slam_data_new(INT_MAX), "2 to 16777216");

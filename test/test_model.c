@@ -249,12 +249,9 @@ static void test_sizes(void) {
         check_near("FLOP per token", slam_config_flops(&c, sizes[k].T) / expected, 1, 1e-12);
     }
     slam_config tiny, slam;
-    int C = 0, OC = 0;
     CHECK(slam_config_load(&tiny, "tiny") && slam_config_load(&slam, "slam"), "%s", slam_error());
     CHECK(slam_config_parameters(&tiny) == sizes[2].parameters && slam_config_parameters(&slam) == sizes[1].parameters,
           "tiny has %zu parameters, slam %zu", slam_config_parameters(&tiny), slam_config_parameters(&slam));
-    config_largest_product(&slam, &C, &OC);
-    CHECK(C == 896 && OC == 2 * 4864, "the largest product is %d x %d", C, OC);
 }
 
 /* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
@@ -521,10 +518,10 @@ static void test_configs(void) {
         {"\"hidden_act\": \"gelu\"", "hidden_act is 'gelu'"},
         {"\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "rope_scaling has rope_type 'linear'"},
         {"\"rope_scaling\": {\"rope_type\": \"llama3\", \"type\": \"default\"}", "rope_type 'llama3'"},
-        {"\"rope_scaling\": 2", "'rope_scaling'"},
+        {"\"rope_scaling\": 2", "rope_scaling has rope_type ''"},
         {"\"rope_parameters\": {\"rope_type\": \"yarn\"}", "rope_parameters has rope_type 'yarn'"},
         {"\"rope_parameters\": {\"rope_type\": 3}", "rope_type"},
-        {"\"rope_parameters\": {\"full_attention\": {\"rope_theta\": 5}}", "'full_attention'"},
+        {"\"rope_parameters\": {\"full_attention\": {\"rope_theta\": 5}}", "expected 'default' for all layers"},
         {"\"rope_parameters\": {\"rope_theta\": \"many\"}", "rope_theta"},
         {"\"rope_parameters\": {\"partial_rotary_factor\": 0.5}", "partial_rotary_factor"},
         {"\"partial_rotary_factor\": 0.5", "partial_rotary_factor"},
@@ -716,32 +713,6 @@ static void test_bad_batches(slam_ops *ops) {
     slam_model_free(m);
 }
 
-/* The rule of slam_model_nll by hand: every token once, each with at least half a window before it. */
-static void test_nll(slam_ops *ops) {
-    slam_config c = make_config(11, 8, 1, 2, 1, 4, 12, 1, 1);
-    if (!TEST("nll of a sequence longer than the context")) return;
-    c.T = 16;
-    slam_model *m = slam_model_new(ops, &c, 1);
-    slam_batch b = slam_batch_new(1, 16, 0);
-    int tokens[45];
-    uint64_t seed = 1;
-    double sum = 0;
-    for (int i = 0; i < 45; i++) tokens[i] = (int)rng_below(&seed, 11);
-    slam_model_plan(m, 1, 16, SLAM_INFERENCE);
-    for (int first = 0, scored = 1; scored < 45; first += 8) {
-        b.T = 45 - first < 16 ? 45 - first : 16;
-        for (int t = 0; t < b.T; t++)
-            b.tokens[t] = tokens[first + t], b.targets[t] = first + t + 1 < 45 ? tokens[first + t + 1] : -1;
-        CHECK(slam_forward(m, &b), "%s", slam_error());
-        for (int t = 0; t < b.T; t++)
-            if (first + t + 1 >= scored && first + t + 1 < 45) sum += b.losses[t], scored++;
-    }
-    check_near("nll", slam_model_nll(m, tokens, 45), sum / 44, 1e-6);
-    CHECK(slam_model_nll(m, tokens, 1) < 0, "one token has nothing to score");
-    slam_batch_free(&b);
-    slam_model_free(m);
-}
-
 /* ---- updates ---- */
 
 /* One update on random batch `number`; with `poison` a gradient is NaN. */
@@ -874,7 +845,11 @@ static void test_cache(slam_model *m) {
             tokens[b][n[b]] = slam_sample(scratch, V, NULL, &hot, rng_uniform(&stream));
             slam_decoder_append(d, slots[b], tokens[b][n[b]++]);
         }
-        if (k == 30) CHECK(slam_model_nll(m, tokens[0], 20) > 0, "%s", slam_error()); // another pass in between
+        if (k == 30) { // another pass in between, with a plan for more
+            slam_batch other = slam_batch_new(2, 300, 0);
+            CHECK(slam_model_plan(m, 2, 300, SLAM_INFERENCE) && slam_forward(m, &other), "%s", slam_error());
+            slam_batch_free(&other);
+        }
     }
     for (int b = 0; b < SLOTS; b++) {
         slam_batch one = slam_batch_new(1, n[b], 0);
@@ -1062,7 +1037,6 @@ int main(void) {
     test_tied_head(ops);
     test_hash(ops);
     test_bad_batches(ops);
-    test_nll(ops);
     test_skipped_update(ops);
     test_resume_after_skip(ops);
     test_decay(ops);
