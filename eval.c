@@ -314,7 +314,7 @@ static int read_arguments(program *p) {
 
 static int open_model(program *p) {
     char count[32];
-    if (!(p->folder = slam_run_model(p->path))) return 0;
+    if (!(p->folder = slam_run_model(p->path, NULL))) return 0;
     if (!(p->ops = slam_device(p->comm, p->device, p->dtype, p->threads))) return 0;
     p->model = slam_model_load(p->ops, p->folder);
     if (!slam_all_ok(p->comm, p->model != NULL)) return 0;
