@@ -203,13 +203,11 @@ static int name_reference(program *p) {
         p->reference = slam_path_absolute(path);
         return 1;
     }
-    char *newest = r->o.init ? NULL : slam_run_newest("train");
-    if (!r->o.init && !newest)
+    char *model = slam_run_model(r->o.init, "train");
+    if (!model && !r->o.init)
         return slam_set_error("--init: no model to start from is given, and %s; ./train makes one", slam_error());
-    char *model = slam_run_model(r->o.init ? r->o.init : newest);
     if (model) p->reference = slam_path_absolute(model);
     if (model) add_setting(r, "reference", p->reference);
-    free(newest);
     free(model);
     return model != NULL;
 }

@@ -315,7 +315,7 @@ static int read_arguments(program *p) {
 
 static int open_model(program *p) {
     char count[32];
-    if (!(p->folder = slam_run_model(p->path))) return 0;
+    if (!(p->folder = slam_run_model(p->path, NULL))) return 0;
     if (!(p->ops = slam_device(p->comm, p->device, p->dtype, p->threads))) return 0;
     p->model = slam_model_load(p->ops, p->folder);
     if (!slam_all_ok(p->comm, p->model != NULL)) return 0;
@@ -516,7 +516,7 @@ static int evaluate(program *p, const char *argv0) {
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
     if (!slam_all_ok(p->comm, ok) || !open_model(p)) return 0;
-    if (p->task != PPL) slam_signals_catch(p->comm); /* ppl ends at once */
+    if (p->task != PPL) slam_signals_catch(); /* ppl ends at once */
     if (p->task == PPL) ok = open_perplexity(p, argv0);
     else ok = p->task == GENERATE ? open_prompts(p, argv0) : open_set(p, argv0);
     if (!slam_all_ok(p->comm, ok)) return 0;

@@ -793,10 +793,9 @@ void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *pa
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the `keep` newest (0: none) and the
    best. The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
-/* PATH if it is a model folder, a run's newest checkpoint if it is a run; NULL: of the newest run. free() it. */
-char *slam_run_model(const char *path);
-/* The newest run in runs/ of this program; NULL: any with a checkpoint. free() it. */
-char *slam_run_newest(const char *program);
+/* PATH if it is a model folder, a run's newest checkpoint if it is a run; NULL: of the newest run in runs/ of this
+   program (NULL: of any). free() it. */
+char *slam_run_model(const char *path, const char *program);
 
 /* ---- 15. PROGRAMS: what the four programs share. The only section that prints ---- */
 
@@ -849,7 +848,7 @@ void slam_bar_clear(slam_bar *);                                             /* 
 slam_comm *slam_program_begin(const char *program);
 /* End: prints slam_error() (status 1) and the usage (2), once if all ranks know; ends all ranks. Returns the status. */
 int slam_program_end(const slam_flags *, slam_comm *, int status);
-void slam_signals_catch(const slam_comm *); /* from now on SIGINT or SIGTERM requests a stop; a second one ends */
+void slam_signals_catch(void); /* from now on SIGINT or SIGTERM requests a stop; a second one ends */
 int slam_stop_requested(void);
 int slam_threads(const slam_comm *, int threads); /* sets the number of threads; 0: this process's share of the cores */
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
@@ -11358,19 +11357,20 @@ static void settings_add(slam_strings *settings, const char *name, const char *v
 }
 
 static int trainer_save(const slam_trainer *t, const char *folder) {
+    const slam_strings *settings = &t->settings;
     strbuf s = ZERO;
     strbuf_add(&s, "{\n  \"slam\": \"%s\",\n", SLAM_VERSION);
     fields_write(&s, trainer_fields, N_TRAINER_FIELDS, t, "  ");
-    s.n--;
+    s.n--; // the line break
     strbuf_add(&s, ",\n  \"settings\": {");
-    for (size_t i = 0, n; i < t->settings.n; i += n) { // neighbours of the same name are the items of a list
-        const char *item = t->settings.at[i];
+    for (size_t i = 0, n; i < settings->n; i += n) { // neighbours of the same name are the items of a list
+        const char *item = settings->at[i];
         const size_t length = strcspn(item, "=") + 1;
-        for (n = 1; i + n < t->settings.n && !strncmp(t->settings.at[i + n], item, length);) n++;
+        for (n = 1; i + n < settings->n && !strncmp(settings->at[i + n], item, length);) n++;
         strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)length - 1, item, n > 1 ? "[" : "");
         for (size_t k = 0; k < n; k++) {
             strbuf_add(&s, k ? ", " : "");
-            strbuf_add_json(&s, t->settings.at[i + k] + length);
+            strbuf_add_json(&s, settings->at[i + k] + length);
         }
         strbuf_add(&s, n > 1 ? "]" : "");
     }
@@ -11418,37 +11418,29 @@ void slam_trainer_free(slam_trainer *t) {
 }
 
 const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t i) {
-    const slam_strings *s = &t->settings;
     const size_t n = strlen(name);
-    for (size_t k = 0; k < s->n; k++)
-        if (!strncmp(s->at[k], name, n) && s->at[k][n] == '=' && i-- == 0) return s->at[k] + n + 1;
+    for (size_t k = 0; k < t->settings.n; k++) {
+        const char *item = t->settings.at[k];
+        if (!strncmp(item, name, n) && item[n] == '=' && i-- == 0) return item + n + 1;
+    }
     return NULL;
 }
 
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
     char *absolute_name = string_print("%s_absolute", name);
     const char *given, *absolute;
-    for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
-        if (!(absolute = slam_trainer_setting(t, absolute_name, i))) break;
-        const int moved = !path_is_file(absolute) && !strpbrk(absolute, "*?[") && path_is_file(given);
-        slam_strings_add(paths, moved ? given : absolute);
-    }
+    for (size_t i = 0;
+         (given = slam_trainer_setting(t, name, i)) && (absolute = slam_trainer_setting(t, absolute_name, i)); i++)
+        slam_strings_add(paths, path_is_file(given) && !path_is_file(absolute) && !strpbrk(absolute, "*?[") ? given
+                                                                                                            : absolute);
     free(absolute_name);
 }
 
-/* ---- optimizer.safetensors: the moments under each tensor's name with ".m" or ".v", and the number of updates ---- */
+/* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-/* NAME.m and NAME.v of each tensor in turn. */
-static slam_strings moment_names(const model_tensors *tensors) {
-    slam_strings names = ZERO;
-    for (size_t k = 0; k < 2 * tensors->n; k++) {
-        char *name = string_print("%s.%c", tensors->list[k / 2].name, k % 2 ? 'v' : 'm');
-        slam_strings_add(&names, name);
-        free(name);
-    }
-    return names;
-}
+static char *moment_name(const model_tensor *t, size_t k) { return string_print("%s.%c", t->name, k % 2 ? 'v' : 'm'); }
 
+/* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
     const model_tensors *tensors = &opt->model->layout->tensors;
@@ -11457,13 +11449,16 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     int ok = slam_all_ok(comm, adamw_state_download(opt, opt->m, host)) &&
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
-        slam_strings names = moment_names(tensors);
+        slam_strings names = ZERO;
         tensor_out *out = NEW(tensor_out, n);
         char updates[32], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
         for (size_t k = 0; k < n; k++) {
             const model_tensor *t = &tensors->list[k / 2];
+            char *name = moment_name(t, k);
+            slam_strings_add(&names, name);
+            free(name);
             out[k].name = names.at[k];
             out[k].dtype = DTYPE_F32;
             out[k].rank = t->rows ? 2 : 1;
@@ -11480,34 +11475,31 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     return ok;
 }
 
-static int moment_load(slam_adamw *opt, const tensors *file, const char *path, const char *name, size_t k) {
-    const model_tensor *t = &opt->model->layout->tensors.list[k / 2];
-    const tensor *found = tensors_find(file, name);
-    if (!found) return set_error("%s: tensor '%s' is missing", path, name);
-    if (!tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)) return 0;
-    float *host = NEW(float, found->count);
-    const int ok = tensor_floats(found, host, 0, found->count);
-    if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
-    free(host);
-    return ok;
-}
-
-/* Collective. */
+/* Collective. `step`: that of trainer.json, the expected number of updates. */
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
+    const model_tensors *moments = &opt->model->layout->tensors;
     char *path = path_join(folder, "optimizer.safetensors");
     tensors *file = tensors_open(path);
-    slam_strings names = moment_names(&opt->model->layout->tensors);
-    const char *updates = file ? tensors_metadata(file, "updates") : NULL;
     int ok = file != NULL;
-    if (ok && file->n != names.n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, names.n);
-    for (size_t k = 0; ok && k < names.n; k++) ok = moment_load(opt, file, path, names.at[k], k);
+    if (ok && file->n != 2 * moments->n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, 2 * moments->n);
+    for (size_t k = 0; ok && k < 2 * moments->n; k++) {
+        const model_tensor *t = &moments->list[k / 2];
+        char *name = moment_name(t, k);
+        const tensor *found = tensors_find(file, name);
+        if (!found) ok = set_error("%s: tensor '%s' is missing", path, name);
+        free(name);
+        if (!found || !tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)) break;
+        float *host = NEW(float, found->count);
+        ok = tensor_floats(found, host, 0, found->count);
+        if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
+        free(host);
+    }
+    const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
     opt->updates = updates ? atol(updates) : -1;
     if (ok && opt->updates != step)
-        ok = set_error("%s: has %s updates, expected %ld, the step of trainer.json", path, updates ? updates : "no",
-                       step);
+        ok = set_error("%s: %ld updates, expected %ld, the step of trainer.json", path, opt->updates, step);
     ok = ops->finish(ops) && ok;
-    slam_strings_free(&names);
     tensors_close(file);
     free(path);
     return slam_all_ok(ops->comm, ok);
@@ -11524,49 +11516,46 @@ static int folder_has(const char *folder, const char *name) {
     return found;
 }
 
-/* The folder of a step's checkpoint. It is complete unless somebody removed files from it. */
-static char *checkpoint_path(const char *run, long step, int *complete) {
-    char *path = string_print("%s%sstep_%06ld", run, string_ends(run, "/") ? "" : "/", step);
-    *complete = folder_has(path, "trainer.json") && folder_has(path, "optimizer.safetensors");
-    return path;
+static char *checkpoint_path(const char *run, long step) {
+    return string_print("%s%sstep_%06ld", run, string_ends(run, "/") ? "" : "/", step);
 }
 
-/* The steps of the complete checkpoints in any order, ended by -1; NULL on failure. */
-static long *checkpoint_steps(const char *run) {
+static int compare_steps(const void *a, const void *b) {
+    const long x = *(const long *)a, y = *(const long *)b;
+    return (x > y) - (x < y);
+}
+
+/* The steps of the checkpoints in ascending order; free() them. NULL on failure. */
+static long *checkpoint_steps(const char *run, size_t *n) {
     slam_strings list = ZERO;
-    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL, *to = steps;
+    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL;
+    *n = 0;
     for (size_t i = 0; steps && i < list.n; i++) {
         const char *number = list.at[i] + strlen("step_");
-        int complete;
-        if (strncmp(list.at[i], "step_", 5) || !*number || number[strspn(number, "0123456789")]) continue;
-        *to = atol(number);
-        free(checkpoint_path(run, *to, &complete));
-        to += complete;
+        if (!strncmp(list.at[i], "step_", 5) && *number && !number[strspn(number, "0123456789")])
+            steps[(*n)++] = atol(number);
     }
-    if (steps) *to = -1;
+    if (steps) qsort(steps, *n, sizeof *steps, compare_steps);
     slam_strings_free(&list);
     return steps;
 }
 
-/* The newest complete checkpoint; *folder NULL: there is none. */
+/* *folder: the newest checkpoint; NULL: there is none. */
 static int checkpoint_find(const char *run, char **folder) {
-    long *steps = checkpoint_steps(run), newest = -1;
-    int complete;
-    for (long *s = steps; s && *s >= 0; s++) newest = *s > newest ? *s : newest;
-    *folder = newest < 0 ? NULL : checkpoint_path(run, newest, &complete);
+    size_t n;
+    long *steps = checkpoint_steps(run, &n);
+    *folder = n ? checkpoint_path(run, steps[n - 1]) : NULL;
     free(steps);
     return steps != NULL;
 }
 
-/* Replaces run/NAME by a link to the checkpoint of a step, if there is one. There is always a link. */
+/* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
-    int complete;
-    char *part = path_join(run, ".link.part"), *path = path_join(run, name),
-         *to = checkpoint_path(run, step, &complete);
+    char *part = path_join(run, ".link.part"), *path = path_join(run, name), *to = checkpoint_path(run, step);
     int ok = remove_tree(part);
-    if (ok && complete && (symlink(path_name(to), part) != 0 || rename(part, path) != 0))
-        ok = errno == EISDIR ? set_error("%s: is a folder, expected a link to a checkpoint (a copy?): remove it", path)
-                             : set_error("%s: cannot be linked to %s: %s", path, path_name(to), strerror(errno));
+    if (ok && path_is_folder(to) && (symlink(path_name(to), part) != 0 || rename(part, path) != 0))
+        ok = set_error("%s: cannot be made a link to %s: %s%s", path, path_name(to), strerror(errno),
+                       path_is_folder(path) ? "; remove it (a copy of a link?)" : "");
     free(part);
     free(path);
     free(to);
@@ -11580,14 +11569,13 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
 /* Removes all but the `keep` newest and the best. A folder is renamed first, so that a half removed one is never taken
    for a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
-    long *steps = checkpoint_steps(run);
+    size_t n;
+    long *steps = checkpoint_steps(run, &n);
     char *part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (long *s = steps; ok && *s >= 0; s++) {
-        int complete, newer = 0;
-        for (long *other = steps; *other >= 0; other++) newer += *other > *s;
-        if (newer < keep || *s == best) continue;
-        char *path = checkpoint_path(run, *s, &complete);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        if (steps[i] == best) continue;
+        char *path = checkpoint_path(run, steps[i]);
         ok = (rename(path, part) == 0 || set_error("%s: cannot be removed: %s", path, strerror(errno))) &&
              remove_tree(part);
         free(path);
@@ -11599,23 +11587,11 @@ static int checkpoint_prune(const char *run, int keep, long best) {
 
 /* Renames the temporary folder, whose files are on the disk, to RUN/step_NNNNNN. */
 static int checkpoint_place(const char *run, const char *part, long step) {
-    int complete;
-    char *path = checkpoint_path(run, step, &complete);
-    int ok = folder_sync(part) && (!complete || set_error("%s: exists and is complete", path)) && remove_tree(path);
+    char *path = checkpoint_path(run, step);
+    int ok = folder_sync(part);
     if (ok && rename(part, path) != 0) ok = set_error("%s: cannot be renamed into place: %s", path, strerror(errno));
     free(path);
     return ok && folder_sync(run);
-}
-
-/* Fills the temporary folder. */
-static int checkpoint_write(const char *part, slam_model *model, slam_adamw *opt, const slam_trainer *t, int format) {
-    slam_comm *comm = model->ops->comm;
-    const int root = is_root(comm);
-    if (!slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part)))) return 0;
-    float *host = root ? NEW(float, model->n_weights) : NULL;
-    const int ok = master_download(opt, host) && (!root || model_write(model, host, part, format));
-    free(host);
-    return slam_all_ok(comm, ok) && slam_all_ok(comm, optimiser_save(opt, part) && (!root || trainer_save(t, part)));
 }
 
 int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, const slam_trainer *t, int format,
@@ -11623,69 +11599,68 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
     char *part = path_join(run, CHECKPOINT_PART);
-    int ok = checkpoint_write(part, model, opt, t, format);
-    ok = ok && slam_all_ok(comm, !root || checkpoint_place(run, part, t->step));
-    if (!ok && root) {
-        char *why = string_copy(slam_error()); // remove_tree may fail as well; the first error is the one to report
-        remove_tree(part);
-        set_error("%s: the checkpoint of step %ld could not be saved: %s", run, t->step, why);
-        free(why);
+    int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part)));
+    if (ok) {
+        float *host = root ? NEW(float, model->n_weights) : NULL;
+        ok = slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+        free(host);
     }
+    ok = ok && slam_all_ok(comm, optimiser_save(opt, part));
+    ok = ok && slam_all_ok(comm, !root || (trainer_save(t, part) && checkpoint_place(run, part, t->step)));
+    if (!ok && root) remove_tree(part);
+    ok = ok &&
+         slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
     free(part);
-    return ok && slam_all_ok(
-                     comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
+    return ok;
 }
 
 /* ---- runs/ ---- */
 
-/* When a run was last written to, in seconds. */
-static double run_age(const char *folder) {
-    struct stat s;
-    char *log = path_join(folder, "log.jsonl");
-    const int found = stat(log, &s) == 0 || stat(folder, &s) == 0;
-    free(log);
 #ifdef __APPLE__
 #define st_mtim st_mtimespec
 #endif
+
+/* When the log of a run of this program (NULL: of any run that has a checkpoint) was last written; 0: no such run. */
+static double run_time(const char *run, const char *program) {
+    char *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
+    slam_trainer t = ZERO;
+    struct stat s;
+    int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint);
+    if (found && program && slam_trainer_load(&t, checkpoint ? checkpoint : run)) {
+        const char *of = slam_trainer_setting(&t, "program", 0);
+        found = of && !strcmp(of, program);
+    } else found = checkpoint != NULL;
+    slam_trainer_free(&t);
+    free(checkpoint);
+    free(log);
     return found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
 }
 
-/* Whether the folder holds a run of this program, or one that cannot be read (NULL: a run with a checkpoint). */
-static int run_matches(const char *folder, const char *program) {
-    char *checkpoint = NULL;
-    slam_trainer t = ZERO;
-    int matches = path_is_folder(folder) && checkpoint_find(folder, &checkpoint) &&
-                  (checkpoint || (program && folder_has(folder, "trainer.json")));
-    if (matches && program && slam_trainer_load(&t, checkpoint ? checkpoint : folder)) {
-        const char *of = slam_trainer_setting(&t, "program", 0);
-        matches = !of || !strcmp(of, program);
-    }
-    slam_trainer_free(&t);
-    free(checkpoint);
-    return matches;
-}
-
-char *slam_run_newest(const char *program) {
+/* The newest run in runs/. free() it. */
+static char *run_newest(const char *program) {
     slam_strings list = ZERO;
     char *newest = NULL;
+    double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        char *folder = path_join("runs", list.at[i]), *older = folder;
-        if (run_matches(folder, program) && (!newest || run_age(folder) > run_age(newest))) {
-            older = newest;
-            newest = folder;
+        char *run = path_join("runs", list.at[i]), *other = run;
+        const double time = run_time(run, program);
+        if (time > newest_time) {
+            other = newest;
+            newest = run;
+            newest_time = time;
         }
-        free(older);
+        free(other);
     }
     slam_strings_free(&list);
     if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
     return newest;
 }
 
-char *slam_run_model(const char *path) {
-    char *model = path ? string_copy(path) : slam_run_newest(NULL), *checkpoint = NULL;
+char *slam_run_model(const char *path, const char *program) {
+    char *model = path ? string_copy(path) : run_newest(program), *checkpoint = NULL;
     if (!model || folder_has(model, "config.json") || !path_is_folder(model)) return model;
-    if (checkpoint_find(model, &checkpoint) && !checkpoint) return model; // what is missing is found on opening it
+    if (checkpoint_find(model, &checkpoint) && !checkpoint) return model; // opening it reports what is missing
     free(model);
     return checkpoint;
 }
@@ -11707,9 +11682,8 @@ static void on_signal(int number) {
     signals_seen = 1;
 }
 
-void slam_signals_catch(const slam_comm *comm) {
+void slam_signals_catch(void) {
     struct sigaction action;
-    (void)comm;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
@@ -11724,8 +11698,7 @@ int slam_stop_requested(void) { return signals_seen != 0; }
 slam_comm *slam_program_begin(const char *program) {
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
-    if (comm) set_error("/dev/null: %s", strerror(errno));
-    fprintf(stderr, "%s: error: %s\n", program, slam_error());
+    fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
     if (comm) slam_comm_finalize(comm, 1);
     return NULL;
 }
@@ -11755,11 +11728,9 @@ static slam_flag *flag_find(const slam_flags *f, const char *name, size_t n) {
 
 /* Whether the value is one of the words a|b|c. */
 static int is_choice(const char *words, const char *value) {
-    const size_t n = strlen(value);
-    for (; *words; words += *words == '|') {
-        const size_t length = strcspn(words, "|");
-        if (length == n && !strncmp(words, value, n)) return 1;
-        words += length;
+    for (size_t n; *words; words += n + (words[n] == '|')) {
+        n = strcspn(words, "|");
+        if (strlen(value) == n && !strncmp(words, value, n)) return 1;
     }
     return 0;
 }
@@ -11769,12 +11740,11 @@ static int flag_set_number(slam_flag *f, const char *value) {
     char *end;
     double x = strtod(value, &end);
     while (type == SLAM_TIME && *end == ':') x = 60 * x + strtod(end + 1, &end);
-    const int automatic = !strcmp(value, "auto") && strstr(f->argument, "|auto");
-    if (!automatic && (end == value || *end || !isfinite(x)))
+    if (end == value || *end || !isfinite(x))
         return set_error("--%s %s: expected %s", f->name, value, type == SLAM_TIME ? f->argument : "a number");
     if (type < SLAM_REAL && (x != floor(x) || fabs(x) > (type == SLAM_LONG ? 9e15 : INT_MAX)))
         return set_error("--%s %s: expected a whole number", f->name, value);
-    if (!automatic && f->min < f->max && (x < f->min || x > f->max))
+    if (f->min < f->max && (x < f->min || x > f->max))
         return set_error("--%s %s: expected %.10g to %.10g", f->name, value, f->min, f->max);
     if (type < SLAM_LONG) *(int *)f->to = (int)x;
     else if (type == SLAM_LONG) *(long *)f->to = (long)x;
@@ -11785,6 +11755,7 @@ static int flag_set_number(slam_flag *f, const char *value) {
 static int flag_set(slam_flag *f, const char *value) {
     const int type = flag_type(f);
     int gpu, end = 0;
+    if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
     f->set = 1;
     if (type < SLAM_TEXT) return flag_set_number(f, value);
     if (type == SLAM_LIST) {
@@ -11888,9 +11859,10 @@ int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
         if (!a->name || a->set || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
-        char value[64];
-        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
-        if (strcmp(value, "-") && !flag_set(a, value)) return 0;
+        char *value = string_print("%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
+        const int ok = !strcmp(value, "-") || flag_set(a, value);
+        free(value);
+        if (!ok) return 0;
     }
     return 1;
 }
@@ -11901,8 +11873,7 @@ int slam_flags_given(const slam_flags *f, const char *name) {
 }
 
 int slam_flags_set(slam_flags *f, const char *name, const char *value) {
-    slam_flag *a = flag_find(f, name, strlen(name));
-    return a ? flag_set(a, value) : set_error("--%s: there is no such flag", name);
+    return flag_set(flag_find(f, name, strlen(name)), value);
 }
 
 void slam_flags_free(slam_flags *f) {
@@ -11966,7 +11937,6 @@ void slam_print_path(const char *path) {
     printf("%s", quote);
 }
 
-/* argv0, if it is not known where the running program is. */
 char *slam_path_beside(const char *argv0, const char *name) {
     char program[4096];
     snprintf(program, sizeof program, "%s", argv0);
@@ -11991,35 +11961,29 @@ char *slam_path_absolute(const char *path) {
 
 static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4); }
 
-/* threads 0: the cores, shared by the ranks of this machine, or as many as mpirun has bound this rank to. */
 int slam_threads(const slam_comm *comm, int threads) {
     const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks, bound = threads_count();
+    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks, bound = threads_count(); // mpirun may bind a rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
     return threads_set(threads);
 }
 
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
     const int ranks = comm ? comm->size : 1, cpu = !strcmp(device, "cpu"), act_bytes = strcmp(dtype, "f32") ? 2 : 4;
-    char why[256] = ""; // auto takes the CPU
-    int gpu = -1, ok = 1;
+    int gpu = ranks == 1 || cpu || slam_cuda_count() == 1 ? 0 : comm->local_rank; // Slurm may show a rank only its own
+    char why[256] = "";                                                           // there is no GPU
     slam_ops *ops = NULL;
-    sscanf(device, "cuda:%d", &gpu);
-    if (gpu >= 0 && ranks > 1)
+    int ok = 1;
+    if (sscanf(device, "cuda:%d", &gpu) == 1 && ranks > 1)
         ok = set_error("--device %s: %d ranks cannot share a GPU; --device cuda gives each its own", device, ranks);
-    if (gpu < 0)
-        gpu = cpu || !comm || slam_cuda_count() == 1 ? 0 : comm->local_rank; // Slurm may show a rank only its own
     threads = slam_threads(comm, threads);
-    if (ok && !cpu && !(ops = slam_cuda(gpu, act_bytes))) snprintf(why, sizeof why, "%.255s", slam_error());
+    if (ok && !cpu && !(ops = slam_cuda(gpu, act_bytes))) snprintf(why, sizeof why, ": %.250s", slam_error());
     if (ok && (cpu || (!ops && !strcmp(device, "auto")))) ops = slam_cpu(threads);
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
-        ok = set_error("--dtype %s: the CPU computes in f32 only%s%s", dtype, *why ? ", and there is no GPU: " : "",
-                       why);
+        ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
     ok = slam_all_ok(comm, ok && ops);
     if (ok && !slam_comm_equal(comm, (uint64_t)is_cuda(ops))) {
-        set_error(
-            "--device auto: only some of the ranks have a GPU%s%s; start as many as there are GPUs, or take the CPU",
-            *why ? ": " : "", why);
+        set_error("--device auto: only some of the ranks have a GPU%s", why);
         ok = slam_all_ok(comm, 0);
     }
     if (!ok) {
@@ -12027,7 +11991,7 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
         return NULL;
     }
     slam_comm_attach(comm, ops);
-    printf("device   %s%s%s%s", ops->name, *why ? " (" : "", why, *why ? ")" : "");
+    printf("device   %s%s", ops->name, why);
     if (ranks > 1) printf(" on each of %d ranks", ranks);
     printf("\n");
     fflush(stdout);
@@ -12057,9 +12021,7 @@ static double measure_peak(const slam_model *m, int rows) {
 
 int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, int fit, slam_unit_config *c) {
     *c = slam_unit_config_default();
-    if (f->hubert && strlen(f->hubert) >= sizeof c->hubert)
-        return set_error("--hubert %s: expected a path of fewer than %zu bytes", f->hubert, sizeof c->hubert);
-    if (f->hubert) strcpy(c->hubert, f->hubert);
+    if (f->hubert) snprintf(c->hubert, sizeof c->hubert, "%s", f->hubert);
     if (f->features ? !strcmp(f->features, "hubert") : f->hubert != NULL) c->features = SLAM_HUBERT;
     if (c->features == SLAM_HUBERT) c->rate = 0;
     if (f->rate && slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
@@ -12068,27 +12030,21 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
     c->dedup = !f->no_dedup;
     const slam_unit_config asked = *c;
     if (!fit && !slam_unit_config_load(c, f->kmeans)) return 0;
-    const int other = c->features != asked.features, hubert = c->features == SLAM_HUBERT;
-    const char *features = hubert ? "HuBERT features" : "MFCC";
-    char rate[32], layer[32];
-    snprintf(rate, sizeof rate, "%d frames a second", c->rate);
-    snprintf(layer, sizeof layer, "layer %d", c->layer);
+    const int hubert = c->features == SLAM_HUBERT, other = c->features != asked.features;
     const struct {
         const char *flag;
         int differs;
-        const char *made_for;
-    } checks[] = {
-        {"features", other, features},
-        {"hubert", other, features},
-        {"rate", c->rate != asked.rate, rate},
-        {"layer", hubert && c->layer != asked.layer, layer},
-        {"normalize", c->normalize != asked.normalize, "waveforms that are not normalised"},
-        {"no-dedup", c->dedup != asked.dedup, "deduplicated units"},
-    };
+    } checks[] = {{"features", other},
+                  {"hubert", other},
+                  {"rate", c->rate != asked.rate},
+                  {"layer", hubert && c->layer != asked.layer},
+                  {"normalize", c->normalize != asked.normalize},
+                  {"no-dedup", c->dedup != asked.dedup}};
     for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
         if (checks[i].differs && slam_flags_given(flags, checks[i].flag))
-            return set_error("--%s: %s was made for %s; omit the flag, or fit other centroids", checks[i].flag,
-                             f->kmeans, checks[i].made_for);
+            return set_error("--%s: %s was made for %s, layer %d, %d frames a second, %s; omit the flag, or fit others",
+                             checks[i].flag, f->kmeans, hubert ? "HuBERT features" : "MFCC", c->layer, c->rate,
+                             c->dedup ? "deduplicated" : "not deduplicated");
     if (hubert && !*c->hubert)
         return set_error("HuBERT features: expected --hubert DIR, a HuBERT model in Hugging Face's format");
     if (!hubert && f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
@@ -12198,7 +12154,7 @@ int slam_run_parse(slam_run *r, int argc, char **argv) {
         return set_error("--ranks %d: expected with --dry-run; mpirun -np %d ./%s trains on %d ranks", o->ranks,
                          o->ranks, r->flags.program, o->ranks);
     if (o->warmup && warmup_steps(o->warmup, 0) < 0) return 0;
-    slam_signals_catch(r->comm);
+    slam_signals_catch();
     return 1;
 }
 
@@ -12279,7 +12235,7 @@ static void settings_save(slam_run *r) {
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
     r->fresh = r->grows = 1;
-    r->folder = o->out ? string_copy(o->out) : o->resume ? slam_run_newest(r->flags.program) : NULL;
+    r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
     if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
     if (!r->checkpoint && !folder_has(r->folder, "trainer.json")) return 1;

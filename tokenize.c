@@ -373,7 +373,7 @@ int main(int argc, char **argv) {
     if (!parsed || !slam_flags_defaults(&p.flags, p.unit_flags.hubert != NULL) || !check_flags(&p))
         return slam_program_end(&p.flags, p.comm, 2);
     slam_threads(p.comm, p.threads);
-    slam_signals_catch(p.comm);
+    slam_signals_catch();
     int status = run(&p);
     if (!slam_all_ok(p.comm, status >= 0)) status = 1;
     status = (int)slam_comm_max(p.comm, status);

@@ -239,7 +239,7 @@ static int read_config(program *p) {
     slam_config *c = &r->config;
     const char *from = r->checkpoint ? r->checkpoint : r->o.init ? r->o.init : p->twist;
     char path[4200];
-    if (from && !(p->start = slam_run_model(from))) return 0;
+    if (from && !(p->start = slam_run_model(from, NULL))) return 0;
     if (!from && !p->model_name) slam_flags_set(&r->flags, "model", "tiny");
     if (from) snprintf(path, sizeof path, "%s/config.json", p->start);
     else snprintf(path, sizeof path, "%s", p->model_name);

@@ -771,7 +771,7 @@ static void test_resume_after_skip(slam_ops *ops) {
     CHECK(folder_create(run) && slam_checkpoint_save(run, a, &oa, &trainer, SLAM_FORMAT_HF, 0), "%s", slam_error());
     slam_adamw_free(&oa);
     slam_model_free(a);
-    folder = slam_run_model(run);
+    folder = slam_run_model(run, NULL);
     if (!CHECK(folder && slam_trainer_load(&loaded, folder), "%s", slam_error())) return;
     a = slam_model_load(ops, folder);
     CHECK(a && slam_model_plan(a, 2, 13, SLAM_TRAIN), "%s", slam_error());
