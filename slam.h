@@ -1628,32 +1628,35 @@ typedef struct field {
     int required;
 } field;
 
-/* Reads n members into the struct `to`. One that is absent or null leaves it as it is, unless it is required. */
-static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
-    for (const field *end = f + n; f < end; f++) {
-        const json *j = json_get(object, f->name);
-        const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
-        void *at = (char *)to + f->offset;
-        char expected[80] = "true or false";
-        if (!j && !f->required) continue;
-        int ok = type == JSON_TRUE || type == JSON_FALSE;
-        if (f->type == FIELD_HEX) {
-            const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-            ok = digits >= 1 && digits <= 16 && !j->string[digits];
-            snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
-        } else if (f->type != FIELD_BOOL) {
-            ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
-            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min,
-                     f->max);
-        }
-        if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
-        if (f->type == FIELD_INT) *(int *)at = (int)j->number;
-        if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
-        if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
-        if (f->type == FIELD_REAL) *(double *)at = j->number;
-        if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
-        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+/* Reads one member. If it is absent or null, `at` stays as it is, unless it is required. */
+static int field_read(const json *object, const field *f, void *at, const char *what) {
+    const json *j = json_get(object, f->name);
+    const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
+    char expected[80] = "true or false";
+    if (!j && !f->required) return 1;
+    int ok = type == JSON_TRUE || type == JSON_FALSE;
+    if (f->type == FIELD_HEX) {
+        const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
+        ok = digits >= 1 && digits <= 16 && !j->string[digits];
+        snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
+    } else if (f->type != FIELD_BOOL) {
+        ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
+        snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
     }
+    if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
+    if (f->type == FIELD_INT) *(int *)at = (int)j->number;
+    if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
+    if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
+    if (f->type == FIELD_REAL) *(double *)at = j->number;
+    if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
+    if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+    return 1;
+}
+
+/* Reads n members into the struct `to`. */
+static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
+    for (size_t i = 0; i < n; i++)
+        if (!field_read(object, &f[i], (char *)to + f[i].offset, what)) return 0;
     return 1;
 }
 
@@ -1675,17 +1678,17 @@ static void fields_write(strbuf *out, const field *f, size_t n, const void *from
 /* Reads one member: if it is absent or null, 1 and *out stays. */
 static int json_int(const json *object, const char *key, const char *what, long min, long max, int *out) {
     const field f = {key, FIELD_INT, 0, (double)min, (double)max, 0};
-    return fields_read(object, &f, 1, out, what);
+    return field_read(object, &f, out, what);
 }
 
 static int json_real(const json *object, const char *key, const char *what, double min, double max, double *out) {
     const field f = {key, FIELD_REAL, 0, min, max, 0};
-    return fields_read(object, &f, 1, out, what);
+    return field_read(object, &f, out, what);
 }
 
 static int json_bool(const json *object, const char *key, const char *what, int *out) {
     const field f = {key, FIELD_BOOL, 0, 0, 0, 0};
-    return fields_read(object, &f, 1, out, what);
+    return field_read(object, &f, out, what);
 }
 
 /* ---- safetensors ----

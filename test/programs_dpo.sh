@@ -89,6 +89,7 @@ i=0
 while [ $i -lt 60 ]; do cat pairs-train.jsonl pairs-val.jsonl; i=$((i + 1)); done >many.jsonl
 "$dpo" many.jsonl --init one --threads 1 --steps 2 --out rw >whole.out 2>&1
 for signal in 9 TERM; do
+    : >rk.out # before the program starts, or the loop finds the line of the run before
     "$dpo" many.jsonl --init one --threads 1 --steps 2 --resume --out rk >rk.out 2>&1 &
     process=$!
     while ! grep -q '^run' rk.out && kill -0 $process 2>/dev/null; do :; done
