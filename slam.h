@@ -1777,13 +1777,19 @@ static int tensor_parse(tensor *t, const json *entry, const unsigned char *data,
     return 1;
 }
 
+static int compare_tensor_places(const void *a, const void *b) {
+    const tensor *x = (const tensor *)a, *y = (const tensor *)b;
+    if (x->data != y->data) return x->data < y->data ? -1 : 1;
+    return (x->count > 0) - (y->count > 0); // empty ones first
+}
+
 static int compare_tensors(const void *a, const void *b) {
     return strcmp(((const tensor *)a)->name, ((const tensor *)b)->name);
 }
 
 /* Adds the tensors of a file. Takes over its bytes, on failure too. */
 static int tensors_add(tensors *t, const char *path, const file_map *map) {
-    const size_t size = map->size;
+    const size_t first = t->n, size = map->size;
     uint64_t n = 0;
     GROW(tensors_file, t->file, t->file_capacity, t->files + 1);
     tensors_file *file = &t->file[t->files++];
@@ -1796,16 +1802,16 @@ static int tensors_add(tensors *t, const char *path, const file_map *map) {
                          (double)n);
     file->header = json_parse((const char *)map->data + 8, (size_t)n, path);
     if (!file->header) return 0;
+    const unsigned char *data = map->data + 8 + n;
     const size_t bytes = size - 8 - (size_t)n;
-    size_t sum = 0;
+    size_t at = 0;
     GROW(tensor, t->at, t->capacity, t->n + file->header->n + 1);
-    for (const json *j = file->header->first; j; j = j->next) {
-        if (strcmp(j->key, "__metadata__") == 0) continue;
-        tensor *x = &t->at[t->n++];
-        if (!tensor_parse(x, j, map->data + 8 + n, bytes, file->path)) return 0;
-        sum += x->count * dtype_bytes[x->dtype];
-    }
-    if (sum != bytes) return set_error("%s: found %zu bytes of data, expected tensors of %zu", path, bytes, sum);
+    for (const json *j = file->header->first; j; j = j->next)
+        if (strcmp(j->key, "__metadata__") && !tensor_parse(&t->at[t->n++], j, data, bytes, file->path)) return 0;
+    qsort(t->at + first, t->n - first, sizeof *t->at, compare_tensor_places);
+    for (const tensor *x = t->at + first; x < t->at + t->n; at += x->count * dtype_bytes[x->dtype], x++)
+        if (x->data != data + at) return set_error("%s: there is a gap or overlap before tensor '%s'", path, x->name);
+    if (at != bytes) return set_error("%s: found %zu bytes of data, expected tensors of %zu", path, bytes, at);
     qsort(t->at, t->n, sizeof *t->at, compare_tensors);
     for (const tensor *x = t->at + 1; x < t->at + t->n; x++)
         if (!strcmp(x[-1].name, x->name))
