@@ -16,7 +16,7 @@ fault() { # fault NAME SED_SCRIPT
 fault 'CUDA in section 7' '/SECTION 7\./a static void f(void) { cudaFree(0); }'
 fault 'MPI in section 8' '/SECTION 8\./a static void f(void) { MPI_Barrier(0); }'
 fault 'a public name without slam_' 's/^double slam_clock(void);/double clock_now(void);/'
-fault 'a function that is not static' 's/^static int set_error(/int set_error(/; s/^static int PRINTF_LIKE(1, 2) set_error(const.*/int set_error(const char *format, ...) {/'
+fault 'a function that is not static' 's/^static int fields_read(/int fields_read(/'
 fault 'a long line' '5s/$/                                                                                                     x/'
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
