@@ -12208,7 +12208,7 @@ static void paths_save(slam_run *r, const char *name, const slam_strings *given)
 
 /* list: of the command line, which must be the run's, or empty; becomes the paths to open. */
 static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
-    const slam_strings asked = *list;
+    slam_strings asked = *list;
     int ok = 1;
     memset(list, 0, sizeof *list);
     slam_trainer_paths(&r->trainer, name, list);
@@ -12219,6 +12219,7 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
         free(absolute_a);
         free(absolute_b);
     }
+    slam_strings_free(&asked);
     return ok;
 }
 
