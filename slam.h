@@ -579,7 +579,7 @@ typedef struct slam_inputs {
     size_t n, first, end;  /* inputs; first <= i < end is the part to do */
     double max_seconds;    /* longer audio is split in the quietest 20 ms of the last fifth before it; 0: never */
     double max_repetition; /* pairs whose text has this slam_auto_bleu of order 2 or more are skipped; 0: none */
-    slam_strings voices;   /* commands that speak a line: {text} is replaced, else it is on stdin; WAV on stdout */
+    slam_strings voices;   /* commands that synthesise a line: {text} is replaced, else it is on stdin; WAV on stdout */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
@@ -645,8 +645,8 @@ typedef struct slam_pair {
     uint32_t n_prompt, n_chosen, n_rejected;
 } slam_pair;
 typedef struct slam_pairs {
-    int V, context,
-        share; /* tokens of prompt and completion; share: both completions attend to one copy of the prompt */
+    int V, context;        /* vocabulary; most tokens of prompt and completion */
+    int share;             /* both completions attend to one copy of the prompt */
     double max_repetition; /* least slam_auto_bleu of order 2 of a text that is skipped; 0: none is */
     slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
@@ -671,7 +671,7 @@ typedef struct slam_pair_loader {
     uint64_t tokens, n_pairs; /* of the global batch */
     int rows, T, rows_left;   /* of the global batch; tokens per row; rows of this rank's share that are left */
     int shuffle;
-    uint64_t seed, first, ordered;
+    uint64_t seed, first, ordered; /* these and packer: section 12's own */
     struct slam_packer *packer;
 } slam_pair_loader;
 /* validation 0: training pairs, 1: validation pairs, -1: all. */
@@ -711,7 +711,7 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
 
 typedef struct slam_accuracy {
     const char *group, *name; /* "" of all pairs, then of "vocabulary", "frequency", "length", "type", "part" */
-    size_t n;                 /* pairs; one that several voices speak counts once, with their mean */
+    size_t n;                 /* pairs; one in several voices counts once, with their mean */
     double mean, deviation;   /* NaN without pairs; sample standard deviation, NaN if n < 2 */
 } slam_accuracy;
 /* A test set: pairs of sequences, of which the correct one should get the higher score. */
@@ -4114,16 +4114,14 @@ static cublasStatus_t product_describe(product_plan *p, const product_shape *s, 
     return status;
 }
 
-/* The algorithm that cuBLASLt proposes first; always the same for the same shape. A sum that is split over K is added
-   in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split sums on Hopper
-   (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
-static cublasStatus_t product_propose(cublasLtMatmulAlgo_t *algorithm, cuda_ops *cuda, product_plan *p,
-                                      const product_shape *s) {
+/* The algorithms that cuBLASLt proposes, the best guess first; always the same for the same shape. A sum that is split
+   over K is added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split
+   sums on Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
+static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
+                                      product_plan *p, const product_shape *s) {
     cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t found;
     const size_t workspace = PRODUCT_WORKSPACE;
     const uint32_t schemes = s->K % 64 ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    int n = 0;
     cublasStatus_t status = cublasLtMatmulPreferenceInit(&preference);
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t name, const auto &value) {
         if (!status) status = cublasLtMatmulPreferenceSetAttribute(&preference, name, &value, sizeof value);
@@ -4134,12 +4132,9 @@ static cublasStatus_t product_propose(cublasLtMatmulAlgo_t *algorithm, cuda_ops 
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, s->align_A);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_C);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_C);
-    if (!status)
-        status = cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, 1,
-                                                &found, &n);
-    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
-    if (!status) *algorithm = found.algo;
-    return status;
+    if (status) return status;
+    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found,
+                                          n);
 }
 
 /* The largest power of two up to 256 that divides p; 0 for NULL. */
@@ -4149,27 +4144,37 @@ static uint32_t alignment(const void *p) {
 }
 
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. Bound by arithmetic: 2 M N K. */
+   apart. By the algorithm that is remembered for the shape, else by the first proposed one that works. Bound by
+   arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
+    enum { PROPOSED = 8 };
     cuda_ops *cuda = (cuda_ops *)ops;
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
+    cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
-    int at = 0;
+    int known = 0, n = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    while (at < ALGORITHMS && memcmp(&cuda->shapes[at], &s, sizeof s) != 0) at++;
-    if (!status && at == ALGORITHMS) {
-        at = cuda->proposed % ALGORITHMS;
-        status = product_propose(&cuda->algorithms[at], cuda, &p, &s);
-        if (!status) cuda->shapes[at] = s, cuda->proposed++;
-    }
-    if (!status)
-        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C,
-                                &cuda->algorithms[at], cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
-    cudaGetLastError(); // or the next launch would return it
-    if (status) cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
+    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
+        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C, algorithm,
+                                cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
+        cudaGetLastError(); // or the next launch would return it
+        return !status;
+    };
+    while (known < ALGORITHMS && memcmp(&cuda->shapes[known], &s, sizeof s) != 0) known++;
+    if (!status && known < ALGORITHMS && multiply(&cuda->algorithms[known])) return;
+    if (!status || known < ALGORITHMS) status = product_propose(found, PROPOSED, &n, cuda, &p, &s);
+    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
+    for (int k = 0; k < n; k++)
+        if (multiply(&found[k].algo)) {
+            if (known == ALGORITHMS) known = cuda->proposed++ % ALGORITHMS;
+            cuda->shapes[known] = s;
+            cuda->algorithms[known] = found[k].algo;
+            return;
+        }
+    cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
 }
 
 static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
@@ -9175,7 +9180,7 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-/* ---- voices: commands that speak, run without a shell, so that no text is taken for a command ---- */
+/* ---- voices: commands that synthesise speech, run without a shell, so that no text is taken for a command ---- */
 
 /* Splits at white space. '...' is literal, in "..." only \" and \\ are escapes, elsewhere a backslash quotes the next
    character. {text} becomes the text; one that begins with a dash gets a space in front, because it is not a flag. */
@@ -9222,7 +9227,7 @@ static int command_run(slam_strings *words, FILE *const files[3]) {
     return child < 0 ? -1 : status;
 }
 
-/* Opens the text as a voice speaks it: 1; 0: it cannot be spoken; -1: no text can. */
+/* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *files[3] = {tmpfile(), tmpfile(), tmpfile()};
     slam_strings words = ZERO;
@@ -9382,7 +9387,7 @@ struct slam_item {
     size_t n, capacity;
     char *error;          // why it is skipped, or NULL
     int fatal, done;      // fatal: the error is one of all inputs
-    slam_strings sources; // audio files, or texts to speak; none if the text of a pair repeats itself
+    slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
     size_t input, source; // source: the one that is decoded
     audio recording;
 };
@@ -10070,6 +10075,7 @@ int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     const size_t before = p->n;
     if (p->context < 4 || p->context > LONGEST_CONTEXT)
         return set_error("pairs with a context of %d, expected 4 to %d", p->context, LONGEST_CONTEXT);
+    if (!validation && p->n > p->n_train) return set_error("%s: add pairs for training before validation", pattern);
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
     if (ok && validation && p->n == before) ok = set_error("%s: contains no pairs to validate on", pattern);
@@ -10281,8 +10287,14 @@ int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_ha
              strtoull(model, NULL, 16) == model_hash;
     if (!ok) set_error("%s: not the log-probabilities of these pairs by this reference model", path);
     ok = ok && tensor_has_shape(t, 2, p->n, 2);
-    if (ok) p->reference = (double *)memcpy(NEW(double, 2 * p->n), t->data, 2 * p->n * sizeof(double));
+    if (ok) {
+        free(p->reference);
+        p->reference = (double *)memcpy(NEW(double, 2 * p->n), t->data, 2 * p->n * sizeof(double));
+    }
     tensors_close(file);
+    for (size_t i = 0; ok && i < 2 * p->n; i++)
+        if (!isfinite(p->reference[i]))
+            ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
     return ok;
 }
 

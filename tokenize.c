@@ -252,9 +252,10 @@ static void set_flags(program *p) {
         SLAM_FLAG("pairs", SLAM_TEXT, &p->pairs, "IN.jsonl", NULL,
                   "preference pairs: lines with prompt_path, chosen_path, rejected_path (audio files, relative to "
                   "IN.jsonl) become lines with prompt, chosen, rejected as units, in OUT.jsonl"),
-        SLAM_FLAG("text", SLAM_TEXT, &p->text, "FILE", NULL,
-                  "text that --tts speaks: a document per line; lines of prompt, chosen and rejected separated by tabs "
-                  "become pairs"),
+        SLAM_FLAG(
+            "text", SLAM_TEXT, &p->text, "FILE", NULL,
+            "text that --tts synthesises: a document per line; lines of prompt, chosen and rejected separated by tabs "
+            "become pairs"),
         SLAM_FLAG("tts", SLAM_LIST, &p->tts, "'COMMAND {text}'", NULL,
                   "writes WAV to stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from stdin, "
                   "as piper does. Runs without a shell, --threads at a time. Repeated: voices take turns"),
@@ -320,7 +321,8 @@ static int check_input(const program *p) {
         return slam_set_error("AUDIO, --pairs and --text: expected one of them");
     if (!rest->n && !p->pairs && !p->text) return slam_set_error("no AUDIO: expected audio files, folders or @LIST");
     if (jsonl && jsonl < rest->n) return slam_set_error("units (.jsonl) and audio together: expected one kind");
-    if (p->text && !p->tts.n) return slam_set_error("--text: expected --tts 'COMMAND {text}' as well, which speaks it");
+    if (p->text && !p->tts.n)
+        return slam_set_error("--text: expected --tts 'COMMAND {text}' as well, which synthesises it");
     if (p->tts.n && !p->text) return slam_set_error("--tts: expected --text FILE as well");
     if (p->max_seconds > 0 && p->max_seconds < 1)
         return slam_set_error("--max-seconds %g: expected 0, or at least 1", p->max_seconds);

@@ -978,25 +978,27 @@ static uint32_t emulator_alignment(const void *p) {
     return bytes;
 }
 
-/* An algorithm that splits K in two, if its partial sums may lie in the workspace; else one that does not. */
+/* First an algorithm that splits K in two, if its partial sums may lie in the workspace, then one that does not. */
 static inline cublasStatus_t
 cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, cublasLtMatrixLayoutOpaque_t *A,
                                cublasLtMatrixLayoutOpaque_t *B, cublasLtMatrixLayoutOpaque_t *C,
                                cublasLtMatrixLayoutOpaque_t *D, cublasLtMatmulPreferenceOpaque_t *p, int most,
                                cublasLtMatmulHeuristicResult_t *found, int *n) {
     cublasLtMatmulAlgo_t problem;
-    if (!emulator_problem(d, A, B, C, D, &problem) || most < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!emulator_problem(d, A, B, C, D, &problem) || most < 2) return CUBLAS_STATUS_INVALID_VALUE;
     if (p->schemes & CUBLASLT_REDUCTION_SCHEME_INPLACE)
         return CUBLAS_STATUS_NOT_SUPPORTED; // slam.h must not ask for it
     emulator_products_state.proposals++;
     memcpy(problem.align, p->align, sizeof problem.align);
     problem.align_bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? emulator_alignment(d->bias) : 0;
     const size_t partial = 2 * problem.m * problem.n * sizeof(float);
-    const int split =
-        p->schemes & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && problem.k >= 128 && partial <= p->workspace;
-    problem.splits = split ? 2 : 1;
-    *found = {problem, split ? partial : 0, CUBLAS_STATUS_SUCCESS};
-    *n = 1;
+    *n = 0;
+    if (p->schemes & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && problem.k >= 128 && partial <= p->workspace) {
+        problem.splits = 2;
+        found[(*n)++] = {problem, partial, CUBLAS_STATUS_SUCCESS};
+        problem.splits = 1;
+    }
+    found[(*n)++] = {problem, 0, CUBLAS_STATUS_SUCCESS};
     return CUBLAS_STATUS_SUCCESS;
 }
 

@@ -479,7 +479,7 @@ static void test_upload(void) {
 }
 
 #ifdef SLAM_EMULATOR
-/* The algorithms of products are remembered for a shape and alignment; a refused one is an error. */
+/* The algorithms of products: remembered for a shape and alignment, proposed again when refused. */
 static void test_algorithms(void) {
     enum { N = 16 };
     slam_act *p = (slam_act *)gpu->alloc(gpu, 8 * N * N * sizeof(float));
@@ -498,6 +498,8 @@ static void test_algorithms(void) {
     CHECK(proposals_of(NULL) == 1, "no bias is not part of the shape");
     CHECK(emulator_products_state.refusals == refusals,
           "an algorithm is used for an alignment that it was not proposed for");
+    emulator_products_state.refuse = 1;
+    CHECK(proposals_of(b) == 1 && proposals_of(b) == 0, "a refused algorithm is not replaced");
     emulator_products_state.refuse = 99;
     gpu->matmul_forward(gpu, y, x, w, b, N, N, N);
     emulator_products_state.refuse = 0;

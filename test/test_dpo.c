@@ -379,6 +379,8 @@ static void test_lines(void) {
     check_fails(slam_pairs_add(&p, check_file("same.jsonl", same, sizeof same - 1), 1), "no pairs to validate on");
     CHECK(slam_pairs_prepare(&p, 0, 0), "%s", slam_error());
     check_fails(slam_pair_loader_new(&p, 1, 0, 1), "a loader of no pairs");
+    CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 1), "%s", slam_error());
+    check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "add pairs for training before validation");
     slam_pairs_free(&p);
 }
 
@@ -653,6 +655,9 @@ static void test_reference(slam_ops *ops) {
         CHECK(!slam_pairs_load_reference(&again, check_path("cut.safetensors"), model), "cut at %zu", size);
     }
     file_map_close(&map);
+    p.reference[2 * 7 + 1] = NAN;
+    CHECK(slam_pairs_save_reference(&p, file, model), "%s", slam_error());
+    check_fails(slam_pairs_load_reference(&again, file, model), "pair 8 is not finite");
     calls = 0;
     check_fails(compute_reference(&p, m, 4, stop_at_half, &calls), "stopped");
     CHECK(calls > 1, "%d calls", calls);

@@ -1,4 +1,4 @@
-/* From files to units: lists of audio, text that voices speak, pairs, lines of units; token shards and lines, stopped
+/* From files to units: lists of audio, text that voices synthesise, pairs, lines of units; token shards and lines, stopped
    and resumed; fits. */
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
