@@ -70,13 +70,13 @@ $(B)/%.o: %.c slam.h $(B)/config.mk | build/current
 $(PROGRAMS): %: $(B)/%.o $(B)/slam.o build/current
 	$(LINK) $(filter %.o,$^) -o $@ $(LIBS)
 
-# The CUDA kernels on the CPU, as C++ functions. -O0 -g3 for a debugger (threadIdx is a macro).
+# The CUDA kernels on the CPU, as C++ functions. -Og -g3 for a debugger (threadIdx is a macro).
 EMULATE := $(CXX) -std=c++17 -Wall -Wextra $(FLAGS) -g3 -DSLAM_EMULATOR -include test/cuda_emulator.h -x c++
 EMULATED := slam.h test/cuda_emulator.h test/nccl_emulator.h $(B)/config.mk
 EMULATED_PROGRAMS := train-emulated dpo-emulated
 emulate: $(EMULATED_PROGRAMS)
 $(B)/slam-emulated.o: slam.cu $(EMULATED) | build/current
-	$(EMULATE) -O0 -c $< -o $@
+	$(EMULATE) -Og -c $< -o $@
 $(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 	$(CXX) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 

@@ -8713,7 +8713,9 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
 static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
-    const int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES, C = t->width;
+    const int C = t->width;
+    int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
+    if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
     slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
     int ok = 1;
     for (int i = 0; ok && i < n; i++) {

@@ -208,7 +208,7 @@ static inline uint64_t emulator_draw(uint64_t n) { // splitmix64
     uint64_t z = emulator.random += 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return (z ^ z >> 31) % n;
+    return (uint64_t)((unsigned __int128)(z ^ z >> 31) * n >> 64);
 }
 
 __attribute__((noreturn, format(printf, 1, 2))) static void emulator_fail(const char *format, ...) {
@@ -282,23 +282,6 @@ static void *emulator_first(char *stack) {
 }
 #endif
 
-/* From a fiber to the scheduler; `last`: it will not come back. */
-static void emulator_yield(int last) {
-    emulator_fiber *f = emulator.now;
-    (void)last; // without AddressSanitizer
-    EMULATOR_LEAVE(last ? NULL : &f->fake, emulator.bottom, emulator.bottom_size);
-    emulator_switch(&f->top, emulator.top);
-    EMULATOR_ARRIVE(f->fake, NULL, NULL);
-}
-
-static void emulator_resume(emulator_fiber *f) {
-    emulator.now = f;
-    EMULATOR_LEAVE(&emulator.fake, f->stack, EMULATOR_STACK);
-    emulator_switch(&emulator.top, f->top);
-    EMULATOR_ARRIVE(emulator.fake, NULL, NULL);
-    emulator.now = NULL;
-}
-
 static void emulator_make_ready(int thread) {
     if (emulator.by_warp) emulator.ready_lanes[thread / 32] |= 1u << thread % 32;
     else emulator.ready[emulator.n_ready] = thread;
@@ -323,6 +306,26 @@ static int emulator_take_ready(void) {
     return *warp * 32 + lane;
 }
 
+/* From a fiber to one that is drawn, or to the scheduler if none could go on; `last`: it will not come back. */
+static void emulator_yield(int last) {
+    emulator_fiber *f = emulator.now, *next = emulator.n_ready > 0 ? emulator.fibers[emulator_take_ready()] : NULL;
+    (void)last; // without AddressSanitizer
+    emulator.now = next;
+    if (next == f) return;
+    EMULATOR_LEAVE(last ? NULL : &f->fake, next ? next->stack : emulator.bottom,
+                   next ? EMULATOR_STACK : emulator.bottom_size);
+    emulator_switch(&f->top, next ? next->top : emulator.top);
+    EMULATOR_ARRIVE(f->fake, NULL, NULL);
+}
+
+/* From the scheduler to the first fiber of a block, until none could go on. */
+static void emulator_start(void) {
+    emulator_fiber *first = emulator.now = emulator.fibers[emulator_take_ready()];
+    EMULATOR_LEAVE(&emulator.fake, first->stack, EMULATOR_STACK);
+    emulator_switch(&emulator.top, first->top);
+    EMULATOR_ARRIVE(emulator.fake, NULL, NULL);
+}
+
 static void emulator_deliver(emulator_fiber *f, long up_to) {
     size_t kept = 0;
     for (size_t i = 0; i < f->copies.size(); i++) {
@@ -337,7 +340,9 @@ static void emulator_deliver(emulator_fiber *f, long up_to) {
 static void emulator_check_barrier(void);
 
 static void emulator_main(void) {
-    EMULATOR_ARRIVE(NULL, &emulator.bottom, &emulator.bottom_size);
+    if (!emulator.bottom)
+        EMULATOR_ARRIVE(NULL, &emulator.bottom, &emulator.bottom_size); // the first, from the scheduler
+    else EMULATOR_ARRIVE(NULL, NULL, NULL);
     (*emulator.body)();
     emulator_fiber *f = emulator.now;
     f->groups++;
@@ -389,13 +394,16 @@ static void emulator_complete_mma(emulator_fiber *const lane[32]) {
             B[2 * t + 8 + half][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
         }
     }
-    for (int l = 0; l < 32; l++)
-        for (int i = 0; i < 4; i++) {
-            const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
-            float sum = lane[l]->c[i];
-            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
-            lane[l]->c[i] = sum;
+    for (int l = 0; l < 32; l++) {
+        const int g = l / 4, column = l % 4 * 2;
+        float *c = lane[l]->c;
+        for (int k = 0; k < 16; k++) { // four sums side by side
+            c[0] += A[g][k] * B[k][column];
+            c[1] += A[g][k] * B[k][column + 1];
+            c[2] += A[g + 8][k] * B[k][column];
+            c[3] += A[g + 8][k] * B[k][column + 1];
         }
+    }
 }
 
 static void emulator_complete_ldmatrix(emulator_fiber *const lane[32]) {
@@ -603,7 +611,7 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         emulator_make_ready((int)i);
         e.lanes[i / 32] |= 1u << i % 32;
     }
-    while (e.n_ready > 0) emulator_resume(e.fibers[emulator_take_ready()]);
+    emulator_start();
     if (e.live > 0) {
         for (size_t i = 0; i < threads; i++) {
             const emulator_fiber *f = e.fibers[i];
@@ -672,7 +680,7 @@ struct cudaFuncAttributes {
 
 /* 99 kB of shared memory a block: the least that the GPUs of compute capability 8.0 to 12.0 have. */
 enum { EMULATOR_SHARED = 48 << 10, EMULATOR_SHARED_MOST = 99 << 10, EMULATOR_PROCESSORS = 4 };
-static const size_t EMULATOR_MEMORY = (size_t)8 << 30;
+static const size_t EMULATOR_MEMORY = (size_t)1 << 30;
 
 static struct {
     std::deque<std::function<void()>> queue; // of the one stream
