@@ -4772,71 +4772,50 @@ template <int KEYS, int M> DEVICE void scores_mask(float (&s)[M][KEYS / 8][4], c
     }
 }
 
-/* Which pairs of tiles have anything to compute. For every tile that a block may visit there is a word in `visits`, and
-   in it a byte for each warp (or group of warps) w: 0: nothing is seen, 1: something, so the scores are masked, 2:
-   everything. This keeps only tiles that some warp visits, in order, as tile << 8 | sum of byte_w << 2 w, and returns
-   their number. All threads call it after a barrier that follows the writes; visits has tiles + 1 words. */
-DEVICE int visits_list(int *visits, int tiles) {
-    const int lane = threadIdx.x % 32;
-    if (threadIdx.x < 32) {
-        int n = 0;
-        for (int first = 0; first < tiles; first += 32) {
-            const int tile = first + lane, seen = tile < tiles ? visits[tile] : 0;
-            const unsigned some = __ballot_sync(0xffffffffu, seen != 0);
-            const int bits = (seen & 3) | (seen >> 6 & 12) | (seen >> 12 & 48) | (seen >> 18 & 192);
-            __syncwarp(); // all have read what is overwritten now
-            if (seen) visits[n + __popc(some & ((1u << lane) - 1))] = tile << 8 | bits;
-            n += __popc(some);
-        }
-        if (lane == 0) visits[tiles] = n;
-    }
-    __syncthreads();
-    return visits[tiles];
+/* What some queries, one or two for each lane of a warp, see of the keys j to end - 1. 0: nothing; 1: some of them, so
+   the scores are masked; 2: each query sees all of them. keys (QUERIES): what the queries see */
+template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
+    const int4 of_lane = keys[threadIdx.x % QUERIES];
+    const int some = __any_sync(0xffffffffu, sees_any(of_lane, j, end));
+    const int all = __all_sync(0xffffffffu, of_lane.y == 0 || sees_all(of_lane, j, end)); // y == 0: no query
+    return some ? 1 + all : 0;
 }
 
-/* The same for a block of 4 warps with 16 M queries each, from i on, and tiles of KEYS keys. keys (64 M) receives the
-   keys that the queries see. */
-template <int M, int KEYS> DEVICE int visits_of_queries(int *visits, int4 *keys, const slam_mask &mask, int b, int i) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (mask.T + KEYS - 1) / KEYS;
-    const int4 of_lane = keys_of(mask, b, i + warp * 16 * M + lane % (16 * M));
-    if (lane < 16 * M) keys[warp * 16 * M + lane] = of_lane;
-    for (int k = threadIdx.x; k < tiles; k += 128) visits[k] = 0;
-    int first = of_lane.y > of_lane.x ? of_lane.x : mask.T, end = of_lane.y;
+/* The tiles of KEYS keys that the 64 M queries of a block of 128 threads, from i on, see: from x to y - 1. keys (64 M)
+   receives what they see. */
+template <int M, int KEYS> DEVICE int2 tiles_of_queries(int4 *keys, const slam_mask &mask, int b, int i) {
+    int first = mask.T, end = 0;
+    for (int k = threadIdx.x; k < 64 * M; k += 128) keys[k] = keys_of(mask, b, i + k);
+    __syncthreads();
+    for (int k = threadIdx.x % 32; k < 64 * M; k += 32)
+        if (keys[k].y > 0) first = min(first, keys[k].x), end = max(end, keys[k].y);
     for (int offset = 16; offset > 0; offset /= 2) {
         first = min(first, __shfl_xor_sync(0xffffffffu, first, offset));
         end = max(end, __shfl_xor_sync(0xffffffffu, end, offset));
     }
-    __syncthreads();
-    for (int k = first / KEYS; k * KEYS < end; k++) {
-        const int some = __any_sync(0xffffffffu, sees_any(of_lane, k * KEYS, k * KEYS + KEYS));
-        const int all = __all_sync(0xffffffffu, of_lane.y == 0 || sees_all(of_lane, k * KEYS, k * KEYS + KEYS));
-        if (lane == 0 && some) ((unsigned char *)(visits + k))[warp] = all ? 2 : 1;
-    }
-    __syncthreads();
-    return visits_list(visits, tiles);
+    return int2{first / KEYS, (end + KEYS - 1) / KEYS};
 }
 
-/* Visits of a block of queries in a pipeline: waits until the tiles of this visit have arrived, then starts the copies
-   for the next. There are two stages, each a tile of keys and one of values. Returns the stage of this visit. */
-template <int HS, int KEYS>
-DEVICE int visit_keys(int visit, const int *visits, int n_visits, const bf16 *key, int W, const slam_mask &mask) {
+/* A pipeline of two stages, each a tile of keys and one of values: waits until those of number `tile` have arrived,
+   then starts the copies for the next, if that is below `end`. Returns the stage of this tile. */
+template <int HS, int KEYS> DEVICE int next_keys(int tile, int end, const bf16 *key, int W, const slam_mask &mask) {
     constexpr int TILE = KEYS * HS * 2;
     copy_async_wait<0>();
-    __syncthreads(); // the tiles are there, and no warp reads those of the visit before
-    if (visit + 1 < n_visits) {
-        const int j = (visits[visit + 1] >> 8) * KEYS, stage = (visit + 1) % 2 * 2 * TILE;
+    __syncthreads(); // the tiles are there, and no warp reads those before them
+    if (tile + 1 < end) {
+        const int j = (tile + 1) * KEYS, stage = (tile + 1) % 2 * 2 * TILE;
         key += (ptrdiff_t)j * W;
         tile_load<HS, KEYS, 128>(stage, key, W, mask.T - j, threadIdx.x);
         tile_load<HS, KEYS, 128>(stage + TILE, key + mask.KVH * HS, W, mask.T - j, threadIdx.x);
     }
     copy_async_commit();
-    return visit % 2 * 2 * TILE;
+    return (tile & 1) * 2 * TILE;
 }
 
 /* ---- attention: fast kernels ---- */
 
-/* Forward. A block has 64 M queries of a head: 4 warps, 16 M queries each, whose q and o stay in registers. It visits
-   the tiles of KEYS keys that any of them sees; during one visit the tiles of the next arrive. With M = 2 each fragment
+/* Forward. A block has 64 M queries of a head: 4 warps, 16 M queries each, whose q and o stay in registers. It goes
+   through tiles of KEYS keys, and the next arrive meanwhile; a warp skips those that it does not see. With M = 2 each fragment
    of k and v that is read from shared memory serves two products; with 1 the reads, 128 bytes a clock, would take
    longer than the products. Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16 a
    clock, for each pair of query and key. At the peak of the tensor cores, which mma.sync does not reach on Hopper, both
@@ -4851,25 +4830,25 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
     const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS, i = i0 + warp * 16 * M; // i: first query of the warp
     const bf16 *row = qkv + (size_t)b * mask.T * W, *key = row + (mask.NH + h * mask.KVH / mask.NH) * HS;
     int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
-    int *visits = (int *)(keys + QUERIES);
 
     uint32_t q[M][HS / 16][4];
     rows_load<HS, M>(q, row + (ptrdiff_t)i * W + h * HS, W, mask.T - i);
-    const int n_visits = visits_of_queries<M, KEYS>(visits, keys, mask, b, i0);
+    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
+    keys += warp * 16 * M;
 
     float o[M][HS / 8][4], maximum[M][2], sum[M][2];
     sums_fill(o, 0);
     for (int m = 0; m < M; m++)
         for (int r = 0; r < 2; r++) maximum[m][r] = -INFINITY, sum[m][r] = 0;
     const float scale = rsqrtf((float)HS) * LOG2_E;
-    for (int visit = -1; visit < n_visits; visit++) {
-        const int stage = visit_keys<HS, KEYS>(visit, visits, n_visits, key, W, mask);
-        const int seen = visit < 0 ? 0 : visits[visit] >> 2 * warp & 3;
+    for (int tile = tiles.x - 1; tile < tiles.y; tile++) {
+        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
+        const int seen = tile < tiles.x ? 0 : seen_of<16 * M>(keys, j, j + KEYS);
         if (seen == 0) continue;
         float s[M][KEYS / 8][4];
         sums_fill(s, 0);
         product_rows<HS>(s, q, stage);
-        if (seen == 1) scores_mask<KEYS>(s, keys + warp * 16 * M, (visits[visit] >> 8) * KEYS);
+        if (seen == 1) scores_mask<KEYS>(s, keys, j);
         float larger[M][2], rise = 0;
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 2; r++) {
@@ -4930,7 +4909,6 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
     const size_t first = (size_t)b * mask.T;
     const bf16 *key = qkv + first * W + (mask.NH + h * mask.KVH / mask.NH) * HS;
     int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
-    int *visits = (int *)(keys + QUERIES);
 
     uint32_t q[M][HS / 16][4], d[M][HS / 16][4];
     float shift[M][2], Di[M][2]; // lse log2 e, D
@@ -4945,20 +4923,21 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
             if (at < mask.T && t == 0) D[query] = Di[m][r];
         }
     rows_load<HS, M>(q, qkv + (first + i) * W + h * HS, W, mask.T - i);
-    const int n_visits = visits_of_queries<M, KEYS>(visits, keys, mask, b, i0);
+    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
+    keys += warp * 16 * M;
 
     float dq[M][HS / 8][4];
     sums_fill(dq, 0);
     const float scale = rsqrtf((float)HS);
-    for (int visit = -1; visit < n_visits; visit++) {
-        const int stage = visit_keys<HS, KEYS>(visit, visits, n_visits, key, W, mask);
-        const int seen = visit < 0 ? 0 : visits[visit] >> 2 * warp & 3;
+    for (int tile = tiles.x - 1; tile < tiles.y; tile++) {
+        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
+        const int seen = tile < tiles.x ? 0 : seen_of<16 * M>(keys, j, j + KEYS);
         if (seen == 0) continue;
         float p[M][KEYS / 8][4], ds[M][KEYS / 8][4];
         sums_fill(p, 0), sums_fill(ds, 0);
         product_rows<HS>(p, q, stage);
         product_rows<HS>(ds, d, stage + TILE);
-        if (seen == 1) scores_mask<KEYS>(p, keys + warp * 16 * M, (visits[visit] >> 8) * KEYS);
+        if (seen == 1) scores_mask<KEYS>(p, keys, j);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < KEYS / 8; n++)
                 for (int k = 0; k < 4; k++) {
@@ -4988,47 +4967,34 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS, warp = thread / 32;
     const int kv = blockIdx.x % mask.KVH, b = blockIdx.x / mask.KVH, j0 = blockIdx.y * KEYS, j = j0 + warp * 16 * M;
-    const int heads = mask.NH / mask.KVH, tiles = (mask.T + QUERIES - 1) / QUERIES;
-    const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS;
+    const int heads = mask.NH / mask.KVH, W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS;
     const size_t first = (size_t)b * mask.T;
     // Shared memory: tiles of k and v; for each group two stages of a tile of q and one of dout; for the queries of
-    // each stage the keys that they see, lse log2 e and -D; the visits.
+    // each stage the keys that they see, lse log2 e and -D.
     int4 *keys = (int4 *)(shared_memory() + STAGES + GROUPS * 4 * TILE);
     float *statistics = (float *)(keys + GROUPS * 2 * QUERIES);
-    int *visits = (int *)(statistics + GROUPS * 4 * QUERIES);
+    float *range = statistics + GROUPS * 4 * QUERIES; // (warps)
     const bf16 *key = qkv + (first + j0) * W + (mask.NH + kv) * HS;
     tile_load<HS, KEYS, THREADS * GROUPS>(0, key, W, mask.T - j0, threadIdx.x);
     tile_load<HS, KEYS, THREADS * GROUPS>(V, key + mask.KVH * HS, W, mask.T - j0, threadIdx.x);
     copy_async_commit();
-    const int begin = mask.doc_end ? 0 : j0 / QUERIES; // tiles before this one see no key here
-    for (int k = threadIdx.x; k < begin; k += THREADS * GROUPS) visits[k] = 0;
-    for (int k = begin + threadIdx.x / 32; k < tiles; k += KW * GROUPS) {
-        const int i = k * QUERIES + lane % QUERIES;
-        const int4 of_lane = keys_of(mask, b, i);
-        int word = 0;
-        for (int part = 0; part < KW; part++) {
-            const int from = j0 + part * 16 * M, to = from + 16 * M;
-            const int some = __any_sync(0xffffffffu, sees_any(of_lane, from, to));
-            const int all = __all_sync(0xffffffffu, i >= mask.T || sees_all(of_lane, from, to));
-            word |= (some ? all ? 2 : 1 : 0) << 8 * part;
-        }
-        if (lane == 0) visits[k] = word;
-    }
-    __syncthreads();
-    const int n_visits = visits_list(visits, tiles);
+    int begin = mask.T, end = 0; // the queries that see a key here
+    for (int i = (mask.doc_end ? 0 : j0) + threadIdx.x; i < mask.T; i += THREADS * GROUPS)
+        if (sees_any(keys_of(mask, b, i), j0, j0 + KEYS)) begin = min(begin, i), end = i + 1;
+    const int tile0 = (int)-block_max(-(float)begin, range) / QUERIES; // their tiles: tile0 and the next ones
+    const int tiles = ((int)block_max((float)end, range) + QUERIES - 1) / QUERIES - tile0;
 
     float dk[M][HS / 8][4], dv[M][HS / 8][4];
     sums_fill(dk, 0), sums_fill(dv, 0);
     const float scale = rsqrtf((float)HS);
-    // the head and the visit that the group has next; what this warp sees of the tiles that have arrived
-    int next_head = group / max(n_visits, 1), next = group % max(n_visits, 1), seen = 0;
-    for (int round = -1; n_visits > 0 && round * GROUPS < heads * n_visits; round++) {
+    int next_head = group / max(tiles, 1), next = group % max(tiles, 1), arrived = 0; // the group's next head and tile
+    for (int round = -1; tiles > 0 && round * GROUPS < heads * tiles; round++) {
         copy_async_wait<0>();
         __syncthreads();            // the tiles are there, and no warp reads those of the round before
         int4 queued = {0, 0, 0, 0}; // for a query of the next tiles: its keys, or lse log2 e and -D
         const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
         if (more) {
-            const int h = kv * heads + next_head, i0 = (visits[next] >> 8) * QUERIES, i = i0 + thread % QUERIES;
+            const int h = kv * heads + next_head, i0 = (tile0 + next) * QUERIES, i = i0 + thread % QUERIES;
             const int tile = STAGES + next_stage * 2 * TILE;
             tile_load<HS, QUERIES, THREADS>(tile, qkv + (first + i0) * W + h * HS, W, mask.T - i0, thread);
             tile_load<HS, QUERIES, THREADS>(tile + TILE, dout + (first + i0) * O + h * HS, O, mask.T - i0, thread);
@@ -5040,8 +5006,10 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
             }
         }
         copy_async_commit();
+        const int stage = (round & 1) + 2 * group;
+        const int seen = arrived ? seen_of<QUERIES>(keys + stage * QUERIES, j, j + 16 * M) : 0;
         if (seen) {
-            const int stage = (round & 1) + 2 * group, q_tile = STAGES + stage * 2 * TILE, own = warp * 16 * M * HS * 2;
+            const int q_tile = STAGES + stage * 2 * TILE, own = warp * 16 * M * HS * 2;
             const float *shift = statistics + stage * 2 * QUERIES + 2 * t, *minus_D = shift + QUERIES;
             float p[M][QUERIES / 8][4], ds[M][QUERIES / 8][4];
             sums_fill(p, 0);
@@ -5074,12 +5042,12 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
             statistics[next_stage * 2 * QUERIES + thread - QUERIES] = __int_as_float(queued.x);
             statistics[next_stage * 2 * QUERIES + thread] = __int_as_float(queued.y);
         }
-        seen = more ? visits[next] >> 2 * warp & 3 : 0;
-        for (next += GROUPS; next >= n_visits; next -= n_visits) next_head++;
+        arrived = more;
+        for (next += GROUPS; next >= tiles; next -= tiles) next_head++;
     }
 
     copy_async_wait<0>();
-    __syncthreads(); // where no query visits the block, k and v are still arriving, and below they are overwritten
+    __syncthreads(); // without tiles k and v are still arriving, and below they are overwritten
     groups_add<GROUPS, THREADS>(dk, (float *)(shared_memory() + STAGES));
     groups_add<GROUPS, THREADS>(dv, (float *)(shared_memory() + STAGES));
     if (group > 0) return;
@@ -5095,7 +5063,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
 
 template <int HS, int M, int KEYS>
 static void attention_forward_fast(slam_ops *ops, bf16 *out, float *lse, const bf16 *qkv, const slam_mask *mask) {
-    const size_t shared = 4 * KEYS * HS * 2 + 64 * M * sizeof(int4) + (blocks(mask->T, KEYS) + 1) * sizeof(int);
+    const size_t shared = 4 * KEYS * HS * 2 + 64 * M * sizeof(int4);
     const dim3 grid(mask->B * mask->NH, blocks(mask->T, 64 * M));
     LAUNCH_LARGE(ops, (attention_forward_kernel<HS, M, KEYS>), grid, 128, shared, out, lse, qkv, *mask);
 }
@@ -5105,9 +5073,8 @@ static void attention_backward_fast(slam_ops *ops, bf16 *dqkv, float *D, const b
                                     const float *lse, const bf16 *qkv, const slam_mask *mask) {
     constexpr int KEYS = 32, OWN_KEYS = 16 * M * KW, QUERIES = 32;
     const size_t of_query = 2 * HS * 2 + sizeof(int4) + 2 * sizeof(float); // bytes of a query in a stage
-    const size_t shared = 4 * KEYS * HS * 2 + 64 * M * sizeof(int4) + (blocks(mask->T, KEYS) + 1) * sizeof(int);
-    const size_t shared_keys =
-        2 * OWN_KEYS * HS * 2 + GROUPS * 2 * QUERIES * of_query + (blocks(mask->T, QUERIES) + 1) * sizeof(int);
+    const size_t shared = 4 * KEYS * HS * 2 + 64 * M * sizeof(int4);
+    const size_t shared_keys = 2 * OWN_KEYS * HS * 2 + GROUPS * 2 * QUERIES * of_query + KW * GROUPS * sizeof(float);
     const dim3 grid(mask->B * mask->NH, blocks(mask->T, 64 * M)),
         grid_keys(mask->B * mask->KVH, blocks(mask->T, OWN_KEYS));
     LAUNCH_LARGE(ops, (attention_backward_queries_kernel<HS, M, KEYS>), grid, 128, shared, dqkv, D, dout, out, lse, qkv,
