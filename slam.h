@@ -4815,12 +4815,12 @@ template <int HS, int KEYS> DEVICE int next_keys(int tile, int end, const bf16 *
 /* ---- attention: fast kernels ---- */
 
 /* Forward. A block has 64 M queries of a head: 4 warps, 16 M queries each, whose q and o stay in registers. It goes
-   through tiles of KEYS keys, and the next arrive meanwhile; a warp skips those that it does not see. With M = 2 each fragment
-   of k and v that is read from shared memory serves two products; with 1 the reads, 128 bytes a clock, would take
-   longer than the products. Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16 a
-   clock, for each pair of query and key. At the peak of the tensor cores, which mma.sync does not reach on Hopper, both
-   would take equally long for HS = 64. Blocks start in the order of their numbers, so those with late queries, which
-   see the most keys, get low ones. */
+   through tiles of KEYS keys, and the next arrive meanwhile; a warp skips those that it does not see. With M = 2 each
+   fragment of k and v that is read from shared memory serves two products; with 1 the reads, 128 bytes a clock, would
+   take longer than the products. Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16
+   a clock, for each pair of query and key. At the peak of the tensor cores, which mma.sync does not reach on Hopper,
+   both would take equally long for HS = 64. Blocks start in the order of their numbers, so those with late queries,
+   which see the most keys, get low ones. */
 template <int HS, int M, int KEYS>
 KERNEL(128, HS == 128 ? 1 : 2)
 attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask mask) {

@@ -691,7 +691,6 @@ static struct {
     int lazy, streams, stuck;                // stuck: the second stream never comes to an end
     std::map<cudaStream_t, uint64_t> seen;   // how much of the first stream's work a stream has waited for
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
-    std::map<const char *, size_t> pinned;                           // cudaMallocHost's blocks
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
     cudaError_t error;
     size_t limit = EMULATOR_MEMORY, used; // bytes of device memory
@@ -783,29 +782,8 @@ static inline cudaError_t cudaFree(void *p) { // waits, as cudaFree does
     free(p);
     return cudaSuccess;
 }
-template <typename T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
-    *p = (T *)malloc(bytes ? bytes : 1);
-    if (!*p) return cudaErrorMemoryAllocation;
-    emulator_device.pinned[(const char *)*p] = bytes;
-    return cudaSuccess;
-}
-static inline cudaError_t cudaFreeHost(void *p) {
-    emulator_drain(emulator_device.asked);
-    emulator_device.pinned.erase((const char *)p);
-    free(p);
-    return cudaSuccess;
-}
-static int emulator_is_pinned(const void *p) {
-    std::map<const char *, size_t>::const_iterator next = emulator_device.pinned.upper_bound((const char *)p);
-    if (next == emulator_device.pinned.begin()) return 0;
-    --next;
-    return (const char *)p < next->first + next->second;
-}
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-    const int pageable = (kind == cudaMemcpyHostToDevice && !emulator_is_pinned(from)) ||
-                         (kind == cudaMemcpyDeviceToHost && !emulator_is_pinned(to));
-    emulator_ask([=] { memcpy(to, from, bytes); });
-    if (pageable) emulator_drain(emulator_device.asked);
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    emulator_ask([=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
