@@ -1,10 +1,8 @@
 #!/bin/sh
 # slam.h and slam.cu copied to a project: alone in an empty folder they compile as C11, C++17, and by clang without a
 # warning, and a program of thirty lines that loads a checkpoint prints the logits of Transformers.
-passed=0 failed=0
-ok() { echo "ok $1"; passed=$((passed + 1)); }
-no() { echo "FAIL $1: $2"; failed=$((failed + 1)); }
 root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/test/lib.sh"
 folder=${TEST_FOLDER:-$(mktemp -d)}/copied
 mkdir -p "$folder" && cp "$root/slam.h" "$root/slam.cu" "$folder" && cd "$folder" || exit 1
 
@@ -41,15 +39,15 @@ try() {
     lang=c && case $name in *C++*) lang=c++ ;; esac
     if ! "$@" -x $lang -c slam.cu -o slam.o >log 2>&1 || ! "$@" -x $lang -c logits.c -o logits.o >>log 2>&1 ||
         ! "$@" slam.o logits.o -o logits -lm >>log 2>&1; then
-        no "$name" "$(head -n 3 log)"
+        fail "$name" "$(head -n 3 log)"
     elif [ -s log ]; then
-        no "$name" "a warning: $(head -n 3 log)"
+        fail "$name" "a warning: $(head -n 3 log)"
     elif ! ./logits "$root/test/fixtures/qwen2_tied" $(head -n 1 "$root/test/fixtures/qwen2_tied/logits.txt") >printed 2>&1; then
-        no "$name" "$(cat printed)"
+        fail "$name" "$(cat printed)"
     elif why=$(tail -n +2 "$root/test/fixtures/qwen2_tied/logits.txt" | paste -d ' ' - printed |
         awk '{ for (i = 1; i <= NF / 2; i++) { d = $i - $(i + NF / 2); s += d * d; n += $i * $i; count++ } }
              END { if (count == 0 || s > 4e-10 * n) print count " logits, relative difference " sqrt(s / (n + 1e-30)); else exit 1 }'); then
-        no "$name" "$why"
+        fail "$name" "$why"
     else
         ok "$name"
     fi
@@ -62,10 +60,9 @@ try 'no flags' $CC
 try 'C++17' $CXX -std=c++17 -O1 -Wall -Wextra
 if command -v clang >/dev/null && [ "$CC" != clang ]; then try 'clang' clang -O1 -Wall -Wextra; fi
 if printf '#include "slam.h"\n' | $CC -E -x c - 2>/dev/null | grep -q 'printf\|malloc'; then
-    no 'the public part includes only stddef.h and stdint.h' 'printf or malloc is declared'
+    fail 'the public part includes only stddef.h and stdint.h' 'printf or malloc is declared'
 else
     ok 'the public part includes only stddef.h and stdint.h'
 fi
-if ! ./logits /nonexistent 1 2>said && grep -q '/nonexistent' said; then ok 'a folder that does not exist'; else no 'a folder that does not exist' "$(cat said)"; fi
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+if ! ./logits /nonexistent 1 2>said && grep -q '/nonexistent' said; then ok 'a folder that does not exist'; else fail 'a folder that does not exist' "$(cat said)"; fi
+end

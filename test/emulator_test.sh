@@ -1,11 +1,7 @@
 #!/bin/sh
 # What the emulator is for: mistakes planted into copies of slam.h's kernels must show, each in its way; the copy without one must
 # not. Then train-emulated and dpo-emulated, whose losses must follow the CPU's.
-passed=0 failed=0
-ok() { echo "ok $1"; passed=$((passed + 1)); }
-no() { echo "FAIL $1: $2"; failed=$((failed + 1)); }
-skip() { echo "skip $1: $2"; }
-end() { echo "$passed passed, $failed failed"; [ $failed -eq 0 ]; exit; }
+. "$(dirname "$0")/lib.sh"
 cd "$(dirname "$0")/.." || exit 1
 folder=${TEST_FOLDER:-$(mktemp -d)}
 CXX=${CXX:-g++}
@@ -66,20 +62,20 @@ plant() { # plant NAME KERNEL SCRIPT FLAGS...: the program with a copy of slam.h
     cp "$folder/planted.cc" "$folder/$name"
     sed "/$kernel(/,/^}/{$script
 }" slam.h >"$folder/$name/slam.h"
-    if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then no "$name" "nothing could be planted into $kernel"; return 1; fi
+    if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then fail "$name" "nothing could be planted into $kernel"; return 1; fi
     $CXX -std=c++17 -O0 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
-        -lm 2>"$folder/$name/log" || { no "$name" "$(head -n 1 "$folder/$name/log")"; return 1; }
+        -lm 2>"$folder/$name/log" || { fail "$name" "$(head -n 1 "$folder/$name/log")"; return 1; }
     "$folder/$name/planted" >"$folder/$name/log" 2>&1
     status=$?
 }
 shows() { # shows NAME PATTERN: the planted program ended badly, and said so
-    if [ $status -eq 0 ]; then no "$1" 'nothing showed'
+    if [ $status -eq 0 ]; then fail "$1" 'nothing showed'
     elif grep -q "$2" "$folder/$name/log"; then ok "$1: $(grep -m 1 -o "$2.*" "$folder/$name/log")"
-    else no "$1" "status $status, $(head -n 1 "$folder/$name/log")"; fi
+    else fail "$1" "status $status, $(head -n 1 "$folder/$name/log")"; fi
 }
 
 if plant none warp_sum ''; then
-    if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else no 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
+    if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else fail 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
 # C = 1025: a block a row, whose sums go through the same shared memory one after the other
@@ -99,7 +95,7 @@ losses() { sed -n 's/.*"loss": \([^,]*\),.*/\1/p' "$1/log.jsonl"; }
 go() {
     name=$1
     shift
-    "$@" --eval-every 0 --save-every 0 --out "$folder/$name" >"$folder/$name.log" 2>&1 || no "$name" "$(tail -n 1 "$folder/$name.log")"
+    "$@" --eval-every 0 --save-every 0 --out "$folder/$name" >"$folder/$name.log" 2>&1 || fail "$name" "$(tail -n 1 "$folder/$name.log")"
 }
 train() { name=$1 && shift && go "$name" "$@" --model "$folder/model.json" --context 64 --batch 4 --steps 20 --lr 5e-3 --warmup 0; }
 dpo() { name=$1 && shift && go "$name" "$@" "$folder/pairs.jsonl" --init "$folder/cpu" --share-prompt --batch 6 --steps 4 --lr 1e-3 --warmup 0; }
@@ -110,7 +106,7 @@ follows() {
         { d = $1 - $2; if (d < 0) d = -d; if (d > worst) worst = d; if (NF == 2) n++ }
         END { print worst + 0; exit !(n == steps && worst <= most) }' >"$folder/worst" &&
         ok "$1: $4 losses within $(cat "$folder/worst") of the CPU's" ||
-        no "$1" "losses differ by $(cat "$folder/worst"), $5 is allowed"
+        fail "$1" "losses differ by $(cat "$folder/worst"), $5 is allowed"
 }
 cat >"$folder/model.json" <<'J'
 {"model_type": "qwen2", "vocab_size": 102, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -18,15 +18,7 @@ for file in run/*/trainer.json dpo/*/trainer.json; do
 done
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 export ASAN_OPTIONS="$ASAN_OPTIONS:verify_asan_link_order=0:detect_leaks=0"
-passed=0 failed=0
-ok() {
-    echo "ok $1"
-    passed=$((passed + 1))
-}
-fail() {
-    echo "FAIL $1: $2"
-    failed=$((failed + 1))
-}
+. "$root/test/lib.sh"
 # check NAME COMMAND...: ok if the command succeeds
 check() {
     check_name=$1
@@ -315,5 +307,4 @@ else
     echo 'skip files: calls.c cannot be compiled or preloaded'
 fi
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+end

@@ -101,4 +101,4 @@ check 'dpo: SIGTERM while the reference is computed' 'no word' grep -q 'stopped 
 "$dpo" many.jsonl --init one --threads 1 --steps 2 --resume --out rk >rk.out 2>&1
 check 'dpo: after kills the same reference and the same run' 'differ' sh -c "cmp rw/reference.safetensors rk/reference.safetensors && cmp rw/latest/model.safetensors rk/latest/model.safetensors"
 
-finish
+end

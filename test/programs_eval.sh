@@ -125,4 +125,4 @@ if [ -f "$programs/test/corpus/swuggy/gold.csv" ]; then
     refuses 'a model of other units than the bundled set' 1 'the bundled data has units of tokenizer' "$eval" spoken swuggy
     refuses 'a model of other units than the bundled pairs: dpo' 1 'the bundled data has units of tokenizer' "$dpo" --init spoken
 fi
-finish
+end

@@ -14,16 +14,7 @@ trap cleanup EXIT
 trap 'exit 1' HUP INT TERM
 cd "$folder" || exit 1
 export CUDA_VISIBLE_DEVICES= # no GPU: numbers are compared with those of the CPU
-passed=0 failed=0
-
-ok() {
-    echo "ok $1"
-    passed=$((passed + 1))
-}
-fail() {
-    echo "FAIL $1: $2"
-    failed=$((failed + 1))
-}
+. "$root/test/lib.sh"
 # check NAME WHY COMMAND...: ok where the command succeeds
 check() {
     check_name=$1 check_why=$2
@@ -91,8 +82,3 @@ cat >model.json <<'J'
 J
 start="--context 64 --batch 4 --lr 5e-3 --warmup 5 --threads 1"
 few="$start --model model.json"
-
-finish() { # the last line of a script
-    echo "$passed passed, $failed failed"
-    [ $failed -eq 0 ]
-}

@@ -116,4 +116,4 @@ if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=12k tmpfs small 2>/dev/null; the
 else
     echo 'skip tokenize: a full disk: no small file system can be mounted here'
 fi
-finish
+end

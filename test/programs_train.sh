@@ -252,4 +252,4 @@ else
     echo 'skip a full disk: no small file system can be mounted here'
 fi
 
-finish
+end

@@ -1,20 +1,7 @@
 # What the tests of several ranks share; sourced by them. `on N COMMAND...` runs COMMAND as N ranks of a thread each. Without MPI the
 # test that sources this is skipped. Each `ok`, `fail`, `check` counts; `end` closes.
 root=$(cd "$(dirname "$0")/.." && pwd)
-passed=0 failed=0
-ok() {
-    echo "ok $1"
-    passed=$((passed + 1))
-}
-fail() {
-    echo "FAIL $1: $2"
-    failed=$((failed + 1))
-}
-end() {
-    echo "$passed passed, $failed failed"
-    [ $failed -eq 0 ]
-    exit
-}
+. "$root/test/lib.sh"
 # check NAME COMMAND...: ok where the command succeeds
 check() {
     check_name=$1

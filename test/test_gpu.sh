@@ -27,16 +27,7 @@ trap 'exit 1' HUP INT TERM
 [ -z "$LOGS" ] || { mkdir -p "$LOGS" && logs=$(cd "$LOGS" && pwd); }
 cd "$folder" || exit 1
 logs=${logs:-$folder}
-passed=0 failed=0
-
-ok() {
-    echo "ok $1"
-    passed=$((passed + 1))
-}
-fail() {
-    echo "FAIL $1: $2"
-    failed=$((failed + 1))
-}
+. "$root/test/lib.sh"
 # check NAME WHY COMMAND...: ok where the command succeeds
 check() {
     check_name=$1 check_why=$2
@@ -281,5 +272,4 @@ for tool in $tools; do
 done
 [ "$sanitizer" ] || echo 'skip compute-sanitizer: not found; it is in the CUDA Toolkit (package cuda-sanitizer-13-0), or set SANITIZER=/path/to/compute-sanitizer'
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+end
