@@ -614,6 +614,10 @@ static void test_speech_operations(const char *dtype) {
         if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d%s", dtype, c.B, c.G, c.T, c.C,
                  c.TO, c.OC, c.K, c.stride, c.gelu ? ", gelu" : ""))
             test_conv1d(c);
+    /* more frames than are unfolded at once; 100 of them in the second, overlapping part */
+    const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
+    if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 0});
 }
 
 #ifndef OPS_ONLY
