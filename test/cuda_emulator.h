@@ -851,7 +851,7 @@ typedef enum cublasStatus_t {
     CUBLAS_STATUS_NOT_SUPPORTED = 15
 } cublasStatus_t;
 typedef enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T } cublasOperation_t;
-typedef enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 } cublasComputeType_t;
+typedef enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 } cublasComputeType_t;
 typedef enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16BF = 14 } cudaDataType;
 typedef enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 } cublasLtEpilogue_t;
 typedef enum cublasLtMatmulDescAttributes_t {
@@ -888,8 +888,9 @@ typedef struct cublasLtMatmulPreferenceOpaque_t {
     size_t workspace;
     uint32_t schemes, align[4]; // of A, B, C, D
 } cublasLtMatmulPreferenceOpaque_t;
-typedef struct cublasLtMatmulAlgo_t { // the problem that it was proposed for
+typedef struct cublasLtMatmulAlgo_t { // the problem that it was proposed for, and bytes that it needs
     uint64_t m, n, k;
+    size_t workspace;
     int splits, epilogue;
     uint32_t align[4], align_bias;
 } cublasLtMatmulAlgo_t;
@@ -913,10 +914,11 @@ static inline const char *cublasLtGetStatusString(cublasStatus_t s) {
            : s                              ? "CUBLAS_STATUS_INVALID_VALUE"
                                             : "CUBLAS_STATUS_SUCCESS";
 }
-static inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDescOpaque_t *d, cublasComputeType_t,
+static inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDescOpaque_t *d, cublasComputeType_t compute,
                                                     cudaDataType scale) {
     *d = {CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL};
-    return scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+    // slam.h must not ask for tf32
+    return compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 static cublasStatus_t emulator_attribute(void *to, size_t expected, const void *value, size_t bytes) {
     if (bytes != expected) return CUBLAS_STATUS_INVALID_VALUE;
@@ -956,7 +958,7 @@ static int emulator_problem(const cublasLtMatmulDescOpaque_t *d, const cublasLtM
                             const cublasLtMatrixLayoutOpaque_t *B, const cublasLtMatrixLayoutOpaque_t *C,
                             const cublasLtMatrixLayoutOpaque_t *D, cublasLtMatmulAlgo_t *problem) {
     const int a = d->transA == CUBLAS_OP_T, b = d->transB == CUBLAS_OP_T;
-    *problem = {D->rows, D->cols, a ? A->rows : A->cols, 1, d->epilogue, {0, 0, 0, 0}, 0};
+    *problem = {D->rows, D->cols, a ? A->rows : A->cols, 0, 1, d->epilogue, {0, 0, 0, 0}, 0};
     return (a ? A->cols : A->rows) == problem->m && (b ? B->cols : B->rows) == problem->k &&
            (b ? B->rows : B->cols) == problem->n && C->rows == D->rows && C->cols == D->cols && A->type == B->type &&
            C->type == D->type && (A->type == CUDA_R_16BF || D->type == CUDA_R_32F);
@@ -967,7 +969,8 @@ static uint32_t emulator_alignment(const void *p) {
     return bytes;
 }
 
-/* First an algorithm that splits K in two, if its partial sums may lie in the workspace, then one that does not. */
+/* First an algorithm that splits K in two, if its partial sums may lie in the workspace, of which it takes all that it
+   may have, then one that does not. */
 static inline cublasStatus_t
 cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, cublasLtMatrixLayoutOpaque_t *A,
                                cublasLtMatrixLayoutOpaque_t *B, cublasLtMatrixLayoutOpaque_t *C,
@@ -984,8 +987,10 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, 
     *n = 0;
     if (p->schemes & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && problem.k >= 128 && partial <= p->workspace) {
         problem.splits = 2;
-        found[(*n)++] = {problem, partial, CUBLAS_STATUS_SUCCESS};
+        problem.workspace = p->workspace;
+        found[(*n)++] = {problem, p->workspace, CUBLAS_STATUS_SUCCESS};
         problem.splits = 1;
+        problem.workspace = 0;
     }
     found[(*n)++] = {problem, 0, CUBLAS_STATUS_SUCCESS};
     return CUBLAS_STATUS_SUCCESS;
@@ -1015,7 +1020,7 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
-    if (algo->splits > 1 && 2 * m * n * sizeof(float) > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+    if (algo->workspace > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
     const cublasLtMatmulDescOpaque_t desc = *d;
     const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;
     const float add = *beta;

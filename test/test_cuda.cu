@@ -561,6 +561,15 @@ static void test_frames(int B, int T, int width, int G, int taps) {
                     });
 }
 
+/* What cannot be launched is reported once, by its name. */
+static void test_launch(void) {
+    double *out = (double *)gpu->alloc(gpu, 16);
+    LAUNCH(gpu, sum_partial_kernel, 1, 2048, 64, out, (const double *)out, 1);
+    check_fails(gpu->finish(gpu), "test_launch failed: invalid configuration");
+    CHECK(gpu->finish(gpu), "%s", slam_error());
+    gpu->release(gpu, out);
+}
+
 static void test_conv1d(const slam_conv &c) {
     const size_t x = (size_t)(c.B * c.G * c.T + c.K) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
                  out = (size_t)c.B * c.TO * c.G * c.OC;
@@ -606,6 +615,7 @@ static void test_speech_operations(const char *dtype) {
             test_channelnorm(rows[k][0], rows[k][1], rows[k][2]);
     if (TEST("op: frames in groups %s", dtype))
         test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
+    if (TEST("op: a launch that fails %s", dtype)) test_launch();
     const slam_conv convs[] = {
         {1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1},
         {3, 1, 41, 48, 20, 5, 2, 2, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1},
