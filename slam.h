@@ -781,13 +781,13 @@ typedef struct slam_trainer {
     long best_step;            /* ... and its step; 0: none yet */
     uint64_t data, units;      /* hash of the data; fingerprint of the unit tokenizer, 0: unknown */
     slam_strings settings;     /* "batch=16", "data=a.bin", ...: the values of the flags, lists item by item */
-    char version[16];          /* of slam, that wrote it */
 } slam_trainer;
 int slam_trainer_load(slam_trainer *, const char *folder);
 void slam_trainer_free(slam_trainer *);
-/* Value number i (from 0) of a setting; NULL: there is none. */
+/* Value number i (from 0) of a setting; NULL: there is none. Set: replaces it, or adds it. */
 const char *slam_trainer_setting(const slam_trainer *, const char *name, size_t i);
-/* Adds the run's files "data" or "val": absolute paths, or as given where the run has moved together with its data. */
+void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *value);
+/* Adds the run's files "data" or "val"; those that have moved together with the run are in the current folder. */
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the `keep` newest (0: none) and the
@@ -894,19 +894,17 @@ typedef struct slam_run {
     slam_schedule schedule;
     slam_flag table[64];
     slam_flags flags;
-    /* resolved: checkpoint to resume from or NULL; a new run; new, or a limit grows; on the bundled data; limited */
+    /* after slam_run_open: the checkpoint to resume from, or NULL; fresh: a new run; grows: new, or a limit grows */
     slam_trainer trainer;
     char *folder, *checkpoint;
     const char *argv0;
-    int fresh, grows, bundled, any_limit;
+    int fresh, grows, bundled;
     slam_ops *ops;
-    /* planned: this rank's rows of a step, micro at once, tokens per row, SLAM_TRAIN...; ranks, of which `shards` share
-       the optimiser state */
-    int rows, micro, T, mode, ranks, shards;
-    /* steps at the start, at the last checkpoint and evaluation; clock at the start and at the step under way; seconds
-       of the calls before, and of the slowest step, the last evaluation and checkpoint */
-    long first_step, saved_step, eval_step;
-    double began, lap, before, slowest_step, eval_seconds, save_seconds, eval_loss, peak_flops;
+    int micro, T, mode; /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
+    /* steps of the last checkpoint and evaluation; clock at the start (less the seconds of the calls before) and at the
+       end of what was last measured; seconds of the slowest step, the last evaluation and the last checkpoint */
+    long saved_step, eval_step;
+    double began, lap, slowest_step, eval_seconds, save_seconds, eval_loss, peak_flops;
     int state, skipped_in_a_row, lock;
     void *log; /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
@@ -915,17 +913,16 @@ typedef struct slam_run {
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
 /* Resolves flags (the command line, else the resumed run, else recipe, else defaults) and data, opens the device. */
-int slam_run_resolve(slam_run *);
-/* Micro-batch and schedule for `rows` rows per step of T tokens; trainer.steps by the first limit reached (most: of
-   --tokens, 0: none). */
-int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, long most);
-void slam_run_print_plan(const slam_run *, double tokens_per_step);
+int slam_run_open(slam_run *);
+/* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step; trainer.steps by the first
+   limit reached (most: of --tokens, 0: none). */
+int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long most);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);     /* a limit or a signal ends the run; 0: the next step begins */
-int slam_run_eval_due(slam_run *); /* every eval_every steps, and the end */
-int slam_run_save_due(slam_run *); /* every save_every steps, a new best loss, the end */
+int slam_run_over(slam_run *);           /* a limit or a signal has ended the run; 0: the next step begins */
+int slam_run_eval_due(const slam_run *); /* every eval_every steps, and the end */
+int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
 int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
 /* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
@@ -11371,9 +11368,25 @@ static const field trainer_fields[] = {
 };
 enum { N_TRAINER_FIELDS = sizeof trainer_fields / sizeof *trainer_fields };
 
-static void settings_add(slam_strings *settings, const char *name, const char *value) {
-    char *item = string_print("%s=%s", name, value);
-    slam_strings_add(settings, item);
+static char **setting_find(const slam_trainer *t, const char *name, size_t i) {
+    const size_t n = strlen(name);
+    for (char **item = t->settings.at; item < t->settings.at + t->settings.n; item++)
+        if (!strncmp(*item, name, n) && (*item)[n] == '=' && i-- == 0) return item;
+    return NULL;
+}
+
+const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t i) {
+    char **item = setting_find(t, name, i);
+    return item ? *item + strlen(name) + 1 : NULL;
+}
+
+void slam_trainer_set(slam_trainer *t, const char *name, size_t i, const char *value) {
+    char **old = setting_find(t, name, i), *item = string_print("%s=%s", name, value);
+    if (!old) slam_strings_add(&t->settings, item);
+    else {
+        free(*old);
+        *old = string_copy(item);
+    }
     free(item);
 }
 
@@ -11411,14 +11424,14 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
     if (!settings || settings->type != JSON_OBJECT)
         return set_error("%s: 'settings' is missing or not an object", path);
     for (const json *j = settings->first; j; j = j->next) {
-        const int list = j->type == JSON_ARRAY;
-        for (const json *item = list ? j->first : j; item; item = list ? item->next : NULL) {
+        const json *item = j->type == JSON_ARRAY ? j->first : j;
+        for (size_t i = 0; item; i++) {
             if (item->type != JSON_STRING)
                 return set_error("%s: setting '%s' is neither a string nor a list of strings", path, j->key);
-            settings_add(&t->settings, j->key, item->string);
+            slam_trainer_set(t, j->key, i, item->string);
+            item = item == j ? NULL : item->next;
         }
     }
-    snprintf(t->version, sizeof t->version, "%s", json_string(root, "slam", ""));
     return 1;
 }
 
@@ -11438,23 +11451,14 @@ void slam_trainer_free(slam_trainer *t) {
     memset(t, 0, sizeof *t);
 }
 
-const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t i) {
-    const size_t n = strlen(name);
-    for (size_t k = 0; k < t->settings.n; k++) {
-        const char *item = t->settings.at[k];
-        if (!strncmp(item, name, n) && item[n] == '=' && i-- == 0) return item + n + 1;
-    }
-    return NULL;
-}
-
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
-    char *absolute_name = string_print("%s_absolute", name);
-    const char *given, *absolute;
-    for (size_t i = 0;
-         (given = slam_trainer_setting(t, name, i)) && (absolute = slam_trainer_setting(t, absolute_name, i)); i++)
-        slam_strings_add(paths, path_is_file(given) && !path_is_file(absolute) && !strpbrk(absolute, "*?[") ? given
-                                                                                                            : absolute);
-    free(absolute_name);
+    const char *folder = slam_trainer_setting(t, "folder", 0), *given;
+    for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
+        char *path = *given == '/' || !folder ? string_copy(given) : path_join(folder, given);
+        const int moved = path_is_file(given) && !path_is_file(path);
+        slam_strings_add(paths, moved ? given : path);
+        free(path);
+    }
 }
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
@@ -11690,9 +11694,6 @@ char *slam_run_model(const char *path, const char *program) {
    SECTION 15. PROGRAMS      flags, progress bar, signals, devices, and the run of train and dpo
    ========================================================================================== */
 #include <signal.h>
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-#endif
 
 /* ---- signals ---- */
 
@@ -11717,6 +11718,7 @@ int slam_stop_requested(void) { return signals_seen != 0; }
 /* ---- start and end ---- */
 
 slam_comm *slam_program_begin(const char *program) {
+    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
     fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
@@ -11840,17 +11842,8 @@ static void flags_help(const slam_flags *f) {
     printf("\nHelp\n  --help, -h              this text; defaults stand in brackets\n  --version\n");
 }
 
-/* A file opened where stdin, stdout or stderr is closed would get its number, and output would be written into it. */
-static void open_standard_streams(void) {
-    int fd;
-    do fd = open("/dev/null", O_RDWR);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    if (fd > STDERR_FILENO) close(fd);
-}
-
 int slam_flags_parse(slam_flags *f, int argc, char **argv) {
     int only_rest = 0;
-    open_standard_streams();
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i];
         if (only_rest || a[0] != '-' || !a[1]) {
@@ -11914,18 +11907,23 @@ void slam_bar_begin(slam_bar *b) {
     b->terminal = isatty(STDOUT_FILENO) && !comm_launched(); // mpirun gives its ranks one wherever its output goes
 }
 
-void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
-    const double now = slam_clock(), share = total > 0 && done <= total ? done / total : 0;
-    const int filled = (int)(12 * share);
+/* The time left at the mean speed since the first call; "" if unknown. */
+static const char *bar_left(slam_bar *b, double done, double total, char text[64]) {
     char left[32];
-    if (b->first < 0 && total > 0) b->first = done;
-    if (now - b->shown < (b->terminal ? 0.1 : 10)) return;
-    b->shown = now;
+    if (b->first < 0) b->first = done;
+    const double speed = (done - b->first) / (slam_clock() - b->began);
+    snprintf(text, 64, "  %s left", slam_format_time(left, (total - done) / speed));
+    return speed > 0 && done <= total ? text : "";
+}
+
+void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
+    const int filled = total > 0 && done <= total ? (int)(12 * done / total) : 0;
+    char left[64];
+    const char *end = bar_left(b, done, total, left);
+    if (slam_clock() - b->shown < (b->terminal ? 0.1 : 10)) return;
+    b->shown = slam_clock();
     if (b->terminal) printf("\r\033[K[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
-    printf("%.50s", text);
-    if (share > 0 && done > b->first)
-        printf("  %s left", slam_format_time(left, (now - b->began) * (total - done) / (done - b->first)));
-    printf(b->terminal ? "" : "\n");
+    printf(b->terminal ? "%.50s%s" : "%.50s%s\n", text, end);
     fflush(stdout);
 }
 
@@ -11961,13 +11959,8 @@ void slam_print_path(const char *path) {
 char *slam_path_beside(const char *argv0, const char *name) {
     char program[4096];
     snprintf(program, sizeof program, "%s", argv0);
-#ifdef __APPLE__
-    uint32_t size = sizeof program;
-    _NSGetExecutablePath(program, &size);
-#else
-    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1); // macOS has none
     if (n > 0) program[n] = 0;
-#endif
     return string_print("%.*s%s", (int)(path_name(program) - program), program, name);
 }
 
@@ -12151,17 +12144,15 @@ static long warmup_steps(const char *text, long steps) {
     double n = 0, percent = 0;
     int end = 0;
     sscanf(text, "max(%lf,%lf%%)%n", &n, &percent, &end);
-    if (!end && sscanf(text, "%lf%n", &n, &end) == 1 && !strcmp(text + end, "%")) {
-        percent = n;
-        n = 0;
-        end++;
-    }
+    if (!end) n = 0;
+    if (!end) sscanf(text, "%lf%%%n", &percent, &end);
+    if (!end) percent = 0;
+    if (!end) sscanf(text, "%lf%n", &n, &end);
     if (!end || text[end] || !(n >= 0 && n <= 1e12) || n != floor(n) || !(percent >= 0 && percent <= 100)) {
         set_error("--warmup %s: expected steps (100), a share of all (1%%) or the larger of both, max(100, 1%%)", text);
         return -1;
     }
-    const double share = ceil(percent / 100 * (double)steps);
-    return (long)(n > share ? n : share);
+    return (long)fmax(n, ceil(percent / 100 * (double)steps));
 }
 
 int slam_run_parse(slam_run *r, int argc, char **argv) {
@@ -12188,34 +12179,36 @@ static int settings_restore(slam_run *r) {
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
         if (!f->name || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
         if (moves && is_choice("dtype|micro-batch", f->name)) continue; // another kind of device has its own
+        const int limit = (f->type & SLAM_LIMIT) != 0;
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
-        if (!f->given && stored && !flag_set(f, stored)) return 0;
-        if (!f->given || (f->type & SLAM_FREE)) continue;
+        if (!f->given) {
+            if (stored && !flag_set(f, stored)) return 0;
+            f->given = limit && stored;
+            continue;
+        }
+        if (f->type & SLAM_FREE) continue;
         char *given = flag_text(f);
-        const int same = stored && !strcmp(given, stored), limit = (f->type & SLAM_LIMIT) != 0;
-        const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
+        const int grows = limit && (!stored || strtod(stored, NULL) < flag_number(f));
+        const int ok = grows || (stored && !strcmp(given, stored));
         if (!ok)
             set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
                       limit ? ", and a limit may only grow" : "");
         free(given);
         if (!ok) return 0;
-        f->given += !same;
-        r->grows |= !same;
+        r->grows |= grows;
     }
     return 1;
 }
 
-/* Lists of data files are saved as given and as absolute paths, so that a run can be resumed from another folder, or
-   moved together with its data. */
-static void paths_save(slam_run *r, const char *name, const slam_strings *given) {
-    char *absolute_name = string_print("%s_absolute", name);
-    for (size_t i = 0; i < given->n; i++) settings_add(&r->trainer.settings, name, given->at[i]);
-    for (size_t i = 0; i < given->n; i++) {
-        char *absolute = slam_path_absolute(given->at[i]);
-        settings_add(&r->trainer.settings, absolute_name, absolute);
-        free(absolute);
+/* The limits of a run that are defaults are not saved: another one may be given when it is resumed. */
+static void settings_save(slam_run *r) {
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
+        if (!f->name || !f->set || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
+        if ((f->type & SLAM_LIMIT) && !f->given) continue;
+        char *value = flag_text(f);
+        slam_trainer_set(&r->trainer, f->name, 0, value);
+        free(value);
     }
-    free(absolute_name);
 }
 
 /* list: of the command line, which must be the run's, or empty; becomes the paths to open. */
@@ -12235,24 +12228,6 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
     return ok;
 }
 
-/* The settings of the run from the flags. Those that are lists or no flags stay. */
-static void settings_save(slam_run *r) {
-    slam_strings old = r->trainer.settings, *s = &r->trainer.settings;
-    memset(s, 0, sizeof *s);
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!f->name || !f->set || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
-        if ((f->type & SLAM_LIMIT) && !r->any_limit) continue; // a default; another may be given later
-        char *value = flag_text(f);
-        settings_add(s, f->name, value);
-        free(value);
-    }
-    for (size_t i = 0; i < old.n; i++) {
-        const slam_flag *f = flag_find(&r->flags, old.at[i], strcspn(old.at[i], "="));
-        if (!f || flag_type(f) == SLAM_LIST) slam_strings_add(s, old.at[i]);
-    }
-    slam_strings_free(&old);
-}
-
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
@@ -12267,50 +12242,61 @@ static int run_find(slam_run *r) {
             r->folder);
     r->fresh = r->grows = 0;
     if (!slam_trainer_load(&r->trainer, r->checkpoint ? r->checkpoint : r->folder)) return 0;
-    if (!strncmp(r->trainer.version, "0.1.", 4))
-        return set_error(
-            "%s: is a run of slam %s, which packed rows differently; --init %s starts a new run from its model",
-            r->folder, r->trainer.version, r->folder);
+    r->began -= r->trainer.seconds;
     return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
 }
 
+/* Whether --steps, --tokens, ... are given, in this call or those before. */
+static int limits_given(const slam_run *r) {
+    int given = 0;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) given |= (f->type & SLAM_LIMIT) && f->given;
+    return given;
+}
+
 static int run_defaults(slam_run *r) {
-    for (int i = 0; r->fresh && r->recipe && r->recipe[i][0]; i++)
-        if (!slam_flags_given(&r->flags, r->recipe[i][0]) &&
-            !slam_flags_set(&r->flags, r->recipe[i][0], r->recipe[i][1]))
-            return 0;
+    for (int i = 0; r->fresh && r->recipe && r->recipe[i][0]; i++) {
+        slam_flag *f = flag_find(&r->flags, r->recipe[i][0], strlen(r->recipe[i][0]));
+        if (!f->given && !flag_set(f, r->recipe[i][1])) return 0;
+        f->given = 1;
+    }
+    const int limited = !r->fresh || limits_given(r);
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
-        r->any_limit |= (f->type & SLAM_LIMIT) && flag_number(f) > 0;
-    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && (r->any_limit || !r->fresh)) f->fallback = NULL;
+        if ((f->type & SLAM_LIMIT) && limited) f->fallback = NULL;
     if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
     char min_lr[32];
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     return r->schedule.min_lr >= 0 || slam_flags_set(&r->flags, "min-lr", min_lr);
 }
 
-/* Without data, that is the bundled data, whose path is not saved: it moves with the program. */
+/* Resolves the data: without any, the bundled data, whose path is not saved, because it moves with the program. */
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
-    if (r->fresh) settings_add(&r->trainer.settings, "program", r->flags.program);
-    if (r->fresh) paths_save(r, r->data_name, data);
-    if (r->fresh) paths_save(r, "val", val);
+    slam_trainer *t = &r->trainer;
+    char *here = slam_path_absolute(".");
+    if (r->fresh) {
+        slam_trainer_set(t, "program", 0, r->flags.program);
+        slam_trainer_set(t, "folder", 0, here);
+        for (size_t i = 0; i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
+        for (size_t i = 0; i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
+    }
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
         char *path = slam_path_beside(r->argv0, r->bundled_data[k]);
         if (k == 0 || (!val->n && !(r->o.val_fraction > 0))) slam_strings_add(k ? val : data, path);
         free(path);
     }
+    free(here);
 }
 
-static int run_device(slam_run *r) {
+int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
-    const char *before = slam_trainer_setting(&r->trainer, "device", 0);
+    if (!run_find(r) || !run_defaults(r)) return 0;
+    run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
     const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
     r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads);
     if (!r->ops) return 0;
-    const char *kind = is_cuda(r->ops) ? "cuda" : "cpu";
+    const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
     if (planned) r->ops->act_bytes = 2;
@@ -12318,90 +12304,104 @@ static int run_device(slam_run *r) {
            slam_flags_set(&r->flags, "dtype", r->ops->act_bytes == 4 ? "f32" : "bf16");
 }
 
-int slam_run_resolve(slam_run *r) {
-    if (!run_find(r) || !run_defaults(r)) return 0;
-    run_data(r);
-    return run_device(r);
-}
-
 /* ---- a training run: the plan ---- */
 
-/* Rows of a micro-batch that fit into memory. */
-static int auto_micro_batch(const slam_run *r) {
+/* How many of a rank's rows fit into memory at once. */
+static int auto_micro_batch(const slam_run *r, int rows, int shards) {
     /* A CPU gains nothing beyond some thousand tokens: its caches hold no more. */
     const double space = (is_cuda(r->ops) ? 0.9 : 0.6) * (double)r->ops->memory;
-    const int most = is_cuda(r->ops) ? r->rows : 4096 / r->T > 1 ? 4096 / r->T : 1;
-    int micro = r->rows < most ? r->rows : most;
-    while (micro > 1 &&
-           slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, r->shards).total > space)
+    const int most = is_cuda(r->ops) ? rows : 4096 / r->T > 1 ? 4096 / r->T : 1;
+    int micro = rows < most ? rows : most;
+    while (micro > 1 && slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, shards).total > space)
         micro--;
-    const int passes = (r->rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
-    return (r->rows + passes - 1) / passes;
+    const int passes = (rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
+    return (rows + passes - 1) / passes;
 }
 
-int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, long most) {
+/* Seconds of a step by --flops and --bandwidth. The reduction of gradients overlaps the backward pass of the last of
+   `passes` micro-batches, two thirds of its work. */
+static void print_speed(const slam_run *r, int ranks, int passes, double tokens) {
+    const slam_options *o = &r->o;
+    const int act = o->zero ? r->ops->act_bytes : 4; // gathered: weights, or without ZeRO sums of gradients
+    const double sent = (double)slam_config_parameters(&r->config) * (ranks - 1) / ranks;
+    const double work = slam_config_flops(&r->config, o->context);
+    char a[32];
+    printf("work     %s FLOP per token\n", slam_format_count(a, work));
+    if (ranks > 1) printf("ranks    %d; each sends %.3g GB per step\n", ranks, (4 + act) * sent / 1e9);
+    if (!o->flops) return;
+    const double compute = work * tokens / ranks / o->flops, second = o->bandwidth ? 1 / o->bandwidth : 0;
+    const double reduce = fmax(0, 4 * sent * second - compute / passes * 2 / 3), gather = act * sent * second;
+    const double step = compute + reduce + gather;
+    printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, reduce,
+           gather, slam_format_count(a, 86400 * tokens / step));
+}
+
+int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double tokens_per_step, long most) {
     static const char *const kinds[] = {"cosine", "inverse-sqrt", "linear", "constant"};
     const slam_options *o = &r->o;
+    const int ranks = o->ranks ? o->ranks : r->comm->size, shards = o->zero ? ranks : 1;
     const long before = r->trainer.steps, limits[] = {o->steps, (long)ceil(o->epochs * steps_per_epoch), most};
     long steps = 0;
-    char micro[32];
-    r->ranks = o->ranks ? o->ranks : r->comm->size;
-    if (o->batch < r->ranks)
-        return set_error("--batch %d: expected at least the number of ranks, %d", o->batch, r->ranks);
+    char a[32];
+    if (o->batch < ranks) return set_error("--batch %d: expected at least the number of ranks, %d", o->batch, ranks);
     r->comm->zero = o->zero;
-    r->shards = o->zero ? r->ranks : 1;
     r->mode = o->recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN;
-    r->rows = (rows + r->ranks - 1) / r->ranks;
     r->T = T;
     while (strcmp(o->schedule, kinds[r->schedule.kind])) r->schedule.kind++;
-    snprintf(micro, sizeof micro, "%d", o->micro ? o->micro : auto_micro_batch(r));
-    slam_flags_set(&r->flags, "micro-batch", micro); // saved with the run: another number would change the last bits
-    r->micro = o->micro < r->rows ? o->micro : r->rows;
-    if (!r->grows) return 1;
+    rows = (rows + ranks - 1) / ranks;
+    snprintf(a, sizeof a, "%d", o->micro ? o->micro : auto_micro_batch(r, rows, shards));
+    slam_flags_set(&r->flags, "micro-batch", a); // saved with the run: another number would change the last bits
+    r->micro = o->micro < rows ? o->micro : rows;
     for (int i = 0; i < 3; i++)
         if (limits[i] > 0 && (!steps || limits[i] < steps)) steps = limits[i];
+    if (!r->grows) steps = before;
     if (steps && steps < before)
         return set_error("the limits make %ld steps, the resumed run has %ld, and a limit may only grow", steps,
                          before);
     r->trainer.steps = steps;
+
+    if (!steps) printf("steps    as many as fit into the time\n");
+    else
+        printf("steps    %ld, batch size %d: %s tokens, %.3g epochs\n", steps, o->batch,
+               slam_format_count(a, (double)steps * tokens_per_step), (double)steps / steps_per_epoch);
+    const slam_memory m = slam_config_memory(&r->config, r->ops->act_bytes, r->micro, T, r->mode, shards);
+    printf("memory   %.1f MB%s: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n"
+           "         logits %.1f; %d of %d rows at once\n",
+           m.total / 1e6, ranks > 1 ? " per rank" : "", m.weights / 1e6, m.grads / 1e6, m.optimiser / 1e6,
+           m.activations / 1e6, m.logits / 1e6, r->micro, rows);
+    printf("schedule lr %g, %s, warm-up %s\n", r->schedule.lr, o->schedule, o->warmup);
+    if (steps && steps < warmup_steps(o->warmup, steps))
+        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
+    if (o->dry_run) print_speed(r, ranks, (rows + r->micro - 1) / r->micro, tokens_per_step);
+    fflush(stdout);
     return 1;
 }
 
-/* Reduction overlaps the backward pass of the last micro-batch, two thirds of its work. */
-static void print_ranks(const slam_run *r, double tokens) {
-    const slam_options *o = &r->o;
-    const int ranks = r->ranks, act = o->zero ? r->ops->act_bytes : 4, passes = (r->rows + r->micro - 1) / r->micro;
-    const double n = (double)slam_config_parameters(&r->config), sent = n * (ranks - 1) / ranks;
-    const double work = slam_config_flops(&r->config, o->context);
-    char a[32];
-    printf("work     %s FLOP per token\n", slam_format_count(a, work));
-    if (ranks > 1)
-        printf("ranks    %d; in a step each sends %.3g GB: %s parameters x (ranks - 1) / ranks x (4 bytes of\n"
-               "         gradients + %d of %s)\n",
-               ranks, (4 + act) * sent / 1e9, slam_format_count(a, n), act, o->zero ? "weights" : "their sums");
-    if (!o->flops) return;
-    const double compute = work * tokens / ranks / o->flops, hides = compute / passes * 2 / 3;
-    const double second = o->bandwidth ? 1 / o->bandwidth : 0, reduce = 4 * sent * second, gather = act * sent * second;
-    const double shown = reduce > hides ? reduce - hides : 0, step = compute + shown + gather;
-    printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, shown,
-           gather, slam_format_count(a, 86400 * tokens / step));
-    printf("         compute = FLOP per token x tokens / ranks / FLOP/s; gather, reduce = bytes / bandwidth;\n"
-           "         reduce takes %.4g, of which %.4g overlap the backward pass of the last rows\n",
-           reduce, reduce - shown);
+/* ---- a training run: the clock and the end ---- */
+
+enum { RUN_ON, RUN_DONE, RUN_OUT_OF_TIME, RUN_STOPPED };
+
+/* Training time of the run, with that of the calls that it was resumed from. */
+static double run_seconds(const slam_run *r) { return slam_clock() - r->began; }
+
+/* Seconds since the last call. */
+static double run_lap(slam_run *r) {
+    const double now = slam_clock(), seconds = now - r->lap;
+    r->lap = now;
+    return seconds;
 }
 
-void slam_run_print_plan(const slam_run *r, double tokens) {
-    const slam_memory m = slam_config_memory(&r->config, r->ops->act_bytes, r->micro, r->T, r->mode, r->shards);
-    const long steps = r->trainer.steps;
-    printf("memory   %.1f MB%s: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n"
-           "         logits %.1f; %d of %d rows at once\n",
-           m.total / 1e6, r->ranks > 1 ? " per rank" : "", m.weights / 1e6, m.grads / 1e6, m.optimiser / 1e6,
-           m.activations / 1e6, m.logits / 1e6, r->micro, r->rows);
-    printf("schedule lr %g, %s, warm-up %s\n", r->schedule.lr, r->o.schedule, r->o.warmup);
-    if (steps && steps < warmup_steps(r->o.warmup, steps))
-        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
-    if (r->o.dry_run) print_ranks(r, tokens);
-    fflush(stdout);
+/* Whether another step begins. There must be time left for an evaluation and a checkpoint now and after it. At the same
+   step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so all ranks take
+   the largest state. */
+static void run_update_state(slam_run *r) {
+    const slam_trainer *t = &r->trainer;
+    const double end = run_seconds(r) + r->slowest_step + 2 * (r->eval_seconds + r->save_seconds);
+    int state = RUN_ON;
+    if (t->step >= t->steps || (r->o.tokens && t->tokens >= (uint64_t)r->o.tokens)) state = RUN_DONE;
+    else if (slam_stop_requested()) state = RUN_STOPPED;
+    else if (r->o.seconds > 0 && end >= r->o.seconds) state = RUN_OUT_OF_TIME;
+    r->state = (int)slam_comm_max(r->comm, state);
 }
 
 /* ---- a training run: folder and log ---- */
@@ -12476,45 +12476,32 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     settings_save(r);
     r->schedule.warmup = warmup_steps(r->o.warmup, t->steps);
     r->schedule.steps = t->steps;
-    r->first_step = r->saved_step = r->eval_step = t->step;
-    r->before = t->seconds;
+    r->saved_step = r->eval_step = t->step;
     slam_bar_begin(&r->bar);
     if (!slam_all_ok(r->comm, !is_root(r->comm) || run_open_folder(r))) return 0;
-    return !r->checkpoint || optimiser_load(&r->opt, r->checkpoint, t->step);
+    if (r->checkpoint && !optimiser_load(&r->opt, r->checkpoint, t->step)) return 0;
+    run_update_state(r);
+    return 1;
 }
 
 /* ---- a training run: the steps ---- */
 
-enum { RUN_ON, RUN_DONE, RUN_OUT_OF_TIME, RUN_STOPPED };
-
-/* Training time of the run, with that of the calls that it was resumed from. */
-static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
-
-/* At the same step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so
-   all ranks take the largest state. */
 int slam_run_over(slam_run *r) {
-    const slam_trainer *t = &r->trainer;
-    const double end = run_seconds(r) + r->slowest_step + r->eval_seconds + r->save_seconds;
-    const int done = t->step >= t->steps || (r->o.tokens && t->tokens >= (uint64_t)r->o.tokens);
-    r->lap = slam_clock();
-    if (r->state == RUN_ON && done) r->state = RUN_DONE;
-    else if (r->state == RUN_ON && slam_stop_requested()) r->state = RUN_STOPPED;
-    else if (r->state == RUN_ON && r->o.seconds > 0 && end >= r->o.seconds) r->state = RUN_OUT_OF_TIME;
-    r->state = (int)slam_comm_max(r->comm, r->state);
+    run_lap(r);
     return r->state != RUN_ON;
 }
 
 /* A stopped run is evaluated when it is resumed, so that its log is the one of a run that was not stopped. */
-int slam_run_eval_due(slam_run *r) {
+int slam_run_eval_due(const slam_run *r) {
     const long every = r->o.eval_every, step = r->trainer.step;
     if (!every || r->eval_step == step) return 0;
-    return (slam_run_over(r) && r->state != RUN_STOPPED) || step % every == 0;
+    return r->state == RUN_DONE || r->state == RUN_OUT_OF_TIME || step % every == 0;
 }
 
-int slam_run_save_due(slam_run *r) {
+int slam_run_save_due(const slam_run *r) {
     const long every = r->o.save_every, step = r->trainer.step;
-    const int over = slam_run_over(r);
-    return r->saved_step < step && (over || (every && step % every == 0) || r->trainer.best_step == step);
+    if (r->saved_step == step) return 0;
+    return r->state != RUN_ON || (every && step % every == 0) || r->trainer.best_step == step;
 }
 
 static void log_add(strbuf *s, const char *prefix, const slam_metric *m, int n) {
@@ -12534,9 +12521,8 @@ static int log_write(slam_run *r, strbuf *s) {
     return ok;
 }
 
-static int step_skipped(slam_run *r, double loss, double grad_norm) {
-    slam_trainer *t = &r->trainer;
-    t->skipped++;
+static int log_skipped(slam_run *r, double loss, double grad_norm) {
+    const slam_trainer *t = &r->trainer;
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  loss (%g) or gradient norm (%g) is not finite: update skipped, %ld so far\n", t->step + 1,
            t->steps, loss, grad_norm, t->skipped);
@@ -12549,15 +12535,17 @@ static int step_skipped(slam_run *r, double loss, double grad_norm) {
 
 int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m, int n) {
     slam_trainer *t = &r->trainer;
-    const double seconds = slam_clock() - r->lap, rate = (double)tokens / seconds;
+    const double seconds = run_lap(r), rate = (double)tokens / seconds;
     const double lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
     const double share = r->peak_flops > 0 ? slam_config_flops(&r->config, r->T) * rate / r->peak_flops : 0;
+    r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
-    if (step->skipped) return step_skipped(r, loss, step->grad_norm);
+    t->step += !step->skipped;
+    t->skipped += step->skipped;
+    run_update_state(r);
+    if (step->skipped) return log_skipped(r, loss, step->grad_norm);
     r->skipped_in_a_row = 0;
-    t->step++;
-    if (seconds > r->slowest_step) r->slowest_step = seconds;
 
     strbuf line = ZERO;
     const slam_metric first[] = {{"tokens", (double)t->tokens},
@@ -12572,18 +12560,16 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     log_add(&line, "", last, 3);
     if (!log_write(r, &line)) return 0;
 
-    char s[32];
-    double left = (slam_clock() - r->bar.began) / (double)(t->step - r->first_step) * (double)(t->steps - t->step);
-    if (r->o.seconds > 0) left = fmin(left, r->o.seconds - run_seconds(r));
+    char s[64];
+    const int due = r->o.log_every && t->step % r->o.log_every == 0;
     strbuf_add(&line, "step %ld/%ld  %s tokens  loss %.4f", t->step, t->steps, slam_format_count(s, (double)t->tokens),
                loss);
     for (int i = 0; i < n && i < 2; i++) strbuf_add(&line, "  %s %.3f", m[i].name, m[i].value);
     strbuf_add(&line, "  norm %.3f  lr %.2e  %s tok/s", step->grad_norm, lr, slam_format_count(s, rate));
     if (share > 0) strbuf_add(&line, "  %.0f%% of peak", 100 * share);
-    const int due = r->o.log_every && t->step % r->o.log_every == 0, over = slam_run_over(r);
-    if (r->bar.terminal ? due && slam_flags_given(&r->flags, "log-every") : due || over || t->step == 1) {
+    if (r->bar.terminal ? due && slam_flags_given(&r->flags, "log-every") : due || r->state || t->step == 1) {
         slam_bar_clear(&r->bar);
-        printf("%s  %s left\n", line.at, slam_format_time(s, left));
+        printf("%s%s\n", line.at, bar_left(&r->bar, (double)t->step, (double)t->steps, s));
         fflush(stdout);
     }
     if (r->bar.terminal) slam_bar_show(&r->bar, (double)t->step, (double)t->steps, line.at);
@@ -12596,7 +12582,7 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     const char *sources = r->o.val_fraction > 0 ? r->data_name : "val"; // settings that have their names as given
     const slam_metric loss = {"loss", losses[0]};
     strbuf line = ZERO;
-    r->eval_seconds = slam_clock() - r->lap;
+    r->eval_seconds = run_lap(r);
     r->eval_loss = losses[0];
     r->eval_step = t->step;
     if (isfinite(losses[0]) && (t->best_step == 0 || losses[0] < t->best_loss)) {
@@ -12631,13 +12617,13 @@ int slam_run_save(slam_run *r) {
     r->trainer.seconds = run_seconds(r);
     if (!slam_checkpoint_save(r->folder, r->model, &r->opt, &r->trainer, format, r->o.keep)) return 0;
     r->saved_step = r->trainer.step;
-    r->save_seconds = slam_clock() - r->lap;
+    r->save_seconds = run_lap(r);
     return 1;
 }
 
 void slam_run_print_end(slam_run *r, const char *validation) {
+    static const char *const words[] = {"", "done", "out of time", "stopped"};
     const slam_trainer *t = &r->trainer;
-    const char *const words[] = {"done", r->first_step == t->step ? "complete" : "done", "out of time", "stopped"};
     char a[32], b[32];
     slam_bar_clear(&r->bar);
     printf("%s after %ld of %ld steps, %s tokens, %s", words[r->state], t->step, t->steps,
@@ -12650,10 +12636,10 @@ void slam_run_print_end(slam_run *r, const char *validation) {
                t->best_loss);
     printf("\nnext  ./%s --resume --out ", r->flags.program);
     slam_print_path(r->folder);
-    const int twice = r->state != RUN_STOPPED; // all limits doubled; without any, the number of steps
-    if (twice && !r->any_limit) printf(" --steps %ld", 2 * t->steps);
-    for (const slam_flag *f = r->table; twice && r->any_limit && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && flag_number(f) > 0) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+    const int twice = r->state != RUN_STOPPED, limited = limits_given(r);
+    if (twice && !limited) printf(" --steps %ld", 2 * t->steps);
+    for (const slam_flag *f = r->table; twice && f < r->table + r->flags.n; f++)
+        if ((f->type & SLAM_LIMIT) && f->given) printf(" --%s %.15g", f->name, 2 * flag_number(f));
     printf("\n          %s\n", twice ? "trains for as long again" : "resumes it");
 }
 
