@@ -881,10 +881,8 @@ typedef struct slam_metric {
     double value;
 } slam_metric;
 typedef struct slam_run {
-    /* set by the program: "data"; files for training and validation without DATA; {flag, value} as other defaults,
-       ended by NULL; and what it opens */
+    /* set by the program: "data"; files for training and validation without DATA; and what it opens */
     const char *data_name, *bundled_data[2];
-    const char *const (*recipe)[2];
     slam_comm *comm;
     slam_config config;
     slam_model *model;
@@ -894,17 +892,18 @@ typedef struct slam_run {
     slam_schedule schedule;
     slam_flag table[64];
     slam_flags flags;
-    /* after slam_run_open: the checkpoint to resume from, or NULL; fresh: a new run; grows: new, or a limit grows */
+    /* after slam_run_open: the checkpoint to resume from, or NULL; a new run; new, or a limit grows; without DATA;
+       limits are given */
     slam_trainer trainer;
     char *folder, *checkpoint;
     const char *argv0;
-    int fresh, grows, bundled;
+    int fresh, grows, bundled, limited;
     slam_ops *ops;
     int micro, T, mode; /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
     /* steps of the last checkpoint and evaluation; clock at the start (less the seconds of the calls before) and at the
        end of what was last measured; seconds of the slowest step, the last evaluation and the last checkpoint */
     long saved_step, eval_step;
-    double began, lap, slowest_step, eval_seconds, save_seconds, eval_loss, peak_flops;
+    double began, lap, slowest_step, eval_seconds, save_seconds, peak_flops;
     int state, skipped_in_a_row, lock;
     void *log; /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
@@ -912,7 +911,7 @@ typedef struct slam_run {
 /* The table: the program's own flags, then the common ones. presets: {name, default, help} replace the common ones'. */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
-/* Resolves flags (the command line, else the resumed run, else recipe, else defaults) and data, opens the device. */
+/* Resolves flags (the command line, else the resumed run, else set, else defaults) and data, opens the device. */
 int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step; trainer.steps by the first
    limit reached (most: of --tokens, 0: none). */
@@ -11645,37 +11644,32 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
 #define st_mtim st_mtimespec
 #endif
 
-/* When the log of a run of this program (NULL: of any run that has a checkpoint) was last written; 0: no such run. */
-static double run_time(const char *run, const char *program) {
-    char *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
-    slam_trainer t = ZERO;
-    struct stat s;
-    int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint);
-    if (found && program && slam_trainer_load(&t, checkpoint ? checkpoint : run)) {
-        const char *of = slam_trainer_setting(&t, "program", 0);
-        found = of && !strcmp(of, program);
-    } else found = checkpoint != NULL;
-    slam_trainer_free(&t);
-    free(checkpoint);
-    free(log);
-    return found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-}
-
-/* The newest run in runs/. free() it. */
+/* The run in runs/ whose log was last written, of this program (NULL: of any, if it has a checkpoint). free() it. */
 static char *run_newest(const char *program) {
     slam_strings list = ZERO;
     char *newest = NULL;
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        char *run = path_join("runs", list.at[i]), *other = run;
-        const double time = run_time(run, program);
+        char *run = path_join("runs", list.at[i]), *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
+        slam_trainer t = ZERO;
+        struct stat s;
+        int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint) && (checkpoint || program);
+        if (found && program) {
+            found = slam_trainer_load(&t, checkpoint ? checkpoint : run);
+            const char *of = slam_trainer_setting(&t, "program", 0);
+            found = of && !strcmp(of, program);
+        }
+        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
         if (time > newest_time) {
-            other = newest;
-            newest = run;
+            free(newest);
+            newest = string_copy(run);
             newest_time = time;
         }
-        free(other);
+        slam_trainer_free(&t);
+        free(checkpoint);
+        free(log);
+        free(run);
     }
     slam_strings_free(&list);
     if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
@@ -11705,8 +11699,7 @@ static void on_signal(int number) {
 }
 
 void slam_signals_catch(void) {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
+    struct sigaction action = ZERO;
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
@@ -11950,10 +11943,8 @@ const char *slam_format_time(char s[32], double seconds) {
 /* ---- paths ---- */
 
 void slam_print_path(const char *path) {
-    const char *quote = strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
-    printf("%s", quote);
-    for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
-    printf("%s", quote);
+    const char *quote = strpbrk(path, " \t\n\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
+    printf("%s%s%s", quote, path, quote);
 }
 
 char *slam_path_beside(const char *argv0, const char *name) {
@@ -12036,33 +12027,25 @@ static double measure_peak(const slam_model *m, int rows) {
 int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, int fit, slam_unit_config *c) {
     *c = slam_unit_config_default();
     if (f->hubert) snprintf(c->hubert, sizeof c->hubert, "%s", f->hubert);
-    if (f->features ? !strcmp(f->features, "hubert") : f->hubert != NULL) c->features = SLAM_HUBERT;
-    if (c->features == SLAM_HUBERT) c->rate = 0;
-    if (f->rate && slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
-    if (slam_flags_given(flags, "layer")) c->layer = f->layer;
-    c->normalize = f->normalize;
-    c->dedup = !f->no_dedup;
-    const slam_unit_config asked = *c;
     if (!fit && !slam_unit_config_load(c, f->kmeans)) return 0;
-    const int hubert = c->features == SLAM_HUBERT, other = c->features != asked.features;
-    const struct {
-        const char *flag;
-        int differs;
-    } checks[] = {{"features", other},
-                  {"hubert", other},
-                  {"rate", c->rate != asked.rate},
-                  {"layer", hubert && c->layer != asked.layer},
-                  {"normalize", c->normalize != asked.normalize},
-                  {"no-dedup", c->dedup != asked.dedup}};
-    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
-        if (checks[i].differs && slam_flags_given(flags, checks[i].flag))
-            return set_error("--%s: %s was made for %s, layer %d, %d frames a second, %s; omit the flag, or fit others",
-                             checks[i].flag, f->kmeans, hubert ? "HuBERT features" : "MFCC", c->layer, c->rate,
-                             c->dedup ? "deduplicated" : "not deduplicated");
-    if (hubert && !*c->hubert)
-        return set_error("HuBERT features: expected --hubert DIR, a HuBERT model in Hugging Face's format");
-    if (!hubert && f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
-    return hubert || !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
+    const slam_unit_config made = *c; // by KM.json; its fingerprint is 0 if there is none
+    if (slam_flags_given(flags, "features")) c->features = !strcmp(f->features, "hubert");
+    else if (f->hubert) c->features = SLAM_HUBERT;
+    if (c->features == SLAM_HUBERT && !made.fingerprint) c->rate = 0;
+    if (slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
+    if (slam_flags_given(flags, "layer")) c->layer = f->layer;
+    c->normalize |= f->normalize;
+    c->dedup &= !f->no_dedup;
+    const int same = c->features == made.features && c->rate == made.rate && c->layer == made.layer &&
+                     c->normalize == made.normalize && c->dedup == made.dedup;
+    if (made.fingerprint && !same)
+        return set_error("%s was made for %s, layer %d, %d frames a second, %s; omit flags that differ, or fit others",
+                         f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.rate,
+                         made.dedup ? "deduplicated" : "not deduplicated");
+    if (c->features == SLAM_HUBERT)
+        return *c->hubert || set_error("HuBERT features: expected --hubert DIR, a model in Hugging Face's format");
+    if (f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
+    return !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
 }
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
@@ -12172,39 +12155,37 @@ int slam_run_parse(slam_run *r, int argc, char **argv) {
 
 /* ---- a training run: settings ---- */
 
+static int is_setting(const slam_flag *f) {
+    return f->name && flag_type(f) != SLAM_LIST && !(f->type & SLAM_UNSAVED);
+}
+
 /* Gives the flags the run's values and checks those of the command line against them. */
 static int settings_restore(slam_run *r) {
     const char *device = slam_trainer_setting(&r->trainer, "device", 0);
     const int moves = device && slam_flags_given(&r->flags, "device") && strncmp(r->o.device, device, strlen(device));
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!f->name || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
+        if (!is_setting(f)) continue;
         if (moves && is_choice("dtype|micro-batch", f->name)) continue; // another kind of device has its own
-        const int limit = (f->type & SLAM_LIMIT) != 0;
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
-        if (!f->given) {
-            if (stored && !flag_set(f, stored)) return 0;
-            f->given = limit && stored;
-            continue;
-        }
-        if (f->type & SLAM_FREE) continue;
+        if (!f->given && stored && !flag_set(f, stored)) return 0;
+        if (!f->given || (f->type & SLAM_FREE)) continue;
         char *given = flag_text(f);
-        const int grows = limit && (!stored || strtod(stored, NULL) < flag_number(f));
-        const int ok = grows || (stored && !strcmp(given, stored));
+        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(given, stored);
+        const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
         if (!ok)
             set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
                       limit ? ", and a limit may only grow" : "");
         free(given);
         if (!ok) return 0;
-        r->grows |= grows;
+        r->grows |= !same;
     }
     return 1;
 }
 
-/* The limits of a run that are defaults are not saved: another one may be given when it is resumed. */
 static void settings_save(slam_run *r) {
     for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!f->name || !f->set || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
-        if ((f->type & SLAM_LIMIT) && !f->given) continue;
+        if (!is_setting(f) || !f->set) continue;
+        if ((f->type & SLAM_LIMIT) && !r->limited) continue; // a default; another may be given later
         char *value = flag_text(f);
         slam_trainer_set(&r->trainer, f->name, 0, value);
         free(value);
@@ -12246,43 +12227,20 @@ static int run_find(slam_run *r) {
     return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
 }
 
-/* Whether --steps, --tokens, ... are given, in this call or those before. */
-static int limits_given(const slam_run *r) {
-    int given = 0;
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) given |= (f->type & SLAM_LIMIT) && f->given;
-    return given;
-}
-
-static int run_defaults(slam_run *r) {
-    for (int i = 0; r->fresh && r->recipe && r->recipe[i][0]; i++) {
-        slam_flag *f = flag_find(&r->flags, r->recipe[i][0], strlen(r->recipe[i][0]));
-        if (!f->given && !flag_set(f, r->recipe[i][1])) return 0;
-        f->given = 1;
-    }
-    const int limited = !r->fresh || limits_given(r);
-    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && limited) f->fallback = NULL;
-    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
-    char min_lr[32];
-    snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
-    return r->schedule.min_lr >= 0 || slam_flags_set(&r->flags, "min-lr", min_lr);
-}
-
-/* Resolves the data: without any, the bundled data, whose path is not saved, because it moves with the program. */
+/* Saves the names of the data as they are given and the folder that they are relative to. Without data, it is the
+   bundled data, whose path is not saved, because it moves with the program. */
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
     slam_trainer *t = &r->trainer;
-    char *here = slam_path_absolute(".");
-    if (r->fresh) {
-        slam_trainer_set(t, "program", 0, r->flags.program);
-        slam_trainer_set(t, "folder", 0, here);
-        for (size_t i = 0; i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
-        for (size_t i = 0; i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
-    }
+    char *here = slam_path_absolute("."), *path;
+    if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
+    if (r->fresh) slam_trainer_set(t, "folder", 0, here);
+    for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
+    for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
-        char *path = slam_path_beside(r->argv0, r->bundled_data[k]);
-        if (k == 0 || (!val->n && !(r->o.val_fraction > 0))) slam_strings_add(k ? val : data, path);
+        if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
+        slam_strings_add(k ? val : data, path = slam_path_beside(r->argv0, r->bundled_data[k]));
         free(path);
     }
     free(here);
@@ -12290,16 +12248,22 @@ static void run_data(slam_run *r) {
 
 int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
-    if (!run_find(r) || !run_defaults(r)) return 0;
+    char min_lr[32];
+    if (!run_find(r)) return 0;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
+    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
+        if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
+    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
+    snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
+    if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
     run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
     const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
-    r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads);
-    if (!r->ops) return 0;
+    if (!(r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads))) return 0;
+    if (planned) r->ops->act_bytes = 2;
     const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
-    if (planned) r->ops->act_bytes = 2;
     return slam_flags_set(&r->flags, "device", kind) &&
            slam_flags_set(&r->flags, "dtype", r->ops->act_bytes == 4 ? "f32" : "bf16");
 }
@@ -12548,14 +12512,11 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     r->skipped_in_a_row = 0;
 
     strbuf line = ZERO;
-    const slam_metric first[] = {{"tokens", (double)t->tokens},
-                                 {"loss", loss},
-                                 {"grad_norm", step->grad_norm},
-                                 {"lr", lr},
-                                 {"skipped", (double)t->skipped}};
+    const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
-    strbuf_add(&line, "{\"step\": %ld", t->step);
-    log_add(&line, "", first, t->skipped ? 5 : 4);
+    strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
+    log_add(&line, "", first, 3);
+    if (t->skipped) strbuf_add(&line, ", \"skipped\": %ld", t->skipped);
     log_add(&line, "", m, n);
     log_add(&line, "", last, 3);
     if (!log_write(r, &line)) return 0;
@@ -12583,7 +12544,6 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     const slam_metric loss = {"loss", losses[0]};
     strbuf line = ZERO;
     r->eval_seconds = run_lap(r);
-    r->eval_loss = losses[0];
     r->eval_step = t->step;
     if (isfinite(losses[0]) && (t->best_step == 0 || losses[0] < t->best_loss)) {
         t->best_loss = losses[0];
@@ -12592,18 +12552,16 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     strbuf_add(&line, "{\"step\": %ld", t->step);
     log_add(&line, "val_", &loss, 1);
     log_add(&line, "val_", m, n);
+    for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
+        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
+        strbuf_add_json(&line, slam_trainer_setting(t, sources, s));
+        strbuf_add(&line, ": ");
+        strbuf_add_number(&line, losses[1 + s]);
+    }
+    if (n_sources > 1) strbuf_add(&line, "}");
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  val_loss %.4f", t->step, t->steps, losses[0]);
     for (int i = 0; i < n && i < 2; i++) printf("  %s %.3f", m[i].name, m[i].value);
-    for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
-        const char *name = slam_trainer_setting(t, sources, s);
-        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
-        strbuf_add_json(&line, name);
-        strbuf_add(&line, ": ");
-        strbuf_add_number(&line, losses[1 + s]);
-        printf("%s %s %.4f", s ? "," : " :", path_name(name), losses[1 + s]);
-    }
-    if (n_sources > 1) strbuf_add(&line, "}");
     printf("\n");
     fflush(stdout);
     return log_write(r, &line);
@@ -12624,23 +12582,21 @@ int slam_run_save(slam_run *r) {
 void slam_run_print_end(slam_run *r, const char *validation) {
     static const char *const words[] = {"", "done", "out of time", "stopped"};
     const slam_trainer *t = &r->trainer;
+    const int stopped = r->state == RUN_STOPPED;
     char a[32], b[32];
     slam_bar_clear(&r->bar);
     printf("%s after %ld of %ld steps, %s tokens, %s", words[r->state], t->step, t->steps,
            slam_format_count(a, (double)t->tokens), slam_format_time(b, t->seconds));
     if (t->skipped) printf(", %ld updates skipped", t->skipped);
     printf(*validation ? ": %s\n" : "\n", validation);
-    if (t->step) printf("checkpoint %s/step_%06ld, also %s/latest\n", r->folder, t->step, r->folder);
-    if (t->best_step)
-        printf("           %s/best, with the lowest validation loss, is step %ld (%.4f)\n", r->folder, t->best_step,
-               t->best_loss);
+    if (t->step) printf("checkpoint %s/latest is step %ld\n", r->folder, t->step);
+    if (t->best_step) printf("checkpoint %s/best is step %ld: loss %.4f\n", r->folder, t->best_step, t->best_loss);
     printf("\nnext  ./%s --resume --out ", r->flags.program);
     slam_print_path(r->folder);
-    const int twice = r->state != RUN_STOPPED, limited = limits_given(r);
-    if (twice && !limited) printf(" --steps %ld", 2 * t->steps);
-    for (const slam_flag *f = r->table; twice && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && f->given) printf(" --%s %.15g", f->name, 2 * flag_number(f));
-    printf("\n          %s\n", twice ? "trains for as long again" : "resumes it");
+    if (!stopped && !r->limited) printf(" --steps %ld", 2 * t->steps);
+    for (const slam_flag *f = r->table; !stopped && r->limited && f < r->table + r->flags.n; f++)
+        if ((f->type & SLAM_LIMIT) && f->set) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+    printf("\n          %s\n", stopped ? "resumes it" : "trains for as long again");
 }
 
 /* Before the first step a signal is no error. */

@@ -11,7 +11,7 @@
 typedef struct program {
     slam_run run; /* flags, model, optimiser, folder, log and progress, shared with dpo.c */
     char *weights, *twist, *model_name, *recipe; /* flags of this program */
-    double rope_theta, rate;
+    double rope_theta, rate, val_loss;
     int V;
     slam_data *data, *val;
     slam_data_size size;
@@ -71,6 +71,7 @@ static int train(program *p) {
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
+    p->val_loss = losses[0];
     free(losses);
     return ok;
 }
@@ -176,7 +177,9 @@ static int is_preset(const char *model) { return !strcmp(model, "tiny") || !strc
 /* A value comes from the command line, else from the resumed run, else from the recipe, else from the defaults. */
 static int resolve_flags(program *p) {
     slam_run *r = &p->run;
-    if (p->recipe) r->recipe = recipe_slam;
+    for (int i = 0; p->recipe && recipe_slam[i][0]; i++)
+        if (!slam_flags_given(&r->flags, recipe_slam[i][0]))
+            slam_flags_set(&r->flags, recipe_slam[i][0], recipe_slam[i][1]);
     if (p->model_name && !is_preset(p->model_name)) {
         char *path = slam_path_absolute(p->model_name);
         slam_flags_set(&r->flags, "model", path);
@@ -372,9 +375,9 @@ static int open_model(program *p) {
 static void print_end(program *p) {
     slam_run *r = &p->run;
     char validation[96] = "";
-    if (r->eval_seconds > 0)
-        snprintf(validation, sizeof validation, "validation loss %.4f nats per token (perplexity %.2f)", r->eval_loss,
-                 exp(r->eval_loss));
+    if (p->val_loss > 0)
+        snprintf(validation, sizeof validation, "validation loss %.4f nats per token (perplexity %.2f)", p->val_loss,
+                 exp(p->val_loss));
     slam_run_print_end(r, validation);
     printf("      ./eval ");
     slam_print_path(r->folder);
