@@ -777,6 +777,7 @@ typedef struct slam_trainer {
     long step, steps, skipped; /* finished updates; planned ones, which fix the schedule; skipped as not finite */
     uint64_t tokens;           /* tokens seen, without padding */
     uint64_t epoch, row;       /* position of the loader (dpo: pair) */
+    uint64_t log_bytes;        /* of log.jsonl; a resumed run cuts off what follows */
     double seconds, best_loss; /* training time so far; lowest validation loss ... */
     long best_step;            /* ... and its step; 0: none yet */
     uint64_t data, units;      /* hash of the data; fingerprint of the unit tokenizer, 0: unknown */
@@ -11364,6 +11365,7 @@ static const field trainer_fields[] = {
     {"best_val_loss", FIELD_REAL, offsetof(slam_trainer, best_loss), -1e300, 1e300, 0},
     {"best_step", FIELD_LONG, offsetof(slam_trainer, best_step), 0, 9e15, 1},
     {"data", FIELD_HEX, offsetof(slam_trainer, data), 0, 0, 1},
+    {"log_bytes", FIELD_U64, offsetof(slam_trainer, log_bytes), 0, 9e15, 1},
 };
 enum { N_TRAINER_FIELDS = sizeof trainer_fields / sizeof *trainer_fields };
 
@@ -11396,16 +11398,13 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
     fields_write(&s, trainer_fields, N_TRAINER_FIELDS, t, "  ");
     s.n--; // the line break
     strbuf_add(&s, ",\n  \"settings\": {");
-    for (size_t i = 0, n; i < settings->n; i += n) { // neighbours of the same name are the items of a list
+    for (size_t i = 0, list = 0; i < settings->n; i++) { // neighbours of the same name are the items of a list
         const char *item = settings->at[i];
-        const size_t length = strcspn(item, "=") + 1;
-        for (n = 1; i + n < settings->n && !strncmp(settings->at[i + n], item, length);) n++;
-        strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)length - 1, item, n > 1 ? "[" : "");
-        for (size_t k = 0; k < n; k++) {
-            strbuf_add(&s, k ? ", " : "");
-            strbuf_add_json(&s, settings->at[i + k] + length);
-        }
-        strbuf_add(&s, n > 1 ? "]" : "");
+        const size_t n = strcspn(item, "=") + 1, more = i + 1 < settings->n && !strncmp(settings->at[i + 1], item, n);
+        if (!list) strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)n - 1, item, more ? "[" : "");
+        strbuf_add_json(&s, item + n);
+        strbuf_add(&s, more ? ", " : list ? "]" : "");
+        list = more;
     }
     strbuf_add(&s, "\n  }\n}\n");
     char *path = path_join(folder, "trainer.json");
@@ -11424,11 +11423,10 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
         return set_error("%s: 'settings' is missing or not an object", path);
     for (const json *j = settings->first; j; j = j->next) {
         const json *item = j->type == JSON_ARRAY ? j->first : j;
-        for (size_t i = 0; item; i++) {
+        for (size_t i = 0; item; i++, item = item == j ? NULL : item->next) {
             if (item->type != JSON_STRING)
                 return set_error("%s: setting '%s' is neither a string nor a list of strings", path, j->key);
             slam_trainer_set(t, j->key, i, item->string);
-            item = item == j ? NULL : item->next;
         }
     }
     return 1;
@@ -11573,6 +11571,10 @@ static int checkpoint_find(const char *run, char **folder) {
     return steps != NULL;
 }
 
+static int path_rename(const char *from, const char *to) {
+    return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
+}
+
 /* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
     char *part = path_join(run, ".link.part"), *path = path_join(run, name), *to = checkpoint_path(run, step);
@@ -11600,8 +11602,7 @@ static int checkpoint_prune(const char *run, int keep, long best) {
     for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
         if (steps[i] == best) continue;
         char *path = checkpoint_path(run, steps[i]);
-        ok = (rename(path, part) == 0 || set_error("%s: cannot be removed: %s", path, strerror(errno))) &&
-             remove_tree(part);
+        ok = path_rename(path, part) && remove_tree(part);
         free(path);
     }
     free(part);
@@ -11609,32 +11610,23 @@ static int checkpoint_prune(const char *run, int keep, long best) {
     return ok;
 }
 
-/* Renames the temporary folder, whose files are on the disk, to RUN/step_NNNNNN. */
-static int checkpoint_place(const char *run, const char *part, long step) {
-    char *path = checkpoint_path(run, step);
-    int ok = folder_sync(part);
-    if (ok && rename(part, path) != 0) ok = set_error("%s: cannot be renamed into place: %s", path, strerror(errno));
-    free(path);
-    return ok && folder_sync(run);
-}
-
 int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, const slam_trainer *t, int format,
                          int keep) {
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
-    char *part = path_join(run, CHECKPOINT_PART);
-    int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part)));
-    if (ok) {
-        float *host = root ? NEW(float, model->n_weights) : NULL;
-        ok = slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
-        free(host);
-    }
-    ok = ok && slam_all_ok(comm, optimiser_save(opt, part));
-    ok = ok && slam_all_ok(comm, !root || (trainer_save(t, part) && checkpoint_place(run, part, t->step)));
+    char *part = path_join(run, CHECKPOINT_PART), *path = checkpoint_path(run, t->step);
+    float *host = root ? NEW(float, model->n_weights) : NULL;
+    int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
+             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+    free(host);
+    ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
+         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) && path_rename(part, path) &&
+                                     folder_sync(run)));
     if (!ok && root) remove_tree(part);
     ok = ok &&
          slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
     free(part);
+    free(path);
     return ok;
 }
 
@@ -12067,15 +12059,13 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
     const slam_flag common[] = {
         SLAM_HEADING("Optimiser"),
         SLAM_NUMBER("batch", SLAM_INT, &o->batch, "N", NULL, 1, 1 << 20, NULL),
-        SLAM_NUMBER("micro-batch", SLAM_INT, &o->micro, "N|auto", "auto", 1, 1 << 20,
-                    "rows that the device computes at once"),
+        SLAM_NUMBER("micro-batch", SLAM_INT, &o->micro, "N|auto", "auto", 1, 1 << 20, "rows computed at once"),
         SLAM_FLAG("recompute", SLAM_SWITCH | SLAM_FREE, &o->recompute, NULL, NULL,
                   "compute norms and SwiGLU again in the backward pass: up to a third less memory for activations"),
         SLAM_NUMBER("lr", SLAM_REAL, &s->lr, "X", NULL, 0, 1e30, "peak learning rate"),
         SLAM_NUMBER("min-lr", SLAM_REAL, &s->min_lr, "X", NULL, 0, 1e30, "where cosine ends (lr / 20)"),
         SLAM_FLAG("warmup", SLAM_TEXT, &o->warmup, "N|P%", NULL, "steps of warm-up, or their share of all"),
-        SLAM_FLAG("schedule", SLAM_CHOICE, &o->schedule, "cosine|inverse-sqrt|linear|constant", NULL,
-                  "after the warm-up"),
+        SLAM_FLAG("schedule", SLAM_CHOICE, &o->schedule, "cosine|inverse-sqrt|linear|constant", NULL, "after warm-up"),
         SLAM_NUMBER("beta1", SLAM_REAL, &a->beta1, "X", "0.9", 0, 0.999999, "of AdamW"),
         SLAM_NUMBER("beta2", SLAM_REAL, &a->beta2, "X", "0.999", 0, 0.999999999, "of AdamW"),
         SLAM_NUMBER("eps", SLAM_REAL, &a->eps, "X", "1e-8", 1e-30, 1, "of AdamW"),
@@ -12085,12 +12075,10 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("out", SLAM_TEXT | SLAM_UNSAVED, &o->out, "DIR", NULL, NULL),
         SLAM_FLAG("resume", SLAM_SWITCH | SLAM_UNSAVED, &o->resume, NULL, NULL,
                   "resume the run in --out, or the newest one; limits may grow"),
-        SLAM_NUMBER("eval-every", SLAM_LONG, &o->eval_every, "N", "500", 0, 1e12,
-                    "steps between evaluations; 0: never"),
+        SLAM_NUMBER("eval-every", SLAM_LONG, &o->eval_every, "N", "500", 0, 1e12, "steps between evaluations; 0: none"),
         SLAM_NUMBER("save-every", SLAM_LONG | SLAM_FREE, &o->save_every, "N", "500", 0, 1e12,
                     "steps between checkpoints; 0: only the last and the best"),
-        SLAM_NUMBER("keep", SLAM_INT | SLAM_FREE, &o->keep, "N", "3", 0, 1 << 30,
-                    "checkpoints to keep besides the best; 0: all"),
+        SLAM_NUMBER("keep", SLAM_INT | SLAM_FREE, &o->keep, "N", "3", 0, 1 << 30, "newest checkpoints to keep; 0: all"),
         SLAM_NUMBER("log-every", SLAM_LONG | SLAM_FREE, &o->log_every, "N", "10", 0, 1e12,
                     "steps between lines; a terminal shows a bar, lines only if this is given"),
         SLAM_FLAG("format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "format of the checkpoints"),
@@ -12100,14 +12088,11 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
         SLAM_HEADING("Several ranks, started by mpirun -np N or srun"),
-        SLAM_NUMBER("zero", SLAM_INT | SLAM_FREE, &o->zero, "0|1", "1", 0, 1,
-                    "1: shard the optimiser state (ZeRO-1); 0: do not"),
-        SLAM_NUMBER("ranks", SLAM_INT | SLAM_UNSAVED, &o->ranks, "N", NULL, 1, 1 << 20,
-                    "with --dry-run: plan for N ranks"),
-        SLAM_NUMBER("flops", SLAM_REAL | SLAM_UNSAVED, &o->flops, "X", NULL, 1, 1e18,
-                    "with --dry-run: FLOP/s of a rank"),
+        SLAM_NUMBER("zero", SLAM_INT | SLAM_FREE, &o->zero, "0|1", "1", 0, 1, "1: shard optimiser state (ZeRO-1)"),
+        SLAM_NUMBER("ranks", SLAM_INT | SLAM_UNSAVED, &o->ranks, "N", NULL, 1, 1 << 20, "--dry-run: plan for N ranks"),
+        SLAM_NUMBER("flops", SLAM_REAL | SLAM_UNSAVED, &o->flops, "X", NULL, 1, 1e18, "--dry-run: FLOP/s of a rank"),
         SLAM_NUMBER("bandwidth", SLAM_REAL | SLAM_UNSAVED, &o->bandwidth, "X", NULL, 1, 1e15,
-                    "with --dry-run: bytes per second that a rank sends"),
+                    "--dry-run: bytes per second that a rank sends"),
     };
     memcpy(r->table, own, (size_t)n * sizeof *own);
     memcpy(r->table + n, common, sizeof common);
@@ -12155,9 +12140,7 @@ int slam_run_parse(slam_run *r, int argc, char **argv) {
 
 /* ---- a training run: settings ---- */
 
-static int is_setting(const slam_flag *f) {
-    return f->name && flag_type(f) != SLAM_LIST && !(f->type & SLAM_UNSAVED);
-}
+static int is_setting(const slam_flag *f) { return f->name && flag_type(f) != SLAM_LIST && !(f->type & SLAM_UNSAVED); }
 
 /* Gives the flags the run's values and checks those of the command line against them. */
 static int settings_restore(slam_run *r) {
@@ -12388,26 +12371,13 @@ static int run_name(slam_run *r) {
     return 1;
 }
 
-/* Removes the lines of the log after a step, and a last line that a kill has cut off. */
-static int log_truncate(const char *path, long step) {
-    file_map map;
-    size_t n, kept = 0;
-    if (!path_is_file(path)) return 1;
-    if (!file_map_open(&map, path)) return 0;
-    const char *first = (const char *)map.data, *at = first, *end = at + map.size, *line;
-    while ((line = next_line(&at, end, &n)) != NULL && at[-1] == '\n') {
-        if (!strncmp(line, "{\"step\": ", 9) && strtol(line + 9, NULL, 10) > step) break;
-        kept = (size_t)(at - first);
-    }
-    file_map_close(&map);
-    return truncate(path, (off_t)kept) == 0 || set_error("%s: cannot be written: %s", path, strerror(errno));
-}
-
 /* Locks the folder against a second process (the lock ends with the process), checks that the newest checkpoint is
    still the one to resume, and removes and repairs what a kill has left. */
 static int run_open_folder(slam_run *r) {
     const char *folder = r->folder;
+    const off_t log_bytes = (off_t)r->trainer.log_bytes;
     char *log = path_join(folder, "log.jsonl"), *part = path_join(folder, CHECKPOINT_PART), *newest = NULL;
+    struct stat s;
     int ok = folder_create(folder);
     if (ok && (r->lock = open(folder, O_RDONLY | O_CLOEXEC)) < 0) ok = set_error("%s: %s", folder, strerror(errno));
     if (ok && flock(r->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
@@ -12416,9 +12386,10 @@ static int run_open_folder(slam_run *r) {
     if (ok && (newest ? !r->checkpoint || strcmp(newest, r->checkpoint) : r->checkpoint != NULL))
         ok = set_error("%s: another process has trained this run meanwhile", folder);
     ok = ok && remove_tree(part) && (!newest || checkpoint_links(folder, &r->trainer)) &&
-         log_truncate(log, r->trainer.step) && trainer_save(&r->trainer, newest ? newest : folder) &&
-         folder_sync(folder);
-    if (ok && !(r->log = fopen(log, "ab"))) ok = set_error("%s: cannot be written: %s", log, strerror(errno));
+         trainer_save(&r->trainer, newest ? newest : folder) && folder_sync(folder);
+    const int longer = ok && stat(log, &s) == 0 && s.st_size > log_bytes;
+    if (ok && ((longer && truncate(log, log_bytes) != 0) || !(r->log = fopen(log, "ab"))))
+        ok = set_error("%s: cannot be written: %s", log, strerror(errno));
     free(log);
     free(part);
     free(newest);
@@ -12570,8 +12541,10 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
 /* The log is on the disk before the checkpoint, so that no line is missing of what the checkpoint has seen. */
 int slam_run_save(slam_run *r) {
     const int format = strcmp(r->o.format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
-    if (r->log && fsync(fileno((FILE *)r->log)) != 0)
+    FILE *log = (FILE *)r->log;
+    if (log && fsync(fileno(log)) != 0)
         return set_error("%s/log.jsonl: cannot be written: %s", r->folder, strerror(errno));
+    if (log) r->trainer.log_bytes = (uint64_t)ftell(log);
     r->trainer.seconds = run_seconds(r);
     if (!slam_checkpoint_save(r->folder, r->model, &r->opt, &r->trainer, format, r->o.keep)) return 0;
     r->saved_step = r->trainer.step;
