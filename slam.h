@@ -800,10 +800,10 @@ char *slam_run_model(const char *path, const char *program);
 
 /* ---- 15. PROGRAMS: what the four programs share. The only section that prints ---- */
 
-/* A command line flag. SWITCH and INT int, LONG long (1e9 is one), REAL double, TIME double seconds (HH:MM:SS, MM:SS or
-   SS); char *: TEXT, PATH (made absolute), DEVICE (auto, cpu, cuda or cuda:N), CHOICE (`argument` lists the words
-   a|b|c); LIST slam_strings (may be repeated). "auto" counts as not given. A resumed run needs the same value, unless
-   the type has | SLAM_FREE (may differ), | SLAM_LIMIT (may grow) or | SLAM_UNSAVED (is no setting of the run). */
+/* A command line flag of type int (SWITCH, INT), long (LONG; 1e9 is one), double (REAL; TIME: seconds from HH:MM:SS,
+   MM:SS or SS), char * (TEXT; PATH: made absolute; DEVICE: auto, cpu, cuda or cuda:N; CHOICE: of `argument`, "a|b|c")
+   or slam_strings (LIST: may be repeated). "auto" counts as not given. A resumed run needs the same value, unless the
+   type has | SLAM_FREE (may differ), | SLAM_LIMIT (may grow) or | SLAM_UNSAVED (is no setting of the run). */
 enum { SLAM_SWITCH, SLAM_INT, SLAM_LONG, SLAM_REAL, SLAM_TIME };
 enum { SLAM_TEXT = 5, SLAM_PATH, SLAM_DEVICE, SLAM_CHOICE, SLAM_LIST };
 enum { SLAM_FREE = 16, SLAM_LIMIT = 32, SLAM_UNSAVED = 64 };
@@ -811,11 +811,10 @@ typedef struct slam_flag {
     const char *name; /* without dashes; NULL: the heading `help` of a group */
     int type;
     void *to;
-    const char *argument; /* name of the value in --help */
-    const char *fallback; /* default: "8", or for two ways to call the program "8 | 16"; "-": none */
-    const char *help;
+    const char *argument, *fallback,
+        *help;       /* fallback: default "8"; two "8 | 16", see slam_flags_defaults; "-": none */
     double min, max; /* equal: any */
-    int given, set;  /* 1: on the command line, 2: with more than the resumed run's limit; has a value */
+    int given, set;  /* on the command line; has a value */
 } slam_flag;
 /* clang-format off */
 #define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, 0}
@@ -825,7 +824,7 @@ typedef struct slam_flag {
 /* clang-format on */
 typedef struct slam_flags {
     const char *program, *usage, *about;
-    slam_flag *at;
+    slam_flag *at; /* (n) */
     int n;
     slam_strings rest; /* arguments that are not flags */
 } slam_flags;
@@ -882,27 +881,23 @@ typedef struct slam_metric {
     double value;
 } slam_metric;
 typedef struct slam_run {
-    /* set by the program: "data"; files for training and validation without DATA; and what it opens */
-    const char *data_name, *bundled_data[2];
+    const char *data_name, *bundled_data[2]; /* by the program: "data"; without DATA: training and validation file */
     slam_comm *comm;
     slam_config config;
     slam_model *model;
-    /* flags, also those of AdamW and the schedule. flags.rest: the data */
-    slam_options o;
+    slam_options o; /* flags, with those of AdamW and the schedule; flags.rest: DATA */
     slam_adamw opt;
     slam_schedule schedule;
     slam_flag table[64];
     slam_flags flags;
-    /* after slam_run_open: the checkpoint to resume from, or NULL; a new run; new, or a limit grows; without DATA;
-       limits are given */
     slam_trainer trainer;
-    char *folder, *checkpoint;
+    char *folder, *checkpoint; /* after slam_run_open: checkpoint to resume from, or NULL */
     const char *argv0;
-    int fresh, grows, bundled, limited;
+    int fresh, grows, bundled, limited; /* a new run; new, or a limit grows; without DATA; limits are given */
     slam_ops *ops;
     int micro, T, mode; /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
-    /* steps of the last checkpoint and evaluation; clock at the start (less the seconds of the calls before) and at the
-       end of what was last measured; seconds of the slowest step, the last evaluation and the last checkpoint */
+    /* steps of the last checkpoint and evaluation; clock at the start, less the seconds of the calls before, and at the
+       last measurement; seconds of the slowest step, the last evaluation and the last checkpoint */
     long saved_step, eval_step;
     double began, lap, slowest_step, eval_seconds, save_seconds, peak_flops;
     int state, skipped_in_a_row, lock;
@@ -11766,18 +11761,16 @@ static int flag_set(slam_flag *f, const char *value) {
     if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
     f->set = 1;
     if (type < SLAM_TEXT) return flag_set_number(f, value);
-    if (type == SLAM_LIST) {
-        slam_strings_add((slam_strings *)f->to, value);
-        return 1;
-    }
     if (type == SLAM_CHOICE && !is_choice(f->argument, value))
         return set_error("--%s %s: expected %s", f->name, value, f->argument);
     if (type == SLAM_DEVICE && !is_choice("auto|cpu|cuda", value) &&
         (sscanf(value, "cuda:%4d%n", &gpu, &end) != 1 || value[end] || gpu < 0))
         return set_error("--%s %s: expected auto, cpu, cuda or cuda:N", f->name, value);
-    char *copy = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
-    free(*(char **)f->to);
-    *(char **)f->to = copy;
+    if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
+    else {
+        free(*(char **)f->to);
+        *(char **)f->to = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
+    }
     return 1;
 }
 
