@@ -11455,7 +11455,10 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static char *moment_name(const model_tensor *t, size_t k) { return string_print("%s.%c", t->name, k % 2 ? 'v' : 'm'); }
+static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
+    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
+    return name;
+}
 
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
@@ -11468,20 +11471,13 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     if (ok && host) {
         slam_strings names = ZERO;
         tensor_out *out = NEW(tensor_out, n);
-        char updates[32], *path = path_join(folder, "optimizer.safetensors");
+        char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
         for (size_t k = 0; k < n; k++) {
             const model_tensor *t = &tensors->list[k / 2];
-            char *name = moment_name(t, k);
-            slam_strings_add(&names, name);
-            free(name);
-            out[k].name = names.at[k];
-            out[k].dtype = DTYPE_F32;
-            out[k].rank = t->rows ? 2 : 1;
-            out[k].shape[0] = t->rows ? t->rows : t->cols;
-            out[k].shape[1] = t->cols;
-            out[k].data = host + k % 2 * total + t->at;
+            slam_strings_add(&names, moment_name(t, k, name));
+            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
         }
         ok = tensors_write(path, out, n, metadata);
         slam_strings_free(&names);
@@ -11496,17 +11492,16 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
-    char *path = path_join(folder, "optimizer.safetensors");
+    char name[96], *path = path_join(folder, "optimizer.safetensors");
     tensors *file = tensors_open(path);
     int ok = file != NULL;
     if (ok && file->n != 2 * moments->n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, 2 * moments->n);
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
-        char *name = moment_name(t, k);
-        const tensor *found = tensors_find(file, name);
-        if (!found) ok = set_error("%s: tensor '%s' is missing", path, name);
-        free(name);
-        if (!found || !tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)) break;
+        const tensor *found = tensors_find(file, moment_name(t, k, name));
+        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
+                   : set_error("%s: tensor '%s' is missing", path, name);
+        if (!ok) break;
         float *host = NEW(float, found->count);
         ok = tensor_floats(found, host, 0, found->count);
         if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
