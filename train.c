@@ -295,8 +295,8 @@ static int plan(program *p) {
     if (!slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, tokens, most)) return 0;
     if (!o->dry_run || p->rate <= 0) return 1;
     const long steps = r->trainer.steps ? r->trainer.steps : (long)(o->seconds * p->rate / tokens);
-    printf("time     %s for %ld steps at %g tokens/s\n", slam_format_time(text, (double)steps * tokens / p->rate), steps,
-           p->rate);
+    printf("time     %s for %ld steps at %g tokens/s\n", slam_format_time(text, (double)steps * tokens / p->rate),
+           steps, p->rate);
     return 1;
 }
 
@@ -366,7 +366,8 @@ static int open_model(program *p) {
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
     p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
-    if (o->seconds > 0 && r->grows && !fit_steps(p)) return 0;
+    const int fits = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
+    if (fits && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;
     return slam_run_begin(r, p->data->hash) &&
            slam_all_ok(r->comm, slam_loader_seek(p->loader, r->trainer.epoch, r->trainer.row));
