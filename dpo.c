@@ -185,13 +185,6 @@ static void set_flags(program *p) {
 
 /* ---- the plan: settings, device, reference model, pairs, length ---- */
 
-/* A setting of this program's own, which is no flag. */
-static void add_setting(slam_run *r, const char *name, const char *value) {
-    char item[4300];
-    snprintf(item, sizeof item, "%s=%s", name, value);
-    slam_strings_add(&r->trainer.settings, item);
-}
-
 /* The model that training starts from is the run's reference for good. */
 static int name_reference(program *p) {
     slam_run *r = &p->run;
@@ -207,7 +200,7 @@ static int name_reference(program *p) {
     if (!model && !r->o.init)
         return slam_set_error("--init: no model to start from is given, and %s; ./train makes one", slam_error());
     if (model) p->reference = slam_path_absolute(model);
-    if (model) add_setting(r, "reference", p->reference);
+    if (model) slam_trainer_set(&r->trainer, "reference", 0, p->reference);
     free(model);
     return model != NULL;
 }
@@ -260,23 +253,13 @@ static int open_pairs(program *p) {
     return 1;
 }
 
-static int plan(program *p) {
-    slam_run *r = &p->run;
-    if (!slam_run_resolve(r) || !name_reference(p) || !read_config(p)) return 0;
-    if (r->bundled && !slam_bundled_units(r->argv0, r->trainer.units)) return 0;
-    return open_pairs(p) &&
-           slam_run_plan(r, p->most_rows, slam_pairs_row(&p->pairs), (double)p->pairs.n_train / r->o.batch, 0);
-}
-
 static void print_count(uint64_t n, const char *what) {
     if (n) printf(", %llu %s", (unsigned long long)n, what);
 }
 
-static void print_plan(const program *p) {
-    const slam_options *o = &p->run.o;
+static void print_pairs(const program *p) {
     const slam_config *m = &p->run.config;
     const slam_pairs *s = &p->pairs;
-    const long steps = p->run.trainer.steps;
     char a[32];
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->reference,
            slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
@@ -289,10 +272,18 @@ static void print_plan(const program *p) {
     print_count(s->identical, "with identical completions");
     print_count(s->too_long, "too long");
     printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens),
-           p->run.T, 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
-    printf("steps    %ld of %d pairs: %.3g epochs\n", steps, o->batch, (double)steps * o->batch / (double)s->n_train);
+           slam_pairs_row(s), 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
     printf("loss     beta %g, label smoothing %g\n", p->beta, p->label_smoothing);
-    slam_run_print_plan(&p->run, p->tokens * o->batch / (double)s->n_train);
+}
+
+static int plan(program *p) {
+    slam_run *r = &p->run;
+    if (!slam_run_open(r) || !name_reference(p) || !read_config(p)) return 0;
+    if (r->bundled && !slam_bundled_units(r->argv0, r->trainer.units)) return 0;
+    if (!open_pairs(p)) return 0;
+    print_pairs(p);
+    const double steps_per_epoch = (double)p->pairs.n_train / r->o.batch;
+    return slam_run_plan(r, p->most_rows, slam_pairs_row(&p->pairs), steps_per_epoch, p->tokens / steps_per_epoch, 0);
 }
 
 /* ---- model and reference ---- */
@@ -346,7 +337,7 @@ static int open_model(program *p) {
         ok = slam_model_hash(r->model, &hash) && (r->fresh || check_reference(p, hash));
         p->reference_hash = hash;
         snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
-        if (r->fresh) add_setting(r, "reference_model", text);
+        if (r->fresh) slam_trainer_set(&r->trainer, "reference_model", 0, text);
     }
     ok = ok && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
     if (!slam_all_ok(r->comm, ok)) return 0;
@@ -361,7 +352,7 @@ static int open_model(program *p) {
 static void print_end(program *p) {
     const metrics *m = &p->eval;
     char validation[256] = "";
-    if (p->run.eval_step > p->run.first_step)
+    if (p->eval.pairs > 0)
         snprintf(validation, sizeof validation,
                  "validation loss %.4f, margin %.3f, accuracy %.1f%%\n"
                  "the chosen completion is more likely than the rejected one in %.1f%% of the validation pairs, "
@@ -372,7 +363,6 @@ static void print_end(program *p) {
 
 static int optimise(program *p) {
     if (!slam_all_ok(p->run.comm, plan(p))) return 0;
-    print_plan(p);
     if (p->run.o.dry_run) return 1;
     if (!open_model(p) || !train(p)) return 0;
     print_end(p);

@@ -331,21 +331,6 @@ static void add_bundled(const char *argv0, const char *name, slam_strings *list)
     free(path);
 }
 
-/* A list of the run's data files: absolute paths, or paths as they were given if it has moved together with them. */
-static void add_run_data(const program *p, const char *name, slam_strings *list) {
-    char absolute_name[64];
-    const char *given, *absolute;
-    snprintf(absolute_name, sizeof absolute_name, "%s_absolute", name);
-    for (size_t i = 0; (given = slam_trainer_setting(&p->run, name, i)) != NULL && *given; i++) {
-        if (!(absolute = slam_trainer_setting(&p->run, absolute_name, i))) return;
-        FILE *there = strpbrk(absolute, "*?[") ? NULL : fopen(absolute, "rb"),
-             *moved = there ? NULL : fopen(given, "rb");
-        slam_strings_add(list, moved ? given : absolute);
-        if (there) fclose(there);
-        if (moved) fclose(moved);
-    }
-}
-
 /* Data of the model's units. `fraction` of it goes to *held_out, chosen as the run chose it. */
 static slam_data *open_data(const program *p, const slam_strings *paths, int context, double fraction,
                             slam_data **held_out) {
@@ -374,8 +359,8 @@ static double name_data(program *p, const char *argv0) {
     const int of_train = !strcmp(setting(p, "program", ""), "train");
     const double fraction = of_train ? atof(setting(p, "val-fraction", "0")) : 0;
     slam_strings train = {NULL, 0, 0};
-    if (of_train) add_run_data(p, "data", &train);
-    if (of_train) add_run_data(p, "val", &p->data);
+    if (of_train) slam_trainer_paths(&p->run, "data", &train);
+    if (of_train) slam_trainer_paths(&p->run, "val", &p->data);
     if (!train.n && !p->data.n && fraction <= 0) add_bundled(argv0, "test/corpus/val.bin", &p->data);
     if (!train.n) add_bundled(argv0, "test/corpus/train.bin", &train);
     if (!p->data.n)

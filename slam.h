@@ -777,17 +777,18 @@ typedef struct slam_trainer {
     long step, steps, skipped; /* finished updates; planned ones, which fix the schedule; skipped as not finite */
     uint64_t tokens;           /* tokens seen, without padding */
     uint64_t epoch, row;       /* position of the loader (dpo: pair) */
+    uint64_t log_bytes;        /* of log.jsonl; a resumed run cuts off what follows */
     double seconds, best_loss; /* training time so far; lowest validation loss ... */
     long best_step;            /* ... and its step; 0: none yet */
     uint64_t data, units;      /* hash of the data; fingerprint of the unit tokenizer, 0: unknown */
     slam_strings settings;     /* "batch=16", "data=a.bin", ...: the values of the flags, lists item by item */
-    char version[16];          /* of slam, that wrote it */
 } slam_trainer;
 int slam_trainer_load(slam_trainer *, const char *folder);
 void slam_trainer_free(slam_trainer *);
-/* Value number i (from 0) of a setting; NULL: there is none. */
+/* Value number i (from 0) of a setting; NULL: there is none. Set: replaces it, or adds it. */
 const char *slam_trainer_setting(const slam_trainer *, const char *name, size_t i);
-/* Adds the run's files "data" or "val": absolute paths, or as given where the run has moved together with its data. */
+void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *value);
+/* Adds the run's files "data" or "val"; those that have moved together with the run are in the current folder. */
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the `keep` newest (0: none) and the
@@ -799,10 +800,10 @@ char *slam_run_model(const char *path, const char *program);
 
 /* ---- 15. PROGRAMS: what the four programs share. The only section that prints ---- */
 
-/* A command line flag. SWITCH and INT int, LONG long (1e9 is one), REAL double, TIME double seconds (HH:MM:SS, MM:SS or
-   SS); char *: TEXT, PATH (made absolute), DEVICE (auto, cpu, cuda or cuda:N), CHOICE (`argument` lists the words
-   a|b|c); LIST slam_strings (may be repeated). "auto" counts as not given. A resumed run needs the same value, unless
-   the type has | SLAM_FREE (may differ), | SLAM_LIMIT (may grow) or | SLAM_UNSAVED (is no setting of the run). */
+/* A command line flag of type int (SWITCH, INT), long (LONG; 1e9 is one), double (REAL; TIME: seconds from HH:MM:SS,
+   MM:SS or SS), char * (TEXT; PATH: made absolute; DEVICE: auto, cpu, cuda or cuda:N; CHOICE: of `argument`, "a|b|c")
+   or slam_strings (LIST: may be repeated). "auto" counts as not given. A resumed run needs the same value, unless the
+   type has | SLAM_FREE (may differ), | SLAM_LIMIT (may grow) or | SLAM_UNSAVED (is no setting of the run). */
 enum { SLAM_SWITCH, SLAM_INT, SLAM_LONG, SLAM_REAL, SLAM_TIME };
 enum { SLAM_TEXT = 5, SLAM_PATH, SLAM_DEVICE, SLAM_CHOICE, SLAM_LIST };
 enum { SLAM_FREE = 16, SLAM_LIMIT = 32, SLAM_UNSAVED = 64 };
@@ -810,11 +811,10 @@ typedef struct slam_flag {
     const char *name; /* without dashes; NULL: the heading `help` of a group */
     int type;
     void *to;
-    const char *argument; /* name of the value in --help */
-    const char *fallback; /* default: "8", or for two ways to call the program "8 | 16"; "-": none */
-    const char *help;
+    const char *argument, *fallback,
+        *help;       /* fallback: default "8"; two "8 | 16", see slam_flags_defaults; "-": none */
     double min, max; /* equal: any */
-    int given, set;  /* 1: on the command line, 2: with more than the resumed run's limit; has a value */
+    int given, set;  /* on the command line; has a value */
 } slam_flag;
 /* clang-format off */
 #define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, 0}
@@ -824,7 +824,7 @@ typedef struct slam_flag {
 /* clang-format on */
 typedef struct slam_flags {
     const char *program, *usage, *about;
-    slam_flag *at;
+    slam_flag *at; /* (n) */
     int n;
     slam_strings rest; /* arguments that are not flags */
 } slam_flags;
@@ -881,32 +881,25 @@ typedef struct slam_metric {
     double value;
 } slam_metric;
 typedef struct slam_run {
-    /* set by the program: "data"; files for training and validation without DATA; {flag, value} as other defaults,
-       ended by NULL; and what it opens */
-    const char *data_name, *bundled_data[2];
-    const char *const (*recipe)[2];
+    const char *data_name, *bundled_data[2]; /* by the program: "data"; without DATA: training and validation file */
     slam_comm *comm;
     slam_config config;
     slam_model *model;
-    /* flags, also those of AdamW and the schedule. flags.rest: the data */
-    slam_options o;
+    slam_options o; /* flags, with those of AdamW and the schedule; flags.rest: DATA */
     slam_adamw opt;
     slam_schedule schedule;
     slam_flag table[64];
     slam_flags flags;
-    /* resolved: checkpoint to resume from or NULL; a new run; new, or a limit grows; on the bundled data; limited */
     slam_trainer trainer;
-    char *folder, *checkpoint;
+    char *folder, *checkpoint; /* after slam_run_open: checkpoint to resume from, or NULL */
     const char *argv0;
-    int fresh, grows, bundled, any_limit;
+    int fresh, grows, bundled, limited; /* a new run; new, or a limit grows; without DATA; limits are given */
     slam_ops *ops;
-    /* planned: this rank's rows of a step, micro at once, tokens per row, SLAM_TRAIN...; ranks, of which `shards` share
-       the optimiser state */
-    int rows, micro, T, mode, ranks, shards;
-    /* steps at the start, at the last checkpoint and evaluation; clock at the start and at the step under way; seconds
-       of the calls before, and of the slowest step, the last evaluation and checkpoint */
-    long first_step, saved_step, eval_step;
-    double began, lap, before, slowest_step, eval_seconds, save_seconds, eval_loss, peak_flops;
+    int micro, T, mode; /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
+    /* steps of the last checkpoint and evaluation; clock at the start, less the seconds of the calls before, and at the
+       last measurement; seconds of the slowest step, the last evaluation and the last checkpoint */
+    long saved_step, eval_step;
+    double began, lap, slowest_step, eval_seconds, save_seconds, peak_flops;
     int state, skipped_in_a_row, lock;
     void *log; /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
@@ -914,18 +907,17 @@ typedef struct slam_run {
 /* The table: the program's own flags, then the common ones. presets: {name, default, help} replace the common ones'. */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
-/* Resolves flags (the command line, else the resumed run, else recipe, else defaults) and data, opens the device. */
-int slam_run_resolve(slam_run *);
-/* Micro-batch and schedule for `rows` rows per step of T tokens; trainer.steps by the first limit reached (most: of
-   --tokens, 0: none). */
-int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, long most);
-void slam_run_print_plan(const slam_run *, double tokens_per_step);
+/* Resolves flags (the command line, else the resumed run, else set, else defaults) and data, opens the device. */
+int slam_run_open(slam_run *);
+/* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step; trainer.steps by the first
+   limit reached (most: of --tokens, 0: none). */
+int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long most);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);     /* a limit or a signal ends the run; 0: the next step begins */
-int slam_run_eval_due(slam_run *); /* every eval_every steps, and the end */
-int slam_run_save_due(slam_run *); /* every save_every steps, a new best loss, the end */
+int slam_run_over(slam_run *);           /* a limit or a signal has ended the run; 0: the next step begins */
+int slam_run_eval_due(const slam_run *); /* every eval_every steps, and the end */
+int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
 int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
 /* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
@@ -11337,12 +11329,29 @@ static const field trainer_fields[] = {
     {"best_val_loss", FIELD_REAL, offsetof(slam_trainer, best_loss), -1e300, 1e300, 0},
     {"best_step", FIELD_LONG, offsetof(slam_trainer, best_step), 0, 9e15, 1},
     {"data", FIELD_HEX, offsetof(slam_trainer, data), 0, 0, 1},
+    {"log_bytes", FIELD_U64, offsetof(slam_trainer, log_bytes), 0, 9e15, 1},
 };
 enum { N_TRAINER_FIELDS = sizeof trainer_fields / sizeof *trainer_fields };
 
-static void settings_add(slam_strings *settings, const char *name, const char *value) {
-    char *item = string_print("%s=%s", name, value);
-    slam_strings_add(settings, item);
+static char **setting_find(const slam_trainer *t, const char *name, size_t i) {
+    const size_t n = strlen(name);
+    for (char **item = t->settings.at; item < t->settings.at + t->settings.n; item++)
+        if (!strncmp(*item, name, n) && (*item)[n] == '=' && i-- == 0) return item;
+    return NULL;
+}
+
+const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t i) {
+    char **item = setting_find(t, name, i);
+    return item ? *item + strlen(name) + 1 : NULL;
+}
+
+void slam_trainer_set(slam_trainer *t, const char *name, size_t i, const char *value) {
+    char **old = setting_find(t, name, i), *item = string_print("%s=%s", name, value);
+    if (!old) slam_strings_add(&t->settings, item);
+    else {
+        free(*old);
+        *old = string_copy(item);
+    }
     free(item);
 }
 
@@ -11353,16 +11362,13 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
     fields_write(&s, trainer_fields, N_TRAINER_FIELDS, t, "  ");
     s.n--; // the line break
     strbuf_add(&s, ",\n  \"settings\": {");
-    for (size_t i = 0, n; i < settings->n; i += n) { // neighbours of the same name are the items of a list
+    for (size_t i = 0, list = 0; i < settings->n; i++) { // neighbours of the same name are the items of a list
         const char *item = settings->at[i];
-        const size_t length = strcspn(item, "=") + 1;
-        for (n = 1; i + n < settings->n && !strncmp(settings->at[i + n], item, length);) n++;
-        strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)length - 1, item, n > 1 ? "[" : "");
-        for (size_t k = 0; k < n; k++) {
-            strbuf_add(&s, k ? ", " : "");
-            strbuf_add_json(&s, settings->at[i + k] + length);
-        }
-        strbuf_add(&s, n > 1 ? "]" : "");
+        const size_t n = strcspn(item, "=") + 1, more = i + 1 < settings->n && !strncmp(settings->at[i + 1], item, n);
+        if (!list) strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)n - 1, item, more ? "[" : "");
+        strbuf_add_json(&s, item + n);
+        strbuf_add(&s, more ? ", " : list ? "]" : "");
+        list = more;
     }
     strbuf_add(&s, "\n  }\n}\n");
     char *path = path_join(folder, "trainer.json");
@@ -11380,14 +11386,13 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
     if (!settings || settings->type != JSON_OBJECT)
         return set_error("%s: 'settings' is missing or not an object", path);
     for (const json *j = settings->first; j; j = j->next) {
-        const int list = j->type == JSON_ARRAY;
-        for (const json *item = list ? j->first : j; item; item = list ? item->next : NULL) {
+        const json *item = j->type == JSON_ARRAY ? j->first : j;
+        for (size_t i = 0; item; i++, item = item == j ? NULL : item->next) {
             if (item->type != JSON_STRING)
                 return set_error("%s: setting '%s' is neither a string nor a list of strings", path, j->key);
-            settings_add(&t->settings, j->key, item->string);
+            slam_trainer_set(t, j->key, i, item->string);
         }
     }
-    snprintf(t->version, sizeof t->version, "%s", json_string(root, "slam", ""));
     return 1;
 }
 
@@ -11407,28 +11412,22 @@ void slam_trainer_free(slam_trainer *t) {
     memset(t, 0, sizeof *t);
 }
 
-const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t i) {
-    const size_t n = strlen(name);
-    for (size_t k = 0; k < t->settings.n; k++) {
-        const char *item = t->settings.at[k];
-        if (!strncmp(item, name, n) && item[n] == '=' && i-- == 0) return item + n + 1;
-    }
-    return NULL;
-}
-
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
-    char *absolute_name = string_print("%s_absolute", name);
-    const char *given, *absolute;
-    for (size_t i = 0;
-         (given = slam_trainer_setting(t, name, i)) && (absolute = slam_trainer_setting(t, absolute_name, i)); i++)
-        slam_strings_add(paths, path_is_file(given) && !path_is_file(absolute) && !strpbrk(absolute, "*?[") ? given
-                                                                                                            : absolute);
-    free(absolute_name);
+    const char *folder = slam_trainer_setting(t, "folder", 0), *given;
+    for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
+        char *path = *given == '/' || !folder ? string_copy(given) : path_join(folder, given);
+        const int moved = path_is_file(given) && !path_is_file(path);
+        slam_strings_add(paths, moved ? given : path);
+        free(path);
+    }
 }
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static char *moment_name(const model_tensor *t, size_t k) { return string_print("%s.%c", t->name, k % 2 ? 'v' : 'm'); }
+static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
+    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
+    return name;
+}
 
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
@@ -11441,20 +11440,13 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     if (ok && host) {
         slam_strings names = ZERO;
         tensor_out *out = NEW(tensor_out, n);
-        char updates[32], *path = path_join(folder, "optimizer.safetensors");
+        char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
         for (size_t k = 0; k < n; k++) {
             const model_tensor *t = &tensors->list[k / 2];
-            char *name = moment_name(t, k);
-            slam_strings_add(&names, name);
-            free(name);
-            out[k].name = names.at[k];
-            out[k].dtype = DTYPE_F32;
-            out[k].rank = t->rows ? 2 : 1;
-            out[k].shape[0] = t->rows ? t->rows : t->cols;
-            out[k].shape[1] = t->cols;
-            out[k].data = host + k % 2 * total + t->at;
+            slam_strings_add(&names, moment_name(t, k, name));
+            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
         }
         ok = tensors_write(path, out, n, metadata);
         slam_strings_free(&names);
@@ -11469,17 +11461,16 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
-    char *path = path_join(folder, "optimizer.safetensors");
+    char name[96], *path = path_join(folder, "optimizer.safetensors");
     tensors *file = tensors_open(path);
     int ok = file != NULL;
     if (ok && file->n != 2 * moments->n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, 2 * moments->n);
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
-        char *name = moment_name(t, k);
-        const tensor *found = tensors_find(file, name);
-        if (!found) ok = set_error("%s: tensor '%s' is missing", path, name);
-        free(name);
-        if (!found || !tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)) break;
+        const tensor *found = tensors_find(file, moment_name(t, k, name));
+        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
+                   : set_error("%s: tensor '%s' is missing", path, name);
+        if (!ok) break;
         float *host = NEW(float, found->count);
         ok = tensor_floats(found, host, 0, found->count);
         if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
@@ -11539,6 +11530,10 @@ static int checkpoint_find(const char *run, char **folder) {
     return steps != NULL;
 }
 
+static int path_rename(const char *from, const char *to) {
+    return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
+}
+
 /* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
     char *part = path_join(run, ".link.part"), *path = path_join(run, name), *to = checkpoint_path(run, step);
@@ -11566,8 +11561,7 @@ static int checkpoint_prune(const char *run, int keep, long best) {
     for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
         if (steps[i] == best) continue;
         char *path = checkpoint_path(run, steps[i]);
-        ok = (rename(path, part) == 0 || set_error("%s: cannot be removed: %s", path, strerror(errno))) &&
-             remove_tree(part);
+        ok = path_rename(path, part) && remove_tree(part);
         free(path);
     }
     free(part);
@@ -11575,32 +11569,23 @@ static int checkpoint_prune(const char *run, int keep, long best) {
     return ok;
 }
 
-/* Renames the temporary folder, whose files are on the disk, to RUN/step_NNNNNN. */
-static int checkpoint_place(const char *run, const char *part, long step) {
-    char *path = checkpoint_path(run, step);
-    int ok = folder_sync(part);
-    if (ok && rename(part, path) != 0) ok = set_error("%s: cannot be renamed into place: %s", path, strerror(errno));
-    free(path);
-    return ok && folder_sync(run);
-}
-
 int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, const slam_trainer *t, int format,
                          int keep) {
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
-    char *part = path_join(run, CHECKPOINT_PART);
-    int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part)));
-    if (ok) {
-        float *host = root ? NEW(float, model->n_weights) : NULL;
-        ok = slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
-        free(host);
-    }
-    ok = ok && slam_all_ok(comm, optimiser_save(opt, part));
-    ok = ok && slam_all_ok(comm, !root || (trainer_save(t, part) && checkpoint_place(run, part, t->step)));
+    char *part = path_join(run, CHECKPOINT_PART), *path = checkpoint_path(run, t->step);
+    float *host = root ? NEW(float, model->n_weights) : NULL;
+    int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
+             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+    free(host);
+    ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
+         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) && path_rename(part, path) &&
+                                     folder_sync(run)));
     if (!ok && root) remove_tree(part);
     ok = ok &&
          slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
     free(part);
+    free(path);
     return ok;
 }
 
@@ -11610,37 +11595,32 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
 #define st_mtim st_mtimespec
 #endif
 
-/* When the log of a run of this program (NULL: of any run that has a checkpoint) was last written; 0: no such run. */
-static double run_time(const char *run, const char *program) {
-    char *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
-    slam_trainer t = ZERO;
-    struct stat s;
-    int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint);
-    if (found && program && slam_trainer_load(&t, checkpoint ? checkpoint : run)) {
-        const char *of = slam_trainer_setting(&t, "program", 0);
-        found = of && !strcmp(of, program);
-    } else found = checkpoint != NULL;
-    slam_trainer_free(&t);
-    free(checkpoint);
-    free(log);
-    return found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-}
-
-/* The newest run in runs/. free() it. */
+/* The run in runs/ whose log was last written, of this program (NULL: of any, if it has a checkpoint). free() it. */
 static char *run_newest(const char *program) {
     slam_strings list = ZERO;
     char *newest = NULL;
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        char *run = path_join("runs", list.at[i]), *other = run;
-        const double time = run_time(run, program);
+        char *run = path_join("runs", list.at[i]), *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
+        slam_trainer t = ZERO;
+        struct stat s;
+        int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint) && (checkpoint || program);
+        if (found && program) {
+            found = slam_trainer_load(&t, checkpoint ? checkpoint : run);
+            const char *of = slam_trainer_setting(&t, "program", 0);
+            found = of && !strcmp(of, program);
+        }
+        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
         if (time > newest_time) {
-            other = newest;
-            newest = run;
+            free(newest);
+            newest = string_copy(run);
             newest_time = time;
         }
-        free(other);
+        slam_trainer_free(&t);
+        free(checkpoint);
+        free(log);
+        free(run);
     }
     slam_strings_free(&list);
     if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
@@ -11659,9 +11639,6 @@ char *slam_run_model(const char *path, const char *program) {
    SECTION 15. PROGRAMS      flags, progress bar, signals, devices, and the run of train and dpo
    ========================================================================================== */
 #include <signal.h>
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-#endif
 
 /* ---- signals ---- */
 
@@ -11673,8 +11650,7 @@ static void on_signal(int number) {
 }
 
 void slam_signals_catch(void) {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
+    struct sigaction action = ZERO;
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
@@ -11686,6 +11662,7 @@ int slam_stop_requested(void) { return signals_seen != 0; }
 /* ---- start and end ---- */
 
 slam_comm *slam_program_begin(const char *program) {
+    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
     fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
@@ -11748,18 +11725,16 @@ static int flag_set(slam_flag *f, const char *value) {
     if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
     f->set = 1;
     if (type < SLAM_TEXT) return flag_set_number(f, value);
-    if (type == SLAM_LIST) {
-        slam_strings_add((slam_strings *)f->to, value);
-        return 1;
-    }
     if (type == SLAM_CHOICE && !is_choice(f->argument, value))
         return set_error("--%s %s: expected %s", f->name, value, f->argument);
     if (type == SLAM_DEVICE && !is_choice("auto|cpu|cuda", value) &&
         (sscanf(value, "cuda:%4d%n", &gpu, &end) != 1 || value[end] || gpu < 0))
         return set_error("--%s %s: expected auto, cpu, cuda or cuda:N", f->name, value);
-    char *copy = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
-    free(*(char **)f->to);
-    *(char **)f->to = copy;
+    if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
+    else {
+        free(*(char **)f->to);
+        *(char **)f->to = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
+    }
     return 1;
 }
 
@@ -11809,17 +11784,8 @@ static void flags_help(const slam_flags *f) {
     printf("\nHelp\n  --help, -h              this text; defaults stand in brackets\n  --version\n");
 }
 
-/* A file opened where stdin, stdout or stderr is closed would get its number, and output would be written into it. */
-static void open_standard_streams(void) {
-    int fd;
-    do fd = open("/dev/null", O_RDWR);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    if (fd > STDERR_FILENO) close(fd);
-}
-
 int slam_flags_parse(slam_flags *f, int argc, char **argv) {
     int only_rest = 0;
-    open_standard_streams();
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i];
         if (only_rest || a[0] != '-' || !a[1]) {
@@ -11883,18 +11849,23 @@ void slam_bar_begin(slam_bar *b) {
     b->terminal = isatty(STDOUT_FILENO) && !comm_launched(); // mpirun gives its ranks one wherever its output goes
 }
 
-void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
-    const double now = slam_clock(), share = total > 0 && done <= total ? done / total : 0;
-    const int filled = (int)(12 * share);
+/* The time left at the mean speed since the first call; "" if unknown. */
+static const char *bar_left(slam_bar *b, double done, double total, char text[64]) {
     char left[32];
-    if (b->first < 0 && total > 0) b->first = done;
-    if (now - b->shown < (b->terminal ? 0.1 : 10)) return;
-    b->shown = now;
+    if (b->first < 0) b->first = done;
+    const double speed = (done - b->first) / (slam_clock() - b->began);
+    snprintf(text, 64, "  %s left", slam_format_time(left, (total - done) / speed));
+    return speed > 0 && done <= total ? text : "";
+}
+
+void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
+    const int filled = total > 0 && done <= total ? (int)(12 * done / total) : 0;
+    char left[64];
+    const char *end = bar_left(b, done, total, left);
+    if (slam_clock() - b->shown < (b->terminal ? 0.1 : 10)) return;
+    b->shown = slam_clock();
     if (b->terminal) printf("\r\033[K[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
-    printf("%.50s", text);
-    if (share > 0 && done > b->first)
-        printf("  %s left", slam_format_time(left, (now - b->began) * (total - done) / (done - b->first)));
-    printf(b->terminal ? "" : "\n");
+    printf(b->terminal ? "%.50s%s" : "%.50s%s\n", text, end);
     fflush(stdout);
 }
 
@@ -11921,22 +11892,15 @@ const char *slam_format_time(char s[32], double seconds) {
 /* ---- paths ---- */
 
 void slam_print_path(const char *path) {
-    const char *quote = strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
-    printf("%s", quote);
-    for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
-    printf("%s", quote);
+    const char *quote = strpbrk(path, " \t\n\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
+    printf("%s%s%s", quote, path, quote);
 }
 
 char *slam_path_beside(const char *argv0, const char *name) {
     char program[4096];
     snprintf(program, sizeof program, "%s", argv0);
-#ifdef __APPLE__
-    uint32_t size = sizeof program;
-    _NSGetExecutablePath(program, &size);
-#else
-    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1); // macOS has none
     if (n > 0) program[n] = 0;
-#endif
     return string_print("%.*s%s", (int)(path_name(program) - program), program, name);
 }
 
@@ -12012,33 +11976,25 @@ static double measure_peak(const slam_model *m, int rows) {
 int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, int fit, slam_unit_config *c) {
     *c = slam_unit_config_default();
     if (f->hubert) snprintf(c->hubert, sizeof c->hubert, "%s", f->hubert);
-    if (f->features ? !strcmp(f->features, "hubert") : f->hubert != NULL) c->features = SLAM_HUBERT;
-    if (c->features == SLAM_HUBERT) c->rate = 0;
-    if (f->rate && slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
-    if (slam_flags_given(flags, "layer")) c->layer = f->layer;
-    c->normalize = f->normalize;
-    c->dedup = !f->no_dedup;
-    const slam_unit_config asked = *c;
     if (!fit && !slam_unit_config_load(c, f->kmeans)) return 0;
-    const int hubert = c->features == SLAM_HUBERT, other = c->features != asked.features;
-    const struct {
-        const char *flag;
-        int differs;
-    } checks[] = {{"features", other},
-                  {"hubert", other},
-                  {"rate", c->rate != asked.rate},
-                  {"layer", hubert && c->layer != asked.layer},
-                  {"normalize", c->normalize != asked.normalize},
-                  {"no-dedup", c->dedup != asked.dedup}};
-    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
-        if (checks[i].differs && slam_flags_given(flags, checks[i].flag))
-            return set_error("--%s: %s was made for %s, layer %d, %d frames a second, %s; omit the flag, or fit others",
-                             checks[i].flag, f->kmeans, hubert ? "HuBERT features" : "MFCC", c->layer, c->rate,
-                             c->dedup ? "deduplicated" : "not deduplicated");
-    if (hubert && !*c->hubert)
-        return set_error("HuBERT features: expected --hubert DIR, a HuBERT model in Hugging Face's format");
-    if (!hubert && f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
-    return hubert || !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
+    const slam_unit_config made = *c; // by KM.json; its fingerprint is 0 if there is none
+    if (slam_flags_given(flags, "features")) c->features = !strcmp(f->features, "hubert");
+    else if (f->hubert) c->features = SLAM_HUBERT;
+    if (c->features == SLAM_HUBERT && !made.fingerprint) c->rate = 0;
+    if (slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
+    if (slam_flags_given(flags, "layer")) c->layer = f->layer;
+    c->normalize |= f->normalize;
+    c->dedup &= !f->no_dedup;
+    const int same = c->features == made.features && c->rate == made.rate && c->layer == made.layer &&
+                     c->normalize == made.normalize && c->dedup == made.dedup;
+    if (made.fingerprint && !same)
+        return set_error("%s was made for %s, layer %d, %d frames a second, %s; omit flags that differ, or fit others",
+                         f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.rate,
+                         made.dedup ? "deduplicated" : "not deduplicated");
+    if (c->features == SLAM_HUBERT)
+        return *c->hubert || set_error("HuBERT features: expected --hubert DIR, a model in Hugging Face's format");
+    if (f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
+    return !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
 }
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
@@ -12060,15 +12016,13 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
     const slam_flag common[] = {
         SLAM_HEADING("Optimiser"),
         SLAM_NUMBER("batch", SLAM_INT, &o->batch, "N", NULL, 1, 1 << 20, NULL),
-        SLAM_NUMBER("micro-batch", SLAM_INT, &o->micro, "N|auto", "auto", 1, 1 << 20,
-                    "rows that the device computes at once"),
+        SLAM_NUMBER("micro-batch", SLAM_INT, &o->micro, "N|auto", "auto", 1, 1 << 20, "rows computed at once"),
         SLAM_FLAG("recompute", SLAM_SWITCH | SLAM_FREE, &o->recompute, NULL, NULL,
                   "compute norms and SwiGLU again in the backward pass: up to a third less memory for activations"),
         SLAM_NUMBER("lr", SLAM_REAL, &s->lr, "X", NULL, 0, 1e30, "peak learning rate"),
         SLAM_NUMBER("min-lr", SLAM_REAL, &s->min_lr, "X", NULL, 0, 1e30, "where cosine ends (lr / 20)"),
         SLAM_FLAG("warmup", SLAM_TEXT, &o->warmup, "N|P%", NULL, "steps of warm-up, or their share of all"),
-        SLAM_FLAG("schedule", SLAM_CHOICE, &o->schedule, "cosine|inverse-sqrt|linear|constant", NULL,
-                  "after the warm-up"),
+        SLAM_FLAG("schedule", SLAM_CHOICE, &o->schedule, "cosine|inverse-sqrt|linear|constant", NULL, "after warm-up"),
         SLAM_NUMBER("beta1", SLAM_REAL, &a->beta1, "X", "0.9", 0, 0.999999, "of AdamW"),
         SLAM_NUMBER("beta2", SLAM_REAL, &a->beta2, "X", "0.999", 0, 0.999999999, "of AdamW"),
         SLAM_NUMBER("eps", SLAM_REAL, &a->eps, "X", "1e-8", 1e-30, 1, "of AdamW"),
@@ -12078,12 +12032,10 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("out", SLAM_TEXT | SLAM_UNSAVED, &o->out, "DIR", NULL, NULL),
         SLAM_FLAG("resume", SLAM_SWITCH | SLAM_UNSAVED, &o->resume, NULL, NULL,
                   "resume the run in --out, or the newest one; limits may grow"),
-        SLAM_NUMBER("eval-every", SLAM_LONG, &o->eval_every, "N", "500", 0, 1e12,
-                    "steps between evaluations; 0: never"),
+        SLAM_NUMBER("eval-every", SLAM_LONG, &o->eval_every, "N", "500", 0, 1e12, "steps between evaluations; 0: none"),
         SLAM_NUMBER("save-every", SLAM_LONG | SLAM_FREE, &o->save_every, "N", "500", 0, 1e12,
                     "steps between checkpoints; 0: only the last and the best"),
-        SLAM_NUMBER("keep", SLAM_INT | SLAM_FREE, &o->keep, "N", "3", 0, 1 << 30,
-                    "checkpoints to keep besides the best; 0: all"),
+        SLAM_NUMBER("keep", SLAM_INT | SLAM_FREE, &o->keep, "N", "3", 0, 1 << 30, "newest checkpoints to keep; 0: all"),
         SLAM_NUMBER("log-every", SLAM_LONG | SLAM_FREE, &o->log_every, "N", "10", 0, 1e12,
                     "steps between lines; a terminal shows a bar, lines only if this is given"),
         SLAM_FLAG("format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "format of the checkpoints"),
@@ -12093,14 +12045,11 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
         SLAM_HEADING("Several ranks, started by mpirun -np N or srun"),
-        SLAM_NUMBER("zero", SLAM_INT | SLAM_FREE, &o->zero, "0|1", "1", 0, 1,
-                    "1: shard the optimiser state (ZeRO-1); 0: do not"),
-        SLAM_NUMBER("ranks", SLAM_INT | SLAM_UNSAVED, &o->ranks, "N", NULL, 1, 1 << 20,
-                    "with --dry-run: plan for N ranks"),
-        SLAM_NUMBER("flops", SLAM_REAL | SLAM_UNSAVED, &o->flops, "X", NULL, 1, 1e18,
-                    "with --dry-run: FLOP/s of a rank"),
+        SLAM_NUMBER("zero", SLAM_INT | SLAM_FREE, &o->zero, "0|1", "1", 0, 1, "1: shard optimiser state (ZeRO-1)"),
+        SLAM_NUMBER("ranks", SLAM_INT | SLAM_UNSAVED, &o->ranks, "N", NULL, 1, 1 << 20, "--dry-run: plan for N ranks"),
+        SLAM_NUMBER("flops", SLAM_REAL | SLAM_UNSAVED, &o->flops, "X", NULL, 1, 1e18, "--dry-run: FLOP/s of a rank"),
         SLAM_NUMBER("bandwidth", SLAM_REAL | SLAM_UNSAVED, &o->bandwidth, "X", NULL, 1, 1e15,
-                    "with --dry-run: bytes per second that a rank sends"),
+                    "--dry-run: bytes per second that a rank sends"),
     };
     memcpy(r->table, own, (size_t)n * sizeof *own);
     memcpy(r->table + n, common, sizeof common);
@@ -12120,17 +12069,15 @@ static long warmup_steps(const char *text, long steps) {
     double n = 0, percent = 0;
     int end = 0;
     sscanf(text, "max(%lf,%lf%%)%n", &n, &percent, &end);
-    if (!end && sscanf(text, "%lf%n", &n, &end) == 1 && !strcmp(text + end, "%")) {
-        percent = n;
-        n = 0;
-        end++;
-    }
+    if (!end) n = 0;
+    if (!end) sscanf(text, "%lf%%%n", &percent, &end);
+    if (!end) percent = 0;
+    if (!end) sscanf(text, "%lf%n", &n, &end);
     if (!end || text[end] || !(n >= 0 && n <= 1e12) || n != floor(n) || !(percent >= 0 && percent <= 100)) {
         set_error("--warmup %s: expected steps (100), a share of all (1%%) or the larger of both, max(100, 1%%)", text);
         return -1;
     }
-    const double share = ceil(percent / 100 * (double)steps);
-    return (long)(n > share ? n : share);
+    return (long)fmax(n, ceil(percent / 100 * (double)steps));
 }
 
 int slam_run_parse(slam_run *r, int argc, char **argv) {
@@ -12150,41 +12097,39 @@ int slam_run_parse(slam_run *r, int argc, char **argv) {
 
 /* ---- a training run: settings ---- */
 
+static int is_setting(const slam_flag *f) { return f->name && flag_type(f) != SLAM_LIST && !(f->type & SLAM_UNSAVED); }
+
 /* Gives the flags the run's values and checks those of the command line against them. */
 static int settings_restore(slam_run *r) {
     const char *device = slam_trainer_setting(&r->trainer, "device", 0);
     const int moves = device && slam_flags_given(&r->flags, "device") && strncmp(r->o.device, device, strlen(device));
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!f->name || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
+        if (!is_setting(f)) continue;
         if (moves && is_choice("dtype|micro-batch", f->name)) continue; // another kind of device has its own
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
         if (!f->given && stored && !flag_set(f, stored)) return 0;
         if (!f->given || (f->type & SLAM_FREE)) continue;
         char *given = flag_text(f);
-        const int same = stored && !strcmp(given, stored), limit = (f->type & SLAM_LIMIT) != 0;
+        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(given, stored);
         const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
         if (!ok)
             set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
                       limit ? ", and a limit may only grow" : "");
         free(given);
         if (!ok) return 0;
-        f->given += !same;
         r->grows |= !same;
     }
     return 1;
 }
 
-/* Lists of data files are saved as given and as absolute paths, so that a run can be resumed from another folder, or
-   moved together with its data. */
-static void paths_save(slam_run *r, const char *name, const slam_strings *given) {
-    char *absolute_name = string_print("%s_absolute", name);
-    for (size_t i = 0; i < given->n; i++) settings_add(&r->trainer.settings, name, given->at[i]);
-    for (size_t i = 0; i < given->n; i++) {
-        char *absolute = slam_path_absolute(given->at[i]);
-        settings_add(&r->trainer.settings, absolute_name, absolute);
-        free(absolute);
+static void settings_save(slam_run *r) {
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
+        if (!is_setting(f) || !f->set) continue;
+        if ((f->type & SLAM_LIMIT) && !r->limited) continue; // a default; another may be given later
+        char *value = flag_text(f);
+        slam_trainer_set(&r->trainer, f->name, 0, value);
+        free(value);
     }
-    free(absolute_name);
 }
 
 /* list: of the command line, which must be the run's, or empty; becomes the paths to open. */
@@ -12204,24 +12149,6 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
     return ok;
 }
 
-/* The settings of the run from the flags. Those that are lists or no flags stay. */
-static void settings_save(slam_run *r) {
-    slam_strings old = r->trainer.settings, *s = &r->trainer.settings;
-    memset(s, 0, sizeof *s);
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!f->name || !f->set || flag_type(f) == SLAM_LIST || (f->type & SLAM_UNSAVED)) continue;
-        if ((f->type & SLAM_LIMIT) && !r->any_limit) continue; // a default; another may be given later
-        char *value = flag_text(f);
-        settings_add(s, f->name, value);
-        free(value);
-    }
-    for (size_t i = 0; i < old.n; i++) {
-        const slam_flag *f = flag_find(&r->flags, old.at[i], strcspn(old.at[i], "="));
-        if (!f || flag_type(f) == SLAM_LIST) slam_strings_add(s, old.at[i]);
-    }
-    slam_strings_free(&old);
-}
-
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
@@ -12236,141 +12163,149 @@ static int run_find(slam_run *r) {
             r->folder);
     r->fresh = r->grows = 0;
     if (!slam_trainer_load(&r->trainer, r->checkpoint ? r->checkpoint : r->folder)) return 0;
-    if (!strncmp(r->trainer.version, "0.1.", 4))
-        return set_error(
-            "%s: is a run of slam %s, which packed rows differently; --init %s starts a new run from its model",
-            r->folder, r->trainer.version, r->folder);
+    r->began -= r->trainer.seconds;
     return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
 }
 
-static int run_defaults(slam_run *r) {
-    for (int i = 0; r->fresh && r->recipe && r->recipe[i][0]; i++)
-        if (!slam_flags_given(&r->flags, r->recipe[i][0]) &&
-            !slam_flags_set(&r->flags, r->recipe[i][0], r->recipe[i][1]))
-            return 0;
-    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
-        r->any_limit |= (f->type & SLAM_LIMIT) && flag_number(f) > 0;
-    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && (r->any_limit || !r->fresh)) f->fallback = NULL;
-    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
-    char min_lr[32];
-    snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
-    return r->schedule.min_lr >= 0 || slam_flags_set(&r->flags, "min-lr", min_lr);
-}
-
-/* Without data, that is the bundled data, whose path is not saved: it moves with the program. */
+/* Saves the names of the data as they are given and the folder that they are relative to. Without data, it is the
+   bundled data, whose path is not saved, because it moves with the program. */
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
-    if (r->fresh) settings_add(&r->trainer.settings, "program", r->flags.program);
-    if (r->fresh) paths_save(r, r->data_name, data);
-    if (r->fresh) paths_save(r, "val", val);
+    slam_trainer *t = &r->trainer;
+    char *here = slam_path_absolute("."), *path;
+    if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
+    if (r->fresh) slam_trainer_set(t, "folder", 0, here);
+    for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
+    for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
-        char *path = slam_path_beside(r->argv0, r->bundled_data[k]);
-        if (k == 0 || (!val->n && !(r->o.val_fraction > 0))) slam_strings_add(k ? val : data, path);
+        if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
+        slam_strings_add(k ? val : data, path = slam_path_beside(r->argv0, r->bundled_data[k]));
         free(path);
     }
+    free(here);
 }
 
-static int run_device(slam_run *r) {
+int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
-    const char *before = slam_trainer_setting(&r->trainer, "device", 0);
+    char min_lr[32];
+    if (!run_find(r)) return 0;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
+    for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
+        if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
+    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
+    snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
+    if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
+    run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
     const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
-    r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads);
-    if (!r->ops) return 0;
-    const char *kind = is_cuda(r->ops) ? "cuda" : "cpu";
+    if (!(r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads))) return 0;
+    if (planned) r->ops->act_bytes = 2;
+    const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
-    if (planned) r->ops->act_bytes = 2;
     return slam_flags_set(&r->flags, "device", kind) &&
            slam_flags_set(&r->flags, "dtype", r->ops->act_bytes == 4 ? "f32" : "bf16");
 }
 
-int slam_run_resolve(slam_run *r) {
-    if (!run_find(r) || !run_defaults(r)) return 0;
-    run_data(r);
-    return run_device(r);
-}
-
 /* ---- a training run: the plan ---- */
 
-/* Rows of a micro-batch that fit into memory. */
-static int auto_micro_batch(const slam_run *r) {
+/* How many of a rank's rows fit into memory at once. */
+static int auto_micro_batch(const slam_run *r, int rows, int shards) {
     /* A CPU gains nothing beyond some thousand tokens: its caches hold no more. */
     const double space = (is_cuda(r->ops) ? 0.9 : 0.6) * (double)r->ops->memory;
-    const int most = is_cuda(r->ops) ? r->rows : 4096 / r->T > 1 ? 4096 / r->T : 1;
-    int micro = r->rows < most ? r->rows : most;
-    while (micro > 1 &&
-           slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, r->shards).total > space)
+    const int most = is_cuda(r->ops) ? rows : 4096 / r->T > 1 ? 4096 / r->T : 1;
+    int micro = rows < most ? rows : most;
+    while (micro > 1 && slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, shards).total > space)
         micro--;
-    const int passes = (r->rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
-    return (r->rows + passes - 1) / passes;
+    const int passes = (rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
+    return (rows + passes - 1) / passes;
 }
 
-int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, long most) {
+/* Seconds of a step by --flops and --bandwidth. The reduction of gradients overlaps the backward pass of the last of
+   `passes` micro-batches, two thirds of its work. */
+static void print_speed(const slam_run *r, int ranks, int passes, double tokens) {
+    const slam_options *o = &r->o;
+    const int act = o->zero ? r->ops->act_bytes : 4; // gathered: weights, or without ZeRO sums of gradients
+    const double sent = (double)slam_config_parameters(&r->config) * (ranks - 1) / ranks;
+    const double work = slam_config_flops(&r->config, o->context);
+    char a[32];
+    printf("work     %s FLOP per token\n", slam_format_count(a, work));
+    if (ranks > 1) printf("ranks    %d; each sends %.3g GB per step\n", ranks, (4 + act) * sent / 1e9);
+    if (!o->flops) return;
+    const double compute = work * tokens / ranks / o->flops, second = o->bandwidth ? 1 / o->bandwidth : 0;
+    const double reduce = fmax(0, 4 * sent * second - compute / passes * 2 / 3), gather = act * sent * second;
+    const double step = compute + reduce + gather;
+    printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, reduce,
+           gather, slam_format_count(a, 86400 * tokens / step));
+}
+
+int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double tokens_per_step, long most) {
     static const char *const kinds[] = {"cosine", "inverse-sqrt", "linear", "constant"};
     const slam_options *o = &r->o;
+    const int ranks = o->ranks ? o->ranks : r->comm->size, shards = o->zero ? ranks : 1;
     const long before = r->trainer.steps, limits[] = {o->steps, (long)ceil(o->epochs * steps_per_epoch), most};
     long steps = 0;
-    char micro[32];
-    r->ranks = o->ranks ? o->ranks : r->comm->size;
-    if (o->batch < r->ranks)
-        return set_error("--batch %d: expected at least the number of ranks, %d", o->batch, r->ranks);
+    char a[32];
+    if (o->batch < ranks) return set_error("--batch %d: expected at least the number of ranks, %d", o->batch, ranks);
     r->comm->zero = o->zero;
-    r->shards = o->zero ? r->ranks : 1;
     r->mode = o->recompute ? SLAM_TRAIN_RECOMPUTE : SLAM_TRAIN;
-    r->rows = (rows + r->ranks - 1) / r->ranks;
     r->T = T;
     while (strcmp(o->schedule, kinds[r->schedule.kind])) r->schedule.kind++;
-    snprintf(micro, sizeof micro, "%d", o->micro ? o->micro : auto_micro_batch(r));
-    slam_flags_set(&r->flags, "micro-batch", micro); // saved with the run: another number would change the last bits
-    r->micro = o->micro < r->rows ? o->micro : r->rows;
-    if (!r->grows) return 1;
+    rows = (rows + ranks - 1) / ranks;
+    snprintf(a, sizeof a, "%d", o->micro ? o->micro : auto_micro_batch(r, rows, shards));
+    slam_flags_set(&r->flags, "micro-batch", a); // saved with the run: another number would change the last bits
+    r->micro = o->micro < rows ? o->micro : rows;
     for (int i = 0; i < 3; i++)
         if (limits[i] > 0 && (!steps || limits[i] < steps)) steps = limits[i];
+    if (!r->grows) steps = before;
     if (steps && steps < before)
         return set_error("the limits make %ld steps, the resumed run has %ld, and a limit may only grow", steps,
                          before);
     r->trainer.steps = steps;
+
+    if (!steps) printf("steps    as many as fit into the time\n");
+    else
+        printf("steps    %ld, batch size %d: %s tokens, %.3g epochs\n", steps, o->batch,
+               slam_format_count(a, (double)steps * tokens_per_step), (double)steps / steps_per_epoch);
+    const slam_memory m = slam_config_memory(&r->config, r->ops->act_bytes, r->micro, T, r->mode, shards);
+    printf("memory   %.1f MB%s: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n"
+           "         logits %.1f; %d of %d rows at once\n",
+           m.total / 1e6, ranks > 1 ? " per rank" : "", m.weights / 1e6, m.grads / 1e6, m.optimiser / 1e6,
+           m.activations / 1e6, m.logits / 1e6, r->micro, rows);
+    printf("schedule lr %g, %s, warm-up %s\n", r->schedule.lr, o->schedule, o->warmup);
+    if (steps && steps < warmup_steps(o->warmup, steps))
+        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
+    if (o->dry_run) print_speed(r, ranks, (rows + r->micro - 1) / r->micro, tokens_per_step);
+    fflush(stdout);
     return 1;
 }
 
-/* Reduction overlaps the backward pass of the last micro-batch, two thirds of its work. */
-static void print_ranks(const slam_run *r, double tokens) {
-    const slam_options *o = &r->o;
-    const int ranks = r->ranks, act = o->zero ? r->ops->act_bytes : 4, passes = (r->rows + r->micro - 1) / r->micro;
-    const double n = (double)slam_config_parameters(&r->config), sent = n * (ranks - 1) / ranks;
-    const double work = slam_config_flops(&r->config, o->context);
-    char a[32];
-    printf("work     %s FLOP per token\n", slam_format_count(a, work));
-    if (ranks > 1)
-        printf("ranks    %d; in a step each sends %.3g GB: %s parameters x (ranks - 1) / ranks x (4 bytes of\n"
-               "         gradients + %d of %s)\n",
-               ranks, (4 + act) * sent / 1e9, slam_format_count(a, n), act, o->zero ? "weights" : "their sums");
-    if (!o->flops) return;
-    const double compute = work * tokens / ranks / o->flops, hides = compute / passes * 2 / 3;
-    const double second = o->bandwidth ? 1 / o->bandwidth : 0, reduce = 4 * sent * second, gather = act * sent * second;
-    const double shown = reduce > hides ? reduce - hides : 0, step = compute + shown + gather;
-    printf("step     %.4g s = compute %.4g + reduce %.4g + gather %.4g: %s tokens a day\n", step, compute, shown,
-           gather, slam_format_count(a, 86400 * tokens / step));
-    printf("         compute = FLOP per token x tokens / ranks / FLOP/s; gather, reduce = bytes / bandwidth;\n"
-           "         reduce takes %.4g, of which %.4g overlap the backward pass of the last rows\n",
-           reduce, reduce - shown);
+/* ---- a training run: the clock and the end ---- */
+
+enum { RUN_ON, RUN_DONE, RUN_OUT_OF_TIME, RUN_STOPPED };
+
+/* Training time of the run, with that of the calls that it was resumed from. */
+static double run_seconds(const slam_run *r) { return slam_clock() - r->began; }
+
+/* Seconds since the last call. */
+static double run_lap(slam_run *r) {
+    const double now = slam_clock(), seconds = now - r->lap;
+    r->lap = now;
+    return seconds;
 }
 
-void slam_run_print_plan(const slam_run *r, double tokens) {
-    const slam_memory m = slam_config_memory(&r->config, r->ops->act_bytes, r->micro, r->T, r->mode, r->shards);
-    const long steps = r->trainer.steps;
-    printf("memory   %.1f MB%s: weights %.1f, gradients %.1f, optimiser %.1f, activations %.1f,\n"
-           "         logits %.1f; %d of %d rows at once\n",
-           m.total / 1e6, r->ranks > 1 ? " per rank" : "", m.weights / 1e6, m.grads / 1e6, m.optimiser / 1e6,
-           m.activations / 1e6, m.logits / 1e6, r->micro, r->rows);
-    printf("schedule lr %g, %s, warm-up %s\n", r->schedule.lr, r->o.schedule, r->o.warmup);
-    if (steps && steps < warmup_steps(r->o.warmup, steps))
-        printf("         the warm-up is longer than the run: lr does not reach its peak\n");
-    if (r->o.dry_run) print_ranks(r, tokens);
-    fflush(stdout);
+/* Whether another step begins. There must be time left for an evaluation and a checkpoint now and after it. At the same
+   step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so all ranks take
+   the largest state. */
+static void run_update_state(slam_run *r) {
+    const slam_trainer *t = &r->trainer;
+    const double end = run_seconds(r) + r->slowest_step + 2 * (r->eval_seconds + r->save_seconds);
+    int state = RUN_ON;
+    if (t->step >= t->steps || (r->o.tokens && t->tokens >= (uint64_t)r->o.tokens)) state = RUN_DONE;
+    else if (slam_stop_requested()) state = RUN_STOPPED;
+    else if (r->o.seconds > 0 && end >= r->o.seconds) state = RUN_OUT_OF_TIME;
+    r->state = (int)slam_comm_max(r->comm, state);
 }
 
 /* ---- a training run: folder and log ---- */
@@ -12393,26 +12328,13 @@ static int run_name(slam_run *r) {
     return 1;
 }
 
-/* Removes the lines of the log after a step, and a last line that a kill has cut off. */
-static int log_truncate(const char *path, long step) {
-    file_map map;
-    size_t n, kept = 0;
-    if (!path_is_file(path)) return 1;
-    if (!file_map_open(&map, path)) return 0;
-    const char *first = (const char *)map.data, *at = first, *end = at + map.size, *line;
-    while ((line = next_line(&at, end, &n)) != NULL && at[-1] == '\n') {
-        if (!strncmp(line, "{\"step\": ", 9) && strtol(line + 9, NULL, 10) > step) break;
-        kept = (size_t)(at - first);
-    }
-    file_map_close(&map);
-    return truncate(path, (off_t)kept) == 0 || set_error("%s: cannot be written: %s", path, strerror(errno));
-}
-
 /* Locks the folder against a second process (the lock ends with the process), checks that the newest checkpoint is
    still the one to resume, and removes and repairs what a kill has left. */
 static int run_open_folder(slam_run *r) {
     const char *folder = r->folder;
+    const off_t log_bytes = (off_t)r->trainer.log_bytes;
     char *log = path_join(folder, "log.jsonl"), *part = path_join(folder, CHECKPOINT_PART), *newest = NULL;
+    struct stat s;
     int ok = folder_create(folder);
     if (ok && (r->lock = open(folder, O_RDONLY | O_CLOEXEC)) < 0) ok = set_error("%s: %s", folder, strerror(errno));
     if (ok && flock(r->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
@@ -12421,9 +12343,10 @@ static int run_open_folder(slam_run *r) {
     if (ok && (newest ? !r->checkpoint || strcmp(newest, r->checkpoint) : r->checkpoint != NULL))
         ok = set_error("%s: another process has trained this run meanwhile", folder);
     ok = ok && remove_tree(part) && (!newest || checkpoint_links(folder, &r->trainer)) &&
-         log_truncate(log, r->trainer.step) && trainer_save(&r->trainer, newest ? newest : folder) &&
-         folder_sync(folder);
-    if (ok && !(r->log = fopen(log, "ab"))) ok = set_error("%s: cannot be written: %s", log, strerror(errno));
+         trainer_save(&r->trainer, newest ? newest : folder) && folder_sync(folder);
+    const int longer = ok && stat(log, &s) == 0 && s.st_size > log_bytes;
+    if (ok && ((longer && truncate(log, log_bytes) != 0) || !(r->log = fopen(log, "ab"))))
+        ok = set_error("%s: cannot be written: %s", log, strerror(errno));
     free(log);
     free(part);
     free(newest);
@@ -12445,45 +12368,32 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     settings_save(r);
     r->schedule.warmup = warmup_steps(r->o.warmup, t->steps);
     r->schedule.steps = t->steps;
-    r->first_step = r->saved_step = r->eval_step = t->step;
-    r->before = t->seconds;
+    r->saved_step = r->eval_step = t->step;
     slam_bar_begin(&r->bar);
     if (!slam_all_ok(r->comm, !is_root(r->comm) || run_open_folder(r))) return 0;
-    return !r->checkpoint || optimiser_load(&r->opt, r->checkpoint, t->step);
+    if (r->checkpoint && !optimiser_load(&r->opt, r->checkpoint, t->step)) return 0;
+    run_update_state(r);
+    return 1;
 }
 
 /* ---- a training run: the steps ---- */
 
-enum { RUN_ON, RUN_DONE, RUN_OUT_OF_TIME, RUN_STOPPED };
-
-/* Training time of the run, with that of the calls that it was resumed from. */
-static double run_seconds(const slam_run *r) { return r->before + slam_clock() - r->began; }
-
-/* At the same step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so
-   all ranks take the largest state. */
 int slam_run_over(slam_run *r) {
-    const slam_trainer *t = &r->trainer;
-    const double end = run_seconds(r) + r->slowest_step + r->eval_seconds + r->save_seconds;
-    const int done = t->step >= t->steps || (r->o.tokens && t->tokens >= (uint64_t)r->o.tokens);
-    r->lap = slam_clock();
-    if (r->state == RUN_ON && done) r->state = RUN_DONE;
-    else if (r->state == RUN_ON && slam_stop_requested()) r->state = RUN_STOPPED;
-    else if (r->state == RUN_ON && r->o.seconds > 0 && end >= r->o.seconds) r->state = RUN_OUT_OF_TIME;
-    r->state = (int)slam_comm_max(r->comm, r->state);
+    run_lap(r);
     return r->state != RUN_ON;
 }
 
 /* A stopped run is evaluated when it is resumed, so that its log is the one of a run that was not stopped. */
-int slam_run_eval_due(slam_run *r) {
+int slam_run_eval_due(const slam_run *r) {
     const long every = r->o.eval_every, step = r->trainer.step;
     if (!every || r->eval_step == step) return 0;
-    return (slam_run_over(r) && r->state != RUN_STOPPED) || step % every == 0;
+    return r->state == RUN_DONE || r->state == RUN_OUT_OF_TIME || step % every == 0;
 }
 
-int slam_run_save_due(slam_run *r) {
+int slam_run_save_due(const slam_run *r) {
     const long every = r->o.save_every, step = r->trainer.step;
-    const int over = slam_run_over(r);
-    return r->saved_step < step && (over || (every && step % every == 0) || r->trainer.best_step == step);
+    if (r->saved_step == step) return 0;
+    return r->state != RUN_ON || (every && step % every == 0) || r->trainer.best_step == step;
 }
 
 static void log_add(strbuf *s, const char *prefix, const slam_metric *m, int n) {
@@ -12503,9 +12413,8 @@ static int log_write(slam_run *r, strbuf *s) {
     return ok;
 }
 
-static int step_skipped(slam_run *r, double loss, double grad_norm) {
-    slam_trainer *t = &r->trainer;
-    t->skipped++;
+static int log_skipped(slam_run *r, double loss, double grad_norm) {
+    const slam_trainer *t = &r->trainer;
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  loss (%g) or gradient norm (%g) is not finite: update skipped, %ld so far\n", t->step + 1,
            t->steps, loss, grad_norm, t->skipped);
@@ -12518,41 +12427,38 @@ static int step_skipped(slam_run *r, double loss, double grad_norm) {
 
 int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m, int n) {
     slam_trainer *t = &r->trainer;
-    const double seconds = slam_clock() - r->lap, rate = (double)tokens / seconds;
+    const double seconds = run_lap(r), rate = (double)tokens / seconds;
     const double lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
     const double share = r->peak_flops > 0 ? slam_config_flops(&r->config, r->T) * rate / r->peak_flops : 0;
+    r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
-    if (step->skipped) return step_skipped(r, loss, step->grad_norm);
+    t->step += !step->skipped;
+    t->skipped += step->skipped;
+    run_update_state(r);
+    if (step->skipped) return log_skipped(r, loss, step->grad_norm);
     r->skipped_in_a_row = 0;
-    t->step++;
-    if (seconds > r->slowest_step) r->slowest_step = seconds;
 
     strbuf line = ZERO;
-    const slam_metric first[] = {{"tokens", (double)t->tokens},
-                                 {"loss", loss},
-                                 {"grad_norm", step->grad_norm},
-                                 {"lr", lr},
-                                 {"skipped", (double)t->skipped}};
+    const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
-    strbuf_add(&line, "{\"step\": %ld", t->step);
-    log_add(&line, "", first, t->skipped ? 5 : 4);
+    strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
+    log_add(&line, "", first, 3);
+    if (t->skipped) strbuf_add(&line, ", \"skipped\": %ld", t->skipped);
     log_add(&line, "", m, n);
     log_add(&line, "", last, 3);
     if (!log_write(r, &line)) return 0;
 
-    char s[32];
-    double left = (slam_clock() - r->bar.began) / (double)(t->step - r->first_step) * (double)(t->steps - t->step);
-    if (r->o.seconds > 0) left = fmin(left, r->o.seconds - run_seconds(r));
+    char s[64];
+    const int due = r->o.log_every && t->step % r->o.log_every == 0;
     strbuf_add(&line, "step %ld/%ld  %s tokens  loss %.4f", t->step, t->steps, slam_format_count(s, (double)t->tokens),
                loss);
     for (int i = 0; i < n && i < 2; i++) strbuf_add(&line, "  %s %.3f", m[i].name, m[i].value);
     strbuf_add(&line, "  norm %.3f  lr %.2e  %s tok/s", step->grad_norm, lr, slam_format_count(s, rate));
     if (share > 0) strbuf_add(&line, "  %.0f%% of peak", 100 * share);
-    const int due = r->o.log_every && t->step % r->o.log_every == 0, over = slam_run_over(r);
-    if (r->bar.terminal ? due && slam_flags_given(&r->flags, "log-every") : due || over || t->step == 1) {
+    if (r->bar.terminal ? due && slam_flags_given(&r->flags, "log-every") : due || r->state || t->step == 1) {
         slam_bar_clear(&r->bar);
-        printf("%s  %s left\n", line.at, slam_format_time(s, left));
+        printf("%s%s\n", line.at, bar_left(&r->bar, (double)t->step, (double)t->steps, s));
         fflush(stdout);
     }
     if (r->bar.terminal) slam_bar_show(&r->bar, (double)t->step, (double)t->steps, line.at);
@@ -12565,8 +12471,7 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     const char *sources = r->o.val_fraction > 0 ? r->data_name : "val"; // settings that have their names as given
     const slam_metric loss = {"loss", losses[0]};
     strbuf line = ZERO;
-    r->eval_seconds = slam_clock() - r->lap;
-    r->eval_loss = losses[0];
+    r->eval_seconds = run_lap(r);
     r->eval_step = t->step;
     if (isfinite(losses[0]) && (t->best_step == 0 || losses[0] < t->best_loss)) {
         t->best_loss = losses[0];
@@ -12575,18 +12480,16 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     strbuf_add(&line, "{\"step\": %ld", t->step);
     log_add(&line, "val_", &loss, 1);
     log_add(&line, "val_", m, n);
+    for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
+        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
+        strbuf_add_json(&line, slam_trainer_setting(t, sources, s));
+        strbuf_add(&line, ": ");
+        strbuf_add_number(&line, losses[1 + s]);
+    }
+    if (n_sources > 1) strbuf_add(&line, "}");
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  val_loss %.4f", t->step, t->steps, losses[0]);
     for (int i = 0; i < n && i < 2; i++) printf("  %s %.3f", m[i].name, m[i].value);
-    for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
-        const char *name = slam_trainer_setting(t, sources, s);
-        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
-        strbuf_add_json(&line, name);
-        strbuf_add(&line, ": ");
-        strbuf_add_number(&line, losses[1 + s]);
-        printf("%s %s %.4f", s ? "," : " :", path_name(name), losses[1 + s]);
-    }
-    if (n_sources > 1) strbuf_add(&line, "}");
     printf("\n");
     fflush(stdout);
     return log_write(r, &line);
@@ -12595,35 +12498,35 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
 /* The log is on the disk before the checkpoint, so that no line is missing of what the checkpoint has seen. */
 int slam_run_save(slam_run *r) {
     const int format = strcmp(r->o.format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
-    if (r->log && fsync(fileno((FILE *)r->log)) != 0)
+    FILE *log = (FILE *)r->log;
+    if (log && fsync(fileno(log)) != 0)
         return set_error("%s/log.jsonl: cannot be written: %s", r->folder, strerror(errno));
+    if (log) r->trainer.log_bytes = (uint64_t)ftell(log);
     r->trainer.seconds = run_seconds(r);
     if (!slam_checkpoint_save(r->folder, r->model, &r->opt, &r->trainer, format, r->o.keep)) return 0;
     r->saved_step = r->trainer.step;
-    r->save_seconds = slam_clock() - r->lap;
+    r->save_seconds = run_lap(r);
     return 1;
 }
 
 void slam_run_print_end(slam_run *r, const char *validation) {
+    static const char *const words[] = {"", "done", "out of time", "stopped"};
     const slam_trainer *t = &r->trainer;
-    const char *const words[] = {"done", r->first_step == t->step ? "complete" : "done", "out of time", "stopped"};
+    const int stopped = r->state == RUN_STOPPED;
     char a[32], b[32];
     slam_bar_clear(&r->bar);
     printf("%s after %ld of %ld steps, %s tokens, %s", words[r->state], t->step, t->steps,
            slam_format_count(a, (double)t->tokens), slam_format_time(b, t->seconds));
     if (t->skipped) printf(", %ld updates skipped", t->skipped);
     printf(*validation ? ": %s\n" : "\n", validation);
-    if (t->step) printf("checkpoint %s/step_%06ld, also %s/latest\n", r->folder, t->step, r->folder);
-    if (t->best_step)
-        printf("           %s/best, with the lowest validation loss, is step %ld (%.4f)\n", r->folder, t->best_step,
-               t->best_loss);
+    if (t->step) printf("checkpoint %s/latest is step %ld\n", r->folder, t->step);
+    if (t->best_step) printf("checkpoint %s/best is step %ld: loss %.4f\n", r->folder, t->best_step, t->best_loss);
     printf("\nnext  ./%s --resume --out ", r->flags.program);
     slam_print_path(r->folder);
-    const int twice = r->state != RUN_STOPPED; // all limits doubled; without any, the number of steps
-    if (twice && !r->any_limit) printf(" --steps %ld", 2 * t->steps);
-    for (const slam_flag *f = r->table; twice && r->any_limit && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && flag_number(f) > 0) printf(" --%s %.15g", f->name, 2 * flag_number(f));
-    printf("\n          %s\n", twice ? "trains for as long again" : "resumes it");
+    if (!stopped && !r->limited) printf(" --steps %ld", 2 * t->steps);
+    for (const slam_flag *f = r->table; !stopped && r->limited && f < r->table + r->flags.n; f++)
+        if ((f->type & SLAM_LIMIT) && f->set) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+    printf("\n          %s\n", stopped ? "resumes it" : "trains for as long again");
 }
 
 /* Before the first step a signal is no error. */

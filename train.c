@@ -11,7 +11,7 @@
 typedef struct program {
     slam_run run; /* flags, model, optimiser, folder, log and progress, shared with dpo.c */
     char *weights, *twist, *model_name, *recipe; /* flags of this program */
-    double rope_theta, rate;
+    double rope_theta, rate, val_loss;
     int V;
     slam_data *data, *val;
     slam_data_size size;
@@ -71,6 +71,7 @@ static int train(program *p) {
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
+    p->val_loss = losses[0];
     free(losses);
     return ok;
 }
@@ -176,13 +177,15 @@ static int is_preset(const char *model) { return !strcmp(model, "tiny") || !strc
 /* A value comes from the command line, else from the resumed run, else from the recipe, else from the defaults. */
 static int resolve_flags(program *p) {
     slam_run *r = &p->run;
-    if (p->recipe) r->recipe = recipe_slam;
+    for (int i = 0; p->recipe && recipe_slam[i][0]; i++)
+        if (!slam_flags_given(&r->flags, recipe_slam[i][0]))
+            slam_flags_set(&r->flags, recipe_slam[i][0], recipe_slam[i][1]);
     if (p->model_name && !is_preset(p->model_name)) {
         char *path = slam_path_absolute(p->model_name);
         slam_flags_set(&r->flags, "model", path);
         free(path);
     }
-    return slam_run_resolve(r);
+    return slam_run_open(r);
 }
 
 static int open_data(program *p) {
@@ -265,42 +268,36 @@ static int steps_for_tokens(program *p, long *steps) {
     return rows > 0 && !slam_stop_requested();
 }
 
-static int plan(program *p) {
-    slam_run *r = &p->run;
-    const slam_options *o = &r->o;
-    const uint64_t seed = (uint64_t)o->seed;
-    long most = 0;
-    if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
-    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
-    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
-    p->size = slam_data_measure(p->data, -1, seed);
-    if (o->tokens && r->grows && !steps_for_tokens(p, &most)) return 0;
-    return slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, most);
-}
-
-static void print_plan(const program *p) {
-    const slam_run *r = &p->run;
-    const slam_options *o = &r->o;
-    const slam_config *m = &r->config;
+static void print_data(const program *p) {
+    const slam_config *m = &p->run.config;
     const slam_data_size *s = &p->size;
-    const long steps = r->trainer.steps;
-    const double tokens = (double)o->batch * o->context * s->fill;
     char a[32], b[32], c[32];
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->start ? p->start : p->model_name,
            slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
     printf("data     %s tokens, %s documents, %zu source%s; %s rows of %d, %.1f%% full\n",
            slam_format_count(a, (double)s->tokens), slam_format_count(b, (double)s->documents), p->data->n_sources,
-           p->data->n_sources == 1 ? "" : "s", slam_format_count(c, (double)s->rows), o->context, 100 * s->fill);
-    if (!steps) printf("steps    as many as fit into the time\n");
-    else
-        printf("steps    %ld of %d rows: %s tokens, %.3g epochs\n", steps, o->batch,
-               slam_format_count(a, (double)steps * tokens), (double)steps * tokens / (double)s->tokens);
-    slam_run_print_plan(r, tokens);
-    if (!o->dry_run || p->rate <= 0) return;
-    if (steps) printf("time     %s at %g tokens/s\n", slam_format_time(a, (double)steps * tokens / p->rate), p->rate);
-    else
-        printf("time     %s make %.0f steps at %g tokens/s\n", slam_format_time(a, o->seconds),
-               floor(o->seconds * p->rate / tokens), p->rate);
+           p->data->n_sources == 1 ? "" : "s", slam_format_count(c, (double)s->rows), p->run.o.context, 100 * s->fill);
+}
+
+static int plan(program *p) {
+    slam_run *r = &p->run;
+    const slam_options *o = &r->o;
+    const uint64_t seed = (uint64_t)o->seed;
+    long most = 0;
+    char text[32];
+    if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
+    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
+    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
+    p->size = slam_data_measure(p->data, -1, seed);
+    if (o->tokens && r->grows && !steps_for_tokens(p, &most)) return 0;
+    print_data(p);
+    const double tokens = (double)o->batch * o->context * p->size.fill; /* per step */
+    if (!slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, tokens, most)) return 0;
+    if (!o->dry_run || p->rate <= 0) return 1;
+    const long steps = r->trainer.steps ? r->trainer.steps : (long)(o->seconds * p->rate / tokens);
+    printf("time     %s for %ld steps at %g tokens/s\n", slam_format_time(text, (double)steps * tokens / p->rate),
+           steps, p->rate);
+    return 1;
 }
 
 /* ---- --time ---- */
@@ -344,8 +341,8 @@ static int fit_steps(program *p) {
     double each = step;
     if (eval_every) each += r->eval_seconds / (double)eval_every;
     if (saves) each += r->save_seconds / (double)saves;
-    const double left = r->o.seconds - t->seconds - (slam_clock() - r->began);
-    const double steps = (0.97 * left - r->eval_seconds - r->save_seconds) / each;
+    const double left = r->o.seconds - (slam_clock() - r->began);
+    const double steps = (0.97 * left - 2 * (r->eval_seconds + r->save_seconds)) / each;
     const long fit = t->step - slam_comm_max(r->comm, steps > 1 ? -(long)steps : -1); /* the fewest of all ranks */
     if (!t->steps || fit < t->steps) t->steps = fit;
     if (!r->fresh && t->steps < before)
@@ -369,7 +366,8 @@ static int open_model(program *p) {
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
     p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
-    if (o->seconds > 0 && (r->fresh || slam_flags_given(&r->flags, "time") == 2) && !fit_steps(p)) return 0;
+    const int fits = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
+    if (fits && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;
     return slam_run_begin(r, p->data->hash) &&
            slam_all_ok(r->comm, slam_loader_seek(p->loader, r->trainer.epoch, r->trainer.row));
@@ -378,9 +376,9 @@ static int open_model(program *p) {
 static void print_end(program *p) {
     slam_run *r = &p->run;
     char validation[96] = "";
-    if (r->eval_step > r->first_step)
-        snprintf(validation, sizeof validation, "validation loss %.4f nats per token (perplexity %.2f)", r->eval_loss,
-                 exp(r->eval_loss));
+    if (p->val_loss > 0)
+        snprintf(validation, sizeof validation, "validation loss %.4f nats per token (perplexity %.2f)", p->val_loss,
+                 exp(p->val_loss));
     slam_run_print_end(r, validation);
     printf("      ./eval ");
     slam_print_path(r->folder);
@@ -393,7 +391,6 @@ static void print_end(program *p) {
 
 static int pretrain(program *p) {
     if (!slam_all_ok(p->run.comm, plan(p))) return 0;
-    print_plan(p);
     if (p->run.o.dry_run) return 1;
     if (!open_model(p) || !train(p)) return 0;
     print_end(p);

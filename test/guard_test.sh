@@ -14,7 +14,7 @@ trap 'exit 1' HUP INT TERM
 golden=$folder/golden
 cp -r "$root/test/fixtures/golden" "$golden" && cd "$golden" || exit 1
 for file in run/*/trainer.json dpo/*/trainer.json; do
-    sed "s|/golden/|$golden/|g" "$file" >moved && mv moved "$file" || exit 1
+    sed "s|\"/golden|\"$golden|g" "$file" >moved && mv moved "$file" || exit 1
 done
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 export ASAN_OPTIONS="$ASAN_OPTIONS:verify_asan_link_order=0:detect_leaks=0"
@@ -261,7 +261,7 @@ in_order() {
         END { print "removed before a sync: " bad; exit bad != "" || !removed }' "$1"
 }
 # checksums FILE...: without what a clock measures
-checksums() { for file; do echo "$file $(sed 's/, "seconds".*//; /"seconds":/d' "$file" 2>&1 | cksum)"; done; }
+checksums() { for file; do echo "$file $(sed 's/, "seconds".*//; /"seconds":/d; /"log_bytes":/d' "$file" 2>&1 | cksum)"; done; }
 train_files() {
     checksums files/log.jsonl files/latest/* files/best/*
     ls -A files | grep -v ^step_

@@ -792,6 +792,14 @@ static void test_resume_after_skip(slam_ops *ops) {
     CHECK(n == 24 * 40 && negative[0] > n / 4 && negative[1] == 0, "%zu numbers, negative: %zu of m, %zu of v", n,
           negative[0], negative[1]);
     tensors_close(file);
+    slam_config wide = c;
+    wide.F += 8;
+    slam_model *other = slam_model_new(ops, &wide, 1);
+    CHECK(slam_model_plan(other, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    slam_adamw oc = adamw_new(other, 0.99, 0.1, 1);
+    CHECK(!optimiser_load(&oc, folder, loaded.step) && strstr(slam_error(), "has shape"),
+          "moments of another shape are loaded: %s", slam_error());
+    slam_adamw_free(&oc), slam_model_free(other);
     slam_trainer_free(&loaded);
     slam_adamw_free(&oa), slam_adamw_free(&ob);
     slam_model_free(a), slam_model_free(b);
