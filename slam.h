@@ -11380,6 +11380,9 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
 
 static int trainer_from_json(slam_trainer *t, const json *root, const char *path) {
     const json *settings = json_get(root, "settings");
+    if (!json_get(root, "log_bytes"))
+        return set_error("%s: is a run of slam %s, which cannot be resumed; --init starts a new run from its model",
+                         path, json_string(root, "slam", "?"));
     if (!fields_read(root, trainer_fields, N_TRAINER_FIELDS, t, path)) return 0;
     if (t->steps < t->step)
         return set_error("%s: 'step' is %ld, expected at most 'steps', %ld", path, t->step, t->steps);
