@@ -506,16 +506,11 @@ double slam_auto_bleu(const char *text, int order);
 
 /* ---- 10. AUDIO ---- */
 
-/* `rate` samples per second (1000..768000) to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
-   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. Thread-safe.
-   */
-typedef struct slam_resampler slam_resampler;
-slam_resampler *slam_resampler_new(int rate); /* NULL and slam_error(): out of range, or its filter exceeds 64 MB */
-void slam_resampler_free(slam_resampler *);
-size_t slam_resampler_length(const slam_resampler *, size_t n); /* output samples: ceil(16000 n / rate) */
-void slam_resample(const slam_resampler *, float *out, const float *in, size_t n);
-/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error() if it cannot be decoded.
-   */
+/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
+   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. *n_out =
+   ceil(16000 n / rate). free() the result; NULL and slam_error(): a rate out of range. Thread-safe. */
+float *slam_resample(const float *in, size_t n, int rate, size_t *n_out);
+/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error(): it cannot be decoded. */
 float *slam_audio_load(const char *path, size_t *n);
 
 /* ---- 11. UNITS: audio -> features -> units ---- */
@@ -7660,15 +7655,14 @@ enum { SAMPLE_RATE = 16000 };
        half = (A - 7.95) / (2 * 14.36 * width)     beta = 0.1102 (A - 8.7) */
 
 #define RESAMPLER_ATTENUATION 108.0
-enum { RESAMPLER_LANES = 16, RESAMPLER_TABLE = 1 << 24 }; // most floats of a table: 64 MB. 44.1 kHz needs 64,000
+enum { RESAMPLER_LANES = 16 };
 
-struct slam_resampler {
-    int rate;
+typedef struct resampler {
+    int rate, before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
-    int before, taps; // taps before the sample that an output follows; taps of a phase, a multiple of RESAMPLER_LANES
-    float *tap;       // (up, taps)
-    struct slam_resampler *next;
-};
+    float *tap; // (up,taps)
+    struct resampler *next;
+} resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
 UNFUSED static double bessel_i0(double x) {
@@ -7680,61 +7674,54 @@ UNFUSED static double bessel_i0(double x) {
     return sum;
 }
 
-/* tap (taps) of a phase. nyquist: the lower one, in cycles per input sample; half: of the window, in input samples */
-UNFUSED static void resampler_phase(const slam_resampler *r, uint64_t phase, double nyquist, double half, float *tap) {
-    const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta), f = 0.95 * nyquist;
-    double sum = 0;
-    for (int i = 0; i < 2 * r->before + 2; i++) {
-        const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
-        if (fabs(u) >= 1) continue;
-        const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
-        const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
-        tap[i] = (float)h;
-        sum += h;
-    }
-    for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
-}
+static uint64_t greatest_common_divisor(uint64_t a, uint64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
-slam_resampler *slam_resampler_new(int rate) {
-    if (rate < 1000 || rate > 768000) {
-        set_error("%d samples per second, expected 1000 to 768000", rate);
-        return NULL;
-    }
-    uint64_t divisor = SAMPLE_RATE, rest = (uint64_t)rate;
-    while (rest) {
-        const uint64_t next = divisor % rest;
-        divisor = rest;
-        rest = next;
-    }
-    slam_resampler *r = NEW(slam_resampler, 1);
-    const double nyquist = 0.5 * (rate < SAMPLE_RATE ? rate : SAMPLE_RATE) / rate;
+UNFUSED static resampler *resampler_new(int rate) {
+    const double nyquist = 0.5 * (rate < SAMPLE_RATE ? rate : SAMPLE_RATE) / rate, f = 0.95 * nyquist;
     const double half = (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * nyquist);
+    const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
+    const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
+    resampler *r = NEW(resampler, 1);
     r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
     r->before = (int)half;
     r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
-    if (r->up * (uint64_t)r->taps > RESAMPLER_TABLE) {
-        set_error(
-            "%d samples per second: this rate needs a filter of %.0f MB; convert the audio to a common rate first",
-            rate, (double)r->up * r->taps * 4e-6);
-        slam_resampler_free(r);
-        return NULL;
-    }
     r->tap = NEW(float, r->up *(uint64_t)r->taps);
-    PARALLEL_FOR
-    for (int64_t phase = 0; phase < (int64_t)r->up; phase++)
-        resampler_phase(r, (uint64_t)phase, nyquist, half, r->tap + phase * r->taps);
+    for (uint64_t phase = 0; phase < r->up; phase++) {
+        float *tap = r->tap + phase * (uint64_t)r->taps;
+        double sum = 0;
+        for (int i = 0; i < 2 * r->before + 2; i++) {
+            const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
+            if (fabs(u) >= 1) continue;
+            const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
+            const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
+            tap[i] = (float)h;
+            sum += h;
+        }
+        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
+    }
     return r;
 }
 
-void slam_resampler_free(slam_resampler *r) {
-    if (r) free(r->tap);
-    free(r);
-}
+static resampler *resamplers; // a list, which is kept: audio files come in a few rates
 
-size_t slam_resampler_length(const slam_resampler *r, size_t n) {
-    return (size_t)((n * r->up + r->down - 1) / r->down);
+static const resampler *resampler_of(int rate) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    if (rate < 1000 || rate > 192000) { // a lower rate would let a small file grow without bound
+        set_error("%d samples per second, expected 1000 to 192000", rate);
+        return NULL;
+    }
+    pthread_mutex_lock(&lock);
+    resampler *r = resamplers;
+    while (r && r->rate != rate) r = r->next;
+    if (!r) {
+        r = resampler_new(rate);
+        r->next = resamplers;
+        resamplers = r;
+    }
+    pthread_mutex_unlock(&lock);
+    return r;
 }
 
 /* Sum of tap_i in_i. Its order, 16 lanes that are added up at the end, is the same for every vector width. */
@@ -7750,42 +7737,26 @@ UNFUSED static float resampler_dot(const float *tap, const float *in, int n) {
 /* The same near the ends of the input, beyond which it is 0: the first tap belongs to in[first]. */
 UNFUSED static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
     float sum = 0;
-    const int64_t from = first < 0 ? -first : 0, to = first + taps > n ? n - first : taps;
-    for (int64_t i = from; i < to; i++) sum += tap[i] * in[first + i];
+    for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) sum += tap[i] * in[first + i];
     return sum;
 }
 
-/* out (slam_resampler_length(n))  in (n) */
-void slam_resample(const slam_resampler *r, float *out, const float *in, size_t n) {
-    const int64_t n_out = (int64_t)slam_resampler_length(r, n), n_in = (int64_t)n;
-    if (r->up == r->down) {
-        if (n) memcpy(out, in, n * sizeof *out);
-        return;
-    }
+float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
+    const resampler *r = resampler_of(rate);
+    if (!r) return NULL;
+    const int64_t outputs = (int64_t)((n * r->up + r->down - 1) / r->down);
+    float *out = NEW(float, outputs);
+    *n_out = (size_t)outputs;
+    if (rate == SAMPLE_RATE) return (float *)memcpy(out, in, n * sizeof *out);
     PARALLEL_FOR
-    for (int64_t k = 0; k < n_out; k++) {
+    for (int64_t k = 0; k < outputs; k++) {
         const uint64_t at = (uint64_t)k * r->down;
         const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
         const int64_t first = (int64_t)(at / r->up) - r->before;
-        const int inside = first >= 0 && first + r->taps <= n_in;
-        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, n_in);
+        const int inside = first >= 0 && first + r->taps <= (int64_t)n;
+        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, (int64_t)n);
     }
-}
-
-/* The resampler of a rate, shared by all audio files and kept: the same few rates come again and again. */
-static slam_resampler *resamplers; // a list
-
-static const slam_resampler *resampler_of(int rate) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    pthread_mutex_lock(&lock);
-    slam_resampler *r = resamplers;
-    while (r && r->rate != rate) r = r->next;
-    if (!r && (r = slam_resampler_new(rate)) != NULL) {
-        r->next = resamplers;
-        resamplers = r;
-    }
-    pthread_mutex_unlock(&lock);
-    return r;
+    return out;
 }
 
 /* ---- audio files ----
@@ -7798,208 +7769,158 @@ static const slam_resampler *resampler_of(int rate) {
 
 typedef struct audio {
     char *name; // in error messages
-    int fd, rate, channels;
-    uint64_t size, at;     // bytes of the file; frames read so far
-    void *block;           // frames as WAV has them, or float from libsndfile
-    size_t block_frames;   // how many are read at once
-    int is_float, bytes;   // WAV: type and bytes of a sample
-    uint64_t data, frames; // WAV: place of the first frame, number of frames
-    float *waiting;        // segmenter: (n) samples, read but not part of a segment yet
+    FILE *f;
+    int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
+    uint64_t frames, at;                 // of the file, 0: unknown; read so far
+    void *block;                         // frames as the file has them, or float from libsndfile
+    size_t block_frames;                 // how many are read at once
+    float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
     size_t n, capacity;
     uint64_t first;    // the first of them is this frame of the file
     double start, end; // of the segment, in seconds
     int last;          // no segment follows
 #ifdef SLAM_SNDFILE
     SNDFILE *codec; // NULL: WAV, read here
-    SF_INFO info;
 #endif
 } audio;
 
 static void audio_close(audio *a) {
-    if (!a->name) return;
 #ifdef SLAM_SNDFILE
     if (a->codec) sf_close(a->codec);
 #endif
-    if (a->fd >= 0) close(a->fd);
+    if (a->f) fclose(a->f);
     free(a->name);
     free(a->block);
     free(a->waiting);
     memset(a, 0, sizeof *a);
 }
 
-/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
-static int audio_has_extension(const char *name) {
-    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
-                                             "aif", "aiff", "au",  "caf", "w64"};
-    const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
-        if (!strcasecmp(dot + 1, extensions[i])) return 1;
-    return 0;
-}
-
-/* n bytes of the file from byte `at` on; returns how many there are. */
-static size_t audio_bytes(const audio *a, uint64_t at, void *to, size_t n) {
-    size_t done = 0;
-    for (ssize_t got; done < n; done += (size_t)got)
-        if ((got = pread(a->fd, (char *)to + done, n - done, (off_t)(at + done))) <= 0) break;
-    return done;
-}
-
-static int audio_format(audio *a, long rate, long channels) {
-    if (rate < 1000 || rate > 768000) // a lower rate would let a small file grow without bound when it is resampled
-        return set_error("%s: %ld samples per second, expected 1000 to 768000", a->name, rate);
-    if (channels < 1) return set_error("%s: no channels, expected at least 1", a->name);
-    a->rate = (int)rate;
-    a->channels = (int)channels;
-    a->block_frames = channels < 16384 ? (size_t)(16384 / channels) : 1;
-    a->block = NEW(double, a->block_frames *(size_t)channels);
-    return 1;
-}
-
 static int audio_open_codec(audio *a) {
 #ifdef SLAM_SNDFILE
-    lseek(a->fd, 0, SEEK_SET);
-    a->codec = sf_open_fd(a->fd, SFM_READ, &a->info, SF_FALSE);
-    if (a->codec) return audio_format(a, a->info.samplerate, a->info.channels);
-    return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    SF_INFO info = ZERO;
+    lseek(fileno(a->f), 0, SEEK_SET);
+    a->codec = sf_open_fd(fileno(a->f), SFM_READ, &info, SF_FALSE);
+    if (!a->codec)
+        return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
+    a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
+    a->rate = info.samplerate;
+    a->channels = info.channels;
+    a->bytes = sizeof(float);
+    a->is_float = 1;
+    return 1;
 #else
-    return set_error(
-        "%s: not a WAV file with PCM or float samples; to read others, install libsndfile1-dev and build again",
-        a->name);
+    return set_error("%s: not a WAV file with PCM or float samples; for others install libsndfile1-dev and build again",
+                     a->name);
 #endif
 }
 
-/* ---- WAV ----
-   "RIFF", size, "WAVE", then chunks: four letters, size (32 bits), that many bytes, one more if the size is odd:
-       fmt:  format (1 PCM, 3 float, 0xfffe: see bytes 24, 25), channels, samples per second (32 bits), bytes per second
-             (32 bits), bytes of a frame, bits of a sample                                 (16 bits each unless stated)
-       data: frames; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32, float64 */
+/* The fmt chunk of a WAV file; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32,
+   float64. */
+typedef struct wav_format {
+    uint16_t type, channels; // 1: PCM, 3: float, 0xfffe: see subtype
+    uint32_t rate, bytes_per_second;
+    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // frame: its bytes; bits: of a sample
+} wav_format;
 
-static unsigned load16(const unsigned char *p) { return (unsigned)(p[0] | p[1] << 8); }
-static uint32_t load32(const unsigned char *p) { return load16(p) | (uint32_t)load16(p + 2) << 16; }
-
-/* 1: read here; 2: read by libsndfile */
-static int wav_format(audio *a, uint64_t at, uint64_t size) {
-    unsigned char p[40] = {0};
-    const size_t n = audio_bytes(a, at, p, size < sizeof p ? (size_t)size : sizeof p);
-    const size_t least = load16(p) == 0xfffe ? 40 : 16;
-    const unsigned format = load16(p + (least == 40 ? 24 : 0));
-    const unsigned channels = load16(p + 2), frame = load16(p + 12), bits = load16(p + 14);
-    if (n < least) return set_error("%s: a fmt chunk of %zu bytes, expected at least %zu", a->name, n, least);
-    if (format != 1 && format != 3) return audio_open_codec(a) ? 2 : 0;
-    a->is_float = format == 3;
+/* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
+static int wav_read_format(audio *a, size_t n) {
+    wav_format w = ZERO;
+    const size_t got = fread(&w, 1, n < sizeof w ? n : sizeof w, a->f);
+    const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    if (got < 16 || (w.type == 0xfffe && got < sizeof w)) return set_error("%s: a fmt chunk of %zu bytes", a->name, n);
+    if (type != 1 && type != 3) return -1;
+    a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
+    a->channels = w.channels;
     a->bytes = (int)(bits + 7) / 8;
-    if (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32)
-        return set_error("%s: %u bits per sample, expected %s", a->name, bits, a->is_float ? "32 or 64" : "8 to 32");
-    if (frame != channels * (unsigned)a->bytes)
-        return set_error("%s: frames of %u bytes, expected %u channels of %u bits", a->name, frame, channels, bits);
-    return audio_format(a, load32(p + 4), channels);
+    a->is_float = type == 3;
+    if (!w.channels || (int)w.frame != a->channels * a->bytes ||
+        (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
+        return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits, or float of 32 or 64",
+                         a->name, w.channels, bits, w.frame);
+    return 1;
 }
 
-/* Finds format and data. A program that writes to a pipe cannot know the sizes. It writes 0, 0x7ffff000 or more, or
-   0xffffffff: then everything up to the end is data. A 0 means that only if the size after "RIFF" is unknown, too, or
-   counts the header alone; else the recording is empty. */
-static int wav_open(audio *a, uint64_t riff, uint32_t riff_size) {
+/* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
+   that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
+   end is data. Returns as wav_read_format. */
+static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
-    unsigned char chunk[8];
-    for (uint64_t at = riff + 12, n; audio_bytes(a, at, chunk, 8) == 8; at += n + (n & 1)) {
+    struct {
+        char name[4];
+        uint32_t size;
+        char type[4];
+    } riff, chunk;
+    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
+    for (uint64_t at = 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
-        n = load32(chunk + 4);
-        const uint64_t rest = a->size - at;
-        const int is_data = !memcmp(chunk, "data", 4), is_format = !memcmp(chunk, "fmt ", 4) && !a->channels;
-        const int empty = n == 0 && riff_size && riff_size < UNKNOWN && riff + 8 + riff_size > at;
-        const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
+        n = chunk.size;
+        const uint64_t rest = size - at;
+        const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
+        const int to_end = is_data && (n == 0 || (n >= UNKNOWN && n > rest));
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' has %llu bytes, but only %llu follow: the file is damaged or truncated",
-                             a->name, (char *)chunk, (unsigned long long)n, (unsigned long long)rest);
+                             a->name, chunk.name, (unsigned long long)n, (unsigned long long)rest);
         if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);
-        const int format = is_format ? wav_format(a, at, n) : 1;
+        const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
-        if (!is_data) continue;
-        a->data = at;
-        a->frames = (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes);
-        return 1;
+        a->frames = is_data ? (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes) : 0;
+        if (is_data) return 1;
+        at += n + (n & 1);
     }
     return set_error("%s: it holds no data", a->name);
+}
+
+/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
+static int audio_open(audio *a, const char *path, const char *name) {
+    size_t size;
+    memset(a, 0, sizeof *a);
+    a->name = string_copy(name ? name : path);
+    a->f = file_open(path, a->name, &size);
+    int ok = a->f ? wav_open(a, size) : 0;
+    if (ok < 0) ok = audio_open_codec(a);
+    if (!ok) return 0;
+    a->block_frames = a->channels < 16384 ? (size_t)(16384 / a->channels) : 1;
+    a->block = NEW(double, a->block_frames *(size_t)a->channels);
+    return 1;
 }
 
 /* One sample on a scale of -1 to 1. */
 static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     double wide;
+    float single;
     uint32_t bits = 0;
     if (bytes == 8) return memcpy(&wide, p, 8), wide;
-    if (is_float) return (double)float_from_bits(load32(p));
+    if (is_float) return memcpy(&single, p, 4), (double)single;
     if (bytes == 1) return (p[0] - 128) / 128.0;
     for (int i = 0; i < bytes; i++) bits = bits >> 8 | (uint32_t)p[i] << 24;
     return (int32_t)bits / 2147483648.0;
-}
-
-/* ---- opening and reading ---- */
-
-/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
-static int audio_open(audio *a, const char *path, const char *name) {
-    unsigned char head[12] = {0};
-    uint64_t at = 0;
-    size_t size;
-    memset(a, 0, sizeof *a);
-    a->name = string_copy(name ? name : path);
-    FILE *f = file_open(path, a->name, &size);
-    a->fd = f ? fcntl(fileno(f), F_DUPFD_CLOEXEC, 0) : -1;
-    if (!f) return 0;
-    fclose(f);
-    if (a->fd < 0) return set_error("%s: cannot be opened: %s", a->name, strerror(errno));
-    a->size = size;
-    audio_bytes(a, 0, head, sizeof head);
-    if (!memcmp(head, "ID3",
-                3)) { // a tag in front: 10 bytes, and as many as its size says, which has 7 bits in each byte
-        for (int i = 6; i < 10; i++) at = at << 7 | head[i];
-        at += head[5] & 16 ? 20 : 10;
-        audio_bytes(a, at, head, sizeof head);
-    }
-    if (memcmp(head, "RIFF", 4) || memcmp(head + 8, "WAVE", 4)) return audio_open_codec(a);
-    return wav_open(a, at, load32(head + 4));
-}
-
-/* Reads up to n frames into the block; returns how many, 0 at the end, -1 and an error. */
-static ptrdiff_t audio_read_block(audio *a, size_t n) {
-    const unsigned long long at = a->at;
-#ifdef SLAM_SNDFILE
-    if (a->codec) {
-        const sf_count_t got = sf_readf_float(a->codec, (float *)a->block, (sf_count_t)n), frames = a->info.frames;
-        const int is_mpeg = (a->info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
-        if (got > 0) return (ptrdiff_t)got;
-        if (sf_error(a->codec))
-            return set_error("%s: cannot be decoded after %llu frames: %s", a->name, at, sf_strerror(a->codec)) - 1;
-        if (is_mpeg || frames == SF_COUNT_MAX || a->at >= (uint64_t)frames) return 0;
-        return set_error("%s: has %llu frames, its header says %llu: the file is damaged or truncated", a->name, at,
-                         (unsigned long long)frames) -
-               1;
-    }
-#endif
-    const size_t frame = (size_t)a->channels * (size_t)a->bytes;
-    if (n > a->frames - a->at) n = (size_t)(a->frames - a->at);
-    if (audio_bytes(a, a->data + at * frame, a->block, n * frame) == n * frame) return (ptrdiff_t)n;
-    return set_error("%s: cannot be read after %llu frames: %s", a->name, at, strerror(errno)) - 1;
 }
 
 /* The next up to n frames, each the mean of its channels, on a scale of -1 to 1. Returns how many, 0 at the end, -1 and
    an error. A file without any frame is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
-    for (ptrdiff_t got = 1; got > 0 && done < n; done += (size_t)got, a->at += (uint64_t)got) {
+    for (size_t got = 1; got && done < n; done += got, a->at += got) {
         const unsigned char *p = (const unsigned char *)a->block;
-        const int bytes = a->bytes ? a->bytes : 4, is_float = a->is_float || !a->bytes;
-        got = audio_read_block(a, n - done < a->block_frames ? n - done : a->block_frames);
-        if (got < 0) return -1;
-        for (size_t i = done; i < done + (size_t)got; i++) {
+        const size_t most = n - done < a->block_frames ? n - done : a->block_frames;
+        const uint64_t rest = a->frames > a->at ? a->frames - a->at : 0;
+        int error = 0;
+#ifdef SLAM_SNDFILE
+        if (a->codec) {
+            got = (size_t)sf_readf_float(a->codec, (float *)a->block, (sf_count_t)most);
+            error = sf_error(a->codec);
+        } else
+#endif
+            got = fread(a->block, (size_t)(a->channels * a->bytes), most < rest ? most : (size_t)rest, a->f);
+        if (!got && (rest || error))
+            return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
+        for (size_t i = done; i < done + got; i++) {
             double sum = 0;
-            for (int c = 0; c < a->channels; c++, p += bytes) sum += wav_sample(p, is_float, bytes);
-            const double mean = sum / a->channels;
-            out[i] = (float)mean;
-            if (!(fabs(mean) <= 1e6)) // float files may go beyond full scale, some to that of 16-bit numbers
-                return set_error("%s: sample %llu is %g, expected about -1 to 1", a->name,
-                                 (unsigned long long)(a->at + i - done), mean) -
-                       1;
+            for (int c = 0; c < a->channels; c++, p += a->bytes) sum += wav_sample(p, a->is_float, a->bytes);
+            out[i] = (float)(sum / a->channels);
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
+                return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
@@ -8027,26 +7948,20 @@ UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
 /* The next segment of at most max_seconds (0: all of the file) at 16 kHz: 1, 0 at the end, -1 and an error. */
 static int audio_next_segment(audio *a, double max_seconds, float **samples, size_t *n) {
     const double most = max_seconds > 0 ? max_seconds * a->rate : 1e15;
-    const size_t limit = most < 1 ? 1 : most > 1e15 ? (size_t)1e15 : (size_t)most;
-    const slam_resampler *r = resampler_of(a->rate);
-    if (!r) return set_error("%s: %s", a->name, slam_error()) - 1;
-    for (size_t got = 1; got && a->n <= limit;
-         a->n += got) { // a header may promise more than there is: memory grows with what is read
+    const size_t limit = (size_t)fmax(1, fmin(most, 1e15));
+    if (!resampler_of(a->rate)) return set_error("%s: %s", a->name, slam_error()) - 1;
+    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // memory grows with what is read
         const size_t step = limit + 1 - a->n < (1 << 20) ? limit + 1 - a->n : 1 << 20;
         GROW(float, a->waiting, a->capacity, a->n + step);
-        const ptrdiff_t read = audio_read(a, a->waiting + a->n, step);
-        if (read < 0) return -1;
-        got = (size_t)read;
+        if ((got = audio_read(a, a->waiting + a->n, step)) < 0) return -1;
     }
     if (a->n == 0) return 0;
     a->last = a->n <= limit;
     const size_t used = a->last ? a->n : quietest_place(a->waiting, a->rate, limit);
+    *samples = slam_resample(a->waiting, used, a->rate, n);
     a->start = (double)a->first / a->rate;
     a->first += used;
     a->end = (double)a->first / a->rate;
-    *n = slam_resampler_length(r, used);
-    *samples = NEW(float, *n);
-    slam_resample(r, *samples, a->waiting, used);
     a->n -= used;
     memmove(a->waiting, a->waiting + used, a->n * sizeof(float));
     return 1;
@@ -9273,6 +9188,16 @@ void slam_inputs_free(slam_inputs *in) {
     slam_strings_free(&in->paths);
     slam_strings_free(&in->voices);
     memset(in, 0, sizeof *in);
+}
+
+/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
+static int audio_has_extension(const char *name) {
+    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
+                                             "aif", "aiff", "au",  "caf", "w64"};
+    const char *dot = strrchr(name, '.');
+    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
+        if (!strcasecmp(dot + 1, extensions[i])) return 1;
+    return 0;
 }
 
 /* The folders above one that is being listed: a symbolic link to one of them is a loop. */
