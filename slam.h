@@ -606,7 +606,6 @@ typedef struct slam_writer {
         tokens;
     struct slam_writer_files *files;
 } slam_writer;
-int slam_writer_check(const char *out); /* 0 and slam_error() if OUT cannot be written or exists */
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
@@ -9092,7 +9091,6 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 }
 
 #include <signal.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* ---- voices: commands that synthesise speech, run without a shell, so that no text is taken for a command ---- */
@@ -9123,23 +9121,21 @@ static int command_split(slam_strings *words, const char *command, const char *t
     return words->n > 0 || set_error("an empty command, expected one like 'espeak-ng --stdout {text}'");
 }
 
-/* Runs a command with the files as stdin, stdout and stderr: its status, -1 if there is no process for it. */
+/* Runs a command with the files as stdin, stdout and stderr. Returns its status: 127 << 8 if it cannot be started. */
 static int command_run(slam_strings *words, FILE *const files[3]) {
-    const struct rlimit limit = {1 << 30, 1 << 30};
-    int status = 0;
+    int status = 127 << 8;
     GROW(char *, words->at, words->capacity, words->n + 1);
     words->at[words->n] = NULL;
     const pid_t child = fork();
     if (child == 0) {
         setpgid(0, 0); // Ctrl-C does not reach it
         signal(SIGPIPE, SIG_DFL);
-        setrlimit(RLIMIT_FSIZE, &limit); // SIGXFSZ ends a voice that never stops writing
         for (int i = 0; i < 3; i++) dup2(fileno(files[i]), i);
         execvp(words->at[0], words->at);
         _exit(127);
     }
     while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {}
-    return child < 0 ? -1 : status;
+    return status;
 }
 
 /* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. */
@@ -9147,23 +9143,20 @@ static int voice_open(audio *a, const char *voice, const char *text, const char 
     FILE *files[3] = {tmpfile(), tmpfile(), tmpfile()};
     slam_strings words = ZERO;
     char line[400], said[400] = "", path[32]; // said: the last line on stderr
-    int ok = command_split(&words, voice, text) ? 1 : -1, status = -1;
-    const char *program = ok > 0 ? words.at[0] : "";
-    if (ok > 0 && files[0] && files[1] && files[2]) {
+    int ok = -1, status = 127 << 8;
+    if (!command_split(&words, voice, text)) status = -1;
+    else if (files[0] && files[1] && files[2]) {
         if (!strstr(voice, "{text}")) fprintf(files[0], "%s\n", text);
         rewind(files[0]);
         status = command_run(&words, files);
         for (rewind(files[2]); fgets(line, sizeof line, files[2]);)
             if (*line != '\n') snprintf(said, sizeof said, "%.*s", (int)strcspn(line, "\r\n"), line);
     }
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    if (ok > 0 && status == -1) ok = set_error("%s: %s cannot be started: %s", name, program, strerror(errno)) - 1;
-    else if (ok > 0 && code == 127 && !*said)
-        ok = set_error("%s: no program %s that can be started", name, program) - 1;
-    else if (ok > 0 && code)
-        ok = set_error("%s: %s failed with status %d%s%s", name, program, code, *said ? ": " : "", said);
-    else if (ok > 0 && status) ok = set_error("%s: %s was ended by signal %d", name, program, WTERMSIG(status));
-    if (ok > 0) {
+    if (status == 127 << 8 && !*said) set_error("%s: no program %s that can be started", name, words.at[0]);
+    else if (status > 0)
+        ok = set_error("%s: %s failed with %s %d%s%s", name, words.at[0], WIFEXITED(status) ? "status" : "signal",
+                       WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status), *said ? ": " : "", said);
+    else if (status == 0) {
         snprintf(path, sizeof path, "/dev/fd/%d", fileno(files[1]));
         lseek(fileno(files[1]), 0, SEEK_SET);
         ok = audio_open(a, path, name);
@@ -9245,13 +9238,6 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
         if (!l.n) continue;
         GROW(struct slam_line, in->lines, *capacity, in->n + 1);
         in->lines[in->n++] = l;
-        if (in->kind != SLAM_INPUT_TEXT) continue;
-        size_t fields = 1;
-        for (size_t k = 0; k < l.n; k++) fields += l.text[k] == '\t';
-        if (in->n == 1) in->pairs_out = fields > 1;
-        if (in->pairs_out && fields != 3)
-            return set_error("%s:%zu: %zu fields separated by tabs, expected 3: prompt, chosen, rejected", path,
-                             l.number, fields);
     }
     return 1;
 }
@@ -9260,7 +9246,6 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
-    in->pairs_out = kind == SLAM_INPUT_PAIRS;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
         const char *const listed = paths[i] + 1;
@@ -9277,6 +9262,8 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     }
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
+    in->pairs_out = kind == SLAM_INPUT_PAIRS ||
+                    (kind == SLAM_INPUT_TEXT && in->n && memchr(in->lines->text, '\t', in->lines->n) != NULL);
     return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
@@ -9310,18 +9297,17 @@ struct slam_item {
     char *members; // of a pair: of its JSON object, those that are passed on
     segment *segments;
     size_t n, capacity;
-    char *error;          // why it is skipped, or NULL
-    int fatal, done;      // fatal: the error is one of all inputs
     slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
     size_t input, source; // source: the one that is decoded
     audio recording;
+    int done;    // -1: with an error of all inputs
+    char *error; // why it is skipped, or NULL
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
     const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
-    const uint32_t *order;                  // of inputs, for a fit
     slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
     size_t next, n;                         // next: input that is started next
     double audio_seconds, deadline;         // decoded so far; when the decoding of a chunk ends, or when it has
@@ -9338,8 +9324,7 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 
 static void item_free(slam_item *item) {
     if (!item) return;
-    for (size_t i = 0; i < item->n; i++) {
-        segment *s = &item->segments[i];
+    for (segment *s = item->segments; s < item->segments + item->n; s++) {
         free((void *)s->audio.samples);
         free(s->audio.features);
         slam_units_free(&s->audio.units);
@@ -9384,13 +9369,12 @@ static int parse_units(slam_item *item, const json *line, int K) {
 static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
-    if (line->type != JSON_OBJECT) return set_error("%s: expected a JSON object", item->name);
-    const int repeats = prompt && chosen && pair_repeats(prompt, chosen, max_repetition);
-    for (int side = 0; !repeats && side < 3; side++) {
+    if (prompt && chosen && pair_repeats(prompt, chosen, max_repetition)) return 1;
+    for (int side = 0; side < 3; side++) {
         char key[24];
         snprintf(key, sizeof key, "%s_path", pair_sides[side]);
         const char *name = json_string(line, key, "");
-        if (!*name) return set_error("%s: expected a string '%s'", item->name, key);
+        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, key);
         char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
         slam_strings_add(&item->sources, path);
         free(path);
@@ -9409,34 +9393,33 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
     return 1;
 }
 
-/* A line of text, or of the texts of a pair. */
-static int parse_text(slam_item *item, const struct slam_line *l, const slam_inputs *in) {
+/* A line of text, or of the texts of a pair, separated by tabs. */
+static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
+    slam_strings *texts = &item->sources;
     strbuf members = ZERO;
-    char *text = string_copy_n(l->text, l->n), *rest = text, *field;
-    const int ok = strlen(text) == l->n || set_error("%s: contains a zero byte, expected text", item->name);
-    while (ok && (field = strsep(&rest, in->pairs_out ? "\t" : "")) != NULL) {
-        if (in->pairs_out) {
-            strbuf_add(&members, "%s\"%s_text\": ", members.n ? ", " : "", pair_sides[item->sources.n]);
-            strbuf_add_json(&members, field);
-        }
-        slam_strings_add(&item->sources, field);
+    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) slam_strings_add(texts, field);
+    if (!in->pairs_out) return 1;
+    if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
+    for (int side = 0; side < 3; side++) {
+        strbuf_add(&members, "%s\"%s_text\": ", side ? ", " : "", pair_sides[side]);
+        strbuf_add_json(&members, texts->at[side]);
     }
-    if (ok && in->pairs_out && pair_repeats(item->sources.at[0], item->sources.at[1], in->max_repetition))
-        slam_strings_free(&item->sources);
     item->members = members.at;
-    free(text);
-    return ok;
+    if (pair_repeats(texts->at[0], texts->at[1], in->max_repetition)) slam_strings_free(texts);
+    return 1;
 }
 
 static int item_parse(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_inputs *in = r->inputs;
-    if (!l) {
-        item->name = string_copy(in->paths.at[item->input]);
-        slam_strings_add(&item->sources, item->name);
-        return 1;
+    item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
+    if (!l) slam_strings_add(&item->sources, item->name);
+    if (!l) return 1;
+    if (in->kind == SLAM_INPUT_TEXT) {
+        char *text = string_copy_n(l->text, l->n);
+        const int ok = parse_text(item, text, in);
+        free(text);
+        return ok;
     }
-    item->name = string_print("%s:%zu", l->path, l->number);
-    if (in->kind == SLAM_INPUT_TEXT) return parse_text(item, l, in);
     json *line = json_parse(l->text, l->n, item->name);
     int ok = line != NULL;
     if (ok && in->kind == SLAM_INPUT_UNITS) ok = parse_units(item, line, r->tokenizer ? r->tokenizer->K : 65534);
@@ -9456,40 +9439,35 @@ static int item_open(const slam_reader *r, slam_item *item, const struct slam_li
     return ok;
 }
 
-/* Works on an item until it is done or enough is decoded. */
+/* Decodes the item's sources, until all are done or a chunk is full. */
 static void item_read(slam_reader *r, slam_item *item) {
-    const slam_inputs *in = r->inputs;
-    const struct slam_line *l = in->lines ? &in->lines[item->input] : NULL;
+    const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
     audio *a = &item->recording;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
-        float *samples = NULL;
-        size_t n = 0, frames = 0;
+        float *samples;
+        size_t n;
         int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
         decoded = r->samples;
         if (decoded >= r->limit || slam_clock() > r->deadline) return;
-        if (!a->name) ok = item_open(r, item, l);
-        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &samples, &n) : 0;
-        const int whole = a->start == 0 && a->last;
-        if (more > 0) frames = tokenizer_frames(r->tokenizer, n);
-        if (more < 0) ok = 0;
-        else if (n > INT_MAX / 4)
-            ok = set_error("%s: %.0f s without a split are too long; use --max-seconds", a->name,
-                           (double)n / SAMPLE_RATE);
-        else if (more && whole && !frames) // a segment would be dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (ok > 0 && frames) item_add(item, &s);
-        else free(samples);
+        if (!a->name && (ok = item_open(r, item, l)) <= 0) break;
+        if ((ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0) == 0) break;
         SLAM_PRAGMA(omp atomic)
         r->samples += (int64_t)n;
-        if (ok > 0 && more && !a->last) continue;
+        const int whole = a->start == 0 && a->last;
+        const size_t frames = tokenizer_frames(r->tokenizer, n);
+        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
+        if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
+        else if (whole && !frames) // a segment would be dropped
+            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+        if (ok && frames) item_add(item, &s);
+        else free(samples);
+        if (!a->last) continue;
         audio_close(a);
         item->source++;
     }
-    item->done = 1;
-    item->fatal = ok < 0;
+    item->done = ok < 0 ? -1 : 1;
     if (ok <= 0) item->error = string_copy(slam_error());
 }
 
@@ -9497,8 +9475,8 @@ static void item_read(slam_reader *r, slam_item *item) {
 static int reader_decode(slam_reader *r) {
     const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
-        slam_item *item = r->items[r->n++] = NEW(slam_item, 1);
-        item->input = r->order ? r->order[r->next] : r->next;
+        r->items[r->n] = NEW(slam_item, 1);
+        r->items[r->n++]->input = r->next;
     }
     r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
     r->samples = 0;
@@ -9508,7 +9486,7 @@ static int reader_decode(slam_reader *r) {
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
     for (size_t i = 0; i < r->n; i++)
-        if (r->items[i]->fatal) return set_error("%s", r->items[i]->error);
+        if (r->items[i]->done < 0) return set_error("%s", r->items[i]->error);
     return 1;
 }
 
@@ -9608,24 +9586,12 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
     return path;
 }
 
-int slam_writer_check(const char *out) {
-    char path[PATH_MAX];
-    const int binary = string_ends(out, ".bin");
-    if (!binary && !string_ends(out, ".jsonl"))
-        return set_error("%s: expected a name that ends in .bin or .jsonl", out);
-    if (!path_writable(out)) return 0;
-    snprintf(path, sizeof path, "%s.journal", out);
-    if (path_exists(path)) return 1;
-    if (path_exists(out)) return fail_exists(out);
-    return !binary || !path_exists(shard_path(path, out, 1)) || fail_exists(path);
-}
-
 /* Syncs the data, then writes the journal, which replaces the one before. */
 static int writer_commit(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
     if (!append_sync(&f->data) || !append_sync(&f->skipped)) return 0;
-    w->bytes = w->documents ? f->data.bytes : 0; // a file without documents is begun again
+    w->bytes = f->data.bytes;
     w->failed_bytes = f->skipped.bytes;
     strbuf_add(&s, "{\n");
     fields_write(&s, journal_fields, N_JOURNAL_FIELDS, w, "  ");
@@ -9637,24 +9603,21 @@ static int writer_commit(slam_writer *w) {
     return ok;
 }
 
-/* Reads the journal, and what got its name after it was written is partial again: OUT, or shards, of which the first is
-   needed. */
+/* Reads the journal. If the file that was partial then has got its name since, it is partial again. */
 static int writer_resume(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     const uint64_t identity = w->identity;
     char path[PATH_MAX];
     json *root = json_load(f->journal);
-    int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
+    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
     json_free(root);
     f->journaled = w->earlier = w->inputs;
-    if (ok && (w->identity != identity || w->inputs > f->total))
-        ok = set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
-                       f->journal);
-    if (ok && !path_exists(f->partial) && path_exists(w->out)) ok = file_rename(w->out, f->partial);
-    uint64_t last = w->shards;
-    while (w->binary && path_exists(shard_path(path, w->out, last + 1))) last++;
-    for (; ok && last > w->shards; last--) ok = file_rename(shard_path(path, w->out, last), f->partial);
-    return ok;
+    if (!ok) return 0;
+    if (w->identity != identity || w->inputs > f->total)
+        return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
+                         f->journal);
+    if (w->binary && path_exists(shard_path(path, w->out, w->shards + 1))) return file_rename(path, f->partial);
+    return path_exists(f->partial) || !path_exists(w->out) || file_rename(w->out, f->partial);
 }
 
 /* The partial file with the journal's bytes. */
@@ -9673,6 +9636,7 @@ static int writer_close_data(slam_writer *w, const char *path) {
 
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
                      uint64_t shard_tokens) {
+    char shard[PATH_MAX];
     memset(w, 0, sizeof *w);
     struct slam_writer_files *f = w->files = NEW(struct slam_writer_files, 1);
     w->out = out;
@@ -9689,9 +9653,10 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)w->V,
                                 w->fingerprint};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
-    int ok = slam_writer_check(out) && append_open(&f->skipped, f->failed);
-    ok = ok && slam_writer_check(out); // again: the process that had the lock may just have finished
+    int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
+    else if (ok && path_exists(out)) ok = fail_exists(out);
+    else if (ok && w->binary && path_exists(shard_path(shard, out, 1))) ok = fail_exists(shard);
     if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
@@ -9755,9 +9720,9 @@ int slam_writer_close(slam_writer *w, int ok) {
     if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, w->out));
     else if (ok) ok = writer_commit(w);
     const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
+    if (over) unlink(f->journal);
     if (over) unlink(f->partial);
     if (f->skipped.f && (!f->skipped.bytes || (over && !all))) unlink(f->failed);
-    if (over) unlink(f->journal); // last: until then, the same call gets here again
     append_close(&f->data);
     append_close(&f->skipped);
     free(f);
@@ -9791,12 +9756,13 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
     slam_unit_config config = *c, stored = *c;
     slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
+    slam_inputs shuffled = *in;
     const slam_item *item;
     const int exists = path_exists(km_npy);
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy);
+    int ok = path_writable(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
         ok = fail_exists(exists ? km_npy : km_json);
@@ -9806,15 +9772,13 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
-    uint32_t *order = NEW(uint32_t, in->n);
+    shuffled.paths.at = NEW(char *, in->n);
     for (size_t i = 0; i < in->n; i++) { // inside-out Fisher-Yates
         const size_t j = (size_t)rng_below(&state, i + 1);
-        order[i] = order[j];
-        order[j] = (uint32_t)i;
+        shuffled.paths.at[i] = shuffled.paths.at[j];
+        shuffled.paths.at[j] = in->paths.at[i];
     }
-    slam_reader *reader = slam_reader_open(in, t, 0);
-    reader->order = order;
-    int more = 1;
+    slam_reader *reader = slam_reader_open(&shuffled, t, 0);
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
             reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
@@ -9824,7 +9788,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     slam_reader_close(reader);
     free(centroids);
     free(sample.frames);
-    free(order);
+    free(shuffled.paths.at);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -9839,27 +9803,25 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // ints, for each file: n, frames, samples, units (n), durations (n)
+    strbuf s = ZERO; // for each file: its slam_units, units (n), durations (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
         const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
-        const int head[] = {(int)u->n, (int)u->frames, (int)u->samples};
-        strbuf_add_bytes(&s, head, sizeof head);
+        strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
     }
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    int *all = ok ? (int *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
+    char *all = ok ? (char *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
-        u->n = (size_t)at[0];
-        u->frames = (size_t)at[1];
-        u->samples = (size_t)at[2];
-        u->unit = (int *)memcpy(NEW(int, u->n), at + 3, u->n * sizeof(int));
-        u->duration = (int *)memcpy(NEW(int, u->n), at + 3 + u->n, u->n * sizeof(int));
-        at += 3 + 2 * u->n;
+        memcpy(u, at, sizeof *u);
+        const size_t bytes = u->n * sizeof(int);
+        u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
+        u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
+        at += sizeof *u + 2 * bytes;
     }
     free(all);
     strbuf_free(&s);

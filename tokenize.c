@@ -129,7 +129,6 @@ static slam_tokenizer *fit_tokenizer(program *p, const slam_unit_config *config)
     const char *path = p->unit_flags.kmeans;
     const size_t frames = (size_t)p->fit_frames;
     slam_kmeans_report report;
-    if (p->out && !slam_writer_check(p->out_path)) return NULL;
     slam_bar_begin(&p->bar);
     const double start = slam_clock();
     slam_tokenizer *t =
