@@ -574,7 +574,7 @@ typedef struct slam_inputs {
     size_t n, first, end;  /* inputs; first <= i < end is the part to do */
     double max_seconds;    /* longer audio is split in the quietest 20 ms of the last fifth before it; 0: never */
     double max_repetition; /* pairs whose text has this slam_auto_bleu of order 2 or more are skipped; 0: none */
-    slam_strings voices;   /* commands that synthesise a line: {text} is replaced, else it is on stdin; WAV on stdout */
+    slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
@@ -9090,80 +9090,41 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
     return ok;
 }
 
-#include <signal.h>
 #include <sys/wait.h>
 
-/* ---- voices: commands that synthesise speech, run without a shell, so that no text is taken for a command ---- */
+/* ---- voices: shell commands that synthesise speech ---- */
 
-/* Splits at white space. '...' is literal, in "..." only \" and \\ are escapes, elsewhere a backslash quotes the next
-   character. {text} becomes the text; one that begins with a dash gets a space in front, because it is not a flag. */
-static int command_split(slam_strings *words, const char *command, const char *text) {
-    strbuf word = ZERO;
-    char quote = 0;
-    for (const char *c = command;; c++) {
-        if (!*c || (!quote && strchr(" \t\n", *c))) {
-            if (word.at) slam_strings_add(words, word.at);
-            strbuf_free(&word);
-            if (!*c) break;
-        } else if (!strncmp(c, "{text}", 6)) {
-            strbuf_add(&word, "%s%s", !word.n && *text == '-' ? " " : "", text);
-            c += 5;
-        } else if (*c == quote) quote = 0;
-        else if (!quote && (*c == '\'' || *c == '"')) {
-            quote = *c;
-            strbuf_add_bytes(&word, "", 0); // '' is a word, too
-        } else {
-            if (*c == '\\' && c[1] && (!quote || (quote == '"' && strchr("\"\\", c[1])))) c++;
-            strbuf_add_bytes(&word, c, 1);
-        }
-    }
-    if (quote) return set_error("%s: a quote (%c) is not closed", command, quote);
-    return words->n > 0 || set_error("an empty command, expected one like 'espeak-ng --stdout {text}'");
-}
-
-/* Runs a command with the files as stdin, stdout and stderr. Returns its status: 127 << 8 if it cannot be started. */
-static int command_run(slam_strings *words, FILE *const files[3]) {
-    int status = 127 << 8;
-    GROW(char *, words->at, words->capacity, words->n + 1);
-    words->at[words->n] = NULL;
-    const pid_t child = fork();
-    if (child == 0) {
-        setpgid(0, 0); // Ctrl-C does not reach it
-        signal(SIGPIPE, SIG_DFL);
-        for (int i = 0; i < 3; i++) dup2(fileno(files[i]), i);
-        execvp(words->at[0], words->at);
-        _exit(127);
-    }
-    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {}
-    return status;
-}
-
-/* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. */
+/* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. {text} becomes ${text}, a variable,
+   so that no text is taken for a command; without splitting, "${text}" is the same. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
-    FILE *files[3] = {tmpfile(), tmpfile(), tmpfile()};
-    slam_strings words = ZERO;
-    char line[400], said[400] = "", path[32]; // said: the last line on stderr
-    int ok = -1, status = 127 << 8;
-    if (!command_split(&words, voice, text)) status = -1;
-    else if (files[0] && files[1] && files[2]) {
-        if (!strstr(voice, "{text}")) fprintf(files[0], "%s\n", text);
-        rewind(files[0]);
-        status = command_run(&words, files);
-        for (rewind(files[2]); fgets(line, sizeof line, files[2]);)
-            if (*line != '\n') snprintf(said, sizeof said, "%.*s", (int)strcspn(line, "\r\n"), line);
+    FILE *log = tmpfile();
+    char line[390], said[400] = "", path[32]; // said: the last line on stderr
+    strbuf s = ZERO;
+    strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=; ", log ? fileno(log) : 2);
+    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // a text with a dash in front is not a flag
+    for (const char *c = text; *c; c++) {
+        if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
+        strbuf_add_bytes(&s, c, 1);
     }
-    if (status == 127 << 8 && !*said) set_error("%s: no program %s that can be started", name, words.at[0]);
-    else if (status > 0)
-        ok = set_error("%s: %s failed with %s %d%s%s", name, words.at[0], WIFEXITED(status) ? "status" : "signal",
-                       WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status), *said ? ": " : "", said);
-    else if (status == 0) {
-        snprintf(path, sizeof path, "/dev/fd/%d", fileno(files[1]));
-        lseek(fileno(files[1]), 0, SEEK_SET);
-        ok = audio_open(a, path, name);
+    strbuf_add(&s, "'; export text; %s{ ", strstr(voice, "{text}") ? "" : "printf '%s\\n' \"$text\" | ");
+    for (const char *c = voice; *c; c++) {
+        if (!strncmp(c, "{text}", 6)) strbuf_add(&s, "$");
+        strbuf_add_bytes(&s, c, 1);
     }
-    for (int i = 0; i < 3; i++)
-        if (files[i]) fclose(files[i]);
-    slam_strings_free(&words);
+    strbuf_add(&s, "\n}");
+    FILE *out = log ? popen(s.at, "r") : NULL;
+    strbuf_free(&s);
+    if (!out) {
+        if (log) fclose(log);
+        return set_error("%s: no voice can be started: %s", name, strerror(errno)) - 1;
+    }
+    snprintf(path, sizeof path, "/dev/fd/%d", fileno(out));
+    int ok = audio_open(a, path, name);
+    const int status = pclose(out), code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    for (rewind(log); fgets(line, sizeof line, log);)
+        if (*line != '\n') snprintf(said, sizeof said, ": %.*s", (int)strcspn(line, "\r\n"), line);
+    fclose(log);
+    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, said) - (code == 126 || code == 127);
     return ok;
 }
 
@@ -9364,6 +9325,14 @@ static int parse_units(slam_item *item, const json *line, int K) {
     return ok;
 }
 
+/* Adds a member to the start of a pair's JSON object. */
+static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
+    strbuf_add(members, members->n ? ", " : "");
+    strbuf_add_json(members, key);
+    strbuf_add(members, quoted ? ": " : ": %s", text);
+    if (quoted) strbuf_add_json(members, text);
+}
+
 /* A line that names three audio files, relative to its own file. Its other members, without arrays, objects and sides,
    are passed on. */
 static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
@@ -9380,14 +9349,10 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
         free(path);
     }
     for (const json *j = line->first; j; j = j->next) {
-        int side = j->type == JSON_ARRAY || j->type == JSON_OBJECT;
-        for (int i = 0; i < 3; i++) side |= !strcmp(j->key, pair_sides[i]);
-        if (side) continue;
-        strbuf_add(&members, members.n ? ", " : "");
-        strbuf_add_json(&members, j->key);
-        strbuf_add(&members, ": ");
-        if (j->type == JSON_STRING) strbuf_add_json(&members, j->string);
-        else strbuf_add(&members, "%s", json_describe(j)); // a number's text, true, false or null
+        int passed_on = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
+        for (int i = 0; i < 3; i++) passed_on &= strcmp(j->key, pair_sides[i]) != 0;
+        const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
+        if (passed_on) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
     }
     item->members = members.at;
     return 1;
@@ -9397,14 +9362,15 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
 static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
     strbuf members = ZERO;
-    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) slam_strings_add(texts, field);
-    if (!in->pairs_out) return 1;
-    if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
-    for (int side = 0; side < 3; side++) {
-        strbuf_add(&members, "%s\"%s_text\": ", side ? ", " : "", pair_sides[side]);
-        strbuf_add_json(&members, texts->at[side]);
+    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) {
+        char key[24];
+        snprintf(key, sizeof key, "%s_text", pair_sides[texts->n % 3]);
+        if (in->pairs_out) pair_add(&members, key, field, 1);
+        slam_strings_add(texts, field);
     }
     item->members = members.at;
+    if (!in->pairs_out) return 1;
+    if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
     if (pair_repeats(texts->at[0], texts->at[1], in->max_repetition)) slam_strings_free(texts);
     return 1;
 }

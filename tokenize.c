@@ -256,8 +256,8 @@ static void set_flags(program *p) {
             "text that --tts synthesises: a document per line; lines of prompt, chosen and rejected separated by tabs "
             "become pairs"),
         SLAM_FLAG("tts", SLAM_LIST, &p->tts, "'COMMAND {text}'", NULL,
-                  "writes WAV to stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from stdin, "
-                  "as piper does. Runs without a shell, --threads at a time. Repeated: voices take turns"),
+                  "shell command that writes WAV to stdout, e.g. 'espeak-ng --stdout {text}', where {text} is a quoted "
+                  "variable; without it the line is on stdin, as for piper. Repeated: voices take turns"),
         SLAM_NUMBER("max-repetition", SLAM_REAL, &p->max_repetition, "X", "0.3", 0, 2,
                     "skip pairs in whose text a share of X or more of the word pairs occurs twice (auto-BLEU-2 of "
                     "prompt and chosen); 0: none. With --pairs only if given"),
