@@ -584,18 +584,18 @@ typedef struct slam_inputs {
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
-/* An item: the units of an input, which are segments of a recording, or the three sides of a pair. */
+/* The units of an input: segments of a recording, or the three sides of a pair. */
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* 1: *item is the next, in order, valid until the next call, *skipped NULL or why it is skipped; or *item is NULL: a
-   chunk of segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
+/* 1: *item is the next, in order, until the next call, *skipped NULL or why it is skipped; or *item is NULL: a chunk of
+   segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin) or OUT.jsonl (SlamKit
-   features or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a
-   kill, the same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
+/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit features
+   or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a kill, the
+   same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
 typedef struct slam_writer {
     const char *out;
     int binary, audio_repr, pairs, V;
@@ -7723,21 +7723,18 @@ static const resampler *resampler_of(int rate) {
     return r;
 }
 
-/* Sum of tap_i in_i. Its order, 16 lanes that are added up at the end, is the same for every vector width. */
-UNFUSED static float resampler_dot(const float *tap, const float *in, int n) {
+/* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
+UNFUSED static float resampler_dot(const float *tap, int taps, const float *in, int64_t first, int64_t n) {
     float lane[RESAMPLER_LANES] = {0};
-    for (int i = 0; i < n; i += RESAMPLER_LANES)
-        for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[i + j];
+    if (first < 0 || first + taps > n) { // near the ends of the input, beyond which it is 0
+        for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) lane[0] += tap[i] * in[first + i];
+        return lane[0];
+    }
+    for (int i = 0; i < taps; i += RESAMPLER_LANES)
+        for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[first + i + j];
     for (int width = RESAMPLER_LANES / 2; width; width /= 2)
         for (int j = 0; j < width; j++) lane[j] += lane[j + width];
     return lane[0];
-}
-
-/* The same near the ends of the input, beyond which it is 0: the first tap belongs to in[first]. */
-UNFUSED static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
-    float sum = 0;
-    for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) sum += tap[i] * in[first + i];
-    return sum;
 }
 
 float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
@@ -7751,9 +7748,7 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
     for (int64_t k = 0; k < outputs; k++) {
         const uint64_t at = (uint64_t)k * r->down;
         const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
-        const int64_t first = (int64_t)(at / r->up) - r->before;
-        const int inside = first >= 0 && first + r->taps <= (int64_t)n;
-        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, (int64_t)n);
+        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->before, (int64_t)n);
     }
     return out;
 }
@@ -9100,7 +9095,7 @@ static int voice_open(audio *a, const char *voice, const char *text, const char 
     FILE *log = tmpfile();
     char line[390], said[400] = "", path[32]; // said: the last line on stderr
     strbuf s = ZERO;
-    strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=; ", log ? fileno(log) : 2);
+    strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
     strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // a text with a dash in front is not a flag
     for (const char *c = text; *c; c++) {
         if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
@@ -9228,19 +9223,17 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
-static uint64_t hash_strings(uint64_t hash, const slam_strings *s) {
-    for (size_t i = 0; i < s->n; i++) hash = hash_bytes(hash, s->at[i], strlen(s->at[i]) + 1);
-    return hash;
-}
-
 /* Hash of everything that determines the output. A file of lines counts by its name and size. */
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
+    const slam_strings *const lists[] = {&in->paths, &in->voices};
     hash = hash_bytes(hash, numbers, sizeof numbers);
     for (size_t i = 0; in->files && i < in->paths.n; i++)
         hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
-    return hash_strings(hash_strings(hash, &in->paths), &in->voices);
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < lists[k]->n; i++) hash = hash_bytes(hash, lists[k]->at[i], strlen(lists[k]->at[i]) + 1);
+    return hash;
 }
 
 /* ---- reading: inputs -> segments -> units ---- */
@@ -9271,8 +9264,8 @@ struct slam_reader {
     const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
     slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
     size_t next, n;                         // next: input that is started next
-    double audio_seconds, deadline;         // decoded so far; when the decoding of a chunk ends, or when it has
-    int64_t samples, limit;                 // decoded so many: a program can be stopped soon, and memory is bounded
+    double audio_seconds, deadline;         // decoded so far; when a chunk ends, so that a program can be stopped soon
+    int64_t samples, limit;                 // decoded for this chunk; when it ends, so that memory is bounded
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9528,8 +9521,9 @@ static int path_exists(const char *path) {
     return lstat(path, &s) == 0;
 }
 
-static int fail_exists(const char *path) {
-    return set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
+static int path_is_free(const char *path) {
+    return !path_exists(path) ||
+           set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
 }
 
 /* Whether a file can be created at this path. */
@@ -9621,8 +9615,7 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
-    else if (ok && path_exists(out)) ok = fail_exists(out);
-    else if (ok && w->binary && path_exists(shard_path(shard, out, 1))) ok = fail_exists(shard);
+    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(shard, out, 1)));
     if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
@@ -9731,7 +9724,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     int ok = path_writable(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
-        ok = fail_exists(exists ? km_npy : km_json);
+        ok = path_is_free(exists ? km_npy : km_json);
     free(km_json);
     if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
     slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
