@@ -7820,9 +7820,8 @@ typedef struct wav_format {
 /* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
 static int wav_read_format(audio *a, size_t n) {
     wav_format w = ZERO;
-    const size_t got = fread(&w, 1, n < sizeof w ? n : sizeof w, a->f);
+    if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
     const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
-    if (got < 16 || (w.type == 0xfffe && got < sizeof w)) return set_error("%s: a fmt chunk of %zu bytes", a->name, n);
     if (type != 1 && type != 3) return -1;
     a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
     a->channels = w.channels;
@@ -7853,8 +7852,7 @@ static int wav_open(audio *a, uint64_t size) {
         const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
         const int to_end = is_data && (n == 0 || (n >= UNKNOWN && n > rest));
         if (n > rest && !to_end)
-            return set_error("%s: chunk '%.4s' has %llu bytes, but only %llu follow: the file is damaged or truncated",
-                             a->name, chunk.name, (unsigned long long)n, (unsigned long long)rest);
+            return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
         if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);
         const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
@@ -9431,7 +9429,7 @@ static void item_read(slam_reader *r, slam_item *item) {
 }
 
 /* Decodes a chunk of segments, in parallel. */
-static int reader_decode(slam_reader *r) {
+static void reader_decode(slam_reader *r) {
     const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
         r->items[r->n] = NEW(slam_item, 1);
@@ -9444,9 +9442,6 @@ static int reader_decode(slam_reader *r) {
     for (int64_t i = 0; i < (int64_t)r->n; i++)
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
-    for (size_t i = 0; i < r->n; i++)
-        if (r->items[i]->done < 0) return set_error("%s", r->items[i]->error);
-    return 1;
 }
 
 /* Encodes what is decoded. */
@@ -9477,10 +9472,13 @@ int slam_reader_next(slam_reader *r, const slam_item **item, const char **skippe
     r->taken = r->n && r->items[0]->done ? r->items[0] : NULL;
     *item = r->taken;
     *skipped = r->taken ? r->taken->error : NULL;
-    if (r->taken) memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
-    if (r->taken) return 1;
+    if (r->taken) {
+        memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
+        return r->taken->done > 0 ? 1 : set_error("%s", r->taken->error) - 1;
+    }
     if (!r->n && r->next >= r->inputs->end) return 0;
-    return reader_decode(r) && reader_encode(r) ? 1 : -1;
+    reader_decode(r);
+    return reader_encode(r) ? 1 : -1;
 }
 
 /* The next item, reported to a progress callback: 1, 0 at the end, -1 and an error. */
@@ -9654,17 +9652,14 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
         else if (w->pairs) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
             strbuf_add_unit_lists(&s, &u);
-            strbuf_add(&s, i == 2 ? "}}\n" : "}");
-        } else {
-            if (w->audio_repr) strbuf_add_audio_repr(&s, &u);
-            else strbuf_add_units(&s, &u);
-            strbuf_add(&s, "\n");
-        }
+            strbuf_add(&s, "}");
+        } else if (w->audio_repr) strbuf_add_audio_repr(&s, &u);
+        else strbuf_add_units(&s, &u);
+        if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
     ok = ok && append_write(&f->data, s.at, s.n);
-    s.n = 0;
-    if (item->error) strbuf_add(&s, "%s\n", item->name);
-    ok = ok && append_write(&f->skipped, s.at, s.n);
+    if (ok && item->error)
+        ok = append_write(&f->skipped, item->name, strlen(item->name)) && append_write(&f->skipped, "\n", 1);
     strbuf_free(&s);
     w->inputs++;
     w->failed += item->error != NULL;
