@@ -597,13 +597,10 @@ void slam_reader_close(slam_reader *);
    or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a kill, the
    same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
 typedef struct slam_writer {
-    const char *out;
-    int binary, audio_repr, pairs, V;
-    uint32_t fingerprint;
-    uint64_t shard_tokens, earlier; /* earlier: inputs that a call before this one did */
-    /* the journal; identity: hash of settings and inputs; inputs: done */
-    uint64_t identity, inputs, bytes, failed_bytes, shards, failed, repetitive, documents, samples, frames, units,
-        tokens;
+    int binary, pairs;
+    uint64_t earlier; /* inputs that a call before this one did */
+    uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
+    uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
@@ -9501,8 +9498,11 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 struct slam_writer_files {
     char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
     append_file data, skipped; // skipped: OUT.failed; its lock is the writer's
-    uint64_t total, journaled; // inputs; as the journal counts them
-    double committed;          // when it was written
+    const char *out;
+    int audio_repr, V;
+    uint32_t fingerprint;
+    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: as the journal counts them
+    double committed;                        // when it was written
 };
 
 #define JOURNAL(type, name)                                                                                            \
@@ -9574,22 +9574,22 @@ static int writer_resume(slam_writer *w) {
     if (w->identity != identity || w->inputs > f->total)
         return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
                          f->journal);
-    if (w->binary && path_exists(shard_path(path, w->out, w->shards + 1))) return file_rename(path, f->partial);
-    return path_exists(f->partial) || !path_exists(w->out) || file_rename(w->out, f->partial);
+    if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
+    return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
 }
 
 /* The partial file with the journal's bytes. */
 static int writer_open_data(slam_writer *w) {
-    append_file *data = &w->files->data;
-    return append_open(data, w->files->partial) && append_resume(data, w->bytes) &&
-           (!w->binary || w->bytes || shard_write_header(data, w->V, w->fingerprint));
+    struct slam_writer_files *f = w->files;
+    return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
+           (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
 }
 
 /* The partial file is complete. */
 static int writer_close_data(slam_writer *w, const char *path) {
-    append_file *data = &w->files->data;
-    return (!w->binary || shard_write_header(data, w->V, w->fingerprint)) && append_close(data) &&
-           file_rename(w->files->partial, path);
+    struct slam_writer_files *f = w->files;
+    return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
+           file_rename(f->partial, path);
 }
 
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
@@ -9597,19 +9597,19 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     char shard[PATH_MAX];
     memset(w, 0, sizeof *w);
     struct slam_writer_files *f = w->files = NEW(struct slam_writer_files, 1);
-    w->out = out;
+    f->out = out;
     w->binary = string_ends(out, ".bin");
-    w->audio_repr = audio_repr;
+    f->audio_repr = audio_repr;
     w->pairs = in->pairs_out;
-    w->V = t ? t->K + FIRST_UNIT : 0;
-    w->fingerprint = t ? t->fingerprint : 0;
-    w->shard_tokens = shard_tokens;
+    f->V = t ? t->K + FIRST_UNIT : 0;
+    f->fingerprint = t ? t->fingerprint : 0;
+    f->shard_tokens = shard_tokens;
     snprintf(f->partial, PATH_MAX, "%s.partial", out);
     snprintf(f->journal, PATH_MAX, "%s.journal", out);
     snprintf(f->failed, PATH_MAX, "%s.failed", out);
     f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)w->V,
-                                w->fingerprint};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)f->V,
+                                f->fingerprint};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
@@ -9620,17 +9620,17 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
 
 /* One document as tokens; documents do not cross shards. */
 static int writer_add_tokens(slam_writer *w, const units *u) {
-    append_file *data = &w->files->data;
-    const uint64_t tokens = (data->bytes - SHARD_HEADER) / 2;
+    struct slam_writer_files *f = w->files;
+    const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
     char path[PATH_MAX];
-    if (tokens && tokens + u->n + 2 > w->shard_tokens) {
+    if (tokens && tokens + u->n + 2 > f->shard_tokens) {
         w->bytes = 0;
-        if (!writer_close_data(w, shard_path(path, w->out, ++w->shards)) || !writer_open_data(w)) return 0;
+        if (!writer_close_data(w, shard_path(path, f->out, ++w->shards)) || !writer_open_data(w)) return 0;
     }
     uint16_t *document = NEW(uint16_t, u->n + 2);
     document[0] = document[u->n + 1] = DOCUMENT_TOKEN;
     for (size_t i = 0; i < u->n; i++) document[i + 1] = (uint16_t)(u->unit[i] + FIRST_UNIT);
-    const int ok = append_write(data, document, (u->n + 2) * sizeof *document);
+    const int ok = append_write(&f->data, document, (u->n + 2) * sizeof *document);
     free(document);
     return ok;
 }
@@ -9653,7 +9653,7 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
             strbuf_add_unit_lists(&s, &u);
             strbuf_add(&s, "}");
-        } else if (w->audio_repr) strbuf_add_audio_repr(&s, &u);
+        } else if (f->audio_repr) strbuf_add_audio_repr(&s, &u);
         else strbuf_add_units(&s, &u);
         if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
@@ -9671,7 +9671,7 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
 int slam_writer_close(slam_writer *w, int ok) {
     struct slam_writer_files *f = w->files;
     const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
-    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, w->out));
+    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
     else if (ok) ok = writer_commit(w);
     const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
     if (over) unlink(f->journal);

@@ -102,7 +102,11 @@ static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *na
     threads_set(3);
     do {
         if (!CHECK(tokenize(t, in, parts, audio_repr, 5, &part), "%s", slam_error())) break;
-        if (++stops != 2) continue;
+        if (++stops == 3 && part.inputs < in->end) { // a kill after a rename
+            char path[PATH_MAX];
+            CHECK(rename(partial, w->binary ? shard_path(path, parts, part.shards + 1) : parts) == 0, "rename");
+        }
+        if (stops != 2) continue;
         FILE *f = fopen(partial, "ab"); // a kill leaves more than the journal counts
         CHECK(f && fputs("half a docum", f) >= 0 && fclose(f) == 0, "write");
         in->end--;
