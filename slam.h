@@ -9084,8 +9084,9 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 
 /* ---- voices: shell commands that synthesise speech ---- */
 
-/* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. {text} becomes ${text}, a variable,
-   so that no text is taken for a command; without splitting, "${text}" is the same. */
+/* Opens the audio that a voice synthesises: 1, 0 and an error of this text, -1 and an error of every text. {text}
+   becomes ${text}, a variable, so that no text is taken for a command. `set -f; IFS=`: it is one word without quotes,
+   too. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
     char line[390], said[400] = "", path[32]; // said: the last line on stderr
@@ -9249,7 +9250,7 @@ struct slam_item {
     slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
     size_t input, source; // source: the one that is decoded
     audio recording;
-    int done;    // -1: with an error of all inputs
+    int done;    // -1: with an error of every input
     char *error; // why it is skipped, or NULL
 };
 
@@ -9382,7 +9383,7 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
     return ok;
 }
 
-/* Opens the source that is next: 1, 0: the item is skipped, -1: so would be all others. */
+/* Opens the source that is next. Returns as voice_open. */
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // which take turns by line number
     const char *source = item->sources.at[item->source];
@@ -9406,7 +9407,8 @@ static void item_read(slam_reader *r, slam_item *item) {
         decoded = r->samples;
         if (decoded >= r->limit || slam_clock() > r->deadline) return;
         if (!a->name && (ok = item_open(r, item, l)) <= 0) break;
-        if ((ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0) == 0) break;
+        ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0;
+        if (!ok) break;
         SLAM_PRAGMA(omp atomic)
         r->samples += (int64_t)n;
         const int whole = a->start == 0 && a->last;
