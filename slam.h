@@ -7758,13 +7758,13 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
 #include <sndfile.h>
 #endif
 
+enum { AUDIO_BLOCK = 8192 }; // samples that are read at once, so also the most channels
+
 typedef struct audio {
     char *name; // in error messages
     FILE *f;
     int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
     uint64_t frames, at;                 // of the file, 0: unknown; read so far
-    void *block;                         // frames as the file has them, or float from libsndfile
-    size_t block_frames;                 // how many are read at once
     float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
     size_t n, capacity;
     uint64_t first;    // the first of them is this frame of the file
@@ -7781,7 +7781,6 @@ static void audio_close(audio *a) {
 #endif
     if (a->f) fclose(a->f);
     free(a->name);
-    free(a->block);
     free(a->waiting);
     memset(a, 0, sizeof *a);
 }
@@ -7824,7 +7823,7 @@ static int wav_read_format(audio *a, size_t n) {
     a->channels = w.channels;
     a->bytes = (int)(bits + 7) / 8;
     a->is_float = type == 3;
-    if (!w.channels || (int)w.frame != a->channels * a->bytes ||
+    if (w.channels < 1 || w.channels > AUDIO_BLOCK || (int)w.frame != a->channels * a->bytes ||
         (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
         return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits, or float of 32 or 64",
                          a->name, w.channels, bits, w.frame);
@@ -7866,12 +7865,8 @@ static int audio_open(audio *a, const char *path, const char *name) {
     memset(a, 0, sizeof *a);
     a->name = string_copy(name ? name : path);
     a->f = file_open(path, a->name, &size);
-    int ok = a->f ? wav_open(a, size) : 0;
-    if (ok < 0) ok = audio_open_codec(a);
-    if (!ok) return 0;
-    a->block_frames = a->channels < 16384 ? (size_t)(16384 / a->channels) : 1;
-    a->block = NEW(double, a->block_frames *(size_t)a->channels);
-    return 1;
+    const int wav = a->f ? wav_open(a, size) : 0;
+    return wav < 0 ? audio_open_codec(a) : wav;
 }
 
 /* One sample on a scale of -1 to 1. */
@@ -7891,17 +7886,18 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
-        const unsigned char *p = (const unsigned char *)a->block;
-        const size_t most = n - done < a->block_frames ? n - done : a->block_frames;
+        double block[AUDIO_BLOCK]; // frames as the file has them, or float from libsndfile
+        const unsigned char *p = (const unsigned char *)block;
+        const size_t fit = (size_t)(AUDIO_BLOCK / a->channels), most = n - done < fit ? n - done : fit;
         const uint64_t rest = a->frames > a->at ? a->frames - a->at : 0;
         int error = 0;
 #ifdef SLAM_SNDFILE
         if (a->codec) {
-            got = (size_t)sf_readf_float(a->codec, (float *)a->block, (sf_count_t)most);
+            got = (size_t)sf_readf_float(a->codec, (float *)block, (sf_count_t)most);
             error = sf_error(a->codec);
         } else
 #endif
-            got = fread(a->block, (size_t)(a->channels * a->bytes), most < rest ? most : (size_t)rest, a->f);
+            got = fread(block, (size_t)(a->channels * a->bytes), most < rest ? most : (size_t)rest, a->f);
         if (!got && (rest || error))
             return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
         for (size_t i = done; i < done + got; i++) {
@@ -9371,7 +9367,8 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
     if (!l) return 1;
     if (in->kind == SLAM_INPUT_TEXT) {
         char *text = string_copy_n(l->text, l->n);
-        const int ok = parse_text(item, text, in);
+        const int ok = strlen(text) == l->n ? parse_text(item, text, in)
+                                            : set_error("%s: contains a zero byte, expected text", item->name);
         free(text);
         return ok;
     }
@@ -9516,10 +9513,7 @@ static const field journal_fields[] = {
     JOURNAL(FIELD_U64, frames),       JOURNAL(FIELD_U64, units),     JOURNAL(FIELD_U64, tokens)};
 enum { N_JOURNAL_FIELDS = sizeof journal_fields / sizeof *journal_fields };
 
-static int path_exists(const char *path) {
-    struct stat s;
-    return lstat(path, &s) == 0;
-}
+static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 
 static int path_is_free(const char *path) {
     return !path_exists(path) ||
@@ -9728,8 +9722,8 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
-    shuffled.paths.at = NEW(char *, in->n);
-    for (size_t i = 0; i < in->n; i++) { // inside-out Fisher-Yates
+    shuffled.paths.at = NEW(char *, in->paths.n);
+    for (size_t i = 0; i < in->paths.n; i++) { // inside-out Fisher-Yates
         const size_t j = (size_t)rng_below(&state, i + 1);
         shuffled.paths.at[i] = shuffled.paths.at[j];
         shuffled.paths.at[j] = in->paths.at[i];
