@@ -9231,6 +9231,8 @@ static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
 /* ---- reading: inputs -> segments -> units ---- */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
+static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
+static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
 
 typedef struct segment {
     slam_recording audio; // its samples, until they are encoded; units, or features for a fit
@@ -9325,10 +9327,8 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
     strbuf members = ZERO;
     if (prompt && chosen && pair_repeats(prompt, chosen, max_repetition)) return 1;
     for (int side = 0; side < 3; side++) {
-        char key[24];
-        snprintf(key, sizeof key, "%s_path", pair_sides[side]);
-        const char *name = json_string(line, key, "");
-        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, key);
+        const char *name = json_string(line, pair_paths[side], "");
+        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, pair_paths[side]);
         char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
         slam_strings_add(&item->sources, path);
         free(path);
@@ -9348,9 +9348,7 @@ static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
     strbuf members = ZERO;
     for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) {
-        char key[24];
-        snprintf(key, sizeof key, "%s_text", pair_sides[texts->n % 3]);
-        if (in->pairs_out) pair_add(&members, key, field, 1);
+        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);
         slam_strings_add(texts, field);
     }
     item->members = members.at;
