@@ -506,16 +506,11 @@ double slam_auto_bleu(const char *text, int order);
 
 /* ---- 10. AUDIO ---- */
 
-/* `rate` samples per second (1000..768000) to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
-   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. Thread-safe.
-   */
-typedef struct slam_resampler slam_resampler;
-slam_resampler *slam_resampler_new(int rate); /* NULL and slam_error(): out of range, or its filter exceeds 64 MB */
-void slam_resampler_free(slam_resampler *);
-size_t slam_resampler_length(const slam_resampler *, size_t n); /* output samples: ceil(16000 n / rate) */
-void slam_resample(const slam_resampler *, float *out, const float *in, size_t n);
-/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error() if it cannot be decoded.
-   */
+/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
+   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. *n_out =
+   ceil(16000 n / rate). free() the result; NULL and slam_error(): a rate out of range. Thread-safe. */
+float *slam_resample(const float *in, size_t n, int rate, size_t *n_out);
+/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error(): it cannot be decoded. */
 float *slam_audio_load(const char *path, size_t *n);
 
 /* ---- 11. UNITS: audio -> features -> units ---- */
@@ -579,7 +574,7 @@ typedef struct slam_inputs {
     size_t n, first, end;  /* inputs; first <= i < end is the part to do */
     double max_seconds;    /* longer audio is split in the quietest 20 ms of the last fifth before it; 0: never */
     double max_repetition; /* pairs whose text has this slam_auto_bleu of order 2 or more are skipped; 0: none */
-    slam_strings voices;   /* commands that synthesise a line: {text} is replaced, else it is on stdin; WAV on stdout */
+    slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
@@ -589,29 +584,25 @@ typedef struct slam_inputs {
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
-/* An item: the units of an input, which are segments of a recording, or the three sides of a pair. */
+/* The units of an input: segments of a recording, or the three sides of a pair. */
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* 1: *item is the next, in order, valid until the next call, *skipped NULL or why it is skipped; or *item is NULL: a
-   chunk of segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
+/* 1: *item is the next, in order, until the next call, *skipped NULL or why it is skipped; or *item is NULL: a chunk of
+   segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin) or OUT.jsonl (SlamKit
-   features or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a
-   kill, the same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
+/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit features
+   or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a kill, the
+   same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
 typedef struct slam_writer {
-    const char *out;
-    int binary, audio_repr, pairs, V;
-    uint32_t fingerprint;
-    uint64_t shard_tokens, earlier; /* earlier: inputs that a call before this one did */
-    /* the journal; identity: hash of settings and inputs; inputs: done */
-    uint64_t identity, inputs, bytes, failed_bytes, shards, failed, repetitive, documents, samples, frames, units,
-        tokens;
+    int binary, pairs;
+    uint64_t earlier; /* inputs that a call before this one did */
+    uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
+    uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
 } slam_writer;
-int slam_writer_check(const char *out); /* 0 and slam_error() if OUT cannot be written or exists */
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
@@ -7619,15 +7610,14 @@ enum { SAMPLE_RATE = 16000 };
        half = (A - 7.95) / (2 * 14.36 * width)     beta = 0.1102 (A - 8.7) */
 
 #define RESAMPLER_ATTENUATION 108.0
-enum { RESAMPLER_LANES = 16, RESAMPLER_TABLE = 1 << 24 }; // most floats of a table: 64 MB. 44.1 kHz needs 64,000
+enum { RESAMPLER_LANES = 16 };
 
-struct slam_resampler {
-    int rate;
+typedef struct resampler {
+    int rate, before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
-    int before, taps; // taps before the sample that an output follows; taps of a phase, a multiple of RESAMPLER_LANES
-    float *tap;       // (up, taps)
-    struct slam_resampler *next;
-};
+    float *tap; // (up,taps)
+    struct resampler *next;
+} resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
 UNFUSED static double bessel_i0(double x) {
@@ -7639,112 +7629,84 @@ UNFUSED static double bessel_i0(double x) {
     return sum;
 }
 
-/* tap (taps) of a phase. nyquist: the lower one, in cycles per input sample; half: of the window, in input samples */
-UNFUSED static void resampler_phase(const slam_resampler *r, uint64_t phase, double nyquist, double half, float *tap) {
-    const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta), f = 0.95 * nyquist;
-    double sum = 0;
-    for (int i = 0; i < 2 * r->before + 2; i++) {
-        const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
-        if (fabs(u) >= 1) continue;
-        const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
-        const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
-        tap[i] = (float)h;
-        sum += h;
-    }
-    for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
-}
+static uint64_t greatest_common_divisor(uint64_t a, uint64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
-slam_resampler *slam_resampler_new(int rate) {
-    if (rate < 1000 || rate > 768000) {
-        set_error("%d samples per second, expected 1000 to 768000", rate);
-        return NULL;
-    }
-    uint64_t divisor = SAMPLE_RATE, rest = (uint64_t)rate;
-    while (rest) {
-        const uint64_t next = divisor % rest;
-        divisor = rest;
-        rest = next;
-    }
-    slam_resampler *r = NEW(slam_resampler, 1);
-    const double nyquist = 0.5 * (rate < SAMPLE_RATE ? rate : SAMPLE_RATE) / rate;
+UNFUSED static resampler *resampler_new(int rate) {
+    const double nyquist = 0.5 * (rate < SAMPLE_RATE ? rate : SAMPLE_RATE) / rate, f = 0.95 * nyquist;
     const double half = (RESAMPLER_ATTENUATION - 7.95) / (2 * 14.36 * 0.1 * nyquist);
+    const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
+    const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
+    resampler *r = NEW(resampler, 1);
     r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
     r->before = (int)half;
     r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
-    if (r->up * (uint64_t)r->taps > RESAMPLER_TABLE) {
-        set_error(
-            "%d samples per second: this rate needs a filter of %.0f MB; convert the audio to a common rate first",
-            rate, (double)r->up * r->taps * 4e-6);
-        slam_resampler_free(r);
-        return NULL;
-    }
     r->tap = NEW(float, r->up *(uint64_t)r->taps);
-    PARALLEL_FOR
-    for (int64_t phase = 0; phase < (int64_t)r->up; phase++)
-        resampler_phase(r, (uint64_t)phase, nyquist, half, r->tap + phase * r->taps);
+    for (uint64_t phase = 0; phase < r->up; phase++) {
+        float *tap = r->tap + phase * (uint64_t)r->taps;
+        double sum = 0;
+        for (int i = 0; i < 2 * r->before + 2; i++) {
+            const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
+            if (fabs(u) >= 1) continue;
+            const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
+            const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
+            tap[i] = (float)h;
+            sum += h;
+        }
+        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
+    }
     return r;
 }
 
-void slam_resampler_free(slam_resampler *r) {
-    if (r) free(r->tap);
-    free(r);
-}
+static resampler *resamplers; // a list, which is kept: audio files come in a few rates
 
-size_t slam_resampler_length(const slam_resampler *r, size_t n) {
-    return (size_t)((n * r->up + r->down - 1) / r->down);
-}
-
-/* Sum of tap_i in_i. Its order, 16 lanes that are added up at the end, is the same for every vector width. */
-UNFUSED static float resampler_dot(const float *tap, const float *in, int n) {
-    float lane[RESAMPLER_LANES] = {0};
-    for (int i = 0; i < n; i += RESAMPLER_LANES)
-        for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[i + j];
-    for (int width = RESAMPLER_LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; j++) lane[j] += lane[j + width];
-    return lane[0];
-}
-
-/* The same near the ends of the input, beyond which it is 0: the first tap belongs to in[first]. */
-UNFUSED static float resampler_edge(const float *tap, const float *in, int64_t first, int taps, int64_t n) {
-    float sum = 0;
-    const int64_t from = first < 0 ? -first : 0, to = first + taps > n ? n - first : taps;
-    for (int64_t i = from; i < to; i++) sum += tap[i] * in[first + i];
-    return sum;
-}
-
-/* out (slam_resampler_length(n))  in (n) */
-void slam_resample(const slam_resampler *r, float *out, const float *in, size_t n) {
-    const int64_t n_out = (int64_t)slam_resampler_length(r, n), n_in = (int64_t)n;
-    if (r->up == r->down) {
-        if (n) memcpy(out, in, n * sizeof *out);
-        return;
-    }
-    PARALLEL_FOR
-    for (int64_t k = 0; k < n_out; k++) {
-        const uint64_t at = (uint64_t)k * r->down;
-        const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
-        const int64_t first = (int64_t)(at / r->up) - r->before;
-        const int inside = first >= 0 && first + r->taps <= n_in;
-        out[k] = inside ? resampler_dot(tap, in + first, r->taps) : resampler_edge(tap, in, first, r->taps, n_in);
-    }
-}
-
-/* The resampler of a rate, shared by all audio files and kept: the same few rates come again and again. */
-static slam_resampler *resamplers; // a list
-
-static const slam_resampler *resampler_of(int rate) {
+static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    if (rate < 1000 || rate > 192000) { // a lower rate would let a small file grow without bound
+        set_error("%d samples per second, expected 1000 to 192000", rate);
+        return NULL;
+    }
     pthread_mutex_lock(&lock);
-    slam_resampler *r = resamplers;
+    resampler *r = resamplers;
     while (r && r->rate != rate) r = r->next;
-    if (!r && (r = slam_resampler_new(rate)) != NULL) {
+    if (!r) {
+        r = resampler_new(rate);
         r->next = resamplers;
         resamplers = r;
     }
     pthread_mutex_unlock(&lock);
     return r;
+}
+
+/* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
+UNFUSED static float resampler_dot(const float *tap, int taps, const float *in, int64_t first, int64_t n) {
+    float lane[RESAMPLER_LANES] = {0};
+    if (first < 0 || first + taps > n) { // near the ends of the input, beyond which it is 0
+        for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) lane[0] += tap[i] * in[first + i];
+        return lane[0];
+    }
+    for (int i = 0; i < taps; i += RESAMPLER_LANES)
+        for (int j = 0; j < RESAMPLER_LANES; j++) lane[j] += tap[i + j] * in[first + i + j];
+    for (int width = RESAMPLER_LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) lane[j] += lane[j + width];
+    return lane[0];
+}
+
+float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
+    const resampler *r = resampler_of(rate);
+    if (!r) return NULL;
+    const int64_t outputs = (int64_t)((n * r->up + r->down - 1) / r->down);
+    float *out = NEW(float, outputs);
+    *n_out = (size_t)outputs;
+    if (rate == SAMPLE_RATE) return (float *)memcpy(out, in, n * sizeof *out);
+    PARALLEL_FOR
+    for (int64_t k = 0; k < outputs; k++) {
+        const uint64_t at = (uint64_t)k * r->down;
+        const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
+        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->before, (int64_t)n);
+    }
+    return out;
 }
 
 /* ---- audio files ----
@@ -7755,210 +7717,154 @@ static const slam_resampler *resampler_of(int rate) {
 #include <sndfile.h>
 #endif
 
+enum { AUDIO_BLOCK = 8192 }; // samples that are read at once, so also the most channels
+
 typedef struct audio {
     char *name; // in error messages
-    int fd, rate, channels;
-    uint64_t size, at;     // bytes of the file; frames read so far
-    void *block;           // frames as WAV has them, or float from libsndfile
-    size_t block_frames;   // how many are read at once
-    int is_float, bytes;   // WAV: type and bytes of a sample
-    uint64_t data, frames; // WAV: place of the first frame, number of frames
-    float *waiting;        // segmenter: (n) samples, read but not part of a segment yet
+    FILE *f;
+    int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
+    uint64_t frames, at;                 // of the file, 0: unknown; read so far
+    float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
     size_t n, capacity;
     uint64_t first;    // the first of them is this frame of the file
     double start, end; // of the segment, in seconds
     int last;          // no segment follows
 #ifdef SLAM_SNDFILE
     SNDFILE *codec; // NULL: WAV, read here
-    SF_INFO info;
 #endif
 } audio;
 
 static void audio_close(audio *a) {
-    if (!a->name) return;
 #ifdef SLAM_SNDFILE
     if (a->codec) sf_close(a->codec);
 #endif
-    if (a->fd >= 0) close(a->fd);
+    if (a->f) fclose(a->f);
     free(a->name);
-    free(a->block);
     free(a->waiting);
     memset(a, 0, sizeof *a);
 }
 
-/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
-static int audio_has_extension(const char *name) {
-    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
-                                             "aif", "aiff", "au",  "caf", "w64"};
-    const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
-        if (!strcasecmp(dot + 1, extensions[i])) return 1;
-    return 0;
-}
-
-/* n bytes of the file from byte `at` on; returns how many there are. */
-static size_t audio_bytes(const audio *a, uint64_t at, void *to, size_t n) {
-    size_t done = 0;
-    for (ssize_t got; done < n; done += (size_t)got)
-        if ((got = pread(a->fd, (char *)to + done, n - done, (off_t)(at + done))) <= 0) break;
-    return done;
-}
-
-static int audio_format(audio *a, long rate, long channels) {
-    if (rate < 1000 || rate > 768000) // a lower rate would let a small file grow without bound when it is resampled
-        return set_error("%s: %ld samples per second, expected 1000 to 768000", a->name, rate);
-    if (channels < 1) return set_error("%s: no channels, expected at least 1", a->name);
-    a->rate = (int)rate;
-    a->channels = (int)channels;
-    a->block_frames = channels < 16384 ? (size_t)(16384 / channels) : 1;
-    a->block = NEW(double, a->block_frames *(size_t)channels);
-    return 1;
-}
-
 static int audio_open_codec(audio *a) {
 #ifdef SLAM_SNDFILE
-    lseek(a->fd, 0, SEEK_SET);
-    a->codec = sf_open_fd(a->fd, SFM_READ, &a->info, SF_FALSE);
-    if (a->codec) return audio_format(a, a->info.samplerate, a->info.channels);
-    return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    SF_INFO info = ZERO;
+    lseek(fileno(a->f), 0, SEEK_SET);
+    a->codec = sf_open_fd(fileno(a->f), SFM_READ, &info, SF_FALSE);
+    if (!a->codec)
+        return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
+    a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
+    a->rate = info.samplerate;
+    a->channels = info.channels;
+    a->bytes = sizeof(float);
+    a->is_float = 1;
+    return 1;
 #else
-    return set_error(
-        "%s: not a WAV file with PCM or float samples; to read others, install libsndfile1-dev and build again",
-        a->name);
+    return set_error("%s: not a WAV file with PCM or float samples; for others install libsndfile1-dev and build again",
+                     a->name);
 #endif
 }
 
-/* ---- WAV ----
-   "RIFF", size, "WAVE", then chunks: four letters, size (32 bits), that many bytes, one more if the size is odd:
-       fmt:  format (1 PCM, 3 float, 0xfffe: see bytes 24, 25), channels, samples per second (32 bits), bytes per second
-             (32 bits), bytes of a frame, bits of a sample                                 (16 bits each unless stated)
-       data: frames; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32, float64 */
+/* The fmt chunk of a WAV file; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32,
+   float64. */
+typedef struct wav_format {
+    uint16_t type, channels; // 1: PCM, 3: float, 0xfffe: see subtype
+    uint32_t rate, bytes_per_second;
+    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // frame: its bytes; bits: of a sample
+} wav_format;
 
-static unsigned load16(const unsigned char *p) { return (unsigned)(p[0] | p[1] << 8); }
-static uint32_t load32(const unsigned char *p) { return load16(p) | (uint32_t)load16(p + 2) << 16; }
-
-/* 1: read here; 2: read by libsndfile */
-static int wav_format(audio *a, uint64_t at, uint64_t size) {
-    unsigned char p[40] = {0};
-    const size_t n = audio_bytes(a, at, p, size < sizeof p ? (size_t)size : sizeof p);
-    const size_t least = load16(p) == 0xfffe ? 40 : 16;
-    const unsigned format = load16(p + (least == 40 ? 24 : 0));
-    const unsigned channels = load16(p + 2), frame = load16(p + 12), bits = load16(p + 14);
-    if (n < least) return set_error("%s: a fmt chunk of %zu bytes, expected at least %zu", a->name, n, least);
-    if (format != 1 && format != 3) return audio_open_codec(a) ? 2 : 0;
-    a->is_float = format == 3;
+/* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
+static int wav_read_format(audio *a, size_t n) {
+    wav_format w = ZERO;
+    if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
+    const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    if (type != 1 && type != 3) return -1;
+    a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
+    a->channels = w.channels;
     a->bytes = (int)(bits + 7) / 8;
-    if (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32)
-        return set_error("%s: %u bits per sample, expected %s", a->name, bits, a->is_float ? "32 or 64" : "8 to 32");
-    if (frame != channels * (unsigned)a->bytes)
-        return set_error("%s: frames of %u bytes, expected %u channels of %u bits", a->name, frame, channels, bits);
-    return audio_format(a, load32(p + 4), channels);
+    a->is_float = type == 3;
+    if (w.channels < 1 || w.channels > AUDIO_BLOCK || (int)w.frame != a->channels * a->bytes ||
+        (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
+        return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits, or float of 32 or 64",
+                         a->name, w.channels, bits, w.frame);
+    return 1;
 }
 
-/* Finds format and data. A program that writes to a pipe cannot know the sizes. It writes 0, 0x7ffff000 or more, or
-   0xffffffff: then everything up to the end is data. A 0 means that only if the size after "RIFF" is unknown, too, or
-   counts the header alone; else the recording is empty. */
-static int wav_open(audio *a, uint64_t riff, uint32_t riff_size) {
+/* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
+   that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
+   end is data. Returns as wav_read_format. */
+static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
-    unsigned char chunk[8];
-    for (uint64_t at = riff + 12, n; audio_bytes(a, at, chunk, 8) == 8; at += n + (n & 1)) {
+    struct {
+        char name[4];
+        uint32_t size;
+        char type[4];
+    } riff, chunk;
+    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
+    for (uint64_t at = 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
-        n = load32(chunk + 4);
-        const uint64_t rest = a->size - at;
-        const int is_data = !memcmp(chunk, "data", 4), is_format = !memcmp(chunk, "fmt ", 4) && !a->channels;
-        const int empty = n == 0 && riff_size && riff_size < UNKNOWN && riff + 8 + riff_size > at;
-        const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
+        n = chunk.size;
+        const uint64_t rest = size - at;
+        const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
+        const int to_end = is_data && (n == 0 || (n >= UNKNOWN && n > rest));
         if (n > rest && !to_end)
-            return set_error("%s: chunk '%.4s' has %llu bytes, but only %llu follow: the file is damaged or truncated",
-                             a->name, (char *)chunk, (unsigned long long)n, (unsigned long long)rest);
+            return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
         if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);
-        const int format = is_format ? wav_format(a, at, n) : 1;
+        const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
-        if (!is_data) continue;
-        a->data = at;
-        a->frames = (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes);
-        return 1;
+        a->frames = is_data ? (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes) : 0;
+        if (is_data) return 1;
+        at += n + (n & 1);
     }
     return set_error("%s: it holds no data", a->name);
+}
+
+/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
+static int audio_open(audio *a, const char *path, const char *name) {
+    size_t size;
+    memset(a, 0, sizeof *a);
+    a->name = string_copy(name ? name : path);
+    a->f = file_open(path, a->name, &size);
+    const int wav = a->f ? wav_open(a, size) : 0;
+    return wav < 0 ? audio_open_codec(a) : wav;
 }
 
 /* One sample on a scale of -1 to 1. */
 static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     double wide;
+    float single;
     uint32_t bits = 0;
     if (bytes == 8) return memcpy(&wide, p, 8), wide;
-    if (is_float) return (double)float_from_bits(load32(p));
+    if (is_float) return memcpy(&single, p, 4), (double)single;
     if (bytes == 1) return (p[0] - 128) / 128.0;
     for (int i = 0; i < bytes; i++) bits = bits >> 8 | (uint32_t)p[i] << 24;
     return (int32_t)bits / 2147483648.0;
-}
-
-/* ---- opening and reading ---- */
-
-/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
-static int audio_open(audio *a, const char *path, const char *name) {
-    unsigned char head[12] = {0};
-    uint64_t at = 0;
-    size_t size;
-    memset(a, 0, sizeof *a);
-    a->name = string_copy(name ? name : path);
-    FILE *f = file_open(path, a->name, &size);
-    a->fd = f ? fcntl(fileno(f), F_DUPFD_CLOEXEC, 0) : -1;
-    if (!f) return 0;
-    fclose(f);
-    if (a->fd < 0) return set_error("%s: cannot be opened: %s", a->name, strerror(errno));
-    a->size = size;
-    audio_bytes(a, 0, head, sizeof head);
-    if (!memcmp(head, "ID3",
-                3)) { // a tag in front: 10 bytes, and as many as its size says, which has 7 bits in each byte
-        for (int i = 6; i < 10; i++) at = at << 7 | head[i];
-        at += head[5] & 16 ? 20 : 10;
-        audio_bytes(a, at, head, sizeof head);
-    }
-    if (memcmp(head, "RIFF", 4) || memcmp(head + 8, "WAVE", 4)) return audio_open_codec(a);
-    return wav_open(a, at, load32(head + 4));
-}
-
-/* Reads up to n frames into the block; returns how many, 0 at the end, -1 and an error. */
-static ptrdiff_t audio_read_block(audio *a, size_t n) {
-    const unsigned long long at = a->at;
-#ifdef SLAM_SNDFILE
-    if (a->codec) {
-        const sf_count_t got = sf_readf_float(a->codec, (float *)a->block, (sf_count_t)n), frames = a->info.frames;
-        const int is_mpeg = (a->info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
-        if (got > 0) return (ptrdiff_t)got;
-        if (sf_error(a->codec))
-            return set_error("%s: cannot be decoded after %llu frames: %s", a->name, at, sf_strerror(a->codec)) - 1;
-        if (is_mpeg || frames == SF_COUNT_MAX || a->at >= (uint64_t)frames) return 0;
-        return set_error("%s: has %llu frames, its header says %llu: the file is damaged or truncated", a->name, at,
-                         (unsigned long long)frames) -
-               1;
-    }
-#endif
-    const size_t frame = (size_t)a->channels * (size_t)a->bytes;
-    if (n > a->frames - a->at) n = (size_t)(a->frames - a->at);
-    if (audio_bytes(a, a->data + at * frame, a->block, n * frame) == n * frame) return (ptrdiff_t)n;
-    return set_error("%s: cannot be read after %llu frames: %s", a->name, at, strerror(errno)) - 1;
 }
 
 /* The next up to n frames, each the mean of its channels, on a scale of -1 to 1. Returns how many, 0 at the end, -1 and
    an error. A file without any frame is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
-    for (ptrdiff_t got = 1; got > 0 && done < n; done += (size_t)got, a->at += (uint64_t)got) {
-        const unsigned char *p = (const unsigned char *)a->block;
-        const int bytes = a->bytes ? a->bytes : 4, is_float = a->is_float || !a->bytes;
-        got = audio_read_block(a, n - done < a->block_frames ? n - done : a->block_frames);
-        if (got < 0) return -1;
-        for (size_t i = done; i < done + (size_t)got; i++) {
+    for (size_t got = 1; got && done < n; done += got, a->at += got) {
+        double block[AUDIO_BLOCK]; // frames as the file has them, or float from libsndfile
+        const unsigned char *p = (const unsigned char *)block;
+        const size_t fit = (size_t)(AUDIO_BLOCK / a->channels), most = n - done < fit ? n - done : fit;
+        const uint64_t rest = a->frames > a->at ? a->frames - a->at : 0;
+        int error = 0;
+#ifdef SLAM_SNDFILE
+        if (a->codec) {
+            got = (size_t)sf_readf_float(a->codec, (float *)block, (sf_count_t)most);
+            error = sf_error(a->codec);
+        } else
+#endif
+            got = fread(block, (size_t)(a->channels * a->bytes), most < rest ? most : (size_t)rest, a->f);
+        if (!got && (rest || error))
+            return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
+        for (size_t i = done; i < done + got; i++) {
             double sum = 0;
-            for (int c = 0; c < a->channels; c++, p += bytes) sum += wav_sample(p, is_float, bytes);
-            const double mean = sum / a->channels;
-            out[i] = (float)mean;
-            if (!(fabs(mean) <= 1e6)) // float files may go beyond full scale, some to that of 16-bit numbers
-                return set_error("%s: sample %llu is %g, expected about -1 to 1", a->name,
-                                 (unsigned long long)(a->at + i - done), mean) -
-                       1;
+            for (int c = 0; c < a->channels; c++, p += a->bytes) sum += wav_sample(p, a->is_float, a->bytes);
+            out[i] = (float)(sum / a->channels);
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
+                return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
@@ -7986,26 +7892,20 @@ UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
 /* The next segment of at most max_seconds (0: all of the file) at 16 kHz: 1, 0 at the end, -1 and an error. */
 static int audio_next_segment(audio *a, double max_seconds, float **samples, size_t *n) {
     const double most = max_seconds > 0 ? max_seconds * a->rate : 1e15;
-    const size_t limit = most < 1 ? 1 : most > 1e15 ? (size_t)1e15 : (size_t)most;
-    const slam_resampler *r = resampler_of(a->rate);
-    if (!r) return set_error("%s: %s", a->name, slam_error()) - 1;
-    for (size_t got = 1; got && a->n <= limit;
-         a->n += got) { // a header may promise more than there is: memory grows with what is read
+    const size_t limit = (size_t)fmax(1, fmin(most, 1e15));
+    if (!resampler_of(a->rate)) return set_error("%s: %s", a->name, slam_error()) - 1;
+    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // memory grows with what is read
         const size_t step = limit + 1 - a->n < (1 << 20) ? limit + 1 - a->n : 1 << 20;
         GROW(float, a->waiting, a->capacity, a->n + step);
-        const ptrdiff_t read = audio_read(a, a->waiting + a->n, step);
-        if (read < 0) return -1;
-        got = (size_t)read;
+        if ((got = audio_read(a, a->waiting + a->n, step)) < 0) return -1;
     }
     if (a->n == 0) return 0;
     a->last = a->n <= limit;
     const size_t used = a->last ? a->n : quietest_place(a->waiting, a->rate, limit);
+    *samples = slam_resample(a->waiting, used, a->rate, n);
     a->start = (double)a->first / a->rate;
     a->first += used;
     a->end = (double)a->first / a->rate;
-    *n = slam_resampler_length(r, used);
-    *samples = NEW(float, *n);
-    slam_resample(r, *samples, a->waiting, used);
     a->n -= used;
     memmove(a->waiting, a->waiting + used, a->n * sizeof(float));
     return 1;
@@ -9137,86 +9037,42 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
     return ok;
 }
 
-#include <signal.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 
-/* ---- voices: commands that synthesise speech, run without a shell, so that no text is taken for a command ---- */
+/* ---- voices: shell commands that synthesise speech ---- */
 
-/* Splits at white space. '...' is literal, in "..." only \" and \\ are escapes, elsewhere a backslash quotes the next
-   character. {text} becomes the text; one that begins with a dash gets a space in front, because it is not a flag. */
-static int command_split(slam_strings *words, const char *command, const char *text) {
-    strbuf word = ZERO;
-    char quote = 0;
-    for (const char *c = command;; c++) {
-        if (!*c || (!quote && strchr(" \t\n", *c))) {
-            if (word.at) slam_strings_add(words, word.at);
-            strbuf_free(&word);
-            if (!*c) break;
-        } else if (!strncmp(c, "{text}", 6)) {
-            strbuf_add(&word, "%s%s", !word.n && *text == '-' ? " " : "", text);
-            c += 5;
-        } else if (*c == quote) quote = 0;
-        else if (!quote && (*c == '\'' || *c == '"')) {
-            quote = *c;
-            strbuf_add_bytes(&word, "", 0); // '' is a word, too
-        } else {
-            if (*c == '\\' && c[1] && (!quote || (quote == '"' && strchr("\"\\", c[1])))) c++;
-            strbuf_add_bytes(&word, c, 1);
-        }
-    }
-    if (quote) return set_error("%s: a quote (%c) is not closed", command, quote);
-    return words->n > 0 || set_error("an empty command, expected one like 'espeak-ng --stdout {text}'");
-}
-
-/* Runs a command with the files as stdin, stdout and stderr: its status, -1 if there is no process for it. */
-static int command_run(slam_strings *words, FILE *const files[3]) {
-    const struct rlimit limit = {1 << 30, 1 << 30};
-    int status = 0;
-    GROW(char *, words->at, words->capacity, words->n + 1);
-    words->at[words->n] = NULL;
-    const pid_t child = fork();
-    if (child == 0) {
-        setpgid(0, 0); // Ctrl-C does not reach it
-        signal(SIGPIPE, SIG_DFL);
-        setrlimit(RLIMIT_FSIZE, &limit); // SIGXFSZ ends a voice that never stops writing
-        for (int i = 0; i < 3; i++) dup2(fileno(files[i]), i);
-        execvp(words->at[0], words->at);
-        _exit(127);
-    }
-    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {}
-    return child < 0 ? -1 : status;
-}
-
-/* Opens the audio that a voice synthesises: 1; 0: not of this text; -1: of no text. */
+/* Opens the audio that a voice synthesises: 1, 0 and an error of this text, -1 and an error of every text. {text}
+   becomes ${text}, a variable, so that no text is taken for a command. `set -f; IFS=`: it is one word without quotes,
+   too. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
-    FILE *files[3] = {tmpfile(), tmpfile(), tmpfile()};
-    slam_strings words = ZERO;
-    char line[400], said[400] = "", path[32]; // said: the last line on stderr
-    int ok = command_split(&words, voice, text) ? 1 : -1, status = -1;
-    const char *program = ok > 0 ? words.at[0] : "";
-    if (ok > 0 && files[0] && files[1] && files[2]) {
-        if (!strstr(voice, "{text}")) fprintf(files[0], "%s\n", text);
-        rewind(files[0]);
-        status = command_run(&words, files);
-        for (rewind(files[2]); fgets(line, sizeof line, files[2]);)
-            if (*line != '\n') snprintf(said, sizeof said, "%.*s", (int)strcspn(line, "\r\n"), line);
+    FILE *log = tmpfile();
+    char line[390], said[400] = "", path[32]; // said: the last line on stderr
+    strbuf s = ZERO;
+    strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
+    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // a text with a dash in front is not a flag
+    for (const char *c = text; *c; c++) {
+        if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
+        strbuf_add_bytes(&s, c, 1);
     }
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    if (ok > 0 && status == -1) ok = set_error("%s: %s cannot be started: %s", name, program, strerror(errno)) - 1;
-    else if (ok > 0 && code == 127 && !*said)
-        ok = set_error("%s: no program %s that can be started", name, program) - 1;
-    else if (ok > 0 && code)
-        ok = set_error("%s: %s failed with status %d%s%s", name, program, code, *said ? ": " : "", said);
-    else if (ok > 0 && status) ok = set_error("%s: %s was ended by signal %d", name, program, WTERMSIG(status));
-    if (ok > 0) {
-        snprintf(path, sizeof path, "/dev/fd/%d", fileno(files[1]));
-        lseek(fileno(files[1]), 0, SEEK_SET);
-        ok = audio_open(a, path, name);
+    strbuf_add(&s, "'; export text; %s{ ", strstr(voice, "{text}") ? "" : "printf '%s\\n' \"$text\" | ");
+    for (const char *c = voice; *c; c++) {
+        if (!strncmp(c, "{text}", 6)) strbuf_add(&s, "$");
+        strbuf_add_bytes(&s, c, 1);
     }
-    for (int i = 0; i < 3; i++)
-        if (files[i]) fclose(files[i]);
-    slam_strings_free(&words);
+    strbuf_add(&s, "\n}");
+    FILE *out = log ? popen(s.at, "r") : NULL;
+    strbuf_free(&s);
+    if (!out) {
+        if (log) fclose(log);
+        return set_error("%s: no voice can be started: %s", name, strerror(errno)) - 1;
+    }
+    snprintf(path, sizeof path, "/dev/fd/%d", fileno(out));
+    int ok = audio_open(a, path, name);
+    const int status = pclose(out), code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    for (rewind(log); fgets(line, sizeof line, log);)
+        if (*line != '\n') snprintf(said, sizeof said, ": %.*s", (int)strcspn(line, "\r\n"), line);
+    fclose(log);
+    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, said) - (code == 126 || code == 127);
     return ok;
 }
 
@@ -9234,6 +9090,16 @@ void slam_inputs_free(slam_inputs *in) {
     slam_strings_free(&in->paths);
     slam_strings_free(&in->voices);
     memset(in, 0, sizeof *in);
+}
+
+/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
+static int audio_has_extension(const char *name) {
+    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
+                                             "aif", "aiff", "au",  "caf", "w64"};
+    const char *dot = strrchr(name, '.');
+    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
+        if (!strcasecmp(dot + 1, extensions[i])) return 1;
+    return 0;
 }
 
 /* The folders above one that is being listed: a symbolic link to one of them is a loop. */
@@ -9281,13 +9147,6 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
         if (!l.n) continue;
         GROW(struct slam_line, in->lines, *capacity, in->n + 1);
         in->lines[in->n++] = l;
-        if (in->kind != SLAM_INPUT_TEXT) continue;
-        size_t fields = 1;
-        for (size_t k = 0; k < l.n; k++) fields += l.text[k] == '\t';
-        if (in->n == 1) in->pairs_out = fields > 1;
-        if (in->pairs_out && fields != 3)
-            return set_error("%s:%zu: %zu fields separated by tabs, expected 3: prompt, chosen, rejected", path,
-                             l.number, fields);
     }
     return 1;
 }
@@ -9296,7 +9155,6 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
-    in->pairs_out = kind == SLAM_INPUT_PAIRS;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
         const char *const listed = paths[i] + 1;
@@ -9313,27 +9171,29 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     }
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
+    in->pairs_out = kind == SLAM_INPUT_PAIRS ||
+                    (kind == SLAM_INPUT_TEXT && in->n && memchr(in->lines->text, '\t', in->lines->n) != NULL);
     return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
-}
-
-static uint64_t hash_strings(uint64_t hash, const slam_strings *s) {
-    for (size_t i = 0; i < s->n; i++) hash = hash_bytes(hash, s->at[i], strlen(s->at[i]) + 1);
-    return hash;
 }
 
 /* Hash of everything that determines the output. A file of lines counts by its name and size. */
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
+    const slam_strings *const lists[] = {&in->paths, &in->voices};
     hash = hash_bytes(hash, numbers, sizeof numbers);
     for (size_t i = 0; in->files && i < in->paths.n; i++)
         hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
-    return hash_strings(hash_strings(hash, &in->paths), &in->voices);
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < lists[k]->n; i++) hash = hash_bytes(hash, lists[k]->at[i], strlen(lists[k]->at[i]) + 1);
+    return hash;
 }
 
 /* ---- reading: inputs -> segments -> units ---- */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
+static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
+static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
 
 typedef struct segment {
     slam_recording audio; // its samples, until they are encoded; units, or features for a fit
@@ -9346,22 +9206,21 @@ struct slam_item {
     char *members; // of a pair: of its JSON object, those that are passed on
     segment *segments;
     size_t n, capacity;
-    char *error;          // why it is skipped, or NULL
-    int fatal, done;      // fatal: the error is one of all inputs
     slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
     size_t input, source; // source: the one that is decoded
     audio recording;
+    int done;    // -1: with an error of every input
+    char *error; // why it is skipped, or NULL
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
     const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
-    const uint32_t *order;                  // of inputs, for a fit
     slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
     size_t next, n;                         // next: input that is started next
-    double audio_seconds, deadline;         // decoded so far; when the decoding of a chunk ends, or when it has
-    int64_t samples, limit;                 // decoded so many: a program can be stopped soon, and memory is bounded
+    double audio_seconds, deadline;         // decoded so far; when a chunk ends, so that a program can be stopped soon
+    int64_t samples, limit;                 // decoded for this chunk; when it ends, so that memory is bounded
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9374,8 +9233,7 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 
 static void item_free(slam_item *item) {
     if (!item) return;
-    for (size_t i = 0; i < item->n; i++) {
-        segment *s = &item->segments[i];
+    for (segment *s = item->segments; s < item->segments + item->n; s++) {
         free((void *)s->audio.samples);
         free(s->audio.features);
         slam_units_free(&s->audio.units);
@@ -9415,64 +9273,64 @@ static int parse_units(slam_item *item, const json *line, int K) {
     return ok;
 }
 
+/* Adds a member to the start of a pair's JSON object. */
+static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
+    strbuf_add(members, members->n ? ", " : "");
+    strbuf_add_json(members, key);
+    strbuf_add(members, quoted ? ": " : ": %s", text);
+    if (quoted) strbuf_add_json(members, text);
+}
+
 /* A line that names three audio files, relative to its own file. Its other members, without arrays, objects and sides,
    are passed on. */
 static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
-    if (line->type != JSON_OBJECT) return set_error("%s: expected a JSON object", item->name);
-    const int repeats = prompt && chosen && pair_repeats(prompt, chosen, max_repetition);
-    for (int side = 0; !repeats && side < 3; side++) {
-        char key[24];
-        snprintf(key, sizeof key, "%s_path", pair_sides[side]);
-        const char *name = json_string(line, key, "");
-        if (!*name) return set_error("%s: expected a string '%s'", item->name, key);
+    if (prompt && chosen && pair_repeats(prompt, chosen, max_repetition)) return 1;
+    for (int side = 0; side < 3; side++) {
+        const char *name = json_string(line, pair_paths[side], "");
+        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, pair_paths[side]);
         char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
         slam_strings_add(&item->sources, path);
         free(path);
     }
     for (const json *j = line->first; j; j = j->next) {
-        int side = j->type == JSON_ARRAY || j->type == JSON_OBJECT;
-        for (int i = 0; i < 3; i++) side |= !strcmp(j->key, pair_sides[i]);
-        if (side) continue;
-        strbuf_add(&members, members.n ? ", " : "");
-        strbuf_add_json(&members, j->key);
-        strbuf_add(&members, ": ");
-        if (j->type == JSON_STRING) strbuf_add_json(&members, j->string);
-        else strbuf_add(&members, "%s", json_describe(j)); // a number's text, true, false or null
+        int passed_on = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
+        for (int i = 0; i < 3; i++) passed_on &= strcmp(j->key, pair_sides[i]) != 0;
+        const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
+        if (passed_on) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
     }
     item->members = members.at;
     return 1;
 }
 
-/* A line of text, or of the texts of a pair. */
-static int parse_text(slam_item *item, const struct slam_line *l, const slam_inputs *in) {
+/* A line of text, or of the texts of a pair, separated by tabs. */
+static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
+    slam_strings *texts = &item->sources;
     strbuf members = ZERO;
-    char *text = string_copy_n(l->text, l->n), *rest = text, *field;
-    const int ok = strlen(text) == l->n || set_error("%s: contains a zero byte, expected text", item->name);
-    while (ok && (field = strsep(&rest, in->pairs_out ? "\t" : "")) != NULL) {
-        if (in->pairs_out) {
-            strbuf_add(&members, "%s\"%s_text\": ", members.n ? ", " : "", pair_sides[item->sources.n]);
-            strbuf_add_json(&members, field);
-        }
-        slam_strings_add(&item->sources, field);
+    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) {
+        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);
+        slam_strings_add(texts, field);
     }
-    if (ok && in->pairs_out && pair_repeats(item->sources.at[0], item->sources.at[1], in->max_repetition))
-        slam_strings_free(&item->sources);
     item->members = members.at;
-    free(text);
-    return ok;
+    if (!in->pairs_out) return 1;
+    if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
+    if (pair_repeats(texts->at[0], texts->at[1], in->max_repetition)) slam_strings_free(texts);
+    return 1;
 }
 
 static int item_parse(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_inputs *in = r->inputs;
-    if (!l) {
-        item->name = string_copy(in->paths.at[item->input]);
-        slam_strings_add(&item->sources, item->name);
-        return 1;
+    item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
+    if (!l) slam_strings_add(&item->sources, item->name);
+    if (!l) return 1;
+    if (in->kind == SLAM_INPUT_TEXT) {
+        char *text = string_copy_n(l->text, l->n);
+        const int ok = strlen(text) == l->n ? parse_text(item, text, in)
+                                            : set_error("%s: contains a zero byte, expected text", item->name);
+        free(text);
+        return ok;
     }
-    item->name = string_print("%s:%zu", l->path, l->number);
-    if (in->kind == SLAM_INPUT_TEXT) return parse_text(item, l, in);
     json *line = json_parse(l->text, l->n, item->name);
     int ok = line != NULL;
     if (ok && in->kind == SLAM_INPUT_UNITS) ok = parse_units(item, line, r->tokenizer ? r->tokenizer->K : 65534);
@@ -9481,7 +9339,7 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
     return ok;
 }
 
-/* Opens the source that is next: 1, 0: the item is skipped, -1: so would be all others. */
+/* Opens the source that is next. Returns as voice_open. */
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // which take turns by line number
     const char *source = item->sources.at[item->source];
@@ -9492,49 +9350,45 @@ static int item_open(const slam_reader *r, slam_item *item, const struct slam_li
     return ok;
 }
 
-/* Works on an item until it is done or enough is decoded. */
+/* Decodes the item's sources, until all are done or a chunk is full. */
 static void item_read(slam_reader *r, slam_item *item) {
-    const slam_inputs *in = r->inputs;
-    const struct slam_line *l = in->lines ? &in->lines[item->input] : NULL;
+    const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
     audio *a = &item->recording;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
-        float *samples = NULL;
-        size_t n = 0, frames = 0;
+        float *samples;
+        size_t n;
         int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
         decoded = r->samples;
         if (decoded >= r->limit || slam_clock() > r->deadline) return;
-        if (!a->name) ok = item_open(r, item, l);
-        const int more = ok > 0 ? audio_next_segment(a, l ? 0 : in->max_seconds, &samples, &n) : 0;
-        const int whole = a->start == 0 && a->last;
-        if (more > 0) frames = tokenizer_frames(r->tokenizer, n);
-        if (more < 0) ok = 0;
-        else if (n > INT_MAX / 4)
-            ok = set_error("%s: %.0f s without a split are too long; use --max-seconds", a->name,
-                           (double)n / SAMPLE_RATE);
-        else if (more && whole && !frames) // a segment would be dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (ok > 0 && frames) item_add(item, &s);
-        else free(samples);
+        if (!a->name && (ok = item_open(r, item, l)) <= 0) break;
+        ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0;
+        if (!ok) break;
         SLAM_PRAGMA(omp atomic)
         r->samples += (int64_t)n;
-        if (ok > 0 && more && !a->last) continue;
+        const int whole = a->start == 0 && a->last;
+        const size_t frames = tokenizer_frames(r->tokenizer, n);
+        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
+        if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
+        else if (whole && !frames) // a segment would be dropped
+            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+        if (ok && frames) item_add(item, &s);
+        else free(samples);
+        if (!a->last) continue;
         audio_close(a);
         item->source++;
     }
-    item->done = 1;
-    item->fatal = ok < 0;
+    item->done = ok < 0 ? -1 : 1;
     if (ok <= 0) item->error = string_copy(slam_error());
 }
 
 /* Decodes a chunk of segments, in parallel. */
-static int reader_decode(slam_reader *r) {
+static void reader_decode(slam_reader *r) {
     const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
-        slam_item *item = r->items[r->n++] = NEW(slam_item, 1);
-        item->input = r->order ? r->order[r->next] : r->next;
+        r->items[r->n] = NEW(slam_item, 1);
+        r->items[r->n++]->input = r->next;
     }
     r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
     r->samples = 0;
@@ -9543,9 +9397,6 @@ static int reader_decode(slam_reader *r) {
     for (int64_t i = 0; i < (int64_t)r->n; i++)
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
-    for (size_t i = 0; i < r->n; i++)
-        if (r->items[i]->fatal) return set_error("%s", r->items[i]->error);
-    return 1;
 }
 
 /* Encodes what is decoded. */
@@ -9576,10 +9427,13 @@ int slam_reader_next(slam_reader *r, const slam_item **item, const char **skippe
     r->taken = r->n && r->items[0]->done ? r->items[0] : NULL;
     *item = r->taken;
     *skipped = r->taken ? r->taken->error : NULL;
-    if (r->taken) memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
-    if (r->taken) return 1;
+    if (r->taken) {
+        memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
+        return r->taken->done > 0 ? 1 : set_error("%s", r->taken->error) - 1;
+    }
     if (!r->n && r->next >= r->inputs->end) return 0;
-    return reader_decode(r) && reader_encode(r) ? 1 : -1;
+    reader_decode(r);
+    return reader_encode(r) ? 1 : -1;
 }
 
 /* The next item, reported to a progress callback: 1, 0 at the end, -1 and an error. */
@@ -9602,8 +9456,11 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 struct slam_writer_files {
     char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
     append_file data, skipped; // skipped: OUT.failed; its lock is the writer's
-    uint64_t total, journaled; // inputs; as the journal counts them
-    double committed;          // when it was written
+    const char *out;
+    int audio_repr, V;
+    uint32_t fingerprint;
+    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: as the journal counts them
+    double committed;                        // when it was written
 };
 
 #define JOURNAL(type, name)                                                                                            \
@@ -9615,13 +9472,11 @@ static const field journal_fields[] = {
     JOURNAL(FIELD_U64, frames),       JOURNAL(FIELD_U64, units),     JOURNAL(FIELD_U64, tokens)};
 enum { N_JOURNAL_FIELDS = sizeof journal_fields / sizeof *journal_fields };
 
-static int path_exists(const char *path) {
-    struct stat s;
-    return lstat(path, &s) == 0;
-}
+static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 
-static int fail_exists(const char *path) {
-    return set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
+static int path_is_free(const char *path) {
+    return !path_exists(path) ||
+           set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
 }
 
 /* Whether a file can be created at this path. */
@@ -9644,24 +9499,12 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
     return path;
 }
 
-int slam_writer_check(const char *out) {
-    char path[PATH_MAX];
-    const int binary = string_ends(out, ".bin");
-    if (!binary && !string_ends(out, ".jsonl"))
-        return set_error("%s: expected a name that ends in .bin or .jsonl", out);
-    if (!path_writable(out)) return 0;
-    snprintf(path, sizeof path, "%s.journal", out);
-    if (path_exists(path)) return 1;
-    if (path_exists(out)) return fail_exists(out);
-    return !binary || !path_exists(shard_path(path, out, 1)) || fail_exists(path);
-}
-
 /* Syncs the data, then writes the journal, which replaces the one before. */
 static int writer_commit(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
     if (!append_sync(&f->data) || !append_sync(&f->skipped)) return 0;
-    w->bytes = w->documents ? f->data.bytes : 0; // a file without documents is begun again
+    w->bytes = f->data.bytes;
     w->failed_bytes = f->skipped.bytes;
     strbuf_add(&s, "{\n");
     fields_write(&s, journal_fields, N_JOURNAL_FIELDS, w, "  ");
@@ -9673,78 +9516,76 @@ static int writer_commit(slam_writer *w) {
     return ok;
 }
 
-/* Reads the journal, and what got its name after it was written is partial again: OUT, or shards, of which the first is
-   needed. */
+/* Reads the journal. If the file that was partial then has got its name since, it is partial again. */
 static int writer_resume(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     const uint64_t identity = w->identity;
     char path[PATH_MAX];
     json *root = json_load(f->journal);
-    int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
+    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
     json_free(root);
     f->journaled = w->earlier = w->inputs;
-    if (ok && (w->identity != identity || w->inputs > f->total))
-        ok = set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
-                       f->journal);
-    if (ok && !path_exists(f->partial) && path_exists(w->out)) ok = file_rename(w->out, f->partial);
-    uint64_t last = w->shards;
-    while (w->binary && path_exists(shard_path(path, w->out, last + 1))) last++;
-    for (; ok && last > w->shards; last--) ok = file_rename(shard_path(path, w->out, last), f->partial);
-    return ok;
+    if (!ok) return 0;
+    if (w->identity != identity || w->inputs > f->total)
+        return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
+                         f->journal);
+    if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
+    return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
 }
 
 /* The partial file with the journal's bytes. */
 static int writer_open_data(slam_writer *w) {
-    append_file *data = &w->files->data;
-    return append_open(data, w->files->partial) && append_resume(data, w->bytes) &&
-           (!w->binary || w->bytes || shard_write_header(data, w->V, w->fingerprint));
+    struct slam_writer_files *f = w->files;
+    return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
+           (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
 }
 
 /* The partial file is complete. */
 static int writer_close_data(slam_writer *w, const char *path) {
-    append_file *data = &w->files->data;
-    return (!w->binary || shard_write_header(data, w->V, w->fingerprint)) && append_close(data) &&
-           file_rename(w->files->partial, path);
+    struct slam_writer_files *f = w->files;
+    return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
+           file_rename(f->partial, path);
 }
 
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
                      uint64_t shard_tokens) {
+    char shard[PATH_MAX];
     memset(w, 0, sizeof *w);
     struct slam_writer_files *f = w->files = NEW(struct slam_writer_files, 1);
-    w->out = out;
+    f->out = out;
     w->binary = string_ends(out, ".bin");
-    w->audio_repr = audio_repr;
+    f->audio_repr = audio_repr;
     w->pairs = in->pairs_out;
-    w->V = t ? t->K + FIRST_UNIT : 0;
-    w->fingerprint = t ? t->fingerprint : 0;
-    w->shard_tokens = shard_tokens;
+    f->V = t ? t->K + FIRST_UNIT : 0;
+    f->fingerprint = t ? t->fingerprint : 0;
+    f->shard_tokens = shard_tokens;
     snprintf(f->partial, PATH_MAX, "%s.partial", out);
     snprintf(f->journal, PATH_MAX, "%s.journal", out);
     snprintf(f->failed, PATH_MAX, "%s.failed", out);
     f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)w->V,
-                                w->fingerprint};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)f->V,
+                                f->fingerprint};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
-    int ok = slam_writer_check(out) && append_open(&f->skipped, f->failed);
-    ok = ok && slam_writer_check(out); // again: the process that had the lock may just have finished
+    int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
+    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(shard, out, 1)));
     if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
 
 /* One document as tokens; documents do not cross shards. */
 static int writer_add_tokens(slam_writer *w, const units *u) {
-    append_file *data = &w->files->data;
-    const uint64_t tokens = (data->bytes - SHARD_HEADER) / 2;
+    struct slam_writer_files *f = w->files;
+    const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
     char path[PATH_MAX];
-    if (tokens && tokens + u->n + 2 > w->shard_tokens) {
+    if (tokens && tokens + u->n + 2 > f->shard_tokens) {
         w->bytes = 0;
-        if (!writer_close_data(w, shard_path(path, w->out, ++w->shards)) || !writer_open_data(w)) return 0;
+        if (!writer_close_data(w, shard_path(path, f->out, ++w->shards)) || !writer_open_data(w)) return 0;
     }
     uint16_t *document = NEW(uint16_t, u->n + 2);
     document[0] = document[u->n + 1] = DOCUMENT_TOKEN;
     for (size_t i = 0; i < u->n; i++) document[i + 1] = (uint16_t)(u->unit[i] + FIRST_UNIT);
-    const int ok = append_write(data, document, (u->n + 2) * sizeof *document);
+    const int ok = append_write(&f->data, document, (u->n + 2) * sizeof *document);
     free(document);
     return ok;
 }
@@ -9766,17 +9607,14 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
         else if (w->pairs) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
             strbuf_add_unit_lists(&s, &u);
-            strbuf_add(&s, i == 2 ? "}}\n" : "}");
-        } else {
-            if (w->audio_repr) strbuf_add_audio_repr(&s, &u);
-            else strbuf_add_units(&s, &u);
-            strbuf_add(&s, "\n");
-        }
+            strbuf_add(&s, "}");
+        } else if (f->audio_repr) strbuf_add_audio_repr(&s, &u);
+        else strbuf_add_units(&s, &u);
+        if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
     ok = ok && append_write(&f->data, s.at, s.n);
-    s.n = 0;
-    if (item->error) strbuf_add(&s, "%s\n", item->name);
-    ok = ok && append_write(&f->skipped, s.at, s.n);
+    if (ok && item->error)
+        ok = append_write(&f->skipped, item->name, strlen(item->name)) && append_write(&f->skipped, "\n", 1);
     strbuf_free(&s);
     w->inputs++;
     w->failed += item->error != NULL;
@@ -9788,12 +9626,12 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
 int slam_writer_close(slam_writer *w, int ok) {
     struct slam_writer_files *f = w->files;
     const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
-    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, w->out));
+    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
     else if (ok) ok = writer_commit(w);
     const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
+    if (over) unlink(f->journal);
     if (over) unlink(f->partial);
     if (f->skipped.f && (!f->skipped.bytes || (over && !all))) unlink(f->failed);
-    if (over) unlink(f->journal); // last: until then, the same call gets here again
     append_close(&f->data);
     append_close(&f->skipped);
     free(f);
@@ -9827,30 +9665,29 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
     slam_unit_config config = *c, stored = *c;
     slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
+    slam_inputs shuffled = *in;
     const slam_item *item;
     const int exists = path_exists(km_npy);
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy);
+    int ok = path_writable(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
-        ok = fail_exists(exists ? km_npy : km_json);
+        ok = path_is_free(exists ? km_npy : km_json);
     free(km_json);
     if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
     slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
-    uint32_t *order = NEW(uint32_t, in->n);
-    for (size_t i = 0; i < in->n; i++) { // inside-out Fisher-Yates
+    shuffled.paths.at = NEW(char *, in->paths.n);
+    for (size_t i = 0; i < in->paths.n; i++) { // inside-out Fisher-Yates
         const size_t j = (size_t)rng_below(&state, i + 1);
-        order[i] = order[j];
-        order[j] = (uint32_t)i;
+        shuffled.paths.at[i] = shuffled.paths.at[j];
+        shuffled.paths.at[j] = in->paths.at[i];
     }
-    slam_reader *reader = slam_reader_open(in, t, 0);
-    reader->order = order;
-    int more = 1;
+    slam_reader *reader = slam_reader_open(&shuffled, t, 0);
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
             reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
@@ -9860,7 +9697,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     slam_reader_close(reader);
     free(centroids);
     free(sample.frames);
-    free(order);
+    free(shuffled.paths.at);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -9875,27 +9712,25 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // ints, for each file: n, frames, samples, units (n), durations (n)
+    strbuf s = ZERO; // for each file: its slam_units, units (n), durations (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
         const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
-        const int head[] = {(int)u->n, (int)u->frames, (int)u->samples};
-        strbuf_add_bytes(&s, head, sizeof head);
+        strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
     }
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    int *all = ok ? (int *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
+    char *all = ok ? (char *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
-        u->n = (size_t)at[0];
-        u->frames = (size_t)at[1];
-        u->samples = (size_t)at[2];
-        u->unit = (int *)memcpy(NEW(int, u->n), at + 3, u->n * sizeof(int));
-        u->duration = (int *)memcpy(NEW(int, u->n), at + 3 + u->n, u->n * sizeof(int));
-        at += 3 + 2 * u->n;
+        memcpy(u, at, sizeof *u);
+        const size_t bytes = u->n * sizeof(int);
+        u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
+        u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
+        at += sizeof *u + 2 * bytes;
     }
     free(all);
     strbuf_free(&s);

@@ -129,7 +129,6 @@ static slam_tokenizer *fit_tokenizer(program *p, const slam_unit_config *config)
     const char *path = p->unit_flags.kmeans;
     const size_t frames = (size_t)p->fit_frames;
     slam_kmeans_report report;
-    if (p->out && !slam_writer_check(p->out_path)) return NULL;
     slam_bar_begin(&p->bar);
     const double start = slam_clock();
     slam_tokenizer *t =
@@ -257,8 +256,8 @@ static void set_flags(program *p) {
             "text that --tts synthesises: a document per line; lines of prompt, chosen and rejected separated by tabs "
             "become pairs"),
         SLAM_FLAG("tts", SLAM_LIST, &p->tts, "'COMMAND {text}'", NULL,
-                  "writes WAV to stdout, e.g. 'espeak-ng --stdout {text}'; without {text} it reads a line from stdin, "
-                  "as piper does. Runs without a shell, --threads at a time. Repeated: voices take turns"),
+                  "shell command that writes WAV to stdout, e.g. 'espeak-ng --stdout {text}', where {text} is a quoted "
+                  "variable; without it the line is on stdin, as for piper. Repeated: voices take turns"),
         SLAM_NUMBER("max-repetition", SLAM_REAL, &p->max_repetition, "X", "0.3", 0, 2,
                     "skip pairs in whose text a share of X or more of the word pairs occurs twice (auto-BLEU-2 of "
                     "prompt and chosen); 0: none. With --pairs only if given"),

@@ -69,7 +69,7 @@ check 'a rank that does not see the centroids' ends 1 on 2 ./each "$tokenize" sp
 check 'its message' once 'rank 1: .*one\.'
 rm -r in.0 in.1
 check 'a folder that does not exist' ends 1 on 2 "$tokenize" speech $km -o nowhere/x.bin
-check 'its message' grep -q 'nowhere/x-0000[12]-of-00002.bin: cannot be written' said.err
+check 'its message' grep -q 'nowhere/x-0000[12]-of-00002.bin.failed: cannot be written' said.err
 
 # ---- kills and signals: the same call resumes ----
 

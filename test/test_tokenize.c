@@ -102,7 +102,11 @@ static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *na
     threads_set(3);
     do {
         if (!CHECK(tokenize(t, in, parts, audio_repr, 5, &part), "%s", slam_error())) break;
-        if (++stops != 2) continue;
+        if (++stops == 3 && part.inputs < in->end) { // a kill after a rename
+            char path[PATH_MAX];
+            CHECK(rename(partial, w->binary ? shard_path(path, parts, part.shards + 1) : parts) == 0, "rename");
+        }
+        if (stops != 2) continue;
         FILE *f = fopen(partial, "ab"); // a kill leaves more than the journal counts
         CHECK(f && fputs("half a docum", f) >= 0 && fclose(f) == 0, "write");
         in->end--;
@@ -276,8 +280,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
         check_file("taken2-00001.bin", "mine", 4);
         check_fails(tokenize(t, in, check_path("taken2.bin"), 0, 5, &w), "taken2-00001.bin: exists");
         CHECK(!leftovers(check_path("taken.bin")) && !path_exists(check_path("taken.bin.failed")), "left over");
-        check_fails(tokenize(t, in, "/none/out.bin", 0, 5, &w), "/none/out.bin: cannot be written");
-        check_fails(tokenize(t, in, check_path("out.txt"), 0, 5, &w), "ends in .bin or .jsonl");
+        check_fails(tokenize(t, in, "/none/out.bin", 0, 5, &w), "/none/out.bin.failed: cannot be written");
     }
     if (TEST("tokenize: nothing usable")) {
         const char *path = "/none/a.wav";
@@ -452,7 +455,13 @@ static void test_text(const slam_tokenizer *t, const slam_strings *files, char *
         check_text(check_path("tsv.jsonl"), s.at, 1);
         slam_inputs_free(&in);
         const char *four = check_file("four.tsv", "a\tb\tc\na\tb\n", 10), *blank = check_file("blank.txt", "\n \n", 3);
-        check_fails(slam_inputs_open(&in, SLAM_INPUT_TEXT, &four, 1), "four.tsv:2: 2 fields");
+        in = lines_of(SLAM_INPUT_TEXT, four);
+        slam_reader *r = slam_reader_open(&in, t, 1);
+        const slam_item *item;
+        const char *skipped;
+        while (slam_reader_next(r, &item, &skipped) > 0 && !item) {}
+        CHECK(skipped && strstr(skipped, "four.tsv:2: 2 fields"), "%s", skipped);
+        slam_reader_close(r);
         slam_inputs_free(&in);
         check_fails(slam_inputs_open(&in, SLAM_INPUT_TEXT, &blank, 1), "blank.txt: has no lines");
         slam_inputs_free(&in);
@@ -461,35 +470,33 @@ static void test_text(const slam_tokenizer *t, const slam_strings *files, char *
 }
 
 static void test_voices(const slam_tokenizer *t) {
-    if (TEST("voices: arguments, and words in them")) {
-        static const struct {
-            const char *command, *text, *words; // joined by |
-        } cases[] = {{" say  -v 'a b' \"c \\\" \\d\" e\\ f'g'  x{text}y{text} ", "$(ls) '",
-                      "say|-v|a b|c \" \\d|e fg|x$(ls) 'y$(ls) '|"},
-                     {"say '' {text} \"{text}\"", "-w x", "say|| -w x| -w x|"},
-                     {"{tex", "-", "{tex|"}};
-        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-            slam_strings words = ZERO;
-            strbuf s = ZERO;
-            CHECK(command_split(&words, cases[i].command, cases[i].text), "%s", slam_error());
-            for (size_t k = 0; k < words.n; k++) strbuf_add(&s, "%s|", words.at[k]);
-            CHECK(!strcmp(s.at, cases[i].words), "%s: %s", cases[i].command, s.at);
-            slam_strings_free(&words);
-            strbuf_free(&s);
+    if (TEST("voices: the text is one word, and no command")) {
+        static const char *const quoted[] = {
+            "printf '%s|' x{text}y \"{text}\" {text} >&2; exit 3",
+            "sh -c 'printf \"%s|\" x\"$0\"y \"$1\" \"{text}\" >&2; exit 3' {text} {text}",
+            "read -r line; printf '%s|' \"x${line}y\" \"$line\" \"$line\" >&2; exit 3"};
+        static const char *const texts[] = {"a  b * '$(touch x)' `ls` \"; exit 4; \\", "-w it's"};
+        for (int i = 0; i < 6; i++) {
+            audio a = ZERO;
+            const char *text = texts[i % 2], *space = i % 2 ? " " : "";
+            char *said = string_print("status 3: x%s%sy|%s%s|%s%s|", space, text, space, text, space, text);
+            check_fails(voice_open(&a, quoted[i / 2], text, "x.txt:1") == 1, said);
+            audio_close(&a);
+            free(said);
         }
     }
     if (TEST("voices: commands that fail")) {
         static const struct {
             const char *command, *error;
             int status;
-        } bad[] = {{"sh -c 'echo first >&2; echo the reason >&2; exit 3' {text}",
-                    "x.txt:1: sh failed with status 3: the reason", 0},
-                   {"sh -c 'kill -9 $$' {text}", "x.txt:1: sh was ended by signal 9", 0},
+        } bad[] = {{"echo first >&2; echo the reason >&2; exit 3 # {text}",
+                    "x.txt:1: the voice failed with status 3: the reason", 0},
+                   {"kill -9 $$ # {text}", "x.txt:1: the voice failed with status 137", 0},
                    {"echo {text}", "not a WAV file", 0},
                    {"true {text}", "not a WAV file", 0},
-                   {"/none/such {text}", "no program /none/such", -1},
-                   {"say 'no end {text}", "a quote (') is not closed", -1},
-                   {"  ", "an empty command", -1}};
+                   {"/none/such {text}", "/none/such", -1},
+                   {"say 'no end {text}", "the voice failed with status ", 0},
+                   {"  ", "the voice failed with status ", 0}};
         for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
             audio a = ZERO;
             int status;
@@ -500,7 +507,8 @@ static void test_voices(const slam_tokenizer *t) {
         slam_writer w;
         slam_inputs in = lines_of(SLAM_INPUT_TEXT, check_file("one.txt", "words\n", 6));
         slam_strings_add(&in.voices, "/none/such {text}");
-        check_fails(tokenize(t, &in, check_path("no.bin"), 0, SIZE_MAX, &w), "one.txt:1: no program /none/such");
+        check_fails(tokenize(t, &in, check_path("no.bin"), 0, SIZE_MAX, &w),
+                    "one.txt:1: the voice failed with status 127: ");
         CHECK(!leftovers(check_path("no.bin")) && !path_exists(check_path("no.bin.failed")), "something is left over");
         slam_inputs_free(&in);
     }

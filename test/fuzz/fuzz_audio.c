@@ -34,8 +34,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     if (more < 0) MUST(slam_error()[0]);
     audio_close(&a);
     while (resamplers) { // of all the rates that are made up
-        slam_resampler *next = resamplers->next;
-        slam_resampler_free(resamplers);
+        resampler *next = resamplers->next;
+        free(resamplers->tap);
+        free(resamplers);
         resamplers = next;
     }
     return 0;
