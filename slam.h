@@ -7789,9 +7789,19 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
+/* Bytes of an ID3 tag in front of a file: 10, and as many as its size says, which has 7 bits in each byte. */
+static uint64_t tag_bytes(FILE *f) {
+    unsigned char head[10] = {0};
+    uint64_t n = 0;
+    if (fread(head, sizeof head, 1, f) != 1 || memcmp(head, "ID3", 3)) return 0;
+    for (int i = 6; i < 10; i++) n = n << 7 | head[i];
+    return n + (head[5] & 16 ? 20 : 10);
+}
+
 /* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
    that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
-   end is data. Returns as wav_read_format. */
+   end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
+   recording is empty. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7799,13 +7809,16 @@ static int wav_open(audio *a, uint64_t size) {
         uint32_t size;
         char type[4];
     } riff, chunk;
+    const uint64_t start = tag_bytes(a->f);
+    fseeko(a->f, (off_t)start, SEEK_SET);
     if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
-    for (uint64_t at = 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
+    for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
         n = chunk.size;
         const uint64_t rest = size - at;
         const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
-        const int to_end = is_data && (n == 0 || (n >= UNKNOWN && n > rest));
+        const int empty = n == 0 && riff.size && riff.size < UNKNOWN && start + 8 + riff.size > at;
+        const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
         if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);

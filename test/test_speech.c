@@ -168,6 +168,14 @@ static void test_wav_chunks(void) {
             strbuf_free(&s);
         }
     }
+    if (TEST("wav: no data, but chunks behind them")) {
+        strbuf s = ZERO;
+        wav_header(&s, k, 1, 16000, 0, 0);
+        strbuf_add_bytes(&s, list, 14);
+        s.at[4] = 50; // the size of RIFF includes the list: nothing is unknown
+        check_fails(reads(&s, s.n), "x.wav: it holds no audio");
+        strbuf_free(&s);
+    }
     if (TEST("wav: other chunks before and after, data of an odd size")) {
         for (uint32_t odd = 0; odd < 2; odd++) {
             strbuf s = ZERO, head = ZERO;
@@ -181,6 +189,18 @@ static void test_wav_chunks(void) {
             check_three(&s);
             strbuf_free(&s);
             strbuf_free(&head);
+        }
+    }
+    if (TEST("wav: a tag in front")) {
+        for (int footer = 0; footer < 2; footer++) {
+            strbuf s = ZERO;
+            strbuf_add_bytes(&s, footer ? "ID3\x04\x00\x10\x00\x00\x01\x05" : "ID3\x04\x00\x00\x00\x00\x01\x05",
+                             10); // 133 bytes
+            for (int i = 0; i < 133 + 10 * footer; i++) put(&s, 0xff, 1);
+            wav_header(&s, k, 1, 16000, 0, 6);
+            strbuf_add_bytes(&s, three, 6);
+            check_three(&s);
+            strbuf_free(&s);
         }
     }
 }
