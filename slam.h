@@ -6434,14 +6434,12 @@ struct slam_decoder_state {
 static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *cache) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int *slots = m->layout->a.slots, *lengths = m->layout->a.lengths;
+    const model_acts *shared = &m->layout->a;
     slam_act *kv = cache ? act_at(ops, cache->cache, l * cache->layer) : NULL;
-    if (cache && !cache->prefill) {
-        ops->attention_decode(ops, a->attn, kv, a->qkv, lengths, mask);
-        return;
-    }
-    ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (cache) ops->attention_fill(ops, kv, a->qkv, slots, lengths, cache->capacity, mask);
+    const int decode = cache && !cache->prefill;
+    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
+    if (cache && !decode) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, cache->capacity, mask);
 }
 
 /* One transformer layer, pre-norm:    x_mid = x + O attention(QKV norm(x))    x_next = x_mid + D swiglu(GU norm(x_mid))
@@ -7166,8 +7164,6 @@ static int token_file_read(token_file *f) {
 static int data_add_file(slam_data *d, const char *path) {
     struct slam_files *files = d->files;
     const int is_shard = string_ends(path, ".bin");
-    if (path_is_folder(path))
-        return set_error("%s: is a folder, expected a file or a pattern such as %s/*.bin", path, path);
     if (!is_shard && !string_ends(path, ".jsonl"))
         return set_error("%s: expected token shards (.bin) or unit lines (.jsonl)", path);
     GROW(token_file, files->at, files->capacity, files->n + 1);
@@ -7579,8 +7575,8 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     packed_rows *b = &p->batch;
     b->n = b->n_items = l->tokens = l->targets = 0;
     for (l->n = 0; l->n < n; l->n++, l->row++) {
-        if (l->row == p->epoch.n && !l->shuffle) break;
-        if (l->row == p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
+        if (l->row >= p->epoch.n && !l->shuffle) break;
+        if (l->row >= p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
         const packed_row *row = &p->epoch.at[l->row];
         packed_rows_add(b, p->epoch.items + row->first, row->n, row->length);
         l->tokens += row->length;

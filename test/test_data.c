@@ -749,7 +749,7 @@ static void test_errors(void) {
         check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "no data");
         check_fails(slam_data_add(d, check_path("none*.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path("none.bin"), 1), "no such file");
-        check_fails(slam_data_add(d, check_path(""), 1), "is a folder");
+        check_fails(slam_data_add(d, check_path(""), 1), "expected token shards");
         check_fails(slam_data_add(d, other, 1), "expected token shards (.bin) or unit lines (.jsonl)");
         check_fails(slam_data_add(d, a, 0), "weight 0");
         check_fails(slam_data_add(d, a, -1), "weight -1");
