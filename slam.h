@@ -364,7 +364,7 @@ void slam_model_set_rope_theta(slam_model *, double rope_theta);
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
 int slam_forward(slam_model *, slam_batch *); /* sets batch->losses */
-/* After slam_forward: adds sum of weights_i dloss_i (weights (B,T), host) to the gradients, `loss` to the statistics. */
+/* After slam_forward: adds sum of weights_i dloss_i (weights (B,T), host) to the gradients, loss to the statistics. */
 int slam_backward(slam_model *, const float *weights, double loss);
 /* Both: adds scale * d(sum of losses) to the gradients and the sum of losses to the statistics. */
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
