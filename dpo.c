@@ -23,7 +23,7 @@ typedef struct program {
     double tokens; /* of an epoch, without padding; its positions with padding; rows of the largest batch */
     double positions;
     int most_rows;
-    slam_pair_loader *loader, *val_loader;
+    slam_loader *loader, *val_loader;
     slam_batch batch;
     float *weights; /* (B,T) gradient of the loss with respect to each token's loss */
     metrics eval;
@@ -68,14 +68,14 @@ static void metrics_mean(program *p, metrics *m) {
 /* One update over a batch of pairs. */
 static int train_step(program *p, double lr, slam_step *step, metrics *m) {
     slam_run *r = &p->run;
-    slam_pair_loader *l = p->loader;
+    slam_loader *l = p->loader;
     int rows;
     memset(m, 0, sizeof *m);
-    if (slam_pair_loader_begin(l, r->o.batch, r->comm) <= 0) return 0;
-    while ((rows = slam_pair_loader_next(l, &p->batch)) > 0) {
+    if (slam_loader_begin(l, r->o.batch, r->comm) <= 0) return 0;
+    while ((rows = slam_loader_next(l, &p->batch)) > 0) {
         const double before = m->loss;
         if (!slam_forward(r->model, &p->batch)) return 0;
-        dpo_loss(p, (double)l->n_pairs, m);
+        dpo_loss(p, (double)l->n, m);
         if (!l->rows_left) slam_adamw_overlap(&r->opt); /* the ranks exchange gradients during the last backward pass */
         if (!slam_backward(r->model, p->weights, m->loss - before)) return 0;
     }
@@ -86,12 +86,12 @@ static int train_step(program *p, double lr, slam_step *step, metrics *m) {
 
 static int evaluate(program *p) {
     slam_run *r = &p->run;
-    slam_pair_loader *l = p->val_loader;
+    slam_loader *l = p->val_loader;
     int pairs, rows = 0;
     memset(&p->eval, 0, sizeof p->eval);
-    l->epoch = l->pair = 0;
-    while ((pairs = slam_pair_loader_begin(l, r->o.batch, r->comm)) > 0)
-        while ((rows = slam_pair_loader_next(l, &p->batch)) > 0) {
+    slam_loader_seek(l, 0, 0);
+    while ((pairs = slam_loader_begin(l, r->o.batch, r->comm)) > 0)
+        while ((rows = slam_loader_next(l, &p->batch)) > 0) {
             if (!slam_forward(r->model, &p->batch)) return 0;
             dpo_loss(p, 1, &p->eval);
         }
@@ -111,7 +111,7 @@ static int list_metrics(const metrics *m, slam_metric list[4]) {
 static int train(program *p) {
     slam_run *r = &p->run;
     slam_trainer *t = &r->trainer;
-    slam_pair_loader *l = p->loader;
+    slam_loader *l = p->loader;
     slam_metric list[4];
     slam_step step;
     metrics m;
@@ -121,8 +121,8 @@ static int train(program *p) {
         ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step, &m);
         if (!ok) break;
         t->epoch = l->epoch;
-        t->row = l->pair;
-        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->n_pairs, l->tokens, list, list_metrics(&m, list));
+        t->row = l->row;
+        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->n, l->tokens, list, list_metrics(&m, list));
 
         if (ok && p->val_loader && slam_run_eval_due(r))
             ok = evaluate(p) && slam_run_log_eval(r, &p->eval.loss, 0, list, list_metrics(&p->eval, list));
@@ -242,14 +242,14 @@ static int open_pairs(program *p) {
     for (size_t i = 0; i < o->val.n; i++)
         if (!slam_pairs_add(pairs, o->val.at[i], 1)) return 0;
     if (!slam_pairs_prepare(pairs, o->val_fraction, (uint64_t)o->seed)) return 0;
-    slam_pair_loader *l = p->loader = slam_pair_loader_new(pairs, 0, (uint64_t)o->seed, 1);
+    slam_loader *l = p->loader = slam_loader_new_pairs(pairs, 0, (uint64_t)o->seed, 1);
     for (size_t n = 0; n < pairs->n_train; n += (size_t)o->batch) {
-        if (slam_pair_loader_begin(l, o->batch, NULL) <= 0) return 0;
+        if (slam_loader_begin(l, o->batch, NULL) <= 0) return 0;
         p->tokens += (double)l->tokens;
         p->positions += (double)l->rows * l->T;
         if (l->rows > p->most_rows) p->most_rows = l->rows;
     }
-    if (pairs->n > pairs->n_train) p->val_loader = slam_pair_loader_new(pairs, 1, 0, 0);
+    if (pairs->n > pairs->n_train) p->val_loader = slam_loader_new_pairs(pairs, 1, 0, 0);
     return 1;
 }
 
@@ -344,9 +344,8 @@ static int open_model(program *p) {
     p->batch = slam_batch_new(r->micro, r->T, 1);
     p->weights = (float *)calloc((size_t)r->micro * r->T, sizeof *p->weights);
     if (!slam_run_begin(r, p->pairs.hash)) return 0;
-    p->loader->epoch = r->trainer.epoch;
-    p->loader->pair = r->trainer.row;
-    return find_reference(p);
+    const int found = slam_all_ok(r->comm, slam_loader_seek(p->loader, r->trainer.epoch, r->trainer.row));
+    return found && find_reference(p);
 }
 
 static void print_end(program *p) {
@@ -376,8 +375,8 @@ int main(int argc, char **argv) {
     set_flags(&p);
     const int parsed = slam_run_parse(r, argc, argv);
     const int status = slam_run_end(r, parsed == 0 ? 2 : parsed == 1 ? !optimise(&p) : 0);
-    slam_pair_loader_free(p.loader);
-    slam_pair_loader_free(p.val_loader);
+    slam_loader_free(p.loader);
+    slam_loader_free(p.val_loader);
     slam_pairs_free(&p.pairs);
     slam_batch_free(&p.batch);
     free(p.reference);

@@ -309,8 +309,7 @@ int slam_config_load(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 double slam_config_flops(const slam_config *, int T); /* per token, forward and backward, causal attention over T */
 
-/* What memory is planned for. RECOMPUTE: the outputs of norms and SwiGLU are computed again in the backward pass,
-   same bits. */
+/* RECOMPUTE: the backward pass computes the outputs of norms and SwiGLU again, same bits, to save memory. */
 enum { SLAM_INFERENCE, SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE };
 typedef struct slam_memory {
     double weights, grads, optimiser, activations, logits, total; /* bytes of device memory */
@@ -318,20 +317,19 @@ typedef struct slam_memory {
 /* shards: ranks that share the optimiser state (ZeRO-1), else 1. */
 slam_memory slam_config_memory(const slam_config *, int act_bytes, int B, int T, int mode, int shards);
 
-/* Rows of tokens for one forward pass, on the host. Every sequence starts at a doc_start; see slam_mask. */
 typedef struct slam_sequence {
-    size_t item;    /* what it is: index of a chunk, of a pair's completion, of a scored sequence */
+    size_t item;    /* index of a chunk, of a pair's completion, of a scored sequence */
     int first, end; /* its targets are at positions first <= i < end of the batch (row * T + column) */
 } slam_sequence;
+/* Rows of tokens for one forward pass, on the host. */
 typedef struct slam_batch {
-    int B, T;                   /* rows in use, tokens per row */
+    int B, T, capacity;         /* rows in use, tokens per row, rows there is space for */
     int *tokens, *targets;      /* (B,T); target: the next token, -1 where there is none (padding too) */
-    int *doc_start;             /* (B,T) column at which the token's sequence starts */
+    int *doc_start;             /* (B,T) column at which the token's sequence starts; see slam_mask */
     int *mask_start, *mask_end; /* (B,T) masked spans, NULL: none */
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
-    slam_sequence *sequences;   /* the sequences in these rows */
+    slam_sequence *sequences;
     size_t n_sequences, sequence_capacity;
-    int capacity;                 /* rows there is space for */
     uint64_t n_tokens, n_targets; /* without padding */
 } slam_batch;
 slam_batch slam_batch_new(int rows, int T, int masked); /* B = rows, no targets; masked: with mask_start, mask_end */
@@ -341,17 +339,15 @@ typedef struct slam_model {
     slam_ops *ops;
     slam_config config;
     size_t n_weights, n_matrices; /* numbers in the arrays below; the matrices come first, then norms and biases */
-    slam_act *weights;            /* used by the products */
-    float *master;                /* the float weights the optimiser updates; the same memory if activations are float;
-                                     NULL: sharded over ranks */
-    float *grads;                 /* (n_weights), NULL until planned for training */
-    double *stats;                /* device: sum of losses since the last update, squared gradient norm */
-    int B, T, mode;               /* planned for B rows of T tokens */
-    /* Called by the next backward pass when the gradients of layer l are complete; L: the head's, -1: all. NULL: not.
-       Set by slam_adamw_overlap. */
+    slam_act *weights;
+    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
+    float *grads;   /* (n_weights), NULL until planned for training */
+    double *stats;  /* device: sum of losses since the last update, squared gradient norm */
+    int B, T, mode; /* planned for B rows of T tokens */
+    struct slam_layout *layout;
+    /* The next backward pass calls this when the gradients of layer l are complete; L: the head's, -1: all. */
     void (*grads_ready)(void *context, int l);
     void *grads_context;
-    struct slam_layout *layout; /* section 7's own: tensors, pointers to weights and activations */
 } slam_model;
 /* Matrices from normal(0, init_std), norms 1, biases 0. */
 slam_model *slam_model_new(slam_ops *, const slam_config *, uint64_t seed);
@@ -364,27 +360,22 @@ int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
 void slam_model_set_rope_theta(slam_model *, double rope_theta);
-
-/* Allocates activations for up to B rows of T tokens, and gradients if mode trains. Does nothing if they suffice. */
+/* Allocates activations for up to B rows of T tokens, and gradients if mode trains, unless they suffice. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
-/* Loss of every target into batch->losses. */
-int slam_forward(slam_model *, slam_batch *);
-/* Backward pass of the slam_forward just made, for a loss that depends on the token losses: adds sum of weights_i
-   dloss_i to the gradients and `loss` to the statistics. weights (B,T) on the host. */
+
+int slam_forward(slam_model *, slam_batch *); /* sets batch->losses */
+/* After slam_forward: adds sum of weights_i dloss_i (weights (B,T), host) to the gradients, loss to the statistics. */
 int slam_backward(slam_model *, const float *weights, double loss);
-/* Forward and backward in one: adds scale * d(sum of losses) to the gradients and the sum of losses to the
-   statistics. */
+/* Both: adds scale * d(sum of losses) to the gradients and the sum of losses to the statistics. */
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
-/* Logits (B,T,V) on the host. */
-int slam_logits(slam_model *, const slam_batch *, float *logits);
+int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
 /* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's numbers do not depend on
    the others (to the bit where ops->same_rows). The model is planned for inference and must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
-    int *length; /* (slots) tokens of each sequence; 0: the slot is free */
-    int *last;   /* (slots) its last token */
+    int *length, *last; /* (slots) tokens of each sequence, 0: the slot is free; its last token */
     struct slam_decoder_state *state;
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
@@ -393,8 +384,7 @@ void slam_decoder_free(slam_decoder *);
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-/* Appends a token; token < 0 frees the slot. */
-void slam_decoder_append(slam_decoder *, int slot, int token);
+void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -412,20 +402,19 @@ int slam_sample(float *logits, int V, const unsigned char *seen, const slam_samp
 enum { SLAM_COSINE, SLAM_INVERSE_SQRT, SLAM_LINEAR, SLAM_CONSTANT };
 typedef struct slam_schedule {
     int kind;
-    double lr, min_lr;
+    double lr, min_lr; /* cosine ends at min_lr */
     long warmup, steps;
 } slam_schedule;
-/* Learning rate of update `step` (from 0), as Transformers: linear warm-up from 0, then the curve; cosine ends at
-   min_lr. */
+/* Learning rate of update `step` (from 0), as Transformers: linear warm-up from 0, then the curve. */
 double slam_learning_rate(const slam_schedule *, long step);
 
 typedef struct slam_adamw {
     double beta1, beta2, eps, weight_decay, clip; /* weight decay applies to matrices only; clip 0: none */
     long updates;                                 /* finished updates */
     slam_model *model;
-    float *m, *v;                 /* moments: all, or this rank's shard */
-    float *master;                /* this rank's shard of the float weights (ZeRO-1 with bf16), else NULL */
-    struct slam_buckets *buckets; /* how gradients are reduced over ranks */
+    float *m, *v,
+        *master; /* moments, or this rank's shard; its shard of the float weights (ZeRO-1 with bf16) or NULL */
+    struct slam_buckets *buckets;
 } slam_adamw;
 /* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
@@ -463,13 +452,11 @@ typedef struct slam_data {
     uint64_t hash; /* of all tokens and the split (held-out data have the same), after slam_data_prepare */
     struct slam_files *files;
 } slam_data;
-/* An empty data set; context: longest chunk and length of a row, at least 2. */
-slam_data *slam_data_new(int context);
+slam_data *slam_data_new(int context); /* an empty data set; context: longest chunk and length of a row, at least 2 */
 /* Adds a source: a file or glob of token shards (.bin) or SlamKit units (.jsonl). */
 int slam_data_add(slam_data *, const char *pattern, double weight);
-/* Splits into chunks and checks that tokens are < V and documents are `1 u.. 1`. Moves round(fraction * documents)
-   of each source, at least one if it has two, chosen by seed, to *held_out (NULL with fraction 0), which has the
-   same sources with weight 1. Call once, after the last add. */
+/* Call once, after the last add. Checks that tokens are < V and documents are `1 u.. 1`. Moves round(fraction *
+   documents) of each source, at least one if it has two, chosen by seed, to *held_out (NULL with fraction 0). */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
 void slam_data_free(slam_data *);
 typedef struct slam_data_size {
@@ -479,25 +466,25 @@ typedef struct slam_data_size {
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
 slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
 
-/* Draws packed rows, in the order of the epoch. */
+/* Draws rows of chunks in the order of an epoch, or pairs, which are packed into rows of about the same length. Rows do
+   not depend on the ranks. */
 typedef struct slam_loader {
-    const slam_data *data;
-    int source, shuffle;       /* source -1: all. shuffle 0: every chunk once, whatever the weights (evaluation) */
-    uint64_t seed, epoch, row; /* position: epochs finished, rows drawn of the current one */
-    uint64_t tokens, targets;  /* of the global batch begun by slam_loader_begin, over all ranks */
-    int rows_left;             /* of this rank's share of it: 0 after the last micro-batch */
+    int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
+    uint64_t seed, epoch, row; /* position: epochs finished, rows (or pairs) drawn of the current one */
+    int n, rows;               /* of the global batch begun by slam_loader_begin: rows or pairs, rows */
+    uint64_t tokens, targets;  /* of it, over all ranks; targets: of chunks */
+    int T, rows_left;          /* tokens per row; rows of this rank's share: 0 after the last micro-batch */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle);
+slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
-/* Begins the next global batch of `rows` rows (continuing into the next epoch if shuffled; at most to the end if
-   not): sets tokens and targets of all of it, without reading tokens, and this rank's share. Returns the rows, 0 at
-   the end. */
-int slam_loader_begin(slam_loader *, int rows, const slam_comm *);
-/* Fills `batch`, which has T = context, with the next rows of this rank's share, at most batch->capacity. Returns
-   how many, 0 when there are no more. The items of batch->sequences are chunks. */
+/* Begins the next global batch of n rows (or pairs), which continues into the next epoch if shuffled, else ends with
+   this one. Reads no tokens. Returns how many, 0 at the end. */
+int slam_loader_begin(slam_loader *, int n, const slam_comm *);
+/* Fills `batch` with the next rows of this rank's share, at most batch->capacity. Returns how many, 0 when there are no
+   more. batch->sequences[].item: a chunk, or 2 p for the chosen and 2 p + 1 for the rejected completion of pair p. */
 int slam_loader_next(slam_loader *, slam_batch *batch);
 
 /* auto-BLEU (Lakhotia et al. 2021): the share of a text's n-grams of `order` words that occur in it more than once;
@@ -655,24 +642,9 @@ int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
 int slam_pairs_row(const slam_pairs *); /* most tokens per row: 2 x context, at least 1024 */
 
-/* Draws batches of pairs, packed into rows of about the same length. */
-typedef struct slam_pair_loader {
-    const slam_pairs *pairs;
-    uint64_t epoch, pair;     /* position: epochs finished, pairs drawn of the current one. May be set */
-    uint64_t tokens, n_pairs; /* of the global batch */
-    int rows, T, rows_left;   /* of the global batch; tokens per row; rows of this rank's share that are left */
-    int shuffle;
-    uint64_t seed, first, ordered; /* these and packer: section 12's own */
-    struct slam_packer *packer;
-} slam_pair_loader;
-/* validation 0: training pairs, 1: validation pairs, -1: all. */
-slam_pair_loader *slam_pair_loader_new(const slam_pairs *, int validation, uint64_t seed, int shuffle);
-void slam_pair_loader_free(slam_pair_loader *);
-/* As slam_loader_begin and slam_loader_next, of `pairs` pairs. The batch is made for T = slam_pairs_row, with masks if
-   pairs are shared, and gets the loader's T. Item 2 p of batch->sequences is the chosen, the next one, 2 p + 1, the
-   rejected completion of pair p. Rows do not depend on the ranks; a rank may get none. */
-int slam_pair_loader_begin(slam_pair_loader *, int pairs, const slam_comm *);
-int slam_pair_loader_next(slam_pair_loader *, slam_batch *);
+/* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for T =
+   slam_pairs_row, with masks if pairs are shared. */
+slam_loader *slam_loader_new_pairs(const slam_pairs *, int validation, uint64_t seed, int shuffle);
 
 /* After slam_forward: the log-probability of a sequence, the sum over its targets. */
 double slam_sequence_logp(const slam_batch *, const slam_sequence *);
@@ -5779,22 +5751,20 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
 
 /* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
+    static const char *const flags[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
-    const json *layers = json_get(c, "layer_types");
-    int sliding = 0, attention_bias = 0, mlp_bias = 0;
+    const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
+    int set[3] = {0, 0, 0};
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    if (!json_bool(c, "use_sliding_window", path, &sliding) || !json_bool(c, "mlp_bias", path, &mlp_bias) ||
-        !json_bool(c, "attention_bias", path, &attention_bias))
-        return 0;
-    if (layers) sliding = 0; // layer_types decides
+    for (int i = 0; i < 3; i++) {
+        if (!json_bool(c, flags[i], path, &set[i])) return 0;
+        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i]);
+    }
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
-        if (l->type != JSON_STRING || strcmp(l->string, "full_attention")) sliding = 1;
-    if (sliding) return set_error("%s: asks for a sliding window, expected full attention in every layer", path);
-    if (attention_bias || mlp_bias)
-        return set_error("%s: %s is true, expected biases of q, k and v (Qwen2) or none", path,
-                         mlp_bias ? "mlp_bias" : "attention_bias");
+        if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
+            return set_error("%s: layer_types: expected full_attention in every layer", path);
     return 1;
 }
 
@@ -5815,21 +5785,18 @@ static int config_read(slam_config *c, const json *root, const char *path) {
 }
 
 int slam_config_load(slam_config *config, const char *name_or_path) {
-    static const char tiny[] =
-        "{\"model_type\": \"qwen2\", \"vocab_size\": 102, \"hidden_size\": 128, \"intermediate_size\": 384, "
-        "\"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"num_key_value_heads\": 2, "
-        "\"max_position_embeddings\": 1024, \"tie_word_embeddings\": true}";
-    static const char slam[] =
-        "{\"model_type\": \"qwen2\", \"vocab_size\": 502, \"hidden_size\": 896, \"intermediate_size\": 4864, "
-        "\"num_hidden_layers\": 24, \"num_attention_heads\": 14, \"num_key_value_heads\": 2, "
-        "\"max_position_embeddings\": 32768, \"tie_word_embeddings\": true}";
-    const char *preset = !strcmp(name_or_path, "tiny") ? tiny : !strcmp(name_or_path, "slam") ? slam : NULL;
-    json *root = preset ? json_parse(preset, strlen(preset), name_or_path) : json_load(name_or_path);
+    static const slam_config tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000};
+    static const slam_config slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000};
     slam_config c = ZERO;
+    if (!strcmp(name_or_path, "tiny") || !strcmp(name_or_path, "slam")) {
+        *config = *name_or_path == 't' ? tiny : slam;
+        return 1;
+    }
     c.T = 2048; // Hugging Face's defaults
     c.eps = 1e-6;
     c.init_std = 0.02;
     c.rope_theta = 10000;
+    json *root = json_load(name_or_path);
     const int ok = root && config_read(&c, root, name_or_path);
     if (ok) *config = c;
     json_free(root);
@@ -6417,14 +6384,12 @@ struct slam_decoder_state {
 static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *cache) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int *slots = m->layout->a.slots, *lengths = m->layout->a.lengths;
+    const model_acts *shared = &m->layout->a;
     slam_act *kv = cache ? act_at(ops, cache->cache, l * cache->layer) : NULL;
-    if (cache && !cache->prefill) {
-        ops->attention_decode(ops, a->attn, kv, a->qkv, lengths, mask);
-        return;
-    }
-    ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (cache) ops->attention_fill(ops, kv, a->qkv, slots, lengths, cache->capacity, mask);
+    const int decode = cache && !cache->prefill;
+    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
+    if (cache && !decode) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, cache->capacity, mask);
 }
 
 /* One transformer layer, pre-norm:    x_mid = x + O attention(QKV norm(x))    x_next = x_mid + D swiglu(GU norm(x_mid))
@@ -7149,8 +7114,6 @@ static int token_file_read(token_file *f) {
 static int data_add_file(slam_data *d, const char *path) {
     struct slam_files *files = d->files;
     const int is_shard = string_ends(path, ".bin");
-    if (path_is_folder(path))
-        return set_error("%s: is a folder, expected a file or a pattern such as %s/*.bin", path, path);
     if (!is_shard && !string_ends(path, ".jsonl"))
         return set_error("%s: expected token shards (.bin) or unit lines (.jsonl)", path);
     GROW(token_file, files->at, files->capacity, files->n + 1);
@@ -7346,13 +7309,21 @@ typedef struct packed_rows {
     uint32_t *items;
     packed_row *at;
     size_t n_items, n, item_capacity, capacity;
-    size_t next, end; // this rank's share that is not in a batch yet: rows next .. end - 1
 } packed_rows;
 
 static void packed_rows_free(packed_rows *rows) {
     free(rows->items);
     free(rows->at);
-    memset(rows, 0, sizeof *rows);
+}
+
+/* Adds a row of n items. */
+static void packed_rows_add(packed_rows *rows, const uint32_t *items, uint32_t n, uint32_t length) {
+    const packed_row row = {(uint32_t)rows->n_items, n, length};
+    GROW(uint32_t, rows->items, rows->item_capacity, rows->n_items + n);
+    GROW(packed_row, rows->at, rows->capacity, rows->n + 1);
+    memcpy(rows->items + rows->n_items, items, n * sizeof *items);
+    rows->n_items += n;
+    rows->at[rows->n++] = row;
 }
 
 /* The longest length up to `room` that is left; 0: none. fit[l] is l if there are items of length l, else a shorter
@@ -7362,59 +7333,51 @@ static uint32_t longest_fit(uint32_t *fit, uint32_t room) {
     return room;
 }
 
-/* Packs n items (NULL: 0 .. n - 1) of lengths 1 .. T into rows of T, as few as first fit decreasing takes (Johnson
-   1973). First fit decreasing is the same as filling one row after the other, each time with the longest item that
-   still fits. */
+/* Packs n items of lengths[item] 1 .. T into rows of T, as few as first fit decreasing takes (Johnson 1973). First fit
+   decreasing is the same as filling one row after the other, each time with the longest item that still fits. */
 static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengths, size_t n, uint32_t T) {
-    uint32_t *count = NEW(uint32_t, 3 * ((size_t)T + 1) + n), *first = count + T + 1, *fit = first + T + 1;
-    uint32_t *sorted = fit + T + 1;
-    for (size_t i = 0; i < n; i++) count[lengths[i]]++;
+    uint32_t *count = NEW(uint32_t, 3 * ((size_t)T + 1) + 2 * n), *first = count + T + 1, *fit = first + T + 1;
+    uint32_t *sorted = fit + T + 1, *row = sorted + n; // by length; the items of a row
+    for (size_t i = 0; i < n; i++) count[lengths[items[i]]]++;
     for (uint32_t l = 1; l <= T; l++) {
         first[l] = first[l - 1] + count[l];
         fit[l] = count[l] ? l : fit[l - 1];
     }
-    for (size_t i = n; i-- > 0;) sorted[--first[lengths[i]]] = items ? items[i] : (uint32_t)i; // by length
-    for (rows->n = rows->n_items = 0; rows->n_items < n; rows->n++) {
-        packed_row row = {(uint32_t)rows->n_items, 0, 0};
-        GROW(uint32_t, rows->items, rows->item_capacity, n);
-        GROW(packed_row, rows->at, rows->capacity, rows->n + 1);
-        for (uint32_t l; (l = longest_fit(fit, T - row.length)) > 0; row.length += l, row.n++) {
-            rows->items[rows->n_items++] = sorted[first[l]++];
+    for (size_t i = n; i-- > 0;) sorted[--first[lengths[items[i]]]] = items[i];
+    for (rows->n = rows->n_items = 0; rows->n_items < n;) {
+        uint32_t length = 0, k = 0;
+        for (uint32_t l; (l = longest_fit(fit, T - length)) > 0; length += l) {
+            row[k++] = sorted[first[l]++];
             if (--count[l] == 0) fit[l] = l - 1;
         }
-        rows->at[rows->n] = row;
+        packed_rows_add(rows, row, k, length);
     }
     free(count);
 }
 
-/* Sets this rank's share and returns how many rows it has. */
-static int packed_rows_share(packed_rows *rows, const slam_comm *comm) {
-    const slam_range share = slam_comm_share(comm, rows->n);
-    rows->next = share.first;
-    rows->end = share.end;
-    return (int)(share.end - share.first);
+/* Packs the items of rows as `pack` into as few rows of at most T, and these as short as possible: MULTIFIT (Coffman,
+   Garey and Johnson 1978). Returns their length. */
+static uint32_t pack_evenly(packed_rows *rows, const uint32_t *lengths, uint32_t T) {
+    const size_t n = rows->n_items;
+    uint32_t low = 1, high = T, *items = NEW(uint32_t, n);
+    for (size_t i = 0; i < n; i++) {
+        items[i] = rows->items[i];
+        if (lengths[items[i]] > low) low = lengths[items[i]];
+    }
+    pack(rows, items, lengths, n, T);
+    const size_t fewest = rows->n;
+    while (low < high) {
+        const uint32_t middle = (low + high) / 2;
+        pack(rows, items, lengths, n, middle);
+        if (rows->n <= fewest) high = middle;
+        else low = middle + 1;
+    }
+    pack(rows, items, lengths, n, high);
+    free(items);
+    return high;
 }
 
 /* ---- rows -> batches ---- */
-
-/* Begins a batch with the next rows of this rank's share, at most its capacity, of T tokens: all padding, each
-   position a sequence of its own. Returns the first of the batch->B rows. */
-static const packed_row *batch_begin(slam_batch *b, packed_rows *rows, int T) {
-    const packed_row *row = rows->at + rows->next;
-    const size_t left = rows->end - rows->next;
-    b->B = left < (size_t)b->capacity ? (int)left : b->capacity;
-    b->T = T;
-    b->n_sequences = 0;
-    b->n_tokens = b->n_targets = 0;
-    rows->next += (size_t)b->B;
-    for (int i = 0; i < b->B * T; i++) {
-        b->tokens[i] = 0;
-        b->targets[i] = -1;
-        b->doc_start[i] = i % T;
-        if (b->mask_start) b->mask_start[i] = b->mask_end[i] = 0;
-    }
-    return row;
-}
 
 /* Writes n tokens to positions at .. at + n - 1 (row * T + column) of the sequence that starts in column doc_start.
    The target of each is the token after it, of the last one `next` (-1: none); the first `skip` positions have none.
@@ -7437,29 +7400,39 @@ static void batch_add_sequence(slam_batch *b, size_t item, int first, int end) {
     b->sequences[b->n_sequences++] = sequence;
 }
 
+static int batch_put_chunk(slam_batch *b, int at, const void *list, uint32_t item) {
+    const slam_data *d = (const slam_data *)list;
+    const slam_chunk *c = &d->chunks[item];
+    const int n = (int)c->n;
+    batch_add_sequence(b, item, at, at + n - 1);
+    return batch_put(b, at, d->files->at[c->file].tokens + c->first, n, -1, 0, at % b->T);
+}
+
 /* ---- the loader ----
-    An epoch's chunks are put in random order and packed, and its rows are put in random order. That depends on the
-   seed and the lengths alone, so any row can be found again. */
+   An epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and its rows are
+   put in random order. That depends on the seed and the lengths alone, so any row can be found again. Where batches are
+   packed evenly, a row of the epoch is one item, and the rows of a global batch are packed. */
 
 struct slam_packer {
+    const void *list;                                                  // of the items
+    int (*put)(slam_batch *, int at, const void *list, uint32_t item); // writes one, returns the position after it
+    uint32_t *lengths;                                                 // of all items
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int source;
+    int evenly; // longest row if batches are packed evenly, else 0
+    size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
-    packed_rows epoch; // its rows
-    packed_rows batch; // the global batch
+    packed_rows epoch;       // its rows
+    packed_rows batch;       // the global batch,
+    const packed_row *share; // and the end of this rank's share of it
 };
-
-static void packer_free(struct slam_packer *p) {
-    packed_rows_free(&p->epoch);
-    packed_rows_free(&p->batch);
-    free(p->order);
-    free(p);
-}
 
 /* Adds an epoch's draws of a source. With weight w each of its n chunks comes floor(w) times. On average (w -
    floor(w)) n extra draws take turns through one random order of the chunks: those of an epoch are different chunks,
    the next epoch's are others, and all chunks come equally often. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
-    const slam_source *s = &l->data->sources[source];
+    const slam_source *s = &p->data->sources[source];
     const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
     double extra = l->shuffle ? (s->weight - (double)times) * (double)n : 0;
     if (fabs(extra - floor(extra + 0.5)) < 1e-6) extra = floor(extra + 0.5); // 2.3 - 2 is not quite 0.3
@@ -7477,24 +7450,39 @@ static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_
 
 static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     struct slam_packer *p = l->packer;
-    const slam_data *d = l->data;
     uint64_t rng = rng_stream(l->seed, epoch, STREAM_ORDER);
-    p->n_order = 0;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (l->source < 0 || i == (size_t)l->source) packer_add_source(p, l, i, epoch);
+    l->epoch = epoch;
+    l->row = 0;
+    p->n_order = p->epoch.n = p->epoch.n_items = 0;
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
+        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
+    for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
-    uint32_t *lengths = NEW(uint32_t, p->n_order);
-    for (size_t i = 0; i < p->n_order; i++) lengths[i] = d->chunks[p->order[i]].n;
-    pack(&p->epoch, p->order, lengths, p->n_order, (uint32_t)d->context);
-    free(lengths);
+    for (size_t i = 0; p->evenly && i < p->n_order; i++)
+        packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
+    if (p->evenly) return;
+    pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
     for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // else rows would be sorted by the lengths of their chunks
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
         p->epoch.at[i - 1] = p->epoch.at[k];
         p->epoch.at[k] = swap;
     }
-    l->epoch = epoch;
-    l->row = 0;
+}
+
+/* A loader of n items, whose lengths and order are set by the caller. */
+static slam_loader *loader_new(const void *list, int (*put)(slam_batch *, int, const void *, uint32_t), size_t n, int T,
+                               uint64_t seed, int shuffle) {
+    slam_loader *l = NEW(slam_loader, 1);
+    l->packer = NEW(struct slam_packer, 1);
+    l->packer->list = list;
+    l->packer->put = put;
+    l->packer->lengths = NEW(uint32_t, n);
+    l->T = T;
+    l->seed = seed;
+    l->shuffle = shuffle;
+    return l;
 }
 
 slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
@@ -7502,12 +7490,10 @@ slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int 
         set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
         return NULL;
     }
-    slam_loader *l = NEW(slam_loader, 1);
-    l->data = d;
-    l->source = source;
-    l->shuffle = shuffle;
-    l->seed = seed;
-    l->packer = NEW(struct slam_packer, 1);
+    slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
+    for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
+    l->packer->data = d;
+    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
     set_error("%s: its weight is so small that an epoch draws nothing", d->sources[source < 0 ? 0 : source].name);
@@ -7516,7 +7502,12 @@ slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int 
 }
 
 void slam_loader_free(slam_loader *l) {
-    if (l) packer_free(l->packer);
+    if (!l) return;
+    packed_rows_free(&l->packer->epoch);
+    packed_rows_free(&l->packer->batch);
+    free(l->packer->order);
+    free(l->packer->lengths);
+    free(l->packer);
     free(l);
 }
 
@@ -7529,39 +7520,43 @@ int slam_loader_seek(slam_loader *l, uint64_t epoch, uint64_t row) {
     return 1;
 }
 
-int slam_loader_begin(slam_loader *l, int rows, const slam_comm *comm) {
+int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     struct slam_packer *p = l->packer;
-    l->tokens = l->targets = 0;
-    for (p->batch.n = p->batch.n_items = 0; p->batch.n < (size_t)rows; l->row++) {
-        if (l->row == p->epoch.n && !l->shuffle) break;
-        if (l->row == p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
-        packed_rows *b = &p->batch;
-        packed_row row = p->epoch.at[l->row];
-        GROW(uint32_t, b->items, b->item_capacity, b->n_items + row.n);
-        GROW(packed_row, b->at, b->capacity, b->n + 1);
-        memcpy(b->items + b->n_items, p->epoch.items + row.first, row.n * sizeof *b->items);
-        row.first = (uint32_t)b->n_items;
-        b->n_items += row.n;
-        b->at[b->n++] = row;
-        l->tokens += row.length;
-        l->targets += row.length - row.n; // the last token of a chunk has no target
+    packed_rows *b = &p->batch;
+    b->n = b->n_items = l->tokens = l->targets = 0;
+    for (l->n = 0; l->n < n; l->n++, l->row++) {
+        if (l->row >= p->epoch.n && !l->shuffle) break;
+        if (l->row >= p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
+        const packed_row *row = &p->epoch.at[l->row];
+        packed_rows_add(b, p->epoch.items + row->first, row->n, row->length);
+        l->tokens += row->length;
+        l->targets += row->length - row->n; // the last token of a chunk has no target
     }
-    l->rows_left = packed_rows_share(&p->batch, comm);
-    return (int)p->batch.n;
+    if (p->evenly) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->evenly), 16);
+    const slam_range share = slam_comm_share(comm, b->n);
+    p->share = b->at + share.end;
+    l->rows = (int)b->n;
+    l->rows_left = (int)(share.end - share.first);
+    return l->n;
 }
 
+/* What no item fills is padding, each position a sequence of its own. */
 int slam_loader_next(slam_loader *l, slam_batch *b) {
-    packed_rows *rows = &l->packer->batch;
-    const slam_data *d = l->data;
-    const packed_row *row = batch_begin(b, rows, d->context);
+    const struct slam_packer *p = l->packer;
+    const packed_row *row = p->share - l->rows_left;
+    b->B = l->rows_left < b->capacity ? l->rows_left : b->capacity;
+    b->T = l->T;
+    b->n_sequences = 0;
+    b->n_tokens = b->n_targets = 0;
+    for (int i = 0; i < b->B * b->T; i++) {
+        b->tokens[i] = 0;
+        b->targets[i] = -1;
+        b->doc_start[i] = i % b->T;
+        if (b->mask_start) b->mask_start[i] = b->mask_end[i] = 0;
+    }
     for (int i = 0; i < b->B; i++)
-        for (uint32_t k = 0, at = (uint32_t)(i * b->T); k < row[i].n; k++) {
-            const uint32_t item = rows->items[row[i].first + k];
-            const slam_chunk *c = &d->chunks[item];
-            const int first = (int)at, n = (int)c->n;
-            at = (uint32_t)batch_put(b, first, d->files->at[c->file].tokens + c->first, n, -1, 0, first % b->T);
-            batch_add_sequence(b, item, first, first + n - 1);
-        }
+        for (int k = 0, at = i * b->T; k < (int)row[i].n; k++)
+            at = p->put(b, at, p->list, p->batch.items[row[i].first + k]);
     l->rows_left -= b->B;
     return b->B;
 }
@@ -7572,11 +7567,10 @@ slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) 
     if (!l) return size;
     for (size_t i = 0; i < d->n_sources; i++)
         if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
-    const packed_rows *rows = &l->packer->epoch;
-    for (size_t i = 0; i < rows->n; i++) size.tokens += rows->at[i].length;
-    size.rows = rows->n;
-    size.chunks = rows->n_items;
-    size.targets = size.tokens - size.chunks;
+    size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
+    size.chunks = l->packer->batch.n_items;
+    size.tokens = l->tokens;
+    size.targets = l->targets;
     size.fill = (double)size.tokens / ((double)size.rows * d->context);
     slam_loader_free(l);
     return size;
@@ -9759,20 +9753,6 @@ double slam_sequence_logp(const slam_batch *b, const slam_sequence *s) {
     return sum;
 }
 
-/* Forward pass: logp[item] of every sequence. */
-static int forward_logps(slam_model *m, slam_batch *b, double *logp) {
-    if (!slam_forward(m, b)) return 0;
-    for (size_t i = 0; i < b->n_sequences; i++) logp[b->sequences[i].item] = slam_sequence_logp(b, &b->sequences[i]);
-    return 1;
-}
-
-/* Each logp is 0 on all ranks but the one that computed it, so that the sums have the bits of a single process. */
-static int share_logps(slam_comm *comm, int ok, double *logp, size_t n) {
-    if (!slam_all_ok(comm, ok)) return 0;
-    slam_comm_sum(comm, logp, n);
-    return 1;
-}
-
 static int report_progress(slam_progress_fn *progress, void *context, const char *stage, double done, double total) {
     slam_progress p = ZERO;
     p.stage = stage;
@@ -9791,16 +9771,33 @@ static int units_check(const int *unit, size_t n, int V, const char *what) {
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+/* Forward passes over all rows of a loader: logp[item] of every sequence, n in all. The ranks share the work: each logp
+   is 0 on all but one, so that the sums have the bits of a single process. */
+static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *logp, size_t n, const char *stage,
+                        double total, slam_progress_fn *progress, void *context) {
+    slam_comm *comm = m->ops->comm;
     int ok = 1;
+    slam_loader_begin(l, INT_MAX, comm);
+    const double share = l->rows_left;
+    while (slam_comm_max(comm, ok ? l->rows_left > 0 : 2) == 1) { // all stop when one has failed or is cancelled
+        if (slam_loader_next(l, b) == 0) continue;
+        ok = slam_forward(m, b);
+        for (const slam_sequence *s = b->sequences; ok && s < b->sequences + b->n_sequences; s++)
+            logp[s->item] = slam_sequence_logp(b, s);
+        ok = ok && report_progress(progress, context, stage, floor(total * (1 - l->rows_left / share)), total);
+    }
+    if (!slam_all_ok(comm, ok)) return 0;
+    slam_comm_sum(comm, logp, n);
+    return 1;
+}
+
+int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
     slam_loader *l = slam_loader_new(data, source, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
-    slam_loader_begin(l, INT_MAX, m->ops->comm);
-    while (ok && slam_loader_next(l, b) > 0) ok = forward_logps(m, b, logp);
-    ok = share_logps(m->ops->comm, ok, logp, data->n_chunks);
+    const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
     for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
     *targets = l->targets;
     *loss = sum / (double)l->targets;
@@ -9936,86 +9933,10 @@ int slam_pairs_row(const slam_pairs *p) { return p->context < 512 ? 1024 : (2 * 
 
 /* ---- pairs -> rows -> batches ---- */
 
-slam_pair_loader *slam_pair_loader_new(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
-    const size_t n = validation < 0 ? p->n : validation ? p->n - p->n_train : p->n_train;
-    if (n == 0) {
-        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
-        return NULL;
-    }
-    slam_pair_loader *l = NEW(slam_pair_loader, 1);
-    l->pairs = p;
-    l->first = validation > 0 ? p->n_train : 0;
-    l->seed = seed;
-    l->shuffle = shuffle;
-    l->packer = NEW(struct slam_packer, 1);
-    l->packer->order = NEW(uint32_t, n);
-    l->packer->n_order = n;
-    l->ordered = UINT64_MAX;
-    return l;
-}
-
-void slam_pair_loader_free(slam_pair_loader *l) {
-    if (l) packer_free(l->packer);
-    free(l);
-}
-
-/* The next pair, of the next epoch after the last one. */
-static uint32_t pair_loader_draw(slam_pair_loader *l) {
-    struct slam_packer *p = l->packer;
-    if (l->pair >= p->n_order) {
-        l->pair = 0;
-        l->epoch++;
-    }
-    if (l->ordered != l->epoch) {
-        uint64_t rng = rng_stream(l->seed, l->epoch, STREAM_ORDER);
-        for (size_t i = 0; i < p->n_order; i++) p->order[i] = (uint32_t)(l->first + i);
-        if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
-        l->ordered = l->epoch;
-    }
-    return p->order[l->pair++];
-}
-
-/* Packs as `pack` into as few rows of at most T, and these as short as possible: MULTIFIT (Coffman, Garey and Johnson
-   1978). Returns their length. */
-static uint32_t pack_evenly(packed_rows *rows, const uint32_t *items, const uint32_t *lengths, size_t n, uint32_t T) {
-    uint32_t low = 1, high = T;
-    pack(rows, items, lengths, n, T);
-    const size_t fewest = rows->n;
-    for (size_t i = 0; i < n; i++)
-        if (lengths[i] > low) low = lengths[i];
-    while (low < high) {
-        const uint32_t middle = (low + high) / 2;
-        pack(rows, items, lengths, n, middle);
-        if (rows->n <= fewest) high = middle;
-        else low = middle + 1;
-    }
-    pack(rows, items, lengths, n, high);
-    return high;
-}
-
-int slam_pair_loader_begin(slam_pair_loader *l, int pairs, const slam_comm *comm) {
-    struct slam_packer *p = l->packer;
-    const size_t left = l->pair < p->n_order ? p->n_order - (size_t)l->pair : 0;
-    const size_t n = l->shuffle || (size_t)pairs < left ? (size_t)pairs : left;
-    uint32_t *items = NEW(uint32_t, n), *lengths = NEW(uint32_t, n);
-    l->tokens = 0;
-    for (size_t i = 0; i < n; i++) {
-        const slam_pair *q = &l->pairs->at[items[i] = pair_loader_draw(l)];
-        lengths[i] = pair_length(q, pair_is_shared(l->pairs, q));
-        l->tokens += lengths[i];
-    }
-    l->T = ((int)pack_evenly(&p->batch, items, lengths, n, (uint32_t)slam_pairs_row(l->pairs)) + 15) / 16 * 16;
-    free(items);
-    free(lengths);
-    l->n_pairs = n;
-    l->rows = (int)p->batch.n;
-    l->rows_left = packed_rows_share(&p->batch, comm);
-    return (int)n;
-}
-
 /* A shared prompt is written once: the rejected completion then starts at its last token, and the chosen one is
    hidden from it. */
-static int batch_put_pair(slam_batch *b, int at, const slam_pairs *p, size_t pair) {
+static int batch_put_pair(slam_batch *b, int at, const void *list, uint32_t pair) {
+    const slam_pairs *p = (const slam_pairs *)list;
     const slam_pair *q = &p->at[pair];
     const int shared = pair_is_shared(p, q);
     const uint16_t *completion = q->tokens + q->n_prompt;
@@ -10026,7 +9947,7 @@ static int batch_put_pair(slam_batch *b, int at, const slam_pairs *p, size_t pai
         if (!shared) start = at % b->T;
         at = batch_put(b, at, q->tokens + skip, n_prompt, completion[0], n_prompt - 1, start);
         at = batch_put(b, at, completion, n - 1, completion[n - 1], 0, start);
-        batch_add_sequence(b, 2 * pair + (size_t)side, head, at);
+        batch_add_sequence(b, 2 * (size_t)pair + (size_t)side, head, at);
         for (int i = head; side && shared && i < at; i++) {
             b->mask_start[i] = chosen % b->T;
             b->mask_end[i] = head % b->T;
@@ -10037,14 +9958,19 @@ static int batch_put_pair(slam_batch *b, int at, const slam_pairs *p, size_t pai
     return at;
 }
 
-int slam_pair_loader_next(slam_pair_loader *l, slam_batch *b) {
-    const packed_rows *rows = &l->packer->batch;
-    const packed_row *row = batch_begin(b, &l->packer->batch, l->T);
-    for (int i = 0; i < b->B; i++)
-        for (uint32_t k = 0, at = (uint32_t)(i * b->T); k < row[i].n; k++)
-            at = (uint32_t)batch_put_pair(b, (int)at, l->pairs, rows->items[row[i].first + k]);
-    l->rows_left -= b->B;
-    return b->B;
+slam_loader *slam_loader_new_pairs(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
+    const size_t first = validation > 0 ? p->n_train : 0, end = validation ? p->n : p->n_train;
+    if (first == end) {
+        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
+        return NULL;
+    }
+    slam_loader *l = loader_new(p, batch_put_pair, p->n, 0, seed, shuffle);
+    for (size_t i = 0; i < p->n; i++) l->packer->lengths[i] = pair_length(&p->at[i], pair_is_shared(p, &p->at[i]));
+    l->packer->evenly = slam_pairs_row(p);
+    l->packer->first = first;
+    l->packer->end = end;
+    loader_begin_epoch(l, 0);
+    return l;
 }
 
 /* ---- DPO ---- */
@@ -10058,23 +9984,16 @@ double slam_dpo_loss(double beta, double label_smoothing, double margin, double 
 }
 
 int slam_pairs_reference(slam_pairs *p, slam_model *m, slam_batch *b, slam_progress_fn *progress, void *context) {
-    slam_comm *comm = m->ops->comm;
-    slam_pair_loader *l = slam_pair_loader_new(p, -1, 0, 0);
+    slam_loader *l = slam_loader_new_pairs(p, -1, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, 2 * p->n);
-    int ok = 1;
-    slam_pair_loader_begin(l, INT_MAX, comm);
-    const double share = l->rows_left, n = (double)p->n;
-    while (ok && slam_pair_loader_next(l, b) > 0)
-        ok = forward_logps(m, b, logp) &&
-             report_progress(progress, context, "reference", floor(n * (1 - l->rows_left / share)), n);
-    ok = share_logps(comm, ok, logp, 2 * p->n);
+    int ok = loader_logps(l, m, b, logp, 2 * p->n, "reference", (double)p->n, progress, context);
     for (size_t i = 0; ok && i < 2 * p->n; i++)
         if (!isfinite(logp[i])) ok = set_error("the reference's log-probability of pair %zu is not finite", i / 2 + 1);
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     free(p->reference);
     p->reference = logp;
-    return slam_all_ok(comm, ok);
+    return slam_all_ok(m->ops->comm, ok);
 }
 
 int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t model_hash) {
@@ -10123,35 +10042,25 @@ static int compare_sequences(const void *a, const void *b) {
     return x->n ? memcmp(x->unit, y->unit, x->n * sizeof *x->unit) : 0;
 }
 
-/* The log-probability of each window; of several ranks each computes some. */
+static int batch_put_window(slam_batch *b, int at, const void *list, uint32_t item) {
+    const score_window *w = &((const score_window *)list)[item];
+    batch_add_sequence(b, item, at + w->skip, at + w->n);
+    return batch_put(b, at, w->tokens, w->n, w->tokens[w->n], w->skip, at % b->T);
+}
+
+/* The log-probability of each of n windows. */
 static int score_windows(slam_model *m, const score_window *list, size_t n, int B, int T, double *logp, double tokens,
                          slam_progress_fn *progress, void *context) {
-    slam_comm *comm = m->ops->comm;
-    packed_rows rows = ZERO;
-    uint32_t *lengths = NEW(uint32_t, n);
-    for (size_t i = 0; i < n; i++) lengths[i] = (uint32_t)list[i].n;
-    pack(&rows, NULL, lengths, n, (uint32_t)T);
-    const int share = packed_rows_share(&rows, comm);
-    slam_batch b = slam_batch_new((size_t)B < rows.n ? B : (int)rows.n, T, 0);
-    int ok = slam_model_plan(m, b.capacity, T, SLAM_INFERENCE);
-    while (slam_comm_max(comm, ok ? rows.next < rows.end : 2) == 1) { // all stop when one has failed or is cancelled
-        if (rows.next == rows.end) continue;
-        const packed_row *row = batch_begin(&b, &rows, T);
-        for (int i = 0; i < b.B; i++)
-            for (uint32_t k = 0, at = (uint32_t)(i * T); k < row[i].n; k++) {
-                const uint32_t item = rows.items[row[i].first + k];
-                const score_window *w = &list[item];
-                const int first = (int)at;
-                at = (uint32_t)batch_put(&b, first, w->tokens, w->n, w->tokens[w->n], w->skip, first % T);
-                batch_add_sequence(&b, item, first + w->skip, (int)at);
-            }
-        const double done = 1 - (double)(rows.end - rows.next) / share;
-        ok = forward_logps(m, &b, logp) && report_progress(progress, context, "score", floor(tokens * done), tokens);
-    }
-    ok = share_logps(comm, ok, logp, n);
+    slam_loader *l = loader_new(list, batch_put_window, n, T, 0, 0);
+    for (size_t i = 0; i < n; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
+    l->packer->end = n;
+    loader_begin_epoch(l, 0);
+    const size_t rows = l->packer->epoch.n;
+    slam_batch b = slam_batch_new((size_t)B < rows ? B : (int)rows, T, 0);
+    const int ok = slam_all_ok(m->ops->comm, slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
+                   loader_logps(l, m, &b, logp, n, "score", tokens, progress, context);
     slam_batch_free(&b);
-    packed_rows_free(&rows);
-    free(lengths);
+    slam_loader_free(l);
     return ok;
 }
 

@@ -208,15 +208,15 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     const int T = slam_pairs_row(&p);
     slam_batch b = slam_batch_new(2, T, 1);
     float *weights = NEW(float, (size_t)2 * T);
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 1, 1);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);
     if (!slam_model_plan(m, 2, T, SLAM_TRAIN) || !slam_adamw_init(&opt, m)) die();
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
         slam_step step;
         const double began = slam_clock();
         if (k == 0) start = began;
-        if (slam_pair_loader_begin(l, DPO_BATCH, NULL) <= 0) die();
-        while ((rows = slam_pair_loader_next(l, &b)) > 0) {
+        if (slam_loader_begin(l, DPO_BATCH, NULL) <= 0) die();
+        while ((rows = slam_loader_next(l, &b)) > 0) {
             double loss = 0, dmargin;
             if (!slam_forward(m, &b)) die();
             memset(weights, 0, (size_t)b.B * b.T * sizeof *weights);
@@ -230,7 +230,7 @@ static double measure_dpo(const slam_config *config, const char *path, int share
         if (rows < 0 || !slam_adamw_step(&opt, 1e-5, &step)) die();
         if (k >= 0) times[n++] = slam_clock() - began;
     }
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_adamw_free(&opt);
     slam_batch_free(&b);
     slam_pairs_free(&p);

@@ -107,13 +107,13 @@ static void see_row(const slam_batch *b, int i, const slam_data *d, const slam_s
 static int see_batch(slam_loader *l, int rows, int capacity, const slam_comm *comm, seen *s) {
     const int n = slam_loader_begin(l, rows, comm), share = l->rows_left;
     int left = share, got;
-    slam_batch b = slam_batch_new(capacity, l->data->context, 0);
+    slam_batch b = slam_batch_new(capacity, l->packer->data->context, 0);
     while ((got = slam_loader_next(l, &b)) > 0) {
         const slam_sequence *sequence = b.sequences;
         const size_t tokens = s->tokens, targets = s->targets;
-        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->data->context, "%d rows of %d", got,
-              left);
-        for (int i = 0; i < got; i++) see_row(&b, i, l->data, &sequence, s);
+        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->packer->data->context,
+              "%d rows of %d", got, left);
+        for (int i = 0; i < got; i++) see_row(&b, i, l->packer->data, &sequence, s);
         CHECK(sequence == b.sequences + b.n_sequences, "%zu sequences", b.n_sequences);
         CHECK(b.n_tokens == s->tokens - tokens && b.n_targets == s->targets - targets, "the batch's counts");
         left -= got;
@@ -749,7 +749,7 @@ static void test_errors(void) {
         check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "no data");
         check_fails(slam_data_add(d, check_path("none*.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path("none.bin"), 1), "no such file");
-        check_fails(slam_data_add(d, check_path(""), 1), "is a folder");
+        check_fails(slam_data_add(d, check_path(""), 1), "expected token shards");
         check_fails(slam_data_add(d, other, 1), "expected token shards (.bin) or unit lines (.jsonl)");
         check_fails(slam_data_add(d, a, 0), "weight 0");
         check_fails(slam_data_add(d, a, -1), "weight -1");

@@ -79,14 +79,15 @@ static int dpo_batch(slam_model *m, const slam_pairs *p, slam_batch *b, double b
 }
 
 /* The next `pairs` pairs of a loader, `micro` rows at a time: means. */
-static metrics dpo_step(slam_model *m, slam_pair_loader *l, int pairs, int micro, double beta, double smoothing,
-                        int train, double *logp) {
+static metrics dpo_step(slam_model *m, slam_loader *l, int pairs, int micro, double beta, double smoothing, int train,
+                        double *logp) {
+    const slam_pairs *p = (const slam_pairs *)l->packer->list;
     metrics sum = ZERO;
-    slam_batch b = slam_batch_new(micro, slam_pairs_row(l->pairs), l->pairs->share);
-    const int n = slam_pair_loader_begin(l, pairs, NULL);
-    while (slam_pair_loader_next(l, &b) > 0)
-        if (!dpo_batch(m, l->pairs, &b, beta, smoothing, train ? n : 0, &sum, logp)) break;
-    CHECK(sum.pairs == n && l->n_pairs == (uint64_t)n, "%g pairs of %d", sum.pairs, n);
+    slam_batch b = slam_batch_new(micro, slam_pairs_row(p), p->share);
+    const int n = slam_loader_begin(l, pairs, NULL);
+    while (slam_loader_next(l, &b) > 0)
+        if (!dpo_batch(m, p, &b, beta, smoothing, train ? n : 0, &sum, logp)) break;
+    CHECK(sum.pairs == n && l->n == n, "%g pairs of %d", sum.pairs, n);
     for (double *x = &sum.loss; x < &sum.pairs; x++) *x /= n;
     slam_batch_free(&b);
     return sum;
@@ -156,7 +157,7 @@ static void test_torch(slam_ops *ops, const char *smoothing, int share, int cont
     CHECK(compute_reference(&p, reference, micro, NULL, NULL), "%s", slam_error());
     for (size_t i = 0; i < 2 * p.n; i++)
         check_near("reference", p.reference[i], number_at(file, "reference_logps", i), 1e-4);
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 1, 1);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);
     CHECK(l && slam_model_plan(policy, micro, slam_pairs_row(&p), SLAM_TRAIN), "%s", slam_error());
     const metrics mean = dpo_step(policy, l, (int)p.n, micro, beta, e, 1, logp);
     for (size_t i = 0; i < p.n; i++) {
@@ -175,7 +176,7 @@ static void test_torch(slam_ops *ops, const char *smoothing, int share, int cont
     check_near("mean margin", mean.margin, margin / (double)p.n, 1e-4);
     check_near("statistics", policy->stats[0], loss, 1e-5);
     check_gradients(policy, file, smoothing);
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_pairs_free(&p);
     slam_model_free(policy);
     slam_model_free(reference);
@@ -198,7 +199,7 @@ static outcome step_on(slam_ops *ops, const char *path, int batch, int context, 
     outcome out = ZERO;
     slam_model *m = slam_model_new(ops, &small, 3), *reference = slam_model_new(ops, &small, 4);
     slam_pairs p = pairs_of(path, small.V, context, share);
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 5, 1);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 5, 1);
     if (CHECK(l && compute_reference(&p, reference, micro, NULL, NULL) &&
                   slam_model_plan(m, micro, slam_pairs_row(&p), mode),
               "%s", slam_error())) {
@@ -212,7 +213,7 @@ static outcome step_on(slam_ops *ops, const char *path, int batch, int context, 
         out.unshared = p.unshared;
         out.truncated = p.truncated;
     }
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_pairs_free(&p);
     slam_model_free(m);
     slam_model_free(reference);
@@ -265,7 +266,7 @@ static void test_finite_differences(slam_ops *ops) {
     if (!TEST("finite differences")) return;
     slam_model *m = slam_model_new(ops, &small, 3), *reference = slam_model_new(ops, &small, 4);
     slam_pairs p = pairs_of(random_pairs("slope.jsonl", 12, small.V, most, 11), small.V, 64, 1);
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 5, 0);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 5, 0);
     double loss[2], norm = 0;
     CHECK(compute_reference(&p, reference, 2, NULL, NULL) && slam_model_plan(m, 2, slam_pairs_row(&p), SLAM_TRAIN),
           "%s", slam_error());
@@ -278,12 +279,12 @@ static void test_finite_differences(slam_ops *ops) {
     norm = sqrt(norm);
     for (int side = 0; side < 2; side++) {
         for (size_t i = 0; i < n; i++) m->master[i] = kept[i] + (float)((side ? 3e-3 : -3e-3) * g[i] / norm);
-        l->epoch = l->pair = 0;
+        slam_loader_seek(l, 0, 0);
         loss[side] = dpo_step(m, l, 12, 2, 0.5, 0.1, 0, NULL).loss;
     }
     check_near("slope", (loss[1] - loss[0]) / 6e-3 / norm, 1, 2e-3);
     free(kept), free(g);
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_pairs_free(&p);
     slam_model_free(m);
     slam_model_free(reference);
@@ -366,7 +367,7 @@ static void test_lines(void) {
     check_fails(slam_pairs_add(&p, "test", 0), "expected preference pairs");
     CHECK(slam_pairs_add(&p, check_file("empty.jsonl", "", 0), 0), "%s", slam_error());
     check_fails(slam_pairs_prepare(&p, 0, 0), "no pairs left");
-    check_fails(slam_pair_loader_new(&p, 0, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no pairs");
     slam_pairs_free(&p);
     p = pairs_new(20, 3, 1, 0);
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "context of 3");
@@ -378,7 +379,7 @@ static void test_lines(void) {
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 0), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_file("same.jsonl", same, sizeof same - 1), 1), "no pairs to validate on");
     CHECK(slam_pairs_prepare(&p, 0, 0), "%s", slam_error());
-    check_fails(slam_pair_loader_new(&p, 1, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 1, 0, 1), "a loader of no pairs");
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 1), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "add pairs for training before validation");
     slam_pairs_free(&p);
@@ -451,12 +452,11 @@ static void test_rows(void) {
     for (int share = 0; share < 2; share++) {
         slam_pairs p = pairs_of(path, 20, 24, share);
         slam_batch b = slam_batch_new(1, slam_pairs_row(&p), 1);
-        slam_pair_loader *l = slam_pair_loader_new(&p, 0, 0, 1);
+        slam_loader *l = slam_loader_new_pairs(&p, 0, 0, 1);
         const int n = share ? 7 : 9, (*want)[5] = share ? shared : separate;
-        CHECK(slam_pair_loader_begin(l, 1, NULL) == 1 && l->rows == 1 && l->rows_left == 1 && l->T == 16, "%d rows",
+        CHECK(slam_loader_begin(l, 1, NULL) == 1 && l->rows == 1 && l->rows_left == 1 && l->T == 16, "%d rows",
               l->rows);
-        CHECK(slam_pair_loader_next(l, &b) == 1 && b.B == 1 && b.T == 16 && l->tokens == (uint64_t)n &&
-                  l->rows_left == 0,
+        CHECK(slam_loader_next(l, &b) == 1 && b.B == 1 && b.T == 16 && l->tokens == (uint64_t)n && l->rows_left == 0,
               "%d rows of %d, %d tokens", b.B, b.T, (int)l->tokens);
         CHECK(b.n_tokens == (uint64_t)n && b.n_targets == 5 && b.n_sequences == 2, "%d tokens", (int)b.n_tokens);
         for (int side = 0; side < 2; side++)
@@ -470,7 +470,7 @@ static void test_rows(void) {
                   "%d at %d: %d -> %d, from %d, mask %d to %d", share, t, b.tokens[t], b.targets[t], b.doc_start[t],
                   b.mask_start[t], b.mask_end[t]);
         }
-        slam_pair_loader_free(l);
+        slam_loader_free(l);
         slam_batch_free(&b);
         slam_pairs_free(&p);
     }
@@ -495,11 +495,11 @@ static void test_packing(void) {
                 comm.rank = rank;
                 comm.size = size;
                 slam_batch b = slam_batch_new(micro, slam_pairs_row(&p), 1);
-                slam_pair_loader *l = slam_pair_loader_new(&p, 0, 2, 1);
-                CHECK(slam_pair_loader_begin(l, n, &comm) == n, "%s", slam_error());
+                slam_loader *l = slam_loader_new_pairs(&p, 0, 2, 1);
+                CHECK(slam_loader_begin(l, n, &comm) == n, "%s", slam_error());
                 expected = l->tokens;
                 CHECK((double)l->tokens > 0.95 * l->rows * l->T, "%.3f full", (double)l->tokens / (l->rows * l->T));
-                while (slam_pair_loader_next(l, &b) > 0) {
+                while (slam_loader_next(l, &b) > 0) {
                     CHECK(b.B <= micro && b.T <= l->T, "%d rows of %d", b.B, b.T);
                     for (size_t k = 0; k < b.n_sequences; k++) {
                         const slam_sequence *s = &b.sequences[k];
@@ -524,7 +524,7 @@ static void test_packing(void) {
                     }
                 }
                 CHECK(l->rows_left == 0, "%d rows left", l->rows_left);
-                slam_pair_loader_free(l);
+                slam_loader_free(l);
                 slam_batch_free(&b);
             }
             for (int i = 0; i < n; i++) CHECK(seen[i] == 2, "pair %d: %d completions", i, seen[i]);
@@ -552,15 +552,15 @@ static void test_even_rows(void) {
     char *path = string_copy(check_file("even.jsonl", s.at, s.n));
     for (int share = 0; share < 2; share++) {
         slam_pairs p = pairs_of(path, 502, 1024, share);
-        slam_pair_loader *l = slam_pair_loader_new(&p, 0, 1, 1);
+        slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);
         double tokens = 0, positions = 0;
         for (int i = 0; i < 10; i++) {
-            slam_pair_loader_begin(l, 24, NULL);
+            slam_loader_begin(l, 24, NULL);
             tokens += (double)l->tokens;
             positions += (double)l->rows * l->T;
         }
         CHECK(tokens / positions > 0.95, "%s: %.3f full", share ? "shared" : "separate", tokens / positions);
-        slam_pair_loader_free(l);
+        slam_loader_free(l);
         slam_pairs_free(&p);
     }
     free(path);
@@ -573,39 +573,36 @@ static void test_order(void) {
     if (!TEST("an epoch has every pair once; the position can be set")) return;
     slam_pairs p = pairs_of(random_pairs("order.jsonl", 50, small.V, most, 3), small.V, 64, 1);
     const size_t n = p.n_train;
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 9, 1), *other = slam_pair_loader_new(&p, 0, 9, 1);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 9, 1), *other = slam_loader_new_pairs(&p, 0, 9, 1);
     uint64_t at[STEPS][2];
     uint32_t drawn[STEPS][BATCH];
     int *seen = NEW(int, n);
     for (int k = 0; k < STEPS; k++) {
         at[k][0] = l->epoch;
-        at[k][1] = l->pair;
-        CHECK(slam_pair_loader_begin(l, BATCH, NULL) == BATCH && l->n_pairs == BATCH, "%s", slam_error());
+        at[k][1] = l->row;
+        CHECK(slam_loader_begin(l, BATCH, NULL) == BATCH && l->n == BATCH, "%s", slam_error());
         memcpy(drawn[k], l->packer->batch.items, sizeof drawn[k]);
         for (int i = 0; i < BATCH; i++) seen[drawn[k][i]]++;
-        CHECK(l->epoch * n + l->pair == (uint64_t)(k + 1) * BATCH, "after %d steps: epoch %d, pair %d", k + 1,
-              (int)l->epoch, (int)l->pair);
-        for (size_t i = 0; l->pair == n && i < n; i++)
+        CHECK(l->epoch * n + l->row == (uint64_t)(k + 1) * BATCH, "after %d steps: epoch %d, pair %d", k + 1,
+              (int)l->epoch, (int)l->row);
+        for (size_t i = 0; l->row == n && i < n; i++)
             CHECK(seen[i] == (int)l->epoch + 1, "pair %zu: %d times", i, seen[i]);
     }
     CHECK(memcmp(drawn[0], drawn[n / BATCH], sizeof drawn[0]) != 0, "epochs have one order");
     for (int k = STEPS - 1; k >= 0; k -= 3) {
-        other->epoch = at[k][0];
-        other->pair = at[k][1];
-        CHECK(slam_pair_loader_begin(other, BATCH, NULL) == BATCH, "%s", slam_error());
+        CHECK(slam_loader_seek(other, at[k][0], at[k][1]), "%s", slam_error());
+        CHECK(slam_loader_begin(other, BATCH, NULL) == BATCH, "%s", slam_error());
         CHECK(!memcmp(other->packer->batch.items, drawn[k], sizeof drawn[k]),
               "step %d is another after setting the position", k);
     }
-    other->epoch = 0;
-    other->pair = n + 1; // of a damaged trainer.json: the next epoch
-    CHECK(slam_pair_loader_begin(other, BATCH, NULL) == BATCH && other->epoch == 1, "a position after the end");
+    check_fails(slam_loader_seek(other, 0, n + 1), "the epoch has 49 rows"); // of a damaged trainer.json
     free(seen);
-    slam_pair_loader_free(l), slam_pair_loader_free(other);
-    l = slam_pair_loader_new(&p, 0, 0, 0); // without shuffling: once, in order
-    CHECK(slam_pair_loader_begin(l, 20, NULL) == 20 && slam_pair_loader_begin(l, (int)n, NULL) == (int)n - 20 &&
-              slam_pair_loader_begin(l, 1, NULL) == 0 && l->rows == 0 && l->rows_left == 0,
+    slam_loader_free(l), slam_loader_free(other);
+    l = slam_loader_new_pairs(&p, 0, 0, 0); // without shuffling: once, in order
+    CHECK(slam_loader_begin(l, 20, NULL) == 20 && slam_loader_begin(l, (int)n, NULL) == (int)n - 20 &&
+              slam_loader_begin(l, 1, NULL) == 0 && l->rows == 0 && l->rows_left == 0,
           "to the end");
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_pairs_free(&p);
 }
 
@@ -684,7 +681,7 @@ static void test_learning(slam_ops *ops) {
           slam_error());
     slam_adamw opt = ZERO;
     opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
-    slam_pair_loader *l = slam_pair_loader_new(&p, 0, 1, 1), *val = slam_pair_loader_new(&p, 1, 0, 0);
+    slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1), *val = slam_loader_new_pairs(&p, 1, 0, 0);
     const int n_val = (int)(p.n - p.n_train);
     CHECK(compute_reference(&p, m, 4, NULL, NULL) && slam_model_plan(m, 4, slam_pairs_row(&p), SLAM_TRAIN) &&
               slam_adamw_init(&opt, m),
@@ -698,12 +695,12 @@ static void test_learning(slam_ops *ops) {
         CHECK(slam_adamw_step(&opt, 3e-3, &step), "%s", slam_error());
         check_near("the step's loss", step.loss_sum / 16, mean.loss, 1e-5);
     }
-    val->epoch = val->pair = 0;
+    slam_loader_seek(val, 0, 0);
     const metrics last = dpo_step(m, val, n_val, 4, 0.1, 0, 0, NULL);
     CHECK(last.accuracy > 0.8, "accuracy %.3f", last.accuracy);
     strbuf_free(&s);
     slam_adamw_free(&opt);
-    slam_pair_loader_free(l), slam_pair_loader_free(val);
+    slam_loader_free(l), slam_loader_free(val);
     slam_pairs_free(&p);
     slam_model_free(m);
 }
@@ -752,11 +749,11 @@ static void test_validation(slam_ops *ops) {
           "%s", slam_error());
     CHECK(compute_reference(&p, reference, 4, NULL, NULL) && slam_model_plan(m, 4, slam_pairs_row(&p), SLAM_INFERENCE),
           "%s", slam_error());
-    slam_pair_loader *l = slam_pair_loader_new(&p, 1, 0, 0);
+    slam_loader *l = slam_loader_new_pairs(&p, 1, 0, 0);
     slam_batch b = slam_batch_new(4, slam_pairs_row(&p), 1);
     metrics got = ZERO, want = ZERO;
-    while (slam_pair_loader_begin(l, 64, NULL) > 0)
-        while (slam_pair_loader_next(l, &b) > 0) dpo_batch(m, &p, &b, 0.3, 0, 0, &got, NULL);
+    while (slam_loader_begin(l, 64, NULL) > 0)
+        while (slam_loader_next(l, &b) > 0) dpo_batch(m, &p, &b, 0.3, 0, 0, &got, NULL);
     for (int i = 0; i < PAIRS; i++) {
         double logp[2][2]; // of the model and the reference: chosen, rejected
         for (int k = 0; k < 4; k++)
@@ -777,7 +774,7 @@ static void test_validation(slam_ops *ops) {
     check_near("log p of the rejected", got.logp_rejected / PAIRS, want.logp_rejected, 1e-4);
     strbuf_free(&s);
     slam_batch_free(&b);
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_pairs_free(&p);
     slam_model_free(m);
     slam_model_free(reference);

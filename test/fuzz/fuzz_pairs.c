@@ -16,11 +16,11 @@ static void check_pair(const slam_pair *q) {
 
 static void check_rows(const slam_pairs *p) {
     slam_batch b = slam_batch_new(2, slam_pairs_row(p), 1);
-    slam_pair_loader *l = slam_pair_loader_new(p, 0, 1, 1);
+    slam_loader *l = slam_loader_new_pairs(p, 0, 1, 1);
     uint64_t tokens = 0;
     size_t completions = 0;
-    MUST(l && slam_pair_loader_begin(l, (int)p->n, NULL) == (int)p->n);
-    while (slam_pair_loader_next(l, &b) > 0) {
+    MUST(l && slam_loader_begin(l, (int)p->n, NULL) == (int)p->n);
+    while (slam_loader_next(l, &b) > 0) {
         MUST(b.B >= 1 && b.B <= 2 && b.T <= slam_pairs_row(p));
         completions += b.n_sequences;
         for (int i = 0; i < b.B * b.T; i++) {
@@ -32,7 +32,7 @@ static void check_rows(const slam_pairs *p) {
         }
     }
     MUST(tokens == l->tokens && completions == 2 * p->n);
-    slam_pair_loader_free(l);
+    slam_loader_free(l);
     slam_batch_free(&b);
 }
 
