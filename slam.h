@@ -553,11 +553,10 @@ typedef struct slam_recording {
 /* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
 typedef struct slam_tokenizer {
     slam_unit_config config;
-    int K, width, step;   /* centroids; numbers per frame; samples per frame */
+    int K, width;         /* centroids; numbers per frame */
     int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
     uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
-    float *centroids, *lanes, *device_squares;
-    slam_act *device_centroids;
+    float *centroids;
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
@@ -8080,7 +8079,7 @@ struct slam_mfcc {
     double hamming[MFCC_WINDOW];
     double cosine[MFCC_WINDOW / 2], sine[MFCC_WINDOW / 2]; // of 2 pi k / window
     int edge[MFCC_FILTERS + 2];                            // filter j rises from edge j to j + 1 and falls to j + 2
-    double dct[MFCC_CEPSTRA][MFCC_FILTERS];                // includes the lifter
+    double dct[MFCC_FILTERS][MFCC_CEPSTRA];                // includes the lifter
 };
 
 UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
@@ -8101,43 +8100,36 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     for (int i = 0; i < MFCC_CEPSTRA; i++) {
         const double lifter = 1 + 11 * sin(PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
         for (int j = 0; j < MFCC_FILTERS; j++)
-            m->dct[i][j] = lifter * norm * cos(PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
+            m->dct[j][i] = lifter * norm * cos(PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
     }
     return m;
 }
 
-/* power (window / 2 + 1) of a windowed frame. Its even samples are the real, its odd ones the imaginary parts of z,
-   whose transform Z has half the length (Cooley and Tukey 1965), and
-       E_k = (Z_k + conj Z_-k) / 2     O_k = (Z_k - conj Z_-k) / 2i     X_k = E_k + w^k O_k */
-UNFUSED static void mfcc_power(const struct slam_mfcc *m, double *power, const double *frame) {
-    double re[MFCC_WINDOW / 2], im[MFCC_WINDOW / 2];
-    const int n = m->window / 2;
-    for (int t = 0, reversed = 0; t < n; t++) {
-        re[reversed] = frame[2 * t];
-        im[reversed] = frame[2 * t + 1];
-        int bit = n >> 1; // adds 1 to t with its bits in reverse order
-        for (; reversed & bit; bit >>= 1) reversed ^= bit;
-        reversed ^= bit;
+/* out (n), the transform X of n real samples, `stride` apart: the real parts of X_0 .. X_(n/2), then the imaginary parts
+   of X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
+       X_k = E_k + w^k O_k     X_(n/2-k) = conj(E_k - w^k O_k) */
+UNFUSED static void mfcc_fft(const struct slam_mfcc *m, double *out, double *x, int n, int stride) {
+    const int half = n / 2;
+    double *e = out, *o = out + half;
+    if (n == 2) {
+        e[0] = x[0] + x[stride];
+        o[0] = x[0] - x[stride];
+        return;
     }
-    for (int half = 1; half < n; half *= 2)
-        for (int start = 0; start < n; start += 2 * half)
-            for (int k = 0; k < half; k++) {
-                const int p = start + k, q = p + half;
-                const double c = m->cosine[k * (n / half)], s = m->sine[k * (n / half)];
-                const double a = re[q] * c + im[q] * s, b = im[q] * c - re[q] * s;
-                re[q] = re[p] - a;
-                im[q] = im[p] - b;
-                re[p] += a;
-                im[p] += b;
-            }
-    for (int k = 0; k <= n; k++) {
-        const int p = k % n, q = (n - k) % n;
-        const double c = k < n ? m->cosine[k] : -1, s = k < n ? m->sine[k] : 0;
-        const double even_re = (re[p] + re[q]) / 2, even_im = (im[p] - im[q]) / 2;
-        const double odd_re = (im[p] + im[q]) / 2, odd_im = (re[q] - re[p]) / 2;
-        const double x_re = even_re + c * odd_re + s * odd_im, x_im = even_im + c * odd_im - s * odd_re;
-        power[k] = (x_re * x_re + x_im * x_im) / m->window;
+    mfcc_fft(m, e, x, half, 2 * stride);
+    mfcc_fft(m, o, x + stride, half, 2 * stride);
+    const double e_0 = e[0], o_0 = o[0];
+    e[0] = e_0 + o_0;
+    o[0] = e_0 - o_0;
+    for (int k = 1; k < half - k; k++) {
+        const double c = m->cosine[k * stride], s = m->sine[k * stride], e_re = e[k], e_im = e[half - k];
+        const double wo_re = c * o[k] + s * o[half - k], wo_im = c * o[half - k] - s * o[k];
+        e[k] = e_re + wo_re;
+        o[half - k] = e_im + wo_im;
+        e[half - k] = e_re - wo_re;
+        o[k] = wo_im - e_im;
     }
+    o[half / 2] = -o[half / 2]; // k = n / 4: w^k = -i
 }
 
 /* Log of an energy; 0 counts as DBL_EPSILON. */
@@ -8145,26 +8137,28 @@ static double log_energy(double x) { return log(x > 0 ? x : 2.220446049250313e-1
 
 /* out (13), the cepstra of the frame of x (n) that begins at sample `start` */
 UNFUSED static void mfcc_frame(const struct slam_mfcc *m, float *out, const float *x, size_t n, size_t start) {
-    double frame[MFCC_WINDOW], power[MFCC_WINDOW / 2 + 1], energy[MFCC_FILTERS], sum = 0;
-    for (int i = 0; i < m->window; i++) {
+    double frame[MFCC_WINDOW], X[MFCC_WINDOW], power[MFCC_WINDOW / 2 + 1], cepstra[MFCC_CEPSTRA] = ZERO, sum = 0;
+    const int N = m->window;
+    for (int i = 0; i < N; i++) {
         const size_t t = start + (size_t)i;
         frame[i] = t < n ? m->hamming[i] * (x[t] - (t ? 0.97 * x[t - 1] : 0)) : 0;
     }
-    mfcc_power(m, power, frame);
-    for (int k = 0; k <= m->window / 2; k++) sum += power[k];
+    mfcc_fft(m, X, frame, N, 1);
+    for (int k = 0; k <= N / 2; k++) {
+        const double im = k > 0 && k < N / 2 ? X[N - k] : 0;
+        power[k] = (X[k] * X[k] + im * im) / N;
+        sum += power[k];
+    }
     for (int j = 0; j < MFCC_FILTERS; j++) {
         const int a = m->edge[j], b = m->edge[j + 1], c = m->edge[j + 2];
         double e = 0;
         for (int k = a; k < b; k++) e += power[k] * (k - a) / (b - a);
         for (int k = b; k < c; k++) e += power[k] * (c - k) / (c - b);
-        energy[j] = log_energy(e);
+        e = log_energy(e);
+        for (int i = 1; i < MFCC_CEPSTRA; i++) cepstra[i] += m->dct[j][i] * e;
     }
-    out[0] = (float)log_energy(sum);
-    for (int i = 1; i < MFCC_CEPSTRA; i++) {
-        double c = 0;
-        for (int j = 0; j < MFCC_FILTERS; j++) c += m->dct[i][j] * energy[j];
-        out[i] = (float)c;
-    }
+    cepstra[0] = log_energy(sum);
+    for (int i = 0; i < MFCC_CEPSTRA; i++) out[i] = (float)cepstra[i];
 }
 
 /* Columns `to`.. of x (frames,39) are the differences of columns `from`.. */
@@ -8178,11 +8172,6 @@ UNFUSED static void mfcc_differences(float *x, size_t frames, int from, int to) 
     }
 }
 
-static size_t mfcc_frames(const struct slam_mfcc *m, size_t n) {
-    const size_t window = (size_t)m->window, step = (size_t)m->step;
-    return n == 0 ? 0 : n <= window ? 1 : 1 + (n - window + step - 1) / step;
-}
-
 /* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
 UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
     double mean = 0, variance = 0;
@@ -8194,8 +8183,8 @@ UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
 }
 
 /* out (frames,39) of x (n) */
-static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, const float *x, size_t n) {
-    const size_t frames = mfcc_frames(m, n);
+static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, size_t frames, const float *x,
+                         size_t n) {
     float *normal = normalize ? NEW(float, n) : NULL;
     if (normal) normalize_waveform(normal, x, n);
     PARALLEL_FOR
@@ -8210,7 +8199,7 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, c
    Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
    linear layer, a convolution over many frames that adds positions, and a transformer. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40 };
+enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
@@ -8222,75 +8211,66 @@ typedef struct hubert_config { // its bytes are part of the model's hash
 } hubert_config;
 
 static const field hubert_fields[] = {
-    {"num_feat_extract_layers", FIELD_INT, offsetof(hubert_config, convs), 1, HUBERT_CONVS, 0},
     {"conv_bias", FIELD_BOOL, offsetof(hubert_config, conv_bias), 0, 0, 0},
     {"feat_proj_layer_norm", FIELD_BOOL, offsetof(hubert_config, projection_norm), 0, 0, 0},
     {"hidden_size", FIELD_INT, offsetof(hubert_config, C), 1, 1 << 14, 0},
     {"num_hidden_layers", FIELD_INT, offsetof(hubert_config, L), 1, 1 << 10, 0},
     {"num_attention_heads", FIELD_INT, offsetof(hubert_config, NH), 1, 1 << 10, 0},
     {"intermediate_size", FIELD_INT, offsetof(hubert_config, F), 1, 1 << 16, 0},
-    {"num_conv_pos_embeddings", FIELD_INT, offsetof(hubert_config, taps), 1, 1 << 12, 0},
-    {"num_conv_pos_embedding_groups", FIELD_INT, offsetof(hubert_config, groups), 1, 1 << 12, 0},
+    {"num_conv_pos_embeddings", FIELD_INT, offsetof(hubert_config, taps), 1, 1 << 10, 0},
+    {"num_conv_pos_embedding_groups", FIELD_INT, offsetof(hubert_config, groups), 1, 1 << 7, 0},
     {"conv_pos_batch_norm", FIELD_BOOL, offsetof(hubert_config, batch_norm), 0, 0, 0},
     {"do_stable_layer_norm", FIELD_BOOL, offsetof(hubert_config, stable), 0, 0, 0},
     {"layer_norm_eps", FIELD_REAL, offsetof(hubert_config, eps), 0, 1, 0},
 };
 
-/* Reads a list with a number from 1 to max for each convolution; an absent one leaves the 7 defaults. */
-static int hubert_list(const hubert_config *k, const json *c, const char *key, const char *path, int max, int *out) {
-    const json *list = json_get(c, key), *j = list && list->type == JSON_ARRAY ? list->first : NULL;
-    int n = list ? 0 : 7;
-    for (; j && n < k->convs && json_whole(j) && j->number >= 1 && j->number <= max; j = j->next)
-        out[n++] = (int)j->number;
-    return (!j && n == k->convs) ||
-           set_error("%s: '%s' has %.60s after %d numbers, expected %d from 1 to %d, one for each convolution", path,
-                     key, j ? json_describe(j) : "no more", n, k->convs, max);
-}
-
-static int hubert_config_load(hubert_config *k, const char *path) {
-    static const char *const choices[][3] = {{"model_type", "hubert", "hubert"},
-                                             {"hidden_act", "gelu", "gelu"},
-                                             {"feat_extract_activation", "gelu", "gelu"},
-                                             {"feat_extract_norm", "group", "layer"}};
+/* *step: samples per frame */
+static int hubert_config_load(hubert_config *k, const char *path, int *step) {
+    static const char *const words[][3] = {{"model_type", "hubert", "hubert"}, // key, default, other value
+                                           {"hidden_act", "gelu", "gelu"},
+                                           {"feat_extract_activation", "gelu", "gelu"},
+                                           {"feat_extract_norm", "group", "layer"}};
+    static const char *const lists[] = {"conv_dim", "conv_kernel", "conv_stride"};
+    int *const numbers[] = {k->width, k->kernel, k->stride};
     // clang-format off
     const hubert_config defaults = { // of Transformers' HubertConfig
         7, {512, 512, 512, 512, 512, 512, 512}, {10, 3, 3, 3, 3, 2, 2}, {5, 2, 2, 2, 2, 2, 2}, 0, 0, 1,
         768, 12, 12, 3072, 128, 16, 0, 0, 1e-5};
     // clang-format on
     json *c = json_load(path);
-    const json *list = json_get(c, "conv_dim");
-    int ok = c != NULL, step = 1;
     *k = defaults;
-    if (list) k->convs = (int)list->n;
+    int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
     for (int i = 0; ok && i < 4; i++) {
-        const char *key = choices[i][0], *a = choices[i][1], *b = choices[i][2];
-        const char *value = json_string(c, key, json_get(c, key) ? "" : a);
+        const char *value = json_string(c, words[i][0], words[i][1]);
         k->all_norms = !strcmp(value, "layer");
-        if (strcmp(value, a) && strcmp(value, b))
-            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, key, value, a, b);
+        if (strcmp(value, words[i][1]) && strcmp(value, words[i][2]))
+            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, words[i][0], value, words[i][1], words[i][2]);
     }
-    ok = ok && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    if (ok && (k->convs < 1 || k->convs > HUBERT_CONVS))
-        ok = set_error("%s: %d convolutions, expected 1 to %d", path, k->convs, HUBERT_CONVS);
-    ok = ok && hubert_list(k, c, "conv_dim", path, 1 << 14, k->width) &&
-         hubert_list(k, c, "conv_kernel", path, 1 << 10, k->kernel) &&
-         hubert_list(k, c, "conv_stride", path, 1 << 10, k->stride);
+    for (int i = 0; ok && i < 3; i++) {
+        const json *list = json_get(c, lists[i]), *j = list ? list->first : NULL;
+        int n = list ? 0 : 7;
+        for (; n < HUBERT_CONVS && json_whole(j) && j->number >= 1 && j->number <= 1 << 14; j = j->next)
+            numbers[i][n++] = (int)j->number;
+        if (i == 0) k->convs = n;
+        if (j || n < 1 || n != k->convs)
+            ok = set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as conv_dim",
+                           path, lists[i], j ? json_describe(j) : "no more", n, HUBERT_CONVS, 1 << 14);
+    }
+    *step = 1;
     for (int i = 0; ok && i < k->convs; i++)
-        if ((step *= k->stride[i]) > 1 << 16)
-            ok = set_error("%s: conv_stride multiplies to more than %d samples per frame", path, 1 << 16);
-    if (ok && json_get(c, "adapter_attn_dim"))
-        ok = set_error("%s: adapter_attn_dim is set, but adapters are not supported", path);
+        if ((*step *= k->stride[i]) > 1 << 11)
+            ok = set_error("%s: conv_stride multiplies to more than %d samples per frame", path, 1 << 11);
     if (ok && (k->C % k->NH || k->C % k->groups))
-        ok = set_error(
-            "%s: hidden_size %d over %d heads and %d groups (num_conv_pos_embedding_groups), expected a multiple", path,
-            k->C, k->NH, k->groups);
+        ok = set_error("%s: hidden_size is %d, expected a multiple of num_attention_heads, %d, and of "
+                       "num_conv_pos_embedding_groups, %d",
+                       path, k->C, k->NH, k->groups);
     json_free(c);
     return ok;
 }
 
 /* ---- HuBERT: weights ---- */
 
-typedef struct hubert_module { // a linear layer, a convolution or a norm
+typedef struct hubert_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
     slam_act *w, *b;
 } hubert_module;
 
@@ -8301,46 +8281,54 @@ typedef struct hubert_layer {
 typedef struct slam_hubert {
     slam_ops *ops;
     hubert_config config;
-    int layer, step;                                           // layers in use; samples per frame
-    int do_normalize;                                          // of preprocessor_config.json
-    uint64_t hash;                                             // of configuration and weights in use
-    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS]; // (OC,K,C), as conv1d reads it
-    hubert_module projection_norm, projection, positions, norm;
+    int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
+    uint64_t hash;                 // of configuration and weights in use
+    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
     slam_act *weights; // all of them
     char *arena;       // activations of a batch
     size_t arena_bytes;
+    slam_act *centroids; // (K,C) of the tokenizer
+    float *squares;      // (K)
 } slam_hubert;
 
 typedef struct hubert_loader {
     slam_hubert *h;
     const tensors *file;
-    const char *folder, *prefix;
-    char *used; // (file->n) whether the tensor is a part of the model
+    const char *prefix;
     size_t end; // of the weights placed so far
     int ok;
 } hubert_loader;
 
-/* The numbers of tensor NAME.suffix, where NAME has %d for the layer, of shape (a), (a,b) or (a,b,c). NULL: !l->ok */
-static float *hubert_read(hubert_loader *l, const char *format, int layer, const char *suffix, size_t a, size_t b,
+/* At least `bytes` in h->arena. */
+static int hubert_grow(slam_hubert *h, size_t bytes) {
+    if (bytes <= h->arena_bytes) return 1;
+    h->ops->release(h->ops, h->arena);
+    h->arena = (char *)h->ops->alloc(h->ops, bytes);
+    h->arena_bytes = h->arena ? bytes : 0;
+    return h->arena != NULL;
+}
+
+/* The numbers of tensor NAME.suffix, where NAME has %d for the layer, of shape (a,b,c) without 1s at the end. NULL:
+   !l->ok, or h->weights are not allocated yet, and only the shape is checked */
+static float *hubert_read(hubert_loader *l, const char *name, int layer, const char *suffix, size_t a, size_t b,
                           size_t c) {
-    char name[160];
-    int n = snprintf(name, sizeof name, "%s", l->prefix);
-    n += snprintf(name + n, sizeof name - (size_t)n, format, layer);
-    snprintf(name + n, sizeof name - (size_t)n, ".%s", suffix);
-    const tensor *t = tensors_find(l->file, name);
-    if (!l->ok) return NULL;
-    if (!t) l->ok = set_error("%s: tensor '%s' is missing", l->folder, name);
-    else if (!c) l->ok = tensor_has_shape(t, b ? 2 : 1, a, b);
-    else if (t->rank != 3 || t->shape[0] != a || t->shape[1] != b || t->shape[2] != c)
-        l->ok = set_error("%s: tensor '%s' has another shape than the expected (%zu,%zu,%zu)", t->file, name, a, b, c);
-    if (!l->ok) return NULL;
-    float *x = NEW(float, t->count);
-    l->used[t - l->file->at] = 1;
-    l->ok = tensor_floats(t, x, 0, t->count);
-    for (size_t i = 0; l->ok && i < t->count; i++)
-        if (!isfinite(x[i])) l->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, name);
+    char *format = string_print("%s%s.%s", l->prefix, name, suffix), *full = string_print(format, layer);
+    const tensor *t = tensors_find(l->file, full);
+    const size_t n = a * b * c;
+    float *x = NULL;
+    if (l->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
+        l->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", l->file->file->path, full,
+                          t ? "has another shape" : "is missing", a, b, c);
+    if (l->ok && l->h->weights) {
+        x = NEW(float, n);
+        l->ok = tensor_floats(t, x, 0, n);
+        for (size_t i = 0; l->ok && i < n; i++)
+            if (!isfinite(x[i])) l->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
+    }
+    free(format);
+    free(full);
     return x;
 }
 
@@ -8351,80 +8339,80 @@ static size_t hubert_reserve(hubert_loader *l, size_t n) {
     return at;
 }
 
-/* Uploads x of shape (a), (a,b), or (a,b,c), which becomes (a,c,b), and frees it. The hash takes places and numbers,
-   before they are rounded, in the order of the calls. */
+/* Uploads x (a,b,c) as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
 static slam_act *hubert_store(hubert_loader *l, float *x, size_t at, size_t a, size_t b, size_t c) {
-    slam_ops *ops = l->h->ops;
-    const size_t n = a * (b ? b : 1) * (c ? c : 1);
-    float *wide = l->ok ? (float *)ops->alloc(ops, n * sizeof *wide) : NULL, *host = x;
-    slam_act *to = NULL;
-    if ((l->ok = wide != NULL)) {
-        if (c) host = NEW(float, n);
-        for (size_t i = 0; c && i < n; i++) host[(i / (b * c) * c + i % c) * b + i / c % b] = x[i];
-        to = act_at(ops, l->h->weights, at);
-        l->h->hash ^= at;
-        for (size_t i = 0; i < n; i++) {
-            uint32_t bits;
-            memcpy(&bits, &host[i], sizeof bits);
-            l->h->hash = (l->h->hash ^ bits) * HASH_PRIME;
-        }
-        ops->upload(ops, wide, host, n * sizeof *wide);
-        ops->to_act(ops, to, wide, n);
-        ops->release(ops, wide);
-    }
-    if (host != x) free(host);
+    slam_hubert *h = l->h;
+    const size_t n = a * b * c;
+    if (!x || !(l->ok = l->ok && hubert_grow(h, n * sizeof *x))) return NULL;
+    slam_act *to = act_at(h->ops, h->weights, at);
+    float *host = NEW(float, n), *next = host;
+    h->hash ^= at;
+    for (size_t i = 0; i < a; i++)
+        for (size_t k = 0; k < c; k++)
+            for (size_t j = 0; j < b; j++) {
+                uint32_t bits;
+                *next = x[(i * b + j) * c + k];
+                memcpy(&bits, next++, sizeof bits);
+                h->hash = (h->hash ^ bits) * HASH_PRIME;
+            }
+    h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
+    h->ops->to_act(h->ops, to, (float *)h->arena, n);
+    free(host);
     free(x);
     return to;
 }
 
-/* NAME.weight of shape (a), (a,b) or (a,b,c), and NAME.bias (a) */
+/* NAME.weight (a,b,c) and NAME.bias (a) */
 static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *name, int layer, size_t a, size_t b,
                                size_t c, int bias) {
-    const size_t at = hubert_reserve(l, a * (b ? b : 1) * (c ? c : 1));
+    const size_t at = hubert_reserve(l, a * b * c);
     m->w = hubert_store(l, hubert_read(l, name, layer, "weight", a, b, c), at, a, b, c);
-    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), hubert_reserve(l, a), a, 0, 0);
+    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 1, 1), hubert_reserve(l, a), a, 1, 1);
 }
 
-/* The convolution for positions, with one of
-       weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
-       batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
-                                          scale = w / sqrt(var + 1e-5), shift = b - mean scale */
+/* Batch norm with fixed statistics (Ioffe and Szegedy 2015): scale x + shift, with
+       scale = w / sqrt(var + 1e-5)     shift = b - mean scale */
+static void hubert_load_batch_norm(hubert_loader *l, hubert_module *m, const char *name, size_t C) {
+    float *w = hubert_read(l, name, 0, "weight", C, 1, 1), *b = hubert_read(l, name, 0, "bias", C, 1, 1);
+    float *mean = hubert_read(l, name, 0, "running_mean", C, 1, 1),
+          *var = hubert_read(l, name, 0, "running_var", C, 1, 1);
+    for (size_t c = 0; var && c < C; c++) {
+        const double scale = w[c] / sqrt((double)var[c] + 1e-5);
+        if (!isfinite(scale)) l->ok = set_error("%s: '%s.running_var' has %g", l->file->file->path, name, var[c]);
+        w[c] = (float)scale;
+        b[c] = (float)(b[c] - mean[c] * scale);
+    }
+    free(mean);
+    free(var);
+    m->w = hubert_store(l, w, hubert_reserve(l, C), C, 1, 1);
+    m->b = hubert_store(l, b, hubert_reserve(l, C), C, 1, 1);
+}
+
+/* The convolution for positions: its input has a batch norm, or its weights a weight norm over all but the taps
+   (Salimans and Kingma 2016), w_ock = g_k v_ock / |v_k|, which older versions of PyTorch spell differently */
 static void hubert_load_positions(hubert_loader *l) {
-    const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
+    static const char *const names[][2] = {{"weight", ""},
+                                           {"weight_v", "weight_g"},
+                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
+    const char *conv = "encoder.pos_conv_embed.conv";
     slam_hubert *h = l->h;
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
-    const size_t at = hubert_reserve(l, C * width * K);
-    h->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), hubert_reserve(l, C), C, 0, 0);
-    if (h->config.batch_norm) {
-        h->positions.w = hubert_store(l, hubert_read(l, conv, 0, "weight", C, width, K), at, C, width, K);
-        float *w = hubert_read(l, norm, 0, "weight", C, 0, 0), *b = hubert_read(l, norm, 0, "bias", C, 0, 0);
-        float *mean = hubert_read(l, norm, 0, "running_mean", C, 0, 0);
-        float *var = hubert_read(l, norm, 0, "running_var", C, 0, 0);
-        for (size_t c = 0; var && c < C; c++) {
-            const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-            if (!isfinite(scale)) l->ok = set_error("%s: '%s.running_var' has %g", l->folder, norm, var[c]);
-            w[c] = (float)scale;
-            b[c] = (float)(b[c] - mean[c] * scale);
-        }
-        free(mean);
-        free(var);
-        h->batch_norm.w = hubert_store(l, w, hubert_reserve(l, C), C, 0, 0);
-        h->batch_norm.b = hubert_store(l, b, hubert_reserve(l, C), C, 0, 0);
-        return;
-    }
-    int newer = 0; // newer or older names of PyTorch
-    for (size_t i = 0; i < l->file->n; i++)
-        newer |= string_ends(l->file->at[i].name, "parametrizations.weight.original0");
-    float *g = hubert_read(l, conv, 0, newer ? "parametrizations.weight.original0" : "weight_g", 1, 1, K);
-    float *v = hubert_read(l, conv, 0, newer ? "parametrizations.weight.original1" : "weight_v", C, width, K);
-    for (size_t k = 0; v && k < K; k++) {
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K;
+    int kind = h->config.batch_norm ? 0 : 1; // of names
+    for (size_t i = 0; kind && i < l->file->n; i++)
+        if (string_ends(l->file->at[i].name, "parametrizations.weight.original0")) kind = 2;
+    const size_t at = hubert_reserve(l, n);
+    h->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 1, 1), hubert_reserve(l, C), C, 1, 1);
+    float *v = hubert_read(l, conv, 0, names[kind][0], C, width, K);
+    float *g = kind ? hubert_read(l, conv, 0, names[kind][1], 1, 1, K) : NULL;
+    for (size_t k = 0; g && k < K; k++) {
         double squares = 0;
-        for (size_t i = k; i < C * width * K; i += K) squares += (double)v[i] * v[i];
+        for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
         const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
-        for (size_t i = k; i < C * width * K; i += K) v[i] *= scale;
+        for (size_t i = k; i < n; i += K) v[i] *= scale;
     }
-    h->positions.w = hubert_store(l, v, at, C, width, K);
     free(g);
+    h->positions.w = hubert_store(l, v, at, C, width, K);
+    if (h->config.batch_norm) hubert_load_batch_norm(l, &h->batch_norm, "encoder.pos_conv_embed.batch_norm", C);
 }
 
 /* Everything up to the output of h->layer. */
@@ -8440,46 +8428,37 @@ static void hubert_load_weights(hubert_loader *l) {
         hubert_load_module(l, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(l, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 0, 0, 1);
+            hubert_load_module(l, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(l, &h->projection_norm, "feature_projection.layer_norm", 0, before, 0, 0, 1);
-    hubert_load_module(l, &h->projection, "feature_projection.projection", 0, C, before, 0, 1);
+        hubert_load_module(l, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    hubert_load_module(l, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
     hubert_load_positions(l);
-    if (!k->stable) hubert_load_module(l, &h->norm, "encoder.layer_norm", 0, C, 0, 0, 1);
+    if (!k->stable) hubert_load_module(l, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
         const size_t at = hubert_reserve(l, 3 * C * C), bias_at = hubert_reserve(l, 3 * C);
         for (size_t j = 0; j < 3; j++) {
-            hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), at + j * C * C, C, C, 0);
-            hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), bias_at + j * C, C, 0, 0);
+            hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 1), at + j * C * C, C, C, 1);
+            hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 1, 1), bias_at + j * C, C, 1, 1);
         }
-        w->qkv.w = act_at(h->ops, h->weights, at);
-        w->qkv.b = act_at(h->ops, h->weights, bias_at);
-        hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 0, 1);
-        hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 0, 1);
-        hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 0, 1);
-        hubert_load_module(l, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 0, 0, 1);
-        hubert_load_module(l, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 0, 0, 1);
+        if (h->weights) w->qkv.w = act_at(h->ops, h->weights, at);
+        if (h->weights) w->qkv.b = act_at(h->ops, h->weights, bias_at);
+        hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        hubert_load_module(l, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        hubert_load_module(l, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
-}
-
-/* What a file may hold although it is not used here: heads, layers above, and what only training needs. */
-static int hubert_is_unused(const hubert_loader *l, const char *name) {
-    const size_t skip = strlen(l->prefix);
-    int i = 0, end = 0;
-    if (strncmp(name, l->prefix, skip)) return 1;
-    name += skip;
-    if (sscanf(name, "encoder.layers.%d.%n", &i, &end) == 1 && end) return i >= l->h->layer && i < l->h->config.L;
-    return !strcmp(name, "masked_spec_embed") || string_ends(name, "num_batches_tracked") ||
-           (l->h->config.stable && !strncmp(name, "encoder.layer_norm.", 19));
 }
 
 static void hubert_free(slam_hubert *h) {
     if (!h) return;
     h->ops->release(h->ops, h->weights);
     h->ops->release(h->ops, h->arena);
+    h->ops->release(h->ops, h->centroids);
+    h->ops->release(h->ops, h->squares);
     free(h->layers);
     free(h);
 }
@@ -8487,41 +8466,55 @@ static void hubert_free(slam_hubert *h) {
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     slam_hubert *h = NEW(slam_hubert, 1);
-    hubert_config *k = &h->config;
-    size_t n = 0;
     h->ops = ops;
     h->layer = layer;
-    h->step = 1;
-    int ok = hubert_config_load(k, path);
-    if (ok && (layer < 0 || layer > k->L))
-        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
-    for (int i = 0; ok && i < k->convs; i++) h->step *= k->stride[i];
-    h->hash = hash_bytes(HASH_START, k, sizeof *k);
+    int ok = hubert_config_load(&h->config, path, &h->step);
+    if (ok && (layer < 0 || layer > h->config.L))
+        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
+    h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
     ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
     tensors *file = ok ? tensors_open(folder) : NULL;
-    hubert_loader l = {h, file, folder, "", NULL, 0, file != NULL};
-    if (file && tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
-    for (size_t i = 0; file && i < file->n; i++)
-        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
-    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    if (h->weights) {
-        l.used = NEW(char, file->n);
+    hubert_loader l = {h, file, "", 0, file != NULL};
+    if (file) {
+        if (tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
         h->layers = NEW(hubert_layer, layer);
-        hubert_load_weights(&l);
+        hubert_load_weights(&l); // checks the shapes before memory is allocated
+        if (l.ok) h->weights = (slam_act *)ops->alloc(ops, l.end * ops->act_bytes);
+        l.end = 0;
+        if (h->weights) hubert_load_weights(&l);
     }
-    for (size_t i = 0; h->weights && l.ok && i < file->n; i++)
-        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
-            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
     ok = h->weights && l.ok && ops->finish(ops);
-    if (file) tensors_close(file);
+    tensors_close(file);
     json_free(p);
-    free(l.used);
     free(path);
     free(preprocessor);
     if (ok) return h;
     hubert_free(h);
     return NULL;
+}
+
+/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and their squares as the device rounds them. */
+static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
+    slam_ops *ops = h->ops;
+    const size_t C = h->config.C, n = K * C;
+    h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
+    if (!h->centroids || !h->squares || !hubert_grow(h, n * sizeof *centroids)) return 0;
+    float *wide = (float *)(void *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
+    ops->upload(ops, wide, centroids, n * sizeof *wide);
+    ops->to_act(ops, h->centroids, wide, n);
+    ops->to_float(ops, wide, h->centroids, n);
+    ops->download(ops, host, wide, n * sizeof *wide);
+    for (size_t k = 0; k < K; k++) {
+        double sum = 0;
+        for (size_t c = 0; c < C; c++) sum += (double)host[k * C + c] * host[k * C + c];
+        squares[k] = (float)sum;
+    }
+    ops->upload(ops, h->squares, squares, K * sizeof *squares);
+    free(host);
+    free(squares);
+    return ops->finish(ops);
 }
 
 /* ---- HuBERT: from samples to features ----
@@ -8535,15 +8528,15 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
 enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one recording is longer
 
 typedef struct hubert_batch {
-    int B, n, S, T;                     // rows, the first n of them with a recording; samples and frames of a row
-    slam_recording *const *recordings;  // (n)
-    float *wide;                        // (B,S) samples; at the end (B,T,C) features or (B,T,K) scores of centroids
-    slam_act *samples, *conv[2];        // (B,S) converted; outputs of the convolutions in turn
-    slam_act *x, *delta, *in;           // (B,T,C) residual stream, what is added to it, input and output of attention
-    slam_act *grouped, *qkv, *mlp;      // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    float *lse;                         // (B,NH,T)
-    int *nearest, *doc_start, *doc_end; // (B,T)
-    int *frames, *first_frames;         // (B) frames of each recording, at the end and after the first convolution
+    int B, n, S, T;                    // rows, the first n of them with a recording; samples and frames of a row
+    slam_recording *const *recordings; // (n)
+    float *wide;                       // (B,S) samples; (B,NH,T) of attention; (B,T,C) features or (B,T,K) scores
+    slam_act *samples, *conv[2];       // (B,S) converted; outputs of the convolutions in turn
+    slam_act *x, *delta, *in;          // (B,T,C) residual stream, what is added to it, input and output of attention
+    slam_act *grouped, *qkv, *mlp;     // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
+    int *nearest;                      // (B,T) centroids
+    int *doc_start, *doc_end;          // (B,T) keys of attention
+    int *frames, *first_frames;        // (B) frames of each recording, at the end and after the first convolution
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
@@ -8554,37 +8547,31 @@ static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
     return frames;
 }
 
-/* Places the batch in the arena and returns its size. */
-static size_t hubert_place(const slam_hubert *h, hubert_batch *b, int centroids, const char *arena) {
+/* Places the batch in the arena, which may be NULL, and returns its size. */
+static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
-    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, columns = k->C > centroids ? k->C : centroids;
+    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
     size_t end = 0, frames = B * S, largest[2] = {0, 0};
     for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
-#define ACTS(n)   (slam_act *)take(arena, &end, (n)*h->ops->act_bytes)
-#define FLOATS(n) (float *)take(arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(arena, &end, (n) * sizeof(int))
-    b->wide = FLOATS(B * S > N * columns ? B * S : N * columns);
-    b->samples = ACTS(B * S + k->kernel[0]);
-    for (int i = 0; i < 2; i++) b->conv[i] = ACTS(largest[i]);
-    b->x = ACTS(N * C);
-    b->delta = ACTS(N * C);
-    b->in = ACTS(N * C);
-    b->grouped = ACTS((N + B * (k->taps - 1)) * C);
-    b->qkv = ACTS(3 * N * C);
-    b->mlp = ACTS(N * k->F);
-    b->lse = FLOATS(N * k->NH);
-    b->nearest = INTS(N);
-    b->doc_start = INTS(N);
-    b->doc_end = INTS(N);
-    b->frames = INTS(B);
-    b->first_frames = INTS(B);
-#undef ACTS
-#undef FLOATS
-#undef INTS
+    b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
+    b->samples = (slam_act *)take(arena, &end, (B * S + k->kernel[0]) * act);
+    b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
+    b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
+    b->x = (slam_act *)take(arena, &end, N * C * act);
+    b->delta = (slam_act *)take(arena, &end, N * C * act);
+    b->in = (slam_act *)take(arena, &end, N * C * act);
+    b->grouped = (slam_act *)take(arena, &end, (N + B * (k->taps - 1)) * C * act);
+    b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
+    b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
+    b->nearest = (int *)take(arena, &end, (3 * N + 2 * B) * sizeof(int));
+    b->doc_start = b->nearest + N;
+    b->doc_end = b->doc_start + N;
+    b->frames = b->doc_end + N;
+    b->first_frames = b->frames + B;
     return end;
 }
 
@@ -8592,39 +8579,35 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, int centroids,
    recording see only its first frame, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->ops;
-    const size_t B = b->B, S = b->S, T = b->T;
+    const size_t B = b->B, S = b->S, T = b->T, N = B * T;
     float *host = NEW(float, B *S);
-    int *ends = NEW(int, B *T), *frames = NEW(int, 2 * B), *first_frames = frames + B;
+    int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
         float *to = host + i * S + HUBERT_PADDING;
         if (r && normalize) normalize_waveform(to, r->samples, r->n);
         else if (r) memcpy(to, r->samples, r->n * sizeof *to);
         frames[i] = r ? (int)r->units.frames : 1;
-        first_frames[i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
+        frames[B + i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->wide, host, B * S * sizeof *host);
     ops->to_act(ops, b->samples, b->wide, B * S);
-    ops->zero(ops, b->doc_start, B * T * sizeof *ends);
-    ops->upload(ops, b->doc_end, ends, B * T * sizeof *ends);
-    ops->upload(ops, b->frames, frames, B * sizeof *frames);
-    ops->upload(ops, b->first_frames, first_frames, B * sizeof *frames);
+    ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
     free(host);
-    free(ends);
-    free(frames);
+    free(starts);
 }
 
 /* Convolutions with their norms, and the projection: samples (B,S) to x (B,T,C). */
 static void hubert_convolve(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
     const hubert_config *k = &h->config;
+    const hubert_module *norm = h->conv_norm;
     slam_act *x = b->samples;
     int T = b->S, C = 1;
-    for (int i = 0; i < k->convs; i++) {
+    for (int i = 0; i < k->convs; i++, norm++) {
         const int has_norm = i == 0 || k->all_norms, TO = T / k->stride[i], OC = k->width[i], K = k->kernel[i];
         const slam_conv conv = {b->B, 1, T, C, TO, OC, K, k->stride[i], !has_norm};
-        const hubert_module *norm = &h->conv_norm[i];
         slam_act *out = b->conv[i % 2];
         ops->zero(ops, act_at(ops, x, (size_t)b->B * T * C), (size_t)K * C * ops->act_bytes);
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
@@ -8634,7 +8617,7 @@ static void hubert_convolve(const slam_hubert *h, const hubert_batch *b) {
         T = TO;
         C = OC;
     }
-    const hubert_module *norm = &h->projection_norm;
+    norm = &h->projection_norm;
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, (float)k->eps, 0, b->B * T, C);
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, b->B * T, C, k->C);
 }
@@ -8654,16 +8637,16 @@ static void hubert_positions(const slam_hubert *h, const hubert_batch *b) {
 
 /* A transformer layer, x (B,T,C) in place. stable: x + O attention(norm x), then x + D gelu(U norm x); else
    norm(x + O attention x), then norm(x + D gelu(U x)). */
-static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, const slam_mask *mask,
-                                 const hubert_layer *w) {
+static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, const hubert_layer *w) {
     slam_ops *ops = h->ops;
-    const int C = h->config.C, F = h->config.F, N = b->B * b->T, stable = h->config.stable;
+    const int NH = h->config.NH, C = h->config.C, F = h->config.F, N = b->B * b->T, stable = h->config.stable;
+    const slam_mask mask = {b->B, b->T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
     const float eps = (float)h->config.eps;
     const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
     slam_act *x = b->x, *in = stable ? b->in : x;
     if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
     ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-    ops->attention_forward(ops, b->in, b->lse, b->qkv, mask);
+    ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
     ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
     if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
@@ -8674,38 +8657,17 @@ static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, co
     else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
 }
 
-/* Allocates what the batch needs and computes x (B,T,C). */
-static int hubert_forward(slam_hubert *h, hubert_batch *b, int centroids, int normalize) {
-    const hubert_config *k = &h->config;
-    if ((double)b->B * (b->T + k->taps) * k->groups > INT_MAX)
-        return set_error("a batch of %d recordings of up to %d frames, expected fewer", b->B, b->T);
-    const size_t bytes = hubert_place(h, b, centroids, NULL);
-    if (bytes > h->arena_bytes) {
-        h->ops->release(h->ops, h->arena);
-        h->arena = (char *)h->ops->alloc(h->ops, bytes);
-        h->arena_bytes = h->arena ? bytes : 0;
-        if (!h->arena) return 0;
-    }
-    hubert_place(h, b, centroids, h->arena);
-    const slam_mask mask = {b->B, b->T, k->NH, k->NH, k->C / k->NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
-    hubert_upload(h, b, normalize);
-    hubert_convolve(h, b);
-    hubert_positions(h, b);
-    for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, b, &mask, &h->layers[l]);
-    return 1;
-}
-
 /* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
-    const int step = h->step, frames = ((int)r->n + 2 * HUBERT_PADDING + step - 1) / step;
+    const int frames = ((int)r->n + 2 * HUBERT_PADDING + h->step - 1) / h->step;
     int grain = 1;
     while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
 }
 
 static int compare_recordings(const void *a, const void *b) { // the longest first
-    const slam_recording *x = *(slam_recording *const *)a, *y = *(slam_recording *const *)b;
-    return x->n != y->n ? (x->n < y->n ? 1 : -1) : x < y ? -1 : 1;
+    const size_t x = (*(slam_recording *const *)a)->n, y = (*(slam_recording *const *)b)->n;
+    return (x < y) - (x > y);
 }
 
 /* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
@@ -8713,16 +8675,17 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
 static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
-    const int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES, C = t->width;
+    const int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES, C = t->width, K = t->K;
     slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
     int ok = 1;
     for (int i = 0; ok && i < n; i++) {
-        if (recordings[i].n > INT_MAX / 4)
-            ok = set_error("a recording of %zu samples, expected at most %d", recordings[i].n, INT_MAX / 4);
+        if (recordings[i].n / h->step >= HUBERT_MOST_FRAMES)
+            ok = set_error("a recording of %zu samples, expected fewer than %d", recordings[i].n,
+                           HUBERT_MOST_FRAMES * h->step);
         if (recordings[i].units.frames) *end++ = &recordings[i];
     }
     qsort((void *)list, end - list, sizeof *list, compare_recordings);
-    for (; ok && r < end; ok = ops->finish(ops)) {
+    for (; ok && r < end; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
@@ -8730,11 +8693,16 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
         while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
-        if (!(ok = hubert_forward(h, &b, t->K, t->config.normalize))) break;
-        if (t->K) ops->nearest(ops, b.nearest, b.wide, b.x, t->device_centroids, t->device_squares, b.B * b.T, C, t->K);
+        if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
+        hubert_place(h, &b, K > C ? K : C, h->arena);
+        hubert_upload(h, &b, t->config.normalize);
+        hubert_convolve(h, &b);
+        hubert_positions(h, &b);
+        for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, &b, &h->layers[l]);
+        if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
         else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
         for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
-            if (t->K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
+            if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
             else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
     }
     free((void *)list);
@@ -8747,17 +8715,6 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
 
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames that share what is loaded of a block
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
-
-/* Copies centroids (K,D) to lanes, or to new memory if that is NULL. */
-static float *centroid_lanes(float *lanes, const float *centroids, int K, int D) {
-    const size_t blocks = ((size_t)K + CENTROID_LANES - 1) / CENTROID_LANES, n = (size_t)K * D;
-    if (!lanes) lanes = NEW(float, blocks *CENTROID_LANES *D);
-    for (size_t i = 0; i < n; i++) {
-        const size_t k = i / D, d = i % D;
-        lanes[(k / CENTROID_LANES * D + d) * CENTROID_LANES + k % CENTROID_LANES] = centroids[i];
-    }
-    return lanes;
-}
 
 /* out (4), squared distances of four frames from a block of centroids */
 UNFUSED static void centroid_distances(centroid_vector *out, const float *const *x, const float *lanes, int D) {
@@ -8776,9 +8733,14 @@ UNFUSED static void centroid_distances(centroid_vector *out, const float *const 
     out[3] = sum3;
 }
 
-/* unit (n): the nearest centroid of each frame, of equal ones the first. distance (n), squared; NULL: not wanted */
-static void centroids_nearest(const float *frames, size_t n, const float *lanes, int K, int D, int *unit,
-                              float *distance) {
+/* unit (n): the nearest of centroids (K,D), of equal ones the first, for each frame: those of order (n), or in order if
+   that is NULL. distance (n), squared; NULL: not wanted */
+static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids, int K,
+                              int D, int *unit, float *distance) {
+    float *lanes = NEW(float, (size_t)(K + CENTROID_LANES) * D);
+    for (int k = 0; k < K; k++)
+        for (int d = 0; d < D; d++)
+            lanes[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
     PARALLEL_FOR
     for (size_t first = 0; first < n; first += CENTROID_FRAMES) {
         const size_t left = n - first, m = left < CENTROID_FRAMES ? left : (size_t)CENTROID_FRAMES;
@@ -8786,9 +8748,10 @@ static void centroids_nearest(const float *frames, size_t n, const float *lanes,
         float least[CENTROID_FRAMES];
         const float *x[CENTROID_FRAMES];
         for (size_t i = 0; i < CENTROID_FRAMES; i++) {
-            x[i] = frames + (first + (i < m ? i : 0)) * D;
+            const size_t at = first + (i < m ? i : 0);
+            x[i] = frames + (order ? order[at] : at) * D;
             least[i] = INFINITY;
-            if (i < m) unit[first + i] = 0;
+            unit[at] = 0;
         }
         for (int k = 0; k < K; k += CENTROID_LANES) {
             centroid_distances(block, x, lanes + (size_t)k * D, D);
@@ -8801,25 +8764,25 @@ static void centroids_nearest(const float *frames, size_t n, const float *lanes,
         }
         if (distance) memcpy(distance + first, least, m * sizeof *least);
     }
+    free(lanes);
 }
 
 /* ---- k-means ---- */
 
 typedef struct kmeans {
     const float *x; // (n,D) frames
-    size_t n, D;
-    int K;
+    size_t n, D, K;
     uint64_t state;
-    float *centroids, *lanes;
-    uint32_t *order; // (n) a permutation: seeds and mini-batches are ranges of it
-    int *unit;       // (n)
-    float *distance; // (n) squared, to the nearest centroid
-    size_t *count;   // (K) frames of a centroid
+    float *centroids; // (K,D)
+    uint32_t *order;  // (n) a permutation: seeds and mini-batches are ranges of it
+    int *unit;        // (n)
+    float *distance;  // (n) squared, to the nearest centroid
+    size_t *count;    // (K) frames of a centroid
 } kmeans;
 
-UNFUSED static float squared_distance(const float *a, const float *b, int D) {
+UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
     float sum = 0;
-    for (int d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
+    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
     return sum;
 }
 
@@ -8828,13 +8791,13 @@ UNFUSED static float squared_distance(const float *a, const float *b, int D) {
 static void kmeans_seed(kmeans *f, size_t m) {
     size_t drawn = 0;
     for (size_t i = 0; i < m; i++) f->distance[i] = INFINITY;
-    for (size_t k = 0; k < (size_t)f->K; k++) {
+    for (size_t k = 0; k < f->K; k++) {
         const float *c = f->x + f->order[drawn] * f->D;
         double all = 0, sum = 0;
         memcpy(f->centroids + k * f->D, c, f->D * sizeof *c);
         PARALLEL_FOR
         for (size_t i = 0; i < m; i++) {
-            const float d = squared_distance(f->x + f->order[i] * f->D, c, (int)f->D);
+            const float d = squared_distance(f->x + f->order[i] * f->D, c, f->D);
             if (d < f->distance[i]) f->distance[i] = d;
         }
         for (size_t i = 0; i < m; i++) all += f->distance[i];
@@ -8847,27 +8810,20 @@ static void kmeans_seed(kmeans *f, size_t m) {
     }
 }
 
-static void kmeans_nearest(kmeans *f, const float *x, size_t n, float *distance) {
-    centroid_lanes(f->lanes, f->centroids, f->K, (int)f->D);
-    centroids_nearest(x, n, f->lanes, f->K, (int)f->D, f->unit, distance);
-}
-
-/* Moves each centroid to the mean of all frames that it got in this and earlier batches. batch (m,D): frames first ..
-   first + m - 1 of the order */
-UNFUSED static void kmeans_mini_batch(kmeans *f, size_t first, size_t m, float *batch) {
-    for (size_t i = 0; i < m; i++) memcpy(batch + i * f->D, f->x + f->order[first + i] * f->D, f->D * sizeof *batch);
-    kmeans_nearest(f, batch, m, NULL);
+/* Moves each centroid to the mean of all frames that it got in this and earlier batches: here order (m). */
+UNFUSED static void kmeans_mini_batch(kmeans *f, const uint32_t *order, size_t m) {
+    centroids_nearest(f->x, order, m, f->centroids, (int)f->K, (int)f->D, f->unit, NULL);
     for (size_t i = 0; i < m; i++) {
+        const float *x = f->x + order[i] * f->D, step = 1 / (float)++f->count[f->unit[i]];
         float *c = f->centroids + f->unit[i] * f->D;
-        const float step = 1 / (float)++f->count[f->unit[i]];
-        for (size_t d = 0; d < f->D; d++) c[d] += step * (batch[i * f->D + d] - c[d]);
+        for (size_t d = 0; d < f->D; d++) c[d] += step * (x[d] - c[d]);
     }
 }
 
 /* Assigns every frame to its nearest centroid and returns the mean squared distance. */
 static double kmeans_assign(kmeans *f) {
     double sum = 0;
-    kmeans_nearest(f, f->x, f->n, f->distance);
+    centroids_nearest(f->x, NULL, f->n, f->centroids, (int)f->K, (int)f->D, f->unit, f->distance);
     memset(f->count, 0, f->K * sizeof *f->count);
     for (size_t i = 0; i < f->n; i++) {
         f->count[f->unit[i]]++;
@@ -8887,18 +8843,18 @@ static int kmeans_update(kmeans *f) {
     for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
         for (size_t i = 0; i < f->n; i++)
             for (size_t j = d; j < D && j < d + COLUMNS_AT_ONCE; j++) sum[f->unit[i] * D + j] += f->x[i * D + j];
-    for (size_t i = 0; i < f->K * D; i++)
-        if (f->count[i / D]) f->centroids[i] = (float)(sum[i] / (double)f->count[i / D]);
-    free(sum);
-    for (size_t k = 0; k < (size_t)f->K; k++) {
+    for (size_t k = 0; k < f->K; k++) {
         size_t far = 0;
+        for (size_t d = 0; f->count[k] && d < D; d++)
+            f->centroids[k * D + d] = (float)(sum[k * D + d] / (double)f->count[k]);
         for (size_t i = 1; !f->count[k] && i < f->n; i++)
             if (f->distance[i] > f->distance[far]) far = i;
         if (f->count[k] || f->distance[far] <= 0) continue; // 0: every frame is a centroid
-        memcpy(f->centroids + k * f->D, f->x + far * f->D, f->D * sizeof *f->centroids);
+        memcpy(f->centroids + k * D, f->x + far * D, D * sizeof *f->centroids);
         f->distance[far] = 0;
         moved++;
     }
+    free(sum);
     return moved;
 }
 
@@ -8915,20 +8871,21 @@ static int kmeans_fit(const float *frames, size_t n, int D, int K, uint64_t seed
         return set_error("k-means: %zu frames, expected at least one for each of %d centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(frames[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    float *lanes = centroid_lanes(NULL, frames, K, D), *distance = NEW(float, n), *batch = NEW(float, m *D);
-    uint32_t *order = NEW(uint32_t, n);
-    int *unit = NEW(int, n), more = 1;
-    size_t *count = NEW(size_t, K);
-    kmeans f = {frames, n, (size_t)D, K, rng_stream(seed, 0x6b6d, 0), centroids, lanes, order, unit, distance, count};
-    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
-    rng_shuffle(&f.state, order, n);
+    kmeans f = {frames, n, (size_t)D, (size_t)K, rng_stream(seed, 0x6b6d, 0), centroids, NULL, NULL, NULL, NULL};
+    f.order = NEW(uint32_t, n);
+    f.unit = NEW(int, n);
+    f.distance = NEW(float, n);
+    f.count = NEW(size_t, K);
+    for (size_t i = 0; i < n; i++) f.order[i] = (uint32_t)i;
+    rng_shuffle(&f.state, f.order, n);
     kmeans_seed(&f, n < seeds ? n : seeds);
+    int more = 1;
     for (size_t i = 0, at = 0; more && i < 100; i++, at += m) {
         if (at + m > n) {
-            rng_shuffle(&f.state, order, n);
+            rng_shuffle(&f.state, f.order, n);
             at = 0;
         }
-        kmeans_mini_batch(&f, at, m, batch);
+        kmeans_mini_batch(&f, f.order + at, m);
         more = !progress || progress(context, &p);
     }
     while (more) {
@@ -8938,13 +8895,11 @@ static int kmeans_fit(const float *frames, size_t n, int D, int K, uint64_t seed
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
         before = kmeans_update(&f) ? INFINITY : report->inertia;
     }
-    for (int k = 0; k < K; k++) report->dead += count[k] == 0;
-    free(lanes);
-    free(order);
-    free(unit);
-    free(distance);
-    free(count);
-    free(batch);
+    for (int k = 0; k < K; k++) report->dead += f.count[k] == 0;
+    free(f.order);
+    free(f.unit);
+    free(f.distance);
+    free(f.count);
     return more || set_error("stopped before the centroids were found");
 }
 
@@ -8971,52 +8926,20 @@ static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     return folded ? folded : 1;
 }
 
-/* Uploads the centroids for ops->nearest, and their squares as the device rounds them. */
-static int tokenizer_upload(slam_tokenizer *t) {
-    slam_ops *ops = t->hubert->ops;
-    const size_t D = t->width, K = t->K, n = K * D;
-    float *wide = (float *)ops->alloc(ops, n * sizeof *wide), *host = NEW(float, n), *squares = NEW(float, K);
-    t->device_centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    t->device_squares = (float *)ops->alloc(ops, K * sizeof *squares);
-    int ok = wide && t->device_centroids && t->device_squares;
-    if (ok) {
-        ops->upload(ops, wide, t->centroids, n * sizeof *wide);
-        ops->to_act(ops, t->device_centroids, wide, n);
-        ops->to_float(ops, wide, t->device_centroids, n);
-        ops->download(ops, host, wide, n * sizeof *wide);
-        for (size_t k = 0; k < K; k++) {
-            double sum = 0;
-            for (size_t d = 0; d < D; d++) sum += (double)host[k * D + d] * host[k * D + d];
-            squares[k] = (float)sum;
-        }
-        ops->upload(ops, t->device_squares, squares, K * sizeof *squares);
-        ok = ops->finish(ops);
-    }
-    ops->release(ops, wide);
-    free(host);
-    free(squares);
-    return ok;
-}
-
 /* Completes a tokenizer without centroids. centroids (K,width) */
 static int tokenizer_set_centroids(slam_tokenizer *t, const float *centroids, size_t K) {
     if (K < 1 || K > 65534) return set_error("%zu centroids, expected 1 to 65534, so that a token fits 16 bits", K);
     const size_t n = K * t->width;
     t->K = (int)K;
     t->centroids = (float *)memcpy(NEW(float, n), centroids, n * sizeof *centroids);
-    t->lanes = centroid_lanes(NULL, centroids, t->K, t->width);
     t->fingerprint = tokenizer_hash(t);
-    return !t->hubert || tokenizer_upload(t);
+    return !t->hubert || hubert_set_centroids(t->hubert, centroids, K);
 }
 
 void slam_tokenizer_free(slam_tokenizer *t) {
     if (!t) return;
-    slam_ops *ops = t->hubert ? t->hubert->ops : NULL;
-    if (ops) ops->release(ops, t->device_centroids);
-    if (ops) ops->release(ops, t->device_squares);
     hubert_free(t->hubert);
     free(t->mfcc);
-    free(t->lanes);
     free(t->centroids);
     free(t);
 }
@@ -9031,16 +8954,14 @@ slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops
         if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
         if ((ok = t->hubert != NULL)) {
             t->width = t->hubert->config.C;
-            t->step = t->hubert->step;
             t->do_normalize = t->hubert->do_normalize;
-            c->rate = SAMPLE_RATE / t->step;
+            c->rate = SAMPLE_RATE / t->hubert->step;
         }
         if (ok && config->rate && config->rate != c->rate)
             ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
     } else if (c->rate == 25 || c->rate == 50) {
         t->mfcc = mfcc_new(c->rate);
         t->width = MFCC_WIDTH;
-        t->step = t->mfcc->step;
     } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
     if (ok && (!centroids || tokenizer_set_centroids(t, centroids, (size_t)K))) return t;
     slam_tokenizer_free(t);
@@ -9089,8 +9010,8 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     c.fingerprint = t->fingerprint;
     strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
     strbuf_add_json(&s, c.hubert);
-    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n", t->K, t->width);
-    strbuf_add(&s, "  \"frames\": %zu,\n  \"inertia\": ", report->frames);
+    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n  \"frames\": %zu,\n  \"inertia\": ", t->K, t->width,
+               report->frames);
     strbuf_add_number(&s, report->inertia);
     strbuf_add(&s, ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
@@ -9107,9 +9028,9 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     if (!npy_read(km_npy, &centroids, &K, &D)) return NULL;
     slam_tokenizer *t = slam_tokenizer_new(config, ops, NULL, 0);
     int ok = t != NULL;
-    if (ok && (D != (size_t)t->width || K < 1 || K > 65534))
-        ok = set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
-                       t->width, feature_names[config->features]);
+    if (ok && D != (size_t)t->width)
+        ok = set_error("%s: has shape (%zu, %zu), expected %d columns (%s)", km_npy, K, D, t->width,
+                       feature_names[config->features]);
     ok = ok && tokenizer_set_centroids(t, centroids, K);
     if (ok && config->fingerprint && config->fingerprint != t->fingerprint)
         ok = set_error(
@@ -9142,28 +9063,28 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
 }
 
 static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
-    return t->mfcc ? mfcc_frames(t->mfcc, samples)
-                   : hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    if (t->hubert) return hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    const size_t window = (size_t)t->mfcc->window, step = (size_t)t->mfcc->step;
+    return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
 int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
     int ok = 1;
-    for (int i = 0; i < n; i++) {
-        slam_recording *r = &recordings[i];
-        memset(&r->units, 0, sizeof r->units);
-        r->units.samples = r->n;
-        r->units.frames = tokenizer_frames(t, r->n);
-        r->features = t->K && t->hubert ? NULL : NEW(float, r->units.frames *(size_t)t->width);
+    for (slam_recording *r = recordings; r < recordings + n; r++) {
+        const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
+        r->units = u;
+        r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
         if (!t->K) continue;
-        r->units.unit = NEW(int, r->units.frames);
-        r->units.duration = NEW(int, r->units.frames);
+        r->units.unit = NEW(int, u.frames);
+        r->units.duration = NEW(int, u.frames);
     }
     if (t->hubert) ok = hubert_compute(t, recordings, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
     for (int i = 0; i < (t->hubert ? 0 : n); i++) {
         slam_recording *r = &recordings[i];
-        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->samples, r->n);
-        if (t->K) centroids_nearest(r->features, r->units.frames, t->lanes, t->K, t->width, r->units.unit, NULL);
+        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
+        if (t->K)
+            centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
     }
     for (slam_recording *r = recordings; r < recordings + n; r++) {
         slam_units *u = &r->units;
