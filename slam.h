@@ -560,9 +560,8 @@ typedef struct slam_tokenizer {
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
-/* ops: the device of HuBERT, NULL for MFCC. */
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *, slam_ops *, const float *centroids, int K);
-/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right. */
+/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right; NULL: none. ops:
+   the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
@@ -8286,20 +8285,14 @@ typedef struct slam_hubert {
     hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
-    slam_act *weights; // all of them
-    char *arena;       // activations of a batch
+    slam_act *weights, *centroids; // all of the above; (K,C)
+    float *squares;                // (K) of the centroids
+    char *arena;                   // activations of a batch
     size_t arena_bytes;
-    slam_act *centroids; // (K,C) of the tokenizer
-    float *squares;      // (K)
-} slam_hubert;
-
-typedef struct hubert_loader {
-    slam_hubert *h;
-    const tensors *file;
-    const char *prefix;
-    size_t end; // of the weights placed so far
+    const tensors *file; // while the weights are read: their file, the end of those placed so far, no error so far
+    size_t end;
     int ok;
-} hubert_loader;
+} slam_hubert;
 
 /* At least `bytes` in h->arena. */
 static int hubert_grow(slam_hubert *h, size_t bytes) {
@@ -8310,44 +8303,44 @@ static int hubert_grow(slam_hubert *h, size_t bytes) {
     return h->arena != NULL;
 }
 
-/* The numbers of tensor NAME.suffix, where NAME has %d for the layer, of shape (a,b,c) without 1s at the end. NULL:
-   !l->ok, or h->weights are not allocated yet, and only the shape is checked */
-static float *hubert_read(hubert_loader *l, const char *name, int layer, const char *suffix, size_t a, size_t b,
-                          size_t c) {
-    char *format = string_print("%s%s.%s", l->prefix, name, suffix), *full = string_print(format, layer);
-    const tensor *t = tensors_find(l->file, full);
+/* The file's tensor of this name; models with a head have a prefix. */
+static const tensor *hubert_find(const slam_hubert *h, const char *name) {
+    char *prefixed = string_print("hubert.%s", name);
+    const tensor *t = tensors_find(h->file, prefixed);
+    free(prefixed);
+    return t ? t : tensors_find(h->file, name);
+}
+
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !h->ok on error. */
+static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    char *full = string_print("%s.%s", name, suffix);
+    const tensor *t = hubert_find(h, full);
     const size_t n = a * b * c;
     float *x = NULL;
-    if (l->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
-        l->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", l->file->file->path, full,
+    if (h->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
+        h->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", h->file->file->path, full,
                           t ? "has another shape" : "is missing", a, b, c);
-    if (l->ok && l->h->weights) {
-        x = NEW(float, n);
-        l->ok = tensor_floats(t, x, 0, n);
-        for (size_t i = 0; l->ok && i < n; i++)
-            if (!isfinite(x[i])) l->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
-    }
-    free(format);
+    if (h->ok) h->ok = tensor_floats(t, x = NEW(float, n), 0, n);
+    for (size_t i = 0; h->ok && i < n; i++)
+        if (!isfinite(x[i])) h->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
     free(full);
     return x;
 }
 
 /* Where n more weights go. */
-static size_t hubert_reserve(hubert_loader *l, size_t n) {
-    const size_t at = l->end;
-    l->end += round_up(n, 256);
+static size_t hubert_reserve(slam_hubert *h, size_t n) {
+    const size_t at = h->end;
+    h->end += round_up(n, 256);
     return at;
 }
 
 /* Uploads x (a,b,c) as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
-static slam_act *hubert_store(hubert_loader *l, float *x, size_t at, size_t a, size_t b, size_t c) {
-    slam_hubert *h = l->h;
+static slam_act *hubert_store(slam_hubert *h, float *x, size_t at, size_t a, size_t b, size_t c) {
     const size_t n = a * b * c;
-    if (!x || !(l->ok = l->ok && hubert_grow(h, n * sizeof *x))) return NULL;
-    slam_act *to = act_at(h->ops, h->weights, at);
-    float *host = NEW(float, n), *next = host;
+    h->ok = h->ok && hubert_grow(h, n * sizeof *x);
+    float *host = h->ok ? NEW(float, n) : NULL, *next = host;
     h->hash ^= at;
-    for (size_t i = 0; i < a; i++)
+    for (size_t i = 0; h->ok && i < a; i++)
         for (size_t k = 0; k < c; k++)
             for (size_t j = 0; j < b; j++) {
                 uint32_t bits;
@@ -8355,101 +8348,99 @@ static slam_act *hubert_store(hubert_loader *l, float *x, size_t at, size_t a, s
                 memcpy(&bits, next++, sizeof bits);
                 h->hash = (h->hash ^ bits) * HASH_PRIME;
             }
-    h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
-    h->ops->to_act(h->ops, to, (float *)h->arena, n);
+    slam_act *to = act_at(h->ops, h->weights, at);
+    if (h->ok) h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
+    if (h->ok) h->ops->to_act(h->ops, to, (float *)(void *)h->arena, n);
     free(host);
     free(x);
     return to;
 }
 
-/* NAME.weight (a,b,c) and NAME.bias (a) */
-static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *name, int layer, size_t a, size_t b,
+/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
+static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *format, int layer, size_t a, size_t b,
                                size_t c, int bias) {
-    const size_t at = hubert_reserve(l, a * b * c);
-    m->w = hubert_store(l, hubert_read(l, name, layer, "weight", a, b, c), at, a, b, c);
-    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 1, 1), hubert_reserve(l, a), a, 1, 1);
+    char *name = string_print(format, layer);
+    const size_t at = hubert_reserve(h, a * b * c);
+    m->w = hubert_store(h, hubert_read(h, name, "weight", a, b, c), at, a, b, c);
+    if (bias) m->b = hubert_store(h, hubert_read(h, name, "bias", a, 1, 1), hubert_reserve(h, a), a, 1, 1);
+    free(name);
 }
 
-/* Batch norm with fixed statistics (Ioffe and Szegedy 2015): scale x + shift, with
-       scale = w / sqrt(var + 1e-5)     shift = b - mean scale */
-static void hubert_load_batch_norm(hubert_loader *l, hubert_module *m, const char *name, size_t C) {
-    float *w = hubert_read(l, name, 0, "weight", C, 1, 1), *b = hubert_read(l, name, 0, "bias", C, 1, 1);
-    float *mean = hubert_read(l, name, 0, "running_mean", C, 1, 1),
-          *var = hubert_read(l, name, 0, "running_var", C, 1, 1);
-    for (size_t c = 0; var && c < C; c++) {
-        const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) l->ok = set_error("%s: '%s.running_var' has %g", l->file->file->path, name, var[c]);
-        w[c] = (float)scale;
-        b[c] = (float)(b[c] - mean[c] * scale);
-    }
-    free(mean);
-    free(var);
-    m->w = hubert_store(l, w, hubert_reserve(l, C), C, 1, 1);
-    m->b = hubert_store(l, b, hubert_reserve(l, C), C, 1, 1);
-}
-
-/* The convolution for positions: its input has a batch norm, or its weights a weight norm over all but the taps
-   (Salimans and Kingma 2016), w_ock = g_k v_ock / |v_k|, which older versions of PyTorch spell differently */
-static void hubert_load_positions(hubert_loader *l) {
-    static const char *const names[][2] = {{"weight", ""},
-                                           {"weight_v", "weight_g"},
-                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
-    const char *conv = "encoder.pos_conv_embed.conv";
-    slam_hubert *h = l->h;
+/* The convolution for positions, with one of
+       weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
+       batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
+                                          scale = w / sqrt(var + 1e-5), shift = b - mean scale */
+static void hubert_load_positions(slam_hubert *h) {
+    const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
     const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K;
-    int kind = h->config.batch_norm ? 0 : 1; // of names
-    for (size_t i = 0; kind && i < l->file->n; i++)
-        if (string_ends(l->file->at[i].name, "parametrizations.weight.original0")) kind = 2;
-    const size_t at = hubert_reserve(l, n);
-    h->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 1, 1), hubert_reserve(l, C), C, 1, 1);
-    float *v = hubert_read(l, conv, 0, names[kind][0], C, width, K);
-    float *g = kind ? hubert_read(l, conv, 0, names[kind][1], 1, 1, K) : NULL;
-    for (size_t k = 0; g && k < K; k++) {
+    const size_t at = hubert_reserve(h, n);
+    h->positions.b = hubert_store(h, hubert_read(h, conv, "bias", C, 1, 1), hubert_reserve(h, C), C, 1, 1);
+    if (h->config.batch_norm) {
+        h->positions.w = hubert_store(h, hubert_read(h, conv, "weight", C, width, K), at, C, width, K);
+        float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
+        float *mean = hubert_read(h, norm, "running_mean", C, 1, 1),
+              *var = hubert_read(h, norm, "running_var", C, 1, 1);
+        for (size_t c = 0; h->ok && c < C; c++) {
+            const double scale = w[c] / sqrt((double)var[c] + 1e-5);
+            if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+            w[c] = (float)scale;
+            b[c] = (float)(b[c] - mean[c] * scale);
+        }
+        free(mean);
+        free(var);
+        h->batch_norm.w = hubert_store(h, w, hubert_reserve(h, C), C, 1, 1);
+        h->batch_norm.b = hubert_store(h, b, hubert_reserve(h, C), C, 1, 1);
+        return;
+    }
+    const int older = hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") != NULL; // names of PyTorch before 2.0
+    float *g = hubert_read(h, conv, older ? "weight_g" : "parametrizations.weight.original0", 1, 1, K);
+    float *v = hubert_read(h, conv, older ? "weight_v" : "parametrizations.weight.original1", C, width, K);
+    for (size_t k = 0; h->ok && k < K; k++) {
         double squares = 0;
         for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
         const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
         for (size_t i = k; i < n; i += K) v[i] *= scale;
     }
+    h->positions.w = hubert_store(h, v, at, C, width, K);
     free(g);
-    h->positions.w = hubert_store(l, v, at, C, width, K);
-    if (h->config.batch_norm) hubert_load_batch_norm(l, &h->batch_norm, "encoder.pos_conv_embed.batch_norm", C);
 }
 
 /* Everything up to the output of h->layer. */
-static void hubert_load_weights(hubert_loader *l) {
+static void hubert_load_weights(slam_hubert *h) {
     static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
                                       "encoder.layers.%d.attention.v_proj"};
-    slam_hubert *h = l->h;
     const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        hubert_load_module(l, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+        hubert_load_module(h, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(l, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
+            hubert_load_module(h, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(l, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
-    hubert_load_module(l, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
-    hubert_load_positions(l);
-    if (!k->stable) hubert_load_module(l, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
+        hubert_load_module(h, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    hubert_load_module(h, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+    hubert_load_positions(h);
+    if (!k->stable) hubert_load_module(h, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
-        const size_t at = hubert_reserve(l, 3 * C * C), bias_at = hubert_reserve(l, 3 * C);
+        const size_t at = hubert_reserve(h, 3 * C * C), bias_at = hubert_reserve(h, 3 * C);
         for (size_t j = 0; j < 3; j++) {
-            hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 1), at + j * C * C, C, C, 1);
-            hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 1, 1), bias_at + j * C, C, 1, 1);
+            char *name = string_print(qkv[j], i);
+            hubert_store(h, hubert_read(h, name, "weight", C, C, 1), at + j * C * C, C, C, 1);
+            hubert_store(h, hubert_read(h, name, "bias", C, 1, 1), bias_at + j * C, C, 1, 1);
+            free(name);
         }
-        if (h->weights) w->qkv.w = act_at(h->ops, h->weights, at);
-        if (h->weights) w->qkv.b = act_at(h->ops, h->weights, bias_at);
-        hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
-        hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
-        hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
-        hubert_load_module(l, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
-        hubert_load_module(l, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
+        w->qkv.w = act_at(h->ops, h->weights, at);
+        w->qkv.b = act_at(h->ops, h->weights, bias_at);
+        hubert_load_module(h, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        hubert_load_module(h, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        hubert_load_module(h, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        hubert_load_module(h, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        hubert_load_module(h, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
 }
 
@@ -8466,6 +8457,7 @@ static void hubert_free(slam_hubert *h) {
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     slam_hubert *h = NEW(slam_hubert, 1);
+    size_t n = 0;
     h->ops = ops;
     h->layer = layer;
     int ok = hubert_config_load(&h->config, path, &h->step);
@@ -8475,16 +8467,16 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
     ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
     tensors *file = ok ? tensors_open(folder) : NULL;
-    hubert_loader l = {h, file, "", 0, file != NULL};
-    if (file) {
-        if (tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
-        h->layers = NEW(hubert_layer, layer);
-        hubert_load_weights(&l); // checks the shapes before memory is allocated
-        if (l.ok) h->weights = (slam_act *)ops->alloc(ops, l.end * ops->act_bytes);
-        l.end = 0;
-        if (h->weights) hubert_load_weights(&l);
+    for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
+        const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
+        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(file->at[i].count, 256);
     }
-    ok = h->weights && l.ok && ops->finish(ops);
+    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    h->file = file;
+    h->ok = h->weights != NULL;
+    h->layers = h->ok ? NEW(hubert_layer, layer) : NULL;
+    if (h->ok) hubert_load_weights(h);
+    ok = h->ok && ops->finish(ops);
     tensors_close(file);
     json_free(p);
     free(path);
@@ -8598,63 +8590,54 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
     free(starts);
 }
 
-/* Convolutions with their norms, and the projection: samples (B,S) to x (B,T,C). */
-static void hubert_convolve(const slam_hubert *h, const hubert_batch *b) {
+/* Samples (B,S) to x (B,T,C). A layer: x + O attention(norm x), then x + D gelu(U norm x), if stable; else
+   norm(x + O attention x), then norm(x + D gelu(U x)). */
+static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
     const hubert_config *k = &h->config;
     const hubert_module *norm = h->conv_norm;
-    slam_act *x = b->samples;
-    int T = b->S, C = 1;
+    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
+    const float eps = (float)k->eps;
+    slam_act *x = b->samples, *in = stable ? b->in : b->x;
+    int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
-        const int has_norm = i == 0 || k->all_norms, TO = T / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {b->B, 1, T, C, TO, OC, K, k->stride[i], !has_norm};
+        const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
+        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], !has_norm};
         slam_act *out = b->conv[i % 2];
-        ops->zero(ops, act_at(ops, x, (size_t)b->B * T * C), (size_t)K * C * ops->act_bytes);
+        ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
-        if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, b->B * TO, OC);
-        else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, b->B, TO, OC);
+        if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
+        else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
         x = out;
-        T = TO;
-        C = OC;
+        frames = TO;
+        channels = OC;
     }
     norm = &h->projection_norm;
-    if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, (float)k->eps, 0, b->B * T, C);
-    ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, b->B * T, C, k->C);
-}
-
-/* x (B,T,C) += gelu(convolution of x over `taps` frames), then a norm unless norms stand before attention and MLP */
-static void hubert_positions(const slam_hubert *h, const hubert_batch *b) {
-    slam_ops *ops = h->ops;
-    const hubert_config *k = &h->config;
-    const int B = b->B, T = b->T, C = k->C, G = k->groups, TO = T + k->taps - 1;
-    const slam_conv conv = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
-    ops->mask_frames(ops, b->x, b->frames, B, T, C);
-    ops->group_frames(ops, b->grouped, b->x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
-    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &conv);
-    if (k->stable) ops->layernorm(ops, b->x, NULL, b->x, b->delta, NULL, NULL, 0, 0, B * T, C);
-    else ops->layernorm(ops, NULL, b->x, b->x, b->delta, h->norm.w, h->norm.b, (float)k->eps, 0, B * T, C);
-}
-
-/* A transformer layer, x (B,T,C) in place. stable: x + O attention(norm x), then x + D gelu(U norm x); else
-   norm(x + O attention x), then norm(x + D gelu(U x)). */
-static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, const hubert_layer *w) {
-    slam_ops *ops = h->ops;
-    const int NH = h->config.NH, C = h->config.C, F = h->config.F, N = b->B * b->T, stable = h->config.stable;
-    const slam_mask mask = {b->B, b->T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
-    const float eps = (float)h->config.eps;
-    const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
-    slam_act *x = b->x, *in = stable ? b->in : x;
-    if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
-    ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-    ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
-    ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
-    if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
-    else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
-    ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
-    ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
-    ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
+    if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
+    ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
+    x = b->x;
+    const int TO = T + k->taps - 1;
+    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
+    ops->mask_frames(ops, x, b->frames, B, T, C);
+    ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
+    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
-    else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
+    else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
+    const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
+    for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
+        const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
+        if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
+        ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
+        ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
+        ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
+        if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
+        else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
+        ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
+        ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
+        ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
+        if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
+        else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
+    }
 }
 
 /* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
@@ -8696,9 +8679,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
         if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
         hubert_place(h, &b, K > C ? K : C, h->arena);
         hubert_upload(h, &b, t->config.normalize);
-        hubert_convolve(h, &b);
-        hubert_positions(h, &b);
-        for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, &b, &h->layers[l]);
+        hubert_forward(h, &b);
         if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
         else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
         for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
@@ -8769,137 +8750,107 @@ static void centroids_nearest(const float *frames, const uint32_t *order, size_t
 
 /* ---- k-means ---- */
 
-typedef struct kmeans {
-    const float *x; // (n,D) frames
-    size_t n, D, K;
-    uint64_t state;
-    float *centroids; // (K,D)
-    uint32_t *order;  // (n) a permutation: seeds and mini-batches are ranges of it
-    int *unit;        // (n)
-    float *distance;  // (n) squared, to the nearest centroid
-    size_t *count;    // (K) frames of a centroid
-} kmeans;
-
 UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
     float sum = 0;
     for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
     return sum;
 }
 
-/* k-means++ on the first m frames of the order: each further centroid is a frame drawn with probability proportional to
-   its squared distance from the nearest centroid so far. */
-static void kmeans_seed(kmeans *f, size_t m) {
-    size_t drawn = 0;
-    for (size_t i = 0; i < m; i++) f->distance[i] = INFINITY;
-    for (size_t k = 0; k < f->K; k++) {
-        const float *c = f->x + f->order[drawn] * f->D;
-        double all = 0, sum = 0;
-        memcpy(f->centroids + k * f->D, c, f->D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < m; i++) {
-            const float d = squared_distance(f->x + f->order[i] * f->D, c, f->D);
-            if (d < f->distance[i]) f->distance[i] = d;
-        }
-        for (size_t i = 0; i < m; i++) all += f->distance[i];
-        const double until = all * rng_uniform(&f->state);
-        drawn = k + 1 < m ? k + 1 : 0; // if all frames are centroids already
-        for (size_t i = 0; all > 0 && sum <= until && i < m; i++) {
-            if (f->distance[i] > 0) drawn = i;
-            sum += f->distance[i];
-        }
-    }
-}
-
-/* Moves each centroid to the mean of all frames that it got in this and earlier batches: here order (m). */
-UNFUSED static void kmeans_mini_batch(kmeans *f, const uint32_t *order, size_t m) {
-    centroids_nearest(f->x, order, m, f->centroids, (int)f->K, (int)f->D, f->unit, NULL);
-    for (size_t i = 0; i < m; i++) {
-        const float *x = f->x + order[i] * f->D, step = 1 / (float)++f->count[f->unit[i]];
-        float *c = f->centroids + f->unit[i] * f->D;
-        for (size_t d = 0; d < f->D; d++) c[d] += step * (x[d] - c[d]);
-    }
-}
-
-/* Assigns every frame to its nearest centroid and returns the mean squared distance. */
-static double kmeans_assign(kmeans *f) {
-    double sum = 0;
-    centroids_nearest(f->x, NULL, f->n, f->centroids, (int)f->K, (int)f->D, f->unit, f->distance);
-    memset(f->count, 0, f->K * sizeof *f->count);
-    for (size_t i = 0; i < f->n; i++) {
-        f->count[f->unit[i]]++;
-        sum += f->distance[i];
-    }
-    return sum / (double)f->n;
-}
-
-/* Moves centroids to the means of their frames, those without frames to the frames furthest from their centroids.
-   Returns how many the latter were. */
-static int kmeans_update(kmeans *f) {
-    enum { COLUMNS_AT_ONCE = 16 };
-    const size_t D = f->D;
-    double *sum = NEW(double, f->K *D);
-    int moved = 0;
-    PARALLEL_FOR
-    for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
-        for (size_t i = 0; i < f->n; i++)
-            for (size_t j = d; j < D && j < d + COLUMNS_AT_ONCE; j++) sum[f->unit[i] * D + j] += f->x[i * D + j];
-    for (size_t k = 0; k < f->K; k++) {
-        size_t far = 0;
-        for (size_t d = 0; f->count[k] && d < D; d++)
-            f->centroids[k * D + d] = (float)(sum[k * D + d] / (double)f->count[k]);
-        for (size_t i = 1; !f->count[k] && i < f->n; i++)
-            if (f->distance[i] > f->distance[far]) far = i;
-        if (f->count[k] || f->distance[far] <= 0) continue; // 0: every frame is a centroid
-        memcpy(f->centroids + k * D, f->x + far * D, D * sizeof *f->centroids);
-        f->distance[far] = 0;
-        moved++;
-    }
-    free(sum);
-    return moved;
-}
-
-/* k-means of frames (n,D): k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
+/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
    (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
-static int kmeans_fit(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids,
-                      slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
-    const size_t m = n < 10000 ? n : 10000, seeds = 100 * (size_t)K;
+UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
+                              slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
+    enum { COLUMNS_AT_ONCE = 16 };
+    const size_t seeds = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
+    uint64_t state = rng_stream(seed, 0x6b6d, 0);
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
     report->frames = n;
-    if (n < (size_t)K || n > UINT32_MAX)
-        return set_error("k-means: %zu frames, expected at least one for each of %d centroids", n, K);
+    if (n < K || n > UINT32_MAX)
+        return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
-        if (!isfinite(frames[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    kmeans f = {frames, n, (size_t)D, (size_t)K, rng_stream(seed, 0x6b6d, 0), centroids, NULL, NULL, NULL, NULL};
-    f.order = NEW(uint32_t, n);
-    f.unit = NEW(int, n);
-    f.distance = NEW(float, n);
-    f.count = NEW(size_t, K);
-    for (size_t i = 0; i < n; i++) f.order[i] = (uint32_t)i;
-    rng_shuffle(&f.state, f.order, n);
-    kmeans_seed(&f, n < seeds ? n : seeds);
-    int more = 1;
-    for (size_t i = 0, at = 0; more && i < 100; i++, at += m) {
+        if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
+    uint32_t *order = NEW(uint32_t, n); // seeds and mini-batches are ranges of this permutation
+    int *unit = NEW(int, n), more = 1;  // nearest centroids
+    float *distance = NEW(float, n);    // squared, from them
+    size_t *count = NEW(size_t, K);     // frames of a centroid
+    double *sum = NEW(double, K *D);    // of its frames
+    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+    rng_shuffle(&state, order, n);
+
+    // each further seed is a frame drawn with probability proportional to its squared distance from the nearest so far
+    for (size_t i = 0; i < seeds; i++) distance[i] = INFINITY;
+    for (size_t k = 0, drawn = 0; k < K; k++) {
+        const float *c = x + order[drawn] * D;
+        double all = 0, passed = 0;
+        memcpy(centroids + k * D, c, D * sizeof *c);
+        PARALLEL_FOR
+        for (size_t i = 0; i < seeds; i++) {
+            const float d = squared_distance(x + order[i] * D, c, D);
+            if (d < distance[i]) distance[i] = d;
+        }
+        for (size_t i = 0; i < seeds; i++) all += distance[i];
+        const double until = all * rng_uniform(&state);
+        drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
+        for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
+            if (distance[i] > 0) drawn = i;
+            passed += distance[i];
+        }
+    }
+
+    // a mini-batch moves a centroid to the mean of all frames that it got so far
+    for (size_t batch = 0, at = 0; more && batch < 100; batch++, at += m) {
         if (at + m > n) {
-            rng_shuffle(&f.state, f.order, n);
+            rng_shuffle(&state, order, n);
             at = 0;
         }
-        kmeans_mini_batch(&f, f.order + at, m);
+        centroids_nearest(x, order + at, m, centroids, (int)K, (int)D, unit, NULL);
+        for (size_t i = 0; i < m; i++) {
+            const float *frame = x + order[at + i] * D, step = 1 / (float)++count[unit[i]];
+            float *c = centroids + unit[i] * D;
+            for (size_t d = 0; d < D; d++) c[d] += step * (frame[d] - c[d]);
+        }
         more = !progress || progress(context, &p);
     }
+
+    // a full pass moves centroids to the means of their frames, those without frames to the frames furthest from theirs
     while (more) {
-        report->inertia = kmeans_assign(&f);
+        centroids_nearest(x, NULL, n, centroids, (int)K, (int)D, unit, distance);
+        memset(count, 0, K * sizeof *count);
+        report->inertia = 0;
+        for (size_t i = 0; i < n; i++) {
+            count[unit[i]]++;
+            report->inertia += distance[i];
+        }
+        report->inertia /= (double)n;
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
-        before = kmeans_update(&f) ? INFINITY : report->inertia;
+        before = report->inertia;
+        memset(sum, 0, K * D * sizeof *sum);
+        PARALLEL_FOR
+        for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
+            for (size_t i = 0; i < n; i++)
+                for (size_t j = d; j < D && j < d + COLUMNS_AT_ONCE; j++) sum[unit[i] * D + j] += x[i * D + j];
+        for (size_t k = 0; k < K; k++) {
+            size_t far = 0;
+            for (size_t d = 0; count[k] && d < D; d++)
+                centroids[k * D + d] = (float)(sum[k * D + d] / (double)count[k]);
+            for (size_t i = 1; !count[k] && i < n; i++)
+                if (distance[i] > distance[far]) far = i;
+            if (count[k] || distance[far] <= 0) continue; // 0: every frame is a centroid
+            memcpy(centroids + k * D, x + far * D, D * sizeof *x);
+            distance[far] = 0;
+            before = INFINITY;
+        }
     }
-    for (int k = 0; k < K; k++) report->dead += f.count[k] == 0;
-    free(f.order);
-    free(f.unit);
-    free(f.distance);
-    free(f.count);
+    for (size_t k = 0; k < K; k++) report->dead += count[k] == 0;
+    free(order);
+    free(unit);
+    free(distance);
+    free(count);
+    free(sum);
     return more || set_error("stopped before the centroids were found");
 }
 
@@ -8911,64 +8862,6 @@ slam_unit_config slam_unit_config_default(void) {
     const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
     return c;
 }
-
-/* A hash of whatever changes a unit or what a document holds. */
-static uint32_t tokenizer_hash(const slam_tokenizer *t) {
-    const slam_unit_config *c = &t->config;
-    strbuf s = ZERO;
-    strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
-               c->normalize != 0, c->dedup != 0, t->K, t->width);
-    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
-    strbuf_add_bytes(&s, t->centroids, (size_t)t->K * t->width * sizeof *t->centroids);
-    const uint64_t hash = hash_bytes(HASH_START, s.at, s.n);
-    const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
-    strbuf_free(&s);
-    return folded ? folded : 1;
-}
-
-/* Completes a tokenizer without centroids. centroids (K,width) */
-static int tokenizer_set_centroids(slam_tokenizer *t, const float *centroids, size_t K) {
-    if (K < 1 || K > 65534) return set_error("%zu centroids, expected 1 to 65534, so that a token fits 16 bits", K);
-    const size_t n = K * t->width;
-    t->K = (int)K;
-    t->centroids = (float *)memcpy(NEW(float, n), centroids, n * sizeof *centroids);
-    t->fingerprint = tokenizer_hash(t);
-    return !t->hubert || hubert_set_centroids(t->hubert, centroids, K);
-}
-
-void slam_tokenizer_free(slam_tokenizer *t) {
-    if (!t) return;
-    hubert_free(t->hubert);
-    free(t->mfcc);
-    free(t->centroids);
-    free(t);
-}
-
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops, const float *centroids, int K) {
-    slam_tokenizer *t = NEW(slam_tokenizer, 1);
-    slam_unit_config *c = &t->config;
-    int ok = 1;
-    *c = *config;
-    if (c->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
-        if ((ok = t->hubert != NULL)) {
-            t->width = t->hubert->config.C;
-            t->do_normalize = t->hubert->do_normalize;
-            c->rate = SAMPLE_RATE / t->hubert->step;
-        }
-        if (ok && config->rate && config->rate != c->rate)
-            ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
-    } else if (c->rate == 25 || c->rate == 50) {
-        t->mfcc = mfcc_new(c->rate);
-        t->width = MFCC_WIDTH;
-    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
-    if (ok && (!centroids || tokenizer_set_centroids(t, centroids, (size_t)K))) return t;
-    slam_tokenizer_free(t);
-    return NULL;
-}
-
-/* ---- km.npy and km.json ---- */
 
 static const field unit_config_fields[] = {
     {"rate", FIELD_INT, offsetof(slam_unit_config, rate), 1, SAMPLE_RATE, 0},
@@ -9022,21 +8915,62 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
+/* A hash of whatever changes a unit or what a document holds. */
+static uint32_t tokenizer_hash(const slam_tokenizer *t) {
+    const slam_unit_config *c = &t->config;
+    strbuf s = ZERO;
+    strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
+               c->normalize != 0, c->dedup != 0, t->K, t->width);
+    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
+    const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
+    strbuf_free(&s);
+    return folded ? folded : 1;
+}
+
+/* Completes a tokenizer that has t->centroids (K,D), of a file or just found. */
+static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, size_t D) {
+    if (K < 1 || K > 65534 || D != (size_t)t->width)
+        return set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
+                         t->width, feature_names[t->config.features]);
+    t->K = (int)K;
+    t->fingerprint = tokenizer_hash(t);
+    return !t->hubert || hubert_set_centroids(t->hubert, t->centroids, K);
+}
+
+void slam_tokenizer_free(slam_tokenizer *t) {
+    if (!t) return;
+    hubert_free(t->hubert);
+    free(t->mfcc);
+    free(t->centroids);
+    free(t);
+}
+
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *config, slam_ops *ops) {
-    float *centroids = NULL;
+    slam_tokenizer *t = NEW(slam_tokenizer, 1);
+    slam_unit_config *c = &t->config;
     size_t K = 0, D = 0;
-    if (!npy_read(km_npy, &centroids, &K, &D)) return NULL;
-    slam_tokenizer *t = slam_tokenizer_new(config, ops, NULL, 0);
-    int ok = t != NULL;
-    if (ok && D != (size_t)t->width)
-        ok = set_error("%s: has shape (%zu, %zu), expected %d columns (%s)", km_npy, K, D, t->width,
-                       feature_names[config->features]);
-    ok = ok && tokenizer_set_centroids(t, centroids, K);
-    if (ok && config->fingerprint && config->fingerprint != t->fingerprint)
+    int ok = 1;
+    *c = *config;
+    if (c->features == SLAM_HUBERT) {
+        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
+        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if ((ok = t->hubert != NULL)) {
+            t->width = t->hubert->config.C;
+            t->do_normalize = t->hubert->do_normalize;
+            c->rate = SAMPLE_RATE / t->hubert->step;
+        }
+        if (ok && config->rate && config->rate != c->rate)
+            ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
+    } else if (c->rate == 25 || c->rate == 50) {
+        t->mfcc = mfcc_new(c->rate);
+        t->width = MFCC_WIDTH;
+    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
+    if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
+    if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
         ok = set_error(
             "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
-            km_npy, (unsigned long long)config->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
-    free(centroids);
+            km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -9798,7 +9732,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
         ok = fail_exists(exists ? km_npy : km_json);
     free(km_json);
     if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
-    slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    slam_tokenizer *t = ok ? slam_tokenizer_load(NULL, &config, ops) : NULL;
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
@@ -9814,11 +9748,10 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
             reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
-    float *centroids = NEW(float, (size_t)K *sample.D);
-    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, t->width, K, seed, centroids, progress, context, report) &&
-         tokenizer_set_centroids(t, centroids, (size_t)K) && tokenizer_save(t, km_npy, report);
+    t->centroids = NEW(float, (size_t)K *sample.D);
+    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
+         tokenizer_complete(t, km_npy, K, sample.D) && tokenizer_save(t, km_npy, report);
     slam_reader_close(reader);
-    free(centroids);
     free(sample.frames);
     free(order);
     if (ok) return t;

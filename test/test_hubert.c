@@ -281,15 +281,15 @@ static float *features_by(const slam_tokenizer *t, const float *x, long n, size_
 /* Centroids near features of the longest recording. */
 static slam_tokenizer *tokenizer_near(slam_ops *ops, const slam_unit_config *c, float *const *samples,
                                       const long *lengths) {
-    slam_tokenizer *t = slam_tokenizer_new(c, ops, NULL, 0);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, c, ops);
     if (!CHECK(t, "%s", slam_error())) return NULL;
     const size_t D = (size_t)t->width;
     size_t frames;
-    float *x = features_by(t, samples[2], lengths[2], &frames), *centroids = NEW(float, K *D);
-    for (size_t i = 0; i < K * D; i++) centroids[i] = 0.9f * x[i / D * (frames / K) * D + i % D];
-    CHECK(tokenizer_set_centroids(t, centroids, K), "%s", slam_error());
+    float *x = features_by(t, samples[2], lengths[2], &frames);
+    t->centroids = NEW(float, K *D);
+    for (size_t i = 0; i < K * D; i++) t->centroids[i] = 0.9f * x[i / D * (frames / K) * D + i % D];
+    CHECK(tokenizer_complete(t, "centroids", K, D), "%s", slam_error());
     free(x);
-    free(centroids);
     return t;
 }
 
@@ -389,10 +389,11 @@ static void test_config(slam_ops *ops) {
         check_fails(load(path, &other, NULL), "HuBERT needs a device");
         other = config;
         other.rate = 50;
-        check_fails(slam_tokenizer_new(&other, ops, NULL, 0), "has 25 frames per second, expected 50");
+        check_fails(slam_tokenizer_load(NULL, &other, ops), "has 25 frames per second, expected 50");
         const float wrong[12] = {0};
         CHECK(npy_write(check_path("wrong.npy"), wrong, 3, 4), "%s", slam_error());
-        check_fails(load(check_path("wrong.npy"), &config, ops), "has shape (3, 4), expected 24 columns (hubert)");
+        check_fails(load(check_path("wrong.npy"), &config, ops),
+                    "has shape (3, 4), expected 1 to 65534 centroids of 24 numbers");
     }
     if (TEST("hubert: hashes of slam 0.1, which are part of the fingerprints in shards")) {
         static const char *const names[] = {"mhubert", "stable_batch_norm", "older_spelling"};
