@@ -8104,8 +8104,8 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     return m;
 }
 
-/* out (n), the transform X of n real samples, `stride` apart: the real parts of X_0 .. X_(n/2), then the imaginary parts
-   of X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
+/* out (n), the transform X of n real samples, `stride` apart: real parts of X_0 .. X_(n/2), then imaginary parts of
+   X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
        X_k = E_k + w^k O_k     X_(n/2-k) = conj(E_k - w^k O_k) */
 UNFUSED static void mfcc_fft(const struct slam_mfcc *m, double *out, double *x, int n, int stride) {
     const int half = n / 2;
@@ -8160,17 +8160,6 @@ UNFUSED static void mfcc_frame(const struct slam_mfcc *m, float *out, const floa
     for (int i = 0; i < MFCC_CEPSTRA; i++) out[i] = (float)cepstra[i];
 }
 
-/* Columns `to`.. of x (frames,39) are the differences of columns `from`.. */
-UNFUSED static void mfcc_differences(float *x, size_t frames, int from, int to) {
-    for (size_t t = 0, last = frames - 1; t < frames; t++) {
-        const float *at[] = {x + (t > 1 ? t - 2 : 0) * MFCC_WIDTH + from, x + (t > 0 ? t - 1 : 0) * MFCC_WIDTH + from,
-                             x + (t + 1 < last ? t + 1 : last) * MFCC_WIDTH + from,
-                             x + (t + 2 < last ? t + 2 : last) * MFCC_WIDTH + from};
-        for (int i = 0; i < MFCC_CEPSTRA; i++)
-            x[t * MFCC_WIDTH + to + i] = ((at[2][i] - at[1][i]) + 2 * (at[3][i] - at[0][i])) / 10;
-    }
-}
-
 /* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
 UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
     double mean = 0, variance = 0;
@@ -8189,9 +8178,18 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
     PARALLEL_FOR
     for (size_t t = 0; t < frames; t++)
         mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
-    mfcc_differences(out, frames, 0, MFCC_CEPSTRA);
-    mfcc_differences(out, frames, MFCC_CEPSTRA, 2 * MFCC_CEPSTRA);
     free(normal);
+    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of the 13 columns before
+        for (size_t t = 0, last = frames - 1; t < frames; t++) {
+            const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
+            const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
+            for (int i = from; i < from + MFCC_CEPSTRA; i++) {
+                const float *c = out + i;
+                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = (c[near[1] * MFCC_WIDTH] - c[near[0] * MFCC_WIDTH] +
+                                                          2 * (c[far[1] * MFCC_WIDTH] - c[far[0] * MFCC_WIDTH])) /
+                                                         10;
+            }
+        }
 }
 
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
@@ -8327,16 +8325,9 @@ static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, 
     return x;
 }
 
-/* Where n more weights go. */
-static size_t hubert_reserve(slam_hubert *h, size_t n) {
-    const size_t at = h->end;
-    h->end += round_up(n, 256);
-    return at;
-}
-
-/* Uploads x (a,b,c) as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
-static slam_act *hubert_store(slam_hubert *h, float *x, size_t at, size_t a, size_t b, size_t c) {
-    const size_t n = a * b * c;
+/* Places x (a,b,c) at h->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
+static slam_act *hubert_store(slam_hubert *h, float *x, size_t a, size_t b, size_t c) {
+    const size_t n = a * b * c, at = h->end;
     h->ok = h->ok && hubert_grow(h, n * sizeof *x);
     float *host = h->ok ? NEW(float, n) : NULL, *next = host;
     h->hash ^= at;
@@ -8349,20 +8340,24 @@ static slam_act *hubert_store(slam_hubert *h, float *x, size_t at, size_t a, siz
                 h->hash = (h->hash ^ bits) * HASH_PRIME;
             }
     slam_act *to = act_at(h->ops, h->weights, at);
+    h->end += round_up(n, 256);
     if (h->ok) h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
-    if (h->ok) h->ops->to_act(h->ops, to, (float *)(void *)h->arena, n);
+    if (h->ok) h->ops->to_act(h->ops, to, (float *)h->arena, n);
     free(host);
     free(x);
     return to;
+}
+
+static slam_act *hubert_tensor(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    return hubert_store(h, hubert_read(h, name, suffix, a, b, c), a, b, c);
 }
 
 /* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
 static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *format, int layer, size_t a, size_t b,
                                size_t c, int bias) {
     char *name = string_print(format, layer);
-    const size_t at = hubert_reserve(h, a * b * c);
-    m->w = hubert_store(h, hubert_read(h, name, "weight", a, b, c), at, a, b, c);
-    if (bias) m->b = hubert_store(h, hubert_read(h, name, "bias", a, 1, 1), hubert_reserve(h, a), a, 1, 1);
+    m->w = hubert_tensor(h, name, "weight", a, b, c);
+    if (bias) m->b = hubert_tensor(h, name, "bias", a, 1, 1);
     free(name);
 }
 
@@ -8371,38 +8366,40 @@ static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *for
        batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
                                           scale = w / sqrt(var + 1e-5), shift = b - mean scale */
 static void hubert_load_positions(slam_hubert *h) {
+    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
+                                           {"weight_v", "weight_g"},
+                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K;
-    const size_t at = hubert_reserve(h, n);
-    h->positions.b = hubert_store(h, hubert_read(h, conv, "bias", C, 1, 1), hubert_reserve(h, C), C, 1, 1);
-    if (h->config.batch_norm) {
-        h->positions.w = hubert_store(h, hubert_read(h, conv, "weight", C, width, K), at, C, width, K);
-        float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
-        float *mean = hubert_read(h, norm, "running_mean", C, 1, 1),
-              *var = hubert_read(h, norm, "running_var", C, 1, 1);
-        for (size_t c = 0; h->ok && c < C; c++) {
-            const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-            if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
-            w[c] = (float)scale;
-            b[c] = (float)(b[c] - mean[c] * scale);
-        }
-        free(mean);
-        free(var);
-        h->batch_norm.w = hubert_store(h, w, hubert_reserve(h, C), C, 1, 1);
-        h->batch_norm.b = hubert_store(h, b, hubert_reserve(h, C), C, 1, 1);
-        return;
-    }
-    const int older = hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") != NULL; // names of PyTorch before 2.0
-    float *g = hubert_read(h, conv, older ? "weight_g" : "parametrizations.weight.original0", 1, 1, K);
-    float *v = hubert_read(h, conv, older ? "weight_v" : "parametrizations.weight.original1", C, width, K);
-    for (size_t k = 0; h->ok && k < K; k++) {
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K, at = h->end;
+    const int kind = h->config.batch_norm ? 0 : hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") ? 1 : 2;
+    h->end += round_up(n, 256);
+    h->positions.b = hubert_tensor(h, conv, "bias", C, 1, 1);
+    float *v = hubert_read(h, conv, names[kind][0], C, width, K);
+    float *g = kind ? hubert_read(h, conv, names[kind][1], 1, 1, K) : NULL;
+    for (size_t k = 0; g && h->ok && k < K; k++) {
         double squares = 0;
         for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
         const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
         for (size_t i = k; i < n; i += K) v[i] *= scale;
     }
-    h->positions.w = hubert_store(h, v, at, C, width, K);
     free(g);
+    const size_t end = h->end;
+    h->end = at;
+    h->positions.w = hubert_store(h, v, C, width, K);
+    h->end = end;
+    if (kind) return;
+    float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
+    float *mean = hubert_read(h, norm, "running_mean", C, 1, 1), *var = hubert_read(h, norm, "running_var", C, 1, 1);
+    for (size_t c = 0; h->ok && c < C; c++) {
+        const double scale = w[c] / sqrt((double)var[c] + 1e-5);
+        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+        w[c] = (float)scale;
+        b[c] = (float)(b[c] - mean[c] * scale);
+    }
+    free(mean);
+    free(var);
+    h->batch_norm.w = hubert_store(h, w, C, 1, 1);
+    h->batch_norm.b = hubert_store(h, b, C, 1, 1);
 }
 
 /* Everything up to the output of h->layer. */
@@ -8427,13 +8424,16 @@ static void hubert_load_weights(slam_hubert *h) {
     if (!k->stable) hubert_load_module(h, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
-        const size_t at = hubert_reserve(h, 3 * C * C), bias_at = hubert_reserve(h, 3 * C);
+        const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
             char *name = string_print(qkv[j], i);
-            hubert_store(h, hubert_read(h, name, "weight", C, C, 1), at + j * C * C, C, C, 1);
-            hubert_store(h, hubert_read(h, name, "bias", C, 1, 1), bias_at + j * C, C, 1, 1);
+            h->end = at + j * C * C;
+            hubert_tensor(h, name, "weight", C, C, 1);
+            h->end = bias_at + j * C;
+            hubert_tensor(h, name, "bias", C, 1, 1);
             free(name);
         }
+        h->end = bias_at + round_up(3 * C, 256);
         w->qkv.w = act_at(h->ops, h->weights, at);
         w->qkv.b = act_at(h->ops, h->weights, bias_at);
         hubert_load_module(h, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
@@ -8493,7 +8493,7 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
     h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
     h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
     if (!h->centroids || !h->squares || !hubert_grow(h, n * sizeof *centroids)) return 0;
-    float *wide = (float *)(void *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
+    float *wide = (float *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
     ops->upload(ops, wide, centroids, n * sizeof *wide);
     ops->to_act(ops, h->centroids, wide, n);
     ops->to_float(ops, wide, h->centroids, n);
@@ -8523,7 +8523,7 @@ typedef struct hubert_batch {
     int B, n, S, T;                    // rows, the first n of them with a recording; samples and frames of a row
     slam_recording *const *recordings; // (n)
     float *wide;                       // (B,S) samples; (B,NH,T) of attention; (B,T,C) features or (B,T,K) scores
-    slam_act *samples, *conv[2];       // (B,S) converted; outputs of the convolutions in turn
+    slam_act *conv[2];                 // outputs of the convolutions in turn; conv[1] first has the samples
     slam_act *x, *delta, *in;          // (B,T,C) residual stream, what is added to it, input and output of attention
     slam_act *grouped, *qkv, *mlp;     // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
     int *nearest;                      // (B,T) centroids
@@ -8543,14 +8543,13 @@ static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
     const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
-    size_t end = 0, frames = B * S, largest[2] = {0, 0};
+    size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
     for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
     b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
-    b->samples = (slam_act *)take(arena, &end, (B * S + k->kernel[0]) * act);
     b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
     b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
     b->x = (slam_act *)take(arena, &end, N * C * act);
@@ -8584,7 +8583,7 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->wide, host, B * S * sizeof *host);
-    ops->to_act(ops, b->samples, b->wide, B * S);
+    ops->to_act(ops, b->conv[1], b->wide, B * S);
     ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
     free(host);
     free(starts);
@@ -8598,7 +8597,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     const hubert_module *norm = h->conv_norm;
     const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
-    slam_act *x = b->samples, *in = stable ? b->in : b->x;
+    slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
         const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
@@ -8697,27 +8696,10 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames that share what is loaded of a block
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* out (4), squared distances of four frames from a block of centroids */
-UNFUSED static void centroid_distances(centroid_vector *out, const float *const *x, const float *lanes, int D) {
-    centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
-    for (int d = 0; d < D; d++) {
-        const centroid_vector c = *(const centroid_vector *)(lanes + d * CENTROID_LANES);
-        const centroid_vector e0 = c - x[0][d], e1 = c - x[1][d], e2 = c - x[2][d], e3 = c - x[3][d];
-        sum0 += e0 * e0;
-        sum1 += e1 * e1;
-        sum2 += e2 * e2;
-        sum3 += e3 * e3;
-    }
-    out[0] = sum0;
-    out[1] = sum1;
-    out[2] = sum2;
-    out[3] = sum3;
-}
-
 /* unit (n): the nearest of centroids (K,D), of equal ones the first, for each frame: those of order (n), or in order if
    that is NULL. distance (n), squared; NULL: not wanted */
-static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids, int K,
-                              int D, int *unit, float *distance) {
+UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
+                                      int K, int D, int *unit, float *distance) {
     float *lanes = NEW(float, (size_t)(K + CENTROID_LANES) * D);
     for (int k = 0; k < K; k++)
         for (int d = 0; d < D; d++)
@@ -8725,7 +8707,6 @@ static void centroids_nearest(const float *frames, const uint32_t *order, size_t
     PARALLEL_FOR
     for (size_t first = 0; first < n; first += CENTROID_FRAMES) {
         const size_t left = n - first, m = left < CENTROID_FRAMES ? left : (size_t)CENTROID_FRAMES;
-        centroid_vector block[CENTROID_FRAMES];
         float least[CENTROID_FRAMES];
         const float *x[CENTROID_FRAMES];
         for (size_t i = 0; i < CENTROID_FRAMES; i++) {
@@ -8735,7 +8716,17 @@ static void centroids_nearest(const float *frames, const uint32_t *order, size_t
             unit[at] = 0;
         }
         for (int k = 0; k < K; k += CENTROID_LANES) {
-            centroid_distances(block, x, lanes + (size_t)k * D, D);
+            const centroid_vector *c = (const centroid_vector *)(lanes + (size_t)k * D);
+            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
+            for (int d = 0; d < D; d++) {
+                const centroid_vector e0 = c[d] - x[0][d], e1 = c[d] - x[1][d], e2 = c[d] - x[2][d],
+                                      e3 = c[d] - x[3][d];
+                sum0 += e0 * e0;
+                sum1 += e1 * e1;
+                sum2 += e2 * e2;
+                sum3 += e3 * e3;
+            }
+            const centroid_vector block[] = {sum0, sum1, sum2, sum3};
             for (size_t i = 0; i < m; i++)
                 for (int j = 0; j < CENTROID_LANES && k + j < K; j++)
                     if (block[i][j] < least[i]) {
@@ -8756,8 +8747,8 @@ UNFUSED static float squared_distance(const float *a, const float *b, size_t D) 
     return sum;
 }
 
-/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
-   (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
+/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
+   passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
