@@ -213,8 +213,8 @@ struct slam_ops {
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. If scale != 0, dz
-       replaces them; it is 0 without a target and in the stride - V numbers of padding. */
+       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. scale 0: they stay.
+       Else dz replaces them; it is 0 without a target and in the stride - V numbers of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
                          float scale, int N, int V, int stride);
 
@@ -3014,7 +3014,7 @@ static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const
             continue;
         }
         const float max = row_max(z, V), z_target = z[targets[i]];
-        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V);
+        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
         loss[i] = logf(sum) - (z_target - max);
         if (scale == 0) continue;
         const float weight = weights ? scale * weights[i] : scale;
@@ -4184,13 +4184,13 @@ template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
 crossentropy_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int N, int V,
                     int stride) {
-    const int lane = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
+    const int column = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
     if (i >= N) return; // the whole warp
     float *shared = (float *)shared_memory(), max = -INFINITY, sum = 0, x[P];
     T *row = logits + (size_t)i * stride;
     const int target = targets[i];
     const float z_target = target < 0 ? 0 : (float)row[target];
-    for (int first = lane; first < V; first += TEAM * P) {
+    for (int first = column; first < V; first += TEAM * P) {
         load(x, row + first);
         float larger = max;
         for (int k = 0; k < P; k++)
@@ -4201,11 +4201,11 @@ crossentropy_kernel(float *loss, T *logits, const int *targets, const float *wei
     }
     const float top = TEAM == 32 ? warp_max(max) : block_max(max, shared);
     sum = team_sum<TEAM>(sum * exp_of<T>(max - top), shared);
-    if (lane == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
+    if (column == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
     if (scale == 0) return;
-    __syncwarp(); // all have read z_target
+    __syncwarp(); // the team has read z_target (a block: before team_sum)
     const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
-    for (int first = lane; first < stride; first += TEAM * P) {
+    for (int first = column; first < stride; first += TEAM * P) {
         load(x, row + first);
         for (int k = 0; k < P; k++) {
             const float p = exp_of<T>(x[k] - top) * factor;
@@ -4225,8 +4225,8 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
         WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(N, 8), 256, 0, loss, z, targets, weights,
                             scale, N, V, stride));
     } else {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 64, loss, z, targets, weights, scale, N, V,
-                            stride));
+        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 16 * sizeof(float), loss, z, targets,
+                            weights, scale, N, V, stride));
     }
 }
 
@@ -5711,6 +5711,7 @@ static void comm_progress(slam_comm *c) {
 /* ---- configuration ---- */
 
 #define AT(name) offsetof(slam_config, name)
+/* A number of config.json: reading, writing and the model's hash follow. One more changes the hash of every model. */
 static const field config_fields[] = {
     {"vocab_size", FIELD_INT, AT(V), 1, 1 << 20, 1},
     {"hidden_size", FIELD_INT, AT(C), 1, 1 << 16, 1},
@@ -6444,8 +6445,8 @@ static void logits_download(slam_model *m, float *logits, int n) {
 }
 
 /* From head_in to losses, head_rows rows of logits at a time. scale not 0: also the gradients of the head and, in
-   dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. logits (N,V) on the host not
-   NULL: these instead. */
+   dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. With logits (N,V) on the host:
+   only copies the logits there, no losses. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6456,8 +6457,10 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
         const slam_act *x = act_at(ops, a->head_in, (size_t)i * C);
         slam_act *dlogits = a->logits; // crossentropy replaces the logits
         ops->matmul_forward(ops, a->logits, x, w->data, NULL, n, C, P);
-        if (logits) logits_download(m, logits + (size_t)i * V, n);
-        if (logits) continue;
+        if (logits) {
+            logits_download(m, logits + (size_t)i * V, n);
+            continue;
+        }
         ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, weights ? weights + i : NULL, scale, n, V, P);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_at(ops, a->dnorm, (size_t)i * C), dlogits, w->data, n, C, P);
