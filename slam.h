@@ -12038,7 +12038,9 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     const double seconds = run_lap(r), rate = (double)tokens / seconds;
     const double lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
-    const double share = r->peak_flops > 0 ? slam_config_flops(&r->config, r->T) * rate / r->peak_flops : 0;
+    const double flops = slam_config_flops(&r->config, r->T) * rate;
+    if (r->peak_flops > 0 && flops > r->peak_flops) r->peak_flops = flops; // measured while others used the machine
+    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
     r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
     t->step += !step->skipped;
