@@ -2233,6 +2233,7 @@ typedef struct units_reader {
     const char *at, *end;
     char *path, *what; // what: "path:line", for errors
     size_t line;       // number of the last line that was read, from 1
+    json *root;        // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2246,14 +2247,15 @@ static int units_open(units_reader *r, const char *path) {
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
+    json_free(r->root);
     free(r->path);
     free(r->what);
     memset(r, 0, sizeof *r);
 }
 
-/* The next line that is not blank, parsed (free it with json_free): 1, 0 at the end, -1 and an error that starts with
-   file:line. */
-static int units_next_json(units_reader *r, json **root) {
+/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an error
+   that starts with file:line. */
+static int units_next(units_reader *r, units *u) {
     const char *line;
     size_t n, blank;
     do {
@@ -2263,19 +2265,10 @@ static int units_next_json(units_reader *r, json **root) {
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
     free(r->what);
+    json_free(r->root);
     r->what = string_print("%s:%zu", r->path, r->line);
-    *root = json_parse(line, n, r->what);
-    return *root ? 1 : -1;
-}
-
-/* The units of the next line that is not blank: 1, 0 at the end, -1 and an error that starts with file:line. */
-static int units_next(units_reader *r, units *u) {
-    json *root = NULL;
-    const int got = units_next_json(r, &root);
-    if (got <= 0) return got;
-    const int ok = units_from_json(root, r->what, u);
-    json_free(root);
-    return ok ? 1 : -1;
+    r->root = json_parse(line, n, r->what);
+    return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
 
 /* Numbers from 0 on and what is between them. Millions are written, which printf would slow down. */
@@ -2291,8 +2284,25 @@ static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *bet
     }
 }
 
-/* The end of a line of either kind. */
-static void strbuf_add_segment(strbuf *out, const units *u) {
+/* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
+static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
+    strbuf_add(out, "{");
+    if (!tokens) {
+        strbuf_add(out, "\"units\": [");
+        strbuf_add_ints(out, u->unit, u->n, ", ");
+        if (u->duration) strbuf_add(out, "], \"duration\": [");
+        if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
+        strbuf_add(out, "]");
+    }
+    if (u->name) {
+        strbuf_add(out, tokens ? "\"file_name\": " : ", \"file_name\": ");
+        strbuf_add_json(out, u->name);
+    }
+    if (tokens) {
+        strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
+        strbuf_add_ints(out, u->unit, u->n, "><Un");
+        strbuf_add(out, u->n ? ">\"" : "\"");
+    }
     if (u->end > 0) {
         strbuf_add(out, ", \"start\": ");
         strbuf_add_number(out, u->start);
@@ -2300,33 +2310,6 @@ static void strbuf_add_segment(strbuf *out, const units *u) {
         strbuf_add_number(out, u->end);
     }
     strbuf_add(out, "}");
-}
-
-/* The start of a features line, and of the units of a pair. */
-static void strbuf_add_unit_lists(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"units\": [");
-    strbuf_add_ints(out, u->unit, u->n, ", ");
-    if (u->duration) strbuf_add(out, "], \"duration\": [");
-    if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
-    strbuf_add(out, "]");
-}
-
-/* A features line, without its newline. */
-static void strbuf_add_units(strbuf *out, const units *u) {
-    strbuf_add_unit_lists(out, u);
-    strbuf_add(out, ", \"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add_segment(out, u);
-}
-
-/* A tokens line, without its newline. */
-static void strbuf_add_audio_repr(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
-    strbuf_add_ints(out, u->unit, u->n, "><Un");
-    strbuf_add(out, u->n ? ">\"" : "\"");
-    strbuf_add_segment(out, u);
 }
 
 /* ==========================================================================================
@@ -9605,7 +9588,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
         const slam_units *of = &g->audio.units;
-        const units u = {g->name ? g->name : item->name, of->unit, of->duration, of->n, g->start, g->end};
+        char *name = w->pairs ? NULL : g->name ? g->name : item->name;
+        const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
         w->frames += of->frames;
         w->units += u.n;
@@ -9613,10 +9597,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
         if (w->binary) ok = writer_add_tokens(w, &u);
         else if (w->pairs) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
-            strbuf_add_unit_lists(&s, &u);
-            strbuf_add(&s, "}");
-        } else if (f->audio_repr) strbuf_add_audio_repr(&s, &u);
-        else strbuf_add_units(&s, &u);
+            strbuf_add_units(&s, &u, 0);
+        } else strbuf_add_units(&s, &u, f->audio_repr);
         if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
     ok = ok && append_write(&f->data, s.at, s.n);
@@ -9862,15 +9844,12 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
 static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
     units u[3];
-    json *root = NULL;
     int status, ok = 1;
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
-    while (ok && (status = units_next_json(&reader, &root)) != 0) {
-        ok = status > 0 && pairs_add_line(p, root, reader.what, u);
-        if (status > 0) json_free(root);
-    }
+    while (ok && (status = units_next(&reader, NULL)) != 0)
+        ok = status > 0 && pairs_add_line(p, reader.root, reader.what, u);
     for (int k = 0; k < 3; k++) units_free(&u[k]);
     units_close(&reader);
     return ok;

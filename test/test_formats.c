@@ -793,16 +793,14 @@ static void test_units(void) {
                 line.unit[k] = (int)rng_below(&state, 500);
                 if (line.duration) line.duration[k] = (int)rng_below(&state, 1000000);
             }
-            if (i < 5) strbuf_add_units(&t, &line);
-            else strbuf_add_audio_repr(&t, &line);
+            strbuf_add_units(&t, &line, i >= 5);
             strbuf_add(&t, "\n");
             units_free(&line);
         }
         CHECK(units_open(&r, check_file("long.jsonl", t.at, t.n)), "%s", slam_error());
         for (int i = 0; i < 10; i++) {
             CHECK(units_next(&r, &u) == 1 && u.n == lengths[i % 5], "%s", slam_error());
-            if (i < 5) strbuf_add_units(&copy, &u);
-            else strbuf_add_audio_repr(&copy, &u);
+            strbuf_add_units(&copy, &u, i >= 5);
             strbuf_add(&copy, "\n");
         }
         CHECK(units_next(&r, &u) == 0, "more than ten lines");
@@ -812,8 +810,8 @@ static void test_units(void) {
         strbuf_free(&t);
         int numbers[] = {3, 49, 0}, durations[] = {1, 2, 2147483647};
         units line = {(char *)(uintptr_t) "a.wav", numbers, durations, 3, 1, 2.5};
-        strbuf_add_units(&t, &line);
-        strbuf_add_audio_repr(&t, &line);
+        strbuf_add_units(&t, &line, 0);
+        strbuf_add_units(&t, &line, 1);
         CHECK(
             !strcmp(
                 t.at,

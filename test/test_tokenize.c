@@ -614,8 +614,7 @@ int main(void) {
         const slam_units *u = &units_of[folder.n + (size_t)i];
         const units line = {NULL, u->unit, u->duration, u->n, 0, 0};
         strbuf s = ZERO;
-        strbuf_add_unit_lists(&s, &line);
-        strbuf_add(&s, "}");
+        strbuf_add_units(&s, &line, 0);
         lists[i] = s.at;
     }
     test_units(t, &in);
