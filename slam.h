@@ -1328,9 +1328,8 @@ typedef struct json {
 } json;
 
 typedef struct json_parser {
-    char *at, *end; // in a copy of the text that ends with 0; strings are unescaped in place
-    char *line;     // start of the current line
-    int n_line, depth;
+    char *text, *at, *end; // a copy of the text that ends with 0; strings are unescaped in place
+    int depth;
     json *node; // the next unused node
     const char *what;
 } json_parser;
@@ -1350,22 +1349,17 @@ static size_t utf8_length(const char *at) {
     return code >= smallest[n] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? n : 0;
 }
 
-/* The error "what: line 3, byte 14: found '}', expected ..."; the line only if it is not the first. */
+/* The error "what: byte 14: found '}', expected ..." */
 static int json_expected(const json_parser *p, const char *expected) {
     const int c = (unsigned char)*p->at;
-    char found[16] = "the end", line[24] = "";
+    char found[16] = "the end";
     if (p->at < p->end) snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    if (p->n_line > 1) snprintf(line, sizeof line, "line %d, ", p->n_line);
-    return set_error("%s: %sbyte %td: found %s, expected %s", p->what, line, p->at - p->line + 1, found, expected);
+    return set_error("%s: byte %td: found %s, expected %s", p->what, p->at - p->text + 1, found, expected);
 }
 
 /* The next character that is not white space. */
 static char json_peek(json_parser *p) {
-    for (; *p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t'; p->at++)
-        if (*p->at == '\n') {
-            p->n_line++;
-            p->line = p->at + 1;
-        }
+    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
     return *p->at;
 }
 
@@ -1502,9 +1496,8 @@ static json *json_parse(const char *text, size_t n, const char *what) {
     json *root = (json *)(void *)NEW(char, nodes * sizeof(json) + n + 2); // and the copy behind them
     p.what = what;
     p.node = root + 1;
-    p.at = p.line = (char *)(root + nodes) + 1;
+    p.at = p.text = (char *)(root + nodes) + 1;
     p.end = p.at + n;
-    p.n_line = 1;
     if (n) memcpy(p.at, text, n);
     if (json_parse_value(&p, root)) {
         json_peek(&p);
@@ -1628,22 +1621,6 @@ static void fields_write(strbuf *out, const field *f, size_t n, const void *from
         if (f->type == FIELD_HEX) strbuf_add(out, "\"%016llx\"", (unsigned long long)*(const uint64_t *)at);
         strbuf_add(out, f + 1 < end ? ",\n" : "\n");
     }
-}
-
-/* Reads one member: if it is absent or null, 1 and *out stays. */
-static int json_int(const json *object, const char *key, const char *what, long min, long max, int *out) {
-    const field f = {key, FIELD_INT, 0, (double)min, (double)max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_real(const json *object, const char *key, const char *what, double min, double max, double *out) {
-    const field f = {key, FIELD_REAL, 0, min, max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_bool(const json *object, const char *key, const char *what, int *out) {
-    const field f = {key, FIELD_BOOL, 0, 0, 0, 0};
-    return field_read(object, &f, out, what);
 }
 
 /* ---- safetensors ----
@@ -5719,6 +5696,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
+    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     double rotary = 1;
     int plain = !rope || rope->type == JSON_OBJECT;
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
@@ -5726,25 +5704,25 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
         return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
                          type && type->type == JSON_STRING ? type->string : "");
-    return json_real(rope, "rope_theta", path, 1, 1e12, &config->rope_theta) &&
-           json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) &&
-           json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary) &&
+    return fields_read(rope, config_fields + CONFIG_FIELDS - 1, 1, config, path) && // rope_theta
+           fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
 /* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
-    static const char *const flags[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
+    static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
+                                  {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
+                                  {"use_sliding_window", FIELD_BOOL, 2 * sizeof(int), 0, 0, 0}};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
     const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
     int set[3] = {0, 0, 0};
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    for (int i = 0; i < 3; i++) {
-        if (!json_bool(c, flags[i], path, &set[i])) return 0;
-        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i]);
-    }
+    if (!fields_read(c, flags, 3, set, path)) return 0;
+    for (int i = 0; i < 3; i++)
+        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i].name);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
         if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
             return set_error("%s: layer_types: expected full_attention in every layer", path);
@@ -5755,7 +5733,7 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
     if (!config_check(from, path) || !fields_read(from, config_fields, CONFIG_FIELDS, c, path) ||
-        !config_read_rope(c, from, path) || (base && !json_int(root, "vocab_size", path, 1, 1 << 20, &c->V)))
+        !config_read_rope(c, from, path) || (base && !fields_read(root, config_fields, 1, c, path))) // vocab_size
         return 0;
     c->qkv_bias = strcmp(json_string(from, "model_type", ""), "qwen2") == 0;
     if (!c->KVH) c->KVH = c->NH;
@@ -8335,6 +8313,7 @@ static void hubert_free(slam_hubert *h) {
 
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
+    static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     hubert_config *k = &h->config;
     size_t n = 0;
@@ -8347,7 +8326,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     for (int i = 0; ok && i < k->convs; i++) h->step *= k->stride[i];
     h->hash = hash_bytes(HASH_START, k, sizeof *k);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
     tensors *file = ok ? tensors_open(folder) : NULL;
     hubert_loader l = {h, file, folder, "", NULL, 0, file != NULL};
     if (file && tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
