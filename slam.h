@@ -1638,9 +1638,10 @@ static const char *const dtype_names[] = {"F32", "F16", "BF16", "F64", "I32", "I
 typedef struct tensor {
     const char *name;
     int dtype, rank;
-    size_t shape[8], count;
-    const unsigned char *data; // not necessarily aligned
-    const char *file;
+    size_t shape[8];
+    const void *data; // not necessarily aligned
+    size_t count;
+    const char *file; // that it was read from
 } tensor;
 
 typedef struct tensors_file {
@@ -1666,12 +1667,6 @@ static void tensors_close(tensors *t) {
     free(t->file);
     free(t->at);
     free(t);
-}
-
-static size_t tensor_bytes(int dtype, int rank, const size_t *shape) {
-    size_t bytes = dtype_bytes[dtype];
-    for (int k = 0; k < rank; k++) bytes *= shape[k];
-    return bytes;
 }
 
 /* Whole numbers from 0 on; 0 if it is not an array of at most `max` of them. */
@@ -1852,7 +1847,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
         return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = t->data + first * dtype_bytes[t->dtype];
+    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
     if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
     for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
         memcpy(&wide, from + 8 * i, 8);
@@ -1865,17 +1860,9 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
-/* A tensor to be written. */
-typedef struct tensor_out {
-    const char *name;
-    int dtype, rank;
-    size_t shape[8];
-    const void *data;
-} tensor_out;
-
 /* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
    expects, is always added. */
-static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
+static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
     bytes *parts = NEW(bytes, n + 2); // length, header, tensors
@@ -1886,8 +1873,8 @@ static int tensors_write(const char *path, const tensor_out *list, size_t n, con
     }
     strbuf_add(&header, "}");
     for (size_t i = 0; i < n; i++) {
-        const tensor_out *t = &list[i];
-        const size_t size = tensor_bytes(t->dtype, t->rank, t->shape);
+        const tensor *t = &list[i];
+        const size_t size = t->count * dtype_bytes[t->dtype];
         strbuf_add(&header, ",");
         strbuf_add_json(&header, t->name);
         strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
@@ -1931,7 +1918,7 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     const size_t R = *rows, C = *cols, n = R * C, bytes = map->size - 10 - length;
     if ((C && R > bytes / C) || n * (size_t)width != bytes)
         return set_error("%s: found %zu bytes of data, expected %zu x %zu float%d", path, bytes, R, C, 8 * width);
-    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, n, map->data + 10 + length, path};
+    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, map->data + 10 + length, n, path};
     float *x = NEW(float, n);
     int ok = tensor_floats(&t, x, 0, n);
     for (size_t i = 0; ok && i < n; i++)
@@ -6167,7 +6154,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
     if (c.tied && embed && head) // a head that differs is not tied, as in Transformers 5
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
-                 !memcmp(embed->data, head->data, tensor_bytes(embed->dtype, embed->rank, embed->shape));
+                 !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
     if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
     ok = m && weights_read(m, &c, file, prefix, V != 0);
@@ -6179,8 +6166,9 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-static tensor_out tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const tensor_out out = {name, DTYPE_F32, t->rows ? 2 : 1, {t->rows ? t->rows : t->cols, t->cols}, weights + t->at};
+static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
+    const size_t first = t->rows ? t->rows : t->cols;
+    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
     return out;
 }
 
@@ -6210,7 +6198,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor_out *out = NEW(tensor_out, n);
+    tensor *out = NEW(tensor, n);
     for (size_t k = 0; k < n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         char name[96];
@@ -9959,7 +9947,7 @@ int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t mo
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference};
+    const tensor out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference, 2 * p->n, NULL};
     return tensors_write(path, &out, 1, metadata);
 }
 
@@ -11157,7 +11145,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
         slam_strings names = ZERO;
-        tensor_out *out = NEW(tensor_out, n);
+        tensor *out = NEW(tensor, n);
         char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);

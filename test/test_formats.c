@@ -329,11 +329,11 @@ static void test_tensors_round_trip(void) {
     const float a[6] = {1, -2, 3.5f, -0.0f, INFINITY, 1e-42f}, b[3] = {7, 8, 9};
     const double c[1] = {1e300};
     const int32_t d[2] = {-5, 6};
-    const tensor_out list[] = {{"a", DTYPE_F32, 2, {2, 3}, a},
-                               {"d", DTYPE_I32, 1, {2}, d},
-                               {"b.\"quoted\"", DTYPE_F32, 1, {3}, b},
-                               {"c", DTYPE_F64, 0, {0}, c},
-                               {"e", DTYPE_F32, 2, {0, 4}, NULL}};
+    const tensor list[] = {{"a", DTYPE_F32, 2, {2, 3}, a, 6, NULL},
+                           {"d", DTYPE_I32, 1, {2}, d, 2, NULL},
+                           {"b.\"quoted\"", DTYPE_F32, 1, {3}, b, 3, NULL},
+                           {"c", DTYPE_F64, 0, {0}, c, 1, NULL},
+                           {"e", DTYPE_F32, 2, {0, 4}, NULL, 0, NULL}};
     static const char *const metadata[] = {"updates", "20", "note", "a \"b\"", NULL};
     const char *path = check_path("round.safetensors");
     float got[6] = {0};
@@ -342,7 +342,8 @@ static void test_tensors_round_trip(void) {
     if (!CHECK(t, "%s", slam_error())) return;
     const tensor *found = tensors_find(t, "a");
     CHECK(t->n == 5 && !strcmp(t->at[1].name, "b.\"quoted\"") && found == &t->at[0], "%zu tensors", t->n);
-    CHECK(t->file[0].map.size % 4 == 0 && (found->data - t->file[0].map.data) % 8 == 0, "data are not aligned");
+    CHECK(t->file[0].map.size % 4 == 0 && ((const unsigned char *)found->data - t->file[0].map.data) % 8 == 0,
+          "data are not aligned");
     CHECK(!strcmp(tensors_metadata(t, "format"), "pt") && !strcmp(tensors_metadata(t, "note"), "a \"b\"") &&
               !strcmp(tensors_metadata(t, "updates"), "20") && !tensors_metadata(t, "absent"),
           "metadata differ");
@@ -470,8 +471,8 @@ static void test_tensors_damaged(void) {
         tensors *t = tensors_open(tensor_file(
             "order.safetensors",
             "{" ENTRY("b", "U8", "[2]", "[24,26]") "," ENTRY("z", "U8", "[5,0]", "[24,24]") "," A "}      ", 26));
-        CHECK(t && t->n == 3 && tensors_find(t, "b")->data[1] == 25 && tensors_find(t, "z")->count == 0, "%s",
-              slam_error());
+        CHECK(t && t->n == 3 && ((const char *)tensors_find(t, "b")->data)[1] == 25 && tensors_find(t, "z")->count == 0,
+              "%s", slam_error());
         tensors_close(t);
         t = tensors_open(tensor_file("none.safetensors", "{}", 0));
         CHECK(t && t->n == 0 && !tensors_find(t, "a"), "%s", slam_error());
@@ -498,7 +499,7 @@ static void test_tensors_folders(void) {
     if (!TEST("safetensors: folders, shards, and invalid indices")) return;
     static const char index[] = "model/model.safetensors.index.json";
     const float a[2] = {1, 2}, b[3] = {3, 4, 5};
-    const tensor_out both[2] = {{"a", DTYPE_F32, 1, {2}, a}, {"b", DTYPE_F32, 1, {3}, b}};
+    const tensor both[2] = {{"a", DTYPE_F32, 1, {2}, a, 2, NULL}, {"b", DTYPE_F32, 1, {3}, b, 3, NULL}};
     char folder[1024];
     float got[3] = {0};
     snprintf(folder, sizeof folder, "%s", check_path("model"));
@@ -942,7 +943,7 @@ static void test_damage(void) {
         "\"s\": \"\\u00e9\\ud83d\\ude00\\n\"}";
     static const char features[] = "{\"units\": [3, 49, 7], \"duration\": [1, 2, 1], \"file_name\": \"a.wav\"}";
     static const char repr[] = "{\"audio_repr\": \"<Un3><Un49><Un7>\", \"file_name\": \"a.wav\"}";
-    const tensor_out list[] = {{"a", DTYPE_F32, 2, {2, 3}, numbers}, {"b", DTYPE_F64, 1, {3}, numbers}};
+    const tensor list[] = {{"a", DTYPE_F32, 2, {2, 3}, numbers, 6, NULL}, {"b", DTYPE_F64, 1, {3}, numbers, 3, NULL}};
     CHECK(tensors_write(check_path("damage.safetensors"), list, 2, NULL), "%s", slam_error());
     CHECK(npy_write(check_path("damage.npy"), numbers, 2, 3), "%s", slam_error());
     CHECK(write_shard(check_path("damage.bin"), tokens, 5, 100, 7), "%s", slam_error());
