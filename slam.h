@@ -1147,19 +1147,6 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
     return hash;
 }
 
-/* ---- threads ---- */
-
-/* Sets the number of threads of parallel loops, 0: one per core. Returns the number. */
-static int threads_set(int threads) {
-    if (threads > 0) omp_set_num_threads(threads);
-    return omp_get_max_threads();
-}
-
-static int threads_count(void) { return omp_get_max_threads(); }
-
-/* Index of the calling thread in a parallel loop. */
-static int thread_index(void) { return omp_get_thread_num(); }
-
 /* ---- files ---- */
 
 /* "folder/name" in memory of its own. */
@@ -2807,7 +2794,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, tiles = (T + QUERIES - 1) / QUERIES;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * QUERIES * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * QUERIES * T);
     PARALLEL_FOR
     for (int i = 0; i < B * T; i++) rotate(row(qkv, i, W), NH + KVH, mask, rotary_position(mask, i), 1);
     /* The last tiles of a row see the most keys and come first, so that no thread ends with a long one. */
@@ -2818,7 +2805,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
         const float *q = row(qkv, b * T + t.i, W) + h * HS;
         const float *k = row(qkv, b * T + t.first, W) + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
         float *o = row(out, b * T + t.i, O) + h * HS, *l = lse + ((size_t)b * NH + h) * T + t.i, sum[QUERIES];
-        float *s = scratch + (size_t)thread_index() * QUERIES * T; // (t.n, t.keys)
+        float *s = scratch + (size_t)omp_get_thread_num() * QUERIES * T; // (t.n, t.keys)
         gemm(0, 1, t.n, t.keys, HS, q, W, k, W, 0, s, t.keys);
         for (int i = 0; i < t.n; i++) {
             float *si = s + (size_t)i * t.keys - t.first; // si[j] is s_ij
@@ -2841,12 +2828,12 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, cons
     const int W = (NH + 2 * KVH) * HS, O = NH * HS;
     const float scale = 1 / sqrtf((float)HS);
     const size_t work = (size_t)QUERIES * T, head = (size_t)T * HS;
-    float *scratch = cpu_scratch(ops, 2 * threads_count() * work + 2 * B * NH * head);
-    float *dkv = scratch + 2 * threads_count() * work;
+    float *scratch = cpu_scratch(ops, 2 * omp_get_max_threads() * work + 2 * B * NH * head);
+    float *dkv = scratch + 2 * omp_get_max_threads() * work;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < B * NH; task++) {
         const int b = task / NH, h = task % NH, kv = (NH + h * KVH / NH) * HS;
-        float *p = scratch + 2 * thread_index() * work, *ds = p + work; // (t.n, t.keys) each
+        float *p = scratch + 2 * omp_get_thread_num() * work, *ds = p + work; // (t.n, t.keys) each
         float *dk = dkv + 2 * task * head, *dv = dk + head, *Di = D + (size_t)task * T;
         memset(dk, 0, 2 * head * sizeof(float));
         for (int i = 0; i < T; i++) Di[i] = dot(row(dout, b * T + i, O) + h * HS, row(out, b * T + i, O) + h * HS, HS);
@@ -2887,7 +2874,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS, heads = NH / KVH;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, KV = 2 * KVH * HS;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * heads * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * heads * T);
     for (int b = 0; b < B; b++) {
         rotate(row(qkv, b, W), NH + KVH, mask, lengths[b], 1);
         memcpy(row(cache, b * T + lengths[b], KV), row(qkv, b, W) + O, (size_t)KV * sizeof(float));
@@ -2896,7 +2883,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     for (int task = 0; task < B * KVH; task++) {
         const int b = task / KVH, g = task % KVH, n = lengths[b] + 1;
         const float *q = row(qkv, b, W) + g * heads * HS, *k = row(cache, b * T, KV) + g * HS, *v = k + KVH * HS;
-        float *s = scratch + (size_t)thread_index() * heads * T; // (heads,n)
+        float *s = scratch + (size_t)omp_get_thread_num() * heads * T; // (heads,n)
         gemm(0, 1, heads, n, HS, q, HS, k, KV, 0, s, n);
         for (int h = 0; h < heads; h++) {
             float *sh = s + (size_t)h * n;
@@ -3176,11 +3163,12 @@ static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_a
 slam_ops *slam_cpu(int threads) {
     cpu_ops *cpu = NEW(cpu_ops, 1);
     slam_ops *ops = &cpu->ops;
-    threads = threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    threads = omp_get_max_threads();
 #if defined SLAM_BLAS && defined OPENBLAS_VERSION
     openblas_set_num_threads(
         1); // gemm_parallel has the threads. A build of OpenBLAS with OpenMP sets those of OpenMP, too
-    threads_set(threads);
+    omp_set_num_threads(threads);
 #endif
     snprintf(cpu->name, sizeof cpu->name, "cpu, %d thread%s", threads, threads == 1 ? "" : "s");
     ops->name = cpu->name;
@@ -5235,7 +5223,7 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->name = cuda->name;
     ops->act_bytes = act_bytes;
     ops->asynchronous = 1;
-    ops->threads = threads_count();
+    ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
@@ -11623,9 +11611,11 @@ static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4);
 
 int slam_threads(const slam_comm *comm, int threads) {
     const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks, bound = threads_count(); // mpirun may bind a rank
+    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks,
+              bound = omp_get_max_threads(); // mpirun may bind a rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
-    return threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    return omp_get_max_threads();
 }
 
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {

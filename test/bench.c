@@ -325,7 +325,7 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--python")) python = argv[i + 1];
         if (!strcmp(argv[i], "--rows")) wanted = argv[i + 1];
     }
-    if (threads < 1) threads = threads_set(0);
+    if (threads < 1) threads = omp_get_max_threads();
     char folder[] = "/tmp/slam-bench-XXXXXX";
     if (!mkdtemp(folder)) die();
     char machine[128], versions[128] = "PyTorch not found", day[32], path[128], commit[64] = "unknown";
