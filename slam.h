@@ -5269,9 +5269,8 @@ struct slam_comm_state {
     float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
-    int *counts;     // (4,size): numbers to send to each rank, their offsets, numbers to receive, their offsets
 #ifdef SLAM_MPI
-    MPI_Request request;
+    MPI_Request *requests; // (2,size): from each rank, to each rank
 #endif
 #ifdef SLAM_NCCL
     ncclComm_t nccl;
@@ -5358,6 +5357,7 @@ static void comm_leave(slam_comm *c, int status) {
     if (c->state->nccl) ncclCommDestroy(c->state->nccl);
 #endif
     if (c->state->started) MPI_Finalize();
+    free(c->state->requests);
 }
 #else
 // clang-format off
@@ -5374,7 +5374,6 @@ void slam_comm_finalize(slam_comm *c, int status) {
     if (c->state->ops) c->state->ops->comm = NULL;
     comm_leave(c, status);
     free(c->state->received);
-    free(c->state->counts);
     free(c->state);
     free(c);
 }
@@ -5446,10 +5445,10 @@ void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *to
    comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
    done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
 
-   Over MPI a reduce-scatter is an all-to-all and a sum in rank order: MPI_Reduce_scatter may add in another order if
-   a message has another size, and the same numbers must give the same bits however they are divided into messages. An
-   error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read; an error of NCCL
-   loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
+   another order if a message has another size, and the same numbers must give the same bits however they are divided
+   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
+   an error of NCCL loses the rank. */
 
 #ifndef SLAM_MPI
 // clang-format off
@@ -5507,7 +5506,7 @@ static int comm_connect(slam_comm *c) {
 static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
-    MPI_Wait(&s->request, MPI_STATUS_IGNORE);
+    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
     const slam_range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
     PARALLEL_FOR
@@ -5523,7 +5522,7 @@ static void reduction_end(slam_comm *c) {
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
-    const int size = c->size;
+    const size_t size = c->size;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
@@ -5531,7 +5530,7 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclReduceScatter(x, x + each * c->rank, each, ncclFloat, ncclSum, s->nccl, stream);
         if (result == ncclSuccess && even < n)
-            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, size - 1, s->nccl, stream);
+            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, c->size - 1, s->nccl, stream);
         return nccl_ok(c, result, "a reduction");
     }
 #endif
@@ -5539,20 +5538,16 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     reduction_end(c);
     const slam_range own = comm_part(c, c->rank, n);
     const size_t own_n = own.end - own.first;
-    if (!s->counts) s->counts = NEW(int, 4 * (size_t)size);
-    int *sent = s->counts, *sent_at = sent + size, *received = sent + 2 * size, *received_at = sent + 3 * size;
-    for (int k = 0; k < size; k++) {
-        const slam_range part = comm_part(c, k, n);
-        sent[k] = (int)(part.end - part.first);
-        sent_at[k] = (int)part.first;
-        received[k] = (int)own_n;
-        received_at[k] = (int)(k * own_n);
-    }
+    if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
     GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
-    MPI_Ialltoallv(x, sent, sent_at, MPI_FLOAT, s->received, received, received_at, MPI_FLOAT, MPI_COMM_WORLD,
-                   &s->request);
+    for (int k = 0; k < c->size; k++) {
+        const slam_range part = comm_part(c, k, n);
+        const int part_n = (int)(part.end - part.first);
+        MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
+        MPI_Isend(x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
+    }
     return 1;
 }
 
@@ -5633,7 +5628,7 @@ static int comm_finish(slam_comm *c) {
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
     int done;
-    if (c && c->state->x) MPI_Test(&c->state->request, &done, MPI_STATUS_IGNORE);
+    if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
 }
 #endif
 
