@@ -1563,35 +1563,31 @@ typedef struct field {
     int required;
 } field;
 
-/* Reads one member. If it is absent or null, `at` stays as it is, unless it is required. */
-static int field_read(const json *object, const field *f, void *at, const char *what) {
-    const json *j = json_get(object, f->name);
-    const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
-    char expected[80] = "true or false";
-    if (!j && !f->required) return 1;
-    int ok = type == JSON_TRUE || type == JSON_FALSE;
-    if (f->type == FIELD_HEX) {
-        const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-        ok = digits >= 1 && digits <= 16 && !j->string[digits];
-        snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
-    } else if (f->type != FIELD_BOOL) {
-        ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
-        snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
-    }
-    if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
-    if (f->type == FIELD_INT) *(int *)at = (int)j->number;
-    if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
-    if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
-    if (f->type == FIELD_REAL) *(double *)at = j->number;
-    if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
-    if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
-    return 1;
-}
-
-/* Reads n members into the struct `to`. */
+/* Reads n members into the struct `to`. One that is absent or null leaves it as it is, unless it is required. */
 static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
-    for (size_t i = 0; i < n; i++)
-        if (!field_read(object, &f[i], (char *)to + f[i].offset, what)) return 0;
+    for (const field *end = f + n; f < end; f++) {
+        const json *j = json_get(object, f->name);
+        const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
+        void *at = (char *)to + f->offset;
+        char expected[80] = "true or false";
+        if (!j && !f->required) continue;
+        int ok = type == JSON_TRUE || type == JSON_FALSE;
+        if (f->type == FIELD_HEX) {
+            const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
+            ok = digits >= 1 && digits <= 16 && !j->string[digits];
+            snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
+        } else if (f->type != FIELD_BOOL) {
+            ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
+            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
+        }
+        if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
+        if (f->type == FIELD_INT) *(int *)at = (int)j->number;
+        if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
+        if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
+        if (f->type == FIELD_REAL) *(double *)at = j->number;
+        if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
+        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+    }
     return 1;
 }
 
