@@ -1578,7 +1578,8 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
             snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
         } else if (f->type != FIELD_BOOL) {
             ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
-            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
+            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min,
+                     f->max);
         }
         if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
         if (f->type == FIELD_INT) *(int *)at = (int)j->number;
