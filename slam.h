@@ -283,18 +283,10 @@ slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL a
 /* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
 void slam_comm_finalize(slam_comm *, int status);
 void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
-typedef struct slam_range {
-    size_t first, end; /* first <= i < end */
-} slam_range;
-slam_range slam_comm_share(const slam_comm *, size_t n); /* this rank's share of n items: contiguous, nearly equal */
 /* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
-int slam_all_ok(slam_comm *, int ok);         /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
-int slam_comm_equal(slam_comm *, uint64_t x); /* 1 if x is the same on every rank */
+int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 long slam_comm_max(slam_comm *, long x);
-void slam_comm_sum(slam_comm *, double *x, size_t n);         /* in rank order: the same bits on every rank */
-void slam_comm_broadcast(slam_comm *, void *x, size_t bytes); /* from rank 0; fewer than 2^31 bytes */
-/* Concatenates every rank's bytes (fewer than 2^31) in rank order; free() the result. */
-void *slam_comm_all_gather(slam_comm *, const void *x, size_t bytes, size_t *total);
+void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
 
 /* ---- 7. MODEL: Qwen2 and Llama-type transformers, forward and backward ---- */
 
@@ -5276,9 +5268,14 @@ struct slam_comm_state {
 
 static int takes_part(const slam_comm *c) { return c && c->size > 1 && !c->state->lost; }
 
-slam_range slam_comm_share(const slam_comm *c, size_t n) {
+typedef struct range {
+    size_t first, end; // first <= i < end
+} range;
+
+/* This rank's share of n items: contiguous, nearly equal. */
+static range comm_share(const slam_comm *c, size_t n) {
     const size_t size = c ? c->size : 1, rank = c ? c->rank : 0, each = n / size, more = n % size;
-    slam_range r;
+    range r;
     r.first = rank * each + (rank < more ? rank : more);
     r.end = r.first + each + (rank < more);
     return r;
@@ -5286,9 +5283,9 @@ slam_range slam_comm_share(const slam_comm *c, size_t n) {
 
 /* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
    256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
-static slam_range comm_part(const slam_comm *c, int rank, size_t n) {
+static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
-    slam_range r;
+    range r;
     r.first = rank * each;
     r.end = !c || rank == c->size - 1 ? n : r.first + each;
     return r;
@@ -5405,7 +5402,8 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-int slam_comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
+/* 1 if x is the same on every rank. */
+static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
@@ -5418,11 +5416,13 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     free(all);
 }
 
-void slam_comm_broadcast(slam_comm *c, void *x, size_t bytes) {
+/* From rank 0; fewer than 2^31 bytes. */
+static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
+/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
+static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
     const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
     uint64_t own = bytes, *sizes = NEW(uint64_t, size);
     sizes[0] = own;
@@ -5489,7 +5489,7 @@ static int comm_connect(slam_comm *c) {
     if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
-    slam_comm_broadcast(c, &id, sizeof id);
+    comm_broadcast(c, &id, sizeof id);
     return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
@@ -5504,7 +5504,7 @@ static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
     MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
-    const slam_range part = comm_part(c, c->rank, s->n);
+    const range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
     PARALLEL_FOR
     for (size_t i = 0; i < n; i++) {
@@ -5533,14 +5533,14 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     reduction_end(c);
-    const slam_range own = comm_part(c, c->rank, n);
+    const range own = comm_part(c, c->rank, n);
     const size_t own_n = own.end - own.first;
     if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
     GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
     for (int k = 0; k < c->size; k++) {
-        const slam_range part = comm_part(c, k, n);
+        const range part = comm_part(c, k, n);
         const int part_n = (int)(part.end - part.first);
         MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
         MPI_Isend(x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
@@ -5568,7 +5568,7 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     int *counts = NEW(int, 2 * (size_t)c->size), *at = counts + c->size;
     for (int k = 0; k < c->size; k++) {
-        const slam_range r = comm_part(c, k, n);
+        const range r = comm_part(c, k, n);
         counts[k] = (int)((r.end - r.first) * bytes);
         at[k] = (int)(r.first * bytes);
     }
@@ -6722,7 +6722,7 @@ static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
         k.first = first + i;
         k.n = n - i < each ? n - i : each;
         k.after = after;
-        const slam_range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
         k.part = k.first + part.first;
         k.part_n = part.end - part.first;
         k.update = b->sharded ? k.part : k.first;
@@ -7462,7 +7462,7 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
         l->targets += row->length - row->n; // the last token of a chunk has no target
     }
     if (p->evenly) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->evenly), 16);
-    const slam_range share = slam_comm_share(comm, b->n);
+    const range share = comm_share(comm, b->n);
     p->share = b->at + share.end;
     l->rows = (int)b->n;
     l->rows_left = (int)(share.end - share.first);
@@ -9643,7 +9643,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
-    const slam_range share = slam_comm_share(comm, paths->n);
+    const range share = comm_share(comm, paths->n);
     const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
@@ -9660,7 +9660,7 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
+    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
@@ -10948,7 +10948,7 @@ static int generator_exchange(const generator *g, slam_prompts *p, slam_comm *co
         strbuf_add_bytes(&own, head, sizeof head);
         strbuf_add_bytes(&own, q->continuation, (size_t)q->length * sizeof(int));
     }
-    int *all = (int *)slam_comm_all_gather(comm, own.at, own.n, &bytes);
+    int *all = (int *)comm_all_gather(comm, own.at, own.n, &bytes);
     for (const int *at = all, *end = all + bytes / sizeof *all; at < end; at += 3 + at[1]) {
         slam_prompt *q = &p->at[at[0]];
         if (!q->continuation) q->continuation = NEW(int, at[1]);
@@ -11624,7 +11624,7 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
         ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
     ok = slam_all_ok(comm, ok && ops);
-    if (ok && !slam_comm_equal(comm, (uint64_t)is_cuda(ops))) {
+    if (ok && !comm_equal(comm, (uint64_t)is_cuda(ops))) {
         set_error("--device auto: only some of the ranks have a GPU%s", why);
         ok = slam_all_ok(comm, 0);
     }
@@ -12010,7 +12010,7 @@ static int run_name(slam_run *r) {
         *path = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    slam_comm_broadcast(r->comm, path, sizeof path);
+    comm_broadcast(r->comm, path, sizeof path);
     free(r->folder);
     r->folder = string_copy(path);
     return 1;
@@ -12047,7 +12047,7 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     int ok = r->fresh || data == t->data ||
              set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
     if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = slam_comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
+    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
          set_error("the ranks see different data or checkpoints: expected files that all machines share");
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
