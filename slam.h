@@ -5322,8 +5322,33 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-static void ranks_gather(void *all, const void *x, size_t bytes) {
-    MPI_Allgather(x, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD);
+/* x may be this rank's place in `all`. */
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
+    const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
+    MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
+}
+
+/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+static void ranks_send_parts(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
+    const range own = comm_part(c, c->rank, s->n);
+    const size_t size = c->size, own_n = own.end - own.first;
+    if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
+    GROW(float, s->received, s->capacity, size *own_n);
+    for (int k = 0; k < c->size; k++) {
+        const range part = comm_part(c, k, s->n);
+        const int part_n = (int)(part.end - part.first);
+        MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
+        MPI_Isend(s->x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
+    }
+}
+
+static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+
+/* MPI moves messages only while it is called. */
+static void comm_progress(slam_comm *c) {
+    int done;
+    if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
 }
 
 static void comm_join(slam_comm *c) {
@@ -5357,7 +5382,10 @@ static void comm_leave(slam_comm *c, int status) {
 // clang-format off
 static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
-static void ranks_gather(void *all, const void *x, size_t bytes) { (void)all; (void)x; (void)bytes; }
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
+static void ranks_send_parts(slam_comm *c) { (void)c; }
+static void ranks_wait(slam_comm *c) { (void)c; }
+static void comm_progress(slam_comm *c) { (void)c; }
 static void comm_join(slam_comm *c) { (void)c; }
 static void comm_leave(slam_comm *c, int status) { (void)c; (void)status; }
 // clang-format on
@@ -5408,7 +5436,7 @@ static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
-    ranks_gather(all, x, n * sizeof *x);
+    ranks_gather(c, all, x, n * sizeof *x);
     for (size_t i = 0; i < n; i++) {
         x[i] = all[i];
         for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
@@ -5426,7 +5454,7 @@ static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *
     const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
     uint64_t own = bytes, *sizes = NEW(uint64_t, size);
     sizes[0] = own;
-    if (part) ranks_gather(sizes, &own, sizeof own);
+    if (part) ranks_gather(c, sizes, &own, sizeof own);
     *total = 0;
     for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
     char *all = NEW(char, *total), *at = all;
@@ -5447,19 +5475,6 @@ static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *
    into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
    an error of NCCL loses the rank. */
 
-#ifndef SLAM_MPI
-// clang-format off
-static int comm_connect(slam_comm *c) { (void)c; return 1; }
-static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
-    (void)c; (void)x; (void)part; (void)n; (void)bytes; return 1;
-}
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static void comm_wait(slam_comm *c) { (void)c; }
-static int comm_finish(slam_comm *c) { (void)c; return 1; }
-static void comm_progress(slam_comm *c) { (void)c; }
-// clang-format on
-#else
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
     return 0;
@@ -5503,7 +5518,7 @@ static int comm_connect(slam_comm *c) {
 static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
-    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
+    ranks_wait(c);
     const range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
     PARALLEL_FOR
@@ -5519,11 +5534,10 @@ static void reduction_end(slam_comm *c) {
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
-    const size_t size = c->size;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end, even = each * size;
+        const size_t each = comm_part(c, 0, n).end, even = each * c->size;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclReduceScatter(x, x + each * c->rank, each, ncclFloat, ncclSum, s->nccl, stream);
         if (result == ncclSuccess && even < n)
@@ -5533,18 +5547,9 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     reduction_end(c);
-    const range own = comm_part(c, c->rank, n);
-    const size_t own_n = own.end - own.first;
-    if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
-    GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
-    for (int k = 0; k < c->size; k++) {
-        const range part = comm_part(c, k, n);
-        const int part_n = (int)(part.end - part.first);
-        MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
-        MPI_Isend(x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
-    }
+    ranks_send_parts(c);
     return 1;
 }
 
@@ -5552,12 +5557,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
+    const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
+    char *tail = (char *)x + even; // of the last rank's part
+    const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-        char *tail = (char *)x + even;
-        const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclAllGather(part, x, each, ncclChar, s->nccl, stream);
         if (result == ncclSuccess && rest)
@@ -5566,15 +5571,9 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     }
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
-    int *counts = NEW(int, 2 * (size_t)c->size), *at = counts + c->size;
-    for (int k = 0; k < c->size; k++) {
-        const range r = comm_part(c, k, n);
-        counts[k] = (int)((r.end - r.first) * bytes);
-        at[k] = (int)(r.first * bytes);
-    }
-    const int in_place = (const char *)part == (char *)x + at[c->rank];
-    MPI_Allgatherv(in_place ? MPI_IN_PLACE : part, counts[c->rank], MPI_BYTE, x, counts, at, MPI_BYTE, MPI_COMM_WORLD);
-    free(counts);
+    ranks_gather(c, x, part, each);
+    if (from != tail) memcpy(tail, from, rest);
+    ranks_broadcast(tail, rest, c->size - 1);
     return 1;
 }
 
@@ -5621,13 +5620,6 @@ static int comm_finish(slam_comm *c) {
     (void)c;
     return 1;
 }
-
-/* MPI moves messages only while it is called. */
-static void comm_progress(slam_comm *c) {
-    int done;
-    if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
-}
-#endif
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
