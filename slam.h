@@ -5274,10 +5274,8 @@ typedef struct range {
 
 /* This rank's share of n items: contiguous, nearly equal. */
 static range comm_share(const slam_comm *c, size_t n) {
-    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0, each = n / size, more = n % size;
-    range r;
-    r.first = rank * each + (rank < more ? rank : more);
-    r.end = r.first + each + (rank < more);
+    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0;
+    const range r = {n * rank / size, n * (rank + 1) / size};
     return r;
 }
 
@@ -5285,9 +5283,7 @@ static range comm_share(const slam_comm *c, size_t n) {
    256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
 static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
-    range r;
-    r.first = rank * each;
-    r.end = !c || rank == c->size - 1 ? n : r.first + each;
+    const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
     return r;
 }
 
@@ -5351,33 +5347,6 @@ static void comm_progress(slam_comm *c) {
     if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
 }
 
-static void comm_join(slam_comm *c) {
-    struct slam_comm_state *s = c->state;
-    int running = 0, level;
-    MPI_Comm machine;
-    MPI_Initialized(&running);
-    if (!running && !comm_launched()) return;
-    s->started = !running;
-    if (s->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &c->size);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &c->local_rank);
-    MPI_Comm_size(machine, &c->local_size);
-    MPI_Comm_free(&machine);
-}
-
-static void comm_leave(slam_comm *c, int status) {
-    if (c->state->started && status && c->size > 1 && !c->failed) {
-        fflush(NULL);
-        MPI_Abort(MPI_COMM_WORLD, status);
-    }
-#ifdef SLAM_NCCL
-    if (c->state->nccl) ncclCommDestroy(c->state->nccl);
-#endif
-    if (c->state->started) MPI_Finalize();
-    free(c->state->requests);
-}
 #else
 // clang-format off
 static long ranks_max(long x) { return x; }
@@ -5386,25 +5355,49 @@ static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (vo
 static void ranks_send_parts(slam_comm *c) { (void)c; }
 static void ranks_wait(slam_comm *c) { (void)c; }
 static void comm_progress(slam_comm *c) { (void)c; }
-static void comm_join(slam_comm *c) { (void)c; }
-static void comm_leave(slam_comm *c, int status) { (void)c; (void)status; }
 // clang-format on
 #endif
 
 void slam_comm_finalize(slam_comm *c, int status) {
     if (!c) return;
-    if (c->state->ops) c->state->ops->comm = NULL;
-    comm_leave(c, status);
-    free(c->state->received);
-    free(c->state);
+    struct slam_comm_state *s = c->state;
+    if (s->ops) s->ops->comm = NULL;
+#ifdef SLAM_MPI
+    if (s->started && status && c->size > 1 && !c->failed) {
+        fflush(NULL);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+#ifdef SLAM_NCCL
+    if (s->nccl) ncclCommDestroy(s->nccl);
+#endif
+    if (s->started) MPI_Finalize();
+    free(s->requests);
+#endif
+    (void)status;
+    free(s->received);
+    free(s);
     free(c);
 }
 
 slam_comm *slam_comm_init(void) {
     slam_comm *c = NEW(slam_comm, 1);
-    c->size = c->local_size = c->zero = 1;
     c->state = NEW(struct slam_comm_state, 1);
-    comm_join(c);
+    c->size = c->local_size = c->zero = 1;
+#ifdef SLAM_MPI
+    int running = 0, level;
+    MPI_Comm machine;
+    MPI_Initialized(&running);
+    c->state->started = !running && comm_launched();
+    if (c->state->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    if (running || c->state->started) {
+        MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
+        MPI_Comm_size(MPI_COMM_WORLD, &c->size);
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &c->local_rank);
+        MPI_Comm_size(machine, &c->local_size);
+        MPI_Comm_free(&machine);
+    }
+#endif
     if (c->size > 1 || launcher_check()) return c;
     slam_comm_finalize(c, 1);
     return NULL;
