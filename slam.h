@@ -1959,8 +1959,6 @@ static int shard_open(shard *s, const char *path) {
     return ok;
 }
 
-static void shard_close(shard *s) { file_map_close(&s->map); }
-
 /* A file that is appended to and resumed after a kill: sync it, then note `bytes` in a journal; a later process cuts it
    to the noted bytes and continues there. While it is open, no other process can open it this way. */
 typedef struct append_file {
@@ -6986,7 +6984,7 @@ void slam_data_free(slam_data *d) {
     if (!d) return;
     if (--d->files->users == 0) {
         for (size_t i = 0; i < d->files->n; i++) {
-            shard_close(&d->files->at[i].mapped);
+            file_map_close(&d->files->at[i].mapped.map);
             free(d->files->at[i].memory);
             free(d->files->at[i].path);
         }

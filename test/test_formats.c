@@ -630,10 +630,10 @@ static void test_shards(void) {
         CHECK(write_shard(path, tokens, 7, 502, 0xfedcba98u) && shard_open(&s, path), "%s", slam_error());
         CHECK(s.n == 7 && s.V == 502 && s.fingerprint == 0xfedcba98u, "%zu tokens, V %d", s.n, s.V);
         CHECK(memcmp(s.tokens, tokens, sizeof tokens) == 0 && s.map.size == 1024 + 14, "%zu bytes", s.map.size);
-        shard_close(&s);
-        shard_close(&s);
+        file_map_close(&s.map);
+        file_map_close(&s.map);
         CHECK(write_shard(path, NULL, 0, 0, 0) && shard_open(&s, path) && s.n == 0 && s.V == 0, "%s", slam_error());
-        shard_close(&s);
+        file_map_close(&s.map);
         CHECK(append_open(&f, path), "%s", slam_error());
         f.bytes = 1024 + 2 * ((uint64_t)INT32_MAX + 1);
         check_fails(shard_write_header(&f, 0, 0), "x.bin: has 2147483648 tokens, expected at most 2147483647");
@@ -656,7 +656,7 @@ static void test_shards(void) {
         CHECK(append_close(&f), "closing twice");
         CHECK(shard_open(&s, path) && s.n == 7 && s.V == 502 && s.fingerprint == 7 && !memcmp(s.tokens, tokens, 14),
               "%s", slam_error());
-        shard_close(&s);
+        file_map_close(&s.map);
         check_fails(append_open(&f, check_path("no/folder/x.bin")), "cannot be written");
         if (access("/dev/full", W_OK) == 0) {
             f.f = fopen("/dev/full", "wb");

@@ -128,7 +128,7 @@ static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *na
         check_same_file(shard_path(a, whole, k), shard_path(b, parts, k));
         if (!CHECK(shard_open(&s, a), "%s", slam_error())) continue;
         CHECK(s.n <= 60 && s.tokens[0] == 1 && s.tokens[s.n - 1] == 1, "shard %d has %zu tokens", (int)k, s.n);
-        shard_close(&s);
+        file_map_close(&s.map);
     }
     if (w->failed) {
         char *a = string_print("%s.failed", whole), *b = string_print("%s.failed", parts);
@@ -232,7 +232,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
                 return;
             CHECK(s.V == 22 && s.fingerprint == t->fingerprint, "header");
             strbuf_add_bytes(&all, s.tokens, s.n * 2);
-            shard_close(&s);
+            file_map_close(&s.map);
         }
         const uint16_t *tokens = (const uint16_t *)(void *)all.at;
         CHECK(all.n / 2 == w.tokens, "%zu tokens of %zu", all.n / 2, (size_t)w.tokens);
@@ -361,7 +361,7 @@ static void test_units(const slam_tokenizer *t, const slam_inputs *in) {
     shard unsaid;
     if (CHECK(shard_open(&unsaid, check_path("unsaid.bin")), "%s", slam_error())) {
         CHECK(unsaid.V == 0 && unsaid.fingerprint == 0, "V %d", unsaid.V);
-        shard_close(&unsaid);
+        file_map_close(&unsaid.map);
     }
     slam_inputs_free(&lines);
     static const char bad[] = "{\"units\": [3, 25]}\n\n{\"units\": 3}\n{\"units\": [4], \"start\": 2.5, \"end\": 3}\n";
