@@ -1427,10 +1427,8 @@ static int json_parse_items(json_parser *p, json *j, char close) {
     for (; json_peek(p) != close; j->n++) {
         json *item = *link = p->node++;
         link = &item->next;
-        if (j->n > 0 && *p->at++ != ',') {
-            p->at--;
-            return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
-        }
+        if (j->n > 0 && *p->at != ',') return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
+        if (j->n > 0) p->at++;
         if (close == '}') {
             if (json_peek(p) != '"') return json_expected(p, "a key in quotes");
             if (!json_parse_string(p, &item->key)) return 0;
@@ -1533,11 +1531,11 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
 }
 
-/* The shortest text that reads back as the same double; null if it is not finite. */
+/* The shortest text of at least 15 digits, without trailing zeros, that reads back as the same double; null if it is
+   not finite. */
 static void strbuf_add_number(strbuf *out, double x) {
     char text[40];
-    // 15 digits survive a double that is not subnormal, so that %g may drop their trailing zeros
-    int digits = fabs(x) < 0x1p-1022 ? 0 : 14;
+    int digits = 14;
     do snprintf(text, sizeof text, "%.*g", ++digits, x);
     while (digits < 17 && strtod(text, NULL) != x); // 17 tell any two doubles apart
     char *point = strchr(text, *localeconv()->decimal_point);
