@@ -5293,13 +5293,10 @@ static int comm_launched(void) {
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
-#ifdef SLAM_MPI
-    const char *advice = "build with the MPI of this mpirun; srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)";
-#else
-    const char *advice = "this build has no MPI: install libopenmpi-dev, then make";
-#endif
     if (!tasks || atoi(tasks) < 2) return 1;
-    return set_error("%s started %s processes, but this one sees only itself: %s", launcher, tasks, advice);
+    return set_error("%s started %s processes, but this one sees only itself: build with this launcher's MPI "
+                     "(libopenmpi-dev, then make); srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)",
+                     launcher, tasks);
 }
 
 /* ---- host memory, over MPI ---- */
