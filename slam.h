@@ -213,8 +213,8 @@ struct slam_ops {
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. If scale != 0, dz
-       replaces them; it is 0 without a target and in the stride - V numbers of padding. */
+       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. scale 0: they stay.
+       Else dz replaces them; it is 0 without a target and in the stride - V numbers of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
                          float scale, int N, int V, int stride);
 
@@ -527,17 +527,15 @@ typedef struct slam_recording {
 /* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
 typedef struct slam_tokenizer {
     slam_unit_config config;
-    int K, width, step;   /* centroids; numbers per frame; samples per frame */
+    int K, width;         /* centroids; numbers per frame */
     int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
     uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
-    float *centroids, *lanes, *device_squares;
-    slam_act *device_centroids;
+    float *centroids;
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
-/* ops: the device of HuBERT, NULL for MFCC. */
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *, slam_ops *, const float *centroids, int K);
-/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right. */
+/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right; NULL: none. ops:
+   the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
@@ -2935,7 +2933,7 @@ static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const
             continue;
         }
         const float max = row_max(z, V), z_target = z[targets[i]];
-        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V);
+        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
         loss[i] = logf(sum) - (z_target - max);
         if (scale == 0) continue;
         const float weight = weights ? scale * weights[i] : scale;
@@ -4106,13 +4104,13 @@ template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
 crossentropy_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int N, int V,
                     int stride) {
-    const int lane = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
+    const int column = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
     if (i >= N) return; // the whole warp
     float *shared = (float *)shared_memory(), max = -INFINITY, sum = 0, x[P];
     T *row = logits + (size_t)i * stride;
     const int target = targets[i];
     const float z_target = target < 0 ? 0 : (float)row[target];
-    for (int first = lane; first < V; first += TEAM * P) {
+    for (int first = column; first < V; first += TEAM * P) {
         load(x, row + first);
         float larger = max;
         for (int k = 0; k < P; k++)
@@ -4123,11 +4121,11 @@ crossentropy_kernel(float *loss, T *logits, const int *targets, const float *wei
     }
     const float top = TEAM == 32 ? warp_max(max) : block_max(max, shared);
     sum = team_sum<TEAM>(sum * exp_of<T>(max - top), shared);
-    if (lane == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
+    if (column == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
     if (scale == 0) return;
-    __syncwarp(); // all have read z_target
+    __syncwarp(); // the team has read z_target (a block: before team_sum)
     const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
-    for (int first = lane; first < stride; first += TEAM * P) {
+    for (int first = column; first < stride; first += TEAM * P) {
         load(x, row + first);
         for (int k = 0; k < P; k++) {
             const float p = exp_of<T>(x[k] - top) * factor;
@@ -4147,8 +4145,8 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
         WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(N, 8), 256, 0, loss, z, targets, weights,
                             scale, N, V, stride));
     } else {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 64, loss, z, targets, weights, scale, N, V,
-                            stride));
+        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 16 * sizeof(float), loss, z, targets,
+                            weights, scale, N, V, stride));
     }
 }
 
@@ -5618,6 +5616,7 @@ static int comm_finish(slam_comm *c) {
 /* ---- configuration ---- */
 
 #define AT(name) offsetof(slam_config, name)
+/* A number of config.json: reading, writing and the model's hash follow. One more changes the hash of every model. */
 static const field config_fields[] = {
     {"vocab_size", FIELD_INT, AT(V), 1, 1 << 20, 1},
     {"hidden_size", FIELD_INT, AT(C), 1, 1 << 16, 1},
@@ -6353,8 +6352,8 @@ static void logits_download(slam_model *m, float *logits, int n) {
 }
 
 /* From head_in to losses, head_rows rows of logits at a time. scale not 0: also the gradients of the head and, in
-   dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. logits (N,V) on the host not
-   NULL: these instead. */
+   dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. With logits (N,V) on the host:
+   only copies the logits there, no losses. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6365,8 +6364,10 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
         const slam_act *x = act_at(ops, a->head_in, (size_t)i * C);
         slam_act *dlogits = a->logits; // crossentropy replaces the logits
         ops->matmul_forward(ops, a->logits, x, w->data, NULL, n, C, P);
-        if (logits) logits_download(m, logits + (size_t)i * V, n);
-        if (logits) continue;
+        if (logits) {
+            logits_download(m, logits + (size_t)i * V, n);
+            continue;
+        }
         ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, weights ? weights + i : NULL, scale, n, V, P);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_at(ops, a->dnorm, (size_t)i * C), dlogits, w->data, n, C, P);
@@ -7853,7 +7854,7 @@ struct slam_mfcc {
     double hamming[MFCC_WINDOW];
     double cosine[MFCC_WINDOW / 2], sine[MFCC_WINDOW / 2]; // of 2 pi k / window
     int edge[MFCC_FILTERS + 2];                            // filter j rises from edge j to j + 1 and falls to j + 2
-    double dct[MFCC_CEPSTRA][MFCC_FILTERS];                // includes the lifter
+    double dct[MFCC_FILTERS][MFCC_CEPSTRA];                // includes the lifter
 };
 
 UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
@@ -7874,43 +7875,36 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     for (int i = 0; i < MFCC_CEPSTRA; i++) {
         const double lifter = 1 + 11 * sin(PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
         for (int j = 0; j < MFCC_FILTERS; j++)
-            m->dct[i][j] = lifter * norm * cos(PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
+            m->dct[j][i] = lifter * norm * cos(PI * i * (2 * j + 1) / (2.0 * MFCC_FILTERS));
     }
     return m;
 }
 
-/* power (window / 2 + 1) of a windowed frame. Its even samples are the real, its odd ones the imaginary parts of z,
-   whose transform Z has half the length (Cooley and Tukey 1965), and
-       E_k = (Z_k + conj Z_-k) / 2     O_k = (Z_k - conj Z_-k) / 2i     X_k = E_k + w^k O_k */
-UNFUSED static void mfcc_power(const struct slam_mfcc *m, double *power, const double *frame) {
-    double re[MFCC_WINDOW / 2], im[MFCC_WINDOW / 2];
-    const int n = m->window / 2;
-    for (int t = 0, reversed = 0; t < n; t++) {
-        re[reversed] = frame[2 * t];
-        im[reversed] = frame[2 * t + 1];
-        int bit = n >> 1; // adds 1 to t with its bits in reverse order
-        for (; reversed & bit; bit >>= 1) reversed ^= bit;
-        reversed ^= bit;
+/* out (n), the transform X of n real samples, `stride` apart: real parts of X_0 .. X_(n/2), then imaginary parts of
+   X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
+       X_k = E_k + w^k O_k     X_(n/2-k) = conj(E_k - w^k O_k) */
+UNFUSED static void mfcc_fft(const struct slam_mfcc *m, double *out, double *x, int n, int stride) {
+    const int half = n / 2;
+    double *e = out, *o = out + half;
+    if (n == 2) {
+        e[0] = x[0] + x[stride];
+        o[0] = x[0] - x[stride];
+        return;
     }
-    for (int half = 1; half < n; half *= 2)
-        for (int start = 0; start < n; start += 2 * half)
-            for (int k = 0; k < half; k++) {
-                const int p = start + k, q = p + half;
-                const double c = m->cosine[k * (n / half)], s = m->sine[k * (n / half)];
-                const double a = re[q] * c + im[q] * s, b = im[q] * c - re[q] * s;
-                re[q] = re[p] - a;
-                im[q] = im[p] - b;
-                re[p] += a;
-                im[p] += b;
-            }
-    for (int k = 0; k <= n; k++) {
-        const int p = k % n, q = (n - k) % n;
-        const double c = k < n ? m->cosine[k] : -1, s = k < n ? m->sine[k] : 0;
-        const double even_re = (re[p] + re[q]) / 2, even_im = (im[p] - im[q]) / 2;
-        const double odd_re = (im[p] + im[q]) / 2, odd_im = (re[q] - re[p]) / 2;
-        const double x_re = even_re + c * odd_re + s * odd_im, x_im = even_im + c * odd_im - s * odd_re;
-        power[k] = (x_re * x_re + x_im * x_im) / m->window;
+    mfcc_fft(m, e, x, half, 2 * stride);
+    mfcc_fft(m, o, x + stride, half, 2 * stride);
+    const double e_0 = e[0], o_0 = o[0];
+    e[0] = e_0 + o_0;
+    o[0] = e_0 - o_0;
+    for (int k = 1; k < half - k; k++) {
+        const double c = m->cosine[k * stride], s = m->sine[k * stride], e_re = e[k], e_im = e[half - k];
+        const double wo_re = c * o[k] + s * o[half - k], wo_im = c * o[half - k] - s * o[k];
+        e[k] = e_re + wo_re;
+        o[half - k] = e_im + wo_im;
+        e[half - k] = e_re - wo_re;
+        o[k] = wo_im - e_im;
     }
+    o[half / 2] = -o[half / 2]; // k = n / 4: w^k = -i
 }
 
 /* Log of an energy; 0 counts as DBL_EPSILON. */
@@ -7918,42 +7912,28 @@ static double log_energy(double x) { return log(x > 0 ? x : 2.220446049250313e-1
 
 /* out (13), the cepstra of the frame of x (n) that begins at sample `start` */
 UNFUSED static void mfcc_frame(const struct slam_mfcc *m, float *out, const float *x, size_t n, size_t start) {
-    double frame[MFCC_WINDOW], power[MFCC_WINDOW / 2 + 1], energy[MFCC_FILTERS], sum = 0;
-    for (int i = 0; i < m->window; i++) {
+    double frame[MFCC_WINDOW], X[MFCC_WINDOW], power[MFCC_WINDOW / 2 + 1], cepstra[MFCC_CEPSTRA] = ZERO, sum = 0;
+    const int N = m->window;
+    for (int i = 0; i < N; i++) {
         const size_t t = start + (size_t)i;
         frame[i] = t < n ? m->hamming[i] * (x[t] - (t ? 0.97 * x[t - 1] : 0)) : 0;
     }
-    mfcc_power(m, power, frame);
-    for (int k = 0; k <= m->window / 2; k++) sum += power[k];
+    mfcc_fft(m, X, frame, N, 1);
+    for (int k = 0; k <= N / 2; k++) {
+        const double im = k > 0 && k < N / 2 ? X[N - k] : 0;
+        power[k] = (X[k] * X[k] + im * im) / N;
+        sum += power[k];
+    }
     for (int j = 0; j < MFCC_FILTERS; j++) {
         const int a = m->edge[j], b = m->edge[j + 1], c = m->edge[j + 2];
         double e = 0;
         for (int k = a; k < b; k++) e += power[k] * (k - a) / (b - a);
         for (int k = b; k < c; k++) e += power[k] * (c - k) / (c - b);
-        energy[j] = log_energy(e);
+        e = log_energy(e);
+        for (int i = 1; i < MFCC_CEPSTRA; i++) cepstra[i] += m->dct[j][i] * e;
     }
-    out[0] = (float)log_energy(sum);
-    for (int i = 1; i < MFCC_CEPSTRA; i++) {
-        double c = 0;
-        for (int j = 0; j < MFCC_FILTERS; j++) c += m->dct[i][j] * energy[j];
-        out[i] = (float)c;
-    }
-}
-
-/* Columns `to`.. of x (frames,39) are the differences of columns `from`.. */
-UNFUSED static void mfcc_differences(float *x, size_t frames, int from, int to) {
-    for (size_t t = 0, last = frames - 1; t < frames; t++) {
-        const float *at[] = {x + (t > 1 ? t - 2 : 0) * MFCC_WIDTH + from, x + (t > 0 ? t - 1 : 0) * MFCC_WIDTH + from,
-                             x + (t + 1 < last ? t + 1 : last) * MFCC_WIDTH + from,
-                             x + (t + 2 < last ? t + 2 : last) * MFCC_WIDTH + from};
-        for (int i = 0; i < MFCC_CEPSTRA; i++)
-            x[t * MFCC_WIDTH + to + i] = ((at[2][i] - at[1][i]) + 2 * (at[3][i] - at[0][i])) / 10;
-    }
-}
-
-static size_t mfcc_frames(const struct slam_mfcc *m, size_t n) {
-    const size_t window = (size_t)m->window, step = (size_t)m->step;
-    return n == 0 ? 0 : n <= window ? 1 : 1 + (n - window + step - 1) / step;
+    cepstra[0] = log_energy(sum);
+    for (int i = 0; i < MFCC_CEPSTRA; i++) out[i] = (float)cepstra[i];
 }
 
 /* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
@@ -7967,23 +7947,32 @@ UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
 }
 
 /* out (frames,39) of x (n) */
-static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, const float *x, size_t n) {
-    const size_t frames = mfcc_frames(m, n);
+static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, size_t frames, const float *x,
+                         size_t n) {
     float *normal = normalize ? NEW(float, n) : NULL;
     if (normal) normalize_waveform(normal, x, n);
     PARALLEL_FOR
     for (size_t t = 0; t < frames; t++)
         mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
-    mfcc_differences(out, frames, 0, MFCC_CEPSTRA);
-    mfcc_differences(out, frames, MFCC_CEPSTRA, 2 * MFCC_CEPSTRA);
     free(normal);
+    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of the 13 columns before
+        for (size_t t = 0, last = frames - 1; t < frames; t++) {
+            const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
+            const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
+            for (int i = from; i < from + MFCC_CEPSTRA; i++) {
+                const float *c = out + i;
+                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = (c[near[1] * MFCC_WIDTH] - c[near[0] * MFCC_WIDTH] +
+                                                          2 * (c[far[1] * MFCC_WIDTH] - c[far[0] * MFCC_WIDTH])) /
+                                                         10;
+            }
+        }
 }
 
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
    Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
    linear layer, a convolution over many frames that adds positions, and a transformer. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40 };
+enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
@@ -7995,75 +7984,66 @@ typedef struct hubert_config { // its bytes are part of the model's hash
 } hubert_config;
 
 static const field hubert_fields[] = {
-    {"num_feat_extract_layers", FIELD_INT, offsetof(hubert_config, convs), 1, HUBERT_CONVS, 0},
     {"conv_bias", FIELD_BOOL, offsetof(hubert_config, conv_bias), 0, 0, 0},
     {"feat_proj_layer_norm", FIELD_BOOL, offsetof(hubert_config, projection_norm), 0, 0, 0},
     {"hidden_size", FIELD_INT, offsetof(hubert_config, C), 1, 1 << 14, 0},
     {"num_hidden_layers", FIELD_INT, offsetof(hubert_config, L), 1, 1 << 10, 0},
     {"num_attention_heads", FIELD_INT, offsetof(hubert_config, NH), 1, 1 << 10, 0},
     {"intermediate_size", FIELD_INT, offsetof(hubert_config, F), 1, 1 << 16, 0},
-    {"num_conv_pos_embeddings", FIELD_INT, offsetof(hubert_config, taps), 1, 1 << 12, 0},
-    {"num_conv_pos_embedding_groups", FIELD_INT, offsetof(hubert_config, groups), 1, 1 << 12, 0},
+    {"num_conv_pos_embeddings", FIELD_INT, offsetof(hubert_config, taps), 1, 1 << 10, 0},
+    {"num_conv_pos_embedding_groups", FIELD_INT, offsetof(hubert_config, groups), 1, 1 << 7, 0},
     {"conv_pos_batch_norm", FIELD_BOOL, offsetof(hubert_config, batch_norm), 0, 0, 0},
     {"do_stable_layer_norm", FIELD_BOOL, offsetof(hubert_config, stable), 0, 0, 0},
     {"layer_norm_eps", FIELD_REAL, offsetof(hubert_config, eps), 0, 1, 0},
 };
 
-/* Reads a list with a number from 1 to max for each convolution; an absent one leaves the 7 defaults. */
-static int hubert_list(const hubert_config *k, const json *c, const char *key, const char *path, int max, int *out) {
-    const json *list = json_get(c, key), *j = list && list->type == JSON_ARRAY ? list->first : NULL;
-    int n = list ? 0 : 7;
-    for (; j && n < k->convs && json_whole(j) && j->number >= 1 && j->number <= max; j = j->next)
-        out[n++] = (int)j->number;
-    return (!j && n == k->convs) ||
-           set_error("%s: '%s' has %.60s after %d numbers, expected %d from 1 to %d, one for each convolution", path,
-                     key, j ? json_describe(j) : "no more", n, k->convs, max);
-}
-
-static int hubert_config_load(hubert_config *k, const char *path) {
-    static const char *const choices[][3] = {{"model_type", "hubert", "hubert"},
-                                             {"hidden_act", "gelu", "gelu"},
-                                             {"feat_extract_activation", "gelu", "gelu"},
-                                             {"feat_extract_norm", "group", "layer"}};
+/* *step: samples per frame */
+static int hubert_config_load(hubert_config *k, const char *path, int *step) {
+    static const char *const words[][3] = {{"model_type", "hubert", "hubert"}, // key, default, other value
+                                           {"hidden_act", "gelu", "gelu"},
+                                           {"feat_extract_activation", "gelu", "gelu"},
+                                           {"feat_extract_norm", "group", "layer"}};
+    static const char *const lists[] = {"conv_dim", "conv_kernel", "conv_stride"};
+    int *const numbers[] = {k->width, k->kernel, k->stride};
     // clang-format off
     const hubert_config defaults = { // of Transformers' HubertConfig
         7, {512, 512, 512, 512, 512, 512, 512}, {10, 3, 3, 3, 3, 2, 2}, {5, 2, 2, 2, 2, 2, 2}, 0, 0, 1,
         768, 12, 12, 3072, 128, 16, 0, 0, 1e-5};
     // clang-format on
     json *c = json_load(path);
-    const json *list = json_get(c, "conv_dim");
-    int ok = c != NULL, step = 1;
     *k = defaults;
-    if (list) k->convs = (int)list->n;
+    int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
     for (int i = 0; ok && i < 4; i++) {
-        const char *key = choices[i][0], *a = choices[i][1], *b = choices[i][2];
-        const char *value = json_string(c, key, json_get(c, key) ? "" : a);
+        const char *value = json_string(c, words[i][0], words[i][1]);
         k->all_norms = !strcmp(value, "layer");
-        if (strcmp(value, a) && strcmp(value, b))
-            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, key, value, a, b);
+        if (strcmp(value, words[i][1]) && strcmp(value, words[i][2]))
+            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, words[i][0], value, words[i][1], words[i][2]);
     }
-    ok = ok && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    if (ok && (k->convs < 1 || k->convs > HUBERT_CONVS))
-        ok = set_error("%s: %d convolutions, expected 1 to %d", path, k->convs, HUBERT_CONVS);
-    ok = ok && hubert_list(k, c, "conv_dim", path, 1 << 14, k->width) &&
-         hubert_list(k, c, "conv_kernel", path, 1 << 10, k->kernel) &&
-         hubert_list(k, c, "conv_stride", path, 1 << 10, k->stride);
+    for (int i = 0; ok && i < 3; i++) {
+        const json *list = json_get(c, lists[i]), *j = list ? list->first : NULL;
+        int n = list ? 0 : 7;
+        for (; n < HUBERT_CONVS && json_whole(j) && j->number >= 1 && j->number <= 1 << 14; j = j->next)
+            numbers[i][n++] = (int)j->number;
+        if (i == 0) k->convs = n;
+        if (j || n < 1 || n != k->convs)
+            ok = set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as conv_dim",
+                           path, lists[i], j ? json_describe(j) : "no more", n, HUBERT_CONVS, 1 << 14);
+    }
+    *step = 1;
     for (int i = 0; ok && i < k->convs; i++)
-        if ((step *= k->stride[i]) > 1 << 16)
-            ok = set_error("%s: conv_stride multiplies to more than %d samples per frame", path, 1 << 16);
-    if (ok && json_get(c, "adapter_attn_dim"))
-        ok = set_error("%s: adapter_attn_dim is set, but adapters are not supported", path);
+        if ((*step *= k->stride[i]) > 1 << 11)
+            ok = set_error("%s: conv_stride multiplies to more than %d samples per frame", path, 1 << 11);
     if (ok && (k->C % k->NH || k->C % k->groups))
-        ok = set_error(
-            "%s: hidden_size %d over %d heads and %d groups (num_conv_pos_embedding_groups), expected a multiple", path,
-            k->C, k->NH, k->groups);
+        ok = set_error("%s: hidden_size is %d, expected a multiple of num_attention_heads, %d, and of "
+                       "num_conv_pos_embedding_groups, %d",
+                       path, k->C, k->NH, k->groups);
     json_free(c);
     return ok;
 }
 
 /* ---- HuBERT: weights ---- */
 
-typedef struct hubert_module { // a linear layer, a convolution or a norm
+typedef struct hubert_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
     slam_act *w, *b;
 } hubert_module;
 
@@ -8074,185 +8054,178 @@ typedef struct hubert_layer {
 typedef struct slam_hubert {
     slam_ops *ops;
     hubert_config config;
-    int layer, step;                                           // layers in use; samples per frame
-    int do_normalize;                                          // of preprocessor_config.json
-    uint64_t hash;                                             // of configuration and weights in use
-    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS]; // (OC,K,C), as conv1d reads it
-    hubert_module projection_norm, projection, positions, norm;
+    int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
+    uint64_t hash;                 // of configuration and weights in use
+    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
-    slam_act *weights; // all of them
-    char *arena;       // activations of a batch
+    slam_act *weights, *centroids; // all of the above; (K,C)
+    float *squares;                // (K) of the centroids
+    char *arena;                   // activations of a batch
     size_t arena_bytes;
+    const tensors *file; // while the weights are read: their file, the end of those placed so far, no error so far
+    size_t end;
+    int ok;
 } slam_hubert;
 
-typedef struct hubert_loader {
-    slam_hubert *h;
-    const tensors *file;
-    const char *folder, *prefix;
-    char *used; // (file->n) whether the tensor is a part of the model
-    size_t end; // of the weights placed so far
-    int ok;
-} hubert_loader;
+/* At least `bytes` in h->arena. */
+static int hubert_grow(slam_hubert *h, size_t bytes) {
+    if (bytes <= h->arena_bytes) return 1;
+    h->ops->release(h->ops, h->arena);
+    h->arena = (char *)h->ops->alloc(h->ops, bytes);
+    h->arena_bytes = h->arena ? bytes : 0;
+    return h->arena != NULL;
+}
 
-/* The numbers of tensor NAME.suffix, where NAME has %d for the layer, of shape (a), (a,b) or (a,b,c). NULL: !l->ok */
-static float *hubert_read(hubert_loader *l, const char *format, int layer, const char *suffix, size_t a, size_t b,
-                          size_t c) {
-    char name[160];
-    int n = snprintf(name, sizeof name, "%s", l->prefix);
-    n += snprintf(name + n, sizeof name - (size_t)n, format, layer);
-    snprintf(name + n, sizeof name - (size_t)n, ".%s", suffix);
-    const tensor *t = tensors_find(l->file, name);
-    if (!l->ok) return NULL;
-    if (!t) l->ok = set_error("%s: tensor '%s' is missing", l->folder, name);
-    else if (!c) l->ok = tensor_has_shape(t, b ? 2 : 1, a, b);
-    else if (t->rank != 3 || t->shape[0] != a || t->shape[1] != b || t->shape[2] != c)
-        l->ok = set_error("%s: tensor '%s' has another shape than the expected (%zu,%zu,%zu)", t->file, name, a, b, c);
-    if (!l->ok) return NULL;
-    float *x = NEW(float, t->count);
-    l->used[t - l->file->at] = 1;
-    l->ok = tensor_floats(t, x, 0, t->count);
-    for (size_t i = 0; l->ok && i < t->count; i++)
-        if (!isfinite(x[i])) l->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, name);
+/* The file's tensor of this name; models with a head have a prefix. */
+static const tensor *hubert_find(const slam_hubert *h, const char *name) {
+    char *prefixed = string_print("hubert.%s", name);
+    const tensor *t = tensors_find(h->file, prefixed);
+    free(prefixed);
+    return t ? t : tensors_find(h->file, name);
+}
+
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !h->ok on error. */
+static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    char *full = string_print("%s.%s", name, suffix);
+    const tensor *t = hubert_find(h, full);
+    const size_t n = a * b * c;
+    float *x = NULL;
+    if (h->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
+        h->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", h->file->file->path, full,
+                          t ? "has another shape" : "is missing", a, b, c);
+    if (h->ok) h->ok = tensor_floats(t, x = NEW(float, n), 0, n);
+    for (size_t i = 0; h->ok && i < n; i++)
+        if (!isfinite(x[i])) h->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
+    free(full);
     return x;
 }
 
-/* Where n more weights go. */
-static size_t hubert_reserve(hubert_loader *l, size_t n) {
-    const size_t at = l->end;
-    l->end += round_up(n, 256);
-    return at;
-}
-
-/* Uploads x of shape (a), (a,b), or (a,b,c), which becomes (a,c,b), and frees it. The hash takes places and numbers,
-   before they are rounded, in the order of the calls. */
-static slam_act *hubert_store(hubert_loader *l, float *x, size_t at, size_t a, size_t b, size_t c) {
-    slam_ops *ops = l->h->ops;
-    const size_t n = a * (b ? b : 1) * (c ? c : 1);
-    float *wide = l->ok ? (float *)ops->alloc(ops, n * sizeof *wide) : NULL, *host = x;
-    slam_act *to = NULL;
-    if ((l->ok = wide != NULL)) {
-        if (c) host = NEW(float, n);
-        for (size_t i = 0; c && i < n; i++) host[(i / (b * c) * c + i % c) * b + i / c % b] = x[i];
-        to = act_at(ops, l->h->weights, at);
-        l->h->hash ^= at;
-        for (size_t i = 0; i < n; i++) {
-            uint32_t bits;
-            memcpy(&bits, &host[i], sizeof bits);
-            l->h->hash = (l->h->hash ^ bits) * HASH_PRIME;
-        }
-        ops->upload(ops, wide, host, n * sizeof *wide);
-        ops->to_act(ops, to, wide, n);
-        ops->release(ops, wide);
-    }
-    if (host != x) free(host);
+/* Places x (a,b,c) at h->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
+static slam_act *hubert_store(slam_hubert *h, float *x, size_t a, size_t b, size_t c) {
+    const size_t n = a * b * c, at = h->end;
+    h->ok = h->ok && hubert_grow(h, n * sizeof *x);
+    float *host = h->ok ? NEW(float, n) : NULL, *next = host;
+    h->hash ^= at;
+    for (size_t i = 0; h->ok && i < a; i++)
+        for (size_t k = 0; k < c; k++)
+            for (size_t j = 0; j < b; j++) {
+                uint32_t bits;
+                *next = x[(i * b + j) * c + k];
+                memcpy(&bits, next++, sizeof bits);
+                h->hash = (h->hash ^ bits) * HASH_PRIME;
+            }
+    slam_act *to = act_at(h->ops, h->weights, at);
+    h->end += round_up(n, 256);
+    if (h->ok) h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
+    if (h->ok) h->ops->to_act(h->ops, to, (float *)h->arena, n);
+    free(host);
     free(x);
     return to;
 }
 
-/* NAME.weight of shape (a), (a,b) or (a,b,c), and NAME.bias (a) */
-static void hubert_load_module(hubert_loader *l, hubert_module *m, const char *name, int layer, size_t a, size_t b,
+static slam_act *hubert_tensor(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    return hubert_store(h, hubert_read(h, name, suffix, a, b, c), a, b, c);
+}
+
+/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
+static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *format, int layer, size_t a, size_t b,
                                size_t c, int bias) {
-    const size_t at = hubert_reserve(l, a * (b ? b : 1) * (c ? c : 1));
-    m->w = hubert_store(l, hubert_read(l, name, layer, "weight", a, b, c), at, a, b, c);
-    if (bias) m->b = hubert_store(l, hubert_read(l, name, layer, "bias", a, 0, 0), hubert_reserve(l, a), a, 0, 0);
+    char *name = string_print(format, layer);
+    m->w = hubert_tensor(h, name, "weight", a, b, c);
+    if (bias) m->b = hubert_tensor(h, name, "bias", a, 1, 1);
+    free(name);
 }
 
 /* The convolution for positions, with one of
        weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
        batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
                                           scale = w / sqrt(var + 1e-5), shift = b - mean scale */
-static void hubert_load_positions(hubert_loader *l) {
+static void hubert_load_positions(slam_hubert *h) {
+    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
+                                           {"weight_v", "weight_g"},
+                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    slam_hubert *h = l->h;
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
-    const size_t at = hubert_reserve(l, C * width * K);
-    h->positions.b = hubert_store(l, hubert_read(l, conv, 0, "bias", C, 0, 0), hubert_reserve(l, C), C, 0, 0);
-    if (h->config.batch_norm) {
-        h->positions.w = hubert_store(l, hubert_read(l, conv, 0, "weight", C, width, K), at, C, width, K);
-        float *w = hubert_read(l, norm, 0, "weight", C, 0, 0), *b = hubert_read(l, norm, 0, "bias", C, 0, 0);
-        float *mean = hubert_read(l, norm, 0, "running_mean", C, 0, 0);
-        float *var = hubert_read(l, norm, 0, "running_var", C, 0, 0);
-        for (size_t c = 0; var && c < C; c++) {
-            const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-            if (!isfinite(scale)) l->ok = set_error("%s: '%s.running_var' has %g", l->folder, norm, var[c]);
-            w[c] = (float)scale;
-            b[c] = (float)(b[c] - mean[c] * scale);
-        }
-        free(mean);
-        free(var);
-        h->batch_norm.w = hubert_store(l, w, hubert_reserve(l, C), C, 0, 0);
-        h->batch_norm.b = hubert_store(l, b, hubert_reserve(l, C), C, 0, 0);
-        return;
-    }
-    int newer = 0; // newer or older names of PyTorch
-    for (size_t i = 0; i < l->file->n; i++)
-        newer |= string_ends(l->file->at[i].name, "parametrizations.weight.original0");
-    float *g = hubert_read(l, conv, 0, newer ? "parametrizations.weight.original0" : "weight_g", 1, 1, K);
-    float *v = hubert_read(l, conv, 0, newer ? "parametrizations.weight.original1" : "weight_v", C, width, K);
-    for (size_t k = 0; v && k < K; k++) {
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K, at = h->end;
+    const int kind = h->config.batch_norm ? 0 : hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") ? 1 : 2;
+    h->end += round_up(n, 256);
+    h->positions.b = hubert_tensor(h, conv, "bias", C, 1, 1);
+    float *v = hubert_read(h, conv, names[kind][0], C, width, K);
+    float *g = kind ? hubert_read(h, conv, names[kind][1], 1, 1, K) : NULL;
+    for (size_t k = 0; g && h->ok && k < K; k++) {
         double squares = 0;
-        for (size_t i = k; i < C * width * K; i += K) squares += (double)v[i] * v[i];
+        for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
         const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
-        for (size_t i = k; i < C * width * K; i += K) v[i] *= scale;
+        for (size_t i = k; i < n; i += K) v[i] *= scale;
     }
-    h->positions.w = hubert_store(l, v, at, C, width, K);
     free(g);
+    const size_t end = h->end;
+    h->end = at;
+    h->positions.w = hubert_store(h, v, C, width, K);
+    h->end = end;
+    if (kind) return;
+    float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
+    float *mean = hubert_read(h, norm, "running_mean", C, 1, 1), *var = hubert_read(h, norm, "running_var", C, 1, 1);
+    for (size_t c = 0; h->ok && c < C; c++) {
+        const double scale = w[c] / sqrt((double)var[c] + 1e-5);
+        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+        w[c] = (float)scale;
+        b[c] = (float)(b[c] - mean[c] * scale);
+    }
+    free(mean);
+    free(var);
+    h->batch_norm.w = hubert_store(h, w, C, 1, 1);
+    h->batch_norm.b = hubert_store(h, b, C, 1, 1);
 }
 
 /* Everything up to the output of h->layer. */
-static void hubert_load_weights(hubert_loader *l) {
+static void hubert_load_weights(slam_hubert *h) {
     static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
                                       "encoder.layers.%d.attention.v_proj"};
-    slam_hubert *h = l->h;
     const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        hubert_load_module(l, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+        hubert_load_module(h, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(l, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 0, 0, 1);
+            hubert_load_module(h, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(l, &h->projection_norm, "feature_projection.layer_norm", 0, before, 0, 0, 1);
-    hubert_load_module(l, &h->projection, "feature_projection.projection", 0, C, before, 0, 1);
-    hubert_load_positions(l);
-    if (!k->stable) hubert_load_module(l, &h->norm, "encoder.layer_norm", 0, C, 0, 0, 1);
+        hubert_load_module(h, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    hubert_load_module(h, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+    hubert_load_positions(h);
+    if (!k->stable) hubert_load_module(h, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
-        const size_t at = hubert_reserve(l, 3 * C * C), bias_at = hubert_reserve(l, 3 * C);
+        const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
-            hubert_store(l, hubert_read(l, qkv[j], i, "weight", C, C, 0), at + j * C * C, C, C, 0);
-            hubert_store(l, hubert_read(l, qkv[j], i, "bias", C, 0, 0), bias_at + j * C, C, 0, 0);
+            char *name = string_print(qkv[j], i);
+            h->end = at + j * C * C;
+            hubert_tensor(h, name, "weight", C, C, 1);
+            h->end = bias_at + j * C;
+            hubert_tensor(h, name, "bias", C, 1, 1);
+            free(name);
         }
+        h->end = bias_at + round_up(3 * C, 256);
         w->qkv.w = act_at(h->ops, h->weights, at);
         w->qkv.b = act_at(h->ops, h->weights, bias_at);
-        hubert_load_module(l, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 0, 1);
-        hubert_load_module(l, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 0, 1);
-        hubert_load_module(l, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 0, 1);
-        hubert_load_module(l, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 0, 0, 1);
-        hubert_load_module(l, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 0, 0, 1);
+        hubert_load_module(h, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        hubert_load_module(h, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        hubert_load_module(h, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        hubert_load_module(h, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        hubert_load_module(h, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
-}
-
-/* What a file may hold although it is not used here: heads, layers above, and what only training needs. */
-static int hubert_is_unused(const hubert_loader *l, const char *name) {
-    const size_t skip = strlen(l->prefix);
-    int i = 0, end = 0;
-    if (strncmp(name, l->prefix, skip)) return 1;
-    name += skip;
-    if (sscanf(name, "encoder.layers.%d.%n", &i, &end) == 1 && end) return i >= l->h->layer && i < l->h->config.L;
-    return !strcmp(name, "masked_spec_embed") || string_ends(name, "num_batches_tracked") ||
-           (l->h->config.stable && !strncmp(name, "encoder.layer_norm.", 19));
 }
 
 static void hubert_free(slam_hubert *h) {
     if (!h) return;
     h->ops->release(h->ops, h->weights);
     h->ops->release(h->ops, h->arena);
+    h->ops->release(h->ops, h->centroids);
+    h->ops->release(h->ops, h->squares);
     free(h->layers);
     free(h);
 }
@@ -8261,41 +8234,56 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
-    hubert_config *k = &h->config;
     size_t n = 0;
     h->ops = ops;
     h->layer = layer;
-    h->step = 1;
-    int ok = hubert_config_load(k, path);
-    if (ok && (layer < 0 || layer > k->L))
-        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, k->L);
-    for (int i = 0; ok && i < k->convs; i++) h->step *= k->stride[i];
-    h->hash = hash_bytes(HASH_START, k, sizeof *k);
+    int ok = hubert_config_load(&h->config, path, &h->step);
+    if (ok && (layer < 0 || layer > h->config.L))
+        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
+    h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
     ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
     tensors *file = ok ? tensors_open(folder) : NULL;
-    hubert_loader l = {h, file, folder, "", NULL, 0, file != NULL};
-    if (file && tensors_find(file, "hubert.encoder.pos_conv_embed.conv.bias")) l.prefix = "hubert.";
-    for (size_t i = 0; file && i < file->n; i++)
-        if (!hubert_is_unused(&l, file->at[i].name)) n += round_up(file->at[i].count, 256);
-    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    if (h->weights) {
-        l.used = NEW(char, file->n);
-        h->layers = NEW(hubert_layer, layer);
-        hubert_load_weights(&l);
+    for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
+        const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
+        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(file->at[i].count, 256);
     }
-    for (size_t i = 0; h->weights && l.ok && i < file->n; i++)
-        if (!l.used[i] && !hubert_is_unused(&l, file->at[i].name))
-            l.ok = set_error("%s: tensor '%s' is not part of this model", file->at[i].file, file->at[i].name);
-    ok = h->weights && l.ok && ops->finish(ops);
-    if (file) tensors_close(file);
+    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    h->file = file;
+    h->ok = h->weights != NULL;
+    h->layers = h->ok ? NEW(hubert_layer, layer) : NULL;
+    if (h->ok) hubert_load_weights(h);
+    ok = h->ok && ops->finish(ops);
+    tensors_close(file);
     json_free(p);
-    free(l.used);
     free(path);
     free(preprocessor);
     if (ok) return h;
     hubert_free(h);
     return NULL;
+}
+
+/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and their squares as the device rounds them. */
+static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
+    slam_ops *ops = h->ops;
+    const size_t C = h->config.C, n = K * C;
+    h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
+    if (!h->centroids || !h->squares || !hubert_grow(h, n * sizeof *centroids)) return 0;
+    float *wide = (float *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
+    ops->upload(ops, wide, centroids, n * sizeof *wide);
+    ops->to_act(ops, h->centroids, wide, n);
+    ops->to_float(ops, wide, h->centroids, n);
+    ops->download(ops, host, wide, n * sizeof *wide);
+    for (size_t k = 0; k < K; k++) {
+        double sum = 0;
+        for (size_t c = 0; c < C; c++) sum += (double)host[k * C + c] * host[k * C + c];
+        squares[k] = (float)sum;
+    }
+    ops->upload(ops, h->squares, squares, K * sizeof *squares);
+    free(host);
+    free(squares);
+    return ops->finish(ops);
 }
 
 /* ---- HuBERT: from samples to features ----
@@ -8309,15 +8297,15 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
 enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one recording is longer
 
 typedef struct hubert_batch {
-    int B, n, S, T;                     // rows, the first n of them with a recording; samples and frames of a row
-    slam_recording *const *recordings;  // (n)
-    float *wide;                        // (B,S) samples; at the end (B,T,C) features or (B,T,K) scores of centroids
-    slam_act *samples, *conv[2];        // (B,S) converted; outputs of the convolutions in turn
-    slam_act *x, *delta, *in;           // (B,T,C) residual stream, what is added to it, input and output of attention
-    slam_act *grouped, *qkv, *mlp;      // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    float *lse;                         // (B,NH,T)
-    int *nearest, *doc_start, *doc_end; // (B,T)
-    int *frames, *first_frames;         // (B) frames of each recording, at the end and after the first convolution
+    int B, n, S, T;                    // rows, the first n of them with a recording; samples and frames of a row
+    slam_recording *const *recordings; // (n)
+    float *wide;                       // (B,S) samples; (B,NH,T) of attention; (B,T,C) features or (B,T,K) scores
+    slam_act *conv[2];                 // outputs of the convolutions in turn; conv[1] first has the samples
+    slam_act *x, *delta, *in;          // (B,T,C) residual stream, what is added to it, input and output of attention
+    slam_act *grouped, *qkv, *mlp;     // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
+    int *nearest;                      // (B,T) centroids
+    int *doc_start, *doc_end;          // (B,T) keys of attention
+    int *frames, *first_frames;        // (B) frames of each recording, at the end and after the first convolution
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
@@ -8328,37 +8316,30 @@ static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
     return frames;
 }
 
-/* Places the batch in the arena and returns its size. */
-static size_t hubert_place(const slam_hubert *h, hubert_batch *b, int centroids, const char *arena) {
+/* Places the batch in the arena, which may be NULL, and returns its size. */
+static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
-    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, columns = k->C > centroids ? k->C : centroids;
-    size_t end = 0, frames = B * S, largest[2] = {0, 0};
+    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
+    size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
     for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
-#define ACTS(n)   (slam_act *)take(arena, &end, (n)*h->ops->act_bytes)
-#define FLOATS(n) (float *)take(arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(arena, &end, (n) * sizeof(int))
-    b->wide = FLOATS(B * S > N * columns ? B * S : N * columns);
-    b->samples = ACTS(B * S + k->kernel[0]);
-    for (int i = 0; i < 2; i++) b->conv[i] = ACTS(largest[i]);
-    b->x = ACTS(N * C);
-    b->delta = ACTS(N * C);
-    b->in = ACTS(N * C);
-    b->grouped = ACTS((N + B * (k->taps - 1)) * C);
-    b->qkv = ACTS(3 * N * C);
-    b->mlp = ACTS(N * k->F);
-    b->lse = FLOATS(N * k->NH);
-    b->nearest = INTS(N);
-    b->doc_start = INTS(N);
-    b->doc_end = INTS(N);
-    b->frames = INTS(B);
-    b->first_frames = INTS(B);
-#undef ACTS
-#undef FLOATS
-#undef INTS
+    b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
+    b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
+    b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
+    b->x = (slam_act *)take(arena, &end, N * C * act);
+    b->delta = (slam_act *)take(arena, &end, N * C * act);
+    b->in = (slam_act *)take(arena, &end, N * C * act);
+    b->grouped = (slam_act *)take(arena, &end, (N + B * (k->taps - 1)) * C * act);
+    b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
+    b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
+    b->nearest = (int *)take(arena, &end, (3 * N + 2 * B) * sizeof(int));
+    b->doc_start = b->nearest + N;
+    b->doc_end = b->doc_start + N;
+    b->frames = b->doc_end + N;
+    b->first_frames = b->frames + B;
     return end;
 }
 
@@ -8366,120 +8347,86 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, int centroids,
    recording see only its first frame, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->ops;
-    const size_t B = b->B, S = b->S, T = b->T;
+    const size_t B = b->B, S = b->S, T = b->T, N = B * T;
     float *host = NEW(float, B *S);
-    int *ends = NEW(int, B *T), *frames = NEW(int, 2 * B), *first_frames = frames + B;
+    int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
         float *to = host + i * S + HUBERT_PADDING;
         if (r && normalize) normalize_waveform(to, r->samples, r->n);
         else if (r) memcpy(to, r->samples, r->n * sizeof *to);
         frames[i] = r ? (int)r->units.frames : 1;
-        first_frames[i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
+        frames[B + i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->wide, host, B * S * sizeof *host);
-    ops->to_act(ops, b->samples, b->wide, B * S);
-    ops->zero(ops, b->doc_start, B * T * sizeof *ends);
-    ops->upload(ops, b->doc_end, ends, B * T * sizeof *ends);
-    ops->upload(ops, b->frames, frames, B * sizeof *frames);
-    ops->upload(ops, b->first_frames, first_frames, B * sizeof *frames);
+    ops->to_act(ops, b->conv[1], b->wide, B * S);
+    ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
     free(host);
-    free(ends);
-    free(frames);
+    free(starts);
 }
 
-/* Convolutions with their norms, and the projection: samples (B,S) to x (B,T,C). */
-static void hubert_convolve(const slam_hubert *h, const hubert_batch *b) {
-    slam_ops *ops = h->ops;
-    const hubert_config *k = &h->config;
-    slam_act *x = b->samples;
-    int T = b->S, C = 1;
-    for (int i = 0; i < k->convs; i++) {
-        const int has_norm = i == 0 || k->all_norms, TO = T / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {b->B, 1, T, C, TO, OC, K, k->stride[i], !has_norm};
-        const hubert_module *norm = &h->conv_norm[i];
-        slam_act *out = b->conv[i % 2];
-        ops->zero(ops, act_at(ops, x, (size_t)b->B * T * C), (size_t)K * C * ops->act_bytes);
-        ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
-        if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, b->B * TO, OC);
-        else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, b->B, TO, OC);
-        x = out;
-        T = TO;
-        C = OC;
-    }
-    const hubert_module *norm = &h->projection_norm;
-    if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, (float)k->eps, 0, b->B * T, C);
-    ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, b->B * T, C, k->C);
-}
-
-/* x (B,T,C) += gelu(convolution of x over `taps` frames), then a norm unless norms stand before attention and MLP */
-static void hubert_positions(const slam_hubert *h, const hubert_batch *b) {
-    slam_ops *ops = h->ops;
-    const hubert_config *k = &h->config;
-    const int B = b->B, T = b->T, C = k->C, G = k->groups, TO = T + k->taps - 1;
-    const slam_conv conv = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
-    ops->mask_frames(ops, b->x, b->frames, B, T, C);
-    ops->group_frames(ops, b->grouped, b->x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
-    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &conv);
-    if (k->stable) ops->layernorm(ops, b->x, NULL, b->x, b->delta, NULL, NULL, 0, 0, B * T, C);
-    else ops->layernorm(ops, NULL, b->x, b->x, b->delta, h->norm.w, h->norm.b, (float)k->eps, 0, B * T, C);
-}
-
-/* A transformer layer, x (B,T,C) in place. stable: x + O attention(norm x), then x + D gelu(U norm x); else
+/* Samples (B,S) to x (B,T,C). A layer: x + O attention(norm x), then x + D gelu(U norm x), if stable; else
    norm(x + O attention x), then norm(x + D gelu(U x)). */
-static void hubert_layer_forward(const slam_hubert *h, const hubert_batch *b, const slam_mask *mask,
-                                 const hubert_layer *w) {
+static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
-    const int C = h->config.C, F = h->config.F, N = b->B * b->T, stable = h->config.stable;
-    const float eps = (float)h->config.eps;
-    const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
-    slam_act *x = b->x, *in = stable ? b->in : x;
-    if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
-    ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-    ops->attention_forward(ops, b->in, b->lse, b->qkv, mask);
-    ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
-    if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
-    else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
-    ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
-    ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
-    ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
-    if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
-    else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
-}
-
-/* Allocates what the batch needs and computes x (B,T,C). */
-static int hubert_forward(slam_hubert *h, hubert_batch *b, int centroids, int normalize) {
     const hubert_config *k = &h->config;
-    if ((double)b->B * (b->T + k->taps) * k->groups > INT_MAX)
-        return set_error("a batch of %d recordings of up to %d frames, expected fewer", b->B, b->T);
-    const size_t bytes = hubert_place(h, b, centroids, NULL);
-    if (bytes > h->arena_bytes) {
-        h->ops->release(h->ops, h->arena);
-        h->arena = (char *)h->ops->alloc(h->ops, bytes);
-        h->arena_bytes = h->arena ? bytes : 0;
-        if (!h->arena) return 0;
+    const hubert_module *norm = h->conv_norm;
+    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
+    const float eps = (float)k->eps;
+    slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
+    int frames = b->S, channels = 1;
+    for (int i = 0; i < k->convs; i++, norm++) {
+        const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
+        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], !has_norm};
+        slam_act *out = b->conv[i % 2];
+        ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
+        ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
+        if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
+        else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
+        x = out;
+        frames = TO;
+        channels = OC;
     }
-    hubert_place(h, b, centroids, h->arena);
-    const slam_mask mask = {b->B, b->T, k->NH, k->NH, k->C / k->NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
-    hubert_upload(h, b, normalize);
-    hubert_convolve(h, b);
-    hubert_positions(h, b);
-    for (int l = 0; l < h->layer; l++) hubert_layer_forward(h, b, &mask, &h->layers[l]);
-    return 1;
+    norm = &h->projection_norm;
+    if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
+    ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
+    x = b->x;
+    const int TO = T + k->taps - 1;
+    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
+    ops->mask_frames(ops, x, b->frames, B, T, C);
+    ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
+    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
+    if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
+    else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
+    const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
+    for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
+        const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
+        if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
+        ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
+        ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
+        ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
+        if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
+        else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
+        ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
+        ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
+        ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
+        if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
+        else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
+    }
 }
 
 /* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
-    const int step = h->step, frames = ((int)r->n + 2 * HUBERT_PADDING + step - 1) / step;
+    const int frames = ((int)r->n + 2 * HUBERT_PADDING + h->step - 1) / h->step;
     int grain = 1;
     while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
 }
 
 static int compare_recordings(const void *a, const void *b) { // the longest first
-    const slam_recording *x = *(slam_recording *const *)a, *y = *(slam_recording *const *)b;
-    return x->n != y->n ? (x->n < y->n ? 1 : -1) : x < y ? -1 : 1;
+    const size_t x = (*(slam_recording *const *)a)->n, y = (*(slam_recording *const *)b)->n;
+    return (x < y) - (x > y);
 }
 
 /* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
@@ -8487,18 +8434,19 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
 static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
-    const int C = t->width;
+    const int C = t->width, K = t->K;
     int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
     slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
     int ok = 1;
     for (int i = 0; ok && i < n; i++) {
-        if (recordings[i].n > INT_MAX / 4)
-            ok = set_error("a recording of %zu samples, expected at most %d", recordings[i].n, INT_MAX / 4);
+        if (recordings[i].n / h->step >= HUBERT_MOST_FRAMES)
+            ok = set_error("a recording of %zu samples, expected fewer than %d", recordings[i].n,
+                           HUBERT_MOST_FRAMES * h->step);
         if (recordings[i].units.frames) *end++ = &recordings[i];
     }
     qsort((void *)list, end - list, sizeof *list, compare_recordings);
-    for (; ok && r < end; ok = ops->finish(ops)) {
+    for (; ok && r < end; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
@@ -8506,11 +8454,14 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
         while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
-        if (!(ok = hubert_forward(h, &b, t->K, t->config.normalize))) break;
-        if (t->K) ops->nearest(ops, b.nearest, b.wide, b.x, t->device_centroids, t->device_squares, b.B * b.T, C, t->K);
+        if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
+        hubert_place(h, &b, K > C ? K : C, h->arena);
+        hubert_upload(h, &b, t->config.normalize);
+        hubert_forward(h, &b);
+        if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
         else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
         for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
-            if (t->K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
+            if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
             else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
     }
     free((void *)list);
@@ -8524,50 +8475,37 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames that share what is loaded of a block
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* Copies centroids (K,D) to lanes, or to new memory if that is NULL. */
-static float *centroid_lanes(float *lanes, const float *centroids, int K, int D) {
-    const size_t blocks = ((size_t)K + CENTROID_LANES - 1) / CENTROID_LANES, n = (size_t)K * D;
-    if (!lanes) lanes = NEW(float, blocks *CENTROID_LANES *D);
-    for (size_t i = 0; i < n; i++) {
-        const size_t k = i / D, d = i % D;
-        lanes[(k / CENTROID_LANES * D + d) * CENTROID_LANES + k % CENTROID_LANES] = centroids[i];
-    }
-    return lanes;
-}
-
-/* out (4), squared distances of four frames from a block of centroids */
-UNFUSED static void centroid_distances(centroid_vector *out, const float *const *x, const float *lanes, int D) {
-    centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
-    for (int d = 0; d < D; d++) {
-        const centroid_vector c = *(const centroid_vector *)(lanes + d * CENTROID_LANES);
-        const centroid_vector e0 = c - x[0][d], e1 = c - x[1][d], e2 = c - x[2][d], e3 = c - x[3][d];
-        sum0 += e0 * e0;
-        sum1 += e1 * e1;
-        sum2 += e2 * e2;
-        sum3 += e3 * e3;
-    }
-    out[0] = sum0;
-    out[1] = sum1;
-    out[2] = sum2;
-    out[3] = sum3;
-}
-
-/* unit (n): the nearest centroid of each frame, of equal ones the first. distance (n), squared; NULL: not wanted */
-static void centroids_nearest(const float *frames, size_t n, const float *lanes, int K, int D, int *unit,
-                              float *distance) {
+/* unit (n): the nearest of centroids (K,D), of equal ones the first, for each frame: those of order (n), or in order if
+   that is NULL. distance (n), squared; NULL: not wanted */
+UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
+                                      int K, int D, int *unit, float *distance) {
+    float *lanes = NEW(float, (size_t)(K + CENTROID_LANES) * D);
+    for (int k = 0; k < K; k++)
+        for (int d = 0; d < D; d++)
+            lanes[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
     PARALLEL_FOR
     for (size_t first = 0; first < n; first += CENTROID_FRAMES) {
         const size_t left = n - first, m = left < CENTROID_FRAMES ? left : (size_t)CENTROID_FRAMES;
-        centroid_vector block[CENTROID_FRAMES];
         float least[CENTROID_FRAMES];
         const float *x[CENTROID_FRAMES];
         for (size_t i = 0; i < CENTROID_FRAMES; i++) {
-            x[i] = frames + (first + (i < m ? i : 0)) * D;
+            const size_t at = first + (i < m ? i : 0);
+            x[i] = frames + (order ? order[at] : at) * D;
             least[i] = INFINITY;
-            if (i < m) unit[first + i] = 0;
+            unit[at] = 0;
         }
         for (int k = 0; k < K; k += CENTROID_LANES) {
-            centroid_distances(block, x, lanes + (size_t)k * D, D);
+            const centroid_vector *c = (const centroid_vector *)(lanes + (size_t)k * D);
+            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
+            for (int d = 0; d < D; d++) {
+                const centroid_vector e0 = c[d] - x[0][d], e1 = c[d] - x[1][d], e2 = c[d] - x[2][d],
+                                      e3 = c[d] - x[3][d];
+                sum0 += e0 * e0;
+                sum1 += e1 * e1;
+                sum2 += e2 * e2;
+                sum3 += e3 * e3;
+            }
+            const centroid_vector block[] = {sum0, sum1, sum2, sum3};
             for (size_t i = 0; i < m; i++)
                 for (int j = 0; j < CENTROID_LANES && k + j < K; j++)
                     if (block[i][j] < least[i]) {
@@ -8577,150 +8515,112 @@ static void centroids_nearest(const float *frames, size_t n, const float *lanes,
         }
         if (distance) memcpy(distance + first, least, m * sizeof *least);
     }
+    free(lanes);
 }
 
 /* ---- k-means ---- */
 
-typedef struct kmeans {
-    const float *x; // (n,D) frames
-    size_t n, D;
-    int K;
-    uint64_t state;
-    float *centroids, *lanes;
-    uint32_t *order; // (n) a permutation: seeds and mini-batches are ranges of it
-    int *unit;       // (n)
-    float *distance; // (n) squared, to the nearest centroid
-    size_t *count;   // (K) frames of a centroid
-} kmeans;
-
-UNFUSED static float squared_distance(const float *a, const float *b, int D) {
+UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
     float sum = 0;
-    for (int d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
+    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
     return sum;
 }
 
-/* k-means++ on the first m frames of the order: each further centroid is a frame drawn with probability proportional to
-   its squared distance from the nearest centroid so far. */
-static void kmeans_seed(kmeans *f, size_t m) {
-    size_t drawn = 0;
-    for (size_t i = 0; i < m; i++) f->distance[i] = INFINITY;
-    for (size_t k = 0; k < (size_t)f->K; k++) {
-        const float *c = f->x + f->order[drawn] * f->D;
-        double all = 0, sum = 0;
-        memcpy(f->centroids + k * f->D, c, f->D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < m; i++) {
-            const float d = squared_distance(f->x + f->order[i] * f->D, c, (int)f->D);
-            if (d < f->distance[i]) f->distance[i] = d;
-        }
-        for (size_t i = 0; i < m; i++) all += f->distance[i];
-        const double until = all * rng_uniform(&f->state);
-        drawn = k + 1 < m ? k + 1 : 0; // if all frames are centroids already
-        for (size_t i = 0; all > 0 && sum <= until && i < m; i++) {
-            if (f->distance[i] > 0) drawn = i;
-            sum += f->distance[i];
-        }
-    }
-}
-
-static void kmeans_nearest(kmeans *f, const float *x, size_t n, float *distance) {
-    centroid_lanes(f->lanes, f->centroids, f->K, (int)f->D);
-    centroids_nearest(x, n, f->lanes, f->K, (int)f->D, f->unit, distance);
-}
-
-/* Moves each centroid to the mean of all frames that it got in this and earlier batches. batch (m,D): frames first ..
-   first + m - 1 of the order */
-UNFUSED static void kmeans_mini_batch(kmeans *f, size_t first, size_t m, float *batch) {
-    for (size_t i = 0; i < m; i++) memcpy(batch + i * f->D, f->x + f->order[first + i] * f->D, f->D * sizeof *batch);
-    kmeans_nearest(f, batch, m, NULL);
-    for (size_t i = 0; i < m; i++) {
-        float *c = f->centroids + f->unit[i] * f->D;
-        const float step = 1 / (float)++f->count[f->unit[i]];
-        for (size_t d = 0; d < f->D; d++) c[d] += step * (batch[i * f->D + d] - c[d]);
-    }
-}
-
-/* Assigns every frame to its nearest centroid and returns the mean squared distance. */
-static double kmeans_assign(kmeans *f) {
-    double sum = 0;
-    kmeans_nearest(f, f->x, f->n, f->distance);
-    memset(f->count, 0, f->K * sizeof *f->count);
-    for (size_t i = 0; i < f->n; i++) {
-        f->count[f->unit[i]]++;
-        sum += f->distance[i];
-    }
-    return sum / (double)f->n;
-}
-
-/* Moves centroids to the means of their frames, those without frames to the frames furthest from their centroids.
-   Returns how many the latter were. */
-static int kmeans_update(kmeans *f) {
+/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
+   passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
+UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
+                              slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
-    const size_t D = f->D;
-    double *sum = NEW(double, f->K *D);
-    int moved = 0;
-    PARALLEL_FOR
-    for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
-        for (size_t i = 0; i < f->n; i++)
-            for (size_t j = d; j < D && j < d + COLUMNS_AT_ONCE; j++) sum[f->unit[i] * D + j] += f->x[i * D + j];
-    for (size_t i = 0; i < f->K * D; i++)
-        if (f->count[i / D]) f->centroids[i] = (float)(sum[i] / (double)f->count[i / D]);
-    free(sum);
-    for (size_t k = 0; k < (size_t)f->K; k++) {
-        size_t far = 0;
-        for (size_t i = 1; !f->count[k] && i < f->n; i++)
-            if (f->distance[i] > f->distance[far]) far = i;
-        if (f->count[k] || f->distance[far] <= 0) continue; // 0: every frame is a centroid
-        memcpy(f->centroids + k * f->D, f->x + far * f->D, f->D * sizeof *f->centroids);
-        f->distance[far] = 0;
-        moved++;
-    }
-    return moved;
-}
-
-/* k-means of frames (n,D): k-means++ seeds (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full passes
-   (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
-static int kmeans_fit(const float *frames, size_t n, int D, int K, uint64_t seed, float *centroids,
-                      slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
-    const size_t m = n < 10000 ? n : 10000, seeds = 100 * (size_t)K;
+    const size_t seeds = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
+    uint64_t state = rng_stream(seed, 0x6b6d, 0);
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
     report->frames = n;
-    if (n < (size_t)K || n > UINT32_MAX)
-        return set_error("k-means: %zu frames, expected at least one for each of %d centroids", n, K);
+    if (n < K || n > UINT32_MAX)
+        return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
-        if (!isfinite(frames[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    float *lanes = centroid_lanes(NULL, frames, K, D), *distance = NEW(float, n), *batch = NEW(float, m *D);
-    uint32_t *order = NEW(uint32_t, n);
-    int *unit = NEW(int, n), more = 1;
-    size_t *count = NEW(size_t, K);
-    kmeans f = {frames, n, (size_t)D, K, rng_stream(seed, 0x6b6d, 0), centroids, lanes, order, unit, distance, count};
+        if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
+    uint32_t *order = NEW(uint32_t, n); // seeds and mini-batches are ranges of this permutation
+    int *unit = NEW(int, n), more = 1;  // nearest centroids
+    float *distance = NEW(float, n);    // squared, from them
+    size_t *count = NEW(size_t, K);     // frames of a centroid
+    double *sum = NEW(double, K *D);    // of its frames
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
-    rng_shuffle(&f.state, order, n);
-    kmeans_seed(&f, n < seeds ? n : seeds);
-    for (size_t i = 0, at = 0; more && i < 100; i++, at += m) {
+    rng_shuffle(&state, order, n);
+
+    // each further seed is a frame drawn with probability proportional to its squared distance from the nearest so far
+    for (size_t i = 0; i < seeds; i++) distance[i] = INFINITY;
+    for (size_t k = 0, drawn = 0; k < K; k++) {
+        const float *c = x + order[drawn] * D;
+        double all = 0, passed = 0;
+        memcpy(centroids + k * D, c, D * sizeof *c);
+        PARALLEL_FOR
+        for (size_t i = 0; i < seeds; i++) {
+            const float d = squared_distance(x + order[i] * D, c, D);
+            if (d < distance[i]) distance[i] = d;
+        }
+        for (size_t i = 0; i < seeds; i++) all += distance[i];
+        const double until = all * rng_uniform(&state);
+        drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
+        for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
+            if (distance[i] > 0) drawn = i;
+            passed += distance[i];
+        }
+    }
+
+    // a mini-batch moves a centroid to the mean of all frames that it got so far
+    for (size_t batch = 0, at = 0; more && batch < 100; batch++, at += m) {
         if (at + m > n) {
-            rng_shuffle(&f.state, order, n);
+            rng_shuffle(&state, order, n);
             at = 0;
         }
-        kmeans_mini_batch(&f, at, m, batch);
+        centroids_nearest(x, order + at, m, centroids, (int)K, (int)D, unit, NULL);
+        for (size_t i = 0; i < m; i++) {
+            const float *frame = x + order[at + i] * D, step = 1 / (float)++count[unit[i]];
+            float *c = centroids + unit[i] * D;
+            for (size_t d = 0; d < D; d++) c[d] += step * (frame[d] - c[d]);
+        }
         more = !progress || progress(context, &p);
     }
+
+    // a full pass moves centroids to the means of their frames, those without frames to the frames furthest from theirs
     while (more) {
-        report->inertia = kmeans_assign(&f);
+        centroids_nearest(x, NULL, n, centroids, (int)K, (int)D, unit, distance);
+        memset(count, 0, K * sizeof *count);
+        report->inertia = 0;
+        for (size_t i = 0; i < n; i++) {
+            count[unit[i]]++;
+            report->inertia += distance[i];
+        }
+        report->inertia /= (double)n;
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
         if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
-        before = kmeans_update(&f) ? INFINITY : report->inertia;
+        before = report->inertia;
+        memset(sum, 0, K * D * sizeof *sum);
+        PARALLEL_FOR
+        for (size_t d = 0; d < D; d += COLUMNS_AT_ONCE)
+            for (size_t i = 0; i < n; i++)
+                for (size_t j = d; j < D && j < d + COLUMNS_AT_ONCE; j++) sum[unit[i] * D + j] += x[i * D + j];
+        for (size_t k = 0; k < K; k++) {
+            size_t far = 0;
+            for (size_t d = 0; count[k] && d < D; d++)
+                centroids[k * D + d] = (float)(sum[k * D + d] / (double)count[k]);
+            for (size_t i = 1; !count[k] && i < n; i++)
+                if (distance[i] > distance[far]) far = i;
+            if (count[k] || distance[far] <= 0) continue; // 0: every frame is a centroid
+            memcpy(centroids + k * D, x + far * D, D * sizeof *x);
+            distance[far] = 0;
+            before = INFINITY;
+        }
     }
-    for (int k = 0; k < K; k++) report->dead += count[k] == 0;
-    free(lanes);
+    for (size_t k = 0; k < K; k++) report->dead += count[k] == 0;
     free(order);
     free(unit);
     free(distance);
     free(count);
-    free(batch);
+    free(sum);
     return more || set_error("stopped before the centroids were found");
 }
 
@@ -8732,98 +8632,6 @@ slam_unit_config slam_unit_config_default(void) {
     const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
     return c;
 }
-
-/* A hash of whatever changes a unit or what a document holds. */
-static uint32_t tokenizer_hash(const slam_tokenizer *t) {
-    const slam_unit_config *c = &t->config;
-    strbuf s = ZERO;
-    strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
-               c->normalize != 0, c->dedup != 0, t->K, t->width);
-    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
-    strbuf_add_bytes(&s, t->centroids, (size_t)t->K * t->width * sizeof *t->centroids);
-    const uint64_t hash = hash_bytes(HASH_START, s.at, s.n);
-    const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
-    strbuf_free(&s);
-    return folded ? folded : 1;
-}
-
-/* Uploads the centroids for ops->nearest, and their squares as the device rounds them. */
-static int tokenizer_upload(slam_tokenizer *t) {
-    slam_ops *ops = t->hubert->ops;
-    const size_t D = t->width, K = t->K, n = K * D;
-    float *wide = (float *)ops->alloc(ops, n * sizeof *wide), *host = NEW(float, n), *squares = NEW(float, K);
-    t->device_centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    t->device_squares = (float *)ops->alloc(ops, K * sizeof *squares);
-    int ok = wide && t->device_centroids && t->device_squares;
-    if (ok) {
-        ops->upload(ops, wide, t->centroids, n * sizeof *wide);
-        ops->to_act(ops, t->device_centroids, wide, n);
-        ops->to_float(ops, wide, t->device_centroids, n);
-        ops->download(ops, host, wide, n * sizeof *wide);
-        for (size_t k = 0; k < K; k++) {
-            double sum = 0;
-            for (size_t d = 0; d < D; d++) sum += (double)host[k * D + d] * host[k * D + d];
-            squares[k] = (float)sum;
-        }
-        ops->upload(ops, t->device_squares, squares, K * sizeof *squares);
-        ok = ops->finish(ops);
-    }
-    ops->release(ops, wide);
-    free(host);
-    free(squares);
-    return ok;
-}
-
-/* Completes a tokenizer without centroids. centroids (K,width) */
-static int tokenizer_set_centroids(slam_tokenizer *t, const float *centroids, size_t K) {
-    if (K < 1 || K > 65534) return set_error("%zu centroids, expected 1 to 65534, so that a token fits 16 bits", K);
-    const size_t n = K * t->width;
-    t->K = (int)K;
-    t->centroids = (float *)memcpy(NEW(float, n), centroids, n * sizeof *centroids);
-    t->lanes = centroid_lanes(NULL, centroids, t->K, t->width);
-    t->fingerprint = tokenizer_hash(t);
-    return !t->hubert || tokenizer_upload(t);
-}
-
-void slam_tokenizer_free(slam_tokenizer *t) {
-    if (!t) return;
-    slam_ops *ops = t->hubert ? t->hubert->ops : NULL;
-    if (ops) ops->release(ops, t->device_centroids);
-    if (ops) ops->release(ops, t->device_squares);
-    hubert_free(t->hubert);
-    free(t->mfcc);
-    free(t->lanes);
-    free(t->centroids);
-    free(t);
-}
-
-slam_tokenizer *slam_tokenizer_new(const slam_unit_config *config, slam_ops *ops, const float *centroids, int K) {
-    slam_tokenizer *t = NEW(slam_tokenizer, 1);
-    slam_unit_config *c = &t->config;
-    int ok = 1;
-    *c = *config;
-    if (c->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
-        if ((ok = t->hubert != NULL)) {
-            t->width = t->hubert->config.C;
-            t->step = t->hubert->step;
-            t->do_normalize = t->hubert->do_normalize;
-            c->rate = SAMPLE_RATE / t->step;
-        }
-        if (ok && config->rate && config->rate != c->rate)
-            ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
-    } else if (c->rate == 25 || c->rate == 50) {
-        t->mfcc = mfcc_new(c->rate);
-        t->width = MFCC_WIDTH;
-        t->step = t->mfcc->step;
-    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
-    if (ok && (!centroids || tokenizer_set_centroids(t, centroids, (size_t)K))) return t;
-    slam_tokenizer_free(t);
-    return NULL;
-}
-
-/* ---- km.npy and km.json ---- */
 
 static const field unit_config_fields[] = {
     {"rate", FIELD_INT, offsetof(slam_unit_config, rate), 1, SAMPLE_RATE, 0},
@@ -8865,8 +8673,8 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     c.fingerprint = t->fingerprint;
     strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
     strbuf_add_json(&s, c.hubert);
-    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n", t->K, t->width);
-    strbuf_add(&s, "  \"frames\": %zu,\n  \"inertia\": ", report->frames);
+    strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n  \"frames\": %zu,\n  \"inertia\": ", t->K, t->width,
+               report->frames);
     strbuf_add_number(&s, report->inertia);
     strbuf_add(&s, ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
@@ -8877,21 +8685,62 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
+/* A hash of whatever changes a unit or what a document holds. */
+static uint32_t tokenizer_hash(const slam_tokenizer *t) {
+    const slam_unit_config *c = &t->config;
+    strbuf s = ZERO;
+    strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
+               c->normalize != 0, c->dedup != 0, t->K, t->width);
+    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
+    const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
+    strbuf_free(&s);
+    return folded ? folded : 1;
+}
+
+/* Completes a tokenizer that has t->centroids (K,D), of a file or just found. */
+static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, size_t D) {
+    if (K < 1 || K > 65534 || D != (size_t)t->width)
+        return set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
+                         t->width, feature_names[t->config.features]);
+    t->K = (int)K;
+    t->fingerprint = tokenizer_hash(t);
+    return !t->hubert || hubert_set_centroids(t->hubert, t->centroids, K);
+}
+
+void slam_tokenizer_free(slam_tokenizer *t) {
+    if (!t) return;
+    hubert_free(t->hubert);
+    free(t->mfcc);
+    free(t->centroids);
+    free(t);
+}
+
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *config, slam_ops *ops) {
-    float *centroids = NULL;
+    slam_tokenizer *t = NEW(slam_tokenizer, 1);
+    slam_unit_config *c = &t->config;
     size_t K = 0, D = 0;
-    if (!npy_read(km_npy, &centroids, &K, &D)) return NULL;
-    slam_tokenizer *t = slam_tokenizer_new(config, ops, NULL, 0);
-    int ok = t != NULL;
-    if (ok && (D != (size_t)t->width || K < 1 || K > 65534))
-        ok = set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
-                       t->width, feature_names[config->features]);
-    ok = ok && tokenizer_set_centroids(t, centroids, K);
-    if (ok && config->fingerprint && config->fingerprint != t->fingerprint)
+    int ok = 1;
+    *c = *config;
+    if (c->features == SLAM_HUBERT) {
+        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
+        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if ((ok = t->hubert != NULL)) {
+            t->width = t->hubert->config.C;
+            t->do_normalize = t->hubert->do_normalize;
+            c->rate = SAMPLE_RATE / t->hubert->step;
+        }
+        if (ok && config->rate && config->rate != c->rate)
+            ok = set_error("%s: has %d frames per second, expected %d", c->hubert, c->rate, config->rate);
+    } else if (c->rate == 25 || c->rate == 50) {
+        t->mfcc = mfcc_new(c->rate);
+        t->width = MFCC_WIDTH;
+    } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
+    if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
+    if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
         ok = set_error(
             "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
-            km_npy, (unsigned long long)config->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
-    free(centroids);
+            km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -8918,28 +8767,28 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
 }
 
 static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
-    return t->mfcc ? mfcc_frames(t->mfcc, samples)
-                   : hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    if (t->hubert) return hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    const size_t window = (size_t)t->mfcc->window, step = (size_t)t->mfcc->step;
+    return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
 int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
     int ok = 1;
-    for (int i = 0; i < n; i++) {
-        slam_recording *r = &recordings[i];
-        memset(&r->units, 0, sizeof r->units);
-        r->units.samples = r->n;
-        r->units.frames = tokenizer_frames(t, r->n);
-        r->features = t->K && t->hubert ? NULL : NEW(float, r->units.frames *(size_t)t->width);
+    for (slam_recording *r = recordings; r < recordings + n; r++) {
+        const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
+        r->units = u;
+        r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
         if (!t->K) continue;
-        r->units.unit = NEW(int, r->units.frames);
-        r->units.duration = NEW(int, r->units.frames);
+        r->units.unit = NEW(int, u.frames);
+        r->units.duration = NEW(int, u.frames);
     }
     if (t->hubert) ok = hubert_compute(t, recordings, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
     for (int i = 0; i < (t->hubert ? 0 : n); i++) {
         slam_recording *r = &recordings[i];
-        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->samples, r->n);
-        if (t->K) centroids_nearest(r->features, r->units.frames, t->lanes, t->K, t->width, r->units.unit, NULL);
+        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
+        if (t->K)
+            centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
     }
     for (slam_recording *r = recordings; r < recordings + n; r++) {
         slam_units *u = &r->units;
@@ -9591,7 +9440,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
         ok = path_is_free(exists ? km_npy : km_json);
     free(km_json);
     if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
-    slam_tokenizer *t = ok ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    slam_tokenizer *t = ok ? slam_tokenizer_load(NULL, &config, ops) : NULL;
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
@@ -9605,11 +9454,10 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
             reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
-    float *centroids = NEW(float, (size_t)K *sample.D);
-    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, t->width, K, seed, centroids, progress, context, report) &&
-         tokenizer_set_centroids(t, centroids, (size_t)K) && tokenizer_save(t, km_npy, report);
+    t->centroids = NEW(float, (size_t)K *sample.D);
+    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
+         tokenizer_complete(t, km_npy, K, sample.D) && tokenizer_save(t, km_npy, report);
     slam_reader_close(reader);
-    free(centroids);
     free(sample.frames);
     free(shuffled.paths.at);
     if (ok) return t;

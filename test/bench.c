@@ -154,7 +154,7 @@ static double measure_hubert(const bench_row *r, const char *folder, int threads
     slam_ops *ops = slam_cpu(threads);
     slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, "", 0, 0};
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
-    slam_tokenizer *t = ops ? slam_tokenizer_new(&config, ops, NULL, 0) : NULL;
+    slam_tokenizer *t = ops ? slam_tokenizer_load(NULL, &config, ops) : NULL;
     float *x = NEW(float, (size_t)samples);
     if (!t) die();
     for (long i = 0; i < samples; i++) x[i] = (float)(0.1 * rng_normal(&seed));

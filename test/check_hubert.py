@@ -67,7 +67,7 @@ def library(folder):
     subprocess.check_call(["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-x", "c", os.path.join(root, "slam.cu"), "-o", path, "-lm"])
     lib = ctypes.CDLL(path)
     lib.slam_cpu.restype = ctypes.c_void_p
-    lib.slam_tokenizer_new.restype = ctypes.POINTER(Tokenizer)
+    lib.slam_tokenizer_load.restype = ctypes.POINTER(Tokenizer)
     lib.slam_error.restype = ctypes.c_char_p
     return lib
 
@@ -118,7 +118,7 @@ def main():
                 theirs.append(states.pop().reshape(-1, model.config.hidden_size).numpy())
             their_time = time.perf_counter() - start
             config = Config(features=1, layer=arguments.layer, hubert=folder.encode())
-            h = lib.slam_tokenizer_new(ctypes.byref(config), ctypes.c_void_p(ops), None, 0)
+            h = lib.slam_tokenizer_load(None, ctypes.byref(config), ctypes.c_void_p(ops))
             if not h:
                 raise SystemExit(lib.slam_error().decode())
             ours(lib, h, sounds)

@@ -850,8 +850,10 @@ static void bench_hubert(bench *b) {
         recordings[i].samples = noise + rng_below(&seed, 16000);
         seconds += (double)recordings[i].n / 16000;
     }
-    slam_tokenizer *t = slam_tokenizer_new(&config, b->ops, centroids, 500);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, b->ops);
     if (!t) stop(slam_error());
+    t->centroids = centroids;
+    if (!tokenizer_complete(t, "centroids", 500, 768)) stop(slam_error());
     for (; done < rounds && !(done > 0 && late(b, "further rounds")); done++) {
         const double began = slam_clock();
         if (!slam_units_encode(t, recordings, n)) stop(slam_error());
@@ -865,7 +867,7 @@ static void bench_hubert(bench *b) {
     printf("\n%.0f s of audio in %d recordings\n", seconds, n);
     key(b, rate, "hubert");
     slam_tokenizer_free(t);
-    free(noise), free(centroids);
+    free(noise);
     remove_tree(folder);
 }
 

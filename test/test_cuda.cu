@@ -654,7 +654,7 @@ static void test_hubert(const char *name, int layer) {
         r[i] = {samples[i].data(), lengths[i], NULL, ZERO};
     }
     for (int run = 0; run < 4; run++) { // the CPU; twice here; each alone
-        slam_tokenizer *t = slam_tokenizer_new(&config, run ? gpu : cpu, NULL, 0);
+        slam_tokenizer *t = slam_tokenizer_load(NULL, &config, run ? gpu : cpu);
         if (!CHECK(t, "%s", slam_error())) return;
         emulator_seed((uint64_t)run);
         if (run < 3) CHECK(slam_units_encode(t, r, 3), "%s", slam_error());
@@ -688,8 +688,11 @@ static void test_units(void) {
     for (int k = 0; k < 2; k++) {
         slam_recording r = {samples.data(), samples.size(), NULL, ZERO};
         const slam_units &u = r.units;
-        slam_tokenizer *t = slam_tokenizer_new(&config, k ? gpu : cpu, centroids.data(), 10);
-        if (!CHECK(t && slam_units_encode(t, &r, 1), "%s", slam_error())) return;
+        slam_tokenizer *t = slam_tokenizer_load(NULL, &config, k ? gpu : cpu);
+        if (!CHECK(t, "%s", slam_error())) return;
+        t->centroids = (float *)memcpy(NEW(float, 10 * 24), centroids.data(), 10 * 24 * sizeof(float));
+        if (!CHECK(tokenizer_complete(t, "centroids", 10, 24) && slam_units_encode(t, &r, 1), "%s", slam_error()))
+            return;
         for (size_t i = 0; i < u.n; i++) frames[k].insert(frames[k].end(), u.duration ? u.duration[i] : 1, u.unit[i]);
         slam_units_free(&r.units);
         slam_tokenizer_free(t);

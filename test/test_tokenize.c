@@ -27,9 +27,11 @@ static const char *make_wav(const char *name, size_t n, int rate, uint64_t seed)
 
 static slam_tokenizer *make_tokenizer(uint64_t seed) {
     const slam_unit_config c = slam_unit_config_default();
-    static float centroids[20 * 39];
-    for (int i = 0; i < 20 * 39; i++) centroids[i] = (float)(i % 39 ? 5 * rng_normal(&seed) : -10 * rng_uniform(&seed));
-    return slam_tokenizer_new(&c, NULL, centroids, 20);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &c, NULL);
+    float *x = t->centroids = NEW(float, 20 * 39);
+    for (int i = 0; i < 20 * 39; i++) x[i] = (float)(i % 39 ? 5 * rng_normal(&seed) : -10 * rng_uniform(&seed));
+    CHECK(tokenizer_complete(t, "centroids", 20, 39), "%s", slam_error());
+    return t;
 }
 
 static strbuf read_file(const char *path) {

@@ -10,14 +10,17 @@ enum { LARGEST = 1 << 18 }; // bytes; some formats make much audio out of few
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     static slam_tokenizer *t;
     const slam_unit_config config = slam_unit_config_default();
-    const float centroids[2 * 39] = {1, 2, 3};
     double end = 0;
     float *x;
     size_t n;
     audio a;
     if (size > LARGEST) return 0;
-    if (!t) t = slam_tokenizer_new(&config, NULL, centroids, 2);
-    MUST(t);
+    if (!t) {
+        MUST(t = slam_tokenizer_load(NULL, &config, NULL));
+        t->centroids = NEW(float, 2 * 39);
+        for (int i = 0; i < 3; i++) t->centroids[i] = (float)(i + 1);
+        MUST(tokenizer_complete(t, "centroids", 2, 39));
+    }
     int more = audio_open(&a, fuzz_file(bytes, size), NULL) ? 1 : -1;
     for (int i = 0; more > 0 && i < 20 && (more = audio_next_segment(&a, 1, &x, &n)) > 0; i++) {
         size_t frames = 0;

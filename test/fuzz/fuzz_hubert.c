@@ -25,12 +25,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     config.rate = 0;
     config.layer = 1;
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
-    slam_tokenizer *t = slam_tokenizer_new(&config, ops, NULL, 0);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, ops);
     if (!t) return 0;
     slam_recording r = {samples, 3000, NULL, ZERO};
     uint64_t state = 1;
     for (int i = 0; i < 3000; i++) samples[i] = (float)rng_normal(&state);
-    if (slam_units_encode(t, &r, 1)) MUST(r.units.frames <= 3080 && t->width > 0 && t->step > 0);
+    if (slam_units_encode(t, &r, 1)) MUST(r.units.frames <= 3080 && t->width > 0 && t->hubert->step > 0);
     free(r.features);
     slam_tokenizer_free(t);
     return 0;
