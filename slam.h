@@ -2187,8 +2187,8 @@ static void units_close(units_reader *r) {
     memset(r, 0, sizeof *r);
 }
 
-/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an error
-   that starts with file:line. */
+/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
+   error that starts with file:line. */
 static int units_next(units_reader *r, units *u) {
     const char *line;
     size_t n, blank;
