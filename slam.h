@@ -283,18 +283,10 @@ slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL a
 /* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
 void slam_comm_finalize(slam_comm *, int status);
 void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
-typedef struct slam_range {
-    size_t first, end; /* first <= i < end */
-} slam_range;
-slam_range slam_comm_share(const slam_comm *, size_t n); /* this rank's share of n items: contiguous, nearly equal */
 /* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
-int slam_all_ok(slam_comm *, int ok);         /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
-int slam_comm_equal(slam_comm *, uint64_t x); /* 1 if x is the same on every rank */
+int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 long slam_comm_max(slam_comm *, long x);
-void slam_comm_sum(slam_comm *, double *x, size_t n);         /* in rank order: the same bits on every rank */
-void slam_comm_broadcast(slam_comm *, void *x, size_t bytes); /* from rank 0; fewer than 2^31 bytes */
-/* Concatenates every rank's bytes (fewer than 2^31) in rank order; free() the result. */
-void *slam_comm_all_gather(slam_comm *, const void *x, size_t bytes, size_t *total);
+void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
 
 /* ---- 7. MODEL: Qwen2 and Llama-type transformers, forward and backward ---- */
 
@@ -1145,19 +1137,6 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
     return hash;
 }
 
-/* ---- threads ---- */
-
-/* Sets the number of threads of parallel loops, 0: one per core. Returns the number. */
-static int threads_set(int threads) {
-    if (threads > 0) omp_set_num_threads(threads);
-    return omp_get_max_threads();
-}
-
-static int threads_count(void) { return omp_get_max_threads(); }
-
-/* Index of the calling thread in a parallel loop. */
-static int thread_index(void) { return omp_get_thread_num(); }
-
 /* ---- files ---- */
 
 /* "folder/name" in memory of its own. */
@@ -1326,9 +1305,8 @@ typedef struct json {
 } json;
 
 typedef struct json_parser {
-    char *at, *end; // in a copy of the text that ends with 0; strings are unescaped in place
-    char *line;     // start of the current line
-    int n_line, depth;
+    char *text, *at, *end; // a copy of the text that ends with 0; strings are unescaped in place
+    int depth;
     json *node; // the next unused node
     const char *what;
 } json_parser;
@@ -1348,22 +1326,17 @@ static size_t utf8_length(const char *at) {
     return code >= smallest[n] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? n : 0;
 }
 
-/* The error "what: line 3, byte 14: found '}', expected ..."; the line only if it is not the first. */
+/* The error "what: byte 14: found '}', expected ..." */
 static int json_expected(const json_parser *p, const char *expected) {
     const int c = (unsigned char)*p->at;
-    char found[16] = "the end", line[24] = "";
+    char found[16] = "the end";
     if (p->at < p->end) snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    if (p->n_line > 1) snprintf(line, sizeof line, "line %d, ", p->n_line);
-    return set_error("%s: %sbyte %td: found %s, expected %s", p->what, line, p->at - p->line + 1, found, expected);
+    return set_error("%s: byte %td: found %s, expected %s", p->what, p->at - p->text + 1, found, expected);
 }
 
 /* The next character that is not white space. */
 static char json_peek(json_parser *p) {
-    for (; *p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t'; p->at++)
-        if (*p->at == '\n') {
-            p->n_line++;
-            p->line = p->at + 1;
-        }
+    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
     return *p->at;
 }
 
@@ -1452,10 +1425,8 @@ static int json_parse_items(json_parser *p, json *j, char close) {
     for (; json_peek(p) != close; j->n++) {
         json *item = *link = p->node++;
         link = &item->next;
-        if (j->n > 0 && *p->at++ != ',') {
-            p->at--;
-            return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
-        }
+        if (j->n > 0 && *p->at != ',') return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
+        if (j->n > 0) p->at++;
         if (close == '}') {
             if (json_peek(p) != '"') return json_expected(p, "a key in quotes");
             if (!json_parse_string(p, &item->key)) return 0;
@@ -1500,9 +1471,8 @@ static json *json_parse(const char *text, size_t n, const char *what) {
     json *root = (json *)(void *)NEW(char, nodes * sizeof(json) + n + 2); // and the copy behind them
     p.what = what;
     p.node = root + 1;
-    p.at = p.line = (char *)(root + nodes) + 1;
+    p.at = p.text = (char *)(root + nodes) + 1;
     p.end = p.at + n;
-    p.n_line = 1;
     if (n) memcpy(p.at, text, n);
     if (json_parse_value(&p, root)) {
         json_peek(&p);
@@ -1559,11 +1529,11 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
 }
 
-/* The shortest text that reads back as the same double; null if it is not finite. */
+/* The shortest text of at least 15 digits, without trailing zeros, that reads back as the same double; null if it is
+   not finite. */
 static void strbuf_add_number(strbuf *out, double x) {
     char text[40];
-    // 15 digits survive a double that is not subnormal, so that %g may drop their trailing zeros
-    int digits = fabs(x) < 0x1p-1022 ? 0 : 14;
+    int digits = 14;
     do snprintf(text, sizeof text, "%.*g", ++digits, x);
     while (digits < 17 && strtod(text, NULL) != x); // 17 tell any two doubles apart
     char *point = strchr(text, *localeconv()->decimal_point);
@@ -1581,35 +1551,32 @@ typedef struct field {
     int required;
 } field;
 
-/* Reads one member. If it is absent or null, `at` stays as it is, unless it is required. */
-static int field_read(const json *object, const field *f, void *at, const char *what) {
-    const json *j = json_get(object, f->name);
-    const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
-    char expected[80] = "true or false";
-    if (!j && !f->required) return 1;
-    int ok = type == JSON_TRUE || type == JSON_FALSE;
-    if (f->type == FIELD_HEX) {
-        const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-        ok = digits >= 1 && digits <= 16 && !j->string[digits];
-        snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
-    } else if (f->type != FIELD_BOOL) {
-        ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
-        snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
-    }
-    if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
-    if (f->type == FIELD_INT) *(int *)at = (int)j->number;
-    if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
-    if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
-    if (f->type == FIELD_REAL) *(double *)at = j->number;
-    if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
-    if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
-    return 1;
-}
-
-/* Reads n members into the struct `to`. */
+/* Reads n members into the struct `to`. One that is absent or null leaves it as it is, unless it is required. */
 static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
-    for (size_t i = 0; i < n; i++)
-        if (!field_read(object, &f[i], (char *)to + f[i].offset, what)) return 0;
+    for (const field *end = f + n; f < end; f++) {
+        const json *j = json_get(object, f->name);
+        const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
+        void *at = (char *)to + f->offset;
+        char expected[80] = "true or false";
+        if (!j && !f->required) continue;
+        int ok = type == JSON_TRUE || type == JSON_FALSE;
+        if (f->type == FIELD_HEX) {
+            const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
+            ok = digits >= 1 && digits <= 16 && !j->string[digits];
+            snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
+        } else if (f->type != FIELD_BOOL) {
+            ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
+            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min,
+                     f->max);
+        }
+        if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
+        if (f->type == FIELD_INT) *(int *)at = (int)j->number;
+        if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
+        if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
+        if (f->type == FIELD_REAL) *(double *)at = j->number;
+        if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
+        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+    }
     return 1;
 }
 
@@ -1628,22 +1595,6 @@ static void fields_write(strbuf *out, const field *f, size_t n, const void *from
     }
 }
 
-/* Reads one member: if it is absent or null, 1 and *out stays. */
-static int json_int(const json *object, const char *key, const char *what, long min, long max, int *out) {
-    const field f = {key, FIELD_INT, 0, (double)min, (double)max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_real(const json *object, const char *key, const char *what, double min, double max, double *out) {
-    const field f = {key, FIELD_REAL, 0, min, max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_bool(const json *object, const char *key, const char *what, int *out) {
-    const field f = {key, FIELD_BOOL, 0, 0, 0, 0};
-    return field_read(object, &f, out, what);
-}
-
 /* ---- safetensors ----
    8 bytes: n, the length of the header. n bytes: the header, a JSON object that may end in spaces:
        {"__metadata__": {"format": "pt", ...}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]},
@@ -1659,9 +1610,10 @@ static const char *const dtype_names[] = {"F32", "F16", "BF16", "F64", "I32", "I
 typedef struct tensor {
     const char *name;
     int dtype, rank;
-    size_t shape[8], count;
-    const unsigned char *data; // not necessarily aligned
-    const char *file;
+    size_t shape[8];
+    const void *data; // not necessarily aligned
+    size_t count;
+    const char *file; // that it was read from
 } tensor;
 
 typedef struct tensors_file {
@@ -1687,12 +1639,6 @@ static void tensors_close(tensors *t) {
     free(t->file);
     free(t->at);
     free(t);
-}
-
-static size_t tensor_bytes(int dtype, int rank, const size_t *shape) {
-    size_t bytes = dtype_bytes[dtype];
-    for (int k = 0; k < rank; k++) bytes *= shape[k];
-    return bytes;
 }
 
 /* Whole numbers from 0 on; 0 if it is not an array of at most `max` of them. */
@@ -1873,7 +1819,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
         return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = t->data + first * dtype_bytes[t->dtype];
+    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
     if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
     for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
         memcpy(&wide, from + 8 * i, 8);
@@ -1886,17 +1832,9 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
-/* A tensor to be written. */
-typedef struct tensor_out {
-    const char *name;
-    int dtype, rank;
-    size_t shape[8];
-    const void *data;
-} tensor_out;
-
 /* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
    expects, is always added. */
-static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
+static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
     bytes *parts = NEW(bytes, n + 2); // length, header, tensors
@@ -1907,8 +1845,8 @@ static int tensors_write(const char *path, const tensor_out *list, size_t n, con
     }
     strbuf_add(&header, "}");
     for (size_t i = 0; i < n; i++) {
-        const tensor_out *t = &list[i];
-        const size_t size = tensor_bytes(t->dtype, t->rank, t->shape);
+        const tensor *t = &list[i];
+        const size_t size = t->count * dtype_bytes[t->dtype];
         strbuf_add(&header, ",");
         strbuf_add_json(&header, t->name);
         strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
@@ -1952,7 +1890,7 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     const size_t R = *rows, C = *cols, n = R * C, bytes = map->size - 10 - length;
     if ((C && R > bytes / C) || n * (size_t)width != bytes)
         return set_error("%s: found %zu bytes of data, expected %zu x %zu float%d", path, bytes, R, C, 8 * width);
-    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, n, map->data + 10 + length, path};
+    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, map->data + 10 + length, n, path};
     float *x = NEW(float, n);
     int ok = tensor_floats(&t, x, 0, n);
     for (size_t i = 0; ok && i < n; i++)
@@ -2016,8 +1954,6 @@ static int shard_open(shard *s, const char *path) {
     if (!ok) file_map_close(&s->map);
     return ok;
 }
-
-static void shard_close(shard *s) { file_map_close(&s->map); }
 
 /* A file that is appended to and resumed after a kill: sync it, then note `bytes` in a journal; a later process cuts it
    to the noted bytes and continues there. While it is open, no other process can open it this way. */
@@ -2231,6 +2167,7 @@ typedef struct units_reader {
     const char *at, *end;
     char *path, *what; // what: "path:line", for errors
     size_t line;       // number of the last line that was read, from 1
+    json *root;        // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2244,14 +2181,15 @@ static int units_open(units_reader *r, const char *path) {
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
+    json_free(r->root);
     free(r->path);
     free(r->what);
     memset(r, 0, sizeof *r);
 }
 
-/* The next line that is not blank, parsed (free it with json_free): 1, 0 at the end, -1 and an error that starts with
-   file:line. */
-static int units_next_json(units_reader *r, json **root) {
+/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
+   error that starts with file:line. */
+static int units_next(units_reader *r, units *u) {
     const char *line;
     size_t n, blank;
     do {
@@ -2261,19 +2199,10 @@ static int units_next_json(units_reader *r, json **root) {
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
     free(r->what);
+    json_free(r->root);
     r->what = string_print("%s:%zu", r->path, r->line);
-    *root = json_parse(line, n, r->what);
-    return *root ? 1 : -1;
-}
-
-/* The units of the next line that is not blank: 1, 0 at the end, -1 and an error that starts with file:line. */
-static int units_next(units_reader *r, units *u) {
-    json *root = NULL;
-    const int got = units_next_json(r, &root);
-    if (got <= 0) return got;
-    const int ok = units_from_json(root, r->what, u);
-    json_free(root);
-    return ok ? 1 : -1;
+    r->root = json_parse(line, n, r->what);
+    return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
 
 /* Numbers from 0 on and what is between them. Millions are written, which printf would slow down. */
@@ -2289,8 +2218,25 @@ static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *bet
     }
 }
 
-/* The end of a line of either kind. */
-static void strbuf_add_segment(strbuf *out, const units *u) {
+/* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
+static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
+    strbuf_add(out, "{");
+    if (!tokens) {
+        strbuf_add(out, "\"units\": [");
+        strbuf_add_ints(out, u->unit, u->n, ", ");
+        if (u->duration) strbuf_add(out, "], \"duration\": [");
+        if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
+        strbuf_add(out, "]");
+    }
+    if (u->name) {
+        strbuf_add(out, tokens ? "\"file_name\": " : ", \"file_name\": ");
+        strbuf_add_json(out, u->name);
+    }
+    if (tokens) {
+        strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
+        strbuf_add_ints(out, u->unit, u->n, "><Un");
+        strbuf_add(out, u->n ? ">\"" : "\"");
+    }
     if (u->end > 0) {
         strbuf_add(out, ", \"start\": ");
         strbuf_add_number(out, u->start);
@@ -2298,33 +2244,6 @@ static void strbuf_add_segment(strbuf *out, const units *u) {
         strbuf_add_number(out, u->end);
     }
     strbuf_add(out, "}");
-}
-
-/* The start of a features line, and of the units of a pair. */
-static void strbuf_add_unit_lists(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"units\": [");
-    strbuf_add_ints(out, u->unit, u->n, ", ");
-    if (u->duration) strbuf_add(out, "], \"duration\": [");
-    if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
-    strbuf_add(out, "]");
-}
-
-/* A features line, without its newline. */
-static void strbuf_add_units(strbuf *out, const units *u) {
-    strbuf_add_unit_lists(out, u);
-    strbuf_add(out, ", \"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add_segment(out, u);
-}
-
-/* A tokens line, without its newline. */
-static void strbuf_add_audio_repr(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
-    strbuf_add_ints(out, u->unit, u->n, "><Un");
-    strbuf_add(out, u->n ? ">\"" : "\"");
-    strbuf_add_segment(out, u);
 }
 
 /* ==========================================================================================
@@ -2858,7 +2777,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, tiles = (T + QUERIES - 1) / QUERIES;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * QUERIES * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * QUERIES * T);
     PARALLEL_FOR
     for (int i = 0; i < B * T; i++) rotate(row(qkv, i, W), NH + KVH, mask, rotary_position(mask, i), 1);
     /* The last tiles of a row see the most keys and come first, so that no thread ends with a long one. */
@@ -2869,7 +2788,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
         const float *q = row(qkv, b * T + t.i, W) + h * HS;
         const float *k = row(qkv, b * T + t.first, W) + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
         float *o = row(out, b * T + t.i, O) + h * HS, *l = lse + ((size_t)b * NH + h) * T + t.i, sum[QUERIES];
-        float *s = scratch + (size_t)thread_index() * QUERIES * T; // (t.n, t.keys)
+        float *s = scratch + (size_t)omp_get_thread_num() * QUERIES * T; // (t.n, t.keys)
         gemm(0, 1, t.n, t.keys, HS, q, W, k, W, 0, s, t.keys);
         for (int i = 0; i < t.n; i++) {
             float *si = s + (size_t)i * t.keys - t.first; // si[j] is s_ij
@@ -2892,12 +2811,12 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, cons
     const int W = (NH + 2 * KVH) * HS, O = NH * HS;
     const float scale = 1 / sqrtf((float)HS);
     const size_t work = (size_t)QUERIES * T, head = (size_t)T * HS;
-    float *scratch = cpu_scratch(ops, 2 * threads_count() * work + 2 * B * NH * head);
-    float *dkv = scratch + 2 * threads_count() * work;
+    float *scratch = cpu_scratch(ops, 2 * omp_get_max_threads() * work + 2 * B * NH * head);
+    float *dkv = scratch + 2 * omp_get_max_threads() * work;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < B * NH; task++) {
         const int b = task / NH, h = task % NH, kv = (NH + h * KVH / NH) * HS;
-        float *p = scratch + 2 * thread_index() * work, *ds = p + work; // (t.n, t.keys) each
+        float *p = scratch + 2 * omp_get_thread_num() * work, *ds = p + work; // (t.n, t.keys) each
         float *dk = dkv + 2 * task * head, *dv = dk + head, *Di = D + (size_t)task * T;
         memset(dk, 0, 2 * head * sizeof(float));
         for (int i = 0; i < T; i++) Di[i] = dot(row(dout, b * T + i, O) + h * HS, row(out, b * T + i, O) + h * HS, HS);
@@ -2938,7 +2857,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS, heads = NH / KVH;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, KV = 2 * KVH * HS;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * heads * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * heads * T);
     for (int b = 0; b < B; b++) {
         rotate(row(qkv, b, W), NH + KVH, mask, lengths[b], 1);
         memcpy(row(cache, b * T + lengths[b], KV), row(qkv, b, W) + O, (size_t)KV * sizeof(float));
@@ -2947,7 +2866,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     for (int task = 0; task < B * KVH; task++) {
         const int b = task / KVH, g = task % KVH, n = lengths[b] + 1;
         const float *q = row(qkv, b, W) + g * heads * HS, *k = row(cache, b * T, KV) + g * HS, *v = k + KVH * HS;
-        float *s = scratch + (size_t)thread_index() * heads * T; // (heads,n)
+        float *s = scratch + (size_t)omp_get_thread_num() * heads * T; // (heads,n)
         gemm(0, 1, heads, n, HS, q, HS, k, KV, 0, s, n);
         for (int h = 0; h < heads; h++) {
             float *sh = s + (size_t)h * n;
@@ -3227,11 +3146,12 @@ static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_a
 slam_ops *slam_cpu(int threads) {
     cpu_ops *cpu = NEW(cpu_ops, 1);
     slam_ops *ops = &cpu->ops;
-    threads = threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    threads = omp_get_max_threads();
 #if defined SLAM_BLAS && defined OPENBLAS_VERSION
     openblas_set_num_threads(
         1); // gemm_parallel has the threads. A build of OpenBLAS with OpenMP sets those of OpenMP, too
-    threads_set(threads);
+    omp_set_num_threads(threads);
 #endif
     snprintf(cpu->name, sizeof cpu->name, "cpu, %d thread%s", threads, threads == 1 ? "" : "s");
     ops->name = cpu->name;
@@ -5286,7 +5206,7 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->name = cuda->name;
     ops->act_bytes = act_bytes;
     ops->asynchronous = 1;
-    ops->threads = threads_count();
+    ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
@@ -5332,9 +5252,8 @@ struct slam_comm_state {
     float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
-    int *counts;     // (4,size): numbers to send to each rank, their offsets, numbers to receive, their offsets
 #ifdef SLAM_MPI
-    MPI_Request request;
+    MPI_Request *requests; // (2,size): from each rank, to each rank
 #endif
 #ifdef SLAM_NCCL
     ncclComm_t nccl;
@@ -5343,21 +5262,22 @@ struct slam_comm_state {
 
 static int takes_part(const slam_comm *c) { return c && c->size > 1 && !c->state->lost; }
 
-slam_range slam_comm_share(const slam_comm *c, size_t n) {
-    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0, each = n / size, more = n % size;
-    slam_range r;
-    r.first = rank * each + (rank < more ? rank : more);
-    r.end = r.first + each + (rank < more);
+typedef struct range {
+    size_t first, end; // first <= i < end
+} range;
+
+/* This rank's share of n items: contiguous, nearly equal. */
+static range comm_share(const slam_comm *c, size_t n) {
+    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0;
+    const range r = {n * rank / size, n * (rank + 1) / size};
     return r;
 }
 
 /* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
    256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
-static slam_range comm_part(const slam_comm *c, int rank, size_t n) {
+static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
-    slam_range r;
-    r.first = rank * each;
-    r.end = !c || rank == c->size - 1 ? n : r.first + each;
+    const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
     return r;
 }
 
@@ -5371,13 +5291,10 @@ static int comm_launched(void) {
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
-#ifdef SLAM_MPI
-    const char *advice = "build with the MPI of this mpirun; srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)";
-#else
-    const char *advice = "this build has no MPI: install libopenmpi-dev, then make";
-#endif
     if (!tasks || atoi(tasks) < 2) return 1;
-    return set_error("%s started %s processes, but this one sees only itself: %s", launcher, tasks, advice);
+    return set_error("%s started %s processes, but this one sees only itself: build with this launcher's MPI "
+                     "(libopenmpi-dev, then make); srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)",
+                     launcher, tasks);
 }
 
 /* ---- host memory, over MPI ---- */
@@ -5392,61 +5309,86 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-static void ranks_gather(void *all, const void *x, size_t bytes) {
-    MPI_Allgather(x, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD);
+/* x may be this rank's place in `all`. */
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
+    const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
+    MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-static void comm_join(slam_comm *c) {
+/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
-    int running = 0, level;
-    MPI_Comm machine;
-    MPI_Initialized(&running);
-    if (!running && !comm_launched()) return;
-    s->started = !running;
-    if (s->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &c->size);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &c->local_rank);
-    MPI_Comm_size(machine, &c->local_size);
-    MPI_Comm_free(&machine);
+    const range own = comm_part(c, c->rank, s->n);
+    const size_t size = c->size, own_n = own.end - own.first;
+    if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
+    GROW(float, s->received, s->capacity, size *own_n);
+    for (int k = 0; k < c->size; k++) {
+        const range part = comm_part(c, k, s->n);
+        const int part_n = (int)(part.end - part.first);
+        MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
+        MPI_Isend(s->x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
+    }
 }
 
-static void comm_leave(slam_comm *c, int status) {
-    if (c->state->started && status && c->size > 1 && !c->failed) {
-        fflush(NULL);
-        MPI_Abort(MPI_COMM_WORLD, status);
-    }
-#ifdef SLAM_NCCL
-    if (c->state->nccl) ncclCommDestroy(c->state->nccl);
-#endif
-    if (c->state->started) MPI_Finalize();
+static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+
+/* MPI moves messages only while it is called. */
+static void comm_progress(slam_comm *c) {
+    int done;
+    if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
 }
+
 #else
 // clang-format off
 static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
-static void ranks_gather(void *all, const void *x, size_t bytes) { (void)all; (void)x; (void)bytes; }
-static void comm_join(slam_comm *c) { (void)c; }
-static void comm_leave(slam_comm *c, int status) { (void)c; (void)status; }
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
+static void ranks_send_parts(slam_comm *c) { (void)c; }
+static void ranks_wait(slam_comm *c) { (void)c; }
+static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
 
 void slam_comm_finalize(slam_comm *c, int status) {
     if (!c) return;
-    if (c->state->ops) c->state->ops->comm = NULL;
-    comm_leave(c, status);
-    free(c->state->received);
-    free(c->state->counts);
-    free(c->state);
+    struct slam_comm_state *s = c->state;
+    if (s->ops) s->ops->comm = NULL;
+#ifdef SLAM_MPI
+    if (s->started && status && c->size > 1 && !c->failed) {
+        fflush(NULL);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+#ifdef SLAM_NCCL
+    if (s->nccl) ncclCommDestroy(s->nccl);
+#endif
+    if (s->started) MPI_Finalize();
+    free(s->requests);
+#endif
+    (void)status;
+    free(s->received);
+    free(s);
     free(c);
 }
 
 slam_comm *slam_comm_init(void) {
     slam_comm *c = NEW(slam_comm, 1);
-    c->size = c->local_size = c->zero = 1;
     c->state = NEW(struct slam_comm_state, 1);
-    comm_join(c);
+    c->size = c->local_size = c->zero = 1;
+#ifdef SLAM_MPI
+    int running = 0, level;
+    MPI_Comm machine;
+    MPI_Initialized(&running);
+    c->state->started = !running && comm_launched();
+    if (c->state->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    if (running || c->state->started) {
+        MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
+        MPI_Comm_size(MPI_COMM_WORLD, &c->size);
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &c->local_rank);
+        MPI_Comm_size(machine, &c->local_size);
+        MPI_Comm_free(&machine);
+    }
+#endif
     if (c->size > 1 || launcher_check()) return c;
     slam_comm_finalize(c, 1);
     return NULL;
@@ -5472,12 +5414,13 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-int slam_comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
+/* 1 if x is the same on every rank. */
+static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
-    ranks_gather(all, x, n * sizeof *x);
+    ranks_gather(c, all, x, n * sizeof *x);
     for (size_t i = 0; i < n; i++) {
         x[i] = all[i];
         for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
@@ -5485,15 +5428,17 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     free(all);
 }
 
-void slam_comm_broadcast(slam_comm *c, void *x, size_t bytes) {
+/* From rank 0; fewer than 2^31 bytes. */
+static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
+/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
+static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
     const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
     uint64_t own = bytes, *sizes = NEW(uint64_t, size);
     sizes[0] = own;
-    if (part) ranks_gather(sizes, &own, sizeof own);
+    if (part) ranks_gather(c, sizes, &own, sizeof own);
     *total = 0;
     for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
     char *all = NEW(char, *total), *at = all;
@@ -5509,24 +5454,11 @@ void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *to
    comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
    done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
 
-   Over MPI a reduce-scatter is an all-to-all and a sum in rank order: MPI_Reduce_scatter may add in another order if
-   a message has another size, and the same numbers must give the same bits however they are divided into messages. An
-   error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read; an error of NCCL
-   loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
+   another order if a message has another size, and the same numbers must give the same bits however they are divided
+   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
+   an error of NCCL loses the rank. */
 
-#ifndef SLAM_MPI
-// clang-format off
-static int comm_connect(slam_comm *c) { (void)c; return 1; }
-static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
-    (void)c; (void)x; (void)part; (void)n; (void)bytes; return 1;
-}
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static void comm_wait(slam_comm *c) { (void)c; }
-static int comm_finish(slam_comm *c) { (void)c; return 1; }
-static void comm_progress(slam_comm *c) { (void)c; }
-// clang-format on
-#else
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
     return 0;
@@ -5556,7 +5488,7 @@ static int comm_connect(slam_comm *c) {
     if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
-    slam_comm_broadcast(c, &id, sizeof id);
+    comm_broadcast(c, &id, sizeof id);
     return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
@@ -5570,8 +5502,8 @@ static int comm_connect(slam_comm *c) {
 static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
-    MPI_Wait(&s->request, MPI_STATUS_IGNORE);
-    const slam_range part = comm_part(c, c->rank, s->n);
+    ranks_wait(c);
+    const range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
     PARALLEL_FOR
     for (size_t i = 0; i < n; i++) {
@@ -5586,36 +5518,22 @@ static void reduction_end(slam_comm *c) {
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
-    const int size = c->size;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end, even = each * size;
+        const size_t each = comm_part(c, 0, n).end, even = each * c->size;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclReduceScatter(x, x + each * c->rank, each, ncclFloat, ncclSum, s->nccl, stream);
         if (result == ncclSuccess && even < n)
-            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, size - 1, s->nccl, stream);
+            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, c->size - 1, s->nccl, stream);
         return nccl_ok(c, result, "a reduction");
     }
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     reduction_end(c);
-    const slam_range own = comm_part(c, c->rank, n);
-    const size_t own_n = own.end - own.first;
-    if (!s->counts) s->counts = NEW(int, 4 * (size_t)size);
-    int *sent = s->counts, *sent_at = sent + size, *received = sent + 2 * size, *received_at = sent + 3 * size;
-    for (int k = 0; k < size; k++) {
-        const slam_range part = comm_part(c, k, n);
-        sent[k] = (int)(part.end - part.first);
-        sent_at[k] = (int)part.first;
-        received[k] = (int)own_n;
-        received_at[k] = (int)(k * own_n);
-    }
-    GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
-    MPI_Ialltoallv(x, sent, sent_at, MPI_FLOAT, s->received, received, received_at, MPI_FLOAT, MPI_COMM_WORLD,
-                   &s->request);
+    ranks_send_parts(c);
     return 1;
 }
 
@@ -5623,12 +5541,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
+    const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
+    char *tail = (char *)x + even; // of the last rank's part
+    const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-        char *tail = (char *)x + even;
-        const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclAllGather(part, x, each, ncclChar, s->nccl, stream);
         if (result == ncclSuccess && rest)
@@ -5637,15 +5555,9 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     }
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
-    int *counts = NEW(int, 2 * (size_t)c->size), *at = counts + c->size;
-    for (int k = 0; k < c->size; k++) {
-        const slam_range r = comm_part(c, k, n);
-        counts[k] = (int)((r.end - r.first) * bytes);
-        at[k] = (int)(r.first * bytes);
-    }
-    const int in_place = (const char *)part == (char *)x + at[c->rank];
-    MPI_Allgatherv(in_place ? MPI_IN_PLACE : part, counts[c->rank], MPI_BYTE, x, counts, at, MPI_BYTE, MPI_COMM_WORLD);
-    free(counts);
+    ranks_gather(c, x, part, each);
+    if (from != tail) memcpy(tail, from, rest);
+    ranks_broadcast(tail, rest, c->size - 1);
     return 1;
 }
 
@@ -5693,13 +5605,6 @@ static int comm_finish(slam_comm *c) {
     return 1;
 }
 
-/* MPI moves messages only while it is called. */
-static void comm_progress(slam_comm *c) {
-    int done;
-    if (c && c->state->x) MPI_Test(&c->state->request, &done, MPI_STATUS_IGNORE);
-}
-#endif
-
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
    Written once against slam_ops; nothing here knows a backend. A layer is stated in three
@@ -5735,6 +5640,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
+    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     double rotary = 1;
     int plain = !rope || rope->type == JSON_OBJECT;
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
@@ -5742,25 +5648,25 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
         return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
                          type && type->type == JSON_STRING ? type->string : "");
-    return json_real(rope, "rope_theta", path, 1, 1e12, &config->rope_theta) &&
-           json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) &&
-           json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary) &&
+    return fields_read(rope, config_fields + CONFIG_FIELDS - 1, 1, config, path) && // rope_theta
+           fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
 /* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
-    static const char *const flags[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
+    static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
+                                  {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
+                                  {"use_sliding_window", FIELD_BOOL, 2 * sizeof(int), 0, 0, 0}};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
     const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
     int set[3] = {0, 0, 0};
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    for (int i = 0; i < 3; i++) {
-        if (!json_bool(c, flags[i], path, &set[i])) return 0;
-        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i]);
-    }
+    if (!fields_read(c, flags, 3, set, path)) return 0;
+    for (int i = 0; i < 3; i++)
+        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i].name);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
         if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
             return set_error("%s: layer_types: expected full_attention in every layer", path);
@@ -5771,7 +5677,7 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
     if (!config_check(from, path) || !fields_read(from, config_fields, CONFIG_FIELDS, c, path) ||
-        !config_read_rope(c, from, path) || (base && !json_int(root, "vocab_size", path, 1, 1 << 20, &c->V)))
+        !config_read_rope(c, from, path) || (base && !fields_read(root, config_fields, 1, c, path))) // vocab_size
         return 0;
     c->qkv_bias = strcmp(json_string(from, "model_type", ""), "qwen2") == 0;
     if (!c->KVH) c->KVH = c->NH;
@@ -6205,7 +6111,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
     if (c.tied && embed && head) // a head that differs is not tied, as in Transformers 5
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
-                 !memcmp(embed->data, head->data, tensor_bytes(embed->dtype, embed->rank, embed->shape));
+                 !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
     if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
     ok = m && weights_read(m, &c, file, prefix, V != 0);
@@ -6217,8 +6123,9 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-static tensor_out tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const tensor_out out = {name, DTYPE_F32, t->rows ? 2 : 1, {t->rows ? t->rows : t->cols, t->cols}, weights + t->at};
+static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
+    const size_t first = t->rows ? t->rows : t->cols;
+    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
     return out;
 }
 
@@ -6248,7 +6155,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor_out *out = NEW(tensor_out, n);
+    tensor *out = NEW(tensor, n);
     for (size_t k = 0; k < n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         char name[96];
@@ -6794,7 +6701,7 @@ static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
         k.first = first + i;
         k.n = n - i < each ? n - i : each;
         k.after = after;
-        const slam_range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
         k.part = k.first + part.first;
         k.part_n = part.end - part.first;
         k.update = b->sharded ? k.part : k.first;
@@ -7073,7 +6980,7 @@ void slam_data_free(slam_data *d) {
     if (!d) return;
     if (--d->files->users == 0) {
         for (size_t i = 0; i < d->files->n; i++) {
-            shard_close(&d->files->at[i].mapped);
+            file_map_close(&d->files->at[i].mapped.map);
             free(d->files->at[i].memory);
             free(d->files->at[i].path);
         }
@@ -7534,7 +7441,7 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
         l->targets += row->length - row->n; // the last token of a chunk has no target
     }
     if (p->evenly) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->evenly), 16);
-    const slam_range share = slam_comm_share(comm, b->n);
+    const range share = comm_share(comm, b->n);
     p->share = b->at + share.end;
     l->rows = (int)b->n;
     l->rows_left = (int)(share.end - share.first);
@@ -8325,6 +8232,7 @@ static void hubert_free(slam_hubert *h) {
 
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
+    static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     size_t n = 0;
     h->ops = ops;
@@ -8334,7 +8242,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
     h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
     tensors *file = ok ? tensors_open(folder) : NULL;
     for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
         const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
@@ -9454,7 +9362,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
         const slam_units *of = &g->audio.units;
-        const units u = {g->name ? g->name : item->name, of->unit, of->duration, of->n, g->start, g->end};
+        char *name = w->pairs ? NULL : g->name ? g->name : item->name;
+        const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
         w->frames += of->frames;
         w->units += u.n;
@@ -9462,10 +9371,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
         if (w->binary) ok = writer_add_tokens(w, &u);
         else if (w->pairs) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
-            strbuf_add_unit_lists(&s, &u);
-            strbuf_add(&s, "}");
-        } else if (f->audio_repr) strbuf_add_audio_repr(&s, &u);
-        else strbuf_add_units(&s, &u);
+            strbuf_add_units(&s, &u, 0);
+        } else strbuf_add_units(&s, &u, f->audio_repr);
         if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
     ok = ok && append_write(&f->data, s.at, s.n);
@@ -9562,7 +9469,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
-    const slam_range share = slam_comm_share(comm, paths->n);
+    const range share = comm_share(comm, paths->n);
     const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
@@ -9579,7 +9486,7 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
+    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
@@ -9710,15 +9617,12 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
 static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
     units u[3];
-    json *root = NULL;
     int status, ok = 1;
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
-    while (ok && (status = units_next_json(&reader, &root)) != 0) {
-        ok = status > 0 && pairs_add_line(p, root, reader.what, u);
-        if (status > 0) json_free(root);
-    }
+    while (ok && (status = units_next(&reader, NULL)) != 0)
+        ok = status > 0 && pairs_add_line(p, reader.root, reader.what, u);
     for (int k = 0; k < 3; k++) units_free(&u[k]);
     units_close(&reader);
     return ok;
@@ -9849,7 +9753,7 @@ int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t mo
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference};
+    const tensor out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference, 2 * p->n, NULL};
     return tensors_write(path, &out, 1, metadata);
 }
 
@@ -10870,7 +10774,7 @@ static int generator_exchange(const generator *g, slam_prompts *p, slam_comm *co
         strbuf_add_bytes(&own, head, sizeof head);
         strbuf_add_bytes(&own, q->continuation, (size_t)q->length * sizeof(int));
     }
-    int *all = (int *)slam_comm_all_gather(comm, own.at, own.n, &bytes);
+    int *all = (int *)comm_all_gather(comm, own.at, own.n, &bytes);
     for (const int *at = all, *end = all + bytes / sizeof *all; at < end; at += 3 + at[1]) {
         slam_prompt *q = &p->at[at[0]];
         if (!q->continuation) q->continuation = NEW(int, at[1]);
@@ -11047,7 +10951,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
         slam_strings names = ZERO;
-        tensor_out *out = NEW(tensor_out, n);
+        tensor *out = NEW(tensor, n);
         char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
@@ -11525,9 +11429,11 @@ static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4);
 
 int slam_threads(const slam_comm *comm, int threads) {
     const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks, bound = threads_count(); // mpirun may bind a rank
+    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks,
+              bound = omp_get_max_threads(); // mpirun may bind a rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
-    return threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    return omp_get_max_threads();
 }
 
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
@@ -11544,7 +11450,7 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
         ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
     ok = slam_all_ok(comm, ok && ops);
-    if (ok && !slam_comm_equal(comm, (uint64_t)is_cuda(ops))) {
+    if (ok && !comm_equal(comm, (uint64_t)is_cuda(ops))) {
         set_error("--device auto: only some of the ranks have a GPU%s", why);
         ok = slam_all_ok(comm, 0);
     }
@@ -11930,7 +11836,7 @@ static int run_name(slam_run *r) {
         *path = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    slam_comm_broadcast(r->comm, path, sizeof path);
+    comm_broadcast(r->comm, path, sizeof path);
     free(r->folder);
     r->folder = string_copy(path);
     return 1;
@@ -11967,7 +11873,7 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     int ok = r->fresh || data == t->data ||
              set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
     if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = slam_comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
+    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
          set_error("the ranks see different data or checkpoints: expected files that all machines share");
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
