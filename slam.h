@@ -404,8 +404,8 @@ typedef struct slam_adamw {
     double beta1, beta2, eps, weight_decay, clip; /* weight decay applies to matrices only; clip 0: none */
     long updates;                                 /* finished updates */
     slam_model *model;
-    float *m, *v,
-        *master; /* moments, or this rank's shard; its shard of the float weights (ZeRO-1 with bf16) or NULL */
+    float *m, *v;  /* moments, or this rank's shard of them (ZeRO-1) */
+    float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
 /* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
@@ -764,8 +764,9 @@ typedef struct slam_flag {
     const char *name; /* without dashes; NULL: the heading `help` of a group */
     int type;
     void *to;
-    const char *argument, *fallback,
-        *help;       /* fallback: default "8"; two "8 | 16", see slam_flags_defaults; "-": none */
+    const char *argument;
+    const char *fallback; /* default: "8"; two: "8 | 16", see slam_flags_defaults; "-": none */
+    const char *help;
     double min, max; /* equal: any */
     int given, set;  /* on the command line; has a value */
 } slam_flag;
@@ -11404,8 +11405,10 @@ const char *slam_format_time(char s[32], double seconds) {
 /* ---- paths ---- */
 
 void slam_print_path(const char *path) {
-    const char *quote = strpbrk(path, " \t\n\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
-    printf("%s%s%s", quote, path, quote);
+    const char *quote = strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
+    printf("%s", quote);
+    for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
+    printf("%s", quote);
 }
 
 char *slam_path_beside(const char *argv0, const char *name) {
