@@ -22,7 +22,7 @@
        slam_model_free(m);
        slam_ops_free(ops);
 
-   CONTENTS (search for "SECTION n")
+   CONTENTS (search for "SECTION n"; declarations: "---- n.")
       1. BASE           errors, memory, strings, random numbers, threads, files
       2. FORMATS        JSON, CSV, safetensors, npy, token shards, unit lines
       3. OPS            every operation of the model with its mathematics (below, in struct slam_ops)
@@ -344,7 +344,7 @@ typedef struct slam_model {
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
     struct slam_layout *layout;
-    /* The next backward pass calls this when the gradients of layer l are complete; L: the head's, -1: all. */
+    /* Called in the next backward pass when the gradients of layer l are complete; first L (head), last -1 (all). */
     void (*grads_ready)(void *context, int l);
     void *grads_context;
 } slam_model;
@@ -359,13 +359,13 @@ int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
 void slam_model_set_rope_theta(slam_model *, double rope_theta);
-/* Allocates activations for up to B rows of T tokens, and gradients if mode trains, unless they suffice. */
+/* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
 int slam_forward(slam_model *, slam_batch *); /* sets batch->losses */
-/* After slam_forward: adds sum of weights_i dloss_i (weights (B,T), host) to the gradients, loss to the statistics. */
+/* After slam_forward: adds the gradient of sum_i weights_i loss_i, and loss to stats. weights (B,T) on the host. */
 int slam_backward(slam_model *, const float *weights, double loss);
-/* Both: adds scale * d(sum of losses) to the gradients and the sum of losses to the statistics. */
+/* Forward and backward in one: adds scale * d(sum of losses) to the gradients and the sum of losses to stats. */
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
@@ -409,7 +409,7 @@ double slam_learning_rate(const slam_schedule *, long step);
 
 typedef struct slam_adamw {
     double beta1, beta2, eps, weight_decay, clip; /* weight decay applies to matrices only; clip 0: none */
-    long updates;                                 /* finished updates */
+    long updates;                                 /* applied, skipped ones not counted */
     slam_model *model;
     float *m, *v;  /* moments, or this rank's shard of them (ZeRO-1) */
     float *master; /* this rank's shard of the float weights, with bf16; else NULL */
@@ -438,7 +438,7 @@ typedef struct slam_chunk {
 } slam_chunk;
 typedef struct slam_source {
     char *name;
-    double weight; /* how often an epoch draws each chunk: 2: twice, 0.5: half of them, others each epoch */
+    double weight; /* draws of each chunk per epoch; 2: two; 0.5: a different half each epoch */
     size_t first_file, end_file, first_chunk, end_chunk, documents;
 } slam_source;
 typedef struct slam_data {
@@ -470,8 +470,8 @@ slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
     uint64_t seed, epoch, row; /* position: epochs finished, rows (or pairs) drawn of the current one */
-    int n, rows;               /* of the global batch begun by slam_loader_begin: rows or pairs, rows */
-    uint64_t tokens, targets;  /* of it, over all ranks; targets: of chunks */
+    int n, rows;               /* of the global batch of slam_loader_begin: rows (or pairs) asked for, its rows */
+    uint64_t tokens, targets;  /* of the global batch, on all ranks */
     int T, rows_left;          /* tokens per row; rows of this rank's share: 0 after the last micro-batch */
     struct slam_packer *packer;
 } slam_loader;
@@ -511,7 +511,7 @@ typedef struct slam_unit_config {
     int normalize, dedup; /* zero mean and unit variance of each file first; merge equal neighbouring frames */
     int layer;
     char hubert[1024];            /* HuBERT: its folder, in Hugging Face's format */
-    uint64_t fingerprint, origin; /* of km.json, 0: unknown: of the tokenizer; hash of the fit's settings and inputs */
+    uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
 /* config = km.json beside KM.npy, if there is one (else unchanged); a folder in `hubert` stays if set: models move. */
@@ -707,10 +707,11 @@ typedef struct slam_prompt {
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
-    size_t n, capacity, max_units; /* a recording's first units are its prompt; 0: those that begin before */
-    double max_seconds;            /* max_seconds (0: all) */
-    int rate;                      /* at this many frames per second. Without durations 18 units count as a second */
-    size_t guessed;                /* prompts that were cut without durations */
+    size_t n, capacity;
+    size_t max_units;   /* units of a recording that are its prompt; 0: by max_seconds */
+    double max_seconds; /* units that begin before this; 0: all */
+    int rate;           /* frames per second. Without durations 18 units count as a second */
+    size_t guessed;     /* prompts that were cut without durations */
 } slam_prompts;
 void slam_prompts_add(slam_prompts *, const char *name, const int *units, const int *duration, size_t n);
 int slam_prompts_add_lines(slam_prompts *, const char *path);   /* the lines of a file of units */
@@ -734,7 +735,7 @@ int slam_output_check(const char *path); /* 0 and slam_error() if no file can be
 
 /* State of a run besides model and optimiser: trainer.json. */
 typedef struct slam_trainer {
-    long step, steps, skipped; /* finished updates; planned ones, which fix the schedule; skipped as not finite */
+    long step, steps, skipped; /* updates applied; planned, which fix the schedule; skipped as not finite */
     uint64_t tokens;           /* tokens seen, without padding */
     uint64_t epoch, row;       /* position of the loader (dpo: pair) */
     uint64_t log_bytes;        /* of log.jsonl; a resumed run cuts off what follows */
@@ -846,23 +847,23 @@ typedef struct slam_run {
     slam_comm *comm;
     slam_config config;
     slam_model *model;
-    slam_options o; /* flags, with those of AdamW and the schedule; flags.rest: DATA */
-    slam_adamw opt;
-    slam_schedule schedule;
+    slam_options o;         /* values of flags ... */
+    slam_adamw opt;         /* ... with those of AdamW */
+    slam_schedule schedule; /* ... and of the schedule */
     slam_flag table[64];
-    slam_flags flags;
+    slam_flags flags; /* flags.rest: DATA */
     slam_trainer trainer;
-    char *folder, *checkpoint; /* after slam_run_open: checkpoint to resume from, or NULL */
+    char *folder, *checkpoint; /* of the run; to resume from, or NULL */
     const char *argv0;
     int fresh, grows, bundled, limited; /* a new run; new, or a limit grows; without DATA; limits are given */
     slam_ops *ops;
-    int micro, T, mode; /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
-    /* steps of the last checkpoint and evaluation; clock at the start, less the seconds of the calls before, and at the
-       last measurement; seconds of the slowest step, the last evaluation and the last checkpoint */
-    long saved_step, eval_step;
-    double began, lap, slowest_step, eval_seconds, save_seconds, peak_flops;
-    int state, skipped_in_a_row, lock;
-    void *log; /* FILE * of log.jsonl, rank 0 */
+    int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
+    long saved_step, eval_step; /* of the last checkpoint and evaluation */
+    double began, lap;          /* clock: start minus time of earlier calls; last measurement */
+    double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
+    double peak_flops;                               /* FLOP/s of all ranks at most */
+    int state, skipped_in_a_row, lock;               /* why the run ends; updates; file descriptor of the folder */
+    void *log;                                       /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
 } slam_run;
 /* The table: the program's own flags, then the common ones. presets: {name, default, help} replace the common ones'. */
@@ -870,9 +871,9 @@ void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const p
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
 /* Resolves flags (the command line, else the resumed run, else set, else defaults) and data, opens the device. */
 int slam_run_open(slam_run *);
-/* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step; trainer.steps by the first
-   limit reached (most: of --tokens, 0: none). */
-int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long most);
+/* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
+   limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
+int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
@@ -4718,21 +4719,21 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
     uint32_t q[M][HS / 16][4];
     rows_load<HS, M>(q, row + (ptrdiff_t)i * W + h * HS, W, mask.T - i);
     const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
-    keys += warp * 16 * M;
 
     float o[M][HS / 8][4], maximum[M][2], sum[M][2];
     sums_fill(o, 0);
     for (int m = 0; m < M; m++)
         for (int r = 0; r < 2; r++) maximum[m][r] = -INFINITY, sum[m][r] = 0;
     const float scale = rsqrtf((float)HS) * LOG2_E;
-    for (int tile = tiles.x - 1; tile < tiles.y; tile++) {
+    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
+    for (int tile = tiles.x; tile < tiles.y; tile++) {
         const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = tile < tiles.x ? 0 : seen_of<16 * M>(keys, j, j + KEYS);
+        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
         if (seen == 0) continue;
         float s[M][KEYS / 8][4];
         sums_fill(s, 0);
         product_rows<HS>(s, q, stage);
-        if (seen == 1) scores_mask<KEYS>(s, keys, j);
+        if (seen == 1) scores_mask<KEYS>(s, keys + warp * 16 * M, j);
         float larger[M][2], rise = 0;
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 2; r++) {
@@ -4808,20 +4809,20 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
         }
     rows_load<HS, M>(q, qkv + (first + i) * W + h * HS, W, mask.T - i);
     const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
-    keys += warp * 16 * M;
 
     float dq[M][HS / 8][4];
     sums_fill(dq, 0);
     const float scale = rsqrtf((float)HS);
-    for (int tile = tiles.x - 1; tile < tiles.y; tile++) {
+    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
+    for (int tile = tiles.x; tile < tiles.y; tile++) {
         const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = tile < tiles.x ? 0 : seen_of<16 * M>(keys, j, j + KEYS);
+        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
         if (seen == 0) continue;
         float p[M][KEYS / 8][4], ds[M][KEYS / 8][4];
         sums_fill(p, 0), sums_fill(ds, 0);
         product_rows<HS>(p, q, stage);
         product_rows<HS>(ds, d, stage + TILE);
-        if (seen == 1) scores_mask<KEYS>(p, keys, j);
+        if (seen == 1) scores_mask<KEYS>(p, keys + warp * 16 * M, j);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < KEYS / 8; n++)
                 for (int k = 0; k < 4; k++) {
@@ -7660,8 +7661,10 @@ static void audio_close(audio *a) {
 static int audio_open_codec(audio *a) {
 #ifdef SLAM_SNDFILE
     SF_INFO info = ZERO;
-    lseek(fileno(a->f), 0, SEEK_SET);
-    a->codec = sf_open_fd(fileno(a->f), SFM_READ, &info, SF_FALSE);
+    char path[32];
+    snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd would close a descriptor that it cannot read
+    lseek(fileno(a->f), 0, SEEK_SET);                        // for systems where both share their place
+    a->codec = sf_open(path, SFM_READ, &info);
     if (!a->codec)
         return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
     const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
@@ -11767,11 +11770,11 @@ static void print_speed(const slam_run *r, int ranks, int passes, double tokens)
            gather, slam_format_count(a, 86400 * tokens / step));
 }
 
-int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double tokens_per_step, long most) {
+int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps) {
     static const char *const kinds[] = {"cosine", "inverse-sqrt", "linear", "constant"};
     const slam_options *o = &r->o;
     const int ranks = o->ranks ? o->ranks : r->comm->size, shards = o->zero ? ranks : 1;
-    const long before = r->trainer.steps, limits[] = {o->steps, (long)ceil(o->epochs * steps_per_epoch), most};
+    const long before = r->trainer.steps, limits[] = {o->steps, (long)ceil(o->epochs * steps_per_epoch), token_steps};
     long steps = 0;
     char a[32];
     if (o->batch < ranks) return set_error("--batch %d: expected at least the number of ranks, %d", o->batch, ranks);

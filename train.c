@@ -10,9 +10,10 @@
 
 typedef struct program {
     slam_run run; /* flags, model, optimiser, folder, log and progress, shared with dpo.c */
-    char *weights, *twist, *model_name, *recipe; /* flags of this program */
-    double rope_theta, rate, val_loss;
-    int V;
+    char *weights, *twist, *model_name, *recipe; /* flags of this program ... */
+    double rope_theta, rate;
+    int V; /* ... to here */
+    double val_loss;
     slam_data *data, *val;
     slam_data_size size;
     char *start; /* folder of the model that training starts from; NULL: random weights */
@@ -34,7 +35,7 @@ static int train_step(program *p, double lr, slam_step *step) {
         if (!l->rows_left) slam_adamw_overlap(&r->opt); /* the ranks exchange gradients during the last backward pass */
         if (!slam_forward_backward(r->model, &p->batch, (float)(1.0 / (double)l->targets))) return 0;
     }
-    return rows == 0 && slam_adamw_step(&r->opt, lr, step);
+    return slam_adamw_step(&r->opt, lr, step);
 }
 
 /* Loss of the validation data, by source and of all (the mean over targets, not over sources). */
@@ -202,8 +203,8 @@ static int open_data(program *p) {
     return 1;
 }
 
-/* The vocabulary is that of the model to start from, else what the data or --vocab says, else the config's or the
-   recipe's 502. */
+/* The vocabulary of a resumed run or of --init is the model's; else what the data or --vocab says; else 502 (presets,
+   --twist) or the config's. */
 static int resolve_vocabulary(program *p) {
     slam_run *r = &p->run;
     slam_config *c = &r->config;
@@ -268,7 +269,7 @@ static int steps_for_tokens(program *p, long *steps) {
     return rows > 0 && !slam_stop_requested();
 }
 
-static void print_data(const program *p) {
+static void print_model_and_data(const program *p) {
     const slam_config *m = &p->run.config;
     const slam_data_size *s = &p->size;
     char a[32], b[32], c[32];
@@ -283,16 +284,16 @@ static int plan(program *p) {
     slam_run *r = &p->run;
     const slam_options *o = &r->o;
     const uint64_t seed = (uint64_t)o->seed;
-    long most = 0;
+    long token_steps = 0;
     char text[32];
     if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
     if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
     if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
     p->size = slam_data_measure(p->data, -1, seed);
-    if (o->tokens && r->grows && !steps_for_tokens(p, &most)) return 0;
-    print_data(p);
+    if (o->tokens && r->grows && !steps_for_tokens(p, &token_steps)) return 0;
+    print_model_and_data(p);
     const double tokens = (double)o->batch * o->context * p->size.fill; /* per step */
-    if (!slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, tokens, most)) return 0;
+    if (!slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, tokens, token_steps)) return 0;
     if (!o->dry_run || p->rate <= 0) return 1;
     const long steps = r->trainer.steps ? r->trainer.steps : (long)(o->seconds * p->rate / tokens);
     printf("time     %s for %ld steps at %g tokens/s\n", slam_format_time(text, (double)steps * tokens / p->rate),
@@ -302,7 +303,8 @@ static int plan(program *p) {
 
 /* ---- --time ---- */
 
-/* Seconds per step, from some steps with learning rate 0, which change nothing. Sets eval_seconds, too. */
+/* Seconds per step, from some steps with learning rate 0, which leave the weights as they are. Also those of an
+   evaluation. Takes 2 % of the limit, from 1 to 20 s, or 10 % if that is less than 1 s. */
 static int measure_speed(program *p, double *seconds_per_step) {
     slam_run *r = &p->run;
     const double limit = r->o.seconds, share = 0.02 * limit,
@@ -312,6 +314,7 @@ static int measure_speed(program *p, double *seconds_per_step) {
     double start = slam_clock();
     slam_step step;
     long n = 0;
+    /* until all ranks have enough */
     for (; slam_comm_max(r->comm, n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
         if (n == 1) start = slam_clock(); /* the first step is slower than the others */
         if (!train_step(p, 0, &step) || !slam_all_ok(r->comm, !slam_stop_requested())) return 0;
@@ -332,23 +335,24 @@ static int fit_steps(program *p) {
     slam_run *r = &p->run;
     slam_trainer *t = &r->trainer;
     const long before = t->steps, eval_every = p->val ? r->o.eval_every : 0, save_every = r->o.save_every;
-    double step;
+    double seconds; /* of a step */
     char text[32];
-    if (!measure_speed(p, &step)) return 0;
-    r->save_seconds = 12.0 * (double)slam_config_parameters(&r->config) / 300e6; /* a plain disk's 300 MB/s */
+    if (!measure_speed(p, &seconds)) return 0;
+    /* 12 bytes per parameter (weight and moments) to a plain disk */
+    r->save_seconds = 12.0 * (double)slam_config_parameters(&r->config) / 300e6;
     /* every evaluation may find the lowest loss so far, which is saved */
-    const long saves = eval_every && (!save_every || eval_every < save_every) ? eval_every : save_every;
-    double each = step;
+    const long saved_every = eval_every && (!save_every || eval_every < save_every) ? eval_every : save_every;
+    double each = seconds;
     if (eval_every) each += r->eval_seconds / (double)eval_every;
-    if (saves) each += r->save_seconds / (double)saves;
+    if (saved_every) each += r->save_seconds / (double)saved_every;
     const double left = r->o.seconds - (slam_clock() - r->began);
-    const double steps = (0.97 * left - 2 * (r->eval_seconds + r->save_seconds)) / each;
-    const long fit = t->step - slam_comm_max(r->comm, steps > 1 ? -(long)steps : -1); /* the fewest of all ranks */
-    if (!t->steps || fit < t->steps) t->steps = fit;
+    const double more = (0.97 * left - 2 * (r->eval_seconds + r->save_seconds)) / each; /* 3 % in reserve */
+    const long fewest = -slam_comm_max(r->comm, more > 1 ? -(long)more : -1);           /* of all ranks */
+    if (!t->steps || t->step + fewest < t->steps) t->steps = t->step + fewest;
     if (!r->fresh && t->steps < before)
         return slam_set_error("--time %s: allows %ld steps, the resumed run has %ld, and a limit may only grow",
                               slam_format_time(text, r->o.seconds), t->steps, before);
-    printf("time     %s: %.4g s per step make %ld steps\n", slam_format_time(text, r->o.seconds), step, t->steps);
+    printf("time     %s: %.4g s per step make %ld steps\n", slam_format_time(text, r->o.seconds), seconds, t->steps);
     return 1;
 }
 
@@ -366,8 +370,8 @@ static int open_model(program *p) {
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
     p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
-    const int fits = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
-    if (fits && !fit_steps(p)) return 0;
+    const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
+    if (timed && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;
     return slam_run_begin(r, p->data->hash) &&
            slam_all_ok(r->comm, slam_loader_seek(p->loader, r->trainer.epoch, r->trainer.row));

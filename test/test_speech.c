@@ -233,6 +233,12 @@ static void test_wav_damaged(void) {
         {20, 2, 7, "not a WAV file with PCM or float samples"},
 #endif
     };
+    if (TEST("audio: a file that cannot be decoded is closed once, by us")) { // else other threads lose their files
+        audio a;
+        check_fails(audio_open(&a, check_file("empty.wav", "", 0), NULL), "empty.wav: not a WAV file");
+        CHECK(a.f && fcntl(fileno(a.f), F_GETFD) != -1, "its descriptor is closed already");
+        audio_close(&a);
+    }
     if (TEST("wav: damaged headers are errors")) {
         for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
             strbuf s = ZERO;
