@@ -686,28 +686,26 @@ typedef struct slam_testset {
     struct slam_test_pair *pairs;
     struct slam_test_member *members;
     struct slam_test_name *names;
-    int depth;
-    size_t n_accuracies, n_pairs, n_cells, n_members;
+    size_t n_accuracies, n_pairs, n_cells, n_members, depth;
 } slam_testset;
-/* PATH: gold.csv of ZeroSpeech 2021 (Nguyen et al. 2020), its folder, or the folder of all of ZeroSpeech (split "dev",
-   which NULL is as well, or "test"); or a folder of pairs of audio files. units: a file of units; PATH may then be
-   NULL. NULL: units.jsonl in the folder if it is there, unless `audio`. */
+/* PATH: gold.csv of ZeroSpeech 2021 (Nguyen et al. 2020), its folder, or the folder of all of ZeroSpeech (split NULL:
+   "dev"); or a folder of pairs of audio files; NULL if there is a file of units. units NULL: units.jsonl in the folder,
+   if it is there and not `audio`. */
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int audio, const char *units);
 void slam_testset_free(slam_testset *);
 int slam_testset_audio(const slam_testset *, slam_strings *paths); /* the items' audio files */
-/* units (items.n), zeros before, by file name; a missing or ambiguous item or a unit >= n_units is an error. */
+/* Fills units (items.n), which are zero, by file name. A missing item or a unit >= n_units is an error. */
 int slam_testset_read_units(const slam_testset *, int n_units, slam_units *units);
-/* Accuracies as the official scorer computes them from a submission: of nine digits of each score; a tie counts half.
-   */
+/* Accuracies as the official scorer computes them: from nine digits of each score; a tie counts half. */
 void slam_testset_score(slam_testset *, const double *scores);
-int slam_testset_write(const slam_testset *, const char *task, int sum, const char *path); /* all of it, as JSON */
+int slam_testset_write(const slam_testset *, const char *task, int sum, const char *path); /* JSON of everything */
 int slam_testset_submission(const slam_testset *, const char *path); /* a line `filename score` per item */
 
 typedef struct slam_prompt {
     char *name;
     int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
     int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
-    uint64_t rng;                     /* state of its random stream */
+    uint64_t rng;                     /* its random stream */
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
@@ -726,9 +724,8 @@ typedef struct slam_generation {
     int max_new, context, batch; /* new tokens at most; of prompt and continuation; sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
-/* Generates the missing continuations, shared by the ranks. Each has its own random stream, of the seed, the prompt and
-   the number of equal prompts before it, so that it does not depend on batch, order or ranks. 1 also if the callback
-   cancels. */
+/* Generates the missing continuations; the ranks share the work. A random stream depends on the seed, the prompt and the
+   number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
 int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there */
@@ -10012,8 +10009,7 @@ static void ngrams_grow(ngram_table *t) {
     free(old.slots);
 }
 
-/* Adds the contexts of k tokens that targets of the test data have; in training data, counts them and their followers.
-   */
+/* Adds the contexts of k tokens in the test data. In the training data, counts them and their followers. */
 static void ngrams_count(ngram_table *t, int k, const slam_data *d, int training) {
     for (size_t c = 0; c < d->n_chunks; c++) {
         const uint16_t *tokens = chunk_tokens(d, &d->chunks[c]);
@@ -10079,14 +10075,13 @@ struct slam_test_pair {
     double score;
 };
 
-/* A cell as one of those that an accuracy is the mean of. They are sorted by all four. */
+/* A cell in the mean of an accuracy. Members are sorted by their key: group, a number in 16 digits, name. */
 struct slam_test_member {
-    int group;
-    long number;
-    char *name;
-    size_t cell; // NO_CELL: the accuracy is listed even if it has no cell
+    char *key;
+    size_t cell; // NONE: the accuracy is listed even if it has no cell
 };
-#define NO_CELL SIZE_MAX
+#define NONE ((size_t)-1)
+enum { MEMBER_NAME = 17 }; // where the name begins in the key
 
 /* The last `depth` names of an item's path, without an extension. */
 struct slam_test_name {
@@ -10096,7 +10091,7 @@ struct slam_test_name {
 
 void slam_testset_free(slam_testset *s) {
     if (!s) return;
-    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].name);
+    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
     slam_strings_free(&s->items);
     free(s->folder);
     free(s->units);
@@ -10108,7 +10103,7 @@ void slam_testset_free(slam_testset *s) {
     free(s);
 }
 
-static struct slam_test_name item_name(const char *path, int depth, size_t item) {
+static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
     const char *last = path_name(path), *dot = strrchr(last, '.');
     const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
     while (at > path && (at[-1] != '/' || --depth > 0)) at--;
@@ -10177,19 +10172,13 @@ static void number_pairs(test_row *rows, size_t n) {
 }
 
 static void testset_add_member(slam_testset *s, int group, long number, const char *name, size_t cell) {
-    const struct slam_test_member member = {group, number, string_copy(name), cell};
+    const struct slam_test_member member = {string_print("%d%016ld%s", group, number, name), cell};
     s->members[s->n_members++] = member;
-}
-
-static int compare_groups(const struct slam_test_member *x, const struct slam_test_member *y) {
-    if (x->group != y->group) return x->group - y->group;
-    if (x->number != y->number) return x->number < y->number ? -1 : 1;
-    return strcmp(x->name, y->name);
 }
 
 static int compare_members(const void *a, const void *b) {
     const struct slam_test_member *x = (const struct slam_test_member *)a, *y = (const struct slam_test_member *)b;
-    const int differ = compare_groups(x, y);
+    const int differ = strcmp(x->key, y->key);
     return differ ? differ : (x->cell > y->cell) - (x->cell < y->cell);
 }
 
@@ -10211,9 +10200,7 @@ static void testset_add_word(slam_testset *s, const test_row *word, size_t cell)
    word's frequency and length are those of its first correct row in the file. */
 static int testset_pair(slam_testset *s, const char *path, test_row *rows, int is_gold) {
     const size_t n = s->items.n;
-    const char *alike = s->kind == SLAM_SBLIMP ? "type, subtype, id, voice and order" : "id and voice";
     int n_bands = 0;
-    if (!is_gold) alike = "number";
     s->pairs = NEW(struct slam_test_pair, n / 2);
     s->members = NEW(struct slam_test_member, 2 * n + BANDS); // at most 4 for each cell
     if (n) qsort(rows, n, sizeof *rows, compare_test_rows);
@@ -10223,8 +10210,10 @@ static int testset_pair(slam_testset *s, const char *path, test_row *rows, int i
         while (end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3)))) {
             const test_row *x = &rows[end], *y = x + 1;
             if (end + 1 == n || !x->correct || y->correct || x->number != y->number || compare_keys(x, y, 4))
-                return set_error("%s: '%s' has no partner: expected one correct and one wrong of the same %s, next is '%s'",
-                                 path, x->name, alike, end + 1 < n ? y->name : "none");
+                return set_error(
+                    "%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ in "
+                    "nothing but one being correct",
+                    path, x->name, end + 1 < n ? y->name : "nothing");
             const struct slam_test_pair pair = {x->item, y->item, s->n_cells, 0};
             s->pairs[s->n_pairs++] = pair;
             if (x->item < word->item) word = x;
@@ -10237,7 +10226,7 @@ static int testset_pair(slam_testset *s, const char *path, test_row *rows, int i
         if (word->frequency >= 0) n_bands = BANDS;
     }
     for (int band = 0; band < n_bands; band++)
-        testset_add_member(s, BY_FREQUENCY, band + 1, frequency_bands[band], NO_CELL);
+        testset_add_member(s, BY_FREQUENCY, band + 1, frequency_bands[band], NONE);
     qsort(s->members, s->n_members, sizeof *s->members, compare_members);
     return 1;
 }
@@ -10259,42 +10248,44 @@ static long whole_number(const char *text) {
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
    wrong one. Both are errors here if that makes a difference. */
 static int testset_read_gold(slam_testset *s, const char *path) {
-    const int sblimp = s->kind == SLAM_SBLIMP, needed = sblimp ? GOLD_SUBTYPE : GOLD_FILENAME;
-    long before[2] = {0, 0};
-    size_t column[N_GOLD];
+    const int sblimp = s->kind == SLAM_SBLIMP;
+    size_t column[N_GOLD]; // NONE: not in the file, or not for this kind
+    long order[2] = {0, 0};
     csv table;
     if (!csv_read(&table, path)) return 0;
-    int ok = 1;
-    for (int k = 0; k < N_GOLD; k++) {
-        column[k] = csv_column(&table, gold_names[k]);
-        if (column[k] == (size_t)-1 && k <= needed && ok) ok = set_error("%s: has no column '%s'", path, gold_names[k]);
-    }
     test_row *rows = NEW(test_row, table.rows);
+    int ok = 1;
+    for (int k = 0; ok && k < N_GOLD; k++) {
+        const int used = sblimp ? k < GOLD_FREQUENCY : k < GOLD_TYPE || k >= GOLD_FREQUENCY;
+        column[k] = used ? csv_column(&table, gold_names[k]) : NONE;
+        if (used && k < GOLD_FREQUENCY && column[k] == NONE)
+            ok = set_error("%s: has no column '%s'", path, gold_names[k]);
+    }
     for (size_t i = 1; ok && i < table.rows; i++) {
-        const char *cell[N_GOLD], *expected = NULL;
+        const char *cell[N_GOLD];
+        long number[N_GOLD];
         for (int k = 0; ok && k < N_GOLD; k++) {
-            cell[k] = column[k] == (size_t)-1 ? "" : table.cells[i * table.cols + column[k]];
-            if (k == GOLD_CORRECT && strcmp(cell[k], "0") && strcmp(cell[k], "1")) expected = "1 or 0";
-            if (k >= GOLD_ID && k <= needed && !*cell[k]) expected = "a name";
-            if (k >= GOLD_FREQUENCY && *cell[GOLD_CORRECT] == '1' && whole_number(cell[k]) == -2) expected = "a whole number";
+            const char *expected = NULL;
+            cell[k] = column[k] == NONE ? "" : table.cells[i * table.cols + column[k]];
+            number[k] = whole_number(cell[k]);
+            if (k == GOLD_CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
+            if (k >= GOLD_ID && k < GOLD_FREQUENCY && column[k] != NONE && !*cell[k]) expected = "a name";
+            if (k >= GOLD_FREQUENCY && number[GOLD_CORRECT] && number[k] == -2) expected = "a whole number";
             if (expected)
                 ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], gold_names[k], cell[k],
                                expected);
         }
         if (!ok) break;
-        const int correct = *cell[GOLD_CORRECT] == '1';
-        test_row *row = &rows[i - 1];
-        row->key[0] = sblimp ? cell[GOLD_TYPE] : "";
-        row->key[1] = sblimp ? cell[GOLD_SUBTYPE] : "";
-        row->key[2] = cell[GOLD_ID];
-        row->key[3] = cell[GOLD_VOICE];
-        row->name = cell[GOLD_FILENAME];
-        row->correct = correct;
-        row->number = sblimp ? before[correct]++ : 0;
-        row->frequency = sblimp ? -1 : whole_number(cell[GOLD_FREQUENCY]);
-        row->length = sblimp ? -1 : whole_number(cell[GOLD_LENGTH]);
-        row->item = i - 1;
-        slam_strings_add(&s->items, row->name);
+        const int correct = (int)number[GOLD_CORRECT];
+        const test_row row = {{cell[GOLD_TYPE], cell[GOLD_SUBTYPE], cell[GOLD_ID], cell[GOLD_VOICE]},
+                              cell[GOLD_FILENAME],
+                              correct,
+                              sblimp ? order[correct]++ : 0,
+                              number[GOLD_FREQUENCY],
+                              number[GOLD_LENGTH],
+                              i - 1};
+        rows[i - 1] = row;
+        slam_strings_add(&s->items, row.name);
     }
     ok = ok && testset_pair(s, path, rows, 1);
     csv_free(&table);
@@ -10324,8 +10315,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
     units_reader r;
     units u = ZERO;
     int status;
-    if (path && !path_is_folder(path)) return set_error("%s: no such folder", path);
-    if (!path && !s->units) return set_error("expected a folder of audio files, or units");
+    if (path ? !path_is_folder(path) : !s->units)
+        return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
     if (path && list_audio(&s->items, path, NULL)) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
@@ -10344,18 +10335,20 @@ static int testset_read_files(slam_testset *s, const char *path) {
     for (size_t i = 0; ok && i < s->items.n; i++) {
         const char *file = s->items.at[i], *name = path_name(file);
         test_row *row = &rows[i];
-        int wrong = 0, end = 0;
-        if (s->kind == SLAM_SALMON)
-            ok = sscanf(name, "sample_%9ld_%1d%n", &row->number, &wrong, &end) == 2 && (wrong == 0 || wrong == 1) &&
+        char wrong[2] = "";
+        int end = 0;
+        if (s->kind != SLAM_SALMON)
+            ok = sscanf(name, s->kind == SLAM_SBLIMP ? "%9ld+%n" : "%9ld_%n", &row->number, &end) == 1 && end > 0;
+        else
+            ok = sscanf(name, "sample_%9ld_%1[01]%n", &row->number, wrong, &end) == 2 &&
                  (!name[end] || name[end] == '.');
-        else ok = sscanf(name, s->kind == SLAM_SBLIMP ? "%9ld+%n" : "%9ld_%n", &row->number, &end) == 1 && end > 0;
         if (!ok) set_error("%s: expected a name %s", file, expected[s->kind]);
         slam_strings_add(&folders, file);
         folders.at[i][name > file ? name - file - 1 : 0] = 0;
         row->key[0] = folders.at[i];
         row->key[1] = row->key[2] = row->key[3] = "";
         row->name = file;
-        row->correct = !wrong;
+        row->correct = *wrong != '1';
         row->frequency = -1;
         row->item = i;
     }
@@ -10409,8 +10402,8 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
     if (!units_open(&r, s->units)) return 0;
     while (ok && (status = units_next(&r, &u)) > 0) {
         const struct slam_test_name key = item_name(u.name, s->depth, 0);
-        const struct slam_test_name *name = (const struct slam_test_name *)bsearch(
-            &key, s->names, s->items.n, sizeof *s->names, compare_item_names);
+        const struct slam_test_name *name =
+            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_item_names);
         if (!name) continue;
         slam_units *item = &list[name->item];
         if (item->unit) ok = set_error("%s: an earlier line has the name '%s'", r.what, u.name);
@@ -10448,14 +10441,16 @@ void slam_testset_score(slam_testset *s, const double *scores) {
     }
     s->n_accuracies = 0;
     for (size_t i = 0, end; i < s->n_members; i = end) {
-        const struct slam_test_member *m = s->members;
-        slam_accuracy a = {group_names[m[i].group], m[i].name, 0, 0, 0};
-        for (end = i; end < s->n_members && !compare_groups(&m[i], &m[end]); end++) a.n += m[end].cell != NO_CELL;
-        for (size_t k = i; k < i + a.n; k++) a.mean += sum[m[k].cell] / n[m[k].cell];
+        const struct slam_test_member *m = &s->members[i];
+        const int group = *m->key - '0';
+        slam_accuracy a = {group_names[group], m->key + MEMBER_NAME, 0, 0, 0};
+        for (end = i; end < s->n_members && !strcmp(s->members[end].key, m->key); end++)
+            a.n += s->members[end].cell != NONE;
+        for (size_t k = 0; k < a.n; k++) a.mean += sum[m[k].cell] / n[m[k].cell];
         a.mean = a.n ? a.mean / (double)a.n : NAN;
-        for (size_t k = i; k < i + a.n; k++) a.deviation += pow(sum[m[k].cell] / n[m[k].cell] - a.mean, 2);
+        for (size_t k = 0; k < a.n; k++) a.deviation += pow(sum[m[k].cell] / n[m[k].cell] - a.mean, 2);
         a.deviation = a.n > 1 ? sqrt(a.deviation / (double)(a.n - 1)) : NAN;
-        if (m[i].group != BY_PART || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
+        if (group != BY_PART || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
     }
     free(sum);
     free(n);
@@ -10619,9 +10614,9 @@ double slam_unit_auto_bleu(const int *units, size_t n, int order) {
 typedef struct generator {
     const slam_generation *how;
     slam_decoder *decoder;
-    slam_prompt **prompts;   // (n) of this rank, of which `next` have started
-    slam_prompt **slots;     // (n_slots) NULL: a free slot
-    size_t n, next, missing; // missing: continuations of all ranks
+    slam_prompt **prompts; // (n) without a continuation
+    size_t n, next, size;  // this rank starts `next` and every size-th after it
+    slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
     float *logits;            // (n_slots,V)
     unsigned char *seen;      // (n_slots,V) 1: a token of the sequence
@@ -10635,32 +10630,29 @@ static int compare_prompts(const void *a, const void *b) {
     return differ ? differ : (x > y) - (x < y);
 }
 
-static int generation_check(const slam_generation *how, const slam_prompts *p, const slam_config *c) {
-    const int n_units = c->V - FIRST_UNIT;
+static int generation_check(const slam_generation *how, const slam_config *c) {
     if (how->max_new < 1) return set_error("%d new tokens, expected at least 1", how->max_new);
     if (how->batch < 1) return set_error("a batch of %d sequences, expected at least 1", how->batch);
     if (how->context > c->T) return set_error("a context of %d tokens, the model has %d positions", how->context, c->T);
     if (how->max_new >= how->context)
         return set_error("%d new tokens in a context of %d leave no space for a prompt", how->max_new, how->context);
-    for (size_t i = 0; i < p->n; i++)
-        for (int t = 1; t < p->at[i].n; t++)
-            if (p->at[i].tokens[t] < FIRST_UNIT || p->at[i].tokens[t] >= c->V)
-                return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", p->at[i].name,
-                                 t, (int)((unsigned)p->at[i].tokens[t] - FIRST_UNIT), n_units, c->V);
     return sampling_check(&how->sampling);
 }
 
-/* Truncates the prompts to the context, chooses their random streams, and takes every size-th for this rank. */
+/* Truncates the prompts to the context, chooses their random streams and sorts those without a continuation. */
 static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
     const slam_comm *comm = m->ops->comm;
-    const size_t rank = comm ? (size_t)comm->rank : 0, size = comm ? (size_t)comm->size : 1;
     const int most = g->how->context - g->how->max_new;
     uint64_t hash = 0, equal = 0;
-    int longest = 0;
+    g->V = m->config.V;
     g->prompts = NEW(slam_prompt *, p->n);
     for (size_t i = 0; i < p->n; i++) {
         slam_prompt *q = g->prompts[i] = &p->at[i];
         const int cut = q->n > most ? q->n - most : 0;
+        for (int t = 1; t < q->n; t++)
+            if (q->tokens[t] < FIRST_UNIT || q->tokens[t] >= g->V)
+                return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", q->name, t,
+                                 (int)((unsigned)q->tokens[t] - FIRST_UNIT), g->V - FIRST_UNIT, g->V);
         q->n -= cut;
         q->truncated += cut;
         memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1) * sizeof *q->tokens);
@@ -10672,17 +10664,17 @@ static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
         hash = hash_bytes(HASH_START, q->tokens, (size_t)q->n * sizeof *q->tokens);
         equal = hash == before ? equal + 1 : 0;
         q->rng = rng_stream(g->how->seed, hash, equal);
-        if (q->continuation) continue;
-        if (!longest) longest = q->n;
-        if (g->missing++ % size == rank) g->prompts[g->n++] = q;
+        if (!q->continuation) g->prompts[g->n++] = q;
     }
-    if (!g->n) return 1;
-    g->V = m->config.V;
-    g->n_slots = g->n_free = (size_t)g->how->batch < g->n ? g->how->batch : (int)g->n;
+    g->next = comm ? (size_t)comm->rank : 0;
+    g->size = comm ? (size_t)comm->size : 1;
+    if (g->next >= g->n) return 1;
+    const size_t own = (g->n - 1 - g->next) / g->size + 1;
+    g->n_slots = g->n_free = (size_t)g->how->batch < own ? g->how->batch : (int)own;
     g->slots = NEW(slam_prompt *, g->n_slots);
     g->logits = NEW(float, (size_t)g->n_slots * g->V);
     g->seen = NEW(unsigned char, (size_t)g->n_slots * g->V);
-    return (g->decoder = slam_decoder_new(m, g->n_slots, longest + g->how->max_new)) != NULL;
+    return (g->decoder = slam_decoder_new(m, g->n_slots, g->prompts[0]->n + g->how->max_new)) != NULL;
 }
 
 /* Starts prompts in the free slots. */
@@ -10691,7 +10683,8 @@ static int generator_start(generator *g) {
     const int **tokens = NEW(const int *, g->n_free);
     for (int i = 0; i < g->n_slots && g->next < g->n; i++) {
         if (g->slots[i]) continue;
-        slam_prompt *q = g->slots[i] = g->prompts[g->next++];
+        slam_prompt *q = g->slots[i] = g->prompts[g->next];
+        g->next += g->size;
         q->continuation = NEW(int, g->how->max_new);
         q->length = 0;
         slots[n] = i;
@@ -10748,27 +10741,25 @@ static int generator_step(generator *g) {
     return 1;
 }
 
-/* Gives every rank the continuations of all. */
-static int generator_exchange(const generator *g, slam_prompts *p, slam_comm *comm) {
-    strbuf own = ZERO;
-    size_t bytes = 0;
-    for (size_t i = 0; i < g->n; i++) {
-        const slam_prompt *q = g->prompts[i];
-        const int head[] = {(int)(q - p->at), q->length, q->ended};
-        if (!q->continuation) continue;
-        strbuf_add_bytes(&own, head, sizeof head);
-        strbuf_add_bytes(&own, q->continuation, (size_t)q->length * sizeof(int));
+/* Gives every rank the continuations of all: sums over the ranks, of which at most one has the continuation. */
+static int generator_exchange(const generator *g, slam_comm *comm) {
+    const size_t n = (size_t)g->how->max_new + 3;
+    double *sum = NEW(double, n); // 1, length, ended, tokens; zeros: there is no continuation
+    for (size_t i = 0; g->size > 1 && i < g->n; i++) {
+        slam_prompt *q = g->prompts[i];
+        memset(sum, 0, n * sizeof *sum);
+        sum[0] = q->continuation != NULL;
+        sum[1] = sum[0] * q->length;
+        sum[2] = sum[0] * q->ended;
+        for (int t = 0; t < (int)sum[1]; t++) sum[3 + t] = q->continuation[t];
+        slam_comm_sum(comm, sum, n);
+        if (sum[0] == 0 || q->continuation) continue;
+        q->continuation = NEW(int, g->how->max_new);
+        q->length = (int)sum[1];
+        q->ended = (int)sum[2];
+        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[3 + t];
     }
-    int *all = (int *)slam_comm_all_gather(comm, own.at, own.n, &bytes);
-    for (const int *at = all, *end = all + bytes / sizeof *all; at < end; at += 3 + at[1]) {
-        slam_prompt *q = &p->at[at[0]];
-        if (!q->continuation) q->continuation = NEW(int, at[1]);
-        q->length = at[1];
-        q->ended = at[2];
-        memcpy(q->continuation, at + 3, (size_t)at[1] * sizeof *at);
-    }
-    free(all);
-    strbuf_free(&own);
+    free(sum);
     return slam_all_ok(comm, 1);
 }
 
@@ -10778,8 +10769,8 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
     const int steps = comm && comm->size > 1 ? 16 : 1; // between reports, which the ranks make together
     generator g = ZERO;
     g.how = how;
-    int ok = slam_all_ok(comm, generation_check(how, p, &m->config) && generator_open(&g, m, p));
-    double sums[3] = {(double)g.missing, 0, 0}; // ranks at work, tokens drawn, tokens not needed
+    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p));
+    double sums[3] = {(double)g.n, 0, 0}; // ranks at work, tokens drawn, tokens not needed
     while (ok && sums[0] > 0) {
         for (int i = 0; ok && i < steps && generator_busy(&g); i++) ok = generator_step(&g);
         if (!(ok = slam_all_ok(comm, ok))) break;
@@ -10787,7 +10778,7 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
         sums[1] = g.n_drawn;
         sums[2] = g.n_unused;
         slam_comm_sum(comm, sums, 3);
-        const double most = (double)g.missing * how->max_new - sums[2];
+        const double most = (double)g.n * how->max_new - sums[2];
         const int stop = !report_progress(progress, context, "generate", sums[1], most);
         if (slam_comm_max(comm, stop) > 0) break; // a signal may have reached one rank only
     }
@@ -10796,7 +10787,7 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
         free(g.slots[i]->continuation);
         g.slots[i]->continuation = NULL;
     }
-    ok = ok && generator_exchange(&g, p, comm);
+    ok = ok && generator_exchange(&g, comm);
     slam_decoder_free(g.decoder);
     free(g.prompts);
     free(g.slots);
