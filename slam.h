@@ -724,7 +724,7 @@ typedef struct slam_generation {
     int max_new, context, batch; /* new tokens at most; of prompt and continuation; sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
-/* Generates the missing continuations; the ranks share the work. A random stream depends on the seed, the prompt and the
+/* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
    number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
@@ -10619,7 +10619,7 @@ typedef struct generator {
     slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
     float *logits;            // (n_slots,V)
-    unsigned char *seen;      // (n_slots,V) 1: a token of the sequence
+    unsigned char *seen;      // (n_slots,V) for slam_sample
     double n_drawn, n_unused; // tokens so far; tokens that were not needed, as sequences ended before max_new
 } generator;
 
@@ -10701,16 +10701,16 @@ static int generator_start(generator *g) {
 
 /* The next token of a sequence; -1: the logits are not finite. */
 static int generator_draw(const generator *g, int slot) {
-    const slam_sampling *sampling = &g->how->sampling;
+    const int penalty = g->how->sampling.repetition_penalty != 1;
     slam_prompt *q = g->slots[slot];
     float *logits = g->logits + (size_t)slot * g->V;
     unsigned char *seen = g->seen + (size_t)slot * g->V;
     for (int v = 0; v < g->V; v++)
         if (!isfinite(logits[v])) return -1;
-    memset(seen, 0, (size_t)g->V);
-    for (int t = 0; t < q->n; t++) seen[q->tokens[t]] = 1;
-    for (int t = 0; t < q->length; t++) seen[q->continuation[t]] = 1;
-    return slam_sample(logits, g->V, sampling->repetition_penalty == 1 ? NULL : seen, sampling, rng_uniform(&q->rng));
+    memset(seen, 0, penalty ? (size_t)g->V : 0);
+    for (int t = 0; penalty && t < q->n; t++) seen[q->tokens[t]] = 1;
+    for (int t = 0; penalty && t < q->length; t++) seen[q->continuation[t]] = 1;
+    return slam_sample(logits, g->V, penalty ? seen : NULL, &g->how->sampling, rng_uniform(&q->rng));
 }
 
 static int generator_busy(const generator *g) { return g->next < g->n || g->n_free < g->n_slots; }
