@@ -1,9 +1,9 @@
 /* slam.h - train speech language models, in one file
 
    A speech language model is a language model over units. Speech goes through a feature extractor, every frame becomes
-   the number of its nearest centroid, and a transformer learns to predict the next number. This file holds all of it:
-   audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and CUDA, AdamW, DPO,
-   evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi 2025, arXiv
+   the number of its nearest centroid, its unit, and a transformer learns to predict the next unit. This file holds all
+   of it: audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and CUDA, AdamW,
+   DPO, evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi 2025, arXiv
    2502.15814).
 
    USE
@@ -51,8 +51,9 @@
      SLAM_EMULATOR        section 5 on the CPU by a C++17 compiler, with test/cuda_emulator.h
 
    ERRORS
-   A function that can fail returns 0 or NULL and sets slam_error(). Host memory is the exception (SLAM_OUT_OF_MEMORY).
-   Only section 15 prints. A slam_ops and everything made with it belong to one thread at a time. MIT licence. */
+   A function that can fail returns 0 or NULL and sets slam_error(). Host memory outside slam_ops.alloc is the exception
+   (SLAM_OUT_OF_MEMORY). Only that and section 15 print. A slam_ops and everything made with it belong to one thread at
+   a time. MIT licence. */
 #ifndef SLAM_H
 #define SLAM_H
 #if defined(SLAM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -95,21 +96,24 @@ typedef int slam_progress_fn(void *context, const slam_progress *);
 /* ---- 3. OPS: every operation of the model, its mathematics stated once ----
 
    B batch, T time, C channels, V vocabulary, NH heads, KVH key/value heads, HS head size, F MLP width, N = B T.
-   (N,C) is a matrix of N rows, row-major. `slam_act` is the type of activations and of weights in products: float on
-   the CPU, bf16 or float on CUDA (`act_bytes`). Statistics, losses and gradients of parameters are always float.
-   "=" overwrites, "+=" adds: gradients of parameters accumulate over micro-batches.
-   All pointers are device memory from `alloc`. The first error is kept; `finish` returns it. */
+   (N,C) is a matrix of N rows, row-major. `slam_act` is the type of activations and of the weights that ops read: float
+   on the CPU, bf16 or float on CUDA (`act_bytes`). Statistics, losses and gradients of parameters are float, sums
+   double. "=" overwrites, "+=" adds: gradients of parameters accumulate over micro-batches. Arrays are device memory
+   from `alloc`; structs of arguments and `host` are host memory. Ops return nothing: `finish` reports the first
+   error. */
 typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
-   mask_start[i] <= j < mask_end[i]. Its rotary position is i - doc_start[i] - (mask_end[i] - mask_start[i]). */
+   mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the span:
+   i - doc_start[i] - (mask_end[i] - mask_start[i]). doc_start <= mask_start <= mask_end <= doc_end, and every query
+   sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
-    const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans. Every query sees at least one key */
+    const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
     const float *rope;                /* (T,HS) per position: HS/2 cosines, HS/2 sines; NULL: no rotation */
 } slam_mask;
 
@@ -118,7 +122,7 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* B rows of T frames, G groups of C input and OC output channels, K taps, TO output frames; gelu: GELU follows. */
+/* B rows of T frames, G groups of C input and OC output channels each, K taps, TO output frames; gelu: GELU follows. */
 typedef struct slam_conv {
     int B, G, T, C, TO, OC, K, stride, gelu;
 } slam_conv;
@@ -129,7 +133,7 @@ struct slam_ops {
     int threads;      /* CPU threads of parallel loops */
     size_t memory;    /* total bytes of the device */
     int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* a row of a product has the same bits whatever other rows there are */
+    int same_rows;    /* the bits of a row of a product do not depend on the other rows */
     slam_comm *comm;  /* the processes that train together; NULL: one process */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
@@ -140,8 +144,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* A second stream (cudaStream_t; NULL: none, MPI reads device memory). begin: it waits for the work queued so far.
-       end: later work waits for it. done: it is idle. */
+    /* comm_stream (cudaStream_t) is for exchanges between processes; NULL: none, MPI reads device memory. comm_begin:
+       it waits for all queued work. comm_end: later work waits for it. comm_done: is it idle? */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -161,9 +165,10 @@ struct slam_ops {
            rstd_i = 1 / sqrt(mean_c s_ic^2 + eps)           y_ic = w_c rstd_i s_ic
            ds_ic += rstd_i (w_c dy_ic - s_ic rstd_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic rstd_i s_ic
-       N groups of G rows of C numbers, groups `stride` apart (a matrix: G = 1, stride = C; the heads of qkv: G = NH,
-       C = HS, stride = its width), in all arrays but w (C) and rstd (N G). delta NULL: s is x, not written. y may be x.
-       On entry ds holds the gradient from the residual stream. */
+       s, y, x, delta and their gradients hold N groups of G rows of C numbers, and groups begin `stride` numbers apart.
+       A matrix: G = 1, stride = C. The query heads of qkv: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
+       delta NULL: s is x, not written. y may be x. On entry ds holds the gradient that reaches s by other paths (0 if
+       none), on return that of x and delta. dy may not be ds. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int G, int C, int stride);
     void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s,
@@ -182,21 +187,23 @@ struct slam_ops {
                                    int C, int OC);
 
     /* Grouped-query attention with rotary positions (Vaswani et al. 2017; Ainslie et al. 2023; Su et al. 2021). A row
-       of qkv has NH query, KVH key and KVH value heads. Query head h reads key/value head floor(h KVH / NH). R_p
-       rotates each pair (c, c + HS/2) by the angles of position p.
+       of qkv has NH query, KVH key and KVH value heads, and KVH divides NH: query head h reads key/value head
+       floor(h KVH / NH). R_i rotates each pair (c, c + HS/2) by the angles of i's rotary position (see slam_mask).
            q'_i = R_i q_i    k'_j = R_j k_j
            s_ij = q'_i . k'_j / sqrt(HS)  for visible j     lse_i = log sum_j exp(s_ij)
            p_ij = exp(s_ij - lse_i)                         out_i = sum_j p_ij v_j
            dv_j  = sum_i p_ij dout_i       D_i = dout_i . out_i     ds_ij = p_ij (dout_i . v_j - D_i)
-           dq'_i = sum_j ds_ij k'_j / sqrt(HS)    dk'_j = sum_i ds_ij q'_i / sqrt(HS)    dq = R^-1 dq'    dk = R^-1 dk'
+           dq'_i = sum_j ds_ij k'_j / sqrt(HS)    dk'_j = sum_i ds_ij q'_i / sqrt(HS)
+           dq_i = R_i^-1 dq'_i                             dk_j = R_j^-1 dk'_j
        Sums over i for dk and dv also run over the query heads of a group. The forward pass leaves q' and k' in qkv,
        and the backward pass reads them.
        out (B,T,NH HS)  lse (B,NH,T)  qkv, dqkv (B,T,(NH + 2 KVH) HS)  D (B,NH,T) scratch */
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_mask *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                const float *lse, const slam_act *qkv, const slam_mask *);
-    /* Decoding: row b of qkv is the token at position lengths_b < T of sequence b. Its k' and v go to the cache, and it
-       attends to positions 0..lengths_b. Uses B, T, NH, KVH, HS and rope of the mask.
+    /* Decoding: B is the number of cache slots and T their capacity. Row b of qkv is the token at position lengths_b <
+       T of slot b. Its k' and v go to the cache, and it attends to positions 0..lengths_b. Of the mask it uses B, T,
+       NH, KVH, HS and rope.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -213,12 +220,12 @@ struct slam_ops {
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1;  weights (N), NULL: 1;  logits (N,V), rows `stride` apart. scale 0: they stay.
-       Else dz replaces them; it is 0 without a target and in the stride - V numbers of padding. */
+       loss (N), 0 where target is -1; weights (N), NULL: 1; logits (N,V), rows `stride` apart. scale 0: logits are
+       unchanged. Else dz replaces them, with 0 in rows whose target is -1 and in the stride - V columns of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
                          float scale, int N, int V, int stride);
 
-    /* out[0] += sum of x (n), of its squares, in an order that depends on n alone */
+    /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order depends on n alone. x (n) */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
     void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
 
@@ -233,19 +240,19 @@ struct slam_ops {
     /* The rest serves speech encoders and has no backward pass. */
 
     /* Convolution over time without padding, optionally followed by GELU
-           out_bt(g o) = sum_k sum_c x_bg(t stride + k)c w_(g o)kc + b_(g o)
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Frames with t stride + K > T read the memory
-       behind their row. */
+           out[b,t,g,o] = sum_k,c x[b,g,t stride + k,c] w[g,o,k,c] + bias[g,o]
+       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + K > T read
+       beyond their row: the caller allocates that memory and ignores those frames. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
     /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
-           out_bgtc = scale_(g c) x_b(t - before)(g c) + shift_(g c)   where 0 <= t - before < length_b, else 0
-       out (B,G,TO,C/G)  x (B,T,C)  lengths (B)  scale, shift (C), NULL: 1, 0 */
+           out[b,g,t,c] = scale[g,c] x[b,t - before,g,c] + shift[g,c]   where 0 <= t - before < length_b, else 0
+       out (B,G,TO,C/G)  x (B,T,C), C: all channels  lengths (B)  scale, shift (C), NULL: 1, 0 */
     void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
                          const slam_act *shift, int before, int B, int T, int TO, int C, int G);
     /* x_bt = 0 for t >= length_b      x (B,T,C)  lengths (B) */
     void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
-    /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the normal distribution;  y (n) may be x */
+    /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the standard normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
            s = x + delta      y_ic = w_c (s_ic - mean_i) / sqrt(var_i + eps) + b_c
@@ -283,18 +290,10 @@ slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL a
 /* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
 void slam_comm_finalize(slam_comm *, int status);
 void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
-typedef struct slam_range {
-    size_t first, end; /* first <= i < end */
-} slam_range;
-slam_range slam_comm_share(const slam_comm *, size_t n); /* this rank's share of n items: contiguous, nearly equal */
 /* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
-int slam_all_ok(slam_comm *, int ok);         /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
-int slam_comm_equal(slam_comm *, uint64_t x); /* 1 if x is the same on every rank */
+int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 long slam_comm_max(slam_comm *, long x);
-void slam_comm_sum(slam_comm *, double *x, size_t n);         /* in rank order: the same bits on every rank */
-void slam_comm_broadcast(slam_comm *, void *x, size_t bytes); /* from rank 0; fewer than 2^31 bytes */
-/* Concatenates every rank's bytes (fewer than 2^31) in rank order; free() the result. */
-void *slam_comm_all_gather(slam_comm *, const void *x, size_t bytes, size_t *total);
+void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
 
 /* ---- 7. MODEL: Qwen2 and Llama-type transformers, forward and backward ---- */
 
@@ -412,8 +411,8 @@ typedef struct slam_adamw {
     double beta1, beta2, eps, weight_decay, clip; /* weight decay applies to matrices only; clip 0: none */
     long updates;                                 /* finished updates */
     slam_model *model;
-    float *m, *v,
-        *master; /* moments, or this rank's shard; its shard of the float weights (ZeRO-1 with bf16) or NULL */
+    float *m, *v;  /* moments, or this rank's shard of them (ZeRO-1) */
+    float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
 /* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
@@ -771,8 +770,9 @@ typedef struct slam_flag {
     const char *name; /* without dashes; NULL: the heading `help` of a group */
     int type;
     void *to;
-    const char *argument, *fallback,
-        *help;       /* fallback: default "8"; two "8 | 16", see slam_flags_defaults; "-": none */
+    const char *argument;
+    const char *fallback; /* default: "8"; two: "8 | 16", see slam_flags_defaults; "-": none */
+    const char *help;
     double min, max; /* equal: any */
     int given, set;  /* on the command line; has a value */
 } slam_flag;
@@ -1144,19 +1144,6 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
     return hash;
 }
 
-/* ---- threads ---- */
-
-/* Sets the number of threads of parallel loops, 0: one per core. Returns the number. */
-static int threads_set(int threads) {
-    if (threads > 0) omp_set_num_threads(threads);
-    return omp_get_max_threads();
-}
-
-static int threads_count(void) { return omp_get_max_threads(); }
-
-/* Index of the calling thread in a parallel loop. */
-static int thread_index(void) { return omp_get_thread_num(); }
-
 /* ---- files ---- */
 
 /* "folder/name" in memory of its own. */
@@ -1325,9 +1312,8 @@ typedef struct json {
 } json;
 
 typedef struct json_parser {
-    char *at, *end; // in a copy of the text that ends with 0; strings are unescaped in place
-    char *line;     // start of the current line
-    int n_line, depth;
+    char *text, *at, *end; // a copy of the text that ends with 0; strings are unescaped in place
+    int depth;
     json *node; // the next unused node
     const char *what;
 } json_parser;
@@ -1347,22 +1333,17 @@ static size_t utf8_length(const char *at) {
     return code >= smallest[n] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? n : 0;
 }
 
-/* The error "what: line 3, byte 14: found '}', expected ..."; the line only if it is not the first. */
+/* The error "what: byte 14: found '}', expected ..." */
 static int json_expected(const json_parser *p, const char *expected) {
     const int c = (unsigned char)*p->at;
-    char found[16] = "the end", line[24] = "";
+    char found[16] = "the end";
     if (p->at < p->end) snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
-    if (p->n_line > 1) snprintf(line, sizeof line, "line %d, ", p->n_line);
-    return set_error("%s: %sbyte %td: found %s, expected %s", p->what, line, p->at - p->line + 1, found, expected);
+    return set_error("%s: byte %td: found %s, expected %s", p->what, p->at - p->text + 1, found, expected);
 }
 
 /* The next character that is not white space. */
 static char json_peek(json_parser *p) {
-    for (; *p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t'; p->at++)
-        if (*p->at == '\n') {
-            p->n_line++;
-            p->line = p->at + 1;
-        }
+    while (*p->at == ' ' || *p->at == '\n' || *p->at == '\r' || *p->at == '\t') p->at++;
     return *p->at;
 }
 
@@ -1451,10 +1432,8 @@ static int json_parse_items(json_parser *p, json *j, char close) {
     for (; json_peek(p) != close; j->n++) {
         json *item = *link = p->node++;
         link = &item->next;
-        if (j->n > 0 && *p->at++ != ',') {
-            p->at--;
-            return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
-        }
+        if (j->n > 0 && *p->at != ',') return json_expected(p, close == '}' ? "',' or '}'" : "',' or ']'");
+        if (j->n > 0) p->at++;
         if (close == '}') {
             if (json_peek(p) != '"') return json_expected(p, "a key in quotes");
             if (!json_parse_string(p, &item->key)) return 0;
@@ -1499,9 +1478,8 @@ static json *json_parse(const char *text, size_t n, const char *what) {
     json *root = (json *)(void *)NEW(char, nodes * sizeof(json) + n + 2); // and the copy behind them
     p.what = what;
     p.node = root + 1;
-    p.at = p.line = (char *)(root + nodes) + 1;
+    p.at = p.text = (char *)(root + nodes) + 1;
     p.end = p.at + n;
-    p.n_line = 1;
     if (n) memcpy(p.at, text, n);
     if (json_parse_value(&p, root)) {
         json_peek(&p);
@@ -1558,11 +1536,11 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
 }
 
-/* The shortest text that reads back as the same double; null if it is not finite. */
+/* The shortest text of at least 15 digits, without trailing zeros, that reads back as the same double; null if it is
+   not finite. */
 static void strbuf_add_number(strbuf *out, double x) {
     char text[40];
-    // 15 digits survive a double that is not subnormal, so that %g may drop their trailing zeros
-    int digits = fabs(x) < 0x1p-1022 ? 0 : 14;
+    int digits = 14;
     do snprintf(text, sizeof text, "%.*g", ++digits, x);
     while (digits < 17 && strtod(text, NULL) != x); // 17 tell any two doubles apart
     char *point = strchr(text, *localeconv()->decimal_point);
@@ -1580,35 +1558,32 @@ typedef struct field {
     int required;
 } field;
 
-/* Reads one member. If it is absent or null, `at` stays as it is, unless it is required. */
-static int field_read(const json *object, const field *f, void *at, const char *what) {
-    const json *j = json_get(object, f->name);
-    const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
-    char expected[80] = "true or false";
-    if (!j && !f->required) return 1;
-    int ok = type == JSON_TRUE || type == JSON_FALSE;
-    if (f->type == FIELD_HEX) {
-        const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-        ok = digits >= 1 && digits <= 16 && !j->string[digits];
-        snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
-    } else if (f->type != FIELD_BOOL) {
-        ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
-        snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min, f->max);
-    }
-    if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
-    if (f->type == FIELD_INT) *(int *)at = (int)j->number;
-    if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
-    if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
-    if (f->type == FIELD_REAL) *(double *)at = j->number;
-    if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
-    if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
-    return 1;
-}
-
-/* Reads n members into the struct `to`. */
+/* Reads n members into the struct `to`. One that is absent or null leaves it as it is, unless it is required. */
 static int fields_read(const json *object, const field *f, size_t n, void *to, const char *what) {
-    for (size_t i = 0; i < n; i++)
-        if (!field_read(object, &f[i], (char *)to + f[i].offset, what)) return 0;
+    for (const field *end = f + n; f < end; f++) {
+        const json *j = json_get(object, f->name);
+        const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
+        void *at = (char *)to + f->offset;
+        char expected[80] = "true or false";
+        if (!j && !f->required) continue;
+        int ok = type == JSON_TRUE || type == JSON_FALSE;
+        if (f->type == FIELD_HEX) {
+            const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
+            ok = digits >= 1 && digits <= 16 && !j->string[digits];
+            snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
+        } else if (f->type != FIELD_BOOL) {
+            ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
+            snprintf(expected, sizeof expected, "a %snumber from %.16g to %.16g", whole ? "whole " : "", f->min,
+                     f->max);
+        }
+        if (!ok) return set_error("%s: '%s' is %.60s, expected %s", what, f->name, json_describe(j), expected);
+        if (f->type == FIELD_INT) *(int *)at = (int)j->number;
+        if (f->type == FIELD_LONG) *(long *)at = (long)j->number;
+        if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
+        if (f->type == FIELD_REAL) *(double *)at = j->number;
+        if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
+        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+    }
     return 1;
 }
 
@@ -1627,22 +1602,6 @@ static void fields_write(strbuf *out, const field *f, size_t n, const void *from
     }
 }
 
-/* Reads one member: if it is absent or null, 1 and *out stays. */
-static int json_int(const json *object, const char *key, const char *what, long min, long max, int *out) {
-    const field f = {key, FIELD_INT, 0, (double)min, (double)max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_real(const json *object, const char *key, const char *what, double min, double max, double *out) {
-    const field f = {key, FIELD_REAL, 0, min, max, 0};
-    return field_read(object, &f, out, what);
-}
-
-static int json_bool(const json *object, const char *key, const char *what, int *out) {
-    const field f = {key, FIELD_BOOL, 0, 0, 0, 0};
-    return field_read(object, &f, out, what);
-}
-
 /* ---- safetensors ----
    8 bytes: n, the length of the header. n bytes: the header, a JSON object that may end in spaces:
        {"__metadata__": {"format": "pt", ...}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]},
@@ -1658,9 +1617,10 @@ static const char *const dtype_names[] = {"F32", "F16", "BF16", "F64", "I32", "I
 typedef struct tensor {
     const char *name;
     int dtype, rank;
-    size_t shape[8], count;
-    const unsigned char *data; // not necessarily aligned
-    const char *file;
+    size_t shape[8];
+    const void *data; // not necessarily aligned
+    size_t count;
+    const char *file; // that it was read from
 } tensor;
 
 typedef struct tensors_file {
@@ -1686,12 +1646,6 @@ static void tensors_close(tensors *t) {
     free(t->file);
     free(t->at);
     free(t);
-}
-
-static size_t tensor_bytes(int dtype, int rank, const size_t *shape) {
-    size_t bytes = dtype_bytes[dtype];
-    for (int k = 0; k < rank; k++) bytes *= shape[k];
-    return bytes;
 }
 
 /* Whole numbers from 0 on; 0 if it is not an array of at most `max` of them. */
@@ -1872,7 +1826,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
         return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = t->data + first * dtype_bytes[t->dtype];
+    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
     if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
     for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
         memcpy(&wide, from + 8 * i, 8);
@@ -1885,17 +1839,9 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
-/* A tensor to be written. */
-typedef struct tensor_out {
-    const char *name;
-    int dtype, rank;
-    size_t shape[8];
-    const void *data;
-} tensor_out;
-
 /* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
    expects, is always added. */
-static int tensors_write(const char *path, const tensor_out *list, size_t n, const char *const *metadata) {
+static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
     bytes *parts = NEW(bytes, n + 2); // length, header, tensors
@@ -1906,8 +1852,8 @@ static int tensors_write(const char *path, const tensor_out *list, size_t n, con
     }
     strbuf_add(&header, "}");
     for (size_t i = 0; i < n; i++) {
-        const tensor_out *t = &list[i];
-        const size_t size = tensor_bytes(t->dtype, t->rank, t->shape);
+        const tensor *t = &list[i];
+        const size_t size = t->count * dtype_bytes[t->dtype];
         strbuf_add(&header, ",");
         strbuf_add_json(&header, t->name);
         strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
@@ -1951,7 +1897,7 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     const size_t R = *rows, C = *cols, n = R * C, bytes = map->size - 10 - length;
     if ((C && R > bytes / C) || n * (size_t)width != bytes)
         return set_error("%s: found %zu bytes of data, expected %zu x %zu float%d", path, bytes, R, C, 8 * width);
-    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, n, map->data + 10 + length, path};
+    const tensor t = {path, width == 4 ? DTYPE_F32 : DTYPE_F64, 2, {R, C}, map->data + 10 + length, n, path};
     float *x = NEW(float, n);
     int ok = tensor_floats(&t, x, 0, n);
     for (size_t i = 0; ok && i < n; i++)
@@ -2015,8 +1961,6 @@ static int shard_open(shard *s, const char *path) {
     if (!ok) file_map_close(&s->map);
     return ok;
 }
-
-static void shard_close(shard *s) { file_map_close(&s->map); }
 
 /* A file that is appended to and resumed after a kill: sync it, then note `bytes` in a journal; a later process cuts it
    to the noted bytes and continues there. While it is open, no other process can open it this way. */
@@ -2230,6 +2174,7 @@ typedef struct units_reader {
     const char *at, *end;
     char *path, *what; // what: "path:line", for errors
     size_t line;       // number of the last line that was read, from 1
+    json *root;        // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2243,14 +2188,15 @@ static int units_open(units_reader *r, const char *path) {
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
+    json_free(r->root);
     free(r->path);
     free(r->what);
     memset(r, 0, sizeof *r);
 }
 
-/* The next line that is not blank, parsed (free it with json_free): 1, 0 at the end, -1 and an error that starts with
-   file:line. */
-static int units_next_json(units_reader *r, json **root) {
+/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
+   error that starts with file:line. */
+static int units_next(units_reader *r, units *u) {
     const char *line;
     size_t n, blank;
     do {
@@ -2260,19 +2206,10 @@ static int units_next_json(units_reader *r, json **root) {
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
     free(r->what);
+    json_free(r->root);
     r->what = string_print("%s:%zu", r->path, r->line);
-    *root = json_parse(line, n, r->what);
-    return *root ? 1 : -1;
-}
-
-/* The units of the next line that is not blank: 1, 0 at the end, -1 and an error that starts with file:line. */
-static int units_next(units_reader *r, units *u) {
-    json *root = NULL;
-    const int got = units_next_json(r, &root);
-    if (got <= 0) return got;
-    const int ok = units_from_json(root, r->what, u);
-    json_free(root);
-    return ok ? 1 : -1;
+    r->root = json_parse(line, n, r->what);
+    return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
 
 /* Numbers from 0 on and what is between them. Millions are written, which printf would slow down. */
@@ -2288,8 +2225,25 @@ static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *bet
     }
 }
 
-/* The end of a line of either kind. */
-static void strbuf_add_segment(strbuf *out, const units *u) {
+/* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
+static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
+    strbuf_add(out, "{");
+    if (!tokens) {
+        strbuf_add(out, "\"units\": [");
+        strbuf_add_ints(out, u->unit, u->n, ", ");
+        if (u->duration) strbuf_add(out, "], \"duration\": [");
+        if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
+        strbuf_add(out, "]");
+    }
+    if (u->name) {
+        strbuf_add(out, tokens ? "\"file_name\": " : ", \"file_name\": ");
+        strbuf_add_json(out, u->name);
+    }
+    if (tokens) {
+        strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
+        strbuf_add_ints(out, u->unit, u->n, "><Un");
+        strbuf_add(out, u->n ? ">\"" : "\"");
+    }
     if (u->end > 0) {
         strbuf_add(out, ", \"start\": ");
         strbuf_add_number(out, u->start);
@@ -2299,38 +2253,12 @@ static void strbuf_add_segment(strbuf *out, const units *u) {
     strbuf_add(out, "}");
 }
 
-/* The start of a features line, and of the units of a pair. */
-static void strbuf_add_unit_lists(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"units\": [");
-    strbuf_add_ints(out, u->unit, u->n, ", ");
-    if (u->duration) strbuf_add(out, "], \"duration\": [");
-    if (u->duration) strbuf_add_ints(out, u->duration, u->n, ", ");
-    strbuf_add(out, "]");
-}
-
-/* A features line, without its newline. */
-static void strbuf_add_units(strbuf *out, const units *u) {
-    strbuf_add_unit_lists(out, u);
-    strbuf_add(out, ", \"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add_segment(out, u);
-}
-
-/* A tokens line, without its newline. */
-static void strbuf_add_audio_repr(strbuf *out, const units *u) {
-    strbuf_add(out, "{\"file_name\": ");
-    strbuf_add_json(out, u->name ? u->name : "");
-    strbuf_add(out, ", \"audio_repr\": \"%s", u->n ? "<Un" : "");
-    strbuf_add_ints(out, u->unit, u->n, "><Un");
-    strbuf_add(out, u->n ? ">\"" : "\"");
-    strbuf_add_segment(out, u);
-}
-
 /* ==========================================================================================
    SECTION 4. OPS ON THE CPU      the plain loops: read these first
 
    Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
-   belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads.
+   belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
+   aside).
    ========================================================================================== */
 
 #pragma GCC diagnostic push
@@ -2464,7 +2392,8 @@ typedef int gemm_index __attribute__((vector_size(16)));
 #endif
 
 /* out (4,4), rows `ld` apart, is the transpose of four numbers from each of r0 .. r3. */
-ALWAYS_INLINE void gemm_turn(float *out, int ld, const float *r0, const float *r1, const float *r2, const float *r3) {
+ALWAYS_INLINE void gemm_transpose4(float *out, int ld, const float *r0, const float *r1, const float *r2,
+                                   const float *r3) {
     const gemm_vector4 a = *(const gemm_memory4 *)r0, b = *(const gemm_memory4 *)r1;
     const gemm_vector4 c = *(const gemm_memory4 *)r2, d = *(const gemm_memory4 *)r3;
     const gemm_vector4 ab0 = SHUFFLE(a, b, 0, 4, 1, 5), cd0 = SHUFFLE(c, d, 0, 4, 1, 5); // a0 b0 a1 b1, c0 d0 c1 d1
@@ -2475,8 +2404,8 @@ ALWAYS_INLINE void gemm_turn(float *out, int ld, const float *r0, const float *r
     *(gemm_memory4 *)(out + 3 * ld) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
 }
 
-/* out (K,stride): out_ki = trans ? in_ik : in_ki for i < width. Beyond that, up to a multiple of four, numbers are
-   arbitrary: their products are not stored. */
+/* out (K,stride): out_ki = trans ? in_ik : in_ki for i < width. Numbers beyond that are arbitrary: their products are
+   not stored. */
 static void gemm_pack(float *out, int stride, const float *in, size_t ld, int trans, int width, int K) {
     if (!trans && width >= 8) gemm_copy(out, stride, in, ld, width, K, 8);
     else if (!trans && width >= 4) gemm_copy(out, stride, in, ld, width, K, 4);
@@ -2487,7 +2416,7 @@ static void gemm_pack(float *out, int stride, const float *in, size_t ld, int tr
             const float *r0 = in + i * ld, *r1 = r0 + min_int(1, last) * ld;
             const float *r2 = r0 + min_int(2, last) * ld, *r3 = r0 + min_int(3, last) * ld;
             int k = 0;
-            for (; k + 4 <= K; k += 4) gemm_turn(out + k * stride + i, stride, r0 + k, r1 + k, r2 + k, r3 + k);
+            for (; k + 4 <= K; k += 4) gemm_transpose4(out + k * stride + i, stride, r0 + k, r1 + k, r2 + k, r3 + k);
             for (; k < K; k++) {
                 float *o = out + k * stride + i;
                 o[0] = r0[k], o[1] = r1[k], o[2] = r2[k], o[3] = r3[k];
@@ -2520,8 +2449,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
 }
 #endif
 
-/* The same on several threads: each has a rectangle of C, all of K. Of all grids of rectangles the one whose largest
-   rectangle costs least, where packing a number costs about as much as 16 multiplications. */
+/* The same on several threads: each has a rectangle of C, all of K. The grid, r by threads / r, is the one whose
+   largest rectangle costs least; packing a number counts as 16 multiplications. */
 static void gemm_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda,
                           const float *B, size_t ldb, float beta, float *C, size_t ldc) {
     int rows = 1, columns = 1;
@@ -2663,7 +2592,7 @@ ROW_FOLD(float, row_max, (const float *x, size_t n), -HUGE_VALF, LARGER, x[c])
 ROW_SUM(float, dot, (const float *a, const float *b, size_t n), a[c] * b[c])
 ROW_SUM(float, dot3, (const float *a, const float *b, const float *w, size_t n), a[c] * b[c] * w[c])
 ROW_SUM(float, row_sum, (const float *x, size_t n), x[c])
-ROW_SUM(float, row_variation, (const float *x, float mean, size_t n), (x[c] - mean) * (x[c] - mean))
+ROW_SUM(float, row_squares_about, (const float *x, float mean, size_t n), (x[c] - mean) * (x[c] - mean))
 ROW_SUM(float, row_exp_sum, (const float *x, float max, size_t n), exp_float(x[c] - max))
 /* x_c = exp(scale x_c - shift) in place; returns their sum */
 ROW_SUM(float, row_exp, (float *x, float scale, float shift, size_t n), (x[c] = exp_float(x[c] * scale - shift)))
@@ -2822,7 +2751,7 @@ static key_ranges visible_keys(const slam_mask *mask, int b, int i) {
 }
 
 /* x_j = exp(scale x_j - shift) for visible keys, else 0; j = t.first .. t.first + t.keys - 1. Returns the sum. */
-static float softmax_row(float *x, query_tile t, key_ranges see, float scale, float shift) {
+static float exp_visible(float *x, query_tile t, key_ranges see, float scale, float shift) {
     for (int j = t.first; j < see.a; j++) x[j] = 0;
     float sum = row_exp(x + see.a, scale, shift, see.b - see.a);
     for (int j = see.b; j < see.c; j++) x[j] = 0;
@@ -2857,7 +2786,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, tiles = (T + QUERIES - 1) / QUERIES;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * QUERIES * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * QUERIES * T);
     PARALLEL_FOR
     for (int i = 0; i < B * T; i++) rotate(row(qkv, i, W), NH + KVH, mask, rotary_position(mask, i), 1);
     /* The last tiles of a row see the most keys and come first, so that no thread ends with a long one. */
@@ -2868,13 +2797,13 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
         const float *q = row(qkv, b * T + t.i, W) + h * HS;
         const float *k = row(qkv, b * T + t.first, W) + (NH + h * KVH / NH) * HS, *v = k + KVH * HS;
         float *o = row(out, b * T + t.i, O) + h * HS, *l = lse + ((size_t)b * NH + h) * T + t.i, sum[QUERIES];
-        float *s = scratch + (size_t)thread_index() * QUERIES * T; // (t.n, t.keys)
+        float *s = scratch + (size_t)omp_get_thread_num() * QUERIES * T; // (t.n, t.keys)
         gemm(0, 1, t.n, t.keys, HS, q, W, k, W, 0, s, t.keys);
         for (int i = 0; i < t.n; i++) {
-            float *si = s + (size_t)i * t.keys - t.first; // si[j] is s_ij
+            float *si = s + (size_t)i * t.keys - t.first; // si[j] is q'_i . k'_j
             const key_ranges see = visible_keys(mask, b, t.i + i);
             const float max = fmaxf(row_max(si + see.a, see.b - see.a), row_max(si + see.c, see.d - see.c));
-            sum[i] = softmax_row(si, t, see, scale, max * scale);
+            sum[i] = exp_visible(si, t, see, scale, max * scale);
             l[i] = max * scale + logf(sum[i]);
         }
         gemm(0, 0, t.n, HS, t.keys, s, t.keys, v, W, 0, o, O);
@@ -2891,12 +2820,12 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, cons
     const int W = (NH + 2 * KVH) * HS, O = NH * HS;
     const float scale = 1 / sqrtf((float)HS);
     const size_t work = (size_t)QUERIES * T, head = (size_t)T * HS;
-    float *scratch = cpu_scratch(ops, 2 * threads_count() * work + 2 * B * NH * head);
-    float *dkv = scratch + 2 * threads_count() * work;
+    float *scratch = cpu_scratch(ops, 2 * omp_get_max_threads() * work + 2 * B * NH * head);
+    float *dkv = scratch + 2 * omp_get_max_threads() * work;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < B * NH; task++) {
         const int b = task / NH, h = task % NH, kv = (NH + h * KVH / NH) * HS;
-        float *p = scratch + 2 * thread_index() * work, *ds = p + work; // (t.n, t.keys) each
+        float *p = scratch + 2 * omp_get_thread_num() * work, *ds = p + work; // (t.n, t.keys) each
         float *dk = dkv + 2 * task * head, *dv = dk + head, *Di = D + (size_t)task * T;
         memset(dk, 0, 2 * head * sizeof(float));
         for (int i = 0; i < T; i++) Di[i] = dot(row(dout, b * T + i, O) + h * HS, row(out, b * T + i, O) + h * HS, HS);
@@ -2909,7 +2838,7 @@ static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, cons
             gemm(0, 1, t.n, t.keys, HS, d, O, v, W, 0, ds, t.keys);
             for (int i = 0; i < t.n; i++) {
                 float *pi = p + (size_t)i * t.keys - t.first, *dsi = ds + (size_t)i * t.keys - t.first;
-                softmax_row(pi, t, visible_keys(mask, b, t.i + i), scale, lse[(size_t)task * T + t.i + i]);
+                exp_visible(pi, t, visible_keys(mask, b, t.i + i), scale, lse[(size_t)task * T + t.i + i]);
                 for (int j = t.first; j < t.first + t.keys; j++) dsi[j] = pi[j] * (dsi[j] - Di[t.i + i]) * scale;
             }
             gemm(0, 0, t.n, HS, t.keys, ds, t.keys, k, W, 0, dq, W);
@@ -2937,7 +2866,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS, heads = NH / KVH;
     const int W = (NH + 2 * KVH) * HS, O = NH * HS, KV = 2 * KVH * HS;
     const float scale = 1 / sqrtf((float)HS);
-    float *scratch = cpu_scratch(ops, (size_t)threads_count() * heads * T);
+    float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * heads * T);
     for (int b = 0; b < B; b++) {
         rotate(row(qkv, b, W), NH + KVH, mask, lengths[b], 1);
         memcpy(row(cache, b * T + lengths[b], KV), row(qkv, b, W) + O, (size_t)KV * sizeof(float));
@@ -2946,7 +2875,7 @@ static void cpu_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, 
     for (int task = 0; task < B * KVH; task++) {
         const int b = task / KVH, g = task % KVH, n = lengths[b] + 1;
         const float *q = row(qkv, b, W) + g * heads * HS, *k = row(cache, b * T, KV) + g * HS, *v = k + KVH * HS;
-        float *s = scratch + (size_t)thread_index() * heads * T; // (heads,n)
+        float *s = scratch + (size_t)omp_get_thread_num() * heads * T; // (heads,n)
         gemm(0, 1, heads, n, HS, q, HS, k, KV, 0, s, n);
         for (int h = 0; h < heads; h++) {
             float *sh = s + (size_t)h * n;
@@ -3063,7 +2992,7 @@ static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float 
 /* ---- convolution ---- */
 
 /* x Phi(x), Phi(-z) = exp(-z^2/2) P(t) with t = 1 / (1 + 0.26 z), z = |x|. The polynomial P is fitted to the scaled
-   erfc with a relative error of 2e-8, so the result is as accurate far below 0 as near it. */
+   erfc with a relative error of 2e-8, so the relative error stays below 5e-6 down to x = -12. */
 static inline float gelu_float(float x) {
     const float z = fabsf(x), t = 1 / (1 + 0.26f * z);
     float p = 0.0308966339f;
@@ -3086,7 +3015,8 @@ static void row_gelu(float *y, const float *x, size_t n) {
 
 /* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
    neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. Rows of a batch with T = stride TO are one long row. */
+   side is x with overlapping rows; nothing is copied. With G = 1 and T =
+   stride TO the rows of a batch are one long row. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
@@ -3151,15 +3081,16 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
         float *y = row(y_, i, C);
         const float *s = row_add(s_ ? row(s_, i, C) : y, row(x_, i, C), row(delta_, i, C), C);
         if (!y) continue;
-        const float mean = row_sum(s, C) / (float)C, r = 1 / sqrtf(row_variation(s, mean, C) / (float)C + eps);
+        const float mean = row_sum(s, C) / (float)C, r = 1 / sqrtf(row_squares_about(s, mean, C) / (float)C + eps);
         VECTORISE
         for (int c = 0; c < C; c++) y[c] = w[c] * ((s[c] - mean) * r) + b[c];
         if (gelu) row_gelu(y, y, C);
     }
 }
 
-/* x (B,T,C)  w, b (C)  lengths (B). Each block of n frames gets its sum and its sum of squares about its own mean, in
-   float: sums (B,blocks,2,C). Over the blocks, in double: variance = mean of (squares + n (sum / n - mean)^2) / n. */
+/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squares about its own mean, in
+   float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2), /
+   length. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -3226,11 +3157,11 @@ static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_a
 slam_ops *slam_cpu(int threads) {
     cpu_ops *cpu = NEW(cpu_ops, 1);
     slam_ops *ops = &cpu->ops;
-    threads = threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    threads = omp_get_max_threads();
 #if defined SLAM_BLAS && defined OPENBLAS_VERSION
-    openblas_set_num_threads(
-        1); // gemm_parallel has the threads. A build of OpenBLAS with OpenMP sets those of OpenMP, too
-    threads_set(threads);
+    openblas_set_num_threads(1);  // gemm_parallel makes the threads
+    omp_set_num_threads(threads); // OpenBLAS with OpenMP has changed them, too
 #endif
     snprintf(cpu->name, sizeof cpu->name, "cpu, %d thread%s", threads, threads == 1 ? "" : "s");
     ops->name = cpu->name;
@@ -5285,7 +5216,7 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->name = cuda->name;
     ops->act_bytes = act_bytes;
     ops->asynchronous = 1;
-    ops->threads = threads_count();
+    ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
@@ -5331,9 +5262,8 @@ struct slam_comm_state {
     float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
-    int *counts;     // (4,size): numbers to send to each rank, their offsets, numbers to receive, their offsets
 #ifdef SLAM_MPI
-    MPI_Request request;
+    MPI_Request *requests; // (2,size): from each rank, to each rank
 #endif
 #ifdef SLAM_NCCL
     ncclComm_t nccl;
@@ -5342,21 +5272,22 @@ struct slam_comm_state {
 
 static int takes_part(const slam_comm *c) { return c && c->size > 1 && !c->state->lost; }
 
-slam_range slam_comm_share(const slam_comm *c, size_t n) {
-    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0, each = n / size, more = n % size;
-    slam_range r;
-    r.first = rank * each + (rank < more ? rank : more);
-    r.end = r.first + each + (rank < more);
+typedef struct range {
+    size_t first, end; // first <= i < end
+} range;
+
+/* This rank's share of n items: contiguous, nearly equal. */
+static range comm_share(const slam_comm *c, size_t n) {
+    const size_t size = c ? c->size : 1, rank = c ? c->rank : 0;
+    const range r = {n * rank / size, n * (rank + 1) / size};
     return r;
 }
 
 /* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
    256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
-static slam_range comm_part(const slam_comm *c, int rank, size_t n) {
+static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
-    slam_range r;
-    r.first = rank * each;
-    r.end = !c || rank == c->size - 1 ? n : r.first + each;
+    const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
     return r;
 }
 
@@ -5370,13 +5301,10 @@ static int comm_launched(void) {
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
-#ifdef SLAM_MPI
-    const char *advice = "build with the MPI of this mpirun; srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)";
-#else
-    const char *advice = "this build has no MPI: install libopenmpi-dev, then make";
-#endif
     if (!tasks || atoi(tasks) < 2) return 1;
-    return set_error("%s started %s processes, but this one sees only itself: %s", launcher, tasks, advice);
+    return set_error("%s started %s processes, but this one sees only itself: build with this launcher's MPI "
+                     "(libopenmpi-dev, then make); srun needs --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)",
+                     launcher, tasks);
 }
 
 /* ---- host memory, over MPI ---- */
@@ -5391,61 +5319,86 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-static void ranks_gather(void *all, const void *x, size_t bytes) {
-    MPI_Allgather(x, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD);
+/* x may be this rank's place in `all`. */
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
+    const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
+    MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-static void comm_join(slam_comm *c) {
+/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
-    int running = 0, level;
-    MPI_Comm machine;
-    MPI_Initialized(&running);
-    if (!running && !comm_launched()) return;
-    s->started = !running;
-    if (s->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &c->size);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &c->local_rank);
-    MPI_Comm_size(machine, &c->local_size);
-    MPI_Comm_free(&machine);
+    const range own = comm_part(c, c->rank, s->n);
+    const size_t size = c->size, own_n = own.end - own.first;
+    if (!s->requests) s->requests = NEW(MPI_Request, 2 * size);
+    GROW(float, s->received, s->capacity, size *own_n);
+    for (int k = 0; k < c->size; k++) {
+        const range part = comm_part(c, k, s->n);
+        const int part_n = (int)(part.end - part.first);
+        MPI_Irecv(s->received + k * own_n, (int)own_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[k]);
+        MPI_Isend(s->x + part.first, part_n, MPI_FLOAT, k, 0, MPI_COMM_WORLD, &s->requests[size + k]);
+    }
 }
 
-static void comm_leave(slam_comm *c, int status) {
-    if (c->state->started && status && c->size > 1 && !c->failed) {
-        fflush(NULL);
-        MPI_Abort(MPI_COMM_WORLD, status);
-    }
-#ifdef SLAM_NCCL
-    if (c->state->nccl) ncclCommDestroy(c->state->nccl);
-#endif
-    if (c->state->started) MPI_Finalize();
+static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+
+/* MPI moves messages only while it is called. */
+static void comm_progress(slam_comm *c) {
+    int done;
+    if (c && c->state->x) MPI_Testall(2 * c->size, c->state->requests, &done, MPI_STATUSES_IGNORE);
 }
+
 #else
 // clang-format off
 static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
-static void ranks_gather(void *all, const void *x, size_t bytes) { (void)all; (void)x; (void)bytes; }
-static void comm_join(slam_comm *c) { (void)c; }
-static void comm_leave(slam_comm *c, int status) { (void)c; (void)status; }
+static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
+static void ranks_send_parts(slam_comm *c) { (void)c; }
+static void ranks_wait(slam_comm *c) { (void)c; }
+static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
 
 void slam_comm_finalize(slam_comm *c, int status) {
     if (!c) return;
-    if (c->state->ops) c->state->ops->comm = NULL;
-    comm_leave(c, status);
-    free(c->state->received);
-    free(c->state->counts);
-    free(c->state);
+    struct slam_comm_state *s = c->state;
+    if (s->ops) s->ops->comm = NULL;
+#ifdef SLAM_MPI
+    if (s->started && status && c->size > 1 && !c->failed) {
+        fflush(NULL);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+#ifdef SLAM_NCCL
+    if (s->nccl) ncclCommDestroy(s->nccl);
+#endif
+    if (s->started) MPI_Finalize();
+    free(s->requests);
+#endif
+    (void)status;
+    free(s->received);
+    free(s);
     free(c);
 }
 
 slam_comm *slam_comm_init(void) {
     slam_comm *c = NEW(slam_comm, 1);
-    c->size = c->local_size = c->zero = 1;
     c->state = NEW(struct slam_comm_state, 1);
-    comm_join(c);
+    c->size = c->local_size = c->zero = 1;
+#ifdef SLAM_MPI
+    int running = 0, level;
+    MPI_Comm machine;
+    MPI_Initialized(&running);
+    c->state->started = !running && comm_launched();
+    if (c->state->started) MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    if (running || c->state->started) {
+        MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
+        MPI_Comm_size(MPI_COMM_WORLD, &c->size);
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &c->local_rank);
+        MPI_Comm_size(machine, &c->local_size);
+        MPI_Comm_free(&machine);
+    }
+#endif
     if (c->size > 1 || launcher_check()) return c;
     slam_comm_finalize(c, 1);
     return NULL;
@@ -5471,12 +5424,13 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-int slam_comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
+/* 1 if x is the same on every rank. */
+static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
-    ranks_gather(all, x, n * sizeof *x);
+    ranks_gather(c, all, x, n * sizeof *x);
     for (size_t i = 0; i < n; i++) {
         x[i] = all[i];
         for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
@@ -5484,15 +5438,17 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     free(all);
 }
 
-void slam_comm_broadcast(slam_comm *c, void *x, size_t bytes) {
+/* From rank 0; fewer than 2^31 bytes. */
+static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
+/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
+static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
     const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
     uint64_t own = bytes, *sizes = NEW(uint64_t, size);
     sizes[0] = own;
-    if (part) ranks_gather(sizes, &own, sizeof own);
+    if (part) ranks_gather(c, sizes, &own, sizeof own);
     *total = 0;
     for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
     char *all = NEW(char, *total), *at = all;
@@ -5508,24 +5464,11 @@ void *slam_comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *to
    comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
    done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
 
-   Over MPI a reduce-scatter is an all-to-all and a sum in rank order: MPI_Reduce_scatter may add in another order if
-   a message has another size, and the same numbers must give the same bits however they are divided into messages. An
-   error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read; an error of NCCL
-   loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
+   another order if a message has another size, and the same numbers must give the same bits however they are divided
+   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
+   an error of NCCL loses the rank. */
 
-#ifndef SLAM_MPI
-// clang-format off
-static int comm_connect(slam_comm *c) { (void)c; return 1; }
-static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
-    (void)c; (void)x; (void)part; (void)n; (void)bytes; return 1;
-}
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) { (void)c; (void)x; (void)n; return 1; }
-static void comm_wait(slam_comm *c) { (void)c; }
-static int comm_finish(slam_comm *c) { (void)c; return 1; }
-static void comm_progress(slam_comm *c) { (void)c; }
-// clang-format on
-#else
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
     return 0;
@@ -5555,7 +5498,7 @@ static int comm_connect(slam_comm *c) {
     if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
-    slam_comm_broadcast(c, &id, sizeof id);
+    comm_broadcast(c, &id, sizeof id);
     return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
@@ -5569,8 +5512,8 @@ static int comm_connect(slam_comm *c) {
 static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
-    MPI_Wait(&s->request, MPI_STATUS_IGNORE);
-    const slam_range part = comm_part(c, c->rank, s->n);
+    ranks_wait(c);
+    const range part = comm_part(c, c->rank, s->n);
     const size_t n = part.end - part.first;
     PARALLEL_FOR
     for (size_t i = 0; i < n; i++) {
@@ -5585,36 +5528,22 @@ static void reduction_end(slam_comm *c) {
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
-    const int size = c->size;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end, even = each * size;
+        const size_t each = comm_part(c, 0, n).end, even = each * c->size;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclReduceScatter(x, x + each * c->rank, each, ncclFloat, ncclSum, s->nccl, stream);
         if (result == ncclSuccess && even < n)
-            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, size - 1, s->nccl, stream);
+            result = ncclReduce(x + even, x + even, n - even, ncclFloat, ncclSum, c->size - 1, s->nccl, stream);
         return nccl_ok(c, result, "a reduction");
     }
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
     reduction_end(c);
-    const slam_range own = comm_part(c, c->rank, n);
-    const size_t own_n = own.end - own.first;
-    if (!s->counts) s->counts = NEW(int, 4 * (size_t)size);
-    int *sent = s->counts, *sent_at = sent + size, *received = sent + 2 * size, *received_at = sent + 3 * size;
-    for (int k = 0; k < size; k++) {
-        const slam_range part = comm_part(c, k, n);
-        sent[k] = (int)(part.end - part.first);
-        sent_at[k] = (int)part.first;
-        received[k] = (int)own_n;
-        received_at[k] = (int)(k * own_n);
-    }
-    GROW(float, s->received, s->capacity, size *own_n);
     s->x = x;
     s->n = n;
-    MPI_Ialltoallv(x, sent, sent_at, MPI_FLOAT, s->received, received, received_at, MPI_FLOAT, MPI_COMM_WORLD,
-                   &s->request);
+    ranks_send_parts(c);
     return 1;
 }
 
@@ -5622,12 +5551,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
+    const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
+    char *tail = (char *)x + even; // of the last rank's part
+    const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
     if (stream) {
-        const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-        char *tail = (char *)x + even;
-        const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
         ncclResult_t result = ncclSuccess;
         if (each) result = ncclAllGather(part, x, each, ncclChar, s->nccl, stream);
         if (result == ncclSuccess && rest)
@@ -5636,15 +5565,9 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     }
 #endif
     if (!s->ops->finish(s->ops)) return comm_lost(c);
-    int *counts = NEW(int, 2 * (size_t)c->size), *at = counts + c->size;
-    for (int k = 0; k < c->size; k++) {
-        const slam_range r = comm_part(c, k, n);
-        counts[k] = (int)((r.end - r.first) * bytes);
-        at[k] = (int)(r.first * bytes);
-    }
-    const int in_place = (const char *)part == (char *)x + at[c->rank];
-    MPI_Allgatherv(in_place ? MPI_IN_PLACE : part, counts[c->rank], MPI_BYTE, x, counts, at, MPI_BYTE, MPI_COMM_WORLD);
-    free(counts);
+    ranks_gather(c, x, part, each);
+    if (from != tail) memcpy(tail, from, rest);
+    ranks_broadcast(tail, rest, c->size - 1);
     return 1;
 }
 
@@ -5692,13 +5615,6 @@ static int comm_finish(slam_comm *c) {
     return 1;
 }
 
-/* MPI moves messages only while it is called. */
-static void comm_progress(slam_comm *c) {
-    int done;
-    if (c && c->state->x) MPI_Test(&c->state->request, &done, MPI_STATUS_IGNORE);
-}
-#endif
-
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
    Written once against slam_ops; nothing here knows a backend. A layer is stated in three
@@ -5734,6 +5650,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
+    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     double rotary = 1;
     int plain = !rope || rope->type == JSON_OBJECT;
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
@@ -5741,25 +5658,25 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
         return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
                          type && type->type == JSON_STRING ? type->string : "");
-    return json_real(rope, "rope_theta", path, 1, 1e12, &config->rope_theta) &&
-           json_real(c, "partial_rotary_factor", path, 0, 1, &rotary) &&
-           json_real(rope, "partial_rotary_factor", path, 0, 1, &rotary) &&
+    return fields_read(rope, config_fields + CONFIG_FIELDS - 1, 1, config, path) && // rope_theta
+           fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
 /* Settings that this model does not have are errors that name them. */
 static int config_check(const json *c, const char *path) {
-    static const char *const flags[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
+    static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
+                                  {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
+                                  {"use_sliding_window", FIELD_BOOL, 2 * sizeof(int), 0, 0, 0}};
     const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
     const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
     int set[3] = {0, 0, 0};
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
     if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    for (int i = 0; i < 3; i++) {
-        if (!json_bool(c, flags[i], path, &set[i])) return 0;
-        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i]);
-    }
+    if (!fields_read(c, flags, 3, set, path)) return 0;
+    for (int i = 0; i < 3; i++)
+        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i].name);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
         if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
             return set_error("%s: layer_types: expected full_attention in every layer", path);
@@ -5770,7 +5687,7 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
     if (!config_check(from, path) || !fields_read(from, config_fields, CONFIG_FIELDS, c, path) ||
-        !config_read_rope(c, from, path) || (base && !json_int(root, "vocab_size", path, 1, 1 << 20, &c->V)))
+        !config_read_rope(c, from, path) || (base && !fields_read(root, config_fields, 1, c, path))) // vocab_size
         return 0;
     c->qkv_bias = strcmp(json_string(from, "model_type", ""), "qwen2") == 0;
     if (!c->KVH) c->KVH = c->NH;
@@ -6204,7 +6121,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
     if (c.tied && embed && head) // a head that differs is not tied, as in Transformers 5
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
-                 !memcmp(embed->data, head->data, tensor_bytes(embed->dtype, embed->rank, embed->shape));
+                 !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
     if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
     ok = m && weights_read(m, &c, file, prefix, V != 0);
@@ -6216,8 +6133,9 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-static tensor_out tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const tensor_out out = {name, DTYPE_F32, t->rows ? 2 : 1, {t->rows ? t->rows : t->cols, t->cols}, weights + t->at};
+static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
+    const size_t first = t->rows ? t->rows : t->cols;
+    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
     return out;
 }
 
@@ -6247,7 +6165,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor_out *out = NEW(tensor_out, n);
+    tensor *out = NEW(tensor, n);
     for (size_t k = 0; k < n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         char name[96];
@@ -6793,7 +6711,7 @@ static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
         k.first = first + i;
         k.n = n - i < each ? n - i : each;
         k.after = after;
-        const slam_range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
         k.part = k.first + part.first;
         k.part_n = part.end - part.first;
         k.update = b->sharded ? k.part : k.first;
@@ -7072,7 +6990,7 @@ void slam_data_free(slam_data *d) {
     if (!d) return;
     if (--d->files->users == 0) {
         for (size_t i = 0; i < d->files->n; i++) {
-            shard_close(&d->files->at[i].mapped);
+            file_map_close(&d->files->at[i].mapped.map);
             free(d->files->at[i].memory);
             free(d->files->at[i].path);
         }
@@ -7533,7 +7451,7 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
         l->targets += row->length - row->n; // the last token of a chunk has no target
     }
     if (p->evenly) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->evenly), 16);
-    const slam_range share = slam_comm_share(comm, b->n);
+    const range share = comm_share(comm, b->n);
     p->share = b->at + share.end;
     l->rows = (int)b->n;
     l->rows_left = (int)(share.end - share.first);
@@ -8324,6 +8242,7 @@ static void hubert_free(slam_hubert *h) {
 
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
+    static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     size_t n = 0;
     h->ops = ops;
@@ -8333,7 +8252,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
     h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    ok = ok && json_bool(p, "do_normalize", preprocessor, &h->do_normalize);
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
     tensors *file = ok ? tensors_open(folder) : NULL;
     for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
         const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
@@ -9453,7 +9372,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
         const slam_units *of = &g->audio.units;
-        const units u = {g->name ? g->name : item->name, of->unit, of->duration, of->n, g->start, g->end};
+        char *name = w->pairs ? NULL : g->name ? g->name : item->name;
+        const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
         w->frames += of->frames;
         w->units += u.n;
@@ -9461,10 +9381,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
         if (w->binary) ok = writer_add_tokens(w, &u);
         else if (w->pairs) {
             strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
-            strbuf_add_unit_lists(&s, &u);
-            strbuf_add(&s, "}");
-        } else if (f->audio_repr) strbuf_add_audio_repr(&s, &u);
-        else strbuf_add_units(&s, &u);
+            strbuf_add_units(&s, &u, 0);
+        } else strbuf_add_units(&s, &u, f->audio_repr);
         if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
     }
     ok = ok && append_write(&f->data, s.at, s.n);
@@ -9561,7 +9479,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
-    const slam_range share = slam_comm_share(comm, paths->n);
+    const range share = comm_share(comm, paths->n);
     const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
@@ -9578,7 +9496,7 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)slam_comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
+    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
     for (slam_units *u = units; all && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
@@ -9709,15 +9627,12 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
 static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
     units u[3];
-    json *root = NULL;
     int status, ok = 1;
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
-    while (ok && (status = units_next_json(&reader, &root)) != 0) {
-        ok = status > 0 && pairs_add_line(p, root, reader.what, u);
-        if (status > 0) json_free(root);
-    }
+    while (ok && (status = units_next(&reader, NULL)) != 0)
+        ok = status > 0 && pairs_add_line(p, reader.root, reader.what, u);
     for (int k = 0; k < 3; k++) units_free(&u[k]);
     units_close(&reader);
     return ok;
@@ -9848,7 +9763,7 @@ int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t mo
     snprintf(hashes[0], sizeof hashes[0], "%016llx", (unsigned long long)p->hash);
     snprintf(hashes[1], sizeof hashes[1], "%016llx", (unsigned long long)model_hash);
     const char *const metadata[] = {"pairs", hashes[0], "model", hashes[1], NULL};
-    const tensor_out out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference};
+    const tensor out = {"logp", DTYPE_F64, 2, {p->n, 2}, p->reference, 2 * p->n, NULL};
     return tensors_write(path, &out, 1, metadata);
 }
 
@@ -10931,7 +10846,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
              slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
     if (ok && host) {
         slam_strings names = ZERO;
-        tensor_out *out = NEW(tensor_out, n);
+        tensor *out = NEW(tensor, n);
         char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
@@ -11384,8 +11299,10 @@ const char *slam_format_time(char s[32], double seconds) {
 /* ---- paths ---- */
 
 void slam_print_path(const char *path) {
-    const char *quote = strpbrk(path, " \t\n\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
-    printf("%s%s%s", quote, path, quote);
+    const char *quote = strpbrk(path, " \t\n'\"\\$&;|<>()*?[]{}#~!`") ? "'" : "";
+    printf("%s", quote);
+    for (const char *c = path; *c; c++) printf(*c == '\'' ? "'\\''" : "%c", *c);
+    printf("%s", quote);
 }
 
 char *slam_path_beside(const char *argv0, const char *name) {
@@ -11409,9 +11326,11 @@ static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4);
 
 int slam_threads(const slam_comm *comm, int threads) {
     const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks, bound = threads_count(); // mpirun may bind a rank
+    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks,
+              bound = omp_get_max_threads(); // mpirun may bind a rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
-    return threads_set(threads);
+    if (threads > 0) omp_set_num_threads(threads);
+    return omp_get_max_threads();
 }
 
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
@@ -11428,7 +11347,7 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
         ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
     ok = slam_all_ok(comm, ok && ops);
-    if (ok && !slam_comm_equal(comm, (uint64_t)is_cuda(ops))) {
+    if (ok && !comm_equal(comm, (uint64_t)is_cuda(ops))) {
         set_error("--device auto: only some of the ranks have a GPU%s", why);
         ok = slam_all_ok(comm, 0);
     }
@@ -11814,7 +11733,7 @@ static int run_name(slam_run *r) {
         *path = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    slam_comm_broadcast(r->comm, path, sizeof path);
+    comm_broadcast(r->comm, path, sizeof path);
     free(r->folder);
     r->folder = string_copy(path);
     return 1;
@@ -11851,7 +11770,7 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     int ok = r->fresh || data == t->data ||
              set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
     if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = slam_comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
+    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
          set_error("the ranks see different data or checkpoints: expected files that all machines share");
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
@@ -11922,7 +11841,9 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     const double seconds = run_lap(r), rate = (double)tokens / seconds;
     const double lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
-    const double share = r->peak_flops > 0 ? slam_config_flops(&r->config, r->T) * rate / r->peak_flops : 0;
+    const double flops = slam_config_flops(&r->config, r->T) * rate;
+    if (r->peak_flops > 0 && flops > r->peak_flops) r->peak_flops = flops; // measured while others used the machine
+    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
     r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
     t->step += !step->skipped;

@@ -265,6 +265,8 @@ static void bench_dpo(strbuf *t, const char *folder, const slam_config *config, 
 static double measure_torch(const bench_row *r, const char *folder, const char *python, int threads, double seconds,
                             char *versions, size_t n) {
     char command[512], line[1024] = "";
+    static const field rates[] = {{"tokens_per_second", FIELD_REAL, 0, 0, 1e12, 0},
+                                  {"audio_seconds_per_second", FIELD_REAL, 0, 0, 1e12, 0}};
     double rate = 0;
     snprintf(command, sizeof command,
              "%s test/bench_torch.py --row %s --folder '%s' --threads %d --seconds %g 2>/dev/null", python, r->name,
@@ -273,8 +275,7 @@ static double measure_torch(const bench_row *r, const char *folder, const char *
     while (pipe && fgets(line, sizeof line, pipe))
         if (line[0] == '{') {
             json *j = json_parse(line, strlen(line), "bench_torch.py");
-            json_real(j, "tokens_per_second", "bench_torch.py", 0, 1e12, &rate);
-            json_real(j, "audio_seconds_per_second", "bench_torch.py", 0, 1e12, &rate);
+            fields_read(j, rates, 2, &rate, "bench_torch.py");
             snprintf(versions, n, "PyTorch %s, Transformers %s", json_string(j, "torch", "?"),
                      json_string(j, "transformers", "?"));
             json_free(j);
@@ -324,7 +325,7 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--python")) python = argv[i + 1];
         if (!strcmp(argv[i], "--rows")) wanted = argv[i + 1];
     }
-    if (threads < 1) threads = threads_set(0);
+    if (threads < 1) threads = omp_get_max_threads();
     char folder[] = "/tmp/slam-bench-XXXXXX";
     if (!mkdtemp(folder)) die();
     char machine[128], versions[128] = "PyTorch not found", day[32], path[128], commit[64] = "unknown";

@@ -11,7 +11,7 @@ static const char random_hubert_config[] =
 static const int random_hubert_kernel[] = {10, 3, 3, 3, 3, 2, 2, 2};
 
 typedef struct random_tensors {
-    tensor_out at[300];
+    tensor at[300];
     size_t n;
     uint64_t seed;
 } random_tensors;
@@ -20,7 +20,7 @@ typedef struct random_tensors {
 static inline void random_module(random_tensors *l, const char *prefix, size_t a, size_t b, size_t c) {
     static const char *const suffixes[] = {"weight", "bias"};
     for (int bias = 0; bias < 2; bias++) {
-        tensor_out *t = &l->at[l->n++];
+        tensor *t = &l->at[l->n++];
         const size_t each = bias || !b ? 1 : b * (c ? c : 1);
         float *x = NEW(float, a *each);
         for (size_t i = 0; i < a * each; i++)
@@ -30,6 +30,7 @@ static inline void random_module(random_tensors *l, const char *prefix, size_t a
         t->rank = bias || !b ? 1 : c ? 3 : 2;
         t->shape[0] = a, t->shape[1] = b, t->shape[2] = c;
         t->data = x;
+        t->count = a * each;
     }
 }
 

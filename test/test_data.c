@@ -810,10 +810,10 @@ static void test_order(void) {
         slam_data *whole = open_data(T, 502, check_path("order.bin")),
                   *lines = open_data(T, 502, check_path("order.jsonl"));
         slam_data *parts = open_data(T, 502, check_path("order_part_?.bin"));
-        const int threads = threads_count();
-        threads_set(1);
+        const int threads = omp_get_max_threads();
+        omp_set_num_threads(1);
         slam_data *single = open_data(T, 502, check_path("order.bin"));
-        threads_set(threads);
+        omp_set_num_threads(threads);
         seen a = see_data(whole, -1, 1, 1), b = see_data(lines, -1, 1, 1), c = see_data(parts, -1, 1, 1);
         seen d = see_data(whole, -1, 2, 1), e = see_data(single, -1, 1, 1);
         CHECK(same_rows(&a, &b), "a unit file with the documents of a shard");

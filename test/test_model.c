@@ -584,14 +584,9 @@ static void test_configs(void) {
 }
 
 /* The tensors of a folder's file as a list to write, with space for one more. */
-static tensor_out *list_tensors(const tensors *file) {
-    tensor_out *list = NEW(tensor_out, file->n + 1);
-    for (size_t k = 0; k < file->n; k++) {
-        const tensor *t = &file->at[k];
-        list[k].name = t->name, list[k].rank = t->rank, list[k].dtype = t->dtype, list[k].data = t->data;
-        memcpy(list[k].shape, t->shape, sizeof t->shape);
-    }
-    return list;
+static tensor *list_tensors(const tensors *file) {
+    tensor *list = NEW(tensor, file->n + 1);
+    return (tensor *)memcpy(list, file->at, file->n * sizeof *list);
 }
 
 /* A model folder with one thing wrong in its weights. */
@@ -613,14 +608,14 @@ static void test_damaged_weights(slam_ops *ops) {
     for (int i = 0; i < 64; i++) poison[i] = i == 40 ? NAN : 1;
     for (int damage = 0; damage < 5; damage++) {
         const size_t n = file->n;
-        tensor_out *list = list_tensors(file), *o = list;
+        tensor *list = list_tensors(file), *o = list;
         while (strcmp(o->name, "model.layers.0.self_attn.o_proj.weight")) o++;
         if (damage == 0) o->name = "model.layers.0.self_attn.p_proj.weight";
         if (damage == 1) o->shape[0] = 4, o->shape[1] = 16;
         if (damage == 2) o->data = poison;
         if (damage == 3) o->dtype = DTYPE_I32;
         list[n].name = "model.layers.1.mlp.up_proj.weight", list[n].rank = 1, list[n].shape[0] = 8,
-        list[n].data = poison;
+        list[n].data = poison, list[n].count = 8;
         CHECK(tensors_write(other_path, list, n + (damage == 4), NULL), "%s", slam_error());
         check_fails(slam_model_load(ops, other), expected[damage]);
         free(list);
@@ -643,9 +638,10 @@ static void test_tied_head(slam_ops *ops) {
     tensors *file = tensors_open(path);
     for (int differs = 0; differs < 2; differs++) {
         float *head = copy_of(m->master, 88);
-        tensor_out *list = list_tensors(file);
+        tensor *list = list_tensors(file);
         head[87] += (float)differs;
-        list[file->n].name = "lm_head.weight", list[file->n].rank = 2, list[file->n].data = head;
+        list[file->n].name = "lm_head.weight", list[file->n].rank = 2, list[file->n].data = head,
+        list[file->n].count = 88;
         list[file->n].shape[0] = 11, list[file->n].shape[1] = 8;
         CHECK(tensors_write(path, list, file->n + 1, NULL), "%s", slam_error());
         slam_model *loaded = slam_model_load(ops, folder);

@@ -37,7 +37,7 @@ static void test_shares(void) {
         for (size_t n = 0; n < 3000; n = 2 * n + 1) {
             size_t shared = 0, parted = 0;
             for (c.rank = 0; c.rank < c.size; c.rank++) {
-                const slam_range share = slam_comm_share(&c, n), part = comm_part(&c, c.rank, n);
+                const range share = comm_share(&c, n), part = comm_part(&c, c.rank, n);
                 CHECK(share.first == shared && share.end - share.first - n / (size_t)c.size <= 1,
                       "share %zu to %zu of %zu", share.first, share.end, n);
                 CHECK(part.first == parted && part.first % 64 == 0, "part %zu to %zu of %zu", part.first, part.end, n);
@@ -58,8 +58,8 @@ static void test_collectives(void) {
     double x[1500];
     char text[] = "none";
     CHECK(slam_comm_max(comm, 10 - rank) == 10 && slam_comm_max(comm, -5 - rank) == -5, "the largest");
-    CHECK(slam_comm_equal(comm, ~(uint64_t)0) && slam_comm_equal(comm, 0), "equal numbers");
-    CHECK(size == 1 || !slam_comm_equal(comm, 7 + (uint64_t)(rank == size - 1)), "one that differs");
+    CHECK(comm_equal(comm, ~(uint64_t)0) && comm_equal(comm, 0), "equal numbers");
+    CHECK(size == 1 || !comm_equal(comm, 7 + (uint64_t)(rank == size - 1)), "one that differs");
     for (size_t i = 0; i < 1500; i++) x[i] = (double)number(rank, i);
     slam_comm_sum(comm, x, 1500);
     for (size_t i = 0; i < 1500; i++) {
@@ -68,13 +68,13 @@ static void test_collectives(void) {
         CHECK(x[i] == sum, "sum %zu is %.17g, expected %.17g", i, x[i], sum);
     }
     if (rank == 0) memcpy(text, "sent", 5);
-    slam_comm_broadcast(comm, text, sizeof text);
+    comm_broadcast(comm, text, sizeof text);
     CHECK(!strcmp(text, "sent"), "%s", text);
     for (int round = 0; round < 3; round++) {
         size_t total, at = 0;
         char *own = NEW(char, gathered(round, rank) + 1);
         memset(own, 'a' + rank, gathered(round, rank));
-        char *all = (char *)slam_comm_all_gather(comm, own, gathered(round, rank), &total);
+        char *all = (char *)comm_all_gather(comm, own, gathered(round, rank), &total);
         for (int k = 0; k < size; k++)
             for (size_t i = 0; i < gathered(round, k); i++, at++)
                 if ((at >= total || all[at] != 'a' + k) && !CHECK(0, "byte %zu of rank %d", i, k)) break;
@@ -93,9 +93,8 @@ static void test_all_ok(void) {
     CHECK(c->failed == (comm->size > 1), "known");
     CHECK(comm->size == 1 || slam_all_ok(c, 1) == 0, "all ok after a failure");
     slam_comm_finalize(c, 1);
-    CHECK(slam_all_ok(NULL, 1) && !slam_all_ok(NULL, 0) && slam_comm_max(NULL, 3) == 3 && slam_comm_equal(NULL, 5),
-          "NULL");
-    CHECK(slam_comm_share(NULL, 7).end == 7 && comm_part(NULL, 0, 7).end == 7, "NULL");
+    CHECK(slam_all_ok(NULL, 1) && !slam_all_ok(NULL, 0) && slam_comm_max(NULL, 3) == 3 && comm_equal(NULL, 5), "NULL");
+    CHECK(comm_share(NULL, 7).end == 7 && comm_part(NULL, 0, 7).end == 7, "NULL");
 }
 
 static void test_exchange(void) {
@@ -112,7 +111,7 @@ static void test_exchange(void) {
     CHECK(ops->finish(ops), "%s", slam_error());
     at = 0;
     for (size_t k = 0; k < n_sizes; at += sizes[k++]) {
-        const slam_range part = comm_part(comm, comm->rank, sizes[k]);
+        const range part = comm_part(comm, comm->rank, sizes[k]);
         for (size_t i = part.first; i < part.end; i++)
             CHECK(x[at + i] == number_sum(at + i), "number %zu of %zu", i, sizes[k]);
         CHECK(comm_gather_parts(ops->comm, whole + at, x + at + part.first, sizes[k], sizeof *x), "%s", slam_error());
@@ -171,7 +170,7 @@ static slam_adamw adamw_new(slam_model *m) {
 /* poison: the step in which the last rank's loss is not finite. */
 static int train(slam_ops *with, const slam_config *config, int zero, int overlap, int poison, outcome *out) {
     const int rank = with->comm ? comm->rank : 0, last = with->comm ? comm->rank == comm->size - 1 : 1;
-    const slam_range rows = slam_comm_share(with->comm, ROWS);
+    const range rows = comm_share(with->comm, ROWS);
     const double nan = NAN;
     uint64_t random = 9;
     memset(out, 0, sizeof *out);

@@ -764,11 +764,11 @@ static void test_kmeans(void) {
               r.passes);
     }
     if (TEST("k-means: the same for any number of threads, different for another seed; cancelled")) {
-        const int threads = threads_count();
+        const int threads = omp_get_max_threads();
         int left = 103;
-        threads_set(1);
+        omp_set_num_threads(1);
         CHECK(kmeans_fit(x, N, D, K, 9, found, NULL, NULL, &r), "%s", slam_error());
-        threads_set(5);
+        omp_set_num_threads(5);
         CHECK(kmeans_fit(x, N, D, K, 9, again, NULL, NULL, &r2), "%s", slam_error());
         CHECK(!memcmp(found, again, sizeof found) && r.inertia == r2.inertia, "one thread and five differ");
         CHECK(kmeans_fit(x, N, D, K, 10, again, NULL, NULL, &r2) && memcmp(found, again, sizeof found),
@@ -780,7 +780,7 @@ static void test_kmeans(void) {
             check_fails(kmeans_fit(x, N, D, K, 9, again, cancel_soon, &calls, &r2),
                         "stopped before the centroids were found");
         }
-        threads_set(threads);
+        omp_set_num_threads(threads);
     }
     if (TEST("k-means: fewer different frames than centroids, fewer frames")) {
         float few[60 * 2];
@@ -849,7 +849,7 @@ static void test_units(void) {
         CHECK(units_merge(same, duration, 0, 1) == 0, "none");
     }
     if (TEST("units: of one sample, of silence, of several recordings and any number of threads")) {
-        const int threads = threads_count();
+        const int threads = omp_get_max_threads();
         slam_tokenizer *t = make_tokenizer(25, 1, 20, 1);
         const float one = 0.5f, zero[20000] = {0};
         float *x = make_audio(60000, 16000, 8);
@@ -861,7 +861,7 @@ static void test_units(void) {
         CHECK(r[1].units.n == 1 && (size_t)r[1].units.duration[0] == r[1].units.frames && r[1].units.samples == 20000,
               "%zu units of silence", r[1].units.n);
         CHECK(r[2].units.n == 0 && r[2].units.frames == 0 && r[3].units.n > 1, "of nothing");
-        threads_set(1);
+        omp_set_num_threads(1);
         for (int i = 0; i < 7; i++) {
             slam_recording alone = r[i];
             CHECK(slam_units_encode(t, &alone, 1) && same_units(&alone.units, &r[i].units),
@@ -869,7 +869,7 @@ static void test_units(void) {
             slam_units_free(&alone.units);
             slam_units_free(&r[i].units);
         }
-        threads_set(threads);
+        omp_set_num_threads(threads);
         free(x);
         slam_tokenizer_free(t);
     }

@@ -93,15 +93,15 @@ static slam_inputs lines_of(int kind, const char *path) {
 
 /* Whole by one thread, and by three stopped again and again: the same bytes and counts. */
 static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *name, int audio_repr, slam_writer *w) {
-    const int threads = threads_count();
+    const int threads = omp_get_max_threads();
     const char *end = strrchr(name, '.');
     char *whole = string_copy(check_path(name)), *parts = string_print("%s.parts%s", whole, end);
     char *partial = string_print("%s.partial", parts);
     slam_writer part;
     size_t stops = 0;
-    threads_set(1);
+    omp_set_num_threads(1);
     CHECK(tokenize(t, in, whole, audio_repr, SIZE_MAX, w), "%s", slam_error());
-    threads_set(3);
+    omp_set_num_threads(3);
     do {
         if (!CHECK(tokenize(t, in, parts, audio_repr, 5, &part), "%s", slam_error())) break;
         if (++stops == 3 && part.inputs < in->end) { // a kill after a rename
@@ -116,7 +116,7 @@ static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *na
         check_fails(tokenize(t, in, parts, audio_repr, 5, &other), "other files or settings");
         in->end++;
     } while (part.inputs < in->end);
-    threads_set(threads);
+    omp_set_num_threads(threads);
     CHECK(stops > 2, "stopped %zu times", stops);
     CHECK(part.failed == w->failed && part.repetitive == w->repetitive && part.documents == w->documents &&
               part.samples == w->samples && part.frames == w->frames && part.units == w->units &&
@@ -130,7 +130,7 @@ static void check_stops(const slam_tokenizer *t, slam_inputs *in, const char *na
         check_same_file(shard_path(a, whole, k), shard_path(b, parts, k));
         if (!CHECK(shard_open(&s, a), "%s", slam_error())) continue;
         CHECK(s.n <= 60 && s.tokens[0] == 1 && s.tokens[s.n - 1] == 1, "shard %d has %zu tokens", (int)k, s.n);
-        shard_close(&s);
+        file_map_close(&s.map);
     }
     if (w->failed) {
         char *a = string_print("%s.failed", whole), *b = string_print("%s.failed", parts);
@@ -234,7 +234,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
                 return;
             CHECK(s.V == 22 && s.fingerprint == t->fingerprint, "header");
             strbuf_add_bytes(&all, s.tokens, s.n * 2);
-            shard_close(&s);
+            file_map_close(&s.map);
         }
         const uint16_t *tokens = (const uint16_t *)(void *)all.at;
         CHECK(all.n / 2 == w.tokens, "%zu tokens of %zu", all.n / 2, (size_t)w.tokens);
@@ -363,7 +363,7 @@ static void test_units(const slam_tokenizer *t, const slam_inputs *in) {
     shard unsaid;
     if (CHECK(shard_open(&unsaid, check_path("unsaid.bin")), "%s", slam_error())) {
         CHECK(unsaid.V == 0 && unsaid.fingerprint == 0, "V %d", unsaid.V);
-        shard_close(&unsaid);
+        file_map_close(&unsaid.map);
     }
     slam_inputs_free(&lines);
     static const char bad[] = "{\"units\": [3, 25]}\n\n{\"units\": 3}\n{\"units\": [4], \"start\": 2.5, \"end\": 3}\n";
@@ -555,12 +555,12 @@ static void test_fit(const slam_inputs *in) {
     const slam_unit_config c = slam_unit_config_default();
     slam_kmeans_report r = ZERO;
     if (TEST("fit: with fewer frames than the files hold, the same for any number of threads")) {
-        const int threads = threads_count();
+        const int threads = omp_get_max_threads();
         for (size_t frames = 10; frames <= 100; frames += 90) { // 8 x 10 frames: not all files are read
             uint32_t first = 0;
             for (int n = 1; n <= 3; n++) {
                 size_t skipped = 0;
-                threads_set(n);
+                omp_set_num_threads(n);
                 slam_tokenizer *t = slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 8, frames, 4,
                                                        count_skipped, &skipped, &r);
                 unlink(check_path("sample.npy"));
@@ -572,7 +572,7 @@ static void test_fit(const slam_inputs *in) {
                 slam_tokenizer_free(t);
             }
         }
-        threads_set(threads);
+        omp_set_num_threads(threads);
         check_fails(slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 5000, 100000, 4, NULL, NULL, &r),
                     "5000");
         check_fails(slam_tokenizer_fit(check_path("sample.npy"), &c, NULL, in, 8, 100, 4, cancel, NULL, &r), "stopped");
@@ -616,8 +616,7 @@ int main(void) {
         const slam_units *u = &units_of[folder.n + (size_t)i];
         const units line = {NULL, u->unit, u->duration, u->n, 0, 0};
         strbuf s = ZERO;
-        strbuf_add_unit_lists(&s, &line);
-        strbuf_add(&s, "}");
+        strbuf_add_units(&s, &line, 0);
         lists[i] = s.at;
     }
     test_units(t, &in);

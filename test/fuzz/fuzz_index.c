@@ -8,7 +8,8 @@ static void clean(void) { remove_tree(folder); }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const float numbers[6] = {1, 2, 3, 4, 5, 6};
-    const tensor_out first = {"a", DTYPE_F32, 2, {2, 3}, numbers}, second = {"b", DTYPE_F32, 1, {6}, numbers};
+    const tensor first = {"a", DTYPE_F32, 2, {2, 3}, numbers, 6, NULL};
+    const tensor second = {"b", DTYPE_F32, 1, {6}, numbers, 6, NULL};
     (void)argc;
     (void)argv;
     MUST(mkdtemp(folder));

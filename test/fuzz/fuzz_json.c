@@ -17,7 +17,10 @@ static void check(const json *j) {
     size_t n = 0;
     for (const json *item = j->first; item; item = item->next, n++) {
         check(item);
-        if (j->type == JSON_OBJECT) MUST(json_get(j, item->key) == (item->type == JSON_NULL ? NULL : item));
+        const json *last = item; // of that key
+        for (const json *k = item; j->type == JSON_OBJECT && k; k = k->next)
+            if (strcmp(k->key, item->key) == 0) last = k;
+        if (j->type == JSON_OBJECT) MUST(json_get(j, item->key) == (last->type == JSON_NULL ? NULL : last));
     }
     if (j->type == JSON_ARRAY || j->type == JSON_OBJECT) MUST(n == j->n);
 }

@@ -39,7 +39,6 @@ static void check_rows(const slam_pairs *p) {
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     units_reader r;
     units u[3];
-    json *root = NULL;
     slam_pairs p = ZERO;
     p.V = V;
     p.context = CONTEXT;
@@ -47,10 +46,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     p.max_repetition = 0.3;
     memset(u, 0, sizeof u);
     if (units_open(&r, fuzz_file(bytes, size))) {
-        for (int ok = 1; ok && units_next_json(&r, &root) > 0;) {
-            ok = pairs_add_line(&p, root, r.what, u);
-            json_free(root);
-        }
+        for (int ok = 1; ok && units_next(&r, NULL) > 0;) ok = pairs_add_line(&p, r.root, r.what, u);
         units_close(&r);
     }
     for (size_t i = 0; i < p.n; i++) check_pair(&p.at[i]);

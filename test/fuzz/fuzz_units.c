@@ -4,8 +4,7 @@
 static void check(const units *u, int tokens) {
     units again = ZERO;
     strbuf t = ZERO;
-    if (tokens) strbuf_add_audio_repr(&t, u);
-    else strbuf_add_units(&t, u);
+    strbuf_add_units(&t, u, tokens);
     json *root = json_parse(t.at, t.n, "again");
     MUST(root && units_from_json(root, "again", &again));
     MUST(again.n == u->n && strcmp(again.name, u->name) == 0 && (tokens || !again.duration == !u->duration));
