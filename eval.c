@@ -4,6 +4,7 @@
 
    The three measurements come first, then flags, and what is opened for a measurement. `mpirun -np N ./eval ...` shares
    the work among N ranks, with the same numbers and files; rank 0 prints and writes. */
+#define _POSIX_C_SOURCE 200809L /* getline */
 #include "slam.h"
 #include <math.h>
 #include <stdio.h>
@@ -218,10 +219,16 @@ static int generate(program *p) {
 }
 
 static int score_transcripts(const char *path) {
-    size_t n;
-    const double share = slam_text_auto_bleu(path, 2, &n);
-    if (share >= 0) printf("auto-BLEU-2 of texts  %.4f over %zu lines of %s\n", share, n, path);
-    return share >= 0;
+    FILE *f = fopen(path, "r");
+    char *line = NULL;
+    size_t n = 0, capacity = 0;
+    double sum = 0;
+    for (; f && getline(&line, &capacity, f) >= 0; n++) sum += slam_auto_bleu(line, 2);
+    const int ok = f && !ferror(f);
+    if (ok) printf("auto-BLEU-2 of texts  %.4f over %zu lines of %s\n", n ? sum / (double)n : 0, n, path);
+    if (f) fclose(f);
+    free(line);
+    return ok || slam_set_error("%s: cannot be read", path);
 }
 
 /* ---- flags ---- */

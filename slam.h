@@ -669,41 +669,42 @@ int slam_score(slam_model *, const slam_units *, size_t n, int B, int T, int sum
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))   p_0 = 1/V   T(h): number of distinct tokens after h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
 
+/* A test set: pairs of sequences, of which the correct one should get the higher score. */
+enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
 typedef struct slam_accuracy {
     const char *group, *name; /* "" of all pairs, then of "vocabulary", "frequency", "length", "type", "part" */
     size_t n;                 /* pairs; one in several voices counts once, with their mean */
     double mean, deviation;   /* NaN without pairs; sample standard deviation, NaN if n < 2 */
 } slam_accuracy;
-/* A test set: pairs of sequences, of which the correct one should get the higher score. */
-enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
 typedef struct slam_testset {
     int kind;
-    slam_strings items, names; /* the sequences: names in gold.csv, or files; names of groups */
+    slam_strings items;        /* the sequences: names in gold.csv, or files */
     char *folder, *units;      /* of gold.csv, with a / at its end, or ""; the file of units, or NULL: audio */
     double *scores;            /* (items.n) and accuracies, after slam_testset_score */
-    slam_accuracy *accuracies;
+    slam_accuracy *accuracies; /* (n_accuracies) */
     struct slam_test_pair *pairs;
-    struct slam_test_cell *cells;
-    size_t n_accuracies, n_pairs, n_cells, accuracy_capacity;
+    struct slam_test_member *members;
+    struct slam_test_name *names;
+    size_t n_accuracies, n_pairs, n_cells, n_members, depth;
 } slam_testset;
-/* PATH: gold.csv of ZeroSpeech 2021 (Nguyen et al. 2020), its folder, or the folder of all of ZeroSpeech (split "dev",
-   which NULL is as well, or "test"); or a folder of pairs of audio files. units: a file of units; PATH may then be
-   NULL. NULL: units.jsonl in the folder if it is there, unless `audio`. */
+/* PATH: gold.csv of ZeroSpeech 2021 (Nguyen et al. 2020), its folder, or the folder of all of ZeroSpeech (split NULL:
+   "dev"); or a folder of pairs of audio files; NULL if there is a file of units. units NULL: units.jsonl in the folder,
+   if it is there and not `audio`. */
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int audio, const char *units);
 void slam_testset_free(slam_testset *);
 int slam_testset_audio(const slam_testset *, slam_strings *paths); /* the items' audio files */
-/* units (items.n), zeros before, by file name; a missing or ambiguous item or a unit >= n_units is an error. */
+/* Fills units (items.n), which are zero, by file name. A missing item or a unit >= n_units is an error. */
 int slam_testset_read_units(const slam_testset *, int n_units, slam_units *units);
-/* Accuracies as the official scorer computes them from a submission: of nine digits of each score; a tie counts half.
-   */
+/* Accuracies as the official scorer computes them: from nine digits of each score; a tie counts half. */
 void slam_testset_score(slam_testset *, const double *scores);
-int slam_testset_write(const slam_testset *, const char *task, int sum, const char *path); /* all of it, as JSON */
+int slam_testset_write(const slam_testset *, const char *task, int sum, const char *path); /* JSON of everything */
 int slam_testset_submission(const slam_testset *, const char *path); /* a line `filename score` per item */
 
 typedef struct slam_prompt {
     char *name;
     int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
     int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
+    uint64_t rng;                     /* its random stream */
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
@@ -723,12 +724,10 @@ typedef struct slam_generation {
     int max_new, context, batch; /* new tokens at most; of prompt and continuation; sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
-/* Generates the missing continuations, shared by the ranks. Each has its own random stream, of the seed, the prompt and
-   the number of equal prompts before it, so that it does not depend on batch, order or ranks. 1 also if the callback
-   cancels. */
+/* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
+   number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
-double slam_text_auto_bleu(const char *path, int order, size_t *n); /* mean over n lines; negative: failed */
 int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there */
 
 /* ---- 14. CHECKPOINTS: a run's folder with step_000200/, links latest and best, trainer.json, log.jsonl ---- */
@@ -9892,13 +9891,13 @@ static const uint16_t *chunk_tokens(const slam_data *d, const slam_chunk *c) {
 /* ---- n-grams ----
    Only contexts of the test data are counted, so memory does not depend on the size of the training data. */
 
+/* A context h, or a context with a follower hw. */
 typedef struct ngram {
-    uint64_t key;   // 0: an empty slot
-    uint64_t count; // c(h) of a context, c(hw) of a context with a follower
-    uint64_t followers;
+    uint64_t key;              // 0: an empty slot
+    uint64_t count, followers; // c(h) and T(h), or c(hw)
 } ngram;
 
-/* A hash table with linear probing, at most half full. */
+/* The n-grams of one order: a hash table with linear probing, at most half full. */
 typedef struct ngram_table {
     ngram *slots; // (2^bits)
     size_t n;
@@ -9920,66 +9919,57 @@ static ngram *ngram_find(const ngram_table *t, uint64_t key) {
     return &t->slots[i];
 }
 
-static ngram *ngram_add(ngram_table *t, uint64_t key) {
-    if (2 * (t->n + 1) > (size_t)1 << t->bits) {
-        const ngram_table old = *t;
-        t->slots = NEW(ngram, (size_t)1 << ++t->bits);
-        for (size_t i = 0; i < (size_t)1 << old.bits; i++)
-            if (old.slots[i].key) *ngram_find(t, old.slots[i].key) = old.slots[i];
-        free(old.slots);
-    }
-    ngram *slot = ngram_find(t, key);
-    t->n += slot->key == 0;
-    slot->key = key;
-    return slot;
+static void ngrams_grow(ngram_table *t) {
+    const ngram_table old = *t;
+    t->slots = NEW(ngram, (size_t)1 << ++t->bits);
+    for (size_t i = 0; i < (size_t)1 << old.bits; i++)
+        if (old.slots[i].key) *ngram_find(t, old.slots[i].key) = old.slots[i];
+    free(old.slots);
 }
 
-/* The n-grams of one order: contexts, and contexts with a follower. */
-typedef struct ngram_order {
-    ngram_table contexts, followers;
-} ngram_order;
-
-/* Adds the contexts of k tokens that targets of the test data have, then counts them and their followers. */
-static void ngrams_count(ngram_order *o, int k, const slam_data *test, const slam_data *train) {
-    for (int counts = 0; counts < 2; counts++) {
-        const slam_data *d = counts ? train : test;
-        for (size_t c = 0; c < d->n_chunks; c++) {
-            const uint16_t *tokens = chunk_tokens(d, &d->chunks[c]);
-            for (int i = k ? k : 1; i < (int)d->chunks[c].n; i++) {
-                const uint64_t key = ngram_key(tokens + i - k, k);
-                ngram *context = counts ? ngram_find(&o->contexts, key) : ngram_add(&o->contexts, key);
-                if (!counts || !context->key) continue;
+/* Adds the contexts of k tokens in the test data. In the training data, counts them and their followers. */
+static void ngrams_count(ngram_table *t, int k, const slam_data *d, int training) {
+    for (size_t c = 0; c < d->n_chunks; c++) {
+        const uint16_t *tokens = chunk_tokens(d, &d->chunks[c]);
+        for (int i = k ? k : 1; i < (int)d->chunks[c].n; i++) {
+            uint64_t key = ngram_key(tokens + i - k, k);
+            if (2 * (t->n + 1) > (size_t)1 << t->bits) ngrams_grow(t);
+            ngram *context = ngram_find(t, key), *added = context;
+            if (training && !context->key) continue;
+            if (training) {
+                key = ngram_key(tokens + i - k, k + 1);
+                added = ngram_find(t, key);
                 context->count++;
-                context->followers += ngram_add(&o->followers, ngram_key(tokens + i - k, k + 1))->count++ == 0;
+                context->followers += added->key == 0;
+                added->count++;
             }
+            t->n += added->key == 0;
+            added->key = key;
         }
     }
 }
 
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets) {
-    ngram_order orders[5];
+    ngram_table orders[5];
     double sum[5] = {0};
-    *targets = 0;
-    if (!train->chunks || !test->chunks) return set_error("n-grams of data that is not prepared");
-    if (V < train->V || V < test->V)
-        return set_error("n-grams of %d tokens, but the data has %d", V, V < train->V ? train->V : test->V);
     PARALLEL_FOR
     for (int k = 0; k < 5; k++) {
-        const ngram_order empty = {{NEW(ngram, 1 << 10), 0, 10}, {NEW(ngram, 1 << 10), 0, 10}};
-        orders[k] = empty;
-        ngrams_count(&orders[k], k, test, train);
+        orders[k].bits = 10;
+        orders[k].n = 0;
+        orders[k].slots = NEW(ngram, 1 << 10);
+        ngrams_count(&orders[k], k, test, 0);
+        ngrams_count(&orders[k], k, train, 1);
     }
+    *targets = 0;
     for (size_t c = 0; c < test->n_chunks; c++) {
         const uint16_t *tokens = chunk_tokens(test, &test->chunks[c]);
         for (int i = 1; i < (int)test->chunks[c].n; i++, ++*targets) {
             double p = 1.0 / V;
             for (int k = 0; k < 5; k++) { // a context that is not in the training data leaves p as it is
-                const ngram *context = k <= i ? ngram_find(&orders[k].contexts, ngram_key(tokens + i - k, k)) : NULL;
-                if (context && context->count) {
-                    const ngram *follower = ngram_find(&orders[k].followers, ngram_key(tokens + i - k, k + 1));
-                    const double c_hw = (double)follower->count;
-                    const double c_h = (double)context->count, T_h = (double)context->followers;
-                    p = (c_hw + T_h * p) / (c_h + T_h);
+                const ngram *h = k <= i ? ngram_find(&orders[k], ngram_key(tokens + i - k, k)) : NULL;
+                if (h && h->count) {
+                    const ngram *hw = ngram_find(&orders[k], ngram_key(tokens + i - k, k + 1));
+                    p = ((double)hw->count + (double)h->followers * p) / ((double)h->count + (double)h->followers);
                 }
                 sum[k] -= log(p);
             }
@@ -9987,62 +9977,85 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
     }
     for (int k = 0; k < 5; k++) {
         nll[k] = sum[k] / (double)*targets;
-        free(orders[k].contexts.slots);
-        free(orders[k].followers.slots);
+        free(orders[k].slots);
     }
     return *targets > 0 || set_error("the test data has no token to predict");
 }
 
-/* ---- test sets ---- */
+/* ---- test sets: items and pairs ---- */
 
-enum { ALL_CELLS, IN_VOCABULARY, BY_FREQUENCY, BY_LENGTH, BY_TYPE, BY_PART, GROUPS };
-static const char *const group_names[GROUPS] = {"", "vocabulary", "frequency", "length", "type", "part"};
-enum { BANDS = 5 };
-static const char *const frequency_bands[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+enum { ALL_PAIRS, BY_VOCABULARY, BY_FREQUENCY, BY_LENGTH, BY_TYPE, BY_PART };
+static const char *const group_names[] = {"", "vocabulary", "frequency", "length", "type", "part"};
 
 struct slam_test_pair {
-    size_t correct, wrong, cell; // two items
+    size_t correct, wrong; // items
+    size_t cell;           // pairs that are averaged before anything else: the same words in several voices
+    double score;
 };
 
-/* Pairs that are averaged before anything else: the same words in several voices. */
-struct slam_test_cell {
-    const char *name[GROUPS]; // of its group; NULL: in none
-    long number[GROUPS];      // groups are listed by number, then by name
-    double sum;
-    size_t n;
+/* A cell in the mean of an accuracy. Members are sorted by their key: group, a number in 16 digits, name. */
+struct slam_test_member {
+    char *key;
+    size_t cell; // NONE: the accuracy is listed even if it has no cell
+};
+#define NONE ((size_t)-1)
+enum { MEMBER_NAME = 17 }; // where the name begins in the key
+
+/* The last `depth` names of an item's path, without an extension. */
+struct slam_test_name {
+    const char *at;
+    size_t n, item;
 };
 
 void slam_testset_free(slam_testset *s) {
     if (!s) return;
+    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
     slam_strings_free(&s->items);
-    slam_strings_free(&s->names);
     free(s->folder);
     free(s->units);
     free(s->scores);
     free(s->accuracies);
     free(s->pairs);
-    free(s->cells);
+    free(s->members);
+    free(s->names);
     free(s);
 }
 
-static void testset_add_pair(slam_testset *s, size_t correct, size_t wrong) {
-    const struct slam_test_pair pair = {correct, wrong, s->n_cells - 1};
-    s->pairs[s->n_pairs++] = pair;
+static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
+    const char *last = path_name(path), *dot = strrchr(last, '.');
+    const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
+    while (at > path && (at[-1] != '/' || --depth > 0)) at--;
+    const struct slam_test_name name = {at, (size_t)(end - at), item};
+    return name;
 }
 
-static struct slam_test_cell *testset_add_cell(slam_testset *s, int group, const char *name) {
-    struct slam_test_cell *c = &s->cells[s->n_cells++];
-    slam_strings_add(&s->names, name);
-    c->name[group] = s->names.at[s->names.n - 1];
-    c->name[ALL_CELLS] = "";
-    return c;
+static int compare_item_names(const void *a, const void *b) {
+    const struct slam_test_name *x = (const struct slam_test_name *)a, *y = (const struct slam_test_name *)b;
+    const int differ = memcmp(x->at, y->at, x->n < y->n ? x->n : y->n);
+    return differ ? differ : (x->n > y->n) - (x->n < y->n);
 }
 
-/* An item by what it is sorted by. */
+/* Sorts the items by as many of the last names in their paths as tell them apart. */
+static int testset_sort_names(slam_testset *s, const char *path) {
+    const char *twice = "";
+    s->names = NEW(struct slam_test_name, s->items.n);
+    while (twice && s->depth++ < 9) {
+        twice = NULL;
+        for (size_t i = 0; i < s->items.n; i++) s->names[i] = item_name(s->items.at[i], s->depth, i);
+        qsort(s->names, s->items.n, sizeof *s->names, compare_item_names);
+        for (size_t i = 1; i < s->items.n; i++)
+            if (!compare_item_names(&s->names[i - 1], &s->names[i])) twice = s->items.at[s->names[i].item];
+    }
+    return !twice || set_error("%s: two sequences have the name '%s'", path, twice);
+}
+
+/* An item by what it is paired by. */
 typedef struct test_row {
-    const char *key[4]; // gold.csv: type, subtype, id, voice; a file: its folder, "", "", its path
-    long number;        // of a file, sorted by before key[3]
+    const char *key[4]; // gold.csv: type, subtype, id, voice; a file: its folder
+    const char *name;
     int correct;
+    long number;            // of a file; sBLIMP: how many correct, or wrong, rows come before
+    long frequency, length; // of a word; -1: not known
     size_t item;
 } test_row;
 
@@ -10054,44 +10067,86 @@ static int compare_keys(const test_row *x, const test_row *y, int n) {
 
 static int compare_test_rows(const void *a, const void *b) {
     const test_row *x = (const test_row *)a, *y = (const test_row *)b;
-    int differ = compare_keys(x, y, 3);
+    int differ = compare_keys(x, y, 4);
     if (!differ) differ = (x->number > y->number) - (x->number < y->number);
-    if (!differ) differ = strcmp(x->key[3], y->key[3]);
     if (!differ) differ = y->correct - x->correct;
-    return differ ? differ : (x->item > y->item) - (x->item < y->item);
+    return differ ? differ : strcmp(x->name, y->name);
 }
 
-/* ---- test sets: names of items ---- */
-
-/* The last `depth` names of a path, without an extension. */
-typedef struct item_name {
-    const char *at;
-    size_t n, item;
-} item_name;
-
-static item_name item_name_of(const char *path, int depth, size_t item) {
-    const char *at = path_name(path), *dot = strrchr(at, '.'), *end = dot && dot > at ? dot : at + strlen(at);
-    while (--depth > 0 && at > path)
-        for (at--; at > path && at[-1] != '/';) at--;
-    const item_name name = {at, (size_t)(end - at), item};
-    return name;
+/* The pairs of sorted files NUMBER_name: in each folder either two files of each number, or all numbers in a row. */
+static void number_pairs(test_row *rows, size_t n) {
+    long first = 0;
+    int twins = 0;
+    for (size_t i = 0; i < n; i++) {
+        test_row *x = &rows[i];
+        const int begins = i == 0 || compare_keys(x, x - 1, 1);
+        if (begins) {
+            first = x->number;
+            twins = i + 1 < n && !compare_keys(x, x + 1, 1) && x[1].number == first;
+        }
+        x->correct = twins ? begins || x->number != x[-1].number : (x->number - first) % 2 == 0;
+        if (!twins) x->number = (x->number - first) / 2;
+    }
 }
 
-static int compare_item_names(const void *a, const void *b) {
-    const item_name *x = (const item_name *)a, *y = (const item_name *)b;
-    const int differ = memcmp(x->at, y->at, x->n < y->n ? x->n : y->n);
-    return differ ? differ : (x->n > y->n) - (x->n < y->n);
+static void testset_add_member(slam_testset *s, int group, long number, const char *name, size_t cell) {
+    const struct slam_test_member member = {string_print("%d%016ld%s", group, number, name), cell};
+    s->members[s->n_members++] = member;
 }
 
-/* The items' names, sorted; *twice: one that several have, or NULL. */
-static item_name *testset_names(const slam_testset *s, int depth, const item_name **twice) {
-    item_name *sorted = NEW(item_name, s->items.n);
-    for (size_t i = 0; i < s->items.n; i++) sorted[i] = item_name_of(s->items.at[i], depth, i);
-    qsort(sorted, s->items.n, sizeof *sorted, compare_item_names);
-    *twice = NULL;
-    for (size_t i = 1; i < s->items.n; i++)
-        if (!compare_item_names(&sorted[i - 1], &sorted[i])) *twice = &sorted[i];
-    return sorted;
+static int compare_members(const void *a, const void *b) {
+    const struct slam_test_member *x = (const struct slam_test_member *)a, *y = (const struct slam_test_member *)b;
+    const int differ = strcmp(x->key, y->key);
+    return differ ? differ : (x->cell > y->cell) - (x->cell < y->cell);
+}
+
+enum { BANDS = 5 };
+static const char *const frequency_bands[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+
+static void testset_add_word(slam_testset *s, const test_row *word, size_t cell) {
+    static const long least[BANDS] = {0, 1, 5, 20, 100};
+    char length[32];
+    int band = 0;
+    while (band < BANDS && word->frequency >= least[band]) band++;
+    snprintf(length, sizeof length, "%ld", word->length);
+    if (band > 0) testset_add_member(s, BY_FREQUENCY, band, frequency_bands[band - 1], cell);
+    if (band > 1) testset_add_member(s, BY_VOCABULARY, 0, "in", cell);
+    if (word->length >= 0) testset_add_member(s, BY_LENGTH, word->length, length, cell);
+}
+
+/* Rows 2k and 2k + 1 in sorted order are a pair. Those of gold.csv with the same type, subtype and id are a cell. A
+   word's frequency and length are those of its first correct row in the file. */
+static int testset_pair(slam_testset *s, const char *path, test_row *rows, int is_gold) {
+    const size_t n = s->items.n;
+    int n_bands = 0;
+    s->pairs = NEW(struct slam_test_pair, n / 2);
+    s->members = NEW(struct slam_test_member, 2 * n + BANDS); // at most 4 for each cell
+    if (n) qsort(rows, n, sizeof *rows, compare_test_rows);
+    if (!is_gold && s->kind != SLAM_SALMON) number_pairs(rows, n);
+    for (size_t i = 0, end = 0; i < n; i = end, s->n_cells++) {
+        const test_row *word = &rows[i];
+        while (end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3)))) {
+            const test_row *x = &rows[end], *y = x + 1;
+            if (end + 1 == n || !x->correct || y->correct || x->number != y->number || compare_keys(x, y, 4))
+                return set_error(
+                    "%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ in "
+                    "nothing but one being correct",
+                    path, x->name, end + 1 < n ? y->name : "nothing");
+            const struct slam_test_pair pair = {x->item, y->item, s->n_cells, 0};
+            s->pairs[s->n_pairs++] = pair;
+            if (x->item < word->item) word = x;
+            end += 2;
+        }
+        testset_add_member(s, ALL_PAIRS, 0, "", s->n_cells);
+        if (!is_gold) testset_add_member(s, BY_PART, 0, path_name(word->key[0]), s->n_cells);
+        else if (s->kind == SLAM_SBLIMP) testset_add_member(s, BY_TYPE, 0, word->key[0], s->n_cells);
+        else testset_add_word(s, word, s->n_cells);
+        if (word->frequency >= 0) n_bands = BANDS;
+    }
+    for (int band = 0; band < n_bands; band++)
+        testset_add_member(s, BY_FREQUENCY, band + 1, frequency_bands[band], NONE);
+    qsort(s->members, s->n_members, sizeof *s->members, compare_members);
+    return 1;
 }
 
 /* ---- test sets: gold.csv ---- */
@@ -10099,234 +10154,142 @@ static item_name *testset_names(const slam_testset *s, int depth, const item_nam
 enum { GOLD_VOICE, GOLD_CORRECT, GOLD_ID, GOLD_FILENAME, GOLD_TYPE, GOLD_SUBTYPE, GOLD_FREQUENCY, GOLD_LENGTH, N_GOLD };
 static const char *const gold_names[N_GOLD] = {"voice", "correct", "id",        "filename",
                                                "type",  "subtype", "frequency", "length"};
-typedef struct gold {
-    const char *path;
-    csv table;
-    size_t column[N_GOLD];
-} gold;
 
-static const char *gold_cell(const gold *g, size_t item, int column) {
-    const size_t k = g->column[column];
-    return k == (size_t)-1 ? "" : g->table.cells[(item + 1) * g->table.cols + k];
+/* A whole number, also spelled 12.0. -1: empty, -2: something else. */
+static long whole_number(const char *text) {
+    char *end;
+    const double x = strtod(text, &end);
+    if (!*text) return -1;
+    return !*end && x >= 0 && x <= 1e15 && x == floor(x) ? (long)x : -2;
 }
 
-static int gold_error(const gold *g, size_t item, int column, const char *expected) {
-    return set_error("%s:%zu: '%s' is '%.40s', expected %s", g->path, g->table.lines[item + 1], gold_names[column],
-                     gold_cell(g, item, column), expected);
-}
-
-/* What rows are paired by must not be empty: the official scorer drops such rows. */
-static int gold_read_rows(gold *g, slam_testset *s, test_row *rows) {
-    const int sblimp = s->kind == SLAM_SBLIMP, needed = sblimp ? GOLD_SUBTYPE : GOLD_FILENAME;
-    const item_name *twice;
-    for (int k = 0; k < N_GOLD; k++) {
-        g->column[k] = csv_column(&g->table, gold_names[k]);
-        if (g->column[k] == (size_t)-1 && k <= needed)
-            return set_error("%s: has no column '%s'", g->path, gold_names[k]);
-    }
-    if (!sblimp && g->column[GOLD_SUBTYPE] != (size_t)-1 && g->column[GOLD_FREQUENCY] == g->column[GOLD_LENGTH])
-        return set_error("%s: has sBLIMP's columns 'type' and 'subtype', expected 'frequency', 'length'", g->path);
-    for (size_t i = 0; i + 1 < g->table.rows; i++) {
-        const char *correct = gold_cell(g, i, GOLD_CORRECT);
-        for (int k = GOLD_ID; k <= needed; k++)
-            if (!*gold_cell(g, i, k)) return gold_error(g, i, k, "a name");
-        if (strcmp(correct, "0") && strcmp(correct, "1")) return gold_error(g, i, GOLD_CORRECT, "1 or 0");
-        rows[i].key[0] = sblimp ? gold_cell(g, i, GOLD_TYPE) : "";
-        rows[i].key[1] = sblimp ? gold_cell(g, i, GOLD_SUBTYPE) : "";
-        rows[i].key[2] = gold_cell(g, i, GOLD_ID);
-        rows[i].key[3] = gold_cell(g, i, GOLD_VOICE);
-        rows[i].correct = *correct == '1';
-        rows[i].item = i;
-        slam_strings_add(&s->items, gold_cell(g, i, GOLD_FILENAME));
-    }
-    free(testset_names(s, INT_MAX, &twice));
-    return !twice || set_error("%s: two rows have the same filename", g->path);
-}
-
-/* The cell of a word (n rows). Its frequency and length are those of its first correct row in the file, also spelled
-   12.0. */
-static int gold_add_word(const gold *g, slam_testset *s, const test_row *rows, size_t n) {
-    static const long least[BANDS] = {0, 1, 5, 20, 100};
-    size_t item = rows[0].item;
-    long number[2] = {-1, -1}; // frequency, length; -1: empty
-    char length[32];
-    for (size_t i = 1; i < n; i++)
-        if (rows[i].correct && rows[i].item < item) item = rows[i].item;
-    for (int k = 0; k < 2; k++) {
-        const char *text = gold_cell(g, item, GOLD_FREQUENCY + k);
-        char *end;
-        const double x = strtod(text, &end);
-        if (*text && (*end || !(x >= 0 && x <= 1e15) || x != floor(x)))
-            return gold_error(g, item, GOLD_FREQUENCY + k, "a whole number");
-        if (*text) number[k] = (long)x;
-    }
-    snprintf(length, sizeof length, "%ld", number[1]);
-    struct slam_test_cell *c = testset_add_cell(s, BY_LENGTH, length);
-    c->number[BY_LENGTH] = number[1];
-    if (number[1] < 0) c->name[BY_LENGTH] = NULL;
-    if (number[0] > 0) c->name[IN_VOCABULARY] = "in";
-    for (int band = 0; band < BANDS && number[0] >= least[band]; band++) {
-        c->name[BY_FREQUENCY] = frequency_bands[band];
-        c->number[BY_FREQUENCY] = band;
-    }
-    return 1;
-}
-
-/* Rows of one type, subtype and id are a cell. Of one voice, the k-th correct row and the k-th wrong one are a pair. */
-static int gold_pair_rows(const gold *g, slam_testset *s, const test_row *rows, size_t n) {
-    for (size_t i = 0, end, cell_end = 0; i < n; i = end) {
-        size_t correct = 0;
-        if (i == cell_end) {
-            while (cell_end < n && !compare_keys(&rows[i], &rows[cell_end], 3)) cell_end++;
-            if (s->kind == SLAM_SBLIMP) testset_add_cell(s, BY_TYPE, rows[i].key[0]);
-            else if (!gold_add_word(g, s, rows + i, cell_end - i)) return 0;
-        }
-        for (end = i; end < n && !compare_keys(&rows[i], &rows[end], 4); end++) correct += (size_t)rows[end].correct;
-        if (2 * correct != end - i || (s->kind == SLAM_SWUGGY && correct != 1))
-            return set_error("%s:%zu: id '%s' and voice '%s' have %zu correct and %zu wrong rows, expected %s", g->path,
-                             g->table.lines[rows[i].item + 1], rows[i].key[2], rows[i].key[3], correct,
-                             end - i - correct, s->kind == SLAM_SWUGGY ? "one of each" : "as many");
-        for (size_t k = i; k < i + correct; k++) testset_add_pair(s, rows[k].item, rows[k + correct].item);
-    }
-    return 1;
-}
-
-/* The official sBLIMP scorer pairs the k-th correct row of the file with the k-th wrong one. rows: in its order. */
-static int gold_check_order(const gold *g, const test_row *rows, size_t n) {
-    for (size_t i = 0, wrong = 0; i < n; i++) {
-        if (!rows[i].correct) continue;
-        while (wrong < n && rows[wrong].correct) wrong++;
-        if (wrong < n && compare_keys(&rows[i], &rows[wrong], 4))
-            return set_error("%s:%zu: pairs with line %zu by their order, but type, subtype, id or voice differ",
-                             g->path, g->table.lines[i + 1], g->table.lines[wrong + 1]);
-        wrong++;
-    }
-    return 1;
-}
-
+/* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
+   wrong one. Both are errors here if that makes a difference. */
 static int testset_read_gold(slam_testset *s, const char *path) {
-    gold g = ZERO;
-    g.path = path;
-    if (!csv_read(&g.table, path)) return 0;
-    const size_t n = g.table.rows - 1;
-    test_row *rows = NEW(test_row, n);
-    s->pairs = NEW(struct slam_test_pair, n);
-    s->cells = NEW(struct slam_test_cell, n);
-    int ok = gold_read_rows(&g, s, rows) && (s->kind == SLAM_SWUGGY || gold_check_order(&g, rows, n));
-    if (ok) qsort(rows, n, sizeof *rows, compare_test_rows);
-    ok = ok && gold_pair_rows(&g, s, rows, n);
-    csv_free(&g.table);
+    const int sblimp = s->kind == SLAM_SBLIMP;
+    size_t column[N_GOLD]; // NONE: not in the file, or not for this kind
+    long order[2] = {0, 0};
+    csv table;
+    if (!csv_read(&table, path)) return 0;
+    test_row *rows = NEW(test_row, table.rows);
+    int ok = 1;
+    for (int k = 0; ok && k < N_GOLD; k++) {
+        const int used = sblimp ? k < GOLD_FREQUENCY : k < GOLD_TYPE || k >= GOLD_FREQUENCY;
+        column[k] = used ? csv_column(&table, gold_names[k]) : NONE;
+        if (used && k < GOLD_FREQUENCY && column[k] == NONE)
+            ok = set_error("%s: has no column '%s'", path, gold_names[k]);
+    }
+    for (size_t i = 1; ok && i < table.rows; i++) {
+        const char *cell[N_GOLD];
+        long number[N_GOLD];
+        for (int k = 0; ok && k < N_GOLD; k++) {
+            const char *expected = NULL;
+            cell[k] = column[k] == NONE ? "" : table.cells[i * table.cols + column[k]];
+            number[k] = whole_number(cell[k]);
+            if (k == GOLD_CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
+            if (k >= GOLD_ID && k < GOLD_FREQUENCY && column[k] != NONE && !*cell[k]) expected = "a name";
+            if (k >= GOLD_FREQUENCY && number[GOLD_CORRECT] && number[k] == -2) expected = "a whole number";
+            if (expected)
+                ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], gold_names[k], cell[k],
+                               expected);
+        }
+        if (!ok) break;
+        const int correct = (int)number[GOLD_CORRECT];
+        const test_row row = {{cell[GOLD_TYPE], cell[GOLD_SUBTYPE], cell[GOLD_ID], cell[GOLD_VOICE]},
+                              cell[GOLD_FILENAME],
+                              correct,
+                              sblimp ? order[correct]++ : 0,
+                              number[GOLD_FREQUENCY],
+                              number[GOLD_LENGTH],
+                              i - 1};
+        rows[i - 1] = row;
+        slam_strings_add(&s->items, row.name);
+    }
+    ok = ok && testset_pair(s, path, rows, 1);
+    csv_free(&table);
     free(rows);
     return ok;
+}
+
+/* PATH, PATH/gold.csv or PATH/lexical/dev/gold.csv; NULL: none of these. */
+static char *find_gold(int kind, const char *path, const char *split) {
+    const char *task = kind == SLAM_SWUGGY ? "lexical" : "syntactic";
+    char *const places[] = {string_copy(path), string_print("%s/gold.csv", path),
+                            string_print("%s/%s/%s/gold.csv", path, task, split)};
+    char *gold = NULL;
+    for (int i = 0; i < 3; i++) {
+        if (!gold && path_is_file(places[i]) && string_ends(places[i], ".csv")) gold = places[i];
+        else free(places[i]);
+    }
+    return gold;
 }
 
 /* ---- test sets: folders of pairs of files ----
    SlamKit's NUMBER_name, of sBLIMP NUMBER+name: in each folder by number, the correct one first. SALMon's
    PART/sample_NUMBER_0 is correct, sample_NUMBER_1 wrong. */
 
-static int file_parse(slam_testset *s, test_row *row, const char *path) {
-    const char *name = path_name(path), *expected = "NUMBER_...";
-    const int salmon = s->kind == SLAM_SALMON, sblimp = s->kind == SLAM_SBLIMP;
-    char *end = NULL, *folder = string_copy_n(path, (size_t)(name - path));
-    slam_strings_add(&s->names, folder);
-    free(folder);
-    row->key[0] = s->names.at[s->names.n - 1];
-    row->key[1] = row->key[2] = "";
-    row->key[3] = path;
-    if (sblimp) expected = "NUMBER+...";
-    if (salmon) expected = "sample_NUMBER_0 or sample_NUMBER_1";
-    if (salmon) name = strncmp(name, "sample_", 7) ? "" : name + 7;
-    errno = 0;
-    row->number = isdigit((unsigned char)*name) ? strtol(name, &end, 10) : -1;
-    int ok = end && !errno && *end == (sblimp ? '+' : '_');
-    if (ok && salmon) ok = (end[1] == '0' || end[1] == '1') && (!end[2] || end[2] == '.');
-    row->correct = ok && end[1] == '0';
-    return ok || set_error("%s: expected a name %s", path, expected);
+/* The items: the audio files of a folder, else the lines of a file of units. */
+static int testset_list_files(slam_testset *s, const char *path) {
+    units_reader r;
+    units u = ZERO;
+    int status;
+    if (path ? !path_is_folder(path) : !s->units)
+        return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
+    if (path && list_audio(&s->items, path, NULL)) return 1;
+    if (!s->units || !units_open(&r, s->units)) return 0;
+    slam_strings_free(&s->items);
+    while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
+    units_free(&u);
+    units_close(&r);
+    return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
 
-/* Neighbours are a pair. In a folder the two of each pair have the same number, or all numbers follow each other:
-   anything else means that a file is missing, and would pair files that do not belong together. */
-static int testset_pair_files(slam_testset *s) {
-    const size_t n = s->items.n;
-    test_row *f = NEW(test_row, n);
-    long step = 0;
-    int ok = 1;
-    s->pairs = NEW(struct slam_test_pair, n);
-    s->cells = NEW(struct slam_test_cell, n);
-    for (size_t i = 0; ok && i < n; i++) ok = file_parse(s, &f[i], s->items.at[f[i].item = i]);
-    if (ok) qsort(f, n, sizeof *f, compare_test_rows);
-    for (size_t i = 0; ok && i < n; i += 2) {
-        const int begins = i == 0 || compare_keys(&f[i], &f[i - 1], 1);
-        const int paired = i + 1 < n && !compare_keys(&f[i], &f[i + 1], 1);
-        const char *path = f[i].key[3], *partner = i + 1 < n ? f[i + 1].key[3] : "nothing";
-        const long apart = paired ? f[i + 1].number - f[i].number : -1;
-        const item_name x = item_name_of(path, 1, 0), y = item_name_of(partner, 1, 0);
-        if (begins) step = apart;
-        if (apart < 0 || apart > 1 || apart != step ||
-            (s->kind == SLAM_SALMON && (apart || !f[i].correct || f[i + 1].correct)))
-            ok = set_error("%s: has no partner: it would be paired with %s", path, partner);
-        else if (!begins && f[i - 1].number == f[i].number)
-            ok = set_error("%s: has the same number as %s, which has a partner", path, f[i - 1].key[3]);
-        else if (!compare_item_names(&x, &y)) ok = set_error("%s and %s have the same name", path, partner);
-        if (!ok) break;
-        char *part = string_copy(f[i].key[0]);
-        if (*part) part[strlen(part) - 1] = 0;
-        testset_add_cell(s, BY_PART, path_name(part));
-        testset_add_pair(s, f[i].item, f[i + 1].item);
-        free(part);
+static int testset_read_files(slam_testset *s, const char *path) {
+    static const char *const expected[] = {"NUMBER_...", "NUMBER+...", "NUMBER_...",
+                                           "sample_NUMBER_0 or sample_NUMBER_1"};
+    slam_strings folders = ZERO;
+    int ok = testset_list_files(s, path);
+    test_row *rows = NEW(test_row, s->items.n);
+    for (size_t i = 0; ok && i < s->items.n; i++) {
+        const char *file = s->items.at[i], *name = path_name(file);
+        test_row *row = &rows[i];
+        char wrong[2] = "";
+        int end = 0;
+        if (s->kind != SLAM_SALMON)
+            ok = sscanf(name, s->kind == SLAM_SBLIMP ? "%9ld+%n" : "%9ld_%n", &row->number, &end) == 1 && end > 0;
+        else
+            ok = sscanf(name, "sample_%9ld_%1[01]%n", &row->number, wrong, &end) == 2 &&
+                 (!name[end] || name[end] == '.');
+        if (!ok) set_error("%s: expected a name %s", file, expected[s->kind]);
+        slam_strings_add(&folders, file);
+        folders.at[i][name > file ? name - file - 1 : 0] = 0;
+        row->key[0] = folders.at[i];
+        row->key[1] = row->key[2] = row->key[3] = "";
+        row->name = file;
+        row->correct = *wrong != '1';
+        row->frequency = -1;
+        row->item = i;
     }
-    free(f);
+    ok = ok && testset_pair(s, path ? path : s->units, rows, 0);
+    slam_strings_free(&folders);
+    free(rows);
     return ok;
 }
 
-/* ---- test sets: where they are, and their sequences ---- */
-
-/* PATH, PATH/gold.csv or PATH/lexical/dev/gold.csv; NULL: none of these. */
-static char *find_gold(int kind, const char *path, const char *split) {
-    const char *task = kind == SLAM_SWUGGY ? "lexical" : "syntactic";
-    char *below = string_print("/%s/%s/gold.csv", task, split ? split : "dev"), *gold = NULL;
-    const char *const ends[] = {"", "/gold.csv", below};
-    for (int i = 0; i < 3 && !gold && path && (kind == SLAM_SWUGGY || kind == SLAM_SBLIMP); i++) {
-        gold = string_print("%s%s", path, ends[i]);
-        if (path_is_file(gold) && string_ends(gold, ".csv")) break;
-        free(gold);
-        gold = NULL;
-    }
-    free(below);
-    return gold;
-}
-
-/* The items of a set without gold.csv: the audio files of a folder, else the lines of a file of units. */
-static int testset_list(slam_testset *s, const char *path) {
-    slam_inputs audio = ZERO;
-    units_reader r;
-    units u = ZERO;
-    int status = -1;
-    if (path && !path_is_folder(path)) return set_error("%s: no such folder", path);
-    if (!path && !s->units) return set_error("expected a folder of audio files, or units");
-    if (path && slam_inputs_open(&audio, SLAM_INPUT_AUDIO, &path, 1)) {
-        for (size_t i = status = 0; i < audio.paths.n; i++) slam_strings_add(&s->items, audio.paths.at[i]);
-    } else if (s->units && units_open(&r, s->units)) {
-        while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
-        if (status == 0 && !s->items.n) status = set_error("%s: is empty, expected lines of units", s->units) - 1;
-        units_free(&u);
-        units_close(&r);
-    }
-    slam_inputs_free(&audio);
-    return status == 0;
-}
+/* ---- test sets: opening, audio, units ---- */
 
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int audio, const char *units) {
     slam_testset *s = NEW(slam_testset, 1);
-    char *gold = find_gold(kind, path, split), *end = string_print("/%s/gold.csv", split ? split : "");
+    char *gold = path && kind <= SLAM_SBLIMP ? find_gold(kind, path, split ? split : "dev") : NULL;
+    char *end = string_print("/%s/gold.csv", split ? split : "");
     const char *where = gold ? gold : path ? path : "units";
     s->kind = kind;
     s->folder = string_copy_n(where, gold ? (size_t)(path_name(gold) - gold) : 0);
     char *beside = path_join(gold ? s->folder : where, "units.jsonl");
     if (units || (path && !audio && path_is_file(beside))) s->units = string_copy(units ? units : beside);
-    int ok = !split || (gold && string_ends(gold, end)) ||
-             set_error("%s: is not split %s, expected the folder with lexical/ and syntactic/", where, split);
-    ok = ok && (gold ? testset_read_gold(s, gold) : testset_list(s, path) && testset_pair_files(s));
+    const int ok = (!split || (gold && string_ends(gold, end)) ||
+                    set_error("%s: is not split %s, expected the folder with lexical/ and syntactic/", where, split)) &&
+                   (gold ? testset_read_gold(s, gold) : testset_read_files(s, path)) && testset_sort_names(s, where);
     free(gold);
     free(end);
     free(beside);
@@ -10350,100 +10313,65 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
     return 1;
 }
 
-/* A line belongs to the item with the same name, with as many folders as tell the items apart. */
 int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list) {
     units_reader r;
     units u = ZERO;
-    const item_name *twice = NULL;
-    item_name *sorted = NULL;
-    int depth = 0, status = 0, ok = 1;
+    int status = 0, ok = 1;
     if (!units_open(&r, s->units)) return 0;
-    do {
-        free(sorted);
-        sorted = testset_names(s, ++depth, &twice);
-    } while (twice && depth < 9);
     while (ok && (status = units_next(&r, &u)) > 0) {
-        const item_name name = item_name_of(u.name, depth, 0);
-        const item_name *found =
-            (const item_name *)bsearch(&name, sorted, s->items.n, sizeof *sorted, compare_item_names);
-        for (size_t i = 0; ok && found && i < u.n; i++)
-            if (u.unit[i] >= n_units)
-                ok = set_error("%s: unit %zu is %d, expected below %d", r.what, i + 1, u.unit[i], n_units);
-        if (found && list[found->item].unit) ok = set_error("%s: an earlier line has the name '%s'", r.what, u.name);
-        if (!ok || !found) continue;
-        list[found->item].n = u.n;
-        list[found->item].unit = u.unit;
-        u.unit = NULL;
+        const struct slam_test_name key = item_name(u.name, s->depth, 0);
+        const struct slam_test_name *name =
+            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_item_names);
+        if (!name) continue;
+        slam_units *item = &list[name->item];
+        if (item->unit) ok = set_error("%s: an earlier line has the name '%s'", r.what, u.name);
+        else if ((ok = units_check(u.unit, u.n, n_units + FIRST_UNIT, r.what)) != 0) {
+            item->n = u.n;
+            item->unit = u.unit;
+            u.unit = NULL;
+        }
     }
-    for (size_t i = 0; ok && status == 0 && i < s->items.n; i++)
+    ok = ok && status == 0;
+    for (size_t i = 0; ok && i < s->items.n; i++)
         if (!list[i].unit) ok = set_error("%s: has no line with the name '%s'", s->units, s->items.at[i]);
-    free(sorted);
     units_free(&u);
     units_close(&r);
-    return ok && status == 0;
+    return ok;
 }
 
 /* ---- test sets: accuracies ---- */
 
-typedef struct group_entry {
-    long number;
-    const char *name;
-    const struct slam_test_cell *cell;
-} group_entry;
-
-static int compare_group_entries(const void *a, const void *b) {
-    const group_entry *x = (const group_entry *)a, *y = (const group_entry *)b;
-    if (x->number != y->number) return x->number < y->number ? -1 : 1;
-    const int differ = strcmp(x->name, y->name);
-    return differ ? differ : (x->cell > y->cell) - (x->cell < y->cell);
-}
-
-/* Mean and sample standard deviation of n cells. */
-static void testset_add_accuracy(slam_testset *s, int group, const char *name, const group_entry *cells, size_t n) {
-    slam_accuracy a = {group_names[group], name, n, 0, 0};
-    for (size_t i = 0; i < n; i++) a.mean += cells[i].cell->sum / (double)cells[i].cell->n;
-    a.mean = n ? a.mean / (double)n : NAN;
-    for (size_t i = 0; i < n; i++) a.deviation += pow(cells[i].cell->sum / (double)cells[i].cell->n - a.mean, 2);
-    a.deviation = n > 1 ? sqrt(a.deviation / (double)(n - 1)) : NAN;
-    GROW(slam_accuracy, s->accuracies, s->accuracy_capacity, s->n_accuracies + 1);
-    s->accuracies[s->n_accuracies++] = a;
-}
-
-static double pair_score(const slam_testset *s, const struct slam_test_pair *p) {
-    const double correct = s->scores[p->correct], wrong = s->scores[p->wrong];
-    return correct > wrong ? 1 : correct == wrong ? 0.5 : 0;
-}
-
 void slam_testset_score(slam_testset *s, const double *scores) {
-    group_entry *list = NEW(group_entry, s->n_cells);
+    double *sum = NEW(double, s->n_cells), *n = NEW(double, s->n_cells);
     char text[32];
     if (!s->scores) s->scores = NEW(double, s->items.n);
+    if (!s->accuracies) s->accuracies = NEW(slam_accuracy, s->n_members);
     for (size_t i = 0; i < s->items.n; i++) {
         snprintf(text, sizeof text, "%.9g", scores[i]);
         s->scores[i] = strtod(text, NULL);
     }
-    for (size_t i = 0; i < s->n_cells; i++) s->cells[i].sum = (double)(s->cells[i].n = 0);
     for (size_t i = 0; i < s->n_pairs; i++) {
-        s->cells[s->pairs[i].cell].sum += pair_score(s, &s->pairs[i]);
-        s->cells[s->pairs[i].cell].n++;
+        struct slam_test_pair *p = &s->pairs[i];
+        const double correct = s->scores[p->correct], wrong = s->scores[p->wrong];
+        p->score = correct > wrong ? 1 : correct == wrong ? 0.5 : 0;
+        sum[p->cell] += p->score;
+        n[p->cell]++;
     }
     s->n_accuracies = 0;
-    for (int group = 0; group < GROUPS; group++) {
-        size_t n = 0;
-        for (size_t i = 0; i < s->n_cells; i++) {
-            const group_entry entry = {s->cells[i].number[group], s->cells[i].name[group], &s->cells[i]};
-            if (entry.name) list[n++] = entry;
-        }
-        if (n) qsort(list, n, sizeof *list, compare_group_entries);
-        if (group == BY_PART && n && s->kind != SLAM_SALMON && !strcmp(list[0].name, list[n - 1].name)) continue;
-        const size_t bands = group == BY_FREQUENCY && n ? BANDS : 0; // all of them, also empty ones
-        for (size_t i = 0, end, band = 0; i < n || band < bands; i = end, band++) {
-            const char *name = bands ? frequency_bands[band] : list[i].name;
-            for (end = i; end < n && !strcmp(list[end].name, name);) end++;
-            testset_add_accuracy(s, group, name, list + i, end - i);
-        }
+    for (size_t i = 0, end; i < s->n_members; i = end) {
+        const struct slam_test_member *m = &s->members[i];
+        const int group = *m->key - '0';
+        slam_accuracy a = {group_names[group], m->key + MEMBER_NAME, 0, 0, 0};
+        for (end = i; end < s->n_members && !strcmp(s->members[end].key, m->key); end++)
+            a.n += s->members[end].cell != NONE;
+        for (size_t k = 0; k < a.n; k++) a.mean += sum[m[k].cell] / n[m[k].cell];
+        a.mean = a.n ? a.mean / (double)a.n : NAN;
+        for (size_t k = 0; k < a.n; k++) a.deviation += pow(sum[m[k].cell] / n[m[k].cell] - a.mean, 2);
+        a.deviation = a.n > 1 ? sqrt(a.deviation / (double)(a.n - 1)) : NAN;
+        if (group != BY_PART || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
     }
-    free(list);
+    free(sum);
+    free(n);
 }
 
 int slam_testset_submission(const slam_testset *s, const char *path) {
@@ -10480,7 +10408,7 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
         const slam_accuracy *a = &s->accuracies[i];
         const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
         const int first = i && strcmp(a->group, a[-1].group);
-        const int last = i + 1 == s->n_accuracies || strcmp(a->group, a[1].group);
+        const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
         if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
         if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
         if (i) strbuf_add_name(&out, "", a->name);
@@ -10489,13 +10417,13 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
         strbuf_add_value(&out, ", \"std\": ", a->deviation);
         strbuf_add_value(&out, ", \"low\": ", a->mean - half);
         strbuf_add_value(&out, ", \"high\": ", a->mean + half);
-        strbuf_add(&out, "%s", !i ? "" : last ? "}]" : "}");
+        strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
     }
     for (size_t i = 0; i < s->n_pairs; i++) {
-        strbuf_add_name(&out,
-                        i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[s->pairs[i].correct]);
-        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[s->pairs[i].wrong]);
-        strbuf_add_value(&out, ", \"score\": ", pair_score(s, &s->pairs[i]));
+        const struct slam_test_pair *p = &s->pairs[i];
+        strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
+        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
+        strbuf_add_value(&out, ", \"score\": ", p->score);
     }
     for (size_t i = 0; i < s->items.n; i++) {
         strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
@@ -10525,28 +10453,23 @@ void slam_prompts_free(slam_prompts *p) {
     memset(p, 0, sizeof *p);
 }
 
-/* How many of n units are the prompt. Without durations there are 18 units per second: about what is left of 25 frames.
-   */
-static size_t prompt_length(slam_prompts *p, const int *duration, size_t n) {
-    size_t length = 0;
-    if (p->max_units) return p->max_units < n ? p->max_units : n;
-    if (p->max_seconds <= 0) return n;
-    p->guessed += !duration;
-    for (double frames = 0; length < n && frames < p->max_seconds * p->rate; length++)
-        frames += duration ? duration[length] : p->rate / 18.0;
-    return length;
-}
-
+/* Without durations there are 18 units per second: about what is left of 25 frames. */
 void slam_prompts_add(slam_prompts *p, const char *name, const int *units, const int *duration, size_t n) {
-    n = prompt_length(p, duration, n);
+    double frames = 0;
+    size_t length = p->max_units && p->max_units < n ? p->max_units : n;
+    if (!p->max_units && p->max_seconds > 0) {
+        p->guessed += !duration;
+        for (length = 0; length < n && frames < p->max_seconds * p->rate; length++)
+            frames += duration ? duration[length] : p->rate / 18.0;
+    }
     GROW(slam_prompt, p->at, p->capacity, p->n + 1);
     slam_prompt *q = &p->at[p->n++];
     memset(q, 0, sizeof *q);
     q->name = string_copy(name);
-    q->n = (int)n + 1;
-    q->tokens = NEW(int, n + 1);
+    q->n = (int)length + 1;
+    q->tokens = NEW(int, length + 1);
     q->tokens[0] = DOCUMENT_TOKEN;
-    for (size_t i = 0; i < n; i++) q->tokens[i + 1] = (int)((unsigned)units[i] + FIRST_UNIT);
+    for (size_t i = 0; i < length; i++) q->tokens[i + 1] = (int)((unsigned)units[i] + FIRST_UNIT);
 }
 
 int slam_prompts_add_lines(slam_prompts *p, const char *path) {
@@ -10603,114 +10526,73 @@ double slam_unit_auto_bleu(const int *units, size_t n, int order) {
     return share;
 }
 
-double slam_text_auto_bleu(const char *path, int order, size_t *n) {
-    file_map map;
-    double sum = 0;
-    size_t length;
-    *n = 0;
-    if (!file_map_open(&map, path)) return -1;
-    const char *at = (const char *)map.data, *end = at + map.size, *line;
-    for (; (line = next_line(&at, end, &length)) != NULL; ++*n) {
-        char *text = string_copy_n(line, length);
-        sum += slam_auto_bleu(text, order);
-        free(text);
-    }
-    file_map_close(&map);
-    return *n ? sum / (double)*n : 0;
-}
-
 /* ---- generation ----
    Each sequence has a slot of the decoder, which it frees for the next prompt when it ends. */
-
-typedef struct generator_task {
-    slam_prompt *prompt;
-    uint64_t rng; // state of its random stream
-} generator_task;
 
 typedef struct generator {
     const slam_generation *how;
     slam_decoder *decoder;
-    generator_task *tasks;   // (n) of this rank, of which `next` have started
-    generator_task **slots;  // (n_slots) NULL: a free slot
-    size_t n, next, missing; // missing: tasks of all ranks
+    slam_prompt **prompts; // (n) without a continuation
+    size_t n, next, size;  // this rank starts `next` and every size-th after it
+    slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
     float *logits;            // (n_slots,V)
-    unsigned char *seen;      // (n_slots,V) 1: a token of the sequence
-    int *drawn;               // (n_slots) the next token; -1: the logits are not finite
+    unsigned char *seen;      // (n_slots,V) for slam_sample
     double n_drawn, n_unused; // tokens so far; tokens that were not needed, as sequences ended before max_new
 } generator;
 
-static int compare_prompts(const slam_prompt *x, const slam_prompt *y) {
+static int compare_prompts(const void *a, const void *b) {
+    const slam_prompt *x = *(slam_prompt *const *)a, *y = *(slam_prompt *const *)b;
     if (x->n != y->n) return x->n < y->n ? 1 : -1; // the longest first: little is left to wait for at the end
-    return memcmp(x->tokens, y->tokens, (size_t)x->n * sizeof *x->tokens);
-}
-
-static int compare_generator_tasks(const void *a, const void *b) {
-    const slam_prompt *x = ((const generator_task *)a)->prompt, *y = ((const generator_task *)b)->prompt;
-    const int differ = compare_prompts(x, y);
+    const int differ = memcmp(x->tokens, y->tokens, (size_t)x->n * sizeof *x->tokens);
     return differ ? differ : (x > y) - (x < y);
 }
 
-static int generation_check(const slam_generation *how, const slam_prompts *p, const slam_config *c) {
-    const int n_units = c->V - FIRST_UNIT;
+static int generation_check(const slam_generation *how, const slam_config *c) {
     if (how->max_new < 1) return set_error("%d new tokens, expected at least 1", how->max_new);
     if (how->batch < 1) return set_error("a batch of %d sequences, expected at least 1", how->batch);
     if (how->context > c->T) return set_error("a context of %d tokens, the model has %d positions", how->context, c->T);
     if (how->max_new >= how->context)
         return set_error("%d new tokens in a context of %d leave no space for a prompt", how->max_new, how->context);
-    for (size_t i = 0; i < p->n; i++)
-        for (int t = 1; t < p->at[i].n; t++)
-            if (p->at[i].tokens[t] < FIRST_UNIT || p->at[i].tokens[t] >= c->V)
-                return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", p->at[i].name,
-                                 t, (int)((unsigned)p->at[i].tokens[t] - FIRST_UNIT), n_units, c->V);
     return sampling_check(&how->sampling);
 }
 
-/* Truncates the prompts to the context, names their random streams, and takes every size-th for this rank. */
+/* Truncates the prompts to the context, chooses their random streams and sorts those without a continuation. */
 static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
     const slam_comm *comm = m->ops->comm;
-    const size_t rank = comm ? (size_t)comm->rank : 0, size = comm ? (size_t)comm->size : 1;
     const int most = g->how->context - g->how->max_new;
-    const slam_prompt *before = NULL;
-    uint64_t equal = 0;
-    int longest = 0;
-    g->tasks = NEW(generator_task, p->n);
+    uint64_t hash = 0, equal = 0;
+    g->V = m->config.V;
+    g->prompts = NEW(slam_prompt *, p->n);
     for (size_t i = 0; i < p->n; i++) {
-        slam_prompt *q = g->tasks[i].prompt = &p->at[i];
+        slam_prompt *q = g->prompts[i] = &p->at[i];
         const int cut = q->n > most ? q->n - most : 0;
+        for (int t = 1; t < q->n; t++)
+            if (q->tokens[t] < FIRST_UNIT || q->tokens[t] >= g->V)
+                return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", q->name, t,
+                                 (int)((unsigned)q->tokens[t] - FIRST_UNIT), g->V - FIRST_UNIT, g->V);
         q->n -= cut;
         q->truncated += cut;
         memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1) * sizeof *q->tokens);
     }
-    if (p->n) qsort(g->tasks, p->n, sizeof *g->tasks, compare_generator_tasks);
+    if (p->n) qsort(g->prompts, p->n, sizeof *g->prompts, compare_prompts);
     for (size_t i = 0; i < p->n; i++) {
-        generator_task task = g->tasks[i];
-        const slam_prompt *q = task.prompt;
-        const uint64_t hash = hash_bytes(HASH_START, q->tokens, (size_t)q->n * sizeof *q->tokens);
-        equal = before && !compare_prompts(before, q) ? equal + 1 : 0;
-        before = q;
-        task.rng = rng_stream(g->how->seed, hash, equal);
-        if (q->continuation) continue;
-        if (!longest) longest = q->n;
-        if (g->missing++ % size == rank) g->tasks[g->n++] = task;
+        slam_prompt *q = g->prompts[i];
+        const uint64_t before = hash;
+        hash = hash_bytes(HASH_START, q->tokens, (size_t)q->n * sizeof *q->tokens);
+        equal = hash == before ? equal + 1 : 0;
+        q->rng = rng_stream(g->how->seed, hash, equal);
+        if (!q->continuation) g->prompts[g->n++] = q;
     }
-    if (!g->n) return 1;
-    g->V = m->config.V;
-    g->n_slots = g->n_free = (size_t)g->how->batch < g->n ? g->how->batch : (int)g->n;
-    g->slots = NEW(generator_task *, g->n_slots);
+    g->next = comm ? (size_t)comm->rank : 0;
+    g->size = comm ? (size_t)comm->size : 1;
+    if (g->next >= g->n) return 1;
+    const size_t own = (g->n - 1 - g->next) / g->size + 1;
+    g->n_slots = g->n_free = (size_t)g->how->batch < own ? g->how->batch : (int)own;
+    g->slots = NEW(slam_prompt *, g->n_slots);
     g->logits = NEW(float, (size_t)g->n_slots * g->V);
     g->seen = NEW(unsigned char, (size_t)g->n_slots * g->V);
-    g->drawn = NEW(int, g->n_slots);
-    return (g->decoder = slam_decoder_new(m, g->n_slots, longest + g->how->max_new)) != NULL;
-}
-
-static void generator_close(generator *g) {
-    slam_decoder_free(g->decoder);
-    free(g->tasks);
-    free(g->slots);
-    free(g->logits);
-    free(g->seen);
-    free(g->drawn);
+    return (g->decoder = slam_decoder_new(m, g->n_slots, g->prompts[0]->n + g->how->max_new)) != NULL;
 }
 
 /* Starts prompts in the free slots. */
@@ -10719,12 +10601,10 @@ static int generator_start(generator *g) {
     const int **tokens = NEW(const int *, g->n_free);
     for (int i = 0; i < g->n_slots && g->next < g->n; i++) {
         if (g->slots[i]) continue;
-        g->slots[i] = &g->tasks[g->next++];
-        slam_prompt *q = g->slots[i]->prompt;
+        slam_prompt *q = g->slots[i] = g->prompts[g->next];
+        g->next += g->size;
         q->continuation = NEW(int, g->how->max_new);
         q->length = 0;
-        memset(g->seen + (size_t)i * g->V, 0, (size_t)g->V);
-        for (int t = 0; t < q->n; t++) g->seen[(size_t)i * g->V + q->tokens[t]] = 1;
         slots[n] = i;
         tokens[n] = q->tokens;
         lengths[n++] = q->n;
@@ -10737,16 +10617,18 @@ static int generator_start(generator *g) {
     return ok;
 }
 
+/* The next token of a sequence; -1: the logits are not finite. */
 static int generator_draw(const generator *g, int slot) {
-    const slam_sampling *sampling = &g->how->sampling;
+    const int penalty = g->how->sampling.repetition_penalty != 1;
+    slam_prompt *q = g->slots[slot];
     float *logits = g->logits + (size_t)slot * g->V;
     unsigned char *seen = g->seen + (size_t)slot * g->V;
     for (int v = 0; v < g->V; v++)
         if (!isfinite(logits[v])) return -1;
-    const double uniform = rng_uniform(&g->slots[slot]->rng);
-    const int token = slam_sample(logits, g->V, sampling->repetition_penalty == 1 ? NULL : seen, sampling, uniform);
-    seen[token] = 1;
-    return token;
+    memset(seen, 0, penalty ? (size_t)g->V : 0);
+    for (int t = 0; penalty && t < q->n; t++) seen[q->tokens[t]] = 1;
+    for (int t = 0; penalty && t < q->length; t++) seen[q->continuation[t]] = 1;
+    return slam_sample(logits, g->V, penalty ? seen : NULL, &g->how->sampling, rng_uniform(&q->rng));
 }
 
 static int generator_busy(const generator *g) { return g->next < g->n || g->n_free < g->n_slots; }
@@ -10758,14 +10640,14 @@ static int generator_step(generator *g) {
     if (!slam_decoder_logits(g->decoder, g->logits)) return 0;
     PARALLEL_FOR
     for (int i = 0; i < g->n_slots; i++)
-        if (g->slots[i]) g->drawn[i] = generator_draw(g, i);
+        if (g->slots[i]) g->slots[i]->continuation[g->slots[i]->length] = generator_draw(g, i);
     for (int i = 0; i < g->n_slots; i++) {
-        if (!g->slots[i]) continue;
-        slam_prompt *q = g->slots[i]->prompt;
-        const int token = g->drawn[i];
+        slam_prompt *q = g->slots[i];
+        if (!q) continue;
+        const int token = q->continuation[q->length];
         if (token < 0) return set_error("%s: the model's logits are not finite", q->name);
         q->ended = token == DOCUMENT_TOKEN;
-        if (!q->ended) q->continuation[q->length++] = token;
+        q->length += !q->ended;
         const int done = q->ended || q->length == g->how->max_new;
         slam_decoder_append(g->decoder, i, done ? -1 : token);
         g->n_drawn++;
@@ -10777,27 +10659,25 @@ static int generator_step(generator *g) {
     return 1;
 }
 
-/* Gives every rank the continuations of all. */
-static int generator_exchange(const generator *g, slam_prompts *p, slam_comm *comm) {
-    strbuf own = ZERO;
-    size_t bytes = 0;
-    for (size_t i = 0; i < g->n; i++) {
-        const slam_prompt *q = g->tasks[i].prompt;
-        const int head[] = {(int)(q - p->at), q->length, q->ended};
-        if (!q->continuation) continue;
-        strbuf_add_bytes(&own, head, sizeof head);
-        strbuf_add_bytes(&own, q->continuation, (size_t)q->length * sizeof(int));
+/* Gives every rank the continuations of all: sums over the ranks, of which at most one has the continuation. */
+static int generator_exchange(const generator *g, slam_comm *comm) {
+    const size_t n = (size_t)g->how->max_new + 3;
+    double *sum = NEW(double, n); // 1, length, ended, tokens; zeros: there is no continuation
+    for (size_t i = 0; g->size > 1 && i < g->n; i++) {
+        slam_prompt *q = g->prompts[i];
+        memset(sum, 0, n * sizeof *sum);
+        sum[0] = q->continuation != NULL;
+        sum[1] = sum[0] * q->length;
+        sum[2] = sum[0] * q->ended;
+        for (int t = 0; t < (int)sum[1]; t++) sum[3 + t] = q->continuation[t];
+        slam_comm_sum(comm, sum, n);
+        if (sum[0] == 0 || q->continuation) continue;
+        q->continuation = NEW(int, g->how->max_new);
+        q->length = (int)sum[1];
+        q->ended = (int)sum[2];
+        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[3 + t];
     }
-    int *all = (int *)comm_all_gather(comm, own.at, own.n, &bytes);
-    for (const int *at = all, *end = all + bytes / sizeof *all; at < end; at += 3 + at[1]) {
-        slam_prompt *q = &p->at[at[0]];
-        if (!q->continuation) q->continuation = NEW(int, at[1]);
-        q->length = at[1];
-        q->ended = at[2];
-        memcpy(q->continuation, at + 3, (size_t)at[1] * sizeof *at);
-    }
-    free(all);
-    strbuf_free(&own);
+    free(sum);
     return slam_all_ok(comm, 1);
 }
 
@@ -10807,26 +10687,30 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
     const int steps = comm && comm->size > 1 ? 16 : 1; // between reports, which the ranks make together
     generator g = ZERO;
     g.how = how;
-    int ok = slam_all_ok(comm, generation_check(how, p, &m->config) && generator_open(&g, m, p)), stop = 0;
-    double sums[3] = {(double)g.missing, 0, 0}; // ranks at work, tokens drawn, tokens not needed
-    while (ok && sums[0] > 0 && !stop) {
+    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p));
+    double sums[3] = {(double)g.n, 0, 0}; // ranks at work, tokens drawn, tokens not needed
+    while (ok && sums[0] > 0) {
         for (int i = 0; ok && i < steps && generator_busy(&g); i++) ok = generator_step(&g);
         if (!(ok = slam_all_ok(comm, ok))) break;
         sums[0] = generator_busy(&g);
         sums[1] = g.n_drawn;
         sums[2] = g.n_unused;
         slam_comm_sum(comm, sums, 3);
-        const double most = (double)g.missing * how->max_new - sums[2];
-        stop = !report_progress(progress, context, "generate", sums[1], most);
-        stop = (int)slam_comm_max(comm, stop); // a signal may have reached one rank only
+        const double most = (double)g.n * how->max_new - sums[2];
+        const int stop = !report_progress(progress, context, "generate", sums[1], most);
+        if (slam_comm_max(comm, stop) > 0) break; // a signal may have reached one rank only
     }
     for (int i = 0; i < g.n_slots; i++) {
         if (!g.slots[i]) continue; // else it was stopped
-        free(g.slots[i]->prompt->continuation);
-        g.slots[i]->prompt->continuation = NULL;
+        free(g.slots[i]->continuation);
+        g.slots[i]->continuation = NULL;
     }
-    ok = ok && generator_exchange(&g, p, comm);
-    generator_close(&g);
+    ok = ok && generator_exchange(&g, comm);
+    slam_decoder_free(g.decoder);
+    free(g.prompts);
+    free(g.slots);
+    free(g.logits);
+    free(g.seen);
     return ok;
 }
 

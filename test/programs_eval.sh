@@ -55,8 +55,10 @@ check 'generate: token shards and audio as prompts' 'prompts' sh -c "'$eval' spo
 check 'generate: a file that cannot be decoded is skipped, with status 3' 'status or message' sh -c "'$eval' spoken generate speech --kmeans km.npy --max-new 2 -o most.jsonl 2>skipped.err; test \$? = 3 &&
     grep -q '^eval: skipped: .*99.wav' skipped.err && test \$(wc -l <most.jsonl) = 24"
 rm speech/99.wav
-printf 'one two one two\n\n' >texts.txt
-check 'auto-BLEU of texts' 'number' sh -c "'$eval' generate --transcripts texts.txt | grep -q '0.3333 over 2 lines'"
+printf 'a b a b\n\nnothing twice here\na, a, a' >texts.txt # 2/3, 0, 0, 1
+check 'auto-BLEU of texts' 'number' sh -c "'$eval' generate --transcripts texts.txt | grep -q '0.4167 over 4 lines'"
+: >texts.txt
+check 'auto-BLEU of no text' 'number' sh -c "'$eval' generate --transcripts texts.txt | grep -q '0.0000 over 0 lines'"
 echo '{"units": [700], "file_name": "x"}' >far.jsonl
 refuse_all <<EOT
 generate: no space for a prompt|1|64 new tokens.*context of 64|one generate v.jsonl --max-new 64
@@ -64,6 +66,7 @@ generate: a folder that is not there, before anything is generated|1|no/said.jso
 generate: a folder as the output|1|one: is a folder|one $continue -o one
 generate: no such prompts|1|nothing.jsonl|one generate nothing.jsonl
 generate: a prompt beyond the vocabulary|1|x: unit 1 is 700, expected below 100|one generate far.jsonl
+auto-BLEU of texts: no such file|1|none.txt: cannot be read|generate --transcripts none.txt
 generate: audio without --kmeans|1|x.wav.*--kmeans|one generate x.wav
 generate: a top-p of 2|2|top-p|one $continue --top-p 2
 EOT
@@ -110,7 +113,7 @@ centroids of other units than the model|1|the model was trained on units of|spok
 units without one of the files|1|has no line with the name 'f0'|spoken swuggy zero --units pairset.jsonl
 units beyond the vocabulary|1|large.jsonl:1: unit 1 is 20, expected below 20|spoken swuggy zero --units large.jsonl
 two lines of one name|1|twice.jsonl:25: an earlier line has the name 'zero/lexical/dev/f0.wav'|spoken swuggy zero --units twice.jsonl
-a row without a partner|1|partner.csv:[0-9]*: id .* expected one of each|spoken swuggy partner.csv --units zero.jsonl
+a row without a partner|1|partner.csv: 'f22' has no partner: .*'nothing' follows|spoken swuggy partner.csv --units zero.jsonl
 an empty folder|1|empty_set|spoken sblimp empty_set --kmeans km.npy
 a split that PATH contradicts|1|dev/gold.csv: is not split test|spoken swuggy zero/lexical/dev --split test --units zero.jsonl
 a split that is not there|1|zero: is not split test|spoken swuggy zero --split test --units zero.jsonl
