@@ -337,14 +337,14 @@ void slam_batch_free(slam_batch *);
 typedef struct slam_model {
     slam_ops *ops;
     slam_config config;
-    size_t n_weights, n_matrices; /* numbers in the arrays below; the matrices come first, then norms and biases */
+    size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
     slam_act *weights;
     float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
     struct slam_layout *layout;
-    /* Called in the next backward pass when the gradients of layer l are complete; first L (head), last -1 (all). */
+    /* Called in the next backward pass when the gradients of layer l are complete; L: an untied head, -1: all. */
     void (*grads_ready)(void *context, int l);
     void *grads_context;
 } slam_model;
@@ -354,7 +354,8 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. */
+/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. master NULL: rounded
+   weights; slam_checkpoint_save collects the float ones. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
@@ -370,7 +371,8 @@ int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
 /* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's numbers do not depend on
-   the others (to the bit where ops->same_rows). The model is planned for inference and must outlive the decoder. */
+   the others (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its plan is
+   large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
@@ -448,7 +450,7 @@ typedef struct slam_data {
     slam_source *sources;
     slam_chunk *chunks;
     size_t n_sources, n_chunks, source_capacity, chunk_capacity;
-    uint64_t hash; /* of all tokens and the split (held-out data have the same), after slam_data_prepare */
+    uint64_t hash; /* of tokens, context, weights and split (held-out data have the same), after slam_data_prepare */
     struct slam_files *files;
 } slam_data;
 slam_data *slam_data_new(int context); /* an empty data set; context: longest chunk and length of a row, at least 2 */
@@ -4244,8 +4246,9 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
     return (unsigned)((1ull << b) - (1ull << a)) & ~(unsigned)((1ull << d) - (1ull << c));
 }
 
-/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
-   head of a token, columns are its HS/2 pairs. 2 N (NH + KVH) HS sizeof(T) bytes; the table stays in the caches. */
+/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache, so that
+   its columns, the HS/2 pairs of a head, must cover the head. A row is a head of a token. 2 N (NH + KVH) HS sizeof(T)
+   bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
@@ -5627,7 +5630,7 @@ static int comm_finish(slam_comm *c) {
 /* ---- configuration ---- */
 
 #define AT(name) offsetof(slam_config, name)
-/* A number of config.json: reading, writing and the model's hash follow. One more changes the hash of every model. */
+/* Numbers of config.json: read, written and hashed from here. A new one changes the hash of every model. */
 static const field config_fields[] = {
     {"vocab_size", FIELD_INT, AT(V), 1, 1 << 20, 1},
     {"hidden_size", FIELD_INT, AT(C), 1, 1 << 16, 1},
@@ -5645,8 +5648,8 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: a rope_scaling that is not empty replaces rope_parameters, and a value
-   inside replaces the one beside it. Only the rotation of whole heads without scaling is implemented. */
+/* The rotary base as Transformers 5 finds it: rope_scaling, unless it is empty, is read instead of rope_parameters, and
+   its values override those of the top level. Only the rotation of whole heads without scaling is implemented. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
@@ -5655,7 +5658,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     double rotary = 1;
     int plain = !rope || rope->type == JSON_OBJECT;
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
-        plain &= j->type != JSON_OBJECT; // one per layer type
+        plain &= j->type != JSON_OBJECT; // settings per layer type
     if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
         return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
                          type && type->type == JSON_STRING ? type->string : "");
@@ -5664,7 +5667,7 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
-/* Settings that this model does not have are errors that name them. */
+/* Settings that change the model and are not implemented are errors. */
 static int config_check(const json *c, const char *path) {
     static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
                                   {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
@@ -5719,7 +5722,8 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
     return ok;
 }
 
-/* The members of a config.json that Transformers 4 and 5 both read: rotary base and dtype have a name in each. */
+/* The members of a config.json for Transformers 4 and 5, in which rotary base and dtype have different names. members:
+   of Llama, of Qwen2 (NULL: the same). */
 static void config_write(strbuf *s, const slam_config *c, const char *indent) {
     static const char *const members[][2] = {
         {"\"architectures\": [\"LlamaForCausalLM\"]", "\"architectures\": [\"Qwen2ForCausalLM\"]"},
@@ -5738,11 +5742,11 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
 }
 
 /* ---- weights ----
-   All weights are one array, so that the optimiser is a loop over it: first the matrices, which decay, then norms and
-   biases. Tensors of one product are neighbours: it computes q, k and v (or gate and up) at once.
+   All weights are one array, so that the optimiser is a loop over it: first the matrices, with weight decay, then norms
+   and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
 
-   The vocabulary has P rows: V, and up to seven of zeros, which no file holds: a row of logits is a multiple of 16
-   bytes, as tensor cores need. Their gradients are zero, and so they stay zero. */
+   Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
+   logits of a multiple of 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5771,7 +5775,7 @@ typedef struct model_tensor {
 typedef struct model_tensors {
     model_tensor *list; // in the order of the file and of the random streams that initialise them
     size_t n;
-    size_t n_matrices, n_weights;   // numbers of the array, with padding
+    size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
     size_t parameters, products;    // numbers of the file; weights that a token is multiplied by
 } model_tensors;
@@ -5827,7 +5831,7 @@ static model_tensors tensors_of(const slam_config *c) {
         if (r->layer < 0 && l == 0) m.first_layer = round_up(end[0], 256);
         if (r->layer == 0 && r[1].layer < 0) {
             m.layers_end = round_up(end[0], 256);
-            if (++l < c->L) i = 0; // the next layer begins at row 1
+            if (++l < c->L) i = 0; // i++ makes it 1, the first row of a layer
         }
     }
     m.products += V * C; // the head; looking up the embedding is no product
@@ -5843,7 +5847,7 @@ size_t slam_config_parameters(const slam_config *c) {
     return m.parameters;
 }
 
-/* Forward 2 per weight, and 4 HS per head and visible key, which are T/2 on average; backward twice that. */
+/* Forward: 2 per weight, and 4 HS per head and visible key (T/2 on average). Backward: twice that. */
 double slam_config_flops(const slam_config *c, int T) {
     const model_tensors m = tensors_of(c);
     free(m.list);
@@ -5859,7 +5863,7 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *weights, *D;
+    float *head_rstd, *losses, *rope, *loss_weights, *D; // D: of attention_backward
     int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
 } model_acts;
 
@@ -5876,8 +5880,8 @@ typedef struct slam_layout {
     int head_rows; // rows of logits in memory at once
     char *arena;   // the memory of all activations
     size_t arena_bytes;
-    slam_mask mask; // of the last forward pass ...
-    int valid;      // ... whose activations the backward pass can still use
+    slam_mask mask; // of the last forward pass
+    int valid;      // the backward pass can still use its activations
 } slam_layout;
 
 /* The next `bytes` of the arena, of which *end are taken. */
@@ -5933,7 +5937,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->lengths = INTS(N);
     a->rope = FLOATS(T * HS);
     if (train) {
-        a->weights = FLOATS(N);                            // of the losses in slam_backward
+        a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
         a->dnorm = ACTS(N * C);                            // of the output of a norm
         a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
@@ -6017,7 +6021,7 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* The weights (n_weights) to the host. If the float weights are sharded: those of the products. */
+/* The weights (n_weights) to the host; if the float weights are sharded, the rounded ones, as floats. */
 static int weights_download(slam_model *m, float *host) {
     slam_ops *ops = m->ops;
     float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->n_weights * sizeof *rounded);
@@ -6120,7 +6124,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
     const tensor *embed = tensors_find(file, *prefix ? "lm.model.embed_tokens.weight" : "model.embed_tokens.weight");
     const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
-    if (c.tied && embed && head) // a head that differs is not tied, as in Transformers 5
+    if (c.tied && embed && head) // Transformers 5 unties a stored head that differs
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
@@ -6291,29 +6295,31 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
 /* ---- forward ---- */
 
 struct slam_decoder_state {
-    slam_act *cache; // (L,slots,capacity,2 KVH HS) keys and values
-    size_t layer;    // numbers of a layer's
-    int capacity;    // T rounded up to whole tiles
-    int prefill;     // 1: stores the first lengths_b tokens of row b in slot slots_b. 0: one more token after lengths_b
-    slam_batch batch; // of a prefill
+    slam_act *cache;   // (L,slots,capacity,2 KVH HS) keys and values
+    size_t layer_size; // elements of a layer
+    int capacity;      // T rounded up to whole tiles
+    int prefill;       // 1: stores row b's first lengths[b] tokens in slots[b]; 0: decodes one, at position lengths[b]
+    slam_batch batch;  // of a prefill
 };
 
-static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *cache) {
+static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *shared = &m->layout->a;
-    slam_act *kv = cache ? act_at(ops, cache->cache, l * cache->layer) : NULL;
-    const int decode = cache && !cache->prefill;
+    slam_act *kv = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
+    const int decode = decoder && !decoder->prefill, fill = decoder && decoder->prefill;
     if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
     else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (cache && !decode) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, cache->capacity, mask);
+    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
 }
 
-/* One transformer layer, pre-norm:    x_mid = x + O attention(QKV norm(x))    x_next = x_mid + D swiglu(GU norm(x_mid))
-   What a sub-layer adds (delta) is added by the norm that follows it, which saves a pass over memory:
-   x = x_prev + delta_prev, and the layer leaves x_mid and delta. x_prev (N,C). delta_prev (N,C) or NULL. */
+/* One transformer layer, pre-norm:
+       x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
+   Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
+   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
+   the queries, W of q, k and v. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
-                          const slam_mask *mask, const struct slam_decoder_state *cache) {
+                          const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
@@ -6323,7 +6329,7 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     slam_act *delta = m->layout->a.delta;
     ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, w->attn_norm.data, eps, N, 1, C, C);
     ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
-    attend(m, l, mask, cache);
+    attend(m, l, mask, decoder);
     ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, O, C);
     ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, w->mlp_norm.data, eps, N, 1, C, C);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
@@ -6332,7 +6338,7 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
 }
 
 /* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
-static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *cache) {
+static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
@@ -6341,7 +6347,7 @@ static void forward(slam_model *m, int N, const slam_mask *mask, const struct sl
     slam_act *x = layers[0].a.x;
     ops->embedding_forward(ops, x, a->tokens, w->embed.data, N, C);
     for (int l = 0; l < L; l++) {
-        layer_forward(m, l, x, l ? a->delta : NULL, N, mask, cache);
+        layer_forward(m, l, x, l ? a->delta : NULL, N, mask, decoder);
         x = layers[l].a.x_mid;
     }
     ops->rmsnorm_forward(ops, a->x_end, a->head_in, a->head_rstd, x, a->delta, w->norm.data, (float)m->config.eps, N, 1,
@@ -6362,9 +6368,9 @@ static void logits_download(slam_model *m, float *logits, int n) {
     free(host);
 }
 
-/* From head_in to losses, head_rows rows of logits at a time. scale not 0: also the gradients of the head and, in
-   dnorm, of head_in, for the loss scale sum_i weights_i losses_i; weights (N) NULL: 1. With logits (N,V) on the host:
-   only copies the logits there, no losses. */
+/* Losses from head_in, head_rows rows of logits at a time. scale not 0: also the gradients of scale * sum_i weights_i
+   losses_i (weights (N), NULL: 1), of the head and, in dnorm, of head_in. With logits (N,V) on the host: only copies
+   the logits there. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6461,8 +6467,8 @@ int slam_backward(slam_model *m, const float *weights, double loss) {
     const float sum = (float)loss;
     if (!m->layout->valid)
         return set_error("slam_backward: expected a slam_forward just before it, with a plan for training");
-    ops->upload(ops, a->weights, weights, N * sizeof *weights);
-    head(m, N, 1, a->weights, NULL);
+    ops->upload(ops, a->loss_weights, weights, N * sizeof *weights);
+    head(m, N, 1, a->loss_weights, NULL);
     ops->upload(ops, a->losses, &sum, sizeof sum);
     ops->sum(ops, m->stats, a->losses, 1);
     backward(m);
@@ -6488,11 +6494,11 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
 }
 
 /* ---- decoding ----
-   The last token of a sequence is not in the cache yet: the step that predicts what follows computes it. So one kind
-   of step makes all predictions, the first included. */
+   The cache lacks the last token of each sequence: the step that predicts the next token adds it. So the first
+   prediction is a step like all others. */
 
-/* Rows of a prefill are whole tiles of 64 queries: then attention adds up keys in the same order whatever the longest
-   row. */
+/* Tokens of a prefill at once. The length of its rows is a multiple of 64, so that attention adds up keys in the same
+   order whatever the longest sequence is. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6523,9 +6529,9 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
     d->length = NEW(int, slots);
     d->last = NEW(int, slots);
     s->capacity = (int)round_up(T, PREFILL_TILE);
-    s->layer = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
-    s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer * m->ops->act_bytes);
-    const int prefill = PREFILL_TOKENS / s->capacity, step = (slots - 1) / s->capacity + 1; // rows that they need
+    s->layer_size = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
+    s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer_size * m->ops->act_bytes);
+    const int prefill = PREFILL_TOKENS / s->capacity, step = (slots - 1) / s->capacity + 1; // rows that each needs
     s->batch = slam_batch_new(prefill > step ? prefill : step, s->capacity, 0);
     if (s->cache && decoder_plan(d)) return d;
     slam_decoder_free(d);
@@ -6602,8 +6608,8 @@ void slam_decoder_append(slam_decoder *d, int slot, int token) {
 }
 
 /* ---- sampling ----
-   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. All but the penalty keep the order
-   of the logits, so what they keep are the logits from a threshold on. */
+   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three preserve
+   the order of the logits, so that top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
     if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
@@ -6909,14 +6915,14 @@ int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
    ========================================================================================== */
 #include <glob.h>
 
-/* ---- text repetition ---- */
+/* ---- text repetition, by which preference pairs are skipped ---- */
 
 static int compare_u64(const void *a, const void *b) {
     const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-/* The share of n-grams of words (n hashes, overwritten) that occur more than once; 0 if there are none. */
+/* The share of n-grams (n: order) that occur more than once; 0: there are none. words (n): hashes, overwritten. */
 static double repeated_share(uint64_t *words, size_t n, int order) {
     const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
     size_t repeated = 0;
@@ -7054,7 +7060,7 @@ static int data_add_file(slam_data *d, const char *path) {
     return 1;
 }
 
-/* Adds the files that a pattern matches, sorted by their bytes, or the file of that name. */
+/* Adds the files that a pattern matches, in byte order, or the file of that name. */
 static int path_glob(const char *pattern, slam_strings *list) {
     glob_t found;
     const int is_file = path_is_file(pattern);                                 // its name may look like a pattern
@@ -7089,23 +7095,23 @@ int slam_data_add(slam_data *d, const char *pattern, double weight) {
 /* ---- files -> documents: the only pass over all tokens ---- */
 
 typedef struct document_list {
-    slam_chunk *at;
+    slam_chunk *at; // whole documents
     size_t n, capacity;
 } document_list;
 
 /* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped.
-   The hash of tokens t_1 .. t_n is the sum of t_i P^(n-i) mod 2^64; P is odd, so that one other token gives another
-   hash. 64 tokens at a time are hashed and checked for anything of interest, as vector instructions: a 1 comes once
-   in hundreds of tokens. */
+   n tokens t_i take a hash h to h P^n + sum of t_i P^(n-i) mod 2^64; P is odd, so that changing a token changes it. 64
+   tokens at a time are hashed and tested for a 1 or an invalid token in loops that vectorise; only a block with one is
+   read token by token. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
-    const int most = V < 65536 ? V : 65536;
+    const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
     uint64_t powers[65]; // P^64 .. P^0
     size_t start = 0, n;
     int open = 0;
-    if (f->largest >= most - FIRST_UNIT)
+    if (f->largest >= token_end - FIRST_UNIT)
         return set_error("%s:%zu: unit %d, expected below %d (the vocabulary is %d)", f->path, f->largest_line,
-                         f->largest, most - FIRST_UNIT, V);
+                         f->largest, token_end - FIRST_UNIT, V);
     powers[64] = 1;
     for (int k = 64; k > 0; k--) powers[k - 1] = powers[k] * P;
     for (size_t i = 0; i < f->n; i += n) {
@@ -7113,13 +7119,13 @@ static int scan_file(const token_file *f, uint32_t file, int V, document_list *l
         uint64_t sum = 0;
         int found = !open;
         n = f->n - i < 64 ? 1 : 64;
-        for (size_t k = 0; k < n; k++) found |= (t[k] == DOCUMENT_TOKEN) | ((uint16_t)(t[k] - 1) >= most - 1);
+        for (size_t k = 0; k < n; k++) found |= (t[k] == DOCUMENT_TOKEN) | ((uint16_t)(t[k] - 1) >= token_end - 1);
         for (size_t k = 0; k < n; k++) sum += t[k] * powers[65 - n + k];
         *hash = *hash * powers[64 - n] + sum;
         for (size_t at = i; found && at < i + n; at++) {
             const int token = f->tokens[at];
-            if (token < 1 || token >= most)
-                return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, most - 1);
+            if (token < 1 || token >= token_end)
+                return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
             if (!open && token != DOCUMENT_TOKEN)
                 return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
             if (token != DOCUMENT_TOKEN) continue;
@@ -7144,16 +7150,17 @@ enum { STREAM_HELD_OUT, STREAM_TURNS, STREAM_ORDER };
 static void data_add_chunks(slam_data *d, slam_chunk document) {
     const uint32_t context = (uint32_t)d->context;
     GROW(slam_chunk, d->chunks, d->chunk_capacity, d->n_chunks + document.n / context + 1);
-    for (; document.n >= 2; document.n -= d->chunks[d->n_chunks++].n) {
-        slam_chunk *c = &d->chunks[d->n_chunks];
+    while (document.n >= 2) {
+        slam_chunk *c = &d->chunks[d->n_chunks++];
         *c = document;
         if (c->n > context) c->n = context;
         document.first += c->n;
+        document.n -= c->n;
     }
 }
 
-/* Splits a source's documents into chunks; n_held of them, chosen by selection sampling (Knuth, The Art of Computer
-   Programming 2, algorithm 3.4.2 S), go to the second part. */
+/* Splits a source's documents into chunks. n_held documents, chosen by selection sampling (Knuth, The Art of Computer
+   Programming 2, algorithm 3.4.2 S), go to parts[1]. */
 static void split_source(slam_data *const parts[2], size_t source, const document_list *list, uint64_t n_held,
                          uint64_t seed) {
     uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT);
@@ -7223,7 +7230,7 @@ typedef struct packed_row {
     uint32_t first, n, length; // items first .. first + n - 1 of the list; the sum of their lengths
 } packed_row;
 
-/* Items (numbers of chunks, pairs, ...) side by side in rows. */
+/* Rows of items (indices of chunks, pairs, ...) side by side. */
 typedef struct packed_rows {
     uint32_t *items;
     packed_row *at;
@@ -7245,18 +7252,18 @@ static void packed_rows_add(packed_rows *rows, const uint32_t *items, uint32_t n
     rows->at[rows->n++] = row;
 }
 
-/* The longest length up to `room` that is left; 0: none. fit[l] is l if there are items of length l, else a shorter
-   candidate (a disjoint-set forest with path halving: Tarjan and van Leeuwen 1984). */
+/* The greatest length of an unpacked item up to `room`; 0: none. fit[l] is l while items of length l remain, else a
+   smaller length to try (a disjoint-set forest with path halving: Tarjan and van Leeuwen 1984). */
 static uint32_t longest_fit(uint32_t *fit, uint32_t room) {
     while (fit[room] != room) room = fit[room] = fit[fit[room]];
     return room;
 }
 
-/* Packs n items of lengths[item] 1 .. T into rows of T, as few as first fit decreasing takes (Johnson 1973). First fit
-   decreasing is the same as filling one row after the other, each time with the longest item that still fits. */
+/* Packs n items of lengths[item] 1 .. T into rows of T by first fit decreasing (Johnson 1973), computed row by row: the
+   longest item that still fits is next. */
 static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengths, size_t n, uint32_t T) {
     uint32_t *count = NEW(uint32_t, 3 * ((size_t)T + 1) + 2 * n), *first = count + T + 1, *fit = first + T + 1;
-    uint32_t *sorted = fit + T + 1, *row = sorted + n; // by length; the items of a row
+    uint32_t *sorted = fit + T + 1, *row = sorted + n; // sorted: by length; row: items of one
     for (size_t i = 0; i < n; i++) count[lengths[items[i]]]++;
     for (uint32_t l = 1; l <= T; l++) {
         first[l] = first[l - 1] + count[l];
@@ -7274,8 +7281,8 @@ static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengt
     free(count);
 }
 
-/* Packs the items of rows as `pack` into as few rows of at most T, and these as short as possible: MULTIFIT (Coffman,
-   Garey and Johnson 1978). Returns their length. */
+/* Packs the items of rows again, into as few rows as `pack` takes with T, and about as short as that allows, by
+   bisection: MULTIFIT (Coffman, Garey and Johnson 1978). Returns their length. */
 static uint32_t pack_evenly(packed_rows *rows, const uint32_t *lengths, uint32_t T) {
     const size_t n = rows->n_items;
     uint32_t low = 1, high = T, *items = NEW(uint32_t, n);
@@ -7319,8 +7326,8 @@ static void batch_add_sequence(slam_batch *b, size_t item, int first, int end) {
     b->sequences[b->n_sequences++] = sequence;
 }
 
-static int batch_put_chunk(slam_batch *b, int at, const void *list, uint32_t item) {
-    const slam_data *d = (const slam_data *)list;
+static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t item) {
+    const slam_data *d = (const slam_data *)context;
     const slam_chunk *c = &d->chunks[item];
     const int n = (int)c->n;
     batch_add_sequence(b, item, at, at + n - 1);
@@ -7328,43 +7335,42 @@ static int batch_put_chunk(slam_batch *b, int at, const void *list, uint32_t ite
 }
 
 /* ---- the loader ----
-   An epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and its rows are
-   put in random order. That depends on the seed and the lengths alone, so any row can be found again. Where batches are
-   packed evenly, a row of the epoch is one item, and the rows of a global batch are packed. */
+   If shuffled, an epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and
+   its rows are put in random order. That depends on the seed, the epoch, weights and lengths alone, so any row can be
+   found again. With longest_row an epoch is not packed: each of its rows is one item, and the items of a global batch,
+   that of all ranks, are packed. */
 
 struct slam_packer {
-    const void *list;                                                  // of the items
-    int (*put)(slam_batch *, int at, const void *list, uint32_t item); // writes one, returns the position after it
-    uint32_t *lengths;                                                 // of all items
-    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source;
-    int evenly; // longest row if batches are packed evenly, else 0
+    const void *context; // argument of put: the slam_data, the slam_pairs, ...
+    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
+    uint32_t *lengths;                                                    // of all items
+    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int source, longest_row; // of data, -1: all; 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
-    packed_rows epoch;       // its rows
-    packed_rows batch;       // the global batch,
-    const packed_row *share; // and the end of this rank's share of it
+    packed_rows epoch, batch;    // rows of the epoch, of the global batch
+    const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds an epoch's draws of a source. With weight w each of its n chunks comes floor(w) times. On average (w -
-   floor(w)) n extra draws take turns through one random order of the chunks: those of an epoch are different chunks,
-   the next epoch's are others, and all chunks come equally often. */
+/* Adds an epoch's draws of a source of weight w: each of its n chunks floor(w) times, and on average (w - floor(w)) n
+   more, the next ones, cyclically, of a fixed random permutation. So none of these comes twice in an epoch, and all
+   come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
     const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
     double extra = l->shuffle ? (s->weight - (double)times) * (double)n : 0;
     if (fabs(extra - floor(extra + 0.5)) < 1e-6) extra = floor(extra + 0.5); // 2.3 - 2 is not quite 0.3
-    const uint64_t turn = (uint64_t)((double)epoch * extra), end = (uint64_t)((double)(epoch + 1) * extra);
-    GROW(uint32_t, p->order, p->order_capacity, p->n_order + times * n + (size_t)(end - turn));
+    const uint64_t first = (uint64_t)((double)epoch * extra), end = (uint64_t)((double)(epoch + 1) * extra);
+    GROW(uint32_t, p->order, p->order_capacity, p->n_order + times * n + (size_t)(end - first));
     for (size_t k = 0; k < times * n; k++) p->order[p->n_order++] = (uint32_t)(s->first_chunk + k % n);
-    if (turn == end) return;
-    uint32_t *turns = NEW(uint32_t, n);
+    if (first == end) return;
+    uint32_t *permutation = NEW(uint32_t, n);
     uint64_t rng = rng_stream(l->seed, source, STREAM_TURNS);
-    for (size_t k = 0; k < n; k++) turns[k] = (uint32_t)(s->first_chunk + k);
-    rng_shuffle(&rng, turns, n);
-    for (uint64_t k = turn; k < end; k++) p->order[p->n_order++] = turns[k % n];
-    free(turns);
+    for (size_t k = 0; k < n; k++) permutation[k] = (uint32_t)(s->first_chunk + k);
+    rng_shuffle(&rng, permutation, n);
+    for (uint64_t k = first; k < end; k++) p->order[p->n_order++] = permutation[k % n];
+    free(permutation);
 }
 
 static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
@@ -7378,9 +7384,9 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
-    for (size_t i = 0; p->evenly && i < p->n_order; i++)
+    for (size_t i = 0; p->longest_row && i < p->n_order; i++)
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
-    if (p->evenly) return;
+    if (p->longest_row) return;
     pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
     for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // else rows would be sorted by the lengths of their chunks
         const size_t k = (size_t)rng_below(&rng, i);
@@ -7390,12 +7396,12 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     }
 }
 
-/* A loader of n items, whose lengths and order are set by the caller. */
-static slam_loader *loader_new(const void *list, int (*put)(slam_batch *, int, const void *, uint32_t), size_t n, int T,
-                               uint64_t seed, int shuffle) {
+/* A loader of n items; the caller sets their lengths, and data or first and end. */
+static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int, const void *, uint32_t), size_t n,
+                               int T, uint64_t seed, int shuffle) {
     slam_loader *l = NEW(slam_loader, 1);
     l->packer = NEW(struct slam_packer, 1);
-    l->packer->list = list;
+    l->packer->context = context;
     l->packer->put = put;
     l->packer->lengths = NEW(uint32_t, n);
     l->T = T;
@@ -7451,18 +7457,18 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
         l->tokens += row->length;
         l->targets += row->length - row->n; // the last token of a chunk has no target
     }
-    if (p->evenly) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->evenly), 16);
+    if (p->longest_row) l->T = (int)round_up(pack_evenly(b, p->lengths, (uint32_t)p->longest_row), 16);
     const range share = comm_share(comm, b->n);
-    p->share = b->at + share.end;
+    p->share_end = b->at + share.end;
     l->rows = (int)b->n;
     l->rows_left = (int)(share.end - share.first);
     return l->n;
 }
 
-/* What no item fills is padding, each position a sequence of its own. */
+/* Positions without an item are padding; each is a sequence of its own. */
 int slam_loader_next(slam_loader *l, slam_batch *b) {
     const struct slam_packer *p = l->packer;
-    const packed_row *row = p->share - l->rows_left;
+    const packed_row *row = p->share_end - l->rows_left;
     b->B = l->rows_left < b->capacity ? l->rows_left : b->capacity;
     b->T = l->T;
     b->n_sequences = 0;
@@ -7475,7 +7481,7 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     }
     for (int i = 0; i < b->B; i++)
         for (int k = 0, at = i * b->T; k < (int)row[i].n; k++)
-            at = p->put(b, at, p->list, p->batch.items[row[i].first + k]);
+            at = p->put(b, at, p->context, p->batch.items[row[i].first + k]);
     l->rows_left -= b->B;
     return b->B;
 }
@@ -8046,6 +8052,8 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     for (int i = 0; ok && i < k->convs; i++)
         if ((*step *= k->stride[i]) > 1 << 11)
             ok = set_error("%s: conv_stride multiplies to more than %d samples per frame", path, 1 << 11);
+    if (ok && json_get(c, "adapter_attn_dim"))
+        ok = set_error("%s: adapter_attn_dim is set, but adapters are not supported", path);
     if (ok && (k->C % k->NH || k->C % k->groups))
         ok = set_error("%s: hidden_size is %d, expected a multiple of num_attention_heads, %d, and of "
                        "num_conv_pos_embedding_groups, %d",
@@ -9700,8 +9708,8 @@ int slam_pairs_row(const slam_pairs *p) { return p->context < 512 ? 1024 : (2 * 
 
 /* A shared prompt is written once: the rejected completion then starts at its last token, and the chosen one is
    hidden from it. */
-static int batch_put_pair(slam_batch *b, int at, const void *list, uint32_t pair) {
-    const slam_pairs *p = (const slam_pairs *)list;
+static int batch_put_pair(slam_batch *b, int at, const void *context, uint32_t pair) {
+    const slam_pairs *p = (const slam_pairs *)context;
     const slam_pair *q = &p->at[pair];
     const int shared = pair_is_shared(p, q);
     const uint16_t *completion = q->tokens + q->n_prompt;
@@ -9731,7 +9739,7 @@ slam_loader *slam_loader_new_pairs(const slam_pairs *p, int validation, uint64_t
     }
     slam_loader *l = loader_new(p, batch_put_pair, p->n, 0, seed, shuffle);
     for (size_t i = 0; i < p->n; i++) l->packer->lengths[i] = pair_length(&p->at[i], pair_is_shared(p, &p->at[i]));
-    l->packer->evenly = slam_pairs_row(p);
+    l->packer->longest_row = slam_pairs_row(p);
     l->packer->first = first;
     l->packer->end = end;
     loader_begin_epoch(l, 0);
@@ -9807,8 +9815,8 @@ static int compare_sequences(const void *a, const void *b) {
     return x->n ? memcmp(x->unit, y->unit, x->n * sizeof *x->unit) : 0;
 }
 
-static int batch_put_window(slam_batch *b, int at, const void *list, uint32_t item) {
-    const score_window *w = &((const score_window *)list)[item];
+static int batch_put_window(slam_batch *b, int at, const void *context, uint32_t item) {
+    const score_window *w = &((const score_window *)context)[item];
     batch_add_sequence(b, item, at + w->skip, at + w->n);
     return batch_put(b, at, w->tokens, w->n, w->tokens[w->n], w->skip, at % b->T);
 }
@@ -9952,6 +9960,8 @@ static void ngrams_count(ngram_table *t, int k, const slam_data *d, int training
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets) {
     ngram_table orders[5];
     double sum[5] = {0};
+    if (V < train->V || V < test->V)
+        return set_error("n-grams of %d tokens, but the data has %d", V, V < train->V ? train->V : test->V);
     PARALLEL_FOR
     for (int k = 0; k < 5; k++) {
         orders[k].bits = 10;
@@ -10179,6 +10189,8 @@ static int testset_read_gold(slam_testset *s, const char *path) {
         if (used && k < GOLD_FREQUENCY && column[k] == NONE)
             ok = set_error("%s: has no column '%s'", path, gold_names[k]);
     }
+    if (ok && !sblimp && column[GOLD_FREQUENCY] == column[GOLD_LENGTH] && csv_column(&table, "subtype") != NONE)
+        ok = set_error("%s: has sBLIMP's columns 'type' and 'subtype', expected 'frequency', 'length'", path);
     for (size_t i = 1; ok && i < table.rows; i++) {
         const char *cell[N_GOLD];
         long number[N_GOLD];

@@ -81,7 +81,7 @@ static int dpo_batch(slam_model *m, const slam_pairs *p, slam_batch *b, double b
 /* The next `pairs` pairs of a loader, `micro` rows at a time: means. */
 static metrics dpo_step(slam_model *m, slam_loader *l, int pairs, int micro, double beta, double smoothing, int train,
                         double *logp) {
-    const slam_pairs *p = (const slam_pairs *)l->packer->list;
+    const slam_pairs *p = (const slam_pairs *)l->packer->context;
     metrics sum = ZERO;
     slam_batch b = slam_batch_new(micro, slam_pairs_row(p), p->share);
     const int n = slam_loader_begin(l, pairs, NULL);

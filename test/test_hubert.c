@@ -220,6 +220,7 @@ static void test_errors(slam_ops *ops) {
          "hidden_size is 24, expected a multiple of num_attention_heads, 5"},
         {c, "\"num_conv_pos_embedding_groups\": 4", "\"num_conv_pos_embedding_groups\": 7",
          "and of num_conv_pos_embedding_groups, 7"},
+        {c, "\"intermediate_size\": 40", "\"intermediate_size\": 40, \"adapter_attn_dim\": 8", "adapter_attn_dim"},
         {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has another shape, expected shape (32,16,1)"},
         {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer is 2, expected 0 to 1"},
         {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true",

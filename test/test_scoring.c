@@ -133,6 +133,7 @@ static void test_gold(void) {
         {SLAM_SWUGGY, lexical, "1,\"a\"b,A,1\n", "after a closing quote"},
         {SLAM_SBLIMP, lexical, "1,a,A,1\n", "has no column 'type'"},
         {SLAM_SBLIMP, "id,filename,voice,frequency,length,correct", "1,a,A,3,4,1\n1,b,A,3,4,0\n", "no column 'type'"},
+        {SLAM_SWUGGY, syntactic, "1,a,A,x,y,1\n1,b,A,x,y,0\n", "has sBLIMP's columns"},
         {SLAM_SBLIMP, syntactic, "1,a,A,x,y,1\n1,b,B,x,y,0\n",
          "gold.csv: 'a' has no partner: in sorted order, 'b' follows"},
         {SLAM_SBLIMP, syntactic, "1,a,A,x,y,1\n2,b,A,x,y,1\n2,c,A,x,y,0\n1,d,A,x,y,0\n", // an order that differs
@@ -492,6 +493,7 @@ static void test_ngrams(void) {
         check_near("bigrams", nll[1], -(log(open) + log(close)) / 2, 1e-12);
         close = close / 2; // 1 2 is followed once, by 3
         for (int k = 2; k < 5; k++) check_near("longer ones", nll[k], -(log(open) + log(close)) / 2, 1e-12);
+        check_fails(slam_ngrams(a, b, 3, nll, &n), "n-grams of 3 tokens, but the data has 4");
         slam_data_free(a);
         slam_data_free(b);
     }
