@@ -122,9 +122,10 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* B rows of T frames, G groups of C input and OC output channels each, K taps, TO output frames; gelu: GELU follows. */
+/* B rows of T frames, G groups of C input and OC output channels each, K taps that are `dilation` frames apart, TO
+   output frames; gelu: GELU follows. */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride, gelu;
+    int B, G, T, C, TO, OC, K, stride, dilation, gelu;
 } slam_conv;
 
 struct slam_ops {
@@ -237,12 +238,12 @@ struct slam_ops {
     void (*adamw)(slam_ops *, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
                   const slam_adamw_params *, size_t n);
 
-    /* The rest serves speech encoders and has no backward pass. */
+    /* The rest serves speech encoders and vocoders and has no backward pass. */
 
     /* Convolution over time without padding, optionally followed by GELU
-           out[b,t,g,o] = sum_k,c x[b,g,t stride + k,c] w[g,o,k,c] + bias[g,o]
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + K > T read
-       beyond their row: the caller allocates that memory and ignores those frames. */
+           out[b,t,g,o] = sum_k,c x[b,g,t stride + k dilation,c] w[g,o,k,c] + bias[g,o]
+       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + (K - 1) dilation >= T
+       read beyond their row: the caller allocates that memory and ignores those frames. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
     /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
@@ -268,6 +269,10 @@ struct slam_ops {
        nearest (N)  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K) scratch */
     void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
                     const float *squares, int N, int D, int K);
+    /* Residual add and leaky ReLU (Maas, Hannun and Ng 2013): s = x + delta      y = s where s > 0, else slope s
+       s, y, x, delta (n). delta NULL: s is x, not written. y NULL: not kept. s, y may be x or delta */
+    void (*leaky_relu)(slam_ops *, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta, float slope,
+                       size_t n);
 };
 
 /* threads 0: one per core. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
@@ -1588,6 +1593,20 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
         if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
     }
     return 1;
+}
+
+/* The array of that name in out (LIST_MOST): 1 to LIST_MOST whole numbers from 1 to LIST_LIMIT, `expected` of them (0:
+   any number), as many as `like`. Returns how many; n if there is no array, 0 on error. */
+enum { LIST_MOST = 16, LIST_LIMIT = 1 << 14 };
+static int json_list(const json *list, const char *key, int *out, int n, int expected, const char *like,
+                     const char *what) {
+    const json *j = list ? list->first : NULL;
+    if (list) n = 0;
+    for (; n < LIST_MOST && json_whole(j) && j->number >= 1 && j->number <= LIST_LIMIT; j = j->next)
+        out[n++] = (int)j->number;
+    if (!j && n >= 1 && (!expected || n == expected)) return n;
+    return set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as %s", what, key,
+                     j ? json_describe(j) : "no more", n, LIST_MOST, LIST_LIMIT, like);
 }
 
 /* Adds a line `"name": value,` for each field, the last without a comma. A number that is not finite becomes null. */
@@ -3018,7 +3037,7 @@ static void row_gelu(float *y, const float *x, size_t n) {
 
 /* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
    neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. With G = 1 and T =
+   side is x with overlapping rows; nothing is copied. With dilation it is one product per tap. With G = 1 and T =
    stride TO the rows of a batch are one long row. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
@@ -3027,7 +3046,7 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
     if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
     const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1);
     const int parts = (c.TO + frames - 1) / frames, ldx = c.stride * c.C, ldo = c.G * c.OC;
-    const int taps = GEMM_IS_OURS ? c.K : c.stride; // per product; in BLAS rows may not overlap
+    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product; in BLAS rows may not overlap
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
@@ -3036,8 +3055,8 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
         float *out = row(out_, i * c.TO + first, ldo) + g * c.OC;
         for (int t = 0; b_ && t < n; t++) memcpy(out + (size_t)t * ldo, row(b_, g, c.OC), (size_t)c.OC * sizeof(float));
         for (int k = 0; k < c.K; k += taps)
-            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, ldx, w + k * c.C, c.K * c.C, b_ || k ? 1 : 0,
-                 out, ldo);
+            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.dilation * c.C, ldx, w + k * c.C, c.K * c.C,
+                 b_ || k ? 1 : 0, out, ldo);
         for (int t = 0; c.gelu && t < n; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
     }
 }
@@ -3155,6 +3174,21 @@ static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_a
     }
 }
 
+/* ---- leaky ReLU ---- */
+
+/* s, y, x, delta (n) */
+static void cpu_leaky_relu(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_act *x_, const slam_act *delta_,
+                           float slope, size_t n) {
+    float *s = (float *)s_, *y = (float *)y_;
+    const float *x = (const float *)x_, *delta = (const float *)delta_;
+    SLAM_PRAGMA(omp parallel for simd schedule(static))
+    for (size_t i = 0; i < n; i++) {
+        const float sum = x[i] + (delta ? delta[i] : 0);
+        if (delta) s[i] = sum;
+        if (y) y[i] = choose(sum > 0, sum, slope * sum);
+    }
+}
+
 /* ---- the backend ---- */
 
 slam_ops *slam_cpu(int threads) {
@@ -3181,7 +3215,7 @@ slam_ops *slam_cpu(int threads) {
     CPU_OP(attention_forward), CPU_OP(attention_backward), CPU_OP(attention_decode), CPU_OP(attention_fill);
     CPU_OP(swiglu_forward), CPU_OP(swiglu_backward), CPU_OP(crossentropy), CPU_OP(sum), CPU_OP(sum_squares);
     CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(group_frames), CPU_OP(mask_frames), CPU_OP(gelu_forward);
-    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest);
+    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest), CPU_OP(leaky_relu);
     return ops;
 }
 
@@ -5059,7 +5093,8 @@ template <typename T> struct unfold_op {
     int g, first;
     template <int P> __device__ void run(unsigned row, size_t c) const {
         const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO, t = frame % conv.TO;
-        const T *from = x + (((size_t)b * conv.G + g) * conv.T + (size_t)t * conv.stride + tap) * conv.C + c;
+        const size_t at = (size_t)t * conv.stride + (size_t)tap * conv.dilation;
+        const T *from = x + (((size_t)b * conv.G + g) * conv.T + at) * conv.C + c;
         packed<P>(columns + (size_t)row * conv.C + c) = packed<P>(from);
     }
 };
@@ -5146,6 +5181,29 @@ static void cuda_nearest(slam_ops *ops, int *nearest, float *scores, const slam_
     LAUNCH(ops, nearest_kernel, blocks(N, 8), 256, 0, nearest, (const float *)scores, squares, N, K);
 }
 
+/* 2 n sizeof(T) bytes, with a delta 4 n */
+template <typename T> struct leaky_relu_op {
+    T *s, *y;
+    const T *x, *delta;
+    float slope;
+    template <int P> __device__ void run(unsigned, size_t i) const {
+        float a[P], d[P];
+        load(a, x + i);
+        if (delta) load(d, delta + i);
+        for (int k = 0; k < P; k++) a[k] += delta ? d[k] : 0;
+        if (delta) store(s + i, a);
+        for (int k = 0; k < P; k++) a[k] = a[k] > 0 ? a[k] : slope * a[k];
+        if (y) store(y + i, a);
+    }
+};
+
+template <typename T>
+static void cuda_leaky_relu(slam_ops *ops, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta,
+                            float slope, size_t n) {
+    const leaky_relu_op<T> op = {(T *)s, (T *)y, (const T *)x, (const T *)delta, slope};
+    each<WIDE<T>>(ops, __func__, 1, n, op, s, y, x, delta);
+}
+
 /* ---- the backend ---- */
 
 int slam_cuda_count(void) {
@@ -5202,7 +5260,7 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
     TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
     TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest);
+    CUDA_OP(nearest), TYPED_OP(leaky_relu);
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -7987,14 +8045,127 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
         }
 }
 
+/* ---- networks: weights from a folder of a Hugging Face or PyTorch model ---- */
+
+typedef struct network_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
+    slam_act *w, *b;
+} network_module;
+
+typedef struct network {
+    slam_ops *ops;
+    slam_act *weights;
+    char *arena; // activations of a batch
+    size_t arena_bytes;
+    uint64_t hash;      // of the weights in use, and of what the caller has hashed before
+    const char *prefix; // that names of tensors may have
+    tensors *file;      // while the weights are read: the folder's, the end of those placed so far, no error so far
+    size_t end;
+    int ok;
+} network;
+
+/* At least `bytes` in n->arena. */
+static int network_grow(network *n, size_t bytes) {
+    if (bytes <= n->arena_bytes) return 1;
+    n->ops->release(n->ops, n->arena);
+    n->arena = (char *)n->ops->alloc(n->ops, bytes);
+    n->arena_bytes = n->arena ? bytes : 0;
+    return n->arena != NULL;
+}
+
+/* The tensor NAME.suffix, with or without the prefix. */
+static const tensor *network_find(const network *n, const char *name, const char *suffix) {
+    char *full = string_print("%s%s.%s", n->prefix, name, suffix);
+    const tensor *t = tensors_find(n->file, full);
+    if (!t) t = tensors_find(n->file, full + strlen(n->prefix));
+    free(full);
+    return t;
+}
+
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !n->ok on error. */
+static float *network_read(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    const tensor *t = network_find(n, name, suffix);
+    const size_t count = a * b * c;
+    float *x = NULL;
+    if (n->ok && (!t || t->count != count || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
+        n->ok = set_error("%s: tensor '%s.%s' %s, expected shape (%zu,%zu,%zu)", n->file->file->path, name, suffix,
+                          t ? "has another shape" : "is missing", a, b, c);
+    if (n->ok) n->ok = tensor_floats(t, x = NEW(float, count), 0, count);
+    for (size_t i = 0; n->ok && i < count; i++)
+        if (!isfinite(x[i]))
+            n->ok = set_error("%s: tensor '%s.%s' has a number that is not finite", t->file, name, suffix);
+    return x;
+}
+
+/* The weight (a,b,c) of module NAME, plain or with weight norm (Salimans and Kingma 2016) over all but one axis:
+       w = g v / |v|      g has one number for each index of the first axis, or of the last if by_last */
+static float *network_weight(network *n, const char *name, int by_last, size_t a, size_t b, size_t c) {
+    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
+                                           {"weight_v", "weight_g"},
+                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
+    int kind = 2;
+    while (kind > 0 && !network_find(n, name, names[kind][0])) kind--;
+    float *v = network_read(n, name, names[kind][0], a, b, c);
+    if (kind == 0) return v;
+    const size_t norms = by_last ? c : a, count = a * b * c;
+    float *g = network_read(n, name, names[kind][1], by_last ? 1 : a, 1, by_last ? c : 1);
+    double *squares = NEW(double, norms);
+    for (size_t i = 0; n->ok && i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
+    for (size_t i = 0; n->ok && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
+    for (size_t i = 0; n->ok && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
+    free(squares);
+    free(g);
+    return v;
+}
+
+/* Places x (a,b,c) at n->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
+static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t c) {
+    const size_t count = a * b * c, at = n->end;
+    n->ok = n->ok && network_grow(n, count * sizeof *x);
+    float *host = n->ok ? NEW(float, count) : NULL, *next = host;
+    n->hash ^= at;
+    for (size_t i = 0; n->ok && i < a; i++)
+        for (size_t k = 0; k < c; k++)
+            for (size_t j = 0; j < b; j++) {
+                uint32_t bits;
+                *next = x[(i * b + j) * c + k];
+                memcpy(&bits, next++, sizeof bits);
+                n->hash = (n->hash ^ bits) * HASH_PRIME;
+            }
+    slam_act *to = act_at(n->ops, n->weights, at);
+    n->end += round_up(count, 256);
+    if (n->ok) n->ops->upload(n->ops, n->arena, host, count * sizeof *host);
+    if (n->ok) n->ops->to_act(n->ops, to, (float *)n->arena, count);
+    free(host);
+    free(x);
+    return to;
+}
+
+static slam_act *network_tensor(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    return network_store(n, network_read(n, name, suffix, a, b, c), a, b, c);
+}
+
+/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
+static void network_load_module(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
+                                size_t c, int bias) {
+    char *name = string_print(format, layer);
+    m->w = network_tensor(n, name, "weight", a, b, c);
+    if (bias) m->b = network_tensor(n, name, "bias", a, 1, 1);
+    free(name);
+}
+
+static void network_free(network *n) {
+    n->ops->release(n->ops, n->weights);
+    n->ops->release(n->ops, n->arena);
+}
+
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
    Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
    linear layer, a convolution over many frames that adds positions, and a transformer. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
+enum { HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
-    int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
+    int convs, width[LIST_MOST], kernel[LIST_MOST], stride[LIST_MOST];
     int conv_bias, all_norms; // all_norms: a layer norm after each convolution, else a channel norm after the first
     int projection_norm, C, L, NH, F;
     int taps, groups, batch_norm; // of the convolution for positions
@@ -8038,16 +8209,8 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
         if (strcmp(value, words[i][1]) && strcmp(value, words[i][2]))
             ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, words[i][0], value, words[i][1], words[i][2]);
     }
-    for (int i = 0; ok && i < 3; i++) {
-        const json *list = json_get(c, lists[i]), *j = list ? list->first : NULL;
-        int n = list ? 0 : 7;
-        for (; n < HUBERT_CONVS && json_whole(j) && j->number >= 1 && j->number <= 1 << 14; j = j->next)
-            numbers[i][n++] = (int)j->number;
-        if (i == 0) k->convs = n;
-        if (j || n < 1 || n != k->convs)
-            ok = set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as conv_dim",
-                           path, lists[i], j ? json_describe(j) : "no more", n, HUBERT_CONVS, 1 << 14);
-    }
+    for (int i = 0; ok && i < 3; i++)
+        ok = k->convs = json_list(json_get(c, lists[i]), lists[i], numbers[i], 7, i ? k->convs : 0, lists[0], path);
     *step = 1;
     for (int i = 0; ok && i < k->convs; i++)
         if ((*step *= k->stride[i]) > 1 << 11)
@@ -8064,139 +8227,50 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
 
 /* ---- HuBERT: weights ---- */
 
-typedef struct hubert_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
-    slam_act *w, *b;
-} hubert_module;
-
 typedef struct hubert_layer {
-    hubert_module qkv, out, up, down, attention_norm, mlp_norm; // qkv: one matrix (3C,C)
+    network_module qkv, out, up, down, attention_norm, mlp_norm; // qkv: one matrix (3C,C)
 } hubert_layer;
 
 typedef struct slam_hubert {
-    slam_ops *ops;
+    network net;
     hubert_config config;
     int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
-    uint64_t hash;                 // of configuration and weights in use
-    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
-    hubert_module batch_norm; // scale and shift of the input of `positions`
+    network_module conv[LIST_MOST], conv_norm[LIST_MOST], projection_norm, projection, positions, norm;
+    network_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
-    slam_act *weights, *centroids; // all of the above; (K,C)
-    float *squares;                // (K) of the centroids
-    char *arena;                   // activations of a batch
-    size_t arena_bytes;
-    const tensors *file; // while the weights are read: their file, the end of those placed so far, no error so far
-    size_t end;
-    int ok;
+    slam_act *centroids; // (K,C)
+    float *squares;      // (K) of the centroids
 } slam_hubert;
 
-/* At least `bytes` in h->arena. */
-static int hubert_grow(slam_hubert *h, size_t bytes) {
-    if (bytes <= h->arena_bytes) return 1;
-    h->ops->release(h->ops, h->arena);
-    h->arena = (char *)h->ops->alloc(h->ops, bytes);
-    h->arena_bytes = h->arena ? bytes : 0;
-    return h->arena != NULL;
-}
-
-/* The file's tensor of this name; models with a head have a prefix. */
-static const tensor *hubert_find(const slam_hubert *h, const char *name) {
-    char *prefixed = string_print("hubert.%s", name);
-    const tensor *t = tensors_find(h->file, prefixed);
-    free(prefixed);
-    return t ? t : tensors_find(h->file, name);
-}
-
-/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !h->ok on error. */
-static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
-    char *full = string_print("%s.%s", name, suffix);
-    const tensor *t = hubert_find(h, full);
-    const size_t n = a * b * c;
-    float *x = NULL;
-    if (h->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
-        h->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", h->file->file->path, full,
-                          t ? "has another shape" : "is missing", a, b, c);
-    if (h->ok) h->ok = tensor_floats(t, x = NEW(float, n), 0, n);
-    for (size_t i = 0; h->ok && i < n; i++)
-        if (!isfinite(x[i])) h->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
-    free(full);
-    return x;
-}
-
-/* Places x (a,b,c) at h->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
-static slam_act *hubert_store(slam_hubert *h, float *x, size_t a, size_t b, size_t c) {
-    const size_t n = a * b * c, at = h->end;
-    h->ok = h->ok && hubert_grow(h, n * sizeof *x);
-    float *host = h->ok ? NEW(float, n) : NULL, *next = host;
-    h->hash ^= at;
-    for (size_t i = 0; h->ok && i < a; i++)
-        for (size_t k = 0; k < c; k++)
-            for (size_t j = 0; j < b; j++) {
-                uint32_t bits;
-                *next = x[(i * b + j) * c + k];
-                memcpy(&bits, next++, sizeof bits);
-                h->hash = (h->hash ^ bits) * HASH_PRIME;
-            }
-    slam_act *to = act_at(h->ops, h->weights, at);
-    h->end += round_up(n, 256);
-    if (h->ok) h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
-    if (h->ok) h->ops->to_act(h->ops, to, (float *)h->arena, n);
-    free(host);
-    free(x);
-    return to;
-}
-
-static slam_act *hubert_tensor(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
-    return hubert_store(h, hubert_read(h, name, suffix, a, b, c), a, b, c);
-}
-
-/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
-static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *format, int layer, size_t a, size_t b,
-                               size_t c, int bias) {
-    char *name = string_print(format, layer);
-    m->w = hubert_tensor(h, name, "weight", a, b, c);
-    if (bias) m->b = hubert_tensor(h, name, "bias", a, 1, 1);
-    free(name);
-}
-
-/* The convolution for positions, with one of
-       weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
-       batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
-                                          scale = w / sqrt(var + 1e-5), shift = b - mean scale */
+/* The convolution for positions, with weight norm over all but the taps, or with batch norm and fixed statistics (Ioffe
+   and Szegedy 2015): scale x + shift before the convolution,
+       scale = w / sqrt(var + 1e-5)      shift = b - mean scale */
 static void hubert_load_positions(slam_hubert *h) {
-    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
-                                           {"weight_v", "weight_g"},
-                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K, at = h->end;
-    const int kind = h->config.batch_norm ? 0 : hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") ? 1 : 2;
-    h->end += round_up(n, 256);
-    h->positions.b = hubert_tensor(h, conv, "bias", C, 1, 1);
-    float *v = hubert_read(h, conv, names[kind][0], C, width, K);
-    float *g = kind ? hubert_read(h, conv, names[kind][1], 1, 1, K) : NULL;
-    for (size_t k = 0; g && h->ok && k < K; k++) {
-        double squares = 0;
-        for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
-        const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
-        for (size_t i = k; i < n; i += K) v[i] *= scale;
-    }
-    free(g);
-    const size_t end = h->end;
-    h->end = at;
-    h->positions.w = hubert_store(h, v, C, width, K);
-    h->end = end;
-    if (kind) return;
-    float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
-    float *mean = hubert_read(h, norm, "running_mean", C, 1, 1), *var = hubert_read(h, norm, "running_var", C, 1, 1);
-    for (size_t c = 0; h->ok && c < C; c++) {
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
+    network *n = &h->net;
+    const size_t at = n->end;
+    n->end += round_up(C * width * K, 256);
+    h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
+    const size_t end = n->end;
+    n->end = at;
+    float *weight =
+        h->config.batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
+    h->positions.w = network_store(n, weight, C, width, K);
+    n->end = end;
+    if (!h->config.batch_norm) return;
+    float *w = network_read(n, norm, "weight", C, 1, 1), *b = network_read(n, norm, "bias", C, 1, 1);
+    float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
+    for (size_t c = 0; n->ok && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+        if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' has %g", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
     free(mean);
     free(var);
-    h->batch_norm.w = hubert_store(h, w, C, 1, 1);
-    h->batch_norm.b = hubert_store(h, b, C, 1, 1);
+    h->batch_norm.w = network_store(n, w, C, 1, 1);
+    h->batch_norm.b = network_store(n, b, C, 1, 1);
 }
 
 /* Everything up to the output of h->layer. */
@@ -8204,49 +8278,49 @@ static void hubert_load_weights(slam_hubert *h) {
     static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
                                       "encoder.layers.%d.attention.v_proj"};
     const hubert_config *k = &h->config;
+    network *n = &h->net;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        hubert_load_module(h, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
-                           k->conv_bias);
+        network_load_module(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(h, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
+            network_load_module(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(h, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
-    hubert_load_module(h, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+        network_load_module(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    network_load_module(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
     hubert_load_positions(h);
-    if (!k->stable) hubert_load_module(h, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
+    if (!k->stable) network_load_module(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
-        const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
+        const size_t at = n->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
             char *name = string_print(qkv[j], i);
-            h->end = at + j * C * C;
-            hubert_tensor(h, name, "weight", C, C, 1);
-            h->end = bias_at + j * C;
-            hubert_tensor(h, name, "bias", C, 1, 1);
+            n->end = at + j * C * C;
+            network_tensor(n, name, "weight", C, C, 1);
+            n->end = bias_at + j * C;
+            network_tensor(n, name, "bias", C, 1, 1);
             free(name);
         }
-        h->end = bias_at + round_up(3 * C, 256);
-        w->qkv.w = act_at(h->ops, h->weights, at);
-        w->qkv.b = act_at(h->ops, h->weights, bias_at);
-        hubert_load_module(h, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
-        hubert_load_module(h, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
-        hubert_load_module(h, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
-        hubert_load_module(h, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
-        hubert_load_module(h, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
+        n->end = bias_at + round_up(3 * C, 256);
+        w->qkv.w = act_at(n->ops, n->weights, at);
+        w->qkv.b = act_at(n->ops, n->weights, bias_at);
+        network_load_module(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        network_load_module(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        network_load_module(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        network_load_module(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        network_load_module(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
 }
 
 static void hubert_free(slam_hubert *h) {
     if (!h) return;
-    h->ops->release(h->ops, h->weights);
-    h->ops->release(h->ops, h->arena);
-    h->ops->release(h->ops, h->centroids);
-    h->ops->release(h->ops, h->squares);
+    h->net.ops->release(h->net.ops, h->centroids);
+    h->net.ops->release(h->net.ops, h->squares);
+    network_free(&h->net);
     free(h->layers);
     free(h);
 }
@@ -8255,27 +8329,28 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
+    network *net = &h->net;
     size_t n = 0;
-    h->ops = ops;
+    net->ops = ops;
+    net->prefix = "hubert.";
     h->layer = layer;
     int ok = hubert_config_load(&h->config, path, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
-    h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    net->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
     ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
-    tensors *file = ok ? tensors_open(folder) : NULL;
-    for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
-        const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
-        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(file->at[i].count, 256);
-    }
-    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    h->file = file;
-    h->ok = h->weights != NULL;
-    h->layers = h->ok ? NEW(hubert_layer, layer) : NULL;
-    if (h->ok) hubert_load_weights(h);
-    ok = h->ok && ops->finish(ops);
-    tensors_close(file);
+    net->file = ok ? tensors_open(folder) : NULL;
+    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++) {
+        const char *in_layer = strstr(t->name, "encoder.layers.");
+        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(t->count, 256);
+    } // no memory for layers above
+    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    net->ok = net->weights != NULL;
+    h->layers = net->ok ? NEW(hubert_layer, layer) : NULL;
+    if (net->ok) hubert_load_weights(h);
+    ok = net->ok && ops->finish(ops);
+    tensors_close(net->file);
     json_free(p);
     free(path);
     free(preprocessor);
@@ -8286,12 +8361,12 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
 
 /* Uploads the tokenizer's centroids (K,C) for ops->nearest, and their squares as the device rounds them. */
 static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const size_t C = h->config.C, n = K * C;
     h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
     h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
-    if (!h->centroids || !h->squares || !hubert_grow(h, n * sizeof *centroids)) return 0;
-    float *wide = (float *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
+    if (!h->centroids || !h->squares || !network_grow(&h->net, n * sizeof *centroids)) return 0;
+    float *wide = (float *)h->net.arena, *host = NEW(float, n), *squares = NEW(float, K);
     ops->upload(ops, wide, centroids, n * sizeof *wide);
     ops->to_act(ops, h->centroids, wide, n);
     ops->to_float(ops, wide, h->centroids, n);
@@ -8340,7 +8415,7 @@ static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
 /* Places the batch in the arena, which may be NULL, and returns its size. */
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
-    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
+    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->net.ops->act_bytes;
     size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
     for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
         frames /= k->stride[i];
@@ -8367,7 +8442,7 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
 /* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames behind a
    recording see only its first frame, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const size_t B = b->B, S = b->S, T = b->T, N = B * T;
     float *host = NEW(float, B *S);
     int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
@@ -8390,16 +8465,16 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
 /* Samples (B,S) to x (B,T,C). A layer: x + O attention(norm x), then x + D gelu(U norm x), if stable; else
    norm(x + O attention x), then norm(x + D gelu(U x)). */
 static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const hubert_config *k = &h->config;
-    const hubert_module *norm = h->conv_norm;
+    const network_module *norm = h->conv_norm;
     const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
     slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
         const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], !has_norm};
+        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], 1, !has_norm};
         slam_act *out = b->conv[i % 2];
         ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
@@ -8414,7 +8489,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
     const int TO = T + k->taps - 1;
-    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
+    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1, 1};
     ops->mask_frames(ops, x, b->frames, B, T, C);
     ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
     ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
@@ -8422,7 +8497,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
     const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
-        const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
+        const network_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
         ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
         ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
@@ -8454,7 +8529,7 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
    frame i; without centroids, the features. */
 static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
     slam_hubert *h = t->hubert;
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const int C = t->width, K = t->K;
     int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
@@ -8475,8 +8550,8 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
         while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
-        if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
-        hubert_place(h, &b, K > C ? K : C, h->arena);
+        if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
+        hubert_place(h, &b, K > C ? K : C, h->net.arena);
         hubert_upload(h, &b, t->config.normalize);
         hubert_forward(h, &b);
         if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
@@ -8487,6 +8562,393 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
     }
     free((void *)list);
     return ok;
+}
+
+/* ---- vocoder: HiFi-GAN from units (Kong et al. 2020; Polyak et al. 2021), as textlesslib and speech-resynthesis ----
+   A frame is the embedding of a unit, repeated for its duration, followed by those of speaker and style.
+       x = conv(frames)
+       for each stage:  x = transposed conv(leaky(x))     rate times as many frames, half the channels
+                        x = mean over the blocks of block(x)
+       block(x):        three times x = x + conv(leaky(dilated conv(leaky(x))))
+       samples = tanh(conv(leaky(x)))
+   leaky: leaky ReLU of slope 0.1, the last of 0.01. A duration is predicted as d = max(1, round(exp(y) - 1)),
+       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
+   Beyond its ends the input of a convolution is zero. */
+
+enum {
+    VOCODER_WINDOW = 1 << 18, // samples
+    VOCODER_MOST = 1 << 30,   // samples
+    VOCODER_LONGEST = 1000    // frames of a predicted duration
+};
+
+typedef struct vocoder_config {
+    int V, E, in, C;          // units; channels of an embedding, of a frame, of the first stage
+    int speakers, styles, H;  // 0: none; channels of the duration predictor, 0: none
+    int predictor_taps, rate; // always 3; always 16000
+    int stages, rates[LIST_MOST], kernels[LIST_MOST];
+    int blocks, taps[LIST_MOST], dilations[LIST_MOST][LIST_MOST];
+} vocoder_config;
+
+static const field vocoder_fields[] = {
+    {"num_embeddings", FIELD_INT, offsetof(vocoder_config, V), 1, 1 << 16, 1},
+    {"embedding_dim", FIELD_INT, offsetof(vocoder_config, E), 1, 1 << 14, 1},
+    {"model_in_dim", FIELD_INT, offsetof(vocoder_config, in), 1, 1 << 16, 1},
+    {"upsample_initial_channel", FIELD_INT, offsetof(vocoder_config, C), 1, 1 << 14, 1},
+    {"num_speakers", FIELD_INT, offsetof(vocoder_config, speakers), 1, 1 << 20, 0},
+    {"num_styles", FIELD_INT, offsetof(vocoder_config, styles), 1, 1 << 20, 0},
+    {"sampling_rate", FIELD_INT, offsetof(vocoder_config, rate), SAMPLE_RATE, SAMPLE_RATE, 0},
+};
+static const field predictor_fields[] = {
+    {"var_pred_hidden_dim", FIELD_INT, offsetof(vocoder_config, H), 1, 1 << 14, 1},
+    {"var_pred_kernel_size", FIELD_INT, offsetof(vocoder_config, predictor_taps), 3, 3, 1},
+};
+
+/* Whether Python takes the member as true. */
+static int json_true(const json *object, const char *key) {
+    const json *j = json_get(object, key);
+    return j && j->type != JSON_FALSE && (j->type != JSON_NUMBER || j->number != 0) &&
+           (j->type != JSON_STRING || *j->string) && (j->type < JSON_ARRAY || j->n > 0);
+}
+
+static int vocoder_config_load(vocoder_config *k, const char *path) {
+    static const char *const unsupported[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code",
+                                              "f0_quantizer_path"};
+    static const char dilations[] = "resblock_dilation_sizes";
+    json *c = json_load(path);
+    k->speakers = 200, k->styles = 100; // defaults of that code
+    int ok = c && fields_read(c, vocoder_fields, sizeof vocoder_fields / sizeof *vocoder_fields, k, path);
+    for (int i = 0; ok && i < 5; i++)
+        if (json_true(c, unsupported[i]))
+            ok = set_error("%s: '%s' is set, expected a vocoder of units, speakers and styles alone", path,
+                           unsupported[i]);
+    if (ok && strcmp(json_string(c, "resblock", "1"), "1"))
+        ok = set_error("%s: resblock is '%s', expected '1'", path, json_string(c, "resblock", "1"));
+    if (!json_true(c, "multispkr")) k->speakers = 0;
+    if (!json_true(c, "multistyle")) k->styles = 0;
+    if (ok && json_true(c, "dur_predictor_params"))
+        ok = fields_read(json_get(c, "dur_predictor_params"), predictor_fields, 2, k, path);
+    if (ok) ok = k->stages = json_list(json_get(c, "upsample_rates"), "upsample_rates", k->rates, 0, 0, "it has", path);
+    if (ok)
+        ok = json_list(json_get(c, "upsample_kernel_sizes"), "upsample_kernel_sizes", k->kernels, 0, k->stages,
+                       "upsample_rates", path);
+    if (ok)
+        ok = k->blocks =
+            json_list(json_get(c, "resblock_kernel_sizes"), "resblock_kernel_sizes", k->taps, 0, 0, "it has", path);
+    const json *list = json_get(c, dilations), *j = list && list->type == JSON_ARRAY ? list->first : NULL;
+    for (int i = 0; ok && i < k->blocks; i++, j = j->next)
+        ok = json_list(j, dilations, k->dilations[i], 0, 3, "[1, 3, 5]", path);
+    json_free(c);
+    const int parts = 1 + (k->speakers > 0) + (k->styles > 0);
+    if (ok && k->in != parts * k->E)
+        ok = set_error("%s: model_in_dim is %d, expected %d: embeddings of %d channels of unit%s%s", path, k->in,
+                       parts * k->E, k->E, k->speakers ? ", speaker" : "", k->styles ? ", style" : "");
+    for (int i = 0, step = 1; ok && i < k->stages; i++)
+        if ((step *= k->rates[i]) > 1 << 11 || k->kernels[i] < k->rates[i] || !(k->C >> (i + 1)))
+            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected at most %d samples per "
+                           "frame, a kernel no smaller than the rate, and channels",
+                           path, i, k->rates[i], k->kernels[i], k->C >> (i + 1), 1 << 11);
+    for (int i = 0; ok && i < k->blocks; i++)
+        for (int d = 0; ok && d < 3; d++)
+            if (k->taps[i] % 2 == 0 || k->taps[i] > 1 << 11 || k->taps[i] * k->dilations[i][d] > 1 << 12)
+                ok = set_error("%s: block %d has kernel size %d and dilation %d, expected an odd size and at most %d "
+                               "frames",
+                               path, i, k->taps[i], k->dilations[i][d], 1 << 12);
+    return ok;
+}
+
+typedef struct vocoder_conv {
+    network_module m;
+    slam_conv shape;
+    int before; // frames that it reads before the first one
+} vocoder_conv;
+
+typedef struct slam_vocoder {
+    network net;
+    vocoder_config config;
+    size_t step, tail, halo;  // samples per frame; more of them at the end; frames that reach a sample, on each side
+    size_t margin;            // most numbers that a convolution reads before and behind its input
+    slam_act *frames, *units; // (V,in) embeddings of units with speaker and style; (V,E) those for durations
+    vocoder_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
+    network_module norm[2], linear; // of the predictor
+} slam_vocoder;
+
+static void vocoder_set_conv(slam_vocoder *v, vocoder_conv *to, int C, int OC, int K, int dilation, int before) {
+    const slam_conv shape = {1, 1, 0, C, 0, OC, K, 1, dilation, 0};
+    const size_t reach = round_up((size_t)K * dilation * C, 256);
+    to->shape = shape;
+    to->before = before;
+    if (reach > v->margin) v->margin = reach;
+}
+
+/* The convolution of C to OC channels whose name has the numbers i and j; its weights are multiplied by scale. */
+static void vocoder_load_conv(slam_vocoder *v, vocoder_conv *to, const char *format, int i, int j, int C, int OC, int K,
+                              int dilation, float scale) {
+    network *n = &v->net;
+    char *name = string_print(format, i, j);
+    float *w = network_weight(n, name, 0, OC, C, K);
+    for (size_t k = 0; n->ok && k < (size_t)OC * C * K; k++) w[k] *= scale;
+    to->m.w = network_store(n, w, OC, C, K);
+    to->m.b = network_tensor(n, name, "bias", OC, 1, 1);
+    vocoder_set_conv(v, to, C, OC, K, dilation, (K - 1) / 2 * dilation);
+    free(name);
+}
+
+/* The transposed convolution of a stage: out_j = sum_t x_t w_(j + p - t u), u the rate, p = (K - u) / 2. With j = q u +
+   r it is a convolution over x whose output frame q holds r = 0 .. u - 1: x_(q - m) meets w_(m u + r + p), which is 0
+   outside of 0 .. K - 1. */
+static void vocoder_load_up(slam_vocoder *v, int stage, int C, int OC, float scale) {
+    network *n = &v->net;
+    const int u = v->config.rates[stage], K = v->config.kernels[stage], p = (K - u) / 2;
+    const int last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u; // m from last down
+    char *name = string_print("ups.%d", stage);
+    float *w = network_weight(n, name, 0, C, OC, K), *b = network_read(n, name, "bias", OC, 1, 1);
+    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *next = rows;
+    float *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
+    for (int i = 0; n->ok && i < u * OC; i++) {
+        const int r = i / OC, o = i % OC;
+        bias[i] = b[o];
+        for (int c = 0; c < C; c++)
+            for (int m = last; m > last - taps; m--, next++) {
+                const int k = m * u + r + p;
+                if (k >= 0 && k < K) *next = scale * w[((size_t)c * OC + o) * K + k];
+            }
+    }
+    v->up[stage].m.w = network_store(n, rows, (size_t)u * OC, C, taps);
+    v->up[stage].m.b = network_store(n, bias, (size_t)u * OC, 1, 1);
+    vocoder_set_conv(v, &v->up[stage], C, u * OC, taps, 1, last);
+    free(w);
+    free(b);
+    free(name);
+}
+
+/* The mean over blocks is a sum whose factor is in the weights that follow: leaky ReLU passes it on. */
+static void vocoder_load_weights(slam_vocoder *v, int speaker, int style) {
+    const vocoder_config *k = &v->config;
+    network *n = &v->net;
+    const size_t V = k->V, E = k->E, in = k->in, H = k->H;
+    const float mean = 1.0f / (float)k->blocks;
+    float *unit = network_read(n, "dict", "weight", V, E, 1), *frames = n->ok ? NEW(float, V *in) : NULL;
+    float *voice[] = {k->speakers ? network_read(n, "spkr", "weight", k->speakers, E, 1) : NULL,
+                      k->styles ? network_read(n, "style", "weight", k->styles, E, 1) : NULL};
+    for (size_t u = 0; n->ok && u < V; u++) {
+        float *to = (float *)memcpy(frames + u * in, unit + u * E, E * sizeof *to) + E;
+        for (int i = 0; i < 2; i++)
+            if (voice[i]) to = (float *)memcpy(to, voice[i] + (size_t)(i ? style : speaker) * E, E * sizeof *to) + E;
+    }
+    free(voice[0]);
+    free(voice[1]);
+    v->frames = network_store(n, frames, V, in, 1);
+    v->units = network_store(n, unit, V, E, 1);
+    vocoder_load_conv(v, &v->pre, "conv_pre", 0, 0, k->in, k->C, 7, 1, 1);
+    for (int i = 0; i < k->stages; i++) {
+        const int C = k->C >> (i + 1);
+        vocoder_load_up(v, i, k->C >> i, C, i ? mean : 1);
+        for (int j = 0; j < 6 * k->blocks; j++) {
+            const int b = j / 6, d = j / 2 % 3;
+            vocoder_load_conv(v, &v->block[i][b][d][j % 2], j % 2 ? "resblocks.%d.convs2.%d" : "resblocks.%d.convs1.%d",
+                              i * k->blocks + b, d, C, C, k->taps[b], j % 2 ? 1 : k->dilations[b][d], 1);
+        }
+    }
+    vocoder_load_conv(v, &v->post, "conv_post", 0, 0, k->C >> k->stages, 1, 7, 1, mean);
+    for (int i = 0; H && i < 2; i++) {
+        vocoder_load_conv(v, &v->predictor[i], "dur_predictor.conv%d.0", i + 1, 0, i ? k->H : k->E, k->H, 3, 1, 1);
+        network_load_module(n, &v->norm[i], "dur_predictor.ln%d", i + 1, H, 1, 1, 1);
+    }
+    if (H) network_load_module(n, &v->linear, "dur_predictor.proj", 0, 1, H, 1, 1);
+}
+
+static void vocoder_free(slam_vocoder *v) {
+    if (!v) return;
+    network_free(&v->net);
+    free(v);
+}
+
+/* The vocoder in a folder, config.json and model.safetensors, with one of its speakers and styles. */
+static slam_vocoder *vocoder_load(slam_ops *ops, const char *folder, int speaker, int style) {
+    slam_vocoder *v = NEW(slam_vocoder, 1);
+    vocoder_config *k = &v->config;
+    network *net = &v->net;
+    char *path = path_join(folder, "config.json");
+    net->ops = ops;
+    net->prefix = "generator.";
+    int ok = vocoder_config_load(k, path);
+    if (ok && (speaker < 0 || speaker >= (k->speakers ? k->speakers : 1)))
+        ok = set_error("%s: speaker is %d, the vocoder has %d, numbered from 0", folder, speaker, k->speakers);
+    if (ok && (style < 0 || style >= (k->styles ? k->styles : 1)))
+        ok = set_error("%s: style is %d, the vocoder has %d, numbered from 0", folder, style, k->styles);
+    net->file = ok ? tensors_open(folder) : NULL;
+    size_t n = round_up((size_t)k->V * k->in, 256);
+    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++)
+        n += round_up((strstr(t->name, "ups.") ? 3 : 1) * t->count, 256); // vocoder_load_up adds zeros
+    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    net->ok = net->weights != NULL;
+    if (net->ok) vocoder_load_weights(v, speaker, style);
+    size_t reach = 0; // of the longest block, to each side
+    for (int i = 0; i < k->blocks; i++) {
+        const int *d = k->dilations[i];
+        const size_t frames = (size_t)(k->taps[i] - 1) / 2 * (d[0] + d[1] + d[2] + 3);
+        if (frames > reach) reach = frames;
+    }
+    v->step = 1;
+    v->halo = 3;
+    for (int i = 0; i < k->stages; i++) {
+        v->step *= k->rates[i];
+        v->tail = v->tail * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
+    }
+    for (int i = k->stages; i-- > 0;) v->halo = (v->halo + reach + k->kernels[i]) / k->rates[i] + 1;
+    v->halo += 3;
+    ok = net->ok && ops->finish(ops);
+    tensors_close(net->file);
+    free(path);
+    if (ok) return v;
+    vocoder_free(v);
+    return NULL;
+}
+
+typedef struct vocoder_window {
+    int *tokens;         // (T)
+    slam_act *a, *b;     // inputs of convolutions with v->margin zeros before and behind
+    slam_act *x, *y, *z; // outputs
+    float *out;          // (samples), or (T) of the duration predictor
+    size_t padded;       // bytes of a, of b
+} vocoder_window;
+
+/* Places the window in the arena, which may be NULL, and returns its size. */
+static size_t vocoder_place(const slam_vocoder *v, vocoder_window *w, size_t T, const char *arena) {
+    const vocoder_config *k = &v->config;
+    const size_t act = v->net.ops->act_bytes, widest = k->in > k->C ? k->in : k->C;
+    size_t end = 0, most = T * (widest > (size_t)k->H ? widest : (size_t)k->H), frames = T;
+    for (int i = 0; i < k->stages; i++) {
+        const size_t n = (frames + 1) * k->rates[i] * (k->C >> (i + 1));
+        frames = frames * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
+        if (n > most) most = n;
+    }
+    w->padded = (most + 2 * v->margin) * act;
+    w->tokens = (int *)take(arena, &end, T * sizeof(int));
+    w->a = (slam_act *)take(arena, &end, w->padded);
+    w->b = (slam_act *)take(arena, &end, w->padded);
+    w->x = (slam_act *)take(arena, &end, most * act);
+    w->y = (slam_act *)take(arena, &end, most * act);
+    w->z = (slam_act *)take(arena, &end, most * act);
+    w->out = (float *)take(arena, &end, frames * sizeof(float));
+    return end;
+}
+
+/* out (T,OC) of in (T,C), with margins */
+static void vocoder_convolve(const slam_vocoder *v, const vocoder_conv *c, slam_act *out, slam_act *in, int T) {
+    slam_conv shape = c->shape;
+    shape.T = shape.TO = T;
+    slam_act *first = act_at(v->net.ops, in, v->margin - (size_t)c->before * shape.C);
+    v->net.ops->conv1d(v->net.ops, out, first, c->m.w, c->m.b, &shape);
+}
+
+/* w->out (T): log(1 + duration) of T units */
+static void vocoder_predict(const slam_vocoder *v, const vocoder_window *w, int T) {
+    slam_ops *ops = v->net.ops;
+    const int H = v->config.H;
+    slam_act *a = act_at(ops, w->a, v->margin);
+    ops->embedding_forward(ops, a, w->tokens, v->units, T, v->config.E);
+    for (int i = 0; i < 2; i++) {
+        vocoder_convolve(v, &v->predictor[i], w->x, w->a, T);
+        ops->zero(ops, w->a, w->padded);
+        ops->leaky_relu(ops, NULL, w->x, w->x, NULL, 0, (size_t)T * H);
+        ops->layernorm(ops, NULL, a, w->x, NULL, v->norm[i].w, v->norm[i].b, 1e-5f, 0, T, H);
+    }
+    ops->matmul_forward(ops, w->x, a, v->linear.w, v->linear.b, T, H, 1);
+    ops->to_float(ops, w->out, w->x, T);
+}
+
+/* w->out: the samples of T frames, before tanh */
+static void vocoder_forward(const slam_vocoder *v, const vocoder_window *w, int T) {
+    slam_ops *ops = v->net.ops;
+    const vocoder_config *k = &v->config;
+    slam_act *a = act_at(ops, w->a, v->margin), *b = act_at(ops, w->b, v->margin);
+    size_t n = (size_t)T * k->C;
+    ops->embedding_forward(ops, a, w->tokens, v->frames, T, k->in);
+    vocoder_convolve(v, &v->pre, w->x, w->a, T);
+    for (int i = 0; i < k->stages; i++) {
+        ops->zero(ops, w->a, w->padded);
+        ops->leaky_relu(ops, NULL, a, w->x, NULL, 0.1f, n);
+        const int frames = T * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
+        vocoder_convolve(v, &v->up[i], w->y, w->a, T + (k->kernels[i] - k->rates[i]) % 2);
+        T = frames;
+        n = (size_t)T * (k->C >> (i + 1));
+        ops->zero(ops, w->a, w->padded);
+        ops->zero(ops, w->b, w->padded);
+        for (int j = 0; j < k->blocks; j++) {
+            slam_act *from = w->y, *to = j ? w->z : w->x; // x: the sum of the blocks
+            ops->leaky_relu(ops, NULL, a, from, NULL, 0.1f, n);
+            for (int d = 0; d < 3; d++, from = to) {
+                vocoder_convolve(v, &v->block[i][j][d][0], b, w->a, T);
+                ops->leaky_relu(ops, NULL, b, b, NULL, 0.1f, n);
+                vocoder_convolve(v, &v->block[i][j][d][1], a, w->b, T);
+                ops->leaky_relu(ops, to, a, from, a, 0.1f, n);
+            }
+            if (j) ops->leaky_relu(ops, w->x, NULL, w->x, w->z, 0, n);
+        }
+    }
+    ops->leaky_relu(ops, NULL, a, w->x, NULL, 0.01f, n);
+    vocoder_convolve(v, &v->post, w->y, w->a, T);
+    ops->to_float(ops, w->out, w->y, T);
+}
+
+/* out: what the duration predictor says of n units, or the samples of n frames, before tanh; in windows that overlap as
+   far as a number depends on its neighbours. */
+static int vocoder_compute(slam_vocoder *v, int predict, const int *tokens, size_t n, float *out) {
+    slam_ops *ops = v->net.ops;
+    const size_t length = (VOCODER_WINDOW + v->step - 1) / v->step, halo = predict ? 2 : v->halo;
+    const size_t step = predict ? 1 : v->step, tail = predict ? 0 : v->tail;
+    int ok = 1;
+    for (size_t first = 0; ok && first < n; first += length) {
+        const size_t begin = first > halo ? first - halo : 0, left = n - first;
+        const int T = (int)((left > length + halo ? first + length + halo : n) - begin);
+        vocoder_window w;
+        if (!network_grow(&v->net, vocoder_place(v, &w, T, NULL))) return 0;
+        vocoder_place(v, &w, T, v->net.arena);
+        ops->upload(ops, w.tokens, tokens + begin, T * sizeof *tokens);
+        ops->zero(ops, w.a, w.padded);
+        if (predict) vocoder_predict(v, &w, T);
+        else vocoder_forward(v, &w, T);
+        const size_t count = left > length ? length * step : left * step + tail;
+        ops->download(ops, out + first * step, w.out + (first - begin) * step, count * sizeof *out);
+        ok = ops->finish(ops);
+    }
+    return ok;
+}
+
+/* The samples of n units, *samples of them; free() them. duration (n) in frames; NULL: predicted, or one frame each if
+   the vocoder has no predictor. */
+static float *vocoder_run(slam_vocoder *v, const int *unit, const int *duration, size_t n, size_t *samples) {
+    const int V = v->config.V, predict = !duration && v->config.H;
+    float *y = NEW(float, n), *out = NULL;
+    int *d = NEW(int, n), *tokens = NULL, ok = n > 0 || set_error("found no units, expected at least one");
+    size_t frames = 0;
+    for (size_t i = 0; ok && i < n; i++)
+        if (unit[i] < 0 || unit[i] >= V)
+            ok = set_error("unit number %zu is %d, the vocoder has units 0 to %d", i + 1, unit[i], V - 1);
+    if (ok && predict) ok = vocoder_compute(v, 1, unit, n, y);
+    for (size_t i = 0; ok && i < n; i++) {
+        if (predict) y[i] = rintf(expf(y[i]) - 1);
+        d[i] = duration ? duration[i] : y[i] > VOCODER_LONGEST ? VOCODER_LONGEST : y[i] > 1 ? (int)y[i] : 1;
+        if (d[i] < 1 || (frames += d[i]) > VOCODER_MOST / v->step)
+            ok = set_error("unit number %zu has a duration of %d, expected 1 or more, %d samples at most together",
+                           i + 1, d[i], VOCODER_MOST);
+    }
+    if (ok) {
+        tokens = NEW(int, frames);
+        for (size_t i = 0, t = 0; i < n; i++)
+            for (int k = 0; k < d[i]; k++) tokens[t++] = unit[i];
+        *samples = frames * v->step + v->tail;
+        out = NEW(float, *samples);
+        ok = vocoder_compute(v, 0, tokens, frames, out);
+        for (size_t i = 0; i < *samples; i++) out[i] = tanhf(out[i]);
+    }
+    free(y);
+    free(d);
+    free(tokens);
+    if (ok) return out;
+    free(out);
+    return NULL;
 }
 
 /* ---- nearest centroids ----
@@ -8712,7 +9174,7 @@ static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     strbuf s = ZERO;
     strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
                c->normalize != 0, c->dedup != 0, t->K, t->width);
-    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->net.hash);
     const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     strbuf_free(&s);
@@ -9175,7 +9637,7 @@ static void reader_decode(slam_reader *r) {
         r->items[r->n] = NEW(slam_item, 1);
         r->items[r->n++]->input = r->next;
     }
-    r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
+    r->limit = SAMPLE_RATE * (hubert && !hubert->net.ops->asynchronous ? 300 : 3600);
     r->samples = 0;
     r->deadline = slam_clock() + 0.25;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))

@@ -520,6 +520,19 @@ static void test_gelu(size_t n) {
                     [=](slam_ops *ops, void **p) { ops->gelu_forward(ops, A(0), A(0), n); });
 }
 
+/* By itself, of a sum, in place; the sum alone. */
+static void test_leaky_relu(size_t n) {
+    check_operation("leaky relu",
+                    {numbers(ACT, n, 1, 1), numbers(ACT, n, 1, 1), unwritten(ACT, n), unwritten(ACT, n),
+                     unwritten(ACT, n), unwritten(ACT, n)},
+                    [=](slam_ops *ops, void **p) {
+                        ops->leaky_relu(ops, NULL, A(2), A(0), NULL, 0.1f, n);
+                        ops->leaky_relu(ops, A(3), A(4), A(0), A(1), 0.1f, n);
+                        ops->leaky_relu(ops, A(5), NULL, A(0), A(1), 0, n);
+                        ops->leaky_relu(ops, A(0), A(1), A(0), A(1), 0.25f, n);
+                    });
+}
+
 static void test_layernorm(int N, int C) {
     const size_t n = (size_t)N * C;
     for (int gelu = 0; gelu < 2; gelu++)
@@ -571,7 +584,7 @@ static void test_launch(void) {
 }
 
 static void test_conv1d(const slam_conv &c) {
-    const size_t x = (size_t)(c.B * c.G * c.T + c.K) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
+    const size_t x = (size_t)(c.B * c.G * c.T + c.K * c.dilation) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
                  out = (size_t)c.B * c.TO * c.G * c.OC;
     check_operation("conv1d",
                     {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
@@ -606,6 +619,7 @@ static void test_speech_operations(const char *dtype) {
     for (int k = 0; k < 5; k++) {
         const int N = sizes[k][0], C = sizes[k][1];
         if (TEST("op: gelu %s %d", dtype, N * C)) test_gelu((size_t)N * C);
+        if (TEST("op: leaky relu %s %d", dtype, N * C)) test_leaky_relu((size_t)N * C);
         if (TEST("op: layernorm %s %d x %d", dtype, N, C)) test_layernorm(N, C);
         if (TEST("op: nearest centroid %s %d x %d", dtype, N, C)) test_nearest(N, C, 1 + 20 * k);
     }
@@ -617,17 +631,18 @@ static void test_speech_operations(const char *dtype) {
         test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
     if (TEST("op: a launch that fails %s", dtype)) test_launch();
     const slam_conv convs[] = {
-        {1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1},
-        {3, 1, 41, 48, 20, 5, 2, 2, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1},
-        {1, 1, 640, 1, 128, 200, 10, 5, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 0}};
+        {1, 1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},
+        {3, 1, 41, 48, 20, 5, 2, 2, 1, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1, 1},
+        {1, 1, 640, 1, 128, 200, 10, 5, 1, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 1, 0},
+        {1, 1, 60, 16, 50, 16, 3, 1, 5, 0},    {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},    {1, 1, 70, 8, 10, 1, 7, 1, 10, 0}};
     for (const slam_conv &c : convs)
-        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d%s", dtype, c.B, c.G, c.T, c.C,
-                 c.TO, c.OC, c.K, c.stride, c.gelu ? ", gelu" : ""))
+        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d, dilation %d%s", dtype, c.B, c.G,
+                 c.T, c.C, c.TO, c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
             test_conv1d(c);
     /* more frames than are unfolded at once; 100 of them in the second, overlapping part */
     const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
     if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
-        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 0});
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0});
 }
 
 #ifndef OPS_ONLY

@@ -402,7 +402,7 @@ static void test_config(slam_ops *ops) {
         for (int i = 0; i < 3; i++) {
             char *folder = path_join("test/fixtures/hubert", names[i]);
             slam_hubert *h = hubert_load(ops, folder, 2);
-            CHECK(h && h->hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->hash : 0);
+            CHECK(h && h->net.hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->net.hash : 0);
             hubert_free(h);
             free(folder);
         }

@@ -534,18 +534,42 @@ static void test_gelu(slam_ops *ops) {
     free(x), free(y);
 }
 
+/* By itself, and of a sum, in place too; NaN stays. */
+static void test_leaky_relu(slam_ops *ops) {
+    enum { N = 1003 };
+    float *x = normals(N, 1), *delta = normals(N, 1), *s = zeros(N), *y = zeros(N);
+    x[5] = NAN, x[6] = -INFINITY, x[7] = 0;
+    for (int with = 0; with < 3; with++) { // 1: a sum; 2: the same, s in place of x and y of delta
+        float *sum = with == 2 ? x : s, *out = with == 2 ? delta : y, *expected = zeros(2 * N);
+        for (int i = 0; i < N; i++) {
+            expected[N + i] = x[i] + (with ? delta[i] : 0);
+            expected[i] = expected[N + i] > 0 ? expected[N + i] : 0.1f * expected[N + i];
+        }
+        ops->leaky_relu(ops, with ? act(sum) : NULL, act(out), act(x), with ? act(delta) : NULL, 0.1f, N);
+        CHECK(isnan(out[5]) && out[6] == -INFINITY, "leaky ReLU of NaN and -inf: %g, %g", out[5], out[6]);
+        CHECK(!memcmp(out, expected, 5 * sizeof *out) && !memcmp(out + 8, expected + 8, (N - 8) * sizeof *out), "y");
+        if (with) CHECK(!memcmp(sum + 8, expected + N + 8, (N - 8) * sizeof *sum), "s is not the sum");
+        free(expected);
+    }
+    ops->leaky_relu(ops, act(s), NULL, act(x), act(delta), 0.1f, N);
+    CHECK(s[9] == x[9] + delta[9], "a sum alone is %g", s[9]);
+    free(x), free(delta), free(s), free(y);
+}
+
 /* x has space for what is read past the end of a row. */
 static void test_conv1d(slam_ops *ops, slam_conv c, int bias) {
-    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K) * c.C, nw = (size_t)c.G * c.OC * c.K * c.C;
+    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K * c.dilation) * c.C,
+                 nw = (size_t)c.G * c.OC * c.K * c.C;
     const size_t no = (size_t)c.B * c.TO * c.G * c.OC;
     float *x = normals(nx, 1), *w = normals(nw, 0.5), *b = normals((size_t)c.G * c.OC, 1), *out = normals(no, 9);
     float *expected = zeros(no);
     for (size_t i = 0; i < no; i++) {
         const int o = (int)(i % (c.G * c.OC)), t = (int)(i / (c.G * c.OC) % c.TO), r = (int)(i / (c.G * c.OC) / c.TO);
         double sum = bias ? b[o] : 0;
-        for (int k = 0; k < c.K * c.C; k++)
-            sum +=
-                (double)x[((size_t)(r * c.G + o / c.OC) * c.T + t * c.stride) * c.C + k] * w[(size_t)o * c.K * c.C + k];
+        for (int k = 0; k < c.K * c.C; k++) {
+            const int frame = (r * c.G + o / c.OC) * c.T + t * c.stride + k / c.C * c.dilation;
+            sum += (double)x[(size_t)frame * c.C + k % c.C] * w[(size_t)o * c.K * c.C + k];
+        }
         expected[i] = (float)(c.gelu ? gelu_in_double(sum) : sum);
     }
     ops->conv1d(ops, act(out), act(x), act(w), bias ? act(b) : NULL, &c);
@@ -662,7 +686,7 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
 static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
-    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1};
+    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 1};
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
                             N * W, N * V, N * F, V * C, N * 48, N * C, 4, N};
@@ -741,17 +765,20 @@ int main(void) {
     if (TEST("rmsnorm of heads: 70 groups of 14 x 64")) test_rmsnorm_groups(ops, 70, 14, 64, 256, 0);
     if (TEST("sums")) test_sums(ops);
     if (TEST("AdamW")) test_adamw(ops);
-    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1},
-                               {3, 1, 80, 32, 40, 48, 3, 2, 1},    {3, 1, 41, 8, 20, 5, 2, 2, 0},
-                               {2, 3, 90, 6, 83, 6, 8, 1, 1},      {1, 2, 21, 4, 15, 4, 7, 1, 0},
-                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0},         {2, 1, 400, 1, 80, 32, 10, 5, 1, 1},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},     {3, 1, 41, 8, 20, 5, 2, 2, 1, 0},
+                               {2, 3, 90, 6, 83, 6, 8, 1, 1, 1},       {1, 2, 21, 4, 15, 4, 7, 1, 1, 0},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1}, {1, 1, 60, 8, 50, 8, 3, 1, 5, 0},
+                               {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},       {2, 1, 24, 6, 12, 3, 2, 2, 12, 0},
+                               {1, 1, 3000, 16, 2950, 16, 11, 1, 5, 0}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
-        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d%s", c.B, c.G, c.T, c.C, c.TO, c.OC, c.K,
-                 c.stride, c.gelu ? ", gelu" : ""))
+        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d%s", c.B, c.G, c.T, c.C, c.TO,
+                 c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
             test_conv1d(ops, c, 0), test_conv1d(ops, c, 1);
     }
     if (TEST("gelu")) test_gelu(ops);
+    if (TEST("leaky relu")) test_leaky_relu(ops);
     if (TEST("group_frames, mask_frames")) test_group_frames(ops);
     const int encoder[][2] = {{3, 5}, {7, 33}, {65, 128}, {13, 768}};
     for (int k = 0; k < 4; k++) {
