@@ -113,7 +113,7 @@ typedef struct slam_mask {
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
-    const float *rope;                /* (T,HS) per position: HS/2 cosines, HS/2 sines; NULL: no rotation */
+    const float *rope;                /* rotary table of T positions, see rope_table; NULL: no rotation */
 } slam_mask;
 
 typedef struct slam_adamw_params {
@@ -125,6 +125,13 @@ typedef struct slam_adamw_params {
 typedef struct slam_conv {
     int B, G, T, C, TO, OC, K, stride, gelu;
 } slam_conv;
+
+/* N rows of V logits, `stride` apart. */
+typedef struct slam_xent {
+    int N, V, stride;
+    float scale;          /* of the gradient; 0: losses only */
+    const float *weights; /* (N) of the losses in the gradient, NULL: 1 */
+} slam_xent;
 
 struct slam_ops {
     const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
@@ -219,10 +226,9 @@ struct slam_ops {
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1; weights (N), NULL: 1; logits (N,V), rows `stride` apart. scale 0: logits are
-       unchanged. Else dz replaces them, with 0 in rows whose target is -1 and in the stride - V columns of padding. */
-    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
-                         float scale, int N, int V, int stride);
+       loss (N), 0 where target is -1; logits (N,stride). scale 0: logits are unchanged. Else dz replaces them, with 0
+       in rows whose target is -1 and in the stride - V columns of padding. */
+    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const slam_xent *);
 
     /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order of summation depends on n alone. x (n) */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
@@ -335,7 +341,7 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;
+    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
     size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
     slam_act *weights;
     float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
@@ -359,7 +365,6 @@ enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
-void slam_model_set_rope_theta(slam_model *, double rope_theta);
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
@@ -452,14 +457,16 @@ typedef struct slam_data {
     slam_chunk *chunks;
     size_t n_sources, n_chunks, source_capacity, chunk_capacity;
     uint64_t hash; /* of tokens, context, weights and split (held-out data have the same), after slam_data_prepare */
-    struct slam_files *files;
+    struct slam_data *held_out; /* a part of it, or NULL; freed with it */
+    struct token_file *files;
+    size_t n_files, file_capacity;
 } slam_data;
 slam_data *slam_data_new(int context); /* an empty data set; context: longest chunk and length of a row, at least 2 */
 /* Adds a source: a file or glob of token shards (.bin) or SlamKit units (.jsonl). */
 int slam_data_add(slam_data *, const char *pattern, double weight);
 /* Call once, after the last add. Checks that tokens are < V and documents are `1 u.. 1`. Moves round(fraction *
-   documents) of each source, at least one if it has two, chosen by seed, to *held_out (NULL with fraction 0). */
-int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
+   documents) of each source, at least one if it has two, chosen by seed, to held_out (0: none). */
+int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed);
 void slam_data_free(slam_data *);
 typedef struct slam_data_size {
     uint64_t documents, chunks, tokens, targets, rows; /* of one epoch */
@@ -2773,6 +2780,25 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
+/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
+   of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
+#define ROPE_PAIRS(HS) ((HS) / 2)
+
+/* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
+static float *rope_table(int T, int HS, double theta) {
+    const int pairs = ROPE_PAIRS(HS);
+    float *table = NEW(float, 2 * (size_t)T * pairs);
+    for (int c = 0; c < pairs; c++) {
+        const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
+        for (int t = 0; t < T; t++) {
+            float *cosine = table + 2 * (size_t)t * pairs + c;
+            cosine[0] = cosf((float)t * frequency);
+            cosine[pairs] = sinf((float)t * frequency);
+        }
+    }
+    return table;
+}
+
 /* The rotary position of row i of (B T). */
 static int rotary_position(const slam_mask *mask, int i) {
     const int masked = mask->mask_start ? mask->mask_end[i] - mask->mask_start[i] : 0;
@@ -2781,15 +2807,15 @@ static int rotary_position(const slam_mask *mask, int i) {
 
 /* x (heads,HS) = R_p x, or its inverse with sign -1 */
 static void rotate(float *x, int heads, const slam_mask *mask, int p, float sign) {
-    const int half = mask->HS / 2;
+    const int pairs = ROPE_PAIRS(mask->HS);
     if (!mask->rope) return;
-    const float *cosine = mask->rope + (size_t)p * mask->HS, *sine = cosine + half;
+    const float *cosine = mask->rope + 2 * (size_t)p * pairs, *sine = cosine + pairs;
     for (int h = 0; h < heads; h++, x += mask->HS) {
         VECTORISE
-        for (int c = 0; c < half; c++) {
-            const float x0 = x[c], x1 = x[c + half], s = sign * sine[c];
+        for (int c = 0; c < pairs; c++) {
+            const float x0 = x[c], x1 = x[c + pairs], s = sign * sine[c];
             x[c] = x0 * cosine[c] - x1 * s;
-            x[c + half] = x1 * cosine[c] + x0 * s;
+            x[c + pairs] = x1 * cosine[c] + x0 * s;
         }
     }
 }
@@ -2942,23 +2968,23 @@ static void cpu_swiglu_backward(slam_ops *ops, slam_act *dgate_up, const slam_ac
 
 /* ---- cross-entropy ---- */
 
-/* loss, targets, weights (N)  logits (N,V), rows `stride` apart */
-static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const float *weights,
-                             float scale, int N, int V, int stride) {
+/* loss, targets (N)  logits (N,stride) */
+static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const slam_xent *x) {
+    const int V = x->V, gradient = x->scale != 0;
     PARALLEL_FOR
-    for (int i = 0; i < N; i++) {
-        float *z = row(logits, i, stride);
+    for (int i = 0; i < x->N; i++) {
+        float *z = row(logits, i, x->stride);
         loss[i] = 0;
-        if (scale != 0) memset(z + V, 0, (size_t)(stride - V) * sizeof(float));
+        if (gradient) memset(z + V, 0, (size_t)(x->stride - V) * sizeof(float));
         if (targets[i] < 0) {
-            if (scale != 0) memset(z, 0, (size_t)V * sizeof(float));
+            if (gradient) memset(z, 0, (size_t)V * sizeof(float));
             continue;
         }
         const float max = row_max(z, V), z_target = z[targets[i]];
-        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
+        const float sum = gradient ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
         loss[i] = logf(sum) - (z_target - max);
-        if (scale == 0) continue;
-        const float weight = weights ? scale * weights[i] : scale;
+        if (!gradient) continue;
+        const float weight = x->weights ? x->scale * x->weights[i] : x->scale;
         for (int v = 0; v < V; v++) z[v] *= weight / sum;
         z[targets[i]] -= weight;
     }
@@ -4125,51 +4151,48 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
    caches. */
 template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
-crossentropy_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int N, int V,
-                    int stride) {
+crossentropy_kernel(float *loss, T *logits, const int *targets, slam_xent a) {
     const int column = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
-    if (i >= N) return; // the whole warp
+    if (i >= a.N) return; // the whole warp
     float *shared = (float *)shared_memory(), max = -INFINITY, sum = 0, x[P];
-    T *row = logits + (size_t)i * stride;
+    T *row = logits + (size_t)i * a.stride;
     const int target = targets[i];
     const float z_target = target < 0 ? 0 : (float)row[target];
-    for (int first = column; first < V; first += TEAM * P) {
+    for (int first = column; first < a.V; first += TEAM * P) {
         load(x, row + first);
         float larger = max;
         for (int k = 0; k < P; k++)
-            if (first + k < V) larger = fmaxf(larger, x[k]);
+            if (first + k < a.V) larger = fmaxf(larger, x[k]);
         if (larger > max) sum *= exp_of<T>(max - larger), max = larger;
         for (int k = 0; k < P; k++)
-            if (first + k < V) sum += exp_of<T>(x[k] - max);
+            if (first + k < a.V) sum += exp_of<T>(x[k] - max);
     }
     const float top = TEAM == 32 ? warp_max(max) : block_max(max, shared);
     sum = team_sum<TEAM>(sum * exp_of<T>(max - top), shared);
     if (column == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
-    if (scale == 0) return;
+    if (a.scale == 0) return;
     __syncwarp(); // the team has read z_target (a block: before team_sum)
-    const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
-    for (int first = column; first < stride; first += TEAM * P) {
+    const float weight = target < 0 ? 0 : a.weights ? a.scale * a.weights[i] : a.scale, factor = weight / sum;
+    for (int first = column; first < a.stride; first += TEAM * P) {
         load(x, row + first);
         for (int k = 0; k < P; k++) {
             const float p = exp_of<T>(x[k] - top) * factor;
-            x[k] = target < 0 || first + k >= V ? 0 : p - (first + k == target ? weight : 0);
+            x[k] = target < 0 || first + k >= a.V ? 0 : p - (first + k == target ? weight : 0);
         }
         store(row + first, x);
     }
 }
 
 template <typename T>
-static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const float *weights,
-                              float scale, int N, int V, int stride) {
-    const int wide = stride % WIDE<T> == 0 && aligned16(logits);
+static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const slam_xent *a) {
+    const int wide = a->stride % WIDE<T> == 0 && aligned16(logits);
     T *z = (T *)logits;
-    if (N == 0) return;
-    if (stride <= 1024) {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(N, 8), 256, 0, loss, z, targets, weights,
-                            scale, N, V, stride));
+    if (a->N == 0) return;
+    if (a->stride <= 1024) {
+        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(a->N, 8), 256, 0, loss, z, targets, *a));
     } else {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 16 * sizeof(float), loss, z, targets,
-                            weights, scale, N, V, stride));
+        WITH_P(wide,
+               LAUNCH(ops, (crossentropy_kernel<T, P, 512>), a->N, 512, 16 * sizeof(float), loss, z, targets, *a));
     }
 }
 
@@ -4256,37 +4279,51 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
     return (unsigned)((1ull << b) - (1ull << a)) & ~(unsigned)((1ull << d) - (1ull << c));
 }
 
-/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache, so that
-   its columns, the HS/2 pairs of a head, must cover the head. A row is a head of a token. 2 N (NH + KVH) HS sizeof(T)
-   bytes; the table stays in the caches. */
+/* Rotates the pairs c .. c + P - 1 of a head, numbers x and y, by the angles of a position, or back with sign -1. */
+template <int P>
+DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS, int position, int c, float sign) {
+    const float *at = rope + 2 * (size_t)position * ROPE_PAIRS(HS) + c;
+    float cosine[P], sine[P];
+    load(cosine, at), load(sine, at + ROPE_PAIRS(HS));
+    for (int k = 0; k < P; k++) {
+        const float a = x[k];
+        x[k] = a * cosine[k] - sign * sine[k] * y[k];
+        y[k] = y[k] * cosine[k] + sign * sine[k] * a;
+    }
+}
+
+/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
+   head of a token, a column a pair: together they must cover the head, which is copied as well. 2 N (NH + KVH) HS
+   sizeof(T) bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, half = HS / 2, heads = mask.NH + 2 * mask.KVH, h = row % heads,
-                  rotated = h < mask.NH + mask.KVH;
+        const int HS = mask.HS, heads = mask.NH + 2 * mask.KVH, h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
-        T *x = qkv + (size_t)row * HS + c;
-        float x0[P], x1[P], cosine[P], sine[P];
-        load(x0, x), load(x1, x + half);
+        T *x = qkv + (size_t)row * HS + c, *y = x + ROPE_PAIRS(HS);
+        float x0[P], x1[P];
+        load(x0, x), load(x1, y);
         if (mask.rope && rotated) {
-            load(cosine, mask.rope + (size_t)position * HS + c),
-                load(sine, mask.rope + (size_t)position * HS + half + c);
-            for (int k = 0; k < P; k++) {
-                const float a = x0[k];
-                x0[k] = a * cosine[k] - x1[k] * sine[k];
-                x1[k] = x1[k] * cosine[k] + a * sine[k];
-            }
-            store(x, x0), store(x + half, x1);
+            rotate_pairs(x0, x1, mask.rope, HS, position, c, 1);
+            store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + half, x1);
+        store(to, x0), store(to + ROPE_PAIRS(HS), x1);
     }
 };
+
+template <typename T>
+static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
+    const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
+    if (mask->rope || cache)
+        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), ROPE_PAIRS(mask->HS),
+                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, cache);
+}
 
 /* ---- attention: plain kernels ----
    Lanes have channels lane, lane + 32, ... of a head in registers. Keys and values come from the caches, where the next
@@ -4316,19 +4353,18 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 /* to (HS) = R^-1 (scale sums), by a warp; `head` is HS floats of shared memory. */
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
-    const int lane = threadIdx.x % 32, HS = mask.HS, half = HS / 2;
+    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = ROPE_PAIRS(HS);
     __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
-    for (int c = lane; c < HS; c += 32) {
-        float x = head[c];
-        if (mask.rope) {
-            const float *angle = mask.rope + (size_t)position * HS + c % half;
-            x = c < half ? x * angle[0] + head[c + half] * angle[half] : x * angle[0] - head[c - half] * angle[half];
-        }
-        to[c] = (T)x;
+    for (int c = lane; mask.rope && c < pairs; c += 32) {
+        float x[1] = {head[c]}, y[1] = {head[c + pairs]};
+        rotate_pairs(x, y, mask.rope, HS, position, c, -1);
+        head[c] = x[0], head[c + pairs] = y[0];
     }
+    __syncwarp();
+    for (int c = lane; c < HS; c += 32) to[c] = (T)head[c];
 }
 
 /* A block has a query, or a new token if `lengths` is not NULL; its warps take runs of 32 keys in turn. For the scores
@@ -4610,7 +4646,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 }
 
 /* The same for gradients of rotated rows i, i + 1, ... of row b of the batch: scale * R^-1 c. A lane has both numbers
-   of each pair: tiles n and n + HS/16 of its columns. */
+   of each pair: tiles n and n + pairs/8 of its columns. */
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
@@ -4623,18 +4659,13 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
             for (int n = 0; n < HS / 8; n++) c[m][n][2 * r] *= scale, c[m][n][2 * r + 1] *= scale;
         }
     for (int m = 0; mask.rope && m < M; m++)
-        for (int r = 0; r < 2; r++) {
-            const float *angle = mask.rope + (size_t)position[m][r] * HS + threadIdx.x % 4 * 2;
-            for (int n = 0; n < HS / 16; n++) {
-                float *x = c[m][n] + 2 * r, *y = c[m][n + HS / 16] + 2 * r, cosine[2], sine[2];
-                load(cosine, angle + 8 * n), load(sine, angle + HS / 2 + 8 * n);
-                for (int e = 0; e < 2; e++) {
-                    const float a = x[e];
-                    x[e] = a * cosine[e] + y[e] * sine[e];
-                    y[e] = y[e] * cosine[e] - a * sine[e];
-                }
+        for (int r = 0; r < 2; r++)
+            for (int n = 0; n < ROPE_PAIRS(HS) / 8; n++) {
+                float *at[] = {c[m][n] + 2 * r, c[m][n + ROPE_PAIRS(HS) / 8] + 2 * r};
+                float x[] = {at[0][0], at[0][1]}, y[] = {at[1][0], at[1][1]};
+                rotate_pairs(x, y, mask.rope, HS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
+                for (int e = 0; e < 2; e++) at[0][e] = x[e], at[1][e] = y[e];
             }
-        }
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
 }
 
@@ -4992,9 +5023,7 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     const int W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const T *q = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
-    if (mask->rope)
-        each<WIDE<T>>(ops, __func__, (size_t)mask->B * mask->T * (W / mask->HS), mask->HS / 2,
-                      rotate_op<T>{(T *)qkv, NULL, NULL, *mask}, qkv);
+    rotate_heads(ops, (T *)qkv, (T *)NULL, NULL, mask);
     if constexpr (sizeof(T) == 2) {
         if (mask->HS == 32) return attention_forward_fast<32, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 64) return attention_forward_fast<64, 2, 64>(ops, (T *)out, lse, q, mask);
@@ -5027,10 +5056,8 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
 template <typename T>
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_mask *mask) {
-    const int heads = mask->NH + 2 * mask->KVH;
     if (!attention_fits(ops, mask, __func__)) return;
-    each<WIDE<T>>(ops, __func__, (size_t)mask->B * heads, mask->HS / 2,
-                  rotate_op<T>{(T *)qkv, (T *)cache, lengths, *mask}, qkv, cache);
+    rotate_heads(ops, (T *)qkv, (T *)cache, lengths, mask);
     cuda_attention_plain(ops, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
                          mask);
 }
@@ -5945,7 +5972,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->mask_end = INTS(N);
     a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
-    a->rope = FLOATS(T * HS);
+    a->rope = FLOATS(2 * T * ROPE_PAIRS(HS));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
@@ -6065,11 +6092,6 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
     }
     if (m) weights_changed(m);
     return m;
-}
-
-void slam_model_set_rope_theta(slam_model *m, double rope_theta) {
-    m->config.rope_theta = rope_theta;
-    m->B = m->T = m->layout->valid = 0; // the next plan makes a new table
 }
 
 int slam_model_hash(slam_model *m, uint64_t *hash) {
@@ -6231,21 +6253,6 @@ void slam_batch_free(slam_batch *b) {
     memset(b, 0, sizeof *b);
 }
 
-/* cos and sin of position * theta^(-2c/HS), in the float arithmetic of Transformers, so that the angles are the same */
-static void rope_upload(slam_model *m, int T) {
-    const int HS = m->config.HS, half = HS / 2;
-    float *table = NEW(float, (size_t)T *HS);
-    for (int c = 0; c < half; c++) {
-        const float frequency = 1 / powf((float)m->config.rope_theta, (float)(2 * c) / (float)HS);
-        for (int t = 0; t < T; t++) {
-            table[(size_t)t * HS + c] = cosf((float)t * frequency);
-            table[(size_t)t * HS + half + c] = sinf((float)t * frequency);
-        }
-    }
-    m->ops->upload(m->ops, m->layout->a.rope, table, (size_t)T * HS * sizeof *table);
-    free(table);
-}
-
 int slam_model_plan(slam_model *m, int B, int T, int mode) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6261,7 +6268,9 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    rope_upload(m, T);
+    float *rope = rope_table(T, m->config.HS, m->config.rope_theta);
+    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * ROPE_PAIRS(m->config.HS) * sizeof *rope);
+    free(rope);
     m->B = B;
     m->T = T;
     m->mode = mode;
@@ -6389,13 +6398,14 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
     for (int i = 0; i < N; i += rows) {
         const int n = N - i < rows ? N - i : rows;
         const slam_act *x = act_at(ops, a->head_in, (size_t)i * C);
+        const slam_xent xent = {n, V, P, scale, weights ? weights + i : NULL};
         slam_act *dlogits = a->logits; // crossentropy replaces the logits
         ops->matmul_forward(ops, a->logits, x, w->data, NULL, n, C, P);
         if (logits) {
             logits_download(m, logits + (size_t)i * V, n);
             continue;
         }
-        ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, weights ? weights + i : NULL, scale, n, V, P);
+        ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, &xent);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_at(ops, a->dnorm, (size_t)i * C), dlogits, w->data, n, C, P);
         ops->matmul_backward_weight(ops, w->grad, NULL, dlogits, x, n, C, P);
@@ -6984,13 +6994,6 @@ typedef struct token_file {
     size_t largest_line;
 } token_file;
 
-/* Shared by training and held-out data; the last user closes them. */
-struct slam_files {
-    token_file *at;
-    size_t n, capacity;
-    int users;
-};
-
 slam_data *slam_data_new(int context) {
     if (context < 2 || context > LONGEST_CONTEXT) {
         set_error("context %d, expected 2 to %d tokens", context, LONGEST_CONTEXT);
@@ -6998,26 +7001,23 @@ slam_data *slam_data_new(int context) {
     }
     slam_data *d = NEW(slam_data, 1);
     d->context = context;
-    d->files = NEW(struct slam_files, 1);
-    d->files->users = 1;
     return d;
 }
 
 void slam_data_free(slam_data *d) {
     if (!d) return;
-    if (--d->files->users == 0) {
-        for (size_t i = 0; i < d->files->n; i++) {
-            file_map_close(&d->files->at[i].mapped.map);
-            free(d->files->at[i].memory);
-            free(d->files->at[i].path);
-        }
-        free(d->files->at);
-        free(d->files);
+    for (size_t i = 0; i < d->n_files; i++) {
+        file_map_close(&d->files[i].mapped.map);
+        free(d->files[i].memory);
+        free(d->files[i].path);
     }
     for (size_t i = 0; i < d->n_sources; i++) free(d->sources[i].name);
-    free(d->sources);
-    free(d->chunks);
-    free(d);
+    for (slam_data *part = d, *next; part; part = next) {
+        next = part->held_out;
+        free(part->sources);
+        free(part->chunks);
+        free(part);
+    }
 }
 
 /* Reads the lines of a .jsonl file as documents; lines without units are skipped. */
@@ -7047,12 +7047,11 @@ static int token_file_read(token_file *f) {
 
 /* Opens a file of tokens. Shards that are read together must have the same units. */
 static int data_add_file(slam_data *d, const char *path) {
-    struct slam_files *files = d->files;
     const int is_shard = string_ends(path, ".bin");
     if (!is_shard && !string_ends(path, ".jsonl"))
         return set_error("%s: expected token shards (.bin) or unit lines (.jsonl)", path);
-    GROW(token_file, files->at, files->capacity, files->n + 1);
-    token_file *f = &files->at[files->n++];
+    GROW(token_file, d->files, d->file_capacity, d->n_files + 1);
+    token_file *f = &d->files[d->n_files++];
     memset(f, 0, sizeof *f);
     f->path = string_copy(path);
     if (!is_shard) return token_file_read(f);
@@ -7094,10 +7093,10 @@ int slam_data_add(slam_data *d, const char *pattern, double weight) {
     memset(s, 0, sizeof *s);
     s->weight = weight;
     s->name = string_copy(pattern);
-    s->first_file = d->files->n;
+    s->first_file = d->n_files;
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = data_add_file(d, list.at[i]);
-    s->end_file = d->files->n;
+    s->end_file = d->n_files;
     slam_strings_free(&list);
     return ok;
 }
@@ -7170,67 +7169,58 @@ static void data_add_chunks(slam_data *d, slam_chunk document) {
 }
 
 /* Splits a source's documents into chunks. n_held documents, chosen by selection sampling (Knuth, The Art of Computer
-   Programming 2, algorithm 3.4.2 S), go to parts[1]. */
-static void split_source(slam_data *const parts[2], size_t source, const document_list *list, uint64_t n_held,
-                         uint64_t seed) {
-    uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT);
-    for (int k = 0; k < 2 && parts[k]; k++) {
-        slam_source *s = &parts[k]->sources[source];
-        s->documents = k ? (size_t)n_held : list->n - (size_t)n_held;
-        s->first_chunk = parts[k]->n_chunks;
+   Programming 2, algorithm 3.4.2 S), go to held_out. */
+static void split_source(slam_data *d, size_t source, const document_list *list, uint64_t n_held, uint64_t seed) {
+    uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT), left = n_held;
+    for (slam_data *part = d; part; part = part->held_out) {
+        part->sources[source].documents = part == d ? list->n - (size_t)n_held : (size_t)n_held;
+        part->sources[source].first_chunk = part->n_chunks;
     }
     for (size_t i = 0; i < list->n; i++) {
-        const int held = n_held && rng_below(&rng, list->n - i) < n_held;
-        n_held -= (uint64_t)held;
-        data_add_chunks(parts[held], list->at[i]);
+        const int held = left && rng_below(&rng, list->n - i) < left;
+        left -= (uint64_t)held;
+        data_add_chunks(held ? d->held_out : d, list->at[i]);
     }
-    for (int k = 0; k < 2 && parts[k]; k++) parts[k]->sources[source].end_chunk = parts[k]->n_chunks;
+    for (slam_data *part = d; part; part = part->held_out) part->sources[source].end_chunk = part->n_chunks;
 }
 
-int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_data **held_out) {
-    if (held_out) *held_out = NULL;
+int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed) {
     if (d->chunks) return set_error("data can be prepared only once");
     if (d->n_sources == 0) return set_error("no data: no source was added");
     if (V <= FIRST_UNIT) return set_error("a vocabulary of %d, expected at least %d", V, FIRST_UNIT + 1);
-    if (!(fraction >= 0 && fraction < 1) || (fraction > 0 && !held_out))
+    if (!(fraction >= 0 && fraction < 1))
         return set_error("held-out fraction %g, expected at least 0 and below 1", fraction);
     const uint64_t split[] = {(uint64_t)d->context, fraction > 0 ? seed : 0};
     uint64_t hash = hash_bytes(HASH_START, split, sizeof split);
-    slam_data *parts[2] = {d, NULL};
     document_list list = ZERO;
     int ok = 1;
     d->V = V;
     if (fraction > 0) {
-        slam_data *held = parts[1] = NEW(slam_data, 1);
+        slam_data *held = NEW(slam_data, 1);
         *held = *d;
-        held->files->users++;
         held->sources = NEW(slam_source, d->n_sources);
-        for (size_t i = 0; i < d->n_sources; i++) {
-            held->sources[i] = d->sources[i];
-            held->sources[i].name = string_copy(d->sources[i].name);
-            held->sources[i].weight = 1;
-        }
+        memcpy(held->sources, d->sources, d->n_sources * sizeof *d->sources);
+        for (size_t i = 0; i < d->n_sources; i++) held->sources[i].weight = 1;
+        d->held_out = held;
     }
     for (size_t i = 0; ok && i < d->n_sources; i++) {
         const slam_source *s = &d->sources[i];
         list.n = 0;
         for (size_t file = s->first_file; ok && file < s->end_file; file++)
-            ok = scan_file(&d->files->at[file], (uint32_t)file, V, &list, &hash);
+            ok = scan_file(&d->files[file], (uint32_t)file, V, &list, &hash);
         if (ok && list.n == 0) ok = set_error("%s: contains no documents", s->name);
         uint64_t n_held = (uint64_t)(fraction * (double)list.n + 0.5);
         if (fraction > 0 && n_held < 1) n_held = 1;
         if (list.n && n_held > list.n - 1) n_held = list.n - 1;
-        if (ok) split_source(parts, i, &list, n_held, seed);
+        if (ok) split_source(d, i, &list, n_held, seed);
         hash = hash_bytes(hash_bytes(hash, &n_held, sizeof n_held), &s->weight, sizeof s->weight);
         if (d->n_chunks > UINT32_MAX) ok = set_error("%s: more than %u chunks", s->name, UINT32_MAX);
     }
     free(list.at);
     d->hash = hash;
-    if (parts[1]) parts[1]->hash = hash;
-    if (ok && parts[1] && !parts[1]->chunks)
+    if (d->held_out) d->held_out->hash = hash;
+    if (ok && d->held_out && !d->held_out->chunks)
         ok = set_error("%s: has one document, which cannot be held out", d->sources[0].name);
-    if (ok && parts[1]) *held_out = parts[1];
-    else slam_data_free(parts[1]);
     return ok;
 }
 
@@ -7336,12 +7326,16 @@ static void batch_add_sequence(slam_batch *b, size_t item, int first, int end) {
     b->sequences[b->n_sequences++] = sequence;
 }
 
+static const uint16_t *chunk_tokens(const slam_data *d, const slam_chunk *c) {
+    return d->files[c->file].tokens + c->first;
+}
+
 static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t item) {
     const slam_data *d = (const slam_data *)context;
     const slam_chunk *c = &d->chunks[item];
     const int n = (int)c->n;
     batch_add_sequence(b, item, at, at + n - 1);
-    return batch_put(b, at, d->files->at[c->file].tokens + c->first, n, -1, 0, at % b->T);
+    return batch_put(b, at, chunk_tokens(d, c), n, -1, 0, at % b->T);
 }
 
 /* ---- the loader ----
@@ -9903,10 +9897,6 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
    SECTION 13. EVALUATION   n-grams, test sets, generation
    ========================================================================================== */
 
-static const uint16_t *chunk_tokens(const slam_data *d, const slam_chunk *c) {
-    return d->files->at[c->file].tokens + c->first;
-}
-
 /* ---- n-grams ----
    Only contexts of the test data are counted, so memory does not depend on the size of the training data. */
 
@@ -10513,7 +10503,7 @@ void slam_prompts_add_data(slam_prompts *p, const slam_data *d) {
         size_t n = 0;
         if (tokens[0] != DOCUMENT_TOKEN) continue; // not the first chunk of its document
         for (; n + 1 < d->chunks[i].n && tokens[n + 1] != DOCUMENT_TOKEN; n++) unit[n] = tokens[n + 1] - FIRST_UNIT;
-        char *name = string_print("%s:%zu", d->files->at[d->chunks[i].file].path, i + 1);
+        char *name = string_print("%s:%zu", d->files[d->chunks[i].file].path, i + 1);
         slam_prompts_add(p, name, unit, NULL, n);
         free(name);
     }

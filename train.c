@@ -288,8 +288,9 @@ static int plan(program *p) {
     long token_steps = 0;
     char text[32];
     if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
-    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
-    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
+    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed)) return 0;
+    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0)) return 0;
+    if (!o->val.n) p->val = p->data->held_out;
     p->size = slam_data_measure(p->data, -1, seed);
     if (!p->size.rows) return 0;
     if (o->tokens && r->grows && !steps_for_tokens(p, &token_steps)) return 0;
@@ -367,7 +368,7 @@ static int open_model(program *p) {
     if (!p->start) r->model = slam_model_new(r->ops, &r->config, (uint64_t)o->seed);
     else if (!r->checkpoint && p->twist) r->model = slam_model_twist(r->ops, p->start, r->config.V);
     else r->model = slam_model_load(r->ops, p->start);
-    if (r->model && p->rope_theta > 0) slam_model_set_rope_theta(r->model, p->rope_theta);
+    if (r->model && p->rope_theta > 0) r->model->config.rope_theta = p->rope_theta;
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
@@ -415,7 +416,7 @@ int main(int argc, char **argv) {
     status = slam_run_end(r, status);
     slam_loader_free(p.loader);
     slam_batch_free(&p.batch);
-    slam_data_free(p.val);
+    if (p.data && p.val != p.data->held_out) slam_data_free(p.val);
     slam_data_free(p.data);
     free(p.start);
     return status;
