@@ -23,6 +23,7 @@ refuses 'a device of no kind' 2 'device abc' "$train" a.jsonl --device abc
 refuses 'eval on a device of no kind' 2 'device cuda:x' "$eval" ppl a.jsonl --device cuda:x
 refuses 'weights that are no numbers' 2 'weights abc' "$train" a.jsonl --weights abc
 refuses 'weights that are too few' 2 'weights' "$train" a.jsonl b.jsonl --weights 1 --steps 1
+refuses 'a weight that gives no chunk' 1 'gives no chunk' "$train" $few small.bin --weights 0.01 --steps 1 --out light
 refuses '--model with --init' 2 'shape' "$train" a.jsonl --model tiny --init x
 refuses '--init with --twist' 2 'init' "$train" a.jsonl --init x --twist y
 

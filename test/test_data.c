@@ -50,7 +50,7 @@ static const char *write_tokens(const char *name, tokens *t, int V) {
 
 static slam_data *open_data(int context, int V, const char *path) {
     slam_data *d = slam_data_new(context);
-    if (!CHECK(d && slam_data_add(d, path, 1) && slam_data_prepare(d, V, 0, 0, NULL), "%s", slam_error())) exit(1);
+    if (!CHECK(d && slam_data_add(d, path, 1) && slam_data_prepare(d, V, 0, 0), "%s", slam_error())) exit(1);
     return d;
 }
 
@@ -89,7 +89,7 @@ static void see_row(const slam_batch *b, int i, const slam_data *d, const slam_s
         if (!CHECK(end - t >= 2, "a chunk of %d tokens, doc_start[%d] = %d", end - t, t, start[t])) return;
         const slam_chunk *c = &d->chunks[(*sequence)->item];
         CHECK((*sequence)->first == i * T + t && (*sequence)->end == i * T + end - 1 && (int)c->n == end - t &&
-                  d->files->at[c->file].tokens[c->first] == token[t],
+                  d->files[c->file].tokens[c->first] == token[t],
               "sequence %d to %d, expected %d to %d", (*sequence)->first, (*sequence)->end, i * T + t, i * T + end - 1);
         ++*sequence;
         see(&s->chunk, &s->chunks, &s->chunk_capacity, hash_chunk(token + t, end - t));
@@ -321,7 +321,7 @@ static void test_epoch_order(void) {
 
 static int data_opens(const char *pattern, int V) {
     slam_data *d = slam_data_new(64);
-    const int ok = slam_data_add(d, pattern, 1) && slam_data_prepare(d, V, 0, 0, NULL);
+    const int ok = slam_data_add(d, pattern, 1) && slam_data_prepare(d, V, 0, 0);
     slam_data_free(d);
     return ok;
 }
@@ -444,7 +444,7 @@ static void test_seek(void) {
     tokens t = ZERO;
     for (int i = 0; i < 20000; i++) add_document(&t, 1 + rng_below(&rng, 60), 502, &rng);
     slam_data *d = slam_data_new(T);
-    CHECK(slam_data_add(d, write_tokens("seek.bin", &t, 502), 1.3) && slam_data_prepare(d, 502, 0, 0, NULL), "%s",
+    CHECK(slam_data_add(d, write_tokens("seek.bin", &t, 502), 1.3) && slam_data_prepare(d, 502, 0, 0), "%s",
           slam_error());
     slam_loader *l = slam_loader_new(d, -1, 7, 1);
     seen all[EPOCHS];
@@ -530,7 +530,7 @@ static void test_small_weight(void) {
     add_document(&one, 30, 502, &rng);
     CHECK(slam_data_add(d, write_tokens("many.bin", &many, 502), 1), "%s", slam_error());
     CHECK(slam_data_add(d, write_tokens("one.bin", &one, 502), 0.3), "%s", slam_error());
-    CHECK(slam_data_prepare(d, 502, 0, 0, NULL), "%s", slam_error());
+    CHECK(slam_data_prepare(d, 502, 0, 0), "%s", slam_error());
     slam_loader *l = slam_loader_new(d, -1, 1, 1), *again = slam_loader_new(d, -1, 1, 1);
     size_t came = 0;
     for (uint64_t e = 0; e < EPOCHS; e++) {
@@ -561,7 +561,7 @@ static void test_weights(void) {
         chunks[s] = expect_chunks(&t, T);
         CHECK(slam_data_add(d, write_tokens(names[s], &t, 502), weights[s]), "%s", slam_error());
     }
-    CHECK(slam_data_prepare(d, 502, 0, 0, NULL), "%s", slam_error());
+    CHECK(slam_data_prepare(d, 502, 0, 0), "%s", slam_error());
     slam_loader *l = slam_loader_new(d, -1, 1, 1);
     for (int e = 0; e < EPOCHS; e++) {
         epochs[e] = see_epoch(l);
@@ -606,9 +606,10 @@ static void test_held_out(void) {
                       string_copy(write_lines("held_b.jsonl", &t[1]))};
     seen chosen[2];
     for (uint64_t seed = 0; seed < 3; seed++) {
-        slam_data *d = slam_data_new(T), *held = NULL;
+        slam_data *d = slam_data_new(T);
         CHECK(slam_data_add(d, paths[0], 2) && slam_data_add(d, paths[1], 1), "%s", slam_error());
-        CHECK(slam_data_prepare(d, 502, 0.1, seed, &held), "%s", slam_error());
+        CHECK(slam_data_prepare(d, 502, 0.1, seed), "%s", slam_error());
+        const slam_data *held = d->held_out;
         CHECK(held->n_sources == 2 && !strcmp(held->sources[1].name, paths[1]) && held->sources[0].weight == 1 &&
                   held->V == 502 && held->hash == d->hash,
               "the sources of the held-out data");
@@ -629,20 +630,14 @@ static void test_held_out(void) {
         size_t opened = 0;
         for (size_t i = 0, open = 0; i < held->n_chunks; i++) {
             const slam_chunk *c = &held->chunks[i];
-            const uint16_t *at = held->files->at[c->file].tokens + c->first;
+            const uint16_t *at = held->files[c->file].tokens + c->first;
             CHECK(open || at[0] == 1, "a held-out chunk whose document begins elsewhere");
             opened += at[0] == 1;
             open = c->n == T && at[c->n - 1] != 1;
         }
         CHECK(opened == 24, "%zu documents are held out", opened);
         if (seed < 2) chosen[seed] = see_data(held, -1, 0, 0);
-        slam_data_free(d); // either may be freed first
-        if (seed == 2) {
-            seen s = see_data(held, -1, 0, 0);
-            CHECK(s.chunks > 0, "the held-out part without the other");
-            seen_free(&s);
-        }
-        slam_data_free(held);
+        slam_data_free(d);
     }
     CHECK(!same_chunks(&chosen[0], &chosen[1]), "two seeds hold out the same documents");
     for (int s = 0; s < 2; s++) {
@@ -663,15 +658,13 @@ static void test_few_held_out(void) {
     for (int i = 0; i < 5; i++) {
         tokens t = ZERO;
         for (int k = 0; k < few[i].documents; k++) add_document(&t, 5, 502, &rng);
-        slam_data *d = slam_data_new(32), *held = NULL;
+        slam_data *d = slam_data_new(32);
         CHECK(slam_data_add(d, write_tokens("few.bin", &t, 502), 1), "%s", slam_error());
         if (few[i].held) {
-            CHECK(slam_data_prepare(d, 502, few[i].fraction, 0, &held), "%s", slam_error());
-            CHECK(held && held->sources[0].documents == few[i].held, "%zu of %d", held->sources[0].documents,
-                  few[i].documents);
-        } else
-            check_fails(slam_data_prepare(d, 502, few[i].fraction, 0, &held), "one document, which cannot be held out");
-        slam_data_free(held);
+            CHECK(slam_data_prepare(d, 502, few[i].fraction, 0), "%s", slam_error());
+            CHECK(d->held_out && d->held_out->sources[0].documents == few[i].held, "%zu of %d",
+                  d->held_out->sources[0].documents, few[i].documents);
+        } else check_fails(slam_data_prepare(d, 502, few[i].fraction, 0), "one document, which cannot be held out");
         slam_data_free(d);
     }
 }
@@ -744,9 +737,9 @@ static void test_errors(void) {
         const char *a = write_shard("a.bin", one, 3, 102, 7), *b = write_shard("b.bin", one, 3, 502, 7);
         const char *c = write_shard("c.bin", one, 3, 102, 8), *unknown = write_shard("d.bin", one, 3, 0, 0);
         const char *other = check_file("e.txt", "x", 1);
-        slam_data *d = slam_data_new(64), *held = NULL;
+        slam_data *d = slam_data_new(64);
         CHECK(d->V == 0 && d->fingerprint == 0, "before anything was added");
-        check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "no data");
+        check_fails(slam_data_prepare(d, 102, 0, 0), "no data");
         check_fails(slam_data_add(d, check_path("none*.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path("none.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path(""), 1), "expected token shards");
@@ -761,15 +754,14 @@ static void test_errors(void) {
         CHECK(d->fingerprint == 7, "fingerprint %u", (unsigned)d->fingerprint);
         check_fails(slam_data_add(d, b, 1), "the vocabulary is 502, expected 102");
         check_fails(slam_data_add(d, c, 1), "unit tokenizer 00000008, expected 00000007");
-        check_fails(slam_data_prepare(d, 2, 0, 0, NULL), "a vocabulary of 2");
-        check_fails(slam_data_prepare(d, 102, 1, 0, &held), "fraction 1");
-        check_fails(slam_data_prepare(d, 102, NAN, 0, &held), "fraction");
-        check_fails(slam_data_prepare(d, 102, 0.1, 0, NULL), "fraction");
+        check_fails(slam_data_prepare(d, 2, 0, 0), "a vocabulary of 2");
+        check_fails(slam_data_prepare(d, 102, 1, 0), "fraction 1");
+        check_fails(slam_data_prepare(d, 102, NAN, 0), "fraction");
         slam_data_free(d);
         d = slam_data_new(64);
         check_fails(slam_loader_new(d, -1, 0, 1), "not prepared");
-        CHECK(slam_data_add(d, a, 1e-3) && slam_data_prepare(d, 102, 0, 0, NULL), "%s", slam_error());
-        check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "once");
+        CHECK(slam_data_add(d, a, 1e-3) && slam_data_prepare(d, 102, 0, 0), "%s", slam_error());
+        check_fails(slam_data_prepare(d, 102, 0, 0), "once");
         check_fails(slam_data_add(d, a, 1), "cannot be added");
         check_fails(slam_loader_new(d, -1, 0, 1), "draws nothing");
         check_fails(slam_data_measure(d, -1, 0).rows, "draws nothing");
@@ -783,11 +775,10 @@ static void test_errors(void) {
 /* ---- order and hash ---- */
 
 static uint64_t hash_of(const char *pattern, double weight, double fraction, uint64_t seed, int context) {
-    slam_data *d = slam_data_new(context), *held = NULL;
-    CHECK(slam_data_add(d, pattern, weight) && slam_data_prepare(d, 502, fraction, seed, &held), "%s", slam_error());
+    slam_data *d = slam_data_new(context);
+    CHECK(slam_data_add(d, pattern, weight) && slam_data_prepare(d, 502, fraction, seed), "%s", slam_error());
     const uint64_t hash = d->hash;
     slam_data_free(d);
-    slam_data_free(held);
     return hash;
 }
 

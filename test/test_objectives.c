@@ -50,12 +50,12 @@ static void test_data_loss(slam_ops *ops) {
     slam_data *d = slam_data_new(T);
     CHECK(slam_data_add(d, write_documents("a.bin", 25, small.V, &rng), 1), "%s", slam_error());
     CHECK(slam_data_add(d, write_documents("b.bin", 9, small.V, &rng), 0.5), "%s", slam_error());
-    CHECK(slam_data_prepare(d, small.V, 0, 0, NULL), "%s", slam_error());
+    CHECK(slam_data_prepare(d, small.V, 0, 0), "%s", slam_error());
     slam_model *m = slam_model_new(ops, &small, 1);
     for (size_t i = 0; i < d->n_chunks; i++) {
         const slam_chunk *c = &d->chunks[i];
         int tokens[T];
-        for (uint32_t k = 0; k < c->n; k++) tokens[k] = d->files->at[c->file].tokens[c->first + k];
+        for (uint32_t k = 0; k < c->n; k++) tokens[k] = d->files[c->file].tokens[c->first + k];
         sum[c->file] += losses_of(m, tokens, 0, 0, (int)c->n - 1);
         expected[c->file] += c->n - 1;
     }
