@@ -1,33 +1,36 @@
 /* eval.c - measures a model. `./eval` alone: the perplexity of the newest run, next to that of n-gram models; `./eval
    swuggy` (sblimp, storycloze, salmon): how often it prefers the correct one of two sequences; `./eval generate`:
-   continues prompts.
+   continues prompts; `./eval resynthesize` turns units back into audio, as generate does with --wav.
 
    The three measurements come first, then flags, and what is opened for a measurement. `mpirun -np N ./eval ...` shares
    the work among N ranks, with the same numbers and files; rank 0 prints and writes. */
 #define _POSIX_C_SOURCE 200809L /* getline */
 #include "slam.h"
+#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
-enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, TASKS };
-static const char *const task_names[TASKS] = {"ppl", "swuggy", "sblimp", "storycloze", "salmon", "generate"};
+enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, RESYNTHESIZE, TASKS };
+static const char *const task_names[TASKS] = {"ppl",    "swuggy",   "sblimp",      "storycloze",
+                                              "salmon", "generate", "resynthesize"};
 
 typedef struct program {
     slam_comm *comm;
     slam_flags flags;
-    slam_flag table[36];
+    slam_flag table[40];
     /* flags */
     char *train, *json, *device, *dtype;
     int context, batch, threads;
     slam_unit_flags unit_flags;
     char *units, *split, *submission;
     int sum;
-    char *out, *transcripts;
+    char *out, *transcripts, *wav;
     double prompt_seconds, temperature, top_p, repetition_penalty;
     long seed;
-    int prompt_units, rate, top_k, max_new, greedy;
+    int prompt_units, rate, top_k, max_new, greedy, wav_prompt;
     /* arguments */
     int task;
     const char *path;           /* model or run; NULL: the newest run */
@@ -43,12 +46,17 @@ typedef struct program {
     slam_testset *set;
     slam_units *set_units; /* (set->items.n) */
     slam_prompts prompts;
+    slam_vocoder *vocoder;
+    slam_strings wavs; /* (prompts.n) the names of the WAV files, without .wav */
+    size_t n_wavs;     /* written so far */
     slam_bar bar;
     size_t skipped; /* audio files that cannot be decoded */
 } program;
 
 static int is_root(const program *p) { return p->comm->rank == 0; }
-static int n_units(const program *p) { return p->model->config.V - 2; }
+static int n_units(const program *p) {
+    return p->model ? p->model->config.V - 2 : p->tokenizer ? p->tokenizer->K : 65534;
+}
 
 static const char *setting(const program *p, const char *name, const char *fallback) {
     const char *value = slam_trainer_setting(&p->run, name, 0);
@@ -69,6 +77,9 @@ static int show_progress(void *context, const slam_progress *progress) {
     if (progress->skipped) {
         slam_bar_clear(&p->bar);
         fprintf(stderr, "eval: skipped: %s\n", progress->reason);
+    } else if (!strcmp(progress->stage, "synthesize")) {
+        snprintf(text, sizeof text, "synthesize %zu/%zu files", p->n_wavs, p->prompts.n);
+        slam_bar_show(&p->bar, (double)p->n_wavs + progress->done / progress->total, (double)p->prompts.n, text);
     } else if (!strcmp(progress->stage, "tokenize")) {
         snprintf(text, sizeof text, "tokenize %.0f/%.0f files", progress->done, progress->total);
         slam_bar_show(&p->bar, progress->done, progress->total, text);
@@ -200,6 +211,58 @@ static int write_continuations(const program *p, double seconds, int stopped) {
     return stopped || write_json(p, metrics, 3);
 }
 
+/* ---- audio ---- */
+
+/* Writes units as DIR/NAME.wav and returns their seconds, 0 if it failed. */
+static double write_wav(program *p, const char *folder, const char *name, const int *units, const int *durations,
+                        int n) {
+    char path[4400];
+    snprintf(path, sizeof path, "%s%s/%s.wav", p->wav, folder, name);
+    if (!slam_vocoder_start(p->vocoder, units, durations, (size_t)n))
+        return slam_set_error("%s: %s", name, slam_error());
+    const double seconds = (double)p->vocoder->samples / 16000;
+    return slam_vocoder_write(p->vocoder, path, show_progress, p) ? seconds : 0;
+}
+
+/* Writes prompts with their continuations, and the prompts alone if --wav-prompt. The ranks share the files. */
+static int synthesize(program *p) {
+    const slam_prompts *all = &p->prompts;
+    char a[32], b[32];
+    double sums[3] = {0, 0, 0}; /* files, seconds of audio, files without units */
+    int ok = 1;
+    slam_bar_begin(&p->bar);
+    for (size_t i = (size_t)p->comm->rank; ok && i < all->n && !slam_stop_requested(); i += (size_t)p->comm->size) {
+        const slam_prompt *q = &all->at[i];
+        const int n_prompt = q->n - 1, n = n_prompt + q->length;
+        int *units = (int *)calloc((size_t)n + 1, sizeof *units),
+            *durations = (int *)calloc((size_t)n + 1, sizeof *units);
+        for (int t = 0; t < n; t++) {
+            units[t] = (t < n_prompt ? q->tokens[t + 1] : q->continuation[t - n_prompt]) - 2;
+            durations[t] = t < n_prompt ? q->durations[t + 1] : 0;
+        }
+        double seconds = 0;
+        if (n) ok = (seconds = write_wav(p, "", p->wavs.at[i], units, durations, n)) > 0;
+        if (ok && p->wav_prompt && n_prompt)
+            ok = write_wav(p, "/prompt", p->wavs.at[i], units, durations, n_prompt) > 0;
+        sums[0] += ok && n;
+        sums[1] += seconds;
+        sums[2] += n == 0;
+        if (!n) fprintf(stderr, "eval: skipped: %s: has no units\n", q->name);
+        free(units);
+        free(durations);
+        p->n_wavs += (size_t)p->comm->size;
+    }
+    slam_bar_clear(&p->bar);
+    const int stopped = slam_comm_max(p->comm, slam_stop_requested()) > 0;
+    if (!slam_all_ok(p->comm, ok || stopped)) return 0;
+    slam_comm_sum(p->comm, sums, 3);
+    p->skipped += (size_t)sums[2];
+    printf("wrote    %.0f files into %s: %s of audio in %s\n", sums[0], p->wav, slam_format_time(a, sums[1]),
+           slam_format_time(b, slam_clock() - p->bar.began));
+    if (stopped) printf("stopped  after %.0f of %zu files; the same command starts again\n", sums[0], all->n);
+    return 1;
+}
+
 static int generate(program *p) {
     slam_generation how;
     how.sampling.temperature = p->greedy ? 0 : p->temperature;
@@ -215,7 +278,8 @@ static int generate(program *p) {
     const int ok = slam_generate(p->model, &how, &p->prompts, show_progress, p);
     const double seconds = slam_clock() - p->bar.began;
     slam_bar_clear(&p->bar);
-    return ok && write_continuations(p, seconds, slam_comm_max(p->comm, slam_stop_requested()) != 0);
+    const int stopped = slam_comm_max(p->comm, slam_stop_requested()) != 0;
+    return ok && write_continuations(p, seconds, stopped) && (!p->wav || stopped || synthesize(p));
 }
 
 static int score_transcripts(const char *path) {
@@ -275,6 +339,10 @@ static void set_flags(program *p) {
                     "of units that have occurred; 1: none"),
         SLAM_FLAG("greedy", SLAM_SWITCH, &p->greedy, NULL, NULL, "take the most likely unit"),
         SLAM_NUMBER("seed", SLAM_LONG, &p->seed, "N", "0", 0, 0, "of sampling"),
+        SLAM_FLAG("wav", SLAM_TEXT, &p->wav, "DIR", NULL,
+                  "write prompts with their continuations as audio, DIR/NAME.wav, of the MFCC centroids in --kmeans"),
+        SLAM_FLAG("wav-prompt", SLAM_SWITCH, &p->wav_prompt, NULL, NULL,
+                  "and the prompts alone, DIR/prompt/NAME.wav, to tell the model from the synthesis"),
         SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL,
                   "print auto-BLEU-2 of texts, one line per continuation, and generate nothing"),
     };
@@ -284,7 +352,8 @@ static void set_flags(program *p) {
     p->flags.program = "eval";
     p->flags.usage = "[MODEL] ppl [DATA...] [options]\n"
                      "       ./eval [MODEL] swuggy|sblimp|storycloze|salmon [PATH] [options]\n"
-                     "       ./eval [MODEL] generate [PROMPTS...] [options]";
+                     "       ./eval [MODEL] generate [PROMPTS...] [options]\n"
+                     "       ./eval resynthesize [UNITS...|AUDIO...] --wav DIR [options]";
     p->flags.about =
         "Measures a model: a folder with config.json and model.safetensors, or a run, whose newest checkpoint it "
         "takes; by default the newest run. ppl: loss and perplexity on token shards (.bin) or unit files (.jsonl); "
@@ -292,7 +361,7 @@ static void set_flags(program *p) {
         "storycloze, salmon: how often the correct one of two sequences is more likely. PATH: a folder of "
         "ZeroSpeech 2021 (gold.csv), of SlamKit's pairs of files, or of SALMon's parts, as audio or with units; "
         "without PATH a bundled set. generate: continues PROMPTS: audio, unit files or token shards; without "
-        "PROMPTS the bundled validation data. Defaults stand in brackets; where there are two, the second is for "
+        "PROMPTS the bundled validation data. resynthesize: writes them, as a whole, as audio. Defaults stand in brackets; where there are two, the second is for "
         "generate.";
 }
 
@@ -304,7 +373,7 @@ static int task_of(const char *word) {
 
 /* [MODEL] [TASK [PATH...]] */
 static int read_arguments(program *p) {
-    static const char expected[] = "expected ppl, swuggy, sblimp, storycloze, salmon or generate";
+    static const char expected[] = "expected ppl, swuggy, sblimp, storycloze, salmon, generate or resynthesize";
     const slam_strings *rest = &p->flags.rest;
     size_t at = 0;
     if (rest->n && task_of(rest->at[0]) == TASKS) p->path = rest->at[at++];
@@ -314,6 +383,8 @@ static int read_arguments(program *p) {
     for (size_t i = at + 1; i < rest->n; i++) slam_strings_add(&p->data, rest->at[i]);
     if (p->task > PPL && p->task < GENERATE && p->data.n > 1)
         return slam_set_error("%s: one test set at a time, after %s", p->data.at[1], p->data.at[0]);
+    if (p->task == RESYNTHESIZE && !p->wav) return slam_set_error("resynthesize: expected --wav DIR");
+    if (p->wav_prompt && !p->wav) return slam_set_error("--wav-prompt: expected --wav DIR as well");
     if (p->train) slam_strings_add(&p->counted, p->train);
     return 1;
 }
@@ -340,12 +411,13 @@ static void add_bundled(const char *argv0, const char *name, slam_strings *list)
 
 /* Data of the model's units. `fraction` of it is held out, chosen as the run chose it. */
 static slam_data *open_data(const program *p, const slam_strings *paths, int context, double fraction) {
-    const int V = p->model->config.V;
+    const int V = n_units(p) + 2;
     slam_data *data = slam_data_new(context);
     int ok = data != NULL;
     for (size_t i = 0; ok && i < paths->n; i++) ok = slam_data_add(data, paths->at[i], 1);
     if (ok && data->V && data->V != V)
-        ok = slam_set_error("%s: the vocabulary is %d, the model's %d", paths->at[0], data->V, V);
+        ok = slam_set_error("%s: the vocabulary is %d, the %s %d", paths->at[0], data->V,
+                            p->model ? "model's" : "centroids'", V);
     if (ok && p->run.units && data->fingerprint && p->run.units != data->fingerprint)
         ok = slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", paths->at[0],
                             (unsigned)data->fingerprint, (unsigned)p->run.units);
@@ -393,6 +465,7 @@ static int open_perplexity(program *p, const char *argv0) {
 static int open_tokenizer(program *p) {
     slam_unit_config config;
     const char *kmeans = p->unit_flags.kmeans;
+    if (p->tokenizer) return 1;
     if (!kmeans)
         return slam_set_error("%s: is audio, expected --kmeans KM.npy as well", p->data.n ? p->data.at[0] : "the set");
     if (!slam_unit_flags_config(&p->flags, &p->unit_flags, 0, &config)) return 0;
@@ -415,6 +488,68 @@ static slam_units *tokenize(program *p, const slam_strings *paths) {
     if (ok) return units;
     free(units);
     return NULL;
+}
+
+/* --wav: the unit tokenizer, by default the bundled one, and the folder. */
+static int open_vocoder(program *p, const char *argv0) {
+    if (!p->unit_flags.kmeans) {
+        if (!slam_bundled_units(argv0, p->run.units)) return 0;
+        char *km = slam_path_beside(argv0, "test/corpus/km.npy");
+        slam_flags_set(&p->flags, "kmeans", km);
+        free(km);
+    }
+    if (!open_tokenizer(p)) return 0;
+    if (p->tokenizer->K != n_units(p))
+        return slam_set_error("--wav: the model has %d units, expected --kmeans KM.npy with their centroids",
+                              n_units(p));
+    if (!p->tokenizer->durations && p->tokenizer->config.dedup)
+        printf("         %s has no durations (.json): a unit without one lasts 1.4 frames\n", p->unit_flags.kmeans);
+    return (p->vocoder = slam_vocoder_open(NULL, p->tokenizer, p->ops)) != NULL;
+}
+
+static int compare_names(const void *a, const void *b) {
+    char **const x = *(char **const *)a, **const y = *(char **const *)b;
+    const int order = strcmp(*x, *y);
+    return order ? order : (x > y) - (x < y);
+}
+
+/* The name of a WAV file: what is behind the last slash of a prompt's name, without .wav or the like, with _ instead of
+   whatever may mean something to a shell or a file system. */
+static void add_wav_name(slam_strings *names, const char *name) {
+    static const char *const audio[] = {".wav", ".flac", ".ogg", ".mp3", ".opus", NULL};
+    const char *slash = strrchr(name, '/');
+    char safe[200];
+    snprintf(safe, sizeof safe, "%s", slash && slash[1] ? slash + 1 : *name ? name : "_");
+    char *dot = strrchr(safe, '.');
+    for (int i = 0; dot && dot > safe && audio[i]; i++)
+        if (!strcasecmp(dot, audio[i])) *dot = 0;
+    for (char *c = safe; *c; c++)
+        if (!isalnum((unsigned char)*c) && (unsigned char)*c < 128 && (c == safe || *c != '.') && !strchr("-_+,=@", *c))
+            *c = '_';
+    slam_strings_add(names, safe);
+}
+
+/* Prompts of the same name become NAME, NAME~2, NAME~3. */
+static int name_wavs(program *p) {
+    const size_t n = p->prompts.n;
+    char ***sorted = (char ***)calloc(n, sizeof *sorted), path[4400];
+    int ok = 1;
+    for (size_t i = 0; i < n; i++) add_wav_name(&p->wavs, p->prompts.at[i].name);
+    for (size_t i = 0; i < n; i++) sorted[i] = &p->wavs.at[i];
+    qsort(sorted, n, sizeof *sorted, compare_names);
+    for (size_t i = 1, first = 0; i < n; i++) {
+        if (strcmp(*sorted[i], *sorted[first])) first = i;
+        if (i == first) continue;
+        snprintf(path, sizeof path, "%s~%zu", *sorted[i], i - first + 1);
+        free(*sorted[i]);
+        *sorted[i] = strdup(path);
+    }
+    free(sorted);
+    for (size_t i = 0; ok && i < n; i++) {
+        snprintf(path, sizeof path, "%s/%s.wav", p->wav, p->wavs.at[i]);
+        ok = slam_output_check(path);
+    }
+    return ok;
 }
 
 static int open_set(program *p, const char *argv0) {
@@ -470,8 +605,9 @@ static int add_audio_prompts(program *p, const slam_strings *arguments) {
 static int open_prompts(program *p, const char *argv0) {
     slam_strings audio = {NULL, 0, 0};
     int ok = 1;
-    p->prompts.max_units = (size_t)p->prompt_units;
-    p->prompts.max_seconds = p->prompt_seconds;
+    const int whole = p->task == RESYNTHESIZE;
+    p->prompts.max_units = whole ? 0 : (size_t)p->prompt_units;
+    p->prompts.max_seconds = whole ? 0 : p->prompt_seconds;
     p->prompts.rate = p->rate;
     if (!p->data.n) add_bundled(argv0, "test/corpus/val.bin", &p->data);
     for (size_t i = 0; ok && i < p->data.n; i++) {
@@ -479,7 +615,7 @@ static int open_prompts(program *p, const char *argv0) {
         const slam_strings one = {&path, 1, 1};
         if (ends_in(path, ".jsonl")) ok = slam_prompts_add_lines(&p->prompts, path);
         else if (ends_in(path, ".bin")) {
-            slam_data *data = open_data(p, &one, p->model->config.T, 0);
+            slam_data *data = open_data(p, &one, whole ? 1 << 24 : p->model->config.T, 0);
             if ((ok = data != NULL) != 0) slam_prompts_add_data(&p->prompts, data);
             slam_data_free(data);
         } else slam_strings_add(&audio, path);
@@ -492,22 +628,30 @@ static int open_prompts(program *p, const char *argv0) {
            p->prompts.guessed ? " (no durations: 18 units count as a second; --prompt-units N takes N)" : "");
     for (size_t i = 0; i < p->data.n; i++) printf("         %s\n", p->data.at[i]);
     fflush(stdout);
-    return 1;
+    return !p->wav || name_wavs(p);
 }
 
 static int evaluate(program *p, const char *argv0) {
-    char **files[] = {&p->json, &p->submission, &p->out};
+    char **files[] = {&p->json, &p->submission, &p->out}, folder[4200];
     int ok = 1;
     if (p->task == GENERATE && p->transcripts) return score_transcripts(p->transcripts);
+    for (int i = 0; is_root(p) && p->wav && ok && i <= p->wav_prompt; i++) {
+        snprintf(folder, sizeof folder, "%s/%s", p->wav, i ? "prompt/" : "");
+        ok = slam_output_check(folder);
+    }
     for (int i = 0; i < 3; i++) {
         if (!is_root(p)) free(*files[i]), *files[i] = NULL; /* rank 0 writes them */
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
-    if (!slam_all_ok(p->comm, ok) || !open_model(p)) return 0;
+    if (!slam_all_ok(p->comm, ok)) return 0;
+    if (p->task == RESYNTHESIZE) slam_threads(p->comm, p->threads);
+    else if (!open_model(p)) return 0;
     if (p->task != PPL) slam_signals_catch(); /* ppl ends at once */
     if (p->task == PPL) ok = open_perplexity(p, argv0);
-    else ok = p->task == GENERATE ? open_prompts(p, argv0) : open_set(p, argv0);
+    else if (p->task < GENERATE) ok = open_set(p, argv0);
+    else ok = (!p->wav || open_vocoder(p, argv0)) && open_prompts(p, argv0);
     if (!slam_all_ok(p->comm, ok)) return 0;
+    if (p->task == RESYNTHESIZE) return synthesize(p);
     return p->task == PPL ? perplexity(p) : p->task == GENERATE ? generate(p) : score_pairs(p);
 }
 
@@ -518,7 +662,7 @@ int main(int argc, char **argv) {
     set_flags(&p);
     const int parsed = slam_flags_parse(&p.flags, argc, argv);
     int status = parsed ? 0 : 2;
-    if (parsed == 1) status = read_arguments(&p) && slam_flags_defaults(&p.flags, p.task == GENERATE) ? 0 : 2;
+    if (parsed == 1) status = read_arguments(&p) && slam_flags_defaults(&p.flags, p.task >= GENERATE) ? 0 : 2;
     if (parsed == 1 && status == 0) {
         int ok = evaluate(&p, argv[0]);
         if (ok && (fflush(stdout) != 0 || ferror(stdout))) ok = slam_set_error("stdout: cannot be written");
@@ -529,6 +673,8 @@ int main(int argc, char **argv) {
     free(p.set_units);
     slam_testset_free(p.set);
     slam_prompts_free(&p.prompts);
+    slam_strings_free(&p.wavs);
+    slam_vocoder_free(p.vocoder);
     slam_data_free(p.opened[0]);
     slam_data_free(p.opened[1]);
     slam_tokenizer_free(p.tokenizer);

@@ -555,6 +555,7 @@ typedef struct slam_tokenizer {
     int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
     uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
     float *centroids;
+    int *durations; /* (K) mean duration of each unit in milliseconds; NULL: KM.json has none */
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
@@ -624,6 +625,27 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *,
 /* Units of whole audio files, units (paths->n); a skipped file has n and samples 0. The ranks share the work. */
 int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *, void *context);
+
+/* ---- 11. UNITS: units to audio ---- */
+
+/* A vocoder synthesises one sequence of units at a time. */
+typedef struct slam_vocoder {
+    int K, step;                  /* units 0..K-1; samples per frame */
+    int *frame;                   /* (frames) the unit of each frame of the sequence */
+    size_t frames, samples, done; /* of the sequence; samples at 16 kHz: in all, synthesised so far */
+    size_t capacity;
+    const slam_tokenizer *tokenizer;
+    struct slam_voice *voice;
+} slam_vocoder;
+/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. */
+slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *, slam_ops *);
+void slam_vocoder_free(slam_vocoder *);
+/* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean. */
+int slam_vocoder_start(slam_vocoder *, const int *unit, const int *duration, size_t n);
+/* The next samples of the sequence, until the next call: how many, 0 at the end, -1 and slam_error(). */
+ptrdiff_t slam_vocoder_next(slam_vocoder *, const float **samples);
+/* Writes the sequence that was started as a WAV file (16 kHz, 16 bits). 0 also if the callback cancels. */
+int slam_vocoder_write(slam_vocoder *, const char *path, slam_progress_fn *, void *context);
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
@@ -721,6 +743,7 @@ int slam_testset_submission(const slam_testset *, const char *path); /* a line `
 typedef struct slam_prompt {
     char *name;
     int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
+    int *durations;                   /* (n) in frames, 0: unknown */
     int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
     uint64_t rng;                     /* its random stream */
 } slam_prompt;
@@ -747,7 +770,7 @@ typedef struct slam_generation {
    number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
-int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there */
+int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there; creates "folder/" */
 
 /* ---- 14. CHECKPOINTS: a run's folder with step_000200/, links latest and best, trainer.json, log.jsonl ---- */
 
@@ -8667,7 +8690,7 @@ typedef struct vocoder_conv {
     int before; // frames that it reads before the first one
 } vocoder_conv;
 
-typedef struct slam_vocoder {
+typedef struct slam_hifigan {
     network net;
     vocoder_config config;
     size_t step, tail, halo;  // samples per frame; more of them at the end; frames that reach a sample, on each side
@@ -8675,9 +8698,9 @@ typedef struct slam_vocoder {
     slam_act *frames, *units; // (V,in) embeddings of units with speaker and style; (V,E) those for durations
     vocoder_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
     network_module norm[2], linear; // of the predictor
-} slam_vocoder;
+} hifigan;
 
-static void vocoder_set_conv(slam_vocoder *v, vocoder_conv *to, int C, int OC, int K, int dilation, int before) {
+static void vocoder_set_conv(hifigan *v, vocoder_conv *to, int C, int OC, int K, int dilation, int before) {
     const slam_conv shape = {1, 1, 0, C, 0, OC, K, 1, dilation, 0};
     const size_t reach = round_up((size_t)K * dilation * C, 256);
     to->shape = shape;
@@ -8686,7 +8709,7 @@ static void vocoder_set_conv(slam_vocoder *v, vocoder_conv *to, int C, int OC, i
 }
 
 /* The convolution of C to OC channels whose name has the numbers i and j; its weights are multiplied by scale. */
-static void vocoder_load_conv(slam_vocoder *v, vocoder_conv *to, const char *format, int i, int j, int C, int OC, int K,
+static void vocoder_load_conv(hifigan *v, vocoder_conv *to, const char *format, int i, int j, int C, int OC, int K,
                               int dilation, float scale) {
     network *n = &v->net;
     char *name = string_print(format, i, j);
@@ -8701,7 +8724,7 @@ static void vocoder_load_conv(slam_vocoder *v, vocoder_conv *to, const char *for
 /* The transposed convolution of a stage: out_j = sum_t x_t w_(j + p - t u), u the rate, p = (K - u) / 2. With j = q u +
    r it is a convolution over x whose output frame q holds r = 0 .. u - 1: x_(q - m) meets w_(m u + r + p), which is 0
    outside of 0 .. K - 1. */
-static void vocoder_load_up(slam_vocoder *v, int stage, int C, int OC, float scale) {
+static void vocoder_load_up(hifigan *v, int stage, int C, int OC, float scale) {
     network *n = &v->net;
     const int u = v->config.rates[stage], K = v->config.kernels[stage], p = (K - u) / 2;
     const int last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u; // m from last down
@@ -8727,7 +8750,7 @@ static void vocoder_load_up(slam_vocoder *v, int stage, int C, int OC, float sca
 }
 
 /* The mean over blocks is a sum whose factor is in the weights that follow: leaky ReLU passes it on. */
-static void vocoder_load_weights(slam_vocoder *v, int speaker, int style) {
+static void vocoder_load_weights(hifigan *v, int speaker, int style) {
     const vocoder_config *k = &v->config;
     network *n = &v->net;
     const size_t V = k->V, E = k->E, in = k->in, H = k->H;
@@ -8762,15 +8785,15 @@ static void vocoder_load_weights(slam_vocoder *v, int speaker, int style) {
     if (H) network_load_module(n, &v->linear, "dur_predictor.proj", 0, 1, H, 1, 1);
 }
 
-static void vocoder_free(slam_vocoder *v) {
+static void vocoder_free(hifigan *v) {
     if (!v) return;
     network_free(&v->net);
     free(v);
 }
 
 /* The vocoder in a folder, config.json and model.safetensors, with one of its speakers and styles. */
-static slam_vocoder *vocoder_load(slam_ops *ops, const char *folder, int speaker, int style) {
-    slam_vocoder *v = NEW(slam_vocoder, 1);
+static hifigan *vocoder_load(slam_ops *ops, const char *folder, int speaker, int style) {
+    hifigan *v = NEW(hifigan, 1);
     vocoder_config *k = &v->config;
     network *net = &v->net;
     char *path = path_join(folder, "config.json");
@@ -8819,7 +8842,7 @@ typedef struct vocoder_window {
 } vocoder_window;
 
 /* Places the window in the arena, which may be NULL, and returns its size. */
-static size_t vocoder_place(const slam_vocoder *v, vocoder_window *w, size_t T, const char *arena) {
+static size_t vocoder_place(const hifigan *v, vocoder_window *w, size_t T, const char *arena) {
     const vocoder_config *k = &v->config;
     const size_t act = v->net.ops->act_bytes, widest = k->in > k->C ? k->in : k->C;
     size_t end = 0, most = T * (widest > (size_t)k->H ? widest : (size_t)k->H), frames = T;
@@ -8840,7 +8863,7 @@ static size_t vocoder_place(const slam_vocoder *v, vocoder_window *w, size_t T, 
 }
 
 /* out (T,OC) of in (T,C), with margins */
-static void vocoder_convolve(const slam_vocoder *v, const vocoder_conv *c, slam_act *out, slam_act *in, int T) {
+static void vocoder_convolve(const hifigan *v, const vocoder_conv *c, slam_act *out, slam_act *in, int T) {
     slam_conv shape = c->shape;
     shape.T = shape.TO = T;
     slam_act *first = act_at(v->net.ops, in, v->margin - (size_t)c->before * shape.C);
@@ -8848,7 +8871,7 @@ static void vocoder_convolve(const slam_vocoder *v, const vocoder_conv *c, slam_
 }
 
 /* w->out (T): log(1 + duration) of T units */
-static void vocoder_predict(const slam_vocoder *v, const vocoder_window *w, int T) {
+static void vocoder_predict(const hifigan *v, const vocoder_window *w, int T) {
     slam_ops *ops = v->net.ops;
     const int H = v->config.H;
     slam_act *a = act_at(ops, w->a, v->margin);
@@ -8864,7 +8887,7 @@ static void vocoder_predict(const slam_vocoder *v, const vocoder_window *w, int 
 }
 
 /* w->out: the samples of T frames, before tanh */
-static void vocoder_forward(const slam_vocoder *v, const vocoder_window *w, int T) {
+static void vocoder_forward(const hifigan *v, const vocoder_window *w, int T) {
     slam_ops *ops = v->net.ops;
     const vocoder_config *k = &v->config;
     slam_act *a = act_at(ops, w->a, v->margin), *b = act_at(ops, w->b, v->margin);
@@ -8899,7 +8922,7 @@ static void vocoder_forward(const slam_vocoder *v, const vocoder_window *w, int 
 
 /* out: what the duration predictor says of n units, or the samples of n frames, before tanh; in windows that overlap as
    far as a number depends on its neighbours. */
-static int vocoder_compute(slam_vocoder *v, int predict, const int *tokens, size_t n, float *out) {
+static int vocoder_compute(hifigan *v, int predict, const int *tokens, size_t n, float *out) {
     slam_ops *ops = v->net.ops;
     const size_t length = (VOCODER_WINDOW + v->step - 1) / v->step, halo = predict ? 2 : v->halo;
     const size_t step = predict ? 1 : v->step, tail = predict ? 0 : v->tail;
@@ -8923,7 +8946,7 @@ static int vocoder_compute(slam_vocoder *v, int predict, const int *tokens, size
 
 /* The samples of n units, *samples of them; free() them. duration (n) in frames; NULL: predicted, or one frame each if
    the vocoder has no predictor. */
-static float *vocoder_run(slam_vocoder *v, const int *unit, const int *duration, size_t n, size_t *samples) {
+static float *vocoder_run(hifigan *v, const int *unit, const int *duration, size_t n, size_t *samples) {
     const int V = v->config.V, predict = !duration && v->config.H;
     float *y = NEW(float, n), *out = NULL;
     int *d = NEW(int, n), *tokens = NULL, ok = n > 0 || set_error("found no units, expected at least one");
@@ -9164,11 +9187,26 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n  \"frames\": %zu,\n  \"inertia\": ", t->K, t->width,
                report->frames);
     strbuf_add_number(&s, report->inertia);
-    strbuf_add(&s, ",\n");
+    strbuf_add(&s, ",\n  \"durations\": [");
+    strbuf_add_ints(&s, t->durations, (size_t)t->K, ", ");
+    strbuf_add(&s, "],\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
     const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
     strbuf_free(&s);
+    free(path);
+    return ok;
+}
+
+/* The mean durations in KM.json, if it has them. */
+static int durations_load(slam_tokenizer *t, const char *km_npy) {
+    char *path = unit_config_path(km_npy);
+    json *root = path_is_file(path) ? json_load(path) : NULL;
+    const json *list = json_get(root, "durations");
+    int ok = !list || units_parse_list(list, path, &t->durations);
+    if (ok && list && list->n != (size_t)t->K)
+        ok = set_error("%s: has %zu durations, expected %d", path, list->n, t->K);
+    json_free(root);
     free(path);
     return ok;
 }
@@ -9201,6 +9239,7 @@ void slam_tokenizer_free(slam_tokenizer *t) {
     hubert_free(t->hubert);
     free(t->mfcc);
     free(t->centroids);
+    free(t->durations);
     free(t);
 }
 
@@ -9229,7 +9268,7 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
         ok = set_error(
             "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
             km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
-    if (ok) return t;
+    if (ok && (!km_npy || durations_load(t, km_npy))) return t;
     slam_tokenizer_free(t);
     return NULL;
 }
@@ -9909,6 +9948,28 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
+/* Finds t->durations in some recordings: in 50 frames for each unit, if there are as many. */
+static int durations_fit(slam_tokenizer *t, const slam_inputs *in) {
+    int *frames = t->durations = NEW(int, t->K), *times = NEW(int, t->K), more = 1;
+    slam_progress p = ZERO;
+    slam_reader *reader = slam_reader_open(in, t, 0);
+    const slam_item *item;
+    size_t seen = 0;
+    while (seen < 50 * (size_t)t->K && (more = reader_item(reader, &item, &p, NULL, NULL)) > 0)
+        for (size_t i = 0; !item->error && i < item->n; i++) {
+            const slam_units *u = &item->segments[i].audio.units;
+            seen += u->frames;
+            for (size_t j = 0; j < u->n; j++) {
+                frames[u->unit[j]] += u->duration[j];
+                times[u->unit[j]]++;
+            }
+        }
+    for (int k = 0; k < t->K; k++) t->durations[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
+    slam_reader_close(reader);
+    free(times);
+    return more >= 0;
+}
+
 slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c, slam_ops *ops, const slam_inputs *in,
                                    int K, size_t frames, uint64_t seed, slam_progress_fn *progress, void *context,
                                    slam_kmeans_report *report) {
@@ -9944,7 +10005,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
             reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
     ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
-         tokenizer_complete(t, km_npy, K, sample.D) && tokenizer_save(t, km_npy, report);
+         tokenizer_complete(t, km_npy, K, sample.D) && durations_fit(t, &shuffled) && tokenizer_save(t, km_npy, report);
     slam_reader_close(reader);
     free(sample.frames);
     free(shuffled.paths.at);
@@ -9986,6 +10047,172 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     strbuf_free(&s);
     return ok;
 }
+
+/* ---- synthesis: units -> audio ----
+   A vocoder of source and filter (Oppenheim 1969). A centroid's cepstra are a short-time spectrum, rounded off: they
+   give the amplitude of a filter at each frequency, exp A. Its phase is chosen as the one with minimum delay, which
+   follows from the amplitude; the filter's impulse response h is then exp of a power series (Oppenheim and Schafer):
+       a_n = 1/N sum_k A_k cos(2 pi k n / N)     h_0 = exp a_0     h_n = 1/n sum_(k=1..n) 2 k a_k h_(n-k)
+   The filters, interpolated between the centres of the frames, are excited by pulses where speech is voiced, elsewhere
+   by noise. MFCC do not say the pitch: it falls, as in a sentence, and starts again after a silence. */
+
+enum { VOICE_HOP = 80, VOICE_TAPS = MFCC_WINDOW / 2 }; // samples: 5 ms, from one filter to the next; of h
+
+struct slam_voice {
+    float *filter;             // (K,taps) of each unit: a_0, then 2 n a_n
+    double phase, pitch, last; // periods since the last pulse; Hz; the last sample
+    uint64_t rng;
+    float ahead[VOICE_TAPS + VOICE_HOP]; // what the excitation so far adds to the samples from here on
+    float out[VOICE_HOP];
+};
+
+/* The filter that turns white noise of variance 1 into frames with cepstra c. c_1 .. c_12 give the log energies of the
+   40 triangles, up to a constant: the lifter is divided out, the cosines are an orthogonal transform, and a triangle
+   collects energy in proportion to its area. c_0, the log energy of the frame, gives the constant.
+       E_j = sum_i dct_ji c_i / lifter_i^2 - log area_j      L = E, linear between the centres of the triangles
+       A = (L + c_0 - log sum_k exp L_k - log sum_t hamming_t^2 / N) / 2 */
+static void voice_filter(const struct slam_mfcc *m, const float *c, float *filter) {
+    double E[MFCC_FILTERS], A[MFCC_WINDOW], a[MFCC_WINDOW], sum = 0, window = 0;
+    const int N = m->window;
+    for (int j = 0; j < MFCC_FILTERS; j++) {
+        E[j] = -log(0.5 * (m->edge[j + 2] - m->edge[j]));
+        for (int i = 1; i < MFCC_CEPSTRA; i++) E[j] += m->dct[j][i] * c[i] / pow(1 + 11 * sin(PI * i / 22), 2);
+    }
+    for (int k = 0, j = 0; k <= N / 2; k++) { // centre j <= k <= centre j + 1
+        while (j + 2 < MFCC_FILTERS && k > m->edge[j + 2]) j++;
+        const double at = (double)(k - m->edge[j + 1]) / (m->edge[j + 2] - m->edge[j + 1]), w = fmin(fmax(at, 0), 1);
+        A[k] = (1 - w) * E[j] + w * E[j + 1];
+        sum += exp(A[k]);
+    }
+    for (int t = 0; t < N; t++) window += m->hamming[t] * m->hamming[t] / N;
+    for (int k = 0; k <= N / 2; k++) A[k] = A[(N - k) % N] = (A[k] + c[0] - log(sum * window)) / 2;
+    mfcc_fft(m, a, A, N, 1);
+    filter[0] = (float)(a[0] / N);
+    for (int n = 1; n < N / 2; n++) filter[n] = (float)(2 * n * a[n] / N);
+}
+
+/* A unit is silent, or voiced where low frequencies dominate: for 87 % of espeak's frames as autocorrelation says. */
+static int unit_silent(const slam_tokenizer *t, int unit) { return t->centroids[(size_t)unit * t->width] < -7; }
+static int unit_voiced(const slam_tokenizer *t, int unit) {
+    return !unit_silent(t, unit) && t->centroids[(size_t)unit * t->width + 1] > -38;
+}
+
+/* The next 5 ms. */
+static void voice_next(slam_vocoder *v) {
+    const slam_tokenizer *t = v->tokenizer;
+    struct slam_voice *s = v->voice;
+    const int taps = t->mfcc->window / 2; // also the centre of the first frame
+    const double at = ((double)v->done + VOICE_HOP / 2 - taps) / v->step,
+                 place = fmax(0, fmin(at, (double)v->frames - 1));
+    const int before = v->frame[(size_t)place], after = v->frame[(size_t)ceil(place)];
+    const float *x = s->filter + (size_t)before * taps, *y = s->filter + (size_t)after * taps;
+    const float w = (float)(place - floor(place));
+    const double voiced = (1 - w) * unit_voiced(t, before) + w * unit_voiced(t, after);
+    float a[VOICE_TAPS], h[VOICE_TAPS] = ZERO;
+    for (int n = 0; n < taps; n++) a[n] = (1 - w) * x[n] + w * y[n];
+    h[0] = expf(a[0]);
+    for (int n = 0; n < taps; n++) { // h_n is complete, and goes into those after it
+        if (n) h[n] /= (float)n;
+        for (int k = 1; k < taps - n; k++) h[n + k] += a[k] * h[n];
+    }
+    s->pitch = unit_silent(t, before) ? 130 : fmax(90, s->pitch - 40.0 / 3 * VOICE_HOP / SAMPLE_RATE); // 40 Hz in 3 s
+    for (int i = 0; i < VOICE_HOP; i++) {
+        s->phase += s->pitch / SAMPLE_RATE;
+        const double pulse = s->phase >= 1 ? sqrt(SAMPLE_RATE / s->pitch) : 0; // of variance 1, too
+        const float e = (float)(sqrt(voiced) * pulse + sqrt(1 - voiced) * rng_normal(&s->rng));
+        s->phase -= floor(s->phase);
+        for (int n = 0; n < taps; n++) s->ahead[i + n] += e * h[n];
+        s->last = s->ahead[i] + 0.97 * s->last; // undoes the pre-emphasis
+        s->out[i] = (float)fmax(-1, fmin(1, s->last));
+    }
+    memmove(s->ahead, s->ahead + VOICE_HOP, sizeof s->ahead - sizeof s->out);
+    memset(s->ahead + VOICE_TAPS, 0, sizeof s->out);
+}
+
+void slam_vocoder_free(slam_vocoder *v) {
+    if (!v) return;
+    if (v->voice) free(v->voice->filter);
+    free(v->voice);
+    free(v->frame);
+    free(v);
+}
+
+slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *t, slam_ops *ops) {
+    (void)ops;
+    if (folder) set_error("%s: expected no folder: vocoders cannot be loaded", folder);
+    else if (!t || !t->mfcc || !t->K) set_error("these units are not of MFCC: their audio needs a vocoder");
+    if (folder || !t || !t->mfcc || !t->K) return NULL;
+    slam_vocoder *v = NEW(slam_vocoder, 1);
+    const size_t taps = (size_t)t->mfcc->window / 2;
+    v->tokenizer = t;
+    v->K = t->K;
+    v->step = t->mfcc->step;
+    v->voice = NEW(struct slam_voice, 1);
+    v->voice->filter = NEW(float, t->K *taps);
+    for (int k = 0; k < t->K; k++)
+        voice_filter(t->mfcc, t->centroids + (size_t)k * t->width, v->voice->filter + k * taps);
+    return v;
+}
+
+int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, size_t n) {
+    const slam_tokenizer *t = v->tokenizer;
+    const struct slam_voice start = {v->voice->filter, 0, 130, 0, 0, ZERO, ZERO};
+    const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2; // frames in a WAV file
+    double owed = 0;                                                 // frames, by rounding
+    v->frames = v->samples = v->done = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (unit[i] < 0 || unit[i] >= v->K)
+            return set_error("unit %zu is %d, expected 0 to %d", i + 1, unit[i], v->K - 1);
+        size_t frames = duration ? (size_t)duration[i] : 0;
+        if (!frames) {
+            owed += !t->config.dedup ? 1 : t->durations ? t->durations[unit[i]] * t->config.rate / 1000.0 : 1.4;
+            frames = owed < 1.5 ? 1 : (size_t)(owed + 0.5);
+            owed -= (double)frames;
+        }
+        if (frames > most - v->frames) return set_error("lasts more than %zu frames, too long for a WAV file", most);
+        GROW(int, v->frame, v->capacity, v->frames + frames);
+        for (; frames; frames--) v->frame[v->frames++] = unit[i];
+    }
+    if (!n) return set_error("has no units, expected at least one");
+    v->samples = (size_t)t->mfcc->window + (v->frames - 1) * (size_t)v->step;
+    *v->voice = start;
+    return 1;
+}
+
+ptrdiff_t slam_vocoder_next(slam_vocoder *v, const float **samples) {
+    const size_t left = v->samples - v->done, n = left < VOICE_HOP ? left : (size_t)VOICE_HOP;
+    if (n) voice_next(v);
+    *samples = v->voice->out;
+    v->done += n;
+    return (ptrdiff_t)n;
+}
+
+int slam_vocoder_write(slam_vocoder *v, const char *path, slam_progress_fn *progress, void *context) {
+    const uint32_t n_bytes = (uint32_t)(2 * v->samples);
+    enum { RIFF = 0x46464952, WAVE = 0x45564157, FMT = 0x20746d66, DATA = 0x61746164 };
+    const uint32_t header[] = {RIFF,        n_bytes + 36,    WAVE,         FMT,  16,     1 | 1 << 16,
+                               SAMPLE_RATE, 2 * SAMPLE_RATE, 2 | 16 << 16, DATA, n_bytes};
+    slam_progress p = {"synthesize", 0, (double)v->samples, 0, NULL, NULL};
+    char *part = string_print("%s.part", path);
+    append_file file;
+    const float *x;
+    ptrdiff_t n = 1;
+    const int opened = append_open(&file, part);
+    int ok = opened && append_resume(&file, 0) && append_write(&file, header, sizeof header);
+    while (ok && (n = slam_vocoder_next(v, &x)) > 0) {
+        for (ptrdiff_t i = 0; ok && i < n; i++) {
+            const int16_t sample = (int16_t)lrintf(32767 * x[i]);
+            ok = append_write(&file, &sample, 2);
+        }
+        p.done = (double)v->done;
+        if (ok && progress && !progress(context, &p)) ok = set_error("%s: stopped before its end", path);
+    }
+    ok = append_close(&file) && ok && n == 0 && file_rename(part, path);
+    if (!ok && opened) unlink(part);
+    free(part);
+    return ok;
+}
+
 /* ==========================================================================================
    SECTION 12. OBJECTIVES   language modelling, preference pairs and DPO, scores of sequences
    ========================================================================================== */
@@ -10911,6 +11138,7 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
 }
 
 int slam_output_check(const char *path) {
+    if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_file(path) && access(path, W_OK) == 0) return 1; // a pipe, /dev/stdout
     return path_writable(path);
@@ -10922,6 +11150,7 @@ void slam_prompts_free(slam_prompts *p) {
     for (size_t i = 0; i < p->n; i++) {
         free(p->at[i].name);
         free(p->at[i].tokens);
+        free(p->at[i].durations);
         free(p->at[i].continuation);
     }
     free(p->at);
@@ -10944,7 +11173,9 @@ void slam_prompts_add(slam_prompts *p, const char *name, const int *units, const
     q->n = (int)length + 1;
     q->tokens = NEW(int, length + 1);
     q->tokens[0] = DOCUMENT_TOKEN;
+    q->durations = NEW(int, length + 1);
     for (size_t i = 0; i < length; i++) q->tokens[i + 1] = (int)((unsigned)units[i] + FIRST_UNIT);
+    if (duration) memcpy(q->durations + 1, duration, length * sizeof *duration);
 }
 
 int slam_prompts_add_lines(slam_prompts *p, const char *path) {
@@ -11049,6 +11280,7 @@ static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
         q->n -= cut;
         q->truncated += cut;
         memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1) * sizeof *q->tokens);
+        memmove(q->durations + 1, q->durations + 1 + cut, (size_t)(q->n - 1) * sizeof *q->durations);
     }
     if (p->n) qsort(g->prompts, p->n, sizeof *g->prompts, compare_prompts);
     for (size_t i = 0; i < p->n; i++) {

@@ -25,7 +25,7 @@ static void test_model(slam_ops *ops, const char *name) {
     size_t n, m, got = 0;
     int *units = ints(file, "units", &n), *durations = ints(file, "durations", &m);
     const char *kind = tensors_metadata(file, "durations");
-    slam_vocoder *v = vocoder_load(ops, folder, atoi(tensors_metadata(file, "speaker")), atoi(tensors_metadata(file, "style")));
+    hifigan *v = vocoder_load(ops, folder, atoi(tensors_metadata(file, "speaker")), atoi(tensors_metadata(file, "style")));
     if (!CHECK(v, "%s", slam_error())) return;
     const tensor *t = tensors_find(file, "samples");
     float *expected = NEW(float, t->count);
