@@ -8720,9 +8720,9 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n  \"frames\": %zu,\n  \"inertia\": ", t->K, t->width,
                report->frames);
     strbuf_add_number(&s, report->inertia);
-    strbuf_add(&s, ",\n  \"durations\": [");
-    strbuf_add_ints(&s, t->durations, (size_t)t->K, ", ");
-    strbuf_add(&s, "],\n");
+    if (t->durations) strbuf_add(&s, ",\n  \"durations\": [");
+    if (t->durations) strbuf_add_ints(&s, t->durations, (size_t)t->K, ", ");
+    strbuf_add(&s, t->durations ? "],\n" : ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
     const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
@@ -9618,7 +9618,7 @@ static void voice_filter(const struct slam_mfcc *m, const float *c, float *filte
         sum += exp(A[k]);
     }
     for (int t = 0; t < N; t++) window += m->hamming[t] * m->hamming[t] / N;
-    for (int k = 0; k <= N / 2; k++) A[k] = A[(N - k) % N] = (A[k] + c[0] - log(sum * window)) / 2;
+    for (int k = 0; k <= N / 2; k++) A[k] = A[(N - k) % N] = (A[k] + c[0] + 0.5 - log(sum * window)) / 2;
     mfcc_fft(m, a, A, N, 1);
     filter[0] = (float)(a[0] / N);
     for (int n = 1; n < N / 2; n++) filter[n] = (float)(2 * n * a[n] / N);
@@ -9641,7 +9641,7 @@ static void voice_next(slam_vocoder *v) {
     const float *x = s->filter + (size_t)before * taps, *y = s->filter + (size_t)after * taps;
     const float w = (float)(place - floor(place));
     const double voiced = (1 - w) * unit_voiced(t, before) + w * unit_voiced(t, after);
-    float a[VOICE_TAPS], h[VOICE_TAPS] = ZERO;
+    float a[VOICE_TAPS] = ZERO, h[VOICE_TAPS] = ZERO;
     for (int n = 0; n < taps; n++) a[n] = (1 - w) * x[n] + w * y[n];
     h[0] = expf(a[0]);
     for (int n = 0; n < taps; n++) { // h_n is complete, and goes into those after it
