@@ -473,7 +473,7 @@ typedef struct slam_data_size {
     double fill;                                       /* share of positions that are not padding */
 } slam_data_size;
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
+slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
@@ -486,7 +486,7 @@ typedef struct slam_loader {
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
+slam_loader *slam_loader_new(const slam_data *, uint64_t seed, int shuffle);
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
@@ -622,9 +622,9 @@ int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *pa
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
-/* Mean loss (nats per target) over all targets of a source (-1: all); *targets: how many. The ranks share the work. The
-   model must be planned for batch->capacity rows of T = context. */
-int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
+/* Mean losses (nats per target): losses[0] over all targets, losses[1 + s] over those of source s (NaN if it has none).
+   The ranks share the work. The model must be planned for batch->capacity rows of T = context. */
+int slam_data_loss(slam_model *, const slam_data *, slam_batch *batch, double *losses, uint64_t *targets);
 
 /* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
@@ -7348,8 +7348,8 @@ struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
     int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source, longest_row; // of data, -1: all; 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int longest_row;       // 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
@@ -7383,8 +7383,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     l->epoch = epoch;
     l->row = 0;
     p->n_order = p->epoch.n = p->epoch.n_items = 0;
-    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
-        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++) packer_add_source(p, l, i, epoch);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
@@ -7414,19 +7413,17 @@ static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int
     return l;
 }
 
-slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
+slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
+    if (!d->chunks) {
+        set_error("the data is not prepared");
         return NULL;
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
     l->packer->data = d;
-    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
-    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[source < 0 ? 0 : source].name,
-              d->sources[source < 0 ? 0 : source].weight);
+    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
     slam_loader_free(l);
     return NULL;
 }
@@ -7491,12 +7488,11 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) {
+slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
     slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, source, seed, 1);
+    slam_loader *l = slam_loader_new(d, seed, 1);
     if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
+    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
     size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
     size.chunks = l->packer->batch.n_items;
     size.tokens = l->tokens;
@@ -9572,16 +9568,24 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
-    slam_loader *l = slam_loader_new(data, source, 0, 0);
+    slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
     const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
-    for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
+    for (size_t s = 0; s < data->n_sources; s++) {
+        double source_sum = 0, n = 0;
+        for (size_t i = data->sources[s].first_chunk; i < data->sources[s].end_chunk; i++) {
+            source_sum -= logp[i];
+            n += data->chunks[i].n - 1;
+        }
+        losses[1 + s] = source_sum / n;
+        sum += source_sum;
+    }
     *targets = l->targets;
-    *loss = sum / (double)l->targets;
+    losses[0] = sum / (double)l->targets;
     slam_loader_free(l);
     free(logp);
     return ok;
