@@ -478,7 +478,7 @@ typedef struct slam_data_size {
     double fill;                                       /* share of positions that are not padding */
 } slam_data_size;
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
+slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
@@ -491,7 +491,7 @@ typedef struct slam_loader {
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
+slam_loader *slam_loader_new(const slam_data *, uint64_t seed, int shuffle);
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
@@ -649,9 +649,9 @@ int slam_vocoder_write(slam_vocoder *, const char *path, slam_progress_fn *, voi
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
-/* Mean loss (nats per target) over all targets of a source (-1: all); *targets: how many. The ranks share the work. The
-   model must be planned for batch->capacity rows of T = context. */
-int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
+/* Mean losses (nats per target): losses[0] over all targets, losses[1 + s] over those of source s (NaN if it has none).
+   The ranks share the work. The model must be planned for batch->capacity rows of T = context. */
+int slam_data_loss(slam_model *, const slam_data *, slam_batch *batch, double *losses, uint64_t *targets);
 
 /* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
@@ -7429,8 +7429,8 @@ struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
     int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source, longest_row; // of data, -1: all; 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int longest_row;       // 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
@@ -7464,8 +7464,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     l->epoch = epoch;
     l->row = 0;
     p->n_order = p->epoch.n = p->epoch.n_items = 0;
-    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
-        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++) packer_add_source(p, l, i, epoch);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
@@ -7495,19 +7494,17 @@ static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int
     return l;
 }
 
-slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
+slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
+    if (!d->chunks) {
+        set_error("the data is not prepared");
         return NULL;
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
     l->packer->data = d;
-    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
-    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[source < 0 ? 0 : source].name,
-              d->sources[source < 0 ? 0 : source].weight);
+    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
     slam_loader_free(l);
     return NULL;
 }
@@ -7572,12 +7569,11 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) {
+slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
     slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, source, seed, 1);
+    slam_loader *l = slam_loader_new(d, seed, 1);
     if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
+    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
     size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
     size.chunks = l->packer->batch.n_items;
     size.tokens = l->tokens;
@@ -9187,9 +9183,9 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     strbuf_add(&s, ",\n  \"units\": %d,\n  \"width\": %d,\n  \"frames\": %zu,\n  \"inertia\": ", t->K, t->width,
                report->frames);
     strbuf_add_number(&s, report->inertia);
-    strbuf_add(&s, ",\n  \"durations\": [");
-    strbuf_add_ints(&s, t->durations, (size_t)t->K, ", ");
-    strbuf_add(&s, "],\n");
+    if (t->durations) strbuf_add(&s, ",\n  \"durations\": [");
+    if (t->durations) strbuf_add_ints(&s, t->durations, (size_t)t->K, ", ");
+    strbuf_add(&s, t->durations ? "],\n" : ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
     const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
@@ -10085,7 +10081,7 @@ static void voice_filter(const struct slam_mfcc *m, const float *c, float *filte
         sum += exp(A[k]);
     }
     for (int t = 0; t < N; t++) window += m->hamming[t] * m->hamming[t] / N;
-    for (int k = 0; k <= N / 2; k++) A[k] = A[(N - k) % N] = (A[k] + c[0] - log(sum * window)) / 2;
+    for (int k = 0; k <= N / 2; k++) A[k] = A[(N - k) % N] = (A[k] + c[0] + 0.5 - log(sum * window)) / 2;
     mfcc_fft(m, a, A, N, 1);
     filter[0] = (float)(a[0] / N);
     for (int n = 1; n < N / 2; n++) filter[n] = (float)(2 * n * a[n] / N);
@@ -10108,7 +10104,7 @@ static void voice_next(slam_vocoder *v) {
     const float *x = s->filter + (size_t)before * taps, *y = s->filter + (size_t)after * taps;
     const float w = (float)(place - floor(place));
     const double voiced = (1 - w) * unit_voiced(t, before) + w * unit_voiced(t, after);
-    float a[VOICE_TAPS], h[VOICE_TAPS] = ZERO;
+    float a[VOICE_TAPS] = ZERO, h[VOICE_TAPS] = ZERO;
     for (int n = 0; n < taps; n++) a[n] = (1 - w) * x[n] + w * y[n];
     h[0] = expf(a[0]);
     for (int n = 0; n < taps; n++) { // h_n is complete, and goes into those after it
@@ -10261,16 +10257,24 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
-    slam_loader *l = slam_loader_new(data, source, 0, 0);
+    slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
     const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
-    for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
+    for (size_t s = 0; s < data->n_sources; s++) {
+        double source_sum = 0, n = 0;
+        for (size_t i = data->sources[s].first_chunk; i < data->sources[s].end_chunk; i++) {
+            source_sum -= logp[i];
+            n += data->chunks[i].n - 1;
+        }
+        losses[1 + s] = source_sum / n;
+        sum += source_sum;
+    }
     *targets = l->targets;
-    *loss = sum / (double)l->targets;
+    losses[0] = sum / (double)l->targets;
     slam_loader_free(l);
     free(logp);
     return ok;
