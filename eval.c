@@ -506,7 +506,7 @@ static int open_vocoder(program *p, const char *argv0) {
                               n_units(p));
     if (!p->tokenizer->durations && p->tokenizer->config.dedup)
         printf("         %s has no durations (.json): a unit without one lasts 1.4 frames\n", p->unit_flags.kmeans);
-    return (p->vocoder = slam_vocoder_open(NULL, p->tokenizer, p->ops)) != NULL;
+    return (p->vocoder = slam_vocoder_open(NULL, 0, 0, p->tokenizer, p->ops)) != NULL;
 }
 
 static int compare_names(const void *a, const void *b) {

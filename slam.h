@@ -274,10 +274,8 @@ struct slam_ops {
        nearest (N)  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K) scratch */
     void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
                     const float *squares, int N, int D, int K);
-    /* Residual add and leaky ReLU (Maas, Hannun and Ng 2013): s = x + delta      y = s where s > 0, else slope s
-       s, y, x, delta (n). delta NULL: s is x, not written. y NULL: not kept. s, y may be x or delta */
-    void (*leaky_relu)(slam_ops *, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta, float slope,
-                       size_t n);
+    /* Leaky ReLU (Maas, Hannun and Ng 2013): y = x where x > 0, else slope x      y (n) may be x */
+    void (*leaky_relu)(slam_ops *, slam_act *y, const slam_act *x, float slope, size_t n);
 };
 
 /* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
@@ -636,11 +634,14 @@ typedef struct slam_vocoder {
     size_t capacity;
     const slam_tokenizer *tokenizer;
     struct slam_voice *voice;
+    struct slam_gan *gan;
 } slam_vocoder;
-/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. */
-slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *, slam_ops *);
+/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. Else the unit HiFi-GAN in
+   config.json (of textlesslib or speech-resynthesis) and model.safetensors; speaker, style: 0, or one that it has. */
+slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *, slam_ops *);
 void slam_vocoder_free(slam_vocoder *);
-/* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean. */
+/* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean, or for what
+   the HiFi-GAN predicts (one frame, if it has no predictor). */
 int slam_vocoder_start(slam_vocoder *, const int *unit, const int *duration, size_t n);
 /* The next samples of the sequence, until the next call: how many, 0 at the end, -1 and slam_error(). */
 ptrdiff_t slam_vocoder_next(slam_vocoder *, const float **samples);
@@ -3145,12 +3146,19 @@ static void cpu_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int 
     for (int b = 0; b < B; b++) memset(row(x, b * T + lengths[b], C), 0, (size_t)(T - lengths[b]) * C * sizeof(float));
 }
 
-/* ---- GELU, layer norm, channel norm ---- */
+/* ---- GELU, leaky ReLU, layer norm, channel norm ---- */
 
 /* y, x (n) */
 static void cpu_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
     SLAM_PRAGMA(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) ((float *)y)[i] = gelu_float(((const float *)x)[i]);
+}
+
+/* y, x (n) */
+static void cpu_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x_, float slope, size_t n) {
+    const float *x = (const float *)x_;
+    SLAM_PRAGMA(omp parallel for simd schedule(static))
+    for (size_t i = 0; i < n; i++) ((float *)y)[i] = choose(x[i] > 0, x[i], slope * x[i]);
 }
 
 /* s, y, x, delta (N,C)  w, b (C) */
@@ -3230,21 +3238,6 @@ static void cpu_nearest(slam_ops *ops, int *nearest, float *scores, const slam_a
             const float distance = squares[k] - 2 * dots[k];
             if (distance < least) least = distance, nearest[i] = k;
         }
-    }
-}
-
-/* ---- leaky ReLU ---- */
-
-/* s, y, x, delta (n) */
-static void cpu_leaky_relu(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_act *x_, const slam_act *delta_,
-                           float slope, size_t n) {
-    float *s = (float *)s_, *y = (float *)y_;
-    const float *x = (const float *)x_, *delta = (const float *)delta_;
-    SLAM_PRAGMA(omp parallel for simd schedule(static))
-    for (size_t i = 0; i < n; i++) {
-        const float sum = x[i] + (delta ? delta[i] : 0);
-        if (delta) s[i] = sum;
-        if (y) y[i] = choose(sum > 0, sum, slope * sum);
     }
 }
 
@@ -5241,27 +5234,22 @@ static void cuda_nearest(slam_ops *ops, int *nearest, float *scores, const slam_
     LAUNCH(ops, nearest_kernel, blocks(N, 8), 256, 0, nearest, (const float *)scores, squares, N, K);
 }
 
-/* 2 n sizeof(T) bytes, with a delta 4 n */
+/* 2 n sizeof(T) bytes */
 template <typename T> struct leaky_relu_op {
-    T *s, *y;
-    const T *x, *delta;
+    T *y;
+    const T *x;
     float slope;
     template <int P> __device__ void run(unsigned, size_t i) const {
-        float a[P], d[P];
+        float a[P];
         load(a, x + i);
-        if (delta) load(d, delta + i);
-        for (int k = 0; k < P; k++) a[k] += delta ? d[k] : 0;
-        if (delta) store(s + i, a);
         for (int k = 0; k < P; k++) a[k] = a[k] > 0 ? a[k] : slope * a[k];
-        if (y) store(y + i, a);
+        store(y + i, a);
     }
 };
 
 template <typename T>
-static void cuda_leaky_relu(slam_ops *ops, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta,
-                            float slope, size_t n) {
-    const leaky_relu_op<T> op = {(T *)s, (T *)y, (const T *)x, (const T *)delta, slope};
-    each<WIDE<T>>(ops, __func__, 1, n, op, s, y, x, delta);
+static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
+    each<WIDE<T>>(ops, __func__, 1, n, leaky_relu_op<T>{(T *)y, (const T *)x, slope}, y, x);
 }
 
 /* ---- the backend ---- */
@@ -8588,393 +8576,6 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
     return ok;
 }
 
-/* ---- vocoder: HiFi-GAN from units (Kong et al. 2020; Polyak et al. 2021), as textlesslib and speech-resynthesis ----
-   A frame is the embedding of a unit, repeated for its duration, followed by those of speaker and style.
-       x = conv(frames)
-       for each stage:  x = transposed conv(leaky(x))     rate times as many frames, half the channels
-                        x = mean over the blocks of block(x)
-       block(x):        three times x = x + conv(leaky(dilated conv(leaky(x))))
-       samples = tanh(conv(leaky(x)))
-   leaky: leaky ReLU of slope 0.1, the last of 0.01. A duration is predicted as d = max(1, round(exp(y) - 1)),
-       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
-   Beyond its ends the input of a convolution is zero. */
-
-enum {
-    VOCODER_WINDOW = 1 << 18, // samples
-    VOCODER_MOST = 1 << 30,   // samples
-    VOCODER_LONGEST = 1000    // frames of a predicted duration
-};
-
-typedef struct vocoder_config {
-    int V, E, in, C;          // units; channels of an embedding, of a frame, of the first stage
-    int speakers, styles, H;  // 0: none; channels of the duration predictor, 0: none
-    int predictor_taps, rate; // always 3; always 16000
-    int stages, rates[LIST_MOST], kernels[LIST_MOST];
-    int blocks, taps[LIST_MOST], dilations[LIST_MOST][LIST_MOST];
-} vocoder_config;
-
-static const field vocoder_fields[] = {
-    {"num_embeddings", FIELD_INT, offsetof(vocoder_config, V), 1, 1 << 16, 1},
-    {"embedding_dim", FIELD_INT, offsetof(vocoder_config, E), 1, 1 << 14, 1},
-    {"model_in_dim", FIELD_INT, offsetof(vocoder_config, in), 1, 1 << 16, 1},
-    {"upsample_initial_channel", FIELD_INT, offsetof(vocoder_config, C), 1, 1 << 14, 1},
-    {"num_speakers", FIELD_INT, offsetof(vocoder_config, speakers), 1, 1 << 20, 0},
-    {"num_styles", FIELD_INT, offsetof(vocoder_config, styles), 1, 1 << 20, 0},
-    {"sampling_rate", FIELD_INT, offsetof(vocoder_config, rate), SAMPLE_RATE, SAMPLE_RATE, 0},
-};
-static const field predictor_fields[] = {
-    {"var_pred_hidden_dim", FIELD_INT, offsetof(vocoder_config, H), 1, 1 << 14, 1},
-    {"var_pred_kernel_size", FIELD_INT, offsetof(vocoder_config, predictor_taps), 3, 3, 1},
-};
-
-/* Whether Python takes the member as true. */
-static int json_true(const json *object, const char *key) {
-    const json *j = json_get(object, key);
-    return j && j->type != JSON_FALSE && (j->type != JSON_NUMBER || j->number != 0) &&
-           (j->type != JSON_STRING || *j->string) && (j->type < JSON_ARRAY || j->n > 0);
-}
-
-static int vocoder_config_load(vocoder_config *k, const char *path) {
-    static const char *const unsupported[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code",
-                                              "f0_quantizer_path"};
-    static const char dilations[] = "resblock_dilation_sizes";
-    json *c = json_load(path);
-    k->speakers = 200, k->styles = 100; // defaults of that code
-    int ok = c && fields_read(c, vocoder_fields, sizeof vocoder_fields / sizeof *vocoder_fields, k, path);
-    for (int i = 0; ok && i < 5; i++)
-        if (json_true(c, unsupported[i]))
-            ok = set_error("%s: '%s' is set, expected a vocoder of units, speakers and styles alone", path,
-                           unsupported[i]);
-    if (ok && strcmp(json_string(c, "resblock", "1"), "1"))
-        ok = set_error("%s: resblock is '%s', expected '1'", path, json_string(c, "resblock", "1"));
-    if (!json_true(c, "multispkr")) k->speakers = 0;
-    if (!json_true(c, "multistyle")) k->styles = 0;
-    if (ok && json_true(c, "dur_predictor_params"))
-        ok = fields_read(json_get(c, "dur_predictor_params"), predictor_fields, 2, k, path);
-    if (ok) ok = k->stages = json_list(json_get(c, "upsample_rates"), "upsample_rates", k->rates, 0, 0, "it has", path);
-    if (ok)
-        ok = json_list(json_get(c, "upsample_kernel_sizes"), "upsample_kernel_sizes", k->kernels, 0, k->stages,
-                       "upsample_rates", path);
-    if (ok)
-        ok = k->blocks =
-            json_list(json_get(c, "resblock_kernel_sizes"), "resblock_kernel_sizes", k->taps, 0, 0, "it has", path);
-    const json *list = json_get(c, dilations), *j = list && list->type == JSON_ARRAY ? list->first : NULL;
-    for (int i = 0; ok && i < k->blocks; i++, j = j->next)
-        ok = json_list(j, dilations, k->dilations[i], 0, 3, "[1, 3, 5]", path);
-    json_free(c);
-    const int parts = 1 + (k->speakers > 0) + (k->styles > 0);
-    if (ok && k->in != parts * k->E)
-        ok = set_error("%s: model_in_dim is %d, expected %d: embeddings of %d channels of unit%s%s", path, k->in,
-                       parts * k->E, k->E, k->speakers ? ", speaker" : "", k->styles ? ", style" : "");
-    for (int i = 0, step = 1; ok && i < k->stages; i++)
-        if ((step *= k->rates[i]) > 1 << 11 || k->kernels[i] < k->rates[i] || !(k->C >> (i + 1)))
-            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected at most %d samples per "
-                           "frame, a kernel no smaller than the rate, and channels",
-                           path, i, k->rates[i], k->kernels[i], k->C >> (i + 1), 1 << 11);
-    for (int i = 0; ok && i < k->blocks; i++)
-        for (int d = 0; ok && d < 3; d++)
-            if (k->taps[i] % 2 == 0 || k->taps[i] > 1 << 11 || k->taps[i] * k->dilations[i][d] > 1 << 12)
-                ok = set_error("%s: block %d has kernel size %d and dilation %d, expected an odd size and at most %d "
-                               "frames",
-                               path, i, k->taps[i], k->dilations[i][d], 1 << 12);
-    return ok;
-}
-
-typedef struct vocoder_conv {
-    network_module m;
-    slam_conv shape;
-    int before; // frames that it reads before the first one
-} vocoder_conv;
-
-typedef struct slam_hifigan {
-    network net;
-    vocoder_config config;
-    size_t step, tail, halo;  // samples per frame; more of them at the end; frames that reach a sample, on each side
-    size_t margin;            // most numbers that a convolution reads before and behind its input
-    slam_act *frames, *units; // (V,in) embeddings of units with speaker and style; (V,E) those for durations
-    vocoder_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
-    network_module norm[2], linear; // of the predictor
-} hifigan;
-
-static void vocoder_set_conv(hifigan *v, vocoder_conv *to, int C, int OC, int K, int dilation, int before) {
-    const slam_conv shape = {1, 1, 0, C, 0, OC, K, 1, dilation, 0};
-    const size_t reach = round_up((size_t)K * dilation * C, 256);
-    to->shape = shape;
-    to->before = before;
-    if (reach > v->margin) v->margin = reach;
-}
-
-/* The convolution of C to OC channels whose name has the numbers i and j; its weights are multiplied by scale. */
-static void vocoder_load_conv(hifigan *v, vocoder_conv *to, const char *format, int i, int j, int C, int OC, int K,
-                              int dilation, float scale) {
-    network *n = &v->net;
-    char *name = string_print(format, i, j);
-    float *w = network_weight(n, name, 0, OC, C, K);
-    for (size_t k = 0; n->ok && k < (size_t)OC * C * K; k++) w[k] *= scale;
-    to->m.w = network_store(n, w, OC, C, K);
-    to->m.b = network_tensor(n, name, "bias", OC, 1, 1);
-    vocoder_set_conv(v, to, C, OC, K, dilation, (K - 1) / 2 * dilation);
-    free(name);
-}
-
-/* The transposed convolution of a stage: out_j = sum_t x_t w_(j + p - t u), u the rate, p = (K - u) / 2. With j = q u +
-   r it is a convolution over x whose output frame q holds r = 0 .. u - 1: x_(q - m) meets w_(m u + r + p), which is 0
-   outside of 0 .. K - 1. */
-static void vocoder_load_up(hifigan *v, int stage, int C, int OC, float scale) {
-    network *n = &v->net;
-    const int u = v->config.rates[stage], K = v->config.kernels[stage], p = (K - u) / 2;
-    const int last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u; // m from last down
-    char *name = string_print("ups.%d", stage);
-    float *w = network_weight(n, name, 0, C, OC, K), *b = network_read(n, name, "bias", OC, 1, 1);
-    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *next = rows;
-    float *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
-    for (int i = 0; n->ok && i < u * OC; i++) {
-        const int r = i / OC, o = i % OC;
-        bias[i] = b[o];
-        for (int c = 0; c < C; c++)
-            for (int m = last; m > last - taps; m--, next++) {
-                const int k = m * u + r + p;
-                if (k >= 0 && k < K) *next = scale * w[((size_t)c * OC + o) * K + k];
-            }
-    }
-    v->up[stage].m.w = network_store(n, rows, (size_t)u * OC, C, taps);
-    v->up[stage].m.b = network_store(n, bias, (size_t)u * OC, 1, 1);
-    vocoder_set_conv(v, &v->up[stage], C, u * OC, taps, 1, last);
-    free(w);
-    free(b);
-    free(name);
-}
-
-/* The mean over blocks is a sum whose factor is in the weights that follow: leaky ReLU passes it on. */
-static void vocoder_load_weights(hifigan *v, int speaker, int style) {
-    const vocoder_config *k = &v->config;
-    network *n = &v->net;
-    const size_t V = k->V, E = k->E, in = k->in, H = k->H;
-    const float mean = 1.0f / (float)k->blocks;
-    float *unit = network_read(n, "dict", "weight", V, E, 1), *frames = n->ok ? NEW(float, V *in) : NULL;
-    float *voice[] = {k->speakers ? network_read(n, "spkr", "weight", k->speakers, E, 1) : NULL,
-                      k->styles ? network_read(n, "style", "weight", k->styles, E, 1) : NULL};
-    for (size_t u = 0; n->ok && u < V; u++) {
-        float *to = (float *)memcpy(frames + u * in, unit + u * E, E * sizeof *to) + E;
-        for (int i = 0; i < 2; i++)
-            if (voice[i]) to = (float *)memcpy(to, voice[i] + (size_t)(i ? style : speaker) * E, E * sizeof *to) + E;
-    }
-    free(voice[0]);
-    free(voice[1]);
-    v->frames = network_store(n, frames, V, in, 1);
-    v->units = network_store(n, unit, V, E, 1);
-    vocoder_load_conv(v, &v->pre, "conv_pre", 0, 0, k->in, k->C, 7, 1, 1);
-    for (int i = 0; i < k->stages; i++) {
-        const int C = k->C >> (i + 1);
-        vocoder_load_up(v, i, k->C >> i, C, i ? mean : 1);
-        for (int j = 0; j < 6 * k->blocks; j++) {
-            const int b = j / 6, d = j / 2 % 3;
-            vocoder_load_conv(v, &v->block[i][b][d][j % 2], j % 2 ? "resblocks.%d.convs2.%d" : "resblocks.%d.convs1.%d",
-                              i * k->blocks + b, d, C, C, k->taps[b], j % 2 ? 1 : k->dilations[b][d], 1);
-        }
-    }
-    vocoder_load_conv(v, &v->post, "conv_post", 0, 0, k->C >> k->stages, 1, 7, 1, mean);
-    for (int i = 0; H && i < 2; i++) {
-        vocoder_load_conv(v, &v->predictor[i], "dur_predictor.conv%d.0", i + 1, 0, i ? k->H : k->E, k->H, 3, 1, 1);
-        network_load_module(n, &v->norm[i], "dur_predictor.ln%d", i + 1, H, 1, 1, 1);
-    }
-    if (H) network_load_module(n, &v->linear, "dur_predictor.proj", 0, 1, H, 1, 1);
-}
-
-static void vocoder_free(hifigan *v) {
-    if (!v) return;
-    network_free(&v->net);
-    free(v);
-}
-
-/* The vocoder in a folder, config.json and model.safetensors, with one of its speakers and styles. */
-static hifigan *vocoder_load(slam_ops *ops, const char *folder, int speaker, int style) {
-    hifigan *v = NEW(hifigan, 1);
-    vocoder_config *k = &v->config;
-    network *net = &v->net;
-    char *path = path_join(folder, "config.json");
-    net->ops = ops;
-    net->prefix = "generator.";
-    int ok = vocoder_config_load(k, path);
-    if (ok && (speaker < 0 || speaker >= (k->speakers ? k->speakers : 1)))
-        ok = set_error("%s: speaker is %d, the vocoder has %d, numbered from 0", folder, speaker, k->speakers);
-    if (ok && (style < 0 || style >= (k->styles ? k->styles : 1)))
-        ok = set_error("%s: style is %d, the vocoder has %d, numbered from 0", folder, style, k->styles);
-    net->file = ok ? tensors_open(folder) : NULL;
-    size_t n = round_up((size_t)k->V * k->in, 256);
-    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++)
-        n += round_up((strstr(t->name, "ups.") ? 3 : 1) * t->count, 256); // vocoder_load_up adds zeros
-    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    net->ok = net->weights != NULL;
-    if (net->ok) vocoder_load_weights(v, speaker, style);
-    size_t reach = 0; // of the longest block, to each side
-    for (int i = 0; i < k->blocks; i++) {
-        const int *d = k->dilations[i];
-        const size_t frames = (size_t)(k->taps[i] - 1) / 2 * (d[0] + d[1] + d[2] + 3);
-        if (frames > reach) reach = frames;
-    }
-    v->step = 1;
-    v->halo = 3;
-    for (int i = 0; i < k->stages; i++) {
-        v->step *= k->rates[i];
-        v->tail = v->tail * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
-    }
-    for (int i = k->stages; i-- > 0;) v->halo = (v->halo + reach + k->kernels[i]) / k->rates[i] + 1;
-    v->halo += 3;
-    ok = net->ok && ops->finish(ops);
-    tensors_close(net->file);
-    free(path);
-    if (ok) return v;
-    vocoder_free(v);
-    return NULL;
-}
-
-typedef struct vocoder_window {
-    int *tokens;         // (T)
-    slam_act *a, *b;     // inputs of convolutions with v->margin zeros before and behind
-    slam_act *x, *y, *z; // outputs
-    float *out;          // (samples), or (T) of the duration predictor
-    size_t padded;       // bytes of a, of b
-} vocoder_window;
-
-/* Places the window in the arena, which may be NULL, and returns its size. */
-static size_t vocoder_place(const hifigan *v, vocoder_window *w, size_t T, const char *arena) {
-    const vocoder_config *k = &v->config;
-    const size_t act = v->net.ops->act_bytes, widest = k->in > k->C ? k->in : k->C;
-    size_t end = 0, most = T * (widest > (size_t)k->H ? widest : (size_t)k->H), frames = T;
-    for (int i = 0; i < k->stages; i++) {
-        const size_t n = (frames + 1) * k->rates[i] * (k->C >> (i + 1));
-        frames = frames * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
-        if (n > most) most = n;
-    }
-    w->padded = (most + 2 * v->margin) * act;
-    w->tokens = (int *)take(arena, &end, T * sizeof(int));
-    w->a = (slam_act *)take(arena, &end, w->padded);
-    w->b = (slam_act *)take(arena, &end, w->padded);
-    w->x = (slam_act *)take(arena, &end, most * act);
-    w->y = (slam_act *)take(arena, &end, most * act);
-    w->z = (slam_act *)take(arena, &end, most * act);
-    w->out = (float *)take(arena, &end, frames * sizeof(float));
-    return end;
-}
-
-/* out (T,OC) of in (T,C), with margins */
-static void vocoder_convolve(const hifigan *v, const vocoder_conv *c, slam_act *out, slam_act *in, int T) {
-    slam_conv shape = c->shape;
-    shape.T = shape.TO = T;
-    slam_act *first = act_at(v->net.ops, in, v->margin - (size_t)c->before * shape.C);
-    v->net.ops->conv1d(v->net.ops, out, first, c->m.w, c->m.b, &shape);
-}
-
-/* w->out (T): log(1 + duration) of T units */
-static void vocoder_predict(const hifigan *v, const vocoder_window *w, int T) {
-    slam_ops *ops = v->net.ops;
-    const int H = v->config.H;
-    slam_act *a = act_at(ops, w->a, v->margin);
-    ops->embedding_forward(ops, a, w->tokens, v->units, T, v->config.E);
-    for (int i = 0; i < 2; i++) {
-        vocoder_convolve(v, &v->predictor[i], w->x, w->a, T);
-        ops->zero(ops, w->a, w->padded);
-        ops->leaky_relu(ops, NULL, w->x, w->x, NULL, 0, (size_t)T * H);
-        ops->layernorm(ops, NULL, a, w->x, NULL, v->norm[i].w, v->norm[i].b, 1e-5f, 0, T, H);
-    }
-    ops->matmul_forward(ops, w->x, a, v->linear.w, v->linear.b, T, H, 1);
-    ops->to_float(ops, w->out, w->x, T);
-}
-
-/* w->out: the samples of T frames, before tanh */
-static void vocoder_forward(const hifigan *v, const vocoder_window *w, int T) {
-    slam_ops *ops = v->net.ops;
-    const vocoder_config *k = &v->config;
-    slam_act *a = act_at(ops, w->a, v->margin), *b = act_at(ops, w->b, v->margin);
-    size_t n = (size_t)T * k->C;
-    ops->embedding_forward(ops, a, w->tokens, v->frames, T, k->in);
-    vocoder_convolve(v, &v->pre, w->x, w->a, T);
-    for (int i = 0; i < k->stages; i++) {
-        ops->zero(ops, w->a, w->padded);
-        ops->leaky_relu(ops, NULL, a, w->x, NULL, 0.1f, n);
-        const int frames = T * k->rates[i] + (k->kernels[i] - k->rates[i]) % 2;
-        vocoder_convolve(v, &v->up[i], w->y, w->a, T + (k->kernels[i] - k->rates[i]) % 2);
-        T = frames;
-        n = (size_t)T * (k->C >> (i + 1));
-        ops->zero(ops, w->a, w->padded);
-        ops->zero(ops, w->b, w->padded);
-        for (int j = 0; j < k->blocks; j++) {
-            slam_act *from = w->y, *to = j ? w->z : w->x; // x: the sum of the blocks
-            ops->leaky_relu(ops, NULL, a, from, NULL, 0.1f, n);
-            for (int d = 0; d < 3; d++, from = to) {
-                vocoder_convolve(v, &v->block[i][j][d][0], b, w->a, T);
-                ops->leaky_relu(ops, NULL, b, b, NULL, 0.1f, n);
-                vocoder_convolve(v, &v->block[i][j][d][1], a, w->b, T);
-                ops->leaky_relu(ops, to, a, from, a, 0.1f, n);
-            }
-            if (j) ops->leaky_relu(ops, w->x, NULL, w->x, w->z, 0, n);
-        }
-    }
-    ops->leaky_relu(ops, NULL, a, w->x, NULL, 0.01f, n);
-    vocoder_convolve(v, &v->post, w->y, w->a, T);
-    ops->to_float(ops, w->out, w->y, T);
-}
-
-/* out: what the duration predictor says of n units, or the samples of n frames, before tanh; in windows that overlap as
-   far as a number depends on its neighbours. */
-static int vocoder_compute(hifigan *v, int predict, const int *tokens, size_t n, float *out) {
-    slam_ops *ops = v->net.ops;
-    const size_t length = (VOCODER_WINDOW + v->step - 1) / v->step, halo = predict ? 2 : v->halo;
-    const size_t step = predict ? 1 : v->step, tail = predict ? 0 : v->tail;
-    int ok = 1;
-    for (size_t first = 0; ok && first < n; first += length) {
-        const size_t begin = first > halo ? first - halo : 0, left = n - first;
-        const int T = (int)((left > length + halo ? first + length + halo : n) - begin);
-        vocoder_window w;
-        if (!network_grow(&v->net, vocoder_place(v, &w, T, NULL))) return 0;
-        vocoder_place(v, &w, T, v->net.arena);
-        ops->upload(ops, w.tokens, tokens + begin, T * sizeof *tokens);
-        ops->zero(ops, w.a, w.padded);
-        if (predict) vocoder_predict(v, &w, T);
-        else vocoder_forward(v, &w, T);
-        const size_t count = left > length ? length * step : left * step + tail;
-        ops->download(ops, out + first * step, w.out + (first - begin) * step, count * sizeof *out);
-        ok = ops->finish(ops);
-    }
-    return ok;
-}
-
-/* The samples of n units, *samples of them; free() them. duration (n) in frames; NULL: predicted, or one frame each if
-   the vocoder has no predictor. */
-static float *vocoder_run(hifigan *v, const int *unit, const int *duration, size_t n, size_t *samples) {
-    const int V = v->config.V, predict = !duration && v->config.H;
-    float *y = NEW(float, n), *out = NULL;
-    int *d = NEW(int, n), *tokens = NULL, ok = n > 0 || set_error("found no units, expected at least one");
-    size_t frames = 0;
-    for (size_t i = 0; ok && i < n; i++)
-        if (unit[i] < 0 || unit[i] >= V)
-            ok = set_error("unit number %zu is %d, the vocoder has units 0 to %d", i + 1, unit[i], V - 1);
-    if (ok && predict) ok = vocoder_compute(v, 1, unit, n, y);
-    for (size_t i = 0; ok && i < n; i++) {
-        if (predict) y[i] = rintf(expf(y[i]) - 1);
-        d[i] = duration ? duration[i] : y[i] > VOCODER_LONGEST ? VOCODER_LONGEST : y[i] > 1 ? (int)y[i] : 1;
-        if (d[i] < 1 || (frames += d[i]) > VOCODER_MOST / v->step)
-            ok = set_error("unit number %zu has a duration of %d, expected 1 or more, %d samples at most together",
-                           i + 1, d[i], VOCODER_MOST);
-    }
-    if (ok) {
-        tokens = NEW(int, frames);
-        for (size_t i = 0, t = 0; i < n; i++)
-            for (int k = 0; k < d[i]; k++) tokens[t++] = unit[i];
-        *samples = frames * v->step + v->tail;
-        out = NEW(float, *samples);
-        ok = vocoder_compute(v, 0, tokens, frames, out);
-        for (size_t i = 0; i < *samples; i++) out[i] = tanhf(out[i]);
-    }
-    free(y);
-    free(d);
-    free(tokens);
-    if (ok) return out;
-    free(out);
-    return NULL;
-}
-
 /* ---- nearest centroids ----
    Centroids lie in blocks of 16, (K / 16, D, 16): 16 distances are summed side by side, each over its D differences in
    order, so that the sums, and with them the units, are the same for every vector width. */
@@ -10125,20 +9726,304 @@ static void voice_next(slam_vocoder *v) {
     memset(s->ahead + VOICE_TAPS, 0, sizeof s->out);
 }
 
+/* ---- synthesis by a network: HiFi-GAN from units (Kong et al. 2020; Polyak et al. 2021), as in textlesslib ----
+   A frame is the embedding of its unit, followed by those of speaker and style.
+       x = conv(frames)
+       each stage:  x = transposed conv(leaky x)             rate times as many frames, half the channels
+                    x = mean over blocks: three times        x = x + conv(leaky(dilated conv(leaky x)))
+       samples = tanh(conv(leaky x))
+   Leaky ReLU has slope 0.1, the last one 0.01. Predicted durations are max(1, round(exp(y) - 1)),
+       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
+   The input of a convolution is zero before its first and behind its last frame. */
+
+enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples at once; frames of a predicted duration
+
+typedef struct gan_conv {
+    slam_act *w, *b;
+    slam_conv shape; // TO: frames more than those of the input
+    int before;      // frames that it reads before the first
+} gan_conv;
+
+typedef struct slam_gan {
+    network net;
+    int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
+    int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
+    int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
+    size_t step, tail,
+        halo;              // samples per frame; more of them at the end; frames that a sample depends on, to each side
+    size_t widest, margin; // most numbers per frame; most that a convolution reads before or behind its input
+    slam_act *frames, *units; // (V,in) (V,E)
+    gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
+    network_module norm[2], linear; // of the predictor
+    int *duration;                  // of the sequence's units, where none are given
+    float *out;                     // of a window
+    size_t capacity;
+} slam_gan;
+
+static const field gan_fields[] = {
+    {"num_embeddings", FIELD_INT, offsetof(slam_gan, V), 1, 1 << 16, 1},
+    {"embedding_dim", FIELD_INT, offsetof(slam_gan, E), 1, 1 << 14, 1},
+    {"upsample_initial_channel", FIELD_INT, offsetof(slam_gan, C), 1, 1 << 14, 1},
+    {"sampling_rate", FIELD_INT, offsetof(slam_gan, sampling_rate), SAMPLE_RATE, SAMPLE_RATE, 0},
+};
+
+static int gan_config_load(slam_gan *g, const char *path) {
+    static const char *const others[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code"};
+    static const char *const lists[] = {"upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes",
+                                        "resblock_dilation_sizes"};
+    json *c = json_load(path);
+    int ok = c && fields_read(c, gan_fields, 4, g, path);
+    for (int i = 0; ok && i < 4; i++) {
+        const json *j = json_get(c, others[i]);
+        if (j && j->type != JSON_FALSE)
+            ok = set_error("%s: '%s' is set, expected a vocoder of units, speakers and styles alone", path, others[i]);
+    }
+    if (ok && strcmp(json_string(c, "resblock", "1"), "1"))
+        ok = set_error("%s: resblock is '%s', expected '1'", path, json_string(c, "resblock", "1"));
+    if (ok) ok = g->stages = json_list(json_get(c, lists[0]), lists[0], g->rate, 0, 0, lists[0], path);
+    if (ok) ok = json_list(json_get(c, lists[1]), lists[1], g->kernel, 0, g->stages, lists[0], path);
+    if (ok) ok = g->blocks = json_list(json_get(c, lists[2]), lists[2], g->taps, 0, 0, lists[2], path);
+    const json *list = json_get(c, lists[3]), *j = list ? list->first : NULL;
+    size_t reach = 0; // of a block, in frames to each side
+    for (int i = 0; ok && i < g->blocks; i++) {
+        const int *d = g->dilation[i];
+        if (!(ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path))) break;
+        const size_t frames = (size_t)(g->taps[i] - 1) / 2 * (d[0] + d[1] + d[2] + 3);
+        if (g->taps[i] % 2 == 0 || frames > 1 << 12)
+            ok =
+                set_error("%s: block %d has kernel size %d and reaches %zu frames, expected an odd size and at most %d",
+                          path, i, g->taps[i], frames, 1 << 12);
+        if (frames > reach) reach = frames;
+        j = j->next;
+    }
+    g->step = 1;
+    g->widest = 2; // samples are float, tokens int
+    for (int i = 0; ok && i < g->stages; i++) {
+        const int u = g->rate[i], K = g->kernel[i], C = g->C >> (i + 1);
+        g->step *= u;
+        g->tail = g->tail * u + (K - u) % 2;
+        if (g->step * (C + 1) > g->widest) g->widest = g->step * (C + 1);
+        if (g->step > 1 << 11 || K < u || C == 0)
+            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected a size no smaller than "
+                           "the rate, rates that multiply to at most %d, and channels",
+                           path, i, u, K, C, 1 << 11);
+    }
+    g->halo = 3;
+    for (int i = g->stages; ok && i-- > 0;) g->halo = (g->halo + reach + g->kernel[i]) / g->rate[i] + 1;
+    g->halo += 3;
+    json_free(c);
+    return ok;
+}
+
+/* A convolution of C to OC channels whose weights are multiplied by scale; the name is freed. With a rate u it is a
+   transposed one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one of a plain
+   convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
+static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, int K, int dilation, int rate,
+                          float scale) {
+    network *n = &g->net;
+    const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
+    const slam_conv shape = {1, 1, 0, C, rate ? (K - u) % 2 : 0, u * OC, taps, 1, dilation, 0};
+    const size_t reach = round_up((size_t)(taps + 1) * dilation * C, 256);
+    float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
+    float *b = network_read(n, name, "bias", OC, 1, 1);
+    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
+    size_t at = 0;
+    for (int i = 0; n->ok && i < u * OC; i++) {
+        bias[i] = b[i % OC];
+        for (int c = 0; c < C; c++)
+            for (int m = last; m > last - taps; m--, at++) {
+                const int k = m * u + i / OC + p;
+                if (k >= 0 && k < K)
+                    rows[at] =
+                        scale * w[rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k];
+            }
+    }
+    to->w = network_store(n, rows, (size_t)u * OC, C, taps);
+    to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
+    to->shape = shape;
+    to->before = last * dilation;
+    if (reach > g->margin) g->margin = reach;
+    if ((size_t)C > g->widest) g->widest = C;
+    if (!rate && (size_t)OC > g->widest) g->widest = OC;
+    free(w);
+    free(b);
+    free(name);
+}
+
+/* The mean over blocks is a sum here: the weights that follow leaky ReLU have the factor. */
+static void gan_load_weights(slam_gan *g, const int voice[3]) {
+    static const char *const tables[] = {"dict", "spkr", "style"};
+    network *n = &g->net;
+    const size_t V = g->V, E = g->E;
+    const float mean = 1 / (float)g->blocks;
+    float *frames = NEW(float, 3 * E * V); // (in,V)
+    for (int i = 0; n->ok && i < 3; i++) {
+        const tensor *t = network_find(n, tables[i], "weight");
+        const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
+        if (i && (voice[i] < 0 || voice[i] >= rows + !rows))
+            n->ok = set_error("%s: %s %d, the vocoder has %d", n->file->file->path, tables[i], voice[i], rows);
+        if (i && !t) continue;
+        float *x = network_read(n, tables[i], "weight", rows, E, 1);
+        for (size_t k = 0; n->ok && k < E * V; k++)
+            frames[g->in * V + k] = x[(i ? (size_t)voice[i] : k % V) * E + k / V];
+        g->in += g->E;
+        if (i) free(x);
+        else g->units = network_store(n, x, V, E, 1);
+    }
+    g->frames = network_store(n, frames, 1, g->in, V);
+    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1);
+    for (int i = 0, k = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], i ? mean : 1);
+        for (int b = 0; b < g->blocks; b++, k++)
+            for (int j = 0; j < 6; j++)
+                gan_load_conv(g, &g->block[i][b][j / 2][j % 2],
+                              string_print("resblocks.%d.convs%d.%d", k, j % 2 + 1, j / 2), C, C, g->taps[b],
+                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 1);
+    }
+    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, mean);
+    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
+    g->H = linear ? (int)linear->count : 0;
+    for (int i = 0; g->H && i < 2; i++) {
+        char *name = string_print("dur_predictor.conv%d.0", i + 1);
+        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
+        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+    }
+    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
+}
+
+static void gan_free(slam_gan *g) {
+    if (!g) return;
+    network_free(&g->net);
+    free(g->duration);
+    free(g->out);
+    free(g);
+}
+
+static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3]) {
+    slam_gan *g = NEW(slam_gan, 1);
+    network *net = &g->net;
+    char *path = path_join(folder, "config.json");
+    size_t n = 0;
+    net->ops = ops;
+    net->prefix = "generator.";
+    net->file = gan_config_load(g, path) ? tensors_open(folder) : NULL;
+    for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
+        n += 4 * round_up(net->file->at[i].count, 256);
+    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    net->ok = net->weights != NULL;
+    if (net->ok) gan_load_weights(g, voice);
+    const int ok = net->ok && ops->finish(ops);
+    tensors_close(net->file);
+    free(path);
+    if (ok) return g;
+    gan_free(g);
+    return NULL;
+}
+
+/* out (T,OC) = the convolution of leaky ReLU of x (T,C) */
+static void gan_convolve(const slam_gan *g, const gan_conv *c, slam_act *out, const slam_act *x, float slope, int T) {
+    slam_ops *ops = g->net.ops;
+    slam_act *padded = (slam_act *)g->net.arena, *in = act_at(ops, padded, g->margin);
+    slam_conv shape = c->shape;
+    const size_t n = (size_t)T * shape.C;
+    shape.T = T;
+    shape.TO += T;
+    ops->leaky_relu(ops, in, x, slope, n);
+    ops->zero(ops, act_at(ops, in, n), g->margin * ops->act_bytes);
+    ops->conv1d(ops, out, act_at(ops, padded, g->margin - (size_t)c->before * shape.C), c->w, c->b, &shape);
+}
+
+/* y (T,1) = log (1 + duration) of units x (T,E), which is changed */
+static void gan_predict(const slam_gan *g, slam_act *y, slam_act *x, int T) {
+    slam_ops *ops = g->net.ops;
+    for (int i = 0; i < 2; i++) {
+        gan_convolve(g, &g->predictor[i], y, x, 1, T);
+        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
+        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
+    }
+    ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
+}
+
+/* y: the samples, before tanh, of frames x (T,in), which is changed; h, z: space */
+static void gan_forward(const slam_gan *g, slam_act *y, slam_act *x, slam_act *h, slam_act *z, int T) {
+    slam_ops *ops = g->net.ops;
+    gan_convolve(g, &g->pre, y, x, 1, T);
+    for (int i = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_convolve(g, &g->up[i], x, y, 0.1f, T);
+        T = T * g->rate[i] + (g->kernel[i] - g->rate[i]) % 2;
+        for (int b = 0; b < g->blocks; b++) {
+            slam_act *from = x, *to = b ? z : y; // y: the sum of the blocks
+            for (int d = 0; d < 3; d++, from = to) {
+                gan_convolve(g, &g->block[i][b][d][0], h, from, 0.1f, T);
+                gan_convolve(g, &g->block[i][b][d][1], h, h, 0.1f, T);
+                ops->layernorm(ops, to, NULL, from, h, NULL, NULL, 0, 0, T, C);
+            }
+            if (b) ops->layernorm(ops, y, NULL, y, z, NULL, NULL, 0, 0, T, C);
+        }
+    }
+    gan_convolve(g, &g->post, x, y, 0.01f, T);
+}
+
+/* g->out: the samples of a window of frames, from `first` on, in a longer one that has all frames which they depend on;
+   or of units, log (1 + duration). Returns how many, 0 on error. */
+static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, int predict) {
+    slam_ops *ops = g->net.ops;
+    const size_t length = GAN_WINDOW / g->step, halo = predict ? 2 : g->halo, step = predict ? 1 : g->step;
+    const size_t begin = first > halo ? first - halo : 0, left = n - first;
+    const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
+    const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
+    const size_t size = (T + LIST_MOST + 1) * g->widest + 2 * g->margin;
+    if (!network_grow(&g->net, 5 * size * ops->act_bytes)) return 0;
+    slam_act *padded = (slam_act *)g->net.arena, *x = act_at(ops, padded, size), *y = act_at(ops, x, size);
+    slam_act *h = act_at(ops, y, size), *z = act_at(ops, h, size);
+    ops->zero(ops, padded, g->margin * ops->act_bytes);
+    ops->upload(ops, z, units + begin, T * sizeof *units);
+    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
+    if (predict) gan_predict(g, y, x, T);
+    else gan_forward(g, y, x, h, z, T);
+    GROW(float, g->out, g->capacity, count);
+    ops->to_float(ops, (float *)h, act_at(ops, predict ? y : x, (first - begin) * step), count);
+    ops->download(ops, g->out, h, count * sizeof *g->out);
+    for (size_t i = 0; !predict && i < count; i++) g->out[i] = tanhf(g->out[i]);
+    return ops->finish(ops) ? count : 0;
+}
+
+/* g->duration (n): the predicted ones, or 1 */
+static int gan_durations(slam_gan *g, const int *units, size_t n) {
+    free(g->duration);
+    g->duration = NEW(int, n);
+    for (size_t i = 0; i < n; i++) g->duration[i] = 1;
+    for (size_t first = 0, count; g->H && first < n; first += count) {
+        if (!(count = gan_window(g, units, n, first, 1))) return 0;
+        for (size_t i = 0; i < count; i++)
+            g->duration[first + i] = (int)fminf(fmaxf(rintf(expf(g->out[i]) - 1), 1), GAN_LONGEST);
+    }
+    return 1;
+}
+
 void slam_vocoder_free(slam_vocoder *v) {
     if (!v) return;
     if (v->voice) free(v->voice->filter);
     free(v->voice);
+    gan_free(v->gan);
     free(v->frame);
     free(v);
 }
 
-slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *t, slam_ops *ops) {
-    (void)ops;
-    if (folder) set_error("%s: expected no folder: vocoders cannot be loaded", folder);
-    else if (!t || !t->mfcc || !t->K) set_error("these units are not of MFCC: their audio needs a vocoder");
-    if (folder || !t || !t->mfcc || !t->K) return NULL;
+slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *t, slam_ops *ops) {
+    const int voice[] = {0, speaker, style}, is_mfcc = t && t->mfcc && t->K;
+    slam_gan *gan = folder ? gan_load(ops, folder, voice) : NULL;
+    if (!folder && !is_mfcc) set_error("these units are not of MFCC: their audio needs a vocoder");
+    if (folder ? !gan : !is_mfcc) return NULL;
     slam_vocoder *v = NEW(slam_vocoder, 1);
+    if (gan) {
+        v->gan = gan;
+        v->K = gan->V;
+        v->step = (int)gan->step;
+        return v;
+    }
     const size_t taps = (size_t)t->mfcc->window / 2;
     v->tokenizer = t;
     v->K = t->K;
@@ -10152,14 +10037,16 @@ slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *t, sla
 
 int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, size_t n) {
     const slam_tokenizer *t = v->tokenizer;
-    const struct slam_voice start = {v->voice->filter, 0, 130, 0, 0, ZERO, ZERO};
-    const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2; // frames in a WAV file
-    double owed = 0;                                                 // frames, by rounding
+    const struct slam_voice start = {v->voice ? v->voice->filter : NULL, 0, 130, 0, 0, ZERO, ZERO};
+    const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2 - LIST_MOST; // frames in a WAV file
+    double owed = 0;                                                             // frames, by rounding
     v->frames = v->samples = v->done = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         if (unit[i] < 0 || unit[i] >= v->K)
             return set_error("unit %zu is %d, expected 0 to %d", i + 1, unit[i], v->K - 1);
-        size_t frames = duration ? (size_t)duration[i] : 0;
+    if (v->gan && !gan_durations(v->gan, unit, n)) return 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t frames = duration && duration[i] ? (size_t)duration[i] : v->gan ? (size_t)v->gan->duration[i] : 0;
         if (!frames) {
             owed += !t->config.dedup ? 1 : t->durations ? t->durations[unit[i]] * t->config.rate / 1000.0 : 1.4;
             frames = owed < 1.5 ? 1 : (size_t)(owed + 0.5);
@@ -10170,15 +10057,19 @@ int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, si
         for (; frames; frames--) v->frame[v->frames++] = unit[i];
     }
     if (!n) return set_error("has no units, expected at least one");
-    v->samples = (size_t)t->mfcc->window + (v->frames - 1) * (size_t)v->step;
-    *v->voice = start;
+    v->samples = v->gan ? v->gan->tail : (size_t)(t->mfcc->window - v->step);
+    v->samples += v->frames * (size_t)v->step;
+    if (v->voice) *v->voice = start;
     return 1;
 }
 
 ptrdiff_t slam_vocoder_next(slam_vocoder *v, const float **samples) {
-    const size_t left = v->samples - v->done, n = left < VOICE_HOP ? left : (size_t)VOICE_HOP;
-    if (n) voice_next(v);
-    *samples = v->voice->out;
+    const size_t left = v->samples - v->done;
+    size_t n = left < VOICE_HOP ? left : (size_t)VOICE_HOP;
+    if (n && v->gan) n = gan_window(v->gan, v->frame, v->frames, v->done / v->gan->step, 0);
+    else if (n) voice_next(v);
+    if (left && !n) return -1;
+    *samples = v->gan ? v->gan->out : v->voice->out;
     v->done += n;
     return (ptrdiff_t)n;
 }

@@ -4,8 +4,9 @@
 #include "../slam.h"
 #include "check.h"
 
-static const char *const models[] = {"lj_25hz",  "expresso_50hz",    "given_durations", "plain_weights",  "no_predictor",
-                                     "speakers", "default_speakers", "styles",          "uneven_kernels", "short_kernels"};
+static const char *const models[] = {"lj_25hz",        "expresso_50hz", "given_durations",  "plain_weights",
+                                     "no_predictor",   "speakers",      "default_speakers", "styles",
+                                     "uneven_kernels", "short_kernels"};
 enum { MODELS = sizeof models / sizeof *models };
 
 /* The numbers of a tensor of int32; free() them. */
@@ -14,6 +15,19 @@ static int *ints(const tensors *file, const char *name, size_t *n) {
     if (!t) return NULL;
     *n = t->count;
     return (int *)memcpy(malloc(t->count * sizeof(int)), t->data, t->count * sizeof(int));
+}
+
+/* The samples of units; free() them. */
+static float *synthesize(slam_vocoder *v, const int *unit, const int *duration, size_t n, size_t *samples) {
+    const float *x;
+    ptrdiff_t got = 0;
+    *samples = 0;
+    if (!CHECK(slam_vocoder_start(v, unit, duration, n), "%s", slam_error())) return NULL;
+    float *out = NEW(float, v->samples);
+    for (; (got = slam_vocoder_next(v, &x)) > 0; *samples += (size_t)got)
+        memcpy(out + *samples, x, (size_t)got * sizeof *out);
+    CHECK(got == 0 && *samples == v->samples, "%zu of %zu samples: %s", *samples, v->samples, slam_error());
+    return out;
 }
 
 static void test_model(slam_ops *ops, const char *name) {
@@ -25,16 +39,17 @@ static void test_model(slam_ops *ops, const char *name) {
     size_t n, m, got = 0;
     int *units = ints(file, "units", &n), *durations = ints(file, "durations", &m);
     const char *kind = tensors_metadata(file, "durations");
-    hifigan *v = vocoder_load(ops, folder, atoi(tensors_metadata(file, "speaker")), atoi(tensors_metadata(file, "style")));
+    slam_vocoder *v = slam_vocoder_open(folder, atoi(tensors_metadata(file, "speaker")),
+                                        atoi(tensors_metadata(file, "style")), NULL, ops);
     if (!CHECK(v, "%s", slam_error())) return;
     const tensor *t = tensors_find(file, "samples");
     float *expected = NEW(float, t->count);
     CHECK(tensor_floats(t, expected, 0, t->count), "%s", slam_error());
-    float *out = vocoder_run(v, units, strcmp(kind, "given") ? NULL : durations, n, &got);
+    float *out = synthesize(v, units, strcmp(kind, "given") ? NULL : durations, n, &got);
     if (CHECK(out && got == t->count, "%zu samples, expected %zu: %s", got, t->count, slam_error()))
         check_close("samples", out, expected, got, 1e-5);
     free(out), free(expected), free(units), free(durations);
-    vocoder_free(v);
+    slam_vocoder_free(v);
     tensors_close(file);
 }
 
