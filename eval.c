@@ -20,17 +20,17 @@ static const char *const task_names[TASKS] = {"ppl",    "swuggy",   "sblimp",   
 typedef struct program {
     slam_comm *comm;
     slam_flags flags;
-    slam_flag table[40];
+    slam_flag table[44];
     /* flags */
     char *train, *json, *device, *dtype;
     int context, batch, threads;
     slam_unit_flags unit_flags;
     char *units, *split, *submission;
     int sum;
-    char *out, *transcripts, *wav;
+    char *out, *transcripts, *wav, *vocoder_folder;
     double prompt_seconds, temperature, top_p, repetition_penalty;
     long seed;
-    int prompt_units, rate, top_k, max_new, greedy, wav_prompt;
+    int prompt_units, rate, top_k, max_new, greedy, wav_prompt, speaker, style;
     /* arguments */
     int task;
     const char *path;           /* model or run; NULL: the newest run */
@@ -55,7 +55,8 @@ typedef struct program {
 
 static int is_root(const program *p) { return p->comm->rank == 0; }
 static int n_units(const program *p) {
-    return p->model ? p->model->config.V - 2 : p->tokenizer ? p->tokenizer->K : 65534;
+    if (p->model) return p->model->config.V - 2;
+    return p->vocoder ? p->vocoder->K : p->tokenizer ? p->tokenizer->K : 65534;
 }
 
 static const char *setting(const program *p, const char *name, const char *fallback) {
@@ -345,6 +346,10 @@ static void set_flags(program *p) {
                   "write prompts with their continuations as audio, DIR/NAME.wav, of the MFCC centroids in --kmeans"),
         SLAM_FLAG("wav-prompt", SLAM_SWITCH, &p->wav_prompt, NULL, NULL,
                   "and the prompts alone, DIR/prompt/NAME.wav, to tell the model from the synthesis"),
+        SLAM_FLAG("vocoder", SLAM_TEXT, &p->vocoder_folder, "DIR", NULL,
+                  "of --wav: a unit HiFi-GAN, config.json and model.safetensors, instead of the centroids"),
+        SLAM_NUMBER("speaker", SLAM_INT, &p->speaker, "N", "0", 0, 1 << 30, "of --vocoder"),
+        SLAM_NUMBER("style", SLAM_INT, &p->style, "N", "0", 0, 1 << 30, "of --vocoder"),
         SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL,
                   "print auto-BLEU-2 of texts, one line per continuation, and generate nothing"),
     };
@@ -387,6 +392,7 @@ static int read_arguments(program *p) {
         return slam_set_error("%s: one test set at a time, after %s", p->data.at[1], p->data.at[0]);
     if (p->task == RESYNTHESIZE && !p->wav) return slam_set_error("resynthesize: expected --wav DIR");
     if (p->wav_prompt && !p->wav) return slam_set_error("--wav-prompt: expected --wav DIR as well");
+    if (p->vocoder_folder && !p->wav) return slam_set_error("--vocoder: expected --wav DIR as well");
     if (p->train) slam_strings_add(&p->counted, p->train);
     return 1;
 }
@@ -476,8 +482,8 @@ static int open_tokenizer(program *p) {
     if (p->run.units && p->run.units != made)
         return slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", kmeans,
                               (unsigned)made, (unsigned)p->run.units);
-    return p->tokenizer->K <= n_units(p) || slam_set_error("%s: %d units, the model has %d (its vocabulary is %d)",
-                                                           kmeans, p->tokenizer->K, n_units(p), p->model->config.V);
+    return p->tokenizer->K <= n_units(p) || slam_set_error("%s: has %d units, the %s %d", kmeans, p->tokenizer->K,
+                                                           p->model ? "model" : "vocoder", n_units(p));
 }
 
 /* Units of audio files (paths->n), NULL on failure. Counts the files that are skipped. */
@@ -492,8 +498,14 @@ static slam_units *tokenize(program *p, const slam_strings *paths) {
     return NULL;
 }
 
-/* --wav: the unit tokenizer, by default the bundled one, and the folder. */
+/* --wav: --vocoder, or the unit tokenizer, by default the bundled one. */
 static int open_vocoder(program *p, const char *argv0) {
+    if (p->vocoder_folder) {
+        p->vocoder = slam_vocoder_open(p->vocoder_folder, p->speaker, p->style, NULL, p->ops);
+        return p->vocoder &&
+               (p->vocoder->K == n_units(p) ||
+                slam_set_error("%s: has %d units, the model %d", p->vocoder_folder, p->vocoder->K, n_units(p)));
+    }
     if (!p->unit_flags.kmeans) {
         if (!slam_bundled_units(argv0, p->run.units)) return 0;
         char *km = slam_path_beside(argv0, "test/corpus/km.npy");
@@ -646,8 +658,10 @@ static int evaluate(program *p, const char *argv0) {
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
     if (!slam_all_ok(p->comm, ok)) return 0;
-    if (p->task == RESYNTHESIZE) slam_threads(p->comm, p->threads);
-    else if (!open_model(p)) return 0;
+    if (p->task != RESYNTHESIZE) ok = open_model(p);
+    else if (p->vocoder_folder) ok = (p->ops = slam_device(p->comm, p->device, p->dtype, p->threads)) != NULL;
+    else slam_threads(p->comm, p->threads);
+    if (!ok) return 0;
     if (p->task != PPL) slam_signals_catch(); /* ppl ends at once */
     if (p->task == PPL) ok = open_perplexity(p, argv0);
     else if (p->task < GENERATE) ok = open_set(p, argv0);

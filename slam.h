@@ -9736,7 +9736,7 @@ static void voice_next(slam_vocoder *v) {
        y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
    The input of a convolution is zero before its first and behind its last frame. */
 
-enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples at once; frames of a predicted duration
+enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples of a window; frames of a predicted duration
 
 typedef struct gan_conv {
     slam_act *w, *b;
@@ -9749,9 +9749,9 @@ typedef struct slam_gan {
     int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
     int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
     int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
-    size_t step, tail,
-        halo;              // samples per frame; more of them at the end; frames that a sample depends on, to each side
-    size_t widest, margin; // most numbers per frame; most that a convolution reads before or behind its input
+    size_t window, halo;      // frames at once; frames that a sample depends on, to each side
+    size_t step, tail;        // samples per frame; more of them at the end
+    size_t widest, margin;    // most numbers per frame; most that a convolution reads before or behind its input
     slam_act *frames, *units; // (V,in) (V,E)
     gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
     network_module norm[2], linear; // of the predictor
@@ -9808,6 +9808,7 @@ static int gan_config_load(slam_gan *g, const char *path) {
                            "the rate, rates that multiply to at most %d, and channels",
                            path, i, u, K, C, 1 << 11);
     }
+    g->window = GAN_WINDOW / g->step;
     g->halo = 3;
     for (int i = g->stages; ok && i-- > 0;) g->halo = (g->halo + reach + g->kernel[i]) / g->rate[i] + 1;
     g->halo += 3;
@@ -9861,7 +9862,8 @@ static void gan_load_weights(slam_gan *g, const int voice[3]) {
         const tensor *t = network_find(n, tables[i], "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
         if (i && (voice[i] < 0 || voice[i] >= rows + !rows))
-            n->ok = set_error("%s: %s %d, the vocoder has %d", n->file->file->path, tables[i], voice[i], rows);
+            n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
+                              tables[i], voice[i]);
         if (i && !t) continue;
         float *x = network_read(n, tables[i], "weight", rows, E, 1);
         for (size_t k = 0; n->ok && k < E * V; k++)
@@ -9970,7 +9972,7 @@ static void gan_forward(const slam_gan *g, slam_act *y, slam_act *x, slam_act *h
    or of units, log (1 + duration). Returns how many, 0 on error. */
 static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, int predict) {
     slam_ops *ops = g->net.ops;
-    const size_t length = GAN_WINDOW / g->step, halo = predict ? 2 : g->halo, step = predict ? 1 : g->step;
+    const size_t length = g->window, halo = predict ? 2 : g->halo, step = predict ? 1 : g->step;
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
     const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
