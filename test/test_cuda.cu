@@ -718,6 +718,39 @@ static void test_units(void) {
     CHECK(changes > 10 && differ <= (gpu->act_bytes == 2 ? (int)n / 10 : 0), "%d of %zu units differ", differ, n);
 }
 
+/* A vocoder of test/fixtures/vocoder against PyTorch; in bf16 with PyTorch's durations. The same bits every time. */
+static void test_vocoder(const char *name) {
+    char folder[200], path[300];
+    snprintf(folder, sizeof folder, "test/fixtures/vocoder/%s", name);
+    snprintf(path, sizeof path, "%s/case.safetensors", folder);
+    tensors *file = tensors_open(path);
+    if (!CHECK(file, "%s", slam_error())) return;
+    const tensor *unit = tensors_find(file, "units"), *duration = tensors_find(file, "durations"),
+                 *samples = tensors_find(file, "samples");
+    const int is_bf16 = gpu->act_bytes == 2, given = !strcmp(tensors_metadata(file, "durations"), "given");
+    std::vector<int> units(unit->count), durations(unit->count);
+    std::vector<float> expected(samples->count), first;
+    memcpy(units.data(), unit->data, unit->count * sizeof(int));
+    if (duration && (given || is_bf16)) memcpy(durations.data(), duration->data, unit->count * sizeof(int));
+    CHECK(tensor_floats(samples, expected.data(), 0, samples->count), "%s", slam_error());
+    for (int run = 0; run < RUNS; run++) {
+        slam_vocoder *v = slam_vocoder_open(folder, atoi(tensors_metadata(file, "speaker")),
+                                            atoi(tensors_metadata(file, "style")), NULL, gpu);
+        std::vector<float> out;
+        const float *x;
+        emulator_seed((uint64_t)run + 1);
+        if (!CHECK(v && slam_vocoder_start(v, units.data(), durations.data(), units.size()), "%s", slam_error()))
+            return;
+        for (ptrdiff_t n; (n = slam_vocoder_next(v, &x)) > 0;) out.insert(out.end(), x, x + n);
+        if (run == 0) first = out;
+        CHECK(out == first, "another order of threads gives other bits");
+        slam_vocoder_free(v);
+    }
+    if (CHECK(first.size() == expected.size(), "%zu samples, expected %zu", first.size(), expected.size()))
+        check_close("samples", first.data(), expected.data(), first.size(), is_bf16 ? 2e-2 : 1e-5);
+    tensors_close(file);
+}
+
 /* ---- whole models ---- */
 
 static slam_config small_config(void) {
@@ -891,6 +924,9 @@ static void test_models(const char *dtype) {
     for (const char *name : hubert)
         if (TEST("hubert: %s %s", name, dtype)) test_hubert(name, name[0] == 'w' ? 1 : 2);
     if (TEST("hubert: units %s", dtype)) test_units();
+    const char *const vocoders[] = {"plain_weights", "speakers", "styles", "uneven_kernels", "given_durations"};
+    for (const char *name : vocoders)
+        if (TEST("vocoder: %s %s", name, dtype)) test_vocoder(name);
     if (TEST("model: gradients %s", dtype)) test_gradients(0);
     if (TEST("model: gradients with masked spans %s", dtype)) test_gradients(1);
     if (TEST("model: 20 steps %s", dtype)) test_training();
