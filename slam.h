@@ -9749,10 +9749,10 @@ typedef struct slam_gan {
     int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
     int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
     int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
-    size_t window, halo;      // frames at once; frames that a sample depends on, to each side
-    size_t step, tail;        // samples per frame; more of them at the end
-    size_t widest, margin;    // most numbers per frame; most that a convolution reads before or behind its input
-    slam_act *frames, *units; // (V,in) (V,E)
+    size_t window, step, tail; // frames at once; samples per frame; more of them at the end
+    double halo;               // frames that a sample depends on, to each side, at most
+    size_t widest, margin;     // most numbers per frame; most that a convolution reads before or behind its input
+    slam_act *frames, *units;  // (V,in) (V,E)
     gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
     network_module norm[2], linear; // of the predictor
     int *duration;                  // of the sequence's units, where none are given
@@ -9784,34 +9784,21 @@ static int gan_config_load(slam_gan *g, const char *path) {
     if (ok) ok = json_list(json_get(c, lists[1]), lists[1], g->kernel, 0, g->stages, lists[0], path);
     if (ok) ok = g->blocks = json_list(json_get(c, lists[2]), lists[2], g->taps, 0, 0, lists[2], path);
     const json *list = json_get(c, lists[3]), *j = list ? list->first : NULL;
-    size_t reach = 0; // of a block, in frames to each side
-    for (int i = 0; ok && i < g->blocks; i++) {
-        const int *d = g->dilation[i];
-        if (!(ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path))) break;
-        const size_t frames = (size_t)(g->taps[i] - 1) / 2 * (d[0] + d[1] + d[2] + 3);
-        if (g->taps[i] % 2 == 0 || frames > 1 << 12)
-            ok =
-                set_error("%s: block %d has kernel size %d and reaches %zu frames, expected an odd size and at most %d",
-                          path, i, g->taps[i], frames, 1 << 12);
-        if (frames > reach) reach = frames;
-        j = j->next;
+    for (int i = 0; ok && i < g->blocks; i++, j = ok ? j->next : NULL) {
+        ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path);
+        for (int d = 0; ok && d < 3; d++)
+            if (g->taps[i] % 2 == 0 || g->taps[i] * g->dilation[i][d] > 1 << 12)
+                ok = set_error(
+                    "%s: block %d has kernel size %d and dilation %d, expected an odd size, at most %d frames", path, i,
+                    g->taps[i], g->dilation[i][d], 1 << 12);
     }
-    g->step = 1;
-    g->widest = 2; // samples are float, tokens int
-    for (int i = 0; ok && i < g->stages; i++) {
-        const int u = g->rate[i], K = g->kernel[i], C = g->C >> (i + 1);
-        g->step *= u;
-        g->tail = g->tail * u + (K - u) % 2;
-        if (g->step * (C + 1) > g->widest) g->widest = g->step * (C + 1);
-        if (g->step > 1 << 11 || K < u || C == 0)
+    for (int i = 0, step = 1; ok && i < g->stages; i++) {
+        const int K = g->kernel[i], C = g->C >> (i + 1);
+        if ((step *= g->rate[i]) > 1 << 11 || K < g->rate[i] || C == 0)
             ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected a size no smaller than "
                            "the rate, rates that multiply to at most %d, and channels",
-                           path, i, u, K, C, 1 << 11);
+                           path, i, g->rate[i], K, C, 1 << 11);
     }
-    g->window = GAN_WINDOW / g->step;
-    g->halo = 3;
-    for (int i = g->stages; ok && i-- > 0;) g->halo = (g->halo + reach + g->kernel[i]) / g->rate[i] + 1;
-    g->halo += 3;
     json_free(c);
     return ok;
 }
@@ -9824,7 +9811,7 @@ static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, 
     network *n = &g->net;
     const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
     const slam_conv shape = {1, 1, 0, C, rate ? (K - u) % 2 : 0, u * OC, taps, 1, dilation, 0};
-    const size_t reach = round_up((size_t)(taps + 1) * dilation * C, 256);
+    const size_t reach = (size_t)(taps / 2 + 1) * dilation, margin = round_up(2 * reach * C, 256);
     float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
     float *b = network_read(n, name, "bias", OC, 1, 1);
     float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
@@ -9843,9 +9830,12 @@ static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, 
     to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
     to->shape = shape;
     to->before = last * dilation;
-    if (reach > g->margin) g->margin = reach;
-    if ((size_t)C > g->widest) g->widest = C;
-    if (!rate && (size_t)OC > g->widest) g->widest = OC;
+    g->halo += (double)reach / (double)g->step;
+    g->step *= u;
+    g->tail = g->tail * u + shape.TO;
+    const size_t widest = g->step * ((C > OC && !rate ? C : OC) + 1); // one more: samples are float, tokens int
+    if (widest > g->widest) g->widest = widest;
+    if (margin > g->margin) g->margin = margin;
     free(w);
     free(b);
     free(name);
@@ -9861,7 +9851,7 @@ static void gan_load_weights(slam_gan *g, const int voice[3]) {
     for (int i = 0; n->ok && i < 3; i++) {
         const tensor *t = network_find(n, tables[i], "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
-        if (i && (voice[i] < 0 || voice[i] >= rows + !rows))
+        if (i && (voice[i] < 0 || voice[i] >= (t ? rows : 1)))
             n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
                               tables[i], voice[i]);
         if (i && !t) continue;
@@ -9873,6 +9863,14 @@ static void gan_load_weights(slam_gan *g, const int voice[3]) {
         else g->units = network_store(n, x, V, E, 1);
     }
     g->frames = network_store(n, frames, 1, g->in, V);
+    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
+    g->H = linear ? (int)linear->count : 0;
+    for (int i = 0; g->H && i < 2; i++) {
+        char *name = string_print("dur_predictor.conv%d.0", i + 1);
+        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
+        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+    }
+    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
     gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1);
     for (int i = 0, k = 0; i < g->stages; i++) {
         const int C = g->C >> (i + 1);
@@ -9884,14 +9882,6 @@ static void gan_load_weights(slam_gan *g, const int voice[3]) {
                               j % 2 ? 1 : g->dilation[b][j / 2], 0, 1);
     }
     gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, mean);
-    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
-    g->H = linear ? (int)linear->count : 0;
-    for (int i = 0; g->H && i < 2; i++) {
-        char *name = string_print("dur_predictor.conv%d.0", i + 1);
-        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
-        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
-    }
-    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
 }
 
 static void gan_free(slam_gan *g) {
@@ -9909,12 +9899,14 @@ static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3])
     size_t n = 0;
     net->ops = ops;
     net->prefix = "generator.";
+    g->step = 1;
     net->file = gan_config_load(g, path) ? tensors_open(folder) : NULL;
     for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
         n += 4 * round_up(net->file->at[i].count, 256);
     if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
     net->ok = net->weights != NULL;
     if (net->ok) gan_load_weights(g, voice);
+    g->window = GAN_WINDOW / g->step;
     const int ok = net->ok && ops->finish(ops);
     tensors_close(net->file);
     free(path);
@@ -9972,7 +9964,7 @@ static void gan_forward(const slam_gan *g, slam_act *y, slam_act *x, slam_act *h
    or of units, log (1 + duration). Returns how many, 0 on error. */
 static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, int predict) {
     slam_ops *ops = g->net.ops;
-    const size_t length = g->window, halo = predict ? 2 : g->halo, step = predict ? 1 : g->step;
+    const size_t length = g->window, halo = (size_t)ceil(g->halo), step = predict ? 1 : g->step;
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
     const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);

@@ -22,7 +22,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     write_file(folder, "model.safetensors", bytes + 4 + n, size - 4 - n);
     slam_vocoder *v = slam_vocoder_open(folder, 0, 0, NULL, ops);
     if (!v) return 0;
-    MUST(v->K > 0 && v->step > 0 && v->gan->halo > 0);
+    MUST(v->K > 0 && v->step > 0 && v->gan->step > 0);
     for (int i = 0; i < 5; i++) units[i] = 7919 * i % v->K;
     if (slam_vocoder_start(v, units, durations, 5) && v->samples < 1 << 20) {
         const float *x;
