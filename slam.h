@@ -3681,20 +3681,27 @@ template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const
     convert(ops, out, (const T *)in, n);
 }
 
-/* 2 n sizeof(T) bytes */
-template <typename T> struct gelu_op {
+/* GELU, or leaky ReLU: 2 n sizeof(T) bytes */
+template <typename T> struct activation_op {
     T *y;
     const T *x;
+    int gelu;
+    float slope;
     template <int P> __device__ void run(unsigned, size_t i) const {
         float a[P];
         load(a, x + i);
-        for (int k = 0; k < P; k++) a[k] = gelu_of(a[k]);
+        for (int k = 0; k < P; k++) a[k] = gelu ? gelu_of(a[k]) : a[k] > 0 ? a[k] : slope * a[k];
         store(y + i, a);
     }
 };
 
 template <typename T> static void cuda_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, gelu_op<T>{(T *)y, (const T *)x}, y, x);
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 1, 0}, y, x);
+}
+
+template <typename T>
+static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0, slope}, y, x);
 }
 
 /* 3 N F sizeof(T) bytes */
@@ -5232,24 +5239,6 @@ static void cuda_nearest(slam_ops *ops, int *nearest, float *scores, const slam_
     if (N == 0) return;
     product(ops, __func__, TRANS_B | FLOAT_OUT, N, K, D, x, centroids, NULL, scores, K);
     LAUNCH(ops, nearest_kernel, blocks(N, 8), 256, 0, nearest, (const float *)scores, squares, N, K);
-}
-
-/* 2 n sizeof(T) bytes */
-template <typename T> struct leaky_relu_op {
-    T *y;
-    const T *x;
-    float slope;
-    template <int P> __device__ void run(unsigned, size_t i) const {
-        float a[P];
-        load(a, x + i);
-        for (int k = 0; k < P; k++) a[k] = a[k] > 0 ? a[k] : slope * a[k];
-        store(y + i, a);
-    }
-};
-
-template <typename T>
-static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, leaky_relu_op<T>{(T *)y, (const T *)x, slope}, y, x);
 }
 
 /* ---- the backend ---- */
@@ -9795,9 +9784,10 @@ static int gan_config_load(slam_gan *g, const char *path) {
     for (int i = 0, step = 1; ok && i < g->stages; i++) {
         const int K = g->kernel[i], C = g->C >> (i + 1);
         if ((step *= g->rate[i]) > 1 << 11 || K < g->rate[i] || C == 0)
-            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected a size no smaller than "
-                           "the rate, rates that multiply to at most %d, and channels",
-                           path, i, g->rate[i], K, C, 1 << 11);
+            ok = set_error(
+                "%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size and "
+                "%d in all",
+                path, i, g->rate[i], K, C, 1 << 11);
     }
     json_free(c);
     return ok;
@@ -9928,19 +9918,8 @@ static void gan_convolve(const slam_gan *g, const gan_conv *c, slam_act *out, co
     ops->conv1d(ops, out, act_at(ops, padded, g->margin - (size_t)c->before * shape.C), c->w, c->b, &shape);
 }
 
-/* y (T,1) = log (1 + duration) of units x (T,E), which is changed */
-static void gan_predict(const slam_gan *g, slam_act *y, slam_act *x, int T) {
-    slam_ops *ops = g->net.ops;
-    for (int i = 0; i < 2; i++) {
-        gan_convolve(g, &g->predictor[i], y, x, 1, T);
-        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
-        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
-    }
-    ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
-}
-
-/* y: the samples, before tanh, of frames x (T,in), which is changed; h, z: space */
-static void gan_forward(const slam_gan *g, slam_act *y, slam_act *x, slam_act *h, slam_act *z, int T) {
+/* x: frames (T,in), on return the samples before tanh; y, h, z: space */
+static void gan_forward(const slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
     slam_ops *ops = g->net.ops;
     gan_convolve(g, &g->pre, y, x, 1, T);
     for (int i = 0; i < g->stages; i++) {
@@ -9975,8 +9954,13 @@ static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, 
     ops->zero(ops, padded, g->margin * ops->act_bytes);
     ops->upload(ops, z, units + begin, T * sizeof *units);
     ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
-    if (predict) gan_predict(g, y, x, T);
-    else gan_forward(g, y, x, h, z, T);
+    for (int i = 0; predict && i < 2; i++) {
+        gan_convolve(g, &g->predictor[i], y, x, 1, T);
+        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
+        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
+    }
+    if (predict) ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
+    else gan_forward(g, x, y, h, z, T);
     GROW(float, g->out, g->capacity, count);
     ops->to_float(ops, (float *)h, act_at(ops, predict ? y : x, (first - begin) * step), count);
     ops->download(ops, g->out, h, count * sizeof *g->out);
