@@ -70,6 +70,23 @@ auto-BLEU of texts: no such file|1|none.txt: cannot be read|generate --transcrip
 generate: audio without --kmeans|1|x.wav.*--kmeans|one generate x.wav
 generate: a top-p of 2|2|top-p|one $continue --top-p 2
 EOT
+
+# ---- a vocoder: 50 units, 6 samples per frame ----
+
+gan=$root/test/fixtures/vocoder
+echo '{"units": [7, 49, 0], "duration": [2, 3, 4], "file_name": "a.flac"}' >spoken.jsonl
+check 'resynthesize by a vocoder: 9 frames' 'length' sh -c "'$eval' resynthesize spoken.jsonl --wav gan --vocoder '$gan/speakers' --speaker 4 && test \$(wc -c <gan/a.wav) = $((44 + 2 * 9 * 6))"
+check 'resynthesize by a vocoder: another speaker' 'the same' sh -c "'$eval' resynthesize spoken.jsonl --wav other_gan --vocoder '$gan/speakers' && ! cmp gan/a.wav other_gan/a.wav"
+refuse_all <<EOT
+generate: a vocoder of other units|1|plain_weights: has 50 units, the model 100|one generate v.jsonl --wav gan --vocoder $gan/plain_weights
+resynthesize: a unit that the vocoder has not|1|unit 1 is 700, expected 0 to 49|resynthesize far.jsonl --wav gan --vocoder $gan/plain_weights
+resynthesize: no such speaker|1|expected number 5|resynthesize spoken.jsonl --wav gan --vocoder $gan/speakers --speaker 5
+resynthesize: no such style|1|expected number 1|resynthesize spoken.jsonl --wav gan --vocoder $gan/speakers --style 1
+a vocoder without --wav|2|--vocoder: expected --wav DIR|one generate v.jsonl --vocoder $gan/speakers
+EOT
+
+# ---- a signal ----
+
 cat v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl >many.jsonl
 "$eval" one generate many.jsonl --batch 1 --max-new 60 -o halted.jsonl >halted.out 2>&1 &
 halted=$!
