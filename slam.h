@@ -636,8 +636,8 @@ typedef struct slam_vocoder {
     struct slam_voice *voice;
     struct slam_gan *gan;
 } slam_vocoder;
-/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. Else the unit HiFi-GAN in
-   config.json (of textlesslib or speech-resynthesis) and model.safetensors; speaker, style: 0, or one that it has. */
+/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. Else a unit HiFi-GAN of
+   textlesslib or speech-resynthesis: config.json and model.safetensors; speaker, style: 0, or one that it has. */
 slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *, slam_ops *);
 void slam_vocoder_free(slam_vocoder *);
 /* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean, or for what
@@ -9793,8 +9793,8 @@ static int gan_config_load(slam_gan *g, const char *path) {
     return ok;
 }
 
-/* A convolution of C to OC channels whose weights are multiplied by scale; the name is freed. With a rate u it is a
-   transposed one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one of a plain
+/* A convolution of C to OC channels whose weights are multiplied by scale; frees the name. With a rate u, a transposed
+   one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of a plain
    convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
 static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, int K, int dilation, int rate,
                           float scale) {
@@ -9947,7 +9947,7 @@ static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, 
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
     const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
-    const size_t size = (T + LIST_MOST + 1) * g->widest + 2 * g->margin;
+    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256) + 2 * g->margin;
     if (!network_grow(&g->net, 5 * size * ops->act_bytes)) return 0;
     slam_act *padded = (slam_act *)g->net.arena, *x = act_at(ops, padded, size), *y = act_at(ops, x, size);
     slam_act *h = act_at(ops, y, size), *z = act_at(ops, h, size);
