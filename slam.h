@@ -2775,8 +2775,7 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
 #define ROPE_PAIRS(HS) ((HS) / 2)
 
 /* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
-static float *rope_table(int T, int HS, double theta) {
-    const int pairs = ROPE_PAIRS(HS);
+static float *rope_table(int T, int pairs, double theta) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
     for (int c = 0; c < pairs; c++) {
         const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
@@ -4271,10 +4270,10 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
 
 /* Rotates the pairs c .. c + P - 1 of a head, numbers x and y, by the angles of a position, or back with sign -1. */
 template <int P>
-DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS, int position, int c, float sign) {
-    const float *at = rope + 2 * (size_t)position * ROPE_PAIRS(HS) + c;
+DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pairs, int position, int c, float sign) {
+    const float *at = rope + 2 * (size_t)position * pairs + c;
     float cosine[P], sine[P];
-    load(cosine, at), load(sine, at + ROPE_PAIRS(HS));
+    load(cosine, at), load(sine, at + pairs);
     for (int k = 0; k < P; k++) {
         const float a = x[k];
         x[k] = a * cosine[k] - sign * sine[k] * y[k];
@@ -4290,20 +4289,21 @@ template <typename T> struct rotate_op {
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, heads = mask.NH + 2 * mask.KVH, h = row % heads, rotated = h < mask.NH + mask.KVH;
+        const int HS = mask.HS, pairs = ROPE_PAIRS(HS), heads = mask.NH + 2 * mask.KVH;
+        const int h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
-        T *x = qkv + (size_t)row * HS + c, *y = x + ROPE_PAIRS(HS);
+        T *x = qkv + (size_t)row * HS + c, *y = x + pairs;
         float x0[P], x1[P];
         load(x0, x), load(x1, y);
         if (mask.rope && rotated) {
-            rotate_pairs(x0, x1, mask.rope, HS, position, c, 1);
+            rotate_pairs(x0, x1, mask.rope, pairs, position, c, 1);
             store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + ROPE_PAIRS(HS), x1);
+        store(to, x0), store(to + pairs, x1);
     }
 };
 
@@ -4350,7 +4350,7 @@ DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head
     __syncwarp();
     for (int c = lane; mask.rope && c < pairs; c += 32) {
         float x[1] = {head[c]}, y[1] = {head[c + pairs]};
-        rotate_pairs(x, y, mask.rope, HS, position, c, -1);
+        rotate_pairs(x, y, mask.rope, pairs, position, c, -1);
         head[c] = x[0], head[c + pairs] = y[0];
     }
     __syncwarp();
@@ -4640,6 +4640,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
+    constexpr int PAIRS = ROPE_PAIRS(HS);
     const float scale = rsqrtf((float)HS);
     int position[M][2];
     for (int m = 0; m < M; m++)
@@ -4650,10 +4651,10 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
         }
     for (int m = 0; mask.rope && m < M; m++)
         for (int r = 0; r < 2; r++)
-            for (int n = 0; n < ROPE_PAIRS(HS) / 8; n++) {
-                float *at[] = {c[m][n] + 2 * r, c[m][n + ROPE_PAIRS(HS) / 8] + 2 * r};
+            for (int n = 0; n < PAIRS / 8; n++) {
+                float *at[] = {c[m][n] + 2 * r, c[m][n + PAIRS / 8] + 2 * r};
                 float x[] = {at[0][0], at[0][1]}, y[] = {at[1][0], at[1][1]};
-                rotate_pairs(x, y, mask.rope, HS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
+                rotate_pairs(x, y, mask.rope, PAIRS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
                 for (int e = 0; e < 2; e++) at[0][e] = x[e], at[1][e] = y[e];
             }
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
@@ -6258,8 +6259,9 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    float *rope = rope_table(T, m->config.HS, m->config.rope_theta);
-    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * ROPE_PAIRS(m->config.HS) * sizeof *rope);
+    const int pairs = ROPE_PAIRS(m->config.HS);
+    float *rope = rope_table(T, pairs, m->config.rope_theta);
+    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
     m->B = B;
     m->T = T;

@@ -305,7 +305,7 @@ static mask_of make_mask(const shape &s) {
                 w.mask_start.ints()[b * s.T + t] = first, w.mask_end.ints()[b * s.T + t] = past;
         }
     }
-    float *rope = rope_table(s.T, s.HS, 10000);
+    float *rope = rope_table(s.T, ROPE_PAIRS(s.HS), 10000);
     memcpy(w.rope.floats(), rope, w.rope.host.size());
     free(rope);
     return w;

@@ -49,7 +49,7 @@ static void test_exp(void) {
 
 /* Pair c of position t has the angle t theta^(-2c / HS); the table is computed in float. */
 static void test_rope_table(int T, int HS, double theta) {
-    float *table = rope_table(T, HS, theta);
+    float *table = rope_table(T, HS / 2, theta);
     for (int t = 0; t < T; t++)
         for (int c = 0; c < HS / 2; c++) {
             const double angle = t * pow(theta, -2.0 * c / HS), tolerance = 1e-7 + 5e-7 * angle;
@@ -86,7 +86,7 @@ static slam_mask mask_new(shape s) {
     else free(end);
     if (s.masked) m.mask_start = mask_start, m.mask_end = mask_end;
     else free(mask_start), free(mask_end);
-    if (!s.unrotated) m.rope = rope_table(s.T, s.HS, 10000);
+    if (!s.unrotated) m.rope = rope_table(s.T, ROPE_PAIRS(s.HS), 10000);
     return m;
 }
 
@@ -97,12 +97,13 @@ static void mask_free(slam_mask m) {
 
 /* out (HS) = x (HS), rotated by the position of row i of (B T) */
 static void rotate_in_double(double *out, const float *x, const slam_mask *m, int i) {
-    const int half = m->HS / 2,
-              p = i % m->T - m->doc_start[i] - (m->mask_start ? m->mask_end[i] - m->mask_start[i] : 0);
-    for (int c = 0; c < half; c++) {
-        const double cosine = m->rope ? m->rope[p * m->HS + c] : 1, sine = m->rope ? m->rope[p * m->HS + half + c] : 0;
-        out[c] = x[c] * cosine - x[c + half] * sine;
-        out[c + half] = x[c + half] * cosine + x[c] * sine;
+    const int pairs = ROPE_PAIRS(m->HS);
+    const int p = i % m->T - m->doc_start[i] - (m->mask_start ? m->mask_end[i] - m->mask_start[i] : 0);
+    for (int c = 0; c < m->HS; c++) out[c] = x[c];
+    for (int c = 0; m->rope && c < pairs; c++) {
+        const double cosine = m->rope[2 * p * pairs + c], sine = m->rope[(2 * p + 1) * pairs + c];
+        out[c] = x[c] * cosine - x[c + pairs] * sine;
+        out[c + pairs] = x[c + pairs] * cosine + x[c] * sine;
     }
 }
 
