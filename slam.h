@@ -111,10 +111,11 @@ typedef struct slam_comm slam_comm; /* section 6 */
    sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
+    int pairs;                        /* pairs (c, c + pairs) of a head are rotated: HS/2; 0: no rotation */
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
-    const float *rope;                /* rotary table of T positions, see rope_table; NULL: no rotation */
+    const float *rope;                /* (T,2 pairs) rotary table, see rope_table */
 } slam_mask;
 
 typedef struct slam_adamw_params {
@@ -195,7 +196,7 @@ struct slam_ops {
 
     /* Grouped-query attention with rotary positions (Vaswani et al. 2017; Ainslie et al. 2023; Su et al. 2021). A row
        of qkv has NH query, KVH key and KVH value heads, and KVH divides NH: query head h reads key/value head
-       floor(h KVH / NH). R_i rotates each pair (c, c + HS/2) by the angles of i's rotary position (see slam_mask).
+       floor(h KVH / NH). R_i rotates each pair (c, c + pairs) by the angles of i's rotary position (see slam_mask).
            q'_i = R_i q_i    k'_j = R_j k_j
            s_ij = q'_i . k'_j / sqrt(HS)  for visible j     lse_i = log sum_j exp(s_ij)
            p_ij = exp(s_ij - lse_i)                         out_i = sum_j p_ij v_j
@@ -210,7 +211,7 @@ struct slam_ops {
                                const float *lse, const slam_act *qkv, const slam_mask *);
     /* Decoding: B is the number of cache slots and T their capacity. Row b of qkv is the token at position lengths_b <
        T of slot b. Its k' and v go to the cache, and it attends to positions 0..lengths_b. Of the mask it uses B, T,
-       NH, KVH, HS and rope.
+       NH, KVH, HS, pairs and rope.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -2770,11 +2771,9 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs); position t rotates pair c by the angle t theta^(-c / pairs). Row t of
-   the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
-#define ROPE_PAIRS(HS) ((HS) / 2)
-
-/* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
+/* The rotary table (T,2 pairs): position t rotates pair c by the angle t theta^(-c / pairs). A row holds the cosines of
+   all pairs, then their sines; `rotate` reads it here, rotate_pairs in section 5. In the float arithmetic of
+   Transformers, so that the angles are the same. free() it. */
 static float *rope_table(int T, int pairs, double theta) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
     for (int c = 0; c < pairs; c++) {
@@ -2796,8 +2795,8 @@ static int rotary_position(const slam_mask *mask, int i) {
 
 /* x (heads,HS) = R_p x, or its inverse with sign -1 */
 static void rotate(float *x, int heads, const slam_mask *mask, int p, float sign) {
-    const int pairs = ROPE_PAIRS(mask->HS);
-    if (!mask->rope) return;
+    const int pairs = mask->pairs;
+    if (!pairs) return;
     const float *cosine = mask->rope + 2 * (size_t)p * pairs, *sine = cosine + pairs;
     for (int h = 0; h < heads; h++, x += mask->HS) {
         VECTORISE
@@ -4282,37 +4281,39 @@ DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pa
 }
 
 /* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
-   head of a token, a column a pair: together they must cover the head, which is copied as well. 2 N (NH + KVH) HS
+   head of a token; column c is the pair (c, c + pairs) or, behind the pairs, number c + pairs. 2 N (NH + KVH) HS
    sizeof(T) bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, pairs = ROPE_PAIRS(HS), heads = mask.NH + 2 * mask.KVH;
+        const int HS = mask.HS, pairs = mask.pairs, is_pair = c < (size_t)pairs, heads = mask.NH + 2 * mask.KVH;
         const int h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
         T *x = qkv + (size_t)row * HS + c, *y = x + pairs;
-        float x0[P], x1[P];
-        load(x0, x), load(x1, y);
-        if (mask.rope && rotated) {
+        float x0[P] = ZERO, x1[P];
+        if (is_pair) load(x0, x);
+        load(x1, y);
+        if (is_pair && rotated) {
             rotate_pairs(x0, x1, mask.rope, pairs, position, c, 1);
             store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + pairs, x1);
+        if (is_pair) store(to, x0);
+        store(to + pairs, x1);
     }
 };
 
 template <typename T>
 static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
     const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
-    if (mask->rope || cache)
-        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), ROPE_PAIRS(mask->HS),
-                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, cache);
+    if (mask->pairs || cache)
+        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), mask->HS - mask->pairs,
+                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, qkv + mask->pairs, cache);
 }
 
 /* ---- attention: plain kernels ----
@@ -4343,12 +4344,12 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 /* to (HS) = R^-1 (scale sums), by a warp; `head` is HS floats of shared memory. */
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
-    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = ROPE_PAIRS(HS);
+    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
     __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
-    for (int c = lane; mask.rope && c < pairs; c += 32) {
+    for (int c = lane; c < pairs; c += 32) {
         float x[1] = {head[c]}, y[1] = {head[c + pairs]};
         rotate_pairs(x, y, mask.rope, pairs, position, c, -1);
         head[c] = x[0], head[c + pairs] = y[0];
@@ -4640,7 +4641,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
-    constexpr int PAIRS = ROPE_PAIRS(HS);
+    constexpr int PAIRS = HS / 2;
     const float scale = rsqrtf((float)HS);
     int position[M][2];
     for (int m = 0; m < M; m++)
@@ -4649,7 +4650,7 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
             position[m][r] = row < mask.T ? rotary_position(keys_of(mask, b, row), row) : 0;
             for (int n = 0; n < HS / 8; n++) c[m][n][2 * r] *= scale, c[m][n][2 * r + 1] *= scale;
         }
-    for (int m = 0; mask.rope && m < M; m++)
+    for (int m = 0; mask.pairs && m < M; m++)
         for (int r = 0; r < 2; r++)
             for (int n = 0; n < PAIRS / 8; n++) {
                 float *at[] = {c[m][n] + 2 * r, c[m][n + PAIRS / 8] + 2 * r};
@@ -5030,9 +5031,10 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
     const T *d = (const T *)dout, *o = (const T *)out, *from = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
     if constexpr (sizeof(T) == 2) {
-        if (mask->HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
+        const int HS = mask->pairs == 0 || 2 * mask->pairs == mask->HS ? mask->HS : 0; // rotated as a whole
+        if (HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
     }
     const unsigned tokens = (unsigned)mask->B * mask->T;
     const size_t shared = (2 * mask->HS + 64) * sizeof(float);
@@ -5884,6 +5886,9 @@ double slam_config_flops(const slam_config *c, int T) {
 
 /* ---- activations ---- */
 
+/* Pairs of a head that are rotated. */
+static int rope_pairs(const slam_config *c) { return c->HS / 2; }
+
 typedef struct layer_acts { // shapes: acts_place
     slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
     float *attn_rstd, *lse, *mlp_rstd;
@@ -5963,7 +5968,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->mask_end = INTS(N);
     a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
-    a->rope = FLOATS(2 * T * ROPE_PAIRS(HS));
+    a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
@@ -6259,7 +6264,7 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    const int pairs = ROPE_PAIRS(m->config.HS);
+    const int pairs = rope_pairs(&m->config);
     float *rope = rope_table(T, pairs, m->config.rope_theta);
     ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
@@ -6269,13 +6274,19 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     return 1;
 }
 
+static slam_mask model_mask(const slam_model *m, int B, int T) {
+    const slam_config *c = &m->config;
+    const slam_mask mask = {B, T, c->NH, c->KVH, c->HS, rope_pairs(c), NULL, NULL, NULL, NULL, m->layout->a.rope};
+    return mask;
+}
+
 /* Checks that no op would read out of bounds, copies the batch to the device and sets the mask. */
 static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     const slam_config *c = &m->config;
     slam_ops *ops = m->ops;
     model_acts *a = &m->layout->a;
     const size_t N = (size_t)b->B * b->T, bytes = N * sizeof(int);
-    slam_mask mask = {b->B, b->T, c->NH, c->KVH, c->HS, a->doc_start, NULL, NULL, NULL, a->rope};
+    slam_mask mask = model_mask(m, b->B, b->T);
     m->layout->valid = 0;
     if (b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
         return set_error("a batch of %d rows of %d tokens, planned for %d rows of %d", b->B, b->T, m->B, m->T);
@@ -6292,6 +6303,7 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     }
     ops->upload(ops, a->tokens, b->tokens, bytes);
     ops->upload(ops, a->doc_start, b->doc_start, bytes);
+    mask.doc_start = a->doc_start;
     if (with_targets) ops->upload(ops, a->targets, b->targets, bytes);
     if (b->mask_start) {
         ops->upload(ops, a->mask_start, b->mask_start, bytes);
@@ -6591,7 +6603,6 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const slam_config *c = &m->config;
     const model_acts *a = &m->layout->a;
     int n = 0; // rows up to the last sequence; free slots among them compute token 0
     for (int i = 0; i < d->slots; i++) {
@@ -6606,7 +6617,7 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
     m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
     free(cached);
-    const slam_mask mask = {n, d->state->capacity, c->NH, c->KVH, c->HS, NULL, NULL, NULL, NULL, a->rope};
+    const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
     d->state->prefill = 0;
     forward(m, n, &mask, d->state);
@@ -8416,7 +8427,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
-    const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
+    const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
         const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);

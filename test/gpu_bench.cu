@@ -485,12 +485,12 @@ static void attention_rows(bench *b, int T, int whole) {
             const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = rope_table(T, ROPE_PAIRS(HS), c->rope_theta);
+    float *rope = rope_table(T, HS / 2, c->rope_theta);
     tensors_clear(b);
     slam_mask mask = ZERO;
-    mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS;
+    mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS, mask.pairs = HS / 2;
     mask.doc_start = (const int *)upload(b, doc_start, N * sizeof(int));
-    mask.rope = (const float *)upload(b, rope, 2 * (size_t)T * ROPE_PAIRS(HS) * sizeof *rope);
+    mask.rope = (const float *)upload(b, rope, (size_t)T * HS * sizeof *rope);
     slam_act *qkv[2], *dqkv[2], *out[2], *dout[2];
     float *lse[2], *D = float_tensor(b, (size_t)B * c->NH * T);
     for (int k = 0; k < 2; k++) {

@@ -287,8 +287,7 @@ struct mask_of {
 
 static mask_of make_mask(const shape &s) {
     const size_t n = (size_t)s.B * s.T;
-    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1),
-                 numbers(FLOAT, 2 * (size_t)s.T * ROPE_PAIRS(s.HS), 0)};
+    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1), numbers(FLOAT, (size_t)s.T * s.HS, 0)};
     for (int b = 0; b < s.B; b++) {
         int *start = w.start.ints() + b * s.T, *end = w.end.ints() + b * s.T;
         for (int t = 0, first = 0; t < s.T; t++) {
@@ -305,15 +304,18 @@ static mask_of make_mask(const shape &s) {
                 w.mask_start.ints()[b * s.T + t] = first, w.mask_end.ints()[b * s.T + t] = past;
         }
     }
-    float *rope = rope_table(s.T, ROPE_PAIRS(s.HS), 10000);
+    float *rope = rope_table(s.T, s.HS / 2, 10000);
     memcpy(w.rope.floats(), rope, w.rope.host.size());
     free(rope);
     return w;
 }
 
-static slam_mask mask_new(const shape &s, const float *rope) {
+/* rotated: 0: no rotation; 1: of whole heads; 2: of their first half, with whatever numbers are there in the table */
+static slam_mask mask_new(const shape &s, const float *rope, int rotated) {
     slam_mask m = ZERO;
-    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS, m.rope = rope;
+    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS;
+    m.pairs = rotated ? s.HS / (2 * rotated) : 0;
+    m.rope = rope;
     return m;
 }
 
@@ -332,14 +334,16 @@ static shape random_shape(void) {
     return s;
 }
 
-static void test_attention(const shape &s, const mask_of &w, int rope, int runs = RUNS) {
+static void test_attention(const shape &s, const mask_of &w, int rotated, int runs = RUNS) {
     const size_t N = (size_t)s.B * s.T, O = (size_t)s.NH * s.HS, W = O + 2 * (size_t)s.KVH * s.HS;
     check_operation(
-        rope ? "attention" : "attention without rotation",
+        rotated == 2 ? "attention, half a head rotated"
+        : rotated    ? "attention"
+                     : "attention without rotation",
         {w.start, w.end, w.mask_start, w.mask_end, w.rope, numbers(ACT, N * W, 1, 1), unwritten(ACT, N * O),
          unwritten(FLOAT, N * s.NH), numbers(ACT, N * O, 1), unwritten(ACT, N * W), unwritten(FLOAT, N * s.NH)},
         [=](slam_ops *ops, void **p) {
-            slam_mask mask = mask_new(s, rope ? F(4) : NULL);
+            slam_mask mask = mask_new(s, F(4), rotated);
             mask.doc_start = I(0);
             if (s.both_ways) mask.doc_end = I(1);
             if (s.masked) mask.mask_start = I(2), mask.mask_end = I(3);
@@ -365,12 +369,12 @@ static void test_decode(const shape &s) {
     tensor_of lengths = integers(s.B, s.T);
     lengths.ints()[0] = s.T - 1;
     if (s.B > 1) lengths.ints()[1] = 0;
-    for (int rope = 0; rope < 2; rope++)
+    for (int rotated = 0; rotated < 3; rotated++)
         check_operation("attention of one more token",
                         {lengths, w.rope, numbers(ACT, (size_t)s.B * s.T * K, 1, 1), numbers(ACT, s.B * (O + K), 1, 1),
                          unwritten(ACT, s.B * O)},
                         [=](slam_ops *ops, void **p) {
-                            const slam_mask mask = mask_new(s, rope ? F(1) : NULL);
+                            const slam_mask mask = mask_new(s, F(1), rotated);
                             ops->attention_decode(ops, A(4), A(2), A(3), I(0), &mask);
                         });
 }
@@ -384,7 +388,7 @@ static void test_fill(const shape &s) {
         "keys and values into the cache",
         {slots, lengths, numbers(ACT, (size_t)s.B * s.T * (O + K), 1), numbers(ACT, (s.B + 1) * capacity * K, 1, 1)},
         [=](slam_ops *ops, void **p) {
-            const slam_mask mask = mask_new(s, NULL);
+            const slam_mask mask = mask_new(s, NULL, 0);
             ops->attention_fill(ops, A(3), A(2), I(0), I(1), capacity, &mask);
         });
 }
@@ -435,7 +439,7 @@ static void test_operations(const char *dtype) {
         const shape s = k < CORNERS ? corners[k] : random_shape();
         if (TEST("op: attention %s B %d T %d NH %d KVH %d HS %d, %d documents%s%s", dtype, s.B, s.T, s.NH, s.KVH, s.HS,
                  s.documents, s.masked ? ", masked spans" : "", s.both_ways ? ", both ways" : ""))
-            test_attention(s, make_mask(s), 0), test_attention(s, make_mask(s), 1);
+            test_attention(s, make_mask(s), 0), test_attention(s, make_mask(s), 1), test_attention(s, make_mask(s), 2);
         if (k % 2 == 0 && TEST("op: decode %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
             test_decode(s);
         if (k % 2 == 0 && TEST("op: cache %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
@@ -449,7 +453,7 @@ static void test_operations(const char *dtype) {
 /* What the kernels cannot do is an error, not other numbers. */
 static void test_limits(void) {
     float *p = (float *)gpu->alloc(gpu, 4096 * sizeof(float));
-    slam_mask mask = mask_new({1, 3, 1, 1, 288, 0, 0, 0}, NULL);
+    slam_mask mask = mask_new({1, 3, 1, 1, 288, 0, 0, 0}, NULL, 0);
     mask.doc_start = (int *)p;
     gpu->attention_forward(gpu, (slam_act *)p, p, (slam_act *)p, &mask);
     check_fails(gpu->finish(gpu), "256 channels");

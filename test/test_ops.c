@@ -60,7 +60,7 @@ static void test_rope_table(int T, int HS, double theta) {
 }
 
 /* A few documents per row. Optionally with a masked span in the last document of each row, with doc_end (queries see their whole
-   document), without rotation. */
+   document), without rotation (unrotated 1) or with only the first half of each head rotated (2). */
 typedef struct shape {
     int B, T, NH, KVH, HS, masked, bidirectional, unrotated;
 } shape;
@@ -86,7 +86,8 @@ static slam_mask mask_new(shape s) {
     else free(end);
     if (s.masked) m.mask_start = mask_start, m.mask_end = mask_end;
     else free(mask_start), free(mask_end);
-    if (!s.unrotated) m.rope = rope_table(s.T, ROPE_PAIRS(s.HS), 10000);
+    m.pairs = s.unrotated == 1 ? 0 : s.HS / (s.unrotated ? 4 : 2);
+    m.rope = rope_table(s.T, m.pairs, 10000);
     return m;
 }
 
@@ -97,10 +98,10 @@ static void mask_free(slam_mask m) {
 
 /* out (HS) = x (HS), rotated by the position of row i of (B T) */
 static void rotate_in_double(double *out, const float *x, const slam_mask *m, int i) {
-    const int pairs = ROPE_PAIRS(m->HS);
+    const int pairs = m->pairs;
     const int p = i % m->T - m->doc_start[i] - (m->mask_start ? m->mask_end[i] - m->mask_start[i] : 0);
     for (int c = 0; c < m->HS; c++) out[c] = x[c];
-    for (int c = 0; m->rope && c < pairs; c++) {
+    for (int c = 0; c < pairs; c++) {
         const double cosine = m->rope[2 * p * pairs + c], sine = m->rope[(2 * p + 1) * pairs + c];
         out[c] = x[c] * cosine - x[c + pairs] * sine;
         out[c + pairs] = x[c + pairs] * cosine + x[c] * sine;
@@ -714,19 +715,22 @@ int main(void) {
     if (TEST("exp")) test_exp();
     if (TEST("rotary table"))
         test_rope_table(2048, 64, 1e4), test_rope_table(300, 128, 1e6), test_rope_table(100, 12, 500);
-    const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},    {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
-                            {3, 65, 3, 3, 12, 1, 0, 0},  {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
-                            {1, 1, 2, 1, 4, 0, 1, 1},    {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},
-                            {1, 65, 12, 12, 64, 0, 1, 0}};
+    const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},     {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
+                            {3, 65, 3, 3, 12, 1, 0, 0},   {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
+                            {1, 1, 2, 1, 4, 0, 1, 1},     {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},
+                            {1, 65, 12, 12, 64, 0, 1, 0}, {2, 70, 4, 2, 12, 1, 0, 2}};
+    const char *const rotations[] = {"", ", without rotation", ", the first half of a head rotated"};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         const shape s = shapes[k];
         if (TEST("attention B %d T %d NH %d KVH %d HS %d%s%s%s", s.B, s.T, s.NH, s.KVH, s.HS,
-                 s.masked ? ", masked spans" : "", s.bidirectional ? ", bidirectional" : "",
-                 s.unrotated ? ", without rotation" : ""))
+                 s.masked ? ", masked spans" : "", s.bidirectional ? ", bidirectional" : "", rotations[s.unrotated]))
             test_attention(ops, s);
     }
-    const shape decoded[] = {
-        {1, 1, 1, 1, 2, 0, 0, 0}, {3, 70, 4, 2, 8, 0, 0, 0}, {2, 129, 14, 2, 64, 0, 0, 0}, {5, 33, 6, 3, 6, 0, 0, 1}};
+    const shape decoded[] = {{1, 1, 1, 1, 2, 0, 0, 0},
+                             {3, 70, 4, 2, 8, 0, 0, 0},
+                             {2, 129, 14, 2, 64, 0, 0, 0},
+                             {5, 33, 6, 3, 6, 0, 0, 1},
+                             {2, 40, 4, 2, 8, 0, 0, 2}};
     for (size_t k = 0; k < sizeof decoded / sizeof *decoded; k++) {
         const shape s = decoded[k];
         if (TEST("attention decode B %d T %d NH %d KVH %d HS %d", s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(ops, s);
