@@ -101,11 +101,13 @@ static int perplexity(program *p) {
     static const char *const keys[] = {"unigram", "bigram", "trigram", "fourgram", "fivegram"};
     slam_metric metrics[8];
     uint64_t targets, counted = 0;
-    double loss, ngrams[5];
+    double *losses = (double *)calloc(1 + p->test_data->n_sources, sizeof *losses), ngrams[5];
     int n = 3;
     slam_batch batch = slam_batch_new(p->batch, p->test_data->context, 0);
     const int ok = slam_model_plan(p->model, p->batch, batch.T, SLAM_INFERENCE) &&
-                   slam_data_loss(p->model, p->test_data, -1, &batch, &loss, &targets);
+                   slam_data_loss(p->model, p->test_data, &batch, losses, &targets);
+    const double loss = losses[0];
+    free(losses);
     slam_batch_free(&batch);
     if (!ok) return 0;
     if (!targets) return slam_set_error("%s: no token to predict", p->data.at[0]);

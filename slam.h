@@ -1,10 +1,10 @@
 /* slam.h - train speech language models, in one file
 
-   A speech language model is a language model over units. Speech goes through a feature extractor, every frame becomes
-   the number of its nearest centroid, its unit, and a transformer learns to predict the next unit. This file holds all
-   of it: audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and CUDA, AdamW,
-   DPO, evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi 2025, arXiv
-   2502.15814).
+   A speech language model is a language model over units. A feature extractor turns speech into frames, and each frame
+   is replaced by the index of its nearest centroid, its unit. A transformer learns to predict the next unit. This file
+   holds all of it: audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and
+   CUDA, AdamW, DPO, evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi
+   2025, arXiv 2502.15814).
 
    USE
    Copy slam.h and slam.cu. Add slam.cu to your build (`nvcc -c slam.cu`, or `cc -x c -c slam.cu` without CUDA) and
@@ -22,11 +22,11 @@
        slam_model_free(m);
        slam_ops_free(ops);
 
-   CONTENTS (search for "SECTION n"; declarations: "---- n.")
+   CONTENTS (declarations: search for "---- n."; implementation: "SECTION n.")
       1. BASE           errors, memory, strings, random numbers, threads, files
       2. FORMATS        JSON, CSV, safetensors, npy, token shards, unit lines
-      3. OPS            every operation of the model with its mathematics (below, in struct slam_ops)
-      4. OPS ON THE CPU the plain loops: read these first
+      3. OPS            every operation of the model with its mathematics (declarations only: struct slam_ops)
+      4. OPS ON THE CPU the reference implementation: read it first
       5. OPS ON CUDA    the same operations as kernels
       6. COMM           several processes: MPI and NCCL
       7. MODEL          configuration, weights, forward, backward, decoding
@@ -46,14 +46,13 @@
      SLAM_MPI             several processes (flags of `mpicc -show`)
      SLAM_NCCL            with SLAM_MPI and nvcc: exchange GPU memory through NCCL (-lnccl)
      SLAM_OUT_OF_MEMORY(bytes)  called when host memory runs out; must not return. Default: message on stderr, exit(1)
-     -fopenmp             parallel loops; without it, one thread
-     nvcc -arch=native    section 5 (-lcublasLt)
      SLAM_EMULATOR        section 5 on the CPU by a C++17 compiler, with test/cuda_emulator.h
+   Compiler flags: -fopenmp for parallel loops (else one thread); nvcc -arch=native adds section 5 (-lcublasLt).
 
    ERRORS
-   A function that can fail returns 0 or NULL and sets slam_error(). Host memory outside slam_ops.alloc is the exception
-   (SLAM_OUT_OF_MEMORY). Only that and section 15 print. A slam_ops and everything made with it belong to one thread at
-   a time. MIT licence. */
+   A function that can fail returns 0 or NULL and sets slam_error(). The exception: when host memory outside
+   slam_ops.alloc runs out, SLAM_OUT_OF_MEMORY is called. Only it and section 15 print. A slam_ops and everything made
+   with it belong to one thread at a time. MIT licence. */
 #ifndef SLAM_H
 #define SLAM_H
 #if defined(SLAM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -97,7 +96,7 @@ typedef int slam_progress_fn(void *context, const slam_progress *);
 
    B batch, T time, C channels, V vocabulary, NH heads, KVH key/value heads, HS head size, F MLP width, N = B T.
    (N,C) is a matrix of N rows, row-major. `slam_act` is the type of activations and of the weights that ops read: float
-   on the CPU, bf16 or float on CUDA (`act_bytes`). Statistics, losses and gradients of parameters are float, sums
+   on the CPU, bf16 or float on CUDA (`act_bytes`). rstd, lse, losses and gradients of parameters are float, sums
    double. "=" overwrites, "+=" adds: gradients of parameters accumulate over micro-batches. Arrays are device memory
    from `alloc`; structs of arguments and `host` are host memory. Ops return nothing: `finish` reports the first
    error. */
@@ -106,9 +105,9 @@ typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
-   mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the span:
-   i - doc_start[i] - (mask_end[i] - mask_start[i]). doc_start <= mask_start <= mask_end <= doc_end, and every query
-   sees at least one key. */
+   mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the masked span:
+   i - doc_start[i] - (mask_end[i] - mask_start[i]). A span that is not empty lies within doc_start .. doc_end, and
+   every query sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
     int pairs;                        /* pairs (c, c + pairs) of a head are rotated: HS/2; 0: no rotation */
@@ -141,7 +140,7 @@ struct slam_ops {
     int threads;      /* CPU threads of parallel loops */
     size_t memory;    /* total bytes of the device */
     int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* the bits of a row of a product do not depend on the other rows */
+    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;  /* the processes that train together; NULL: one process */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
@@ -152,8 +151,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* comm_stream (cudaStream_t) is for exchanges between processes; NULL: none, MPI reads device memory. comm_begin:
-       it waits for all queued work. comm_end: later work waits for it. comm_done: is it idle? */
+    /* comm_stream: the CUDA stream of NCCL; NULL: MPI accesses the memory directly. comm_begin: it waits for all queued
+       work. comm_end: later work waits for it. comm_done: 1 if it is idle. */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -173,8 +172,8 @@ struct slam_ops {
            rstd_i = 1 / sqrt(mean_c s_ic^2 + eps)           y_ic = w_c rstd_i s_ic
            ds_ic += rstd_i (w_c dy_ic - s_ic rstd_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic rstd_i s_ic
-       s, y, x, delta and their gradients hold N groups of G rows of C numbers, and groups begin `stride` numbers apart.
-       A matrix: G = 1, stride = C. The query heads of qkv: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
+       s, y, x, delta and their gradients hold N groups of G rows of C elements; groups begin `stride` elements apart.
+       A matrix: G = 1, stride = C. QK-norm of query heads: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
        delta NULL: s is x, not written. y may be x. On entry ds holds the gradient that reaches s by other paths (0 if
        none), on return that of x and delta. dy may not be ds. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
@@ -209,9 +208,9 @@ struct slam_ops {
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_mask *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                const float *lse, const slam_act *qkv, const slam_mask *);
-    /* Decoding: B is the number of cache slots and T their capacity. Row b of qkv is the token at position lengths_b <
-       T of slot b. Its k' and v go to the cache, and it attends to positions 0..lengths_b. Of the mask it uses B, T,
-       NH, KVH, HS, pairs and rope.
+    /* Decoding: one token for each of the first B cache slots of capacity T. Row b of qkv is the token at position
+       lengths_b < T of slot b. Its k' and v are appended to the cache, and it attends to 0..lengths_b. It uses B, T,
+       NH, KVH, HS, pairs and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -232,7 +231,7 @@ struct slam_ops {
        in rows whose target is -1 and in the stride - V columns of padding. */
     void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const slam_xent *);
 
-    /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order depends on n alone. x (n) */
+    /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order of summation depends on n alone. x (n) */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
     void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
 
@@ -277,7 +276,7 @@ struct slam_ops {
                     const float *squares, int N, int D, int K);
 };
 
-/* threads 0: one per core. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
+/* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
 slam_ops *slam_cpu(int threads);
 slam_ops *slam_cuda(int device, int act_bytes);
 int slam_cuda_count(void); /* number of GPUs */
@@ -294,10 +293,10 @@ struct slam_comm {
     struct slam_comm_state *state; /* MPI and NCCL */
 };
 slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL and slam_error() on failure */
-/* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
+/* status 0: waits for all ranks and frees. Else aborts all ranks, unless `failed`: then each rank ends by itself. */
 void slam_comm_finalize(slam_comm *, int status);
-void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
-/* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
+void slam_comm_attach(slam_comm *, slam_ops *); /* makes training and evaluation with these ops data-parallel */
+/* Collectives. After a failed exchange a rank skips all further ones; slam_all_ok then returns 0. */
 int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 long slam_comm_max(slam_comm *, long x);
 void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
@@ -331,7 +330,7 @@ typedef struct slam_sequence {
 typedef struct slam_batch {
     int B, T, capacity;         /* rows in use, tokens per row, rows there is space for */
     int *tokens, *targets;      /* (B,T); target: the next token, -1 where there is none (padding too) */
-    int *doc_start;             /* (B,T) column at which the token's sequence starts; see slam_mask */
+    int *doc_start;             /* (B,T) column at which the token's sequence (chunk) starts; see slam_mask */
     int *mask_start, *mask_end; /* (B,T) masked spans, NULL: none */
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
     slam_sequence *sequences;
@@ -351,7 +350,8 @@ typedef struct slam_model {
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
     struct slam_layout *layout;
-    /* Called in the next backward pass when the gradients of layer l are complete; L: an untied head, -1: all. */
+    /* Called in the next backward pass when gradients are complete. l = 0 .. config.L - 1: of a layer; l = config.L:
+       of an untied head; l = -1: all. */
     void (*grads_ready)(void *context, int l);
     void *grads_context;
 } slam_model;
@@ -361,8 +361,8 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. master NULL: rounded
-   weights; slam_checkpoint_save collects the float ones. */
+/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
+   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
@@ -370,19 +370,20 @@ int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weigh
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
 int slam_forward(slam_model *, slam_batch *); /* sets batch->losses */
-/* After slam_forward: adds the gradient of sum_i weights_i loss_i, and loss to stats. weights (B,T) on the host. */
+/* After slam_forward: adds the gradient of sum_i weights_i loss_i to grads, `loss` to stats[0]. weights (B,T), host */
 int slam_backward(slam_model *, const float *weights, double loss);
 /* Forward and backward in one: adds scale * d(sum of losses) to the gradients and the sum of losses to stats. */
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's numbers do not depend on
-   the others (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its plan is
-   large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
+   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
+   plan is large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
-    int *length, *last; /* (slots) tokens of each sequence, 0: the slot is free; its last token */
+    int *length; /* (slots) tokens of the sequence; 0: the slot is free */
+    int *last;   /* (slots) its last token */
     struct slam_decoder_state *state;
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
@@ -397,7 +398,7 @@ void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 free
 typedef struct slam_sampling {
     double temperature;        /* 0: greedy */
     int top_k;                 /* keep the k largest logits and ties with the last; 0: all */
-    double top_p;              /* keep the fewest largest whose probabilities sum to at least p; 1: all */
+    double top_p;              /* keep the smallest set of most probable tokens with total probability >= p; 1: all */
     double repetition_penalty; /* divides positive and multiplies negative logits of seen tokens; 1: none */
 } slam_sampling;
 /* Draws from logits (V), which are changed. seen (V): 1 for tokens the penalty applies to, or NULL. uniform in [0,1).
@@ -412,7 +413,7 @@ typedef struct slam_schedule {
     double lr, min_lr; /* cosine ends at min_lr */
     long warmup, steps;
 } slam_schedule;
-/* Learning rate of update `step` (from 0), as Transformers: linear warm-up from 0, then the curve. */
+/* Learning rate of update `step` (from 0), as in Hugging Face Transformers: linear warm-up from 0, then the curve. */
 double slam_learning_rate(const slam_schedule *, long step);
 
 typedef struct slam_adamw {
@@ -426,27 +427,27 @@ typedef struct slam_adamw {
 /* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
-/* The next backward pass, the last of a step, reduces gradients over the ranks while it computes. */
+/* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
 void slam_adamw_overlap(slam_adamw *);
 typedef struct slam_step {
     double loss_sum, grad_norm; /* over all ranks since the last update; norm before clipping */
     int skipped;                /* loss or norm was not finite: nothing changed */
 } slam_step;
-/* One update from the gradients of all ranks, which are zero afterwards, as are the statistics. Collective. */
+/* Sums the gradients over the ranks, updates the weights, and zeroes gradients and model->stats. Collective. */
 int slam_adamw_step(slam_adamw *, double lr, slam_step *);
 void slam_adamw_reset(slam_adamw *); /* moments and updates back to zero */
 
 /* ---- 9. BATCHES: documents -> chunks -> packed rows -> batches ----
 
    A document longer than the context is split into chunks of at most `context` tokens; each chunk is a sequence of its
-   own. Rows of `context` tokens hold several whole chunks. An epoch draws every chunk once, in an order that depends on
-   the seed and epoch. */
+   own. Rows of `context` tokens hold several whole chunks. An epoch has every chunk of a source of weight 1 once; its
+   order, if shuffled, depends on seed and epoch. */
 typedef struct slam_chunk {
     uint32_t file, first, n; /* tokens first .. first + n - 1 of a file */
 } slam_chunk;
 typedef struct slam_source {
     char *name;
-    double weight; /* draws of each chunk per epoch; 2: two; 0.5: a different half each epoch */
+    double weight; /* how often an epoch has each chunk; 0.5: one half, the other half in the next epoch */
     size_t first_file, end_file, first_chunk, end_chunk, documents;
 } slam_source;
 typedef struct slam_data {
@@ -473,24 +474,25 @@ typedef struct slam_data_size {
     double fill;                                       /* share of positions that are not padding */
 } slam_data_size;
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
+slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 
-/* Draws rows of chunks in the order of an epoch, or pairs, which are packed into rows of about the same length. Rows do
-   not depend on the ranks. */
+/* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
+   of about equal length. Rows do not depend on the number of ranks. */
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
-    uint64_t seed, epoch, row; /* position: epochs finished, rows (or pairs) drawn of the current one */
-    int n, rows;               /* of the global batch of slam_loader_begin: rows (or pairs) asked for, its rows */
-    uint64_t tokens, targets;  /* of the global batch, on all ranks */
-    int T, rows_left;          /* tokens per row; rows of this rank's share: 0 after the last micro-batch */
+    uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
+    int n, rows;               /* of the global batch: rows (or pairs), and packed rows */
+    uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
+    int T;                     /* tokens per row */
+    int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
+slam_loader *slam_loader_new(const slam_data *, uint64_t seed, int shuffle);
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
-/* Begins the next global batch of n rows (or pairs), which continues into the next epoch if shuffled, else ends with
-   this one. Reads no tokens. Returns how many, 0 at the end. */
+/* Begins the next global batch of n rows (or pairs). At the end of an epoch a shuffled loader continues with the next
+   one; else the batch is smaller. Reads no tokens. Returns how many, 0 at the end. */
 int slam_loader_begin(slam_loader *, int n, const slam_comm *);
 /* Fills `batch` with the next rows of this rank's share, at most batch->capacity. Returns how many, 0 when there are no
    more. batch->sequences[].item: a chunk, or 2 p for the chosen and 2 p + 1 for the rejected completion of pair p. */
@@ -514,7 +516,8 @@ float *slam_audio_load(const char *path, size_t *n);
 enum { SLAM_MFCC, SLAM_HUBERT };
 /* What turns audio into units; km.json beside the centroids in km.npy. MFCC are those of the Python package
    python_speech_features: 13 with first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
-   Transformers' HubertModel, n > 0 the output of layer n, without the final norm of do_stable_layer_norm models. */
+   Transformers' HubertModel: 0 is the input of the first layer, n the output of layer n (before the final layer norm of
+   do_stable_layer_norm models). */
 typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
@@ -524,7 +527,7 @@ typedef struct slam_unit_config {
     uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
-/* config = km.json beside KM.npy, if there is one (else unchanged); a folder in `hubert` stays if set: models move. */
+/* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
 int slam_unit_config_load(slam_unit_config *, const char *km_npy);
 
 /* Units of one recording or sequence. */
@@ -551,8 +554,8 @@ typedef struct slam_tokenizer {
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
-/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right; NULL: none. ops:
-   the device of HuBERT, NULL for MFCC. */
+/* Loads the centroids of KM.npy (NULL: none, features only). Fails if the config's fingerprint, unless 0, is not
+   theirs. ops: the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
@@ -566,8 +569,8 @@ typedef struct slam_inputs {
     int kind, pairs_out;   /* pairs_out: the output is preference pairs */
     slam_strings paths;    /* the audio files, or the files of the lines */
     size_t n, first, end;  /* inputs; first <= i < end is the part to do */
-    double max_seconds;    /* longer audio is split in the quietest 20 ms of the last fifth before it; 0: never */
-    double max_repetition; /* pairs whose text has this slam_auto_bleu of order 2 or more are skipped; 0: none */
+    double max_seconds;    /* longer audio is split at the quietest 20 ms in the last fifth of it; 0: never */
+    double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
     struct slam_line *lines;
     struct file_map *files;
@@ -582,17 +585,17 @@ void slam_inputs_free(slam_inputs *);
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* 1: *item is the next, in order, until the next call, *skipped NULL or why it is skipped; or *item is NULL: a chunk of
-   segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
+/* Returns 1, 0 at the end, -1 on failure. With 1, *item is the next input (valid until the next call; *skipped: why it
+   is skipped, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit features
-   or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a kill, the
-   same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
+/* Writes OUT.bin (token shards; a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit
+   features or tokens, pairs). While writing, OUT.partial has the data, and OUT.journal how many bytes of it are valid:
+   after a kill, the same call resumes and produces the same bytes. OUT.failed lists skipped inputs. */
 typedef struct slam_writer {
     int binary, pairs;
-    uint64_t earlier; /* inputs that a call before this one did */
+    uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
     uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
@@ -600,29 +603,29 @@ typedef struct slam_writer {
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
-int slam_writer_add(slam_writer *, const slam_item *); /* and, once a second, data to disk, then the journal */
-/* ok: OUT.partial becomes OUT if all inputs are done, else is kept. 0, after an error: as at the last journal. */
+int slam_writer_add(slam_writer *, const slam_item *); /* once a second, also syncs the data and updates the journal */
+/* ok: renames OUT.partial to OUT if all inputs are done. 0, after an error: OUT.partial is kept as of the journal. */
 int slam_writer_close(slam_writer *, int ok);
 
 typedef struct slam_kmeans_report {
-    size_t frames;    /* 0: KM.npy was there already, of the same call */
+    size_t frames;    /* 0: nothing was fitted, KM.npy was there already, made by the same call */
     double inertia;   /* mean squared distance of a frame to its centroid */
     int passes, dead; /* full passes; centroids without a frame */
 } slam_kmeans_report;
-/* Writes KM.npy and KM.json: k-means of at most `frames` frames, sampled evenly from inputs in an order of the seed's,
-   up to 8 x frames. */
+/* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 x frames frames, samples `frames` of them
+   uniformly and runs k-means. */
 slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *, slam_ops *, const slam_inputs *, int K,
                                    size_t frames, uint64_t seed, slam_progress_fn *, void *context,
                                    slam_kmeans_report *);
-/* Units of whole audio files, units (paths->n); of a skipped file: n and samples 0. The ranks share the work. */
+/* Units of whole audio files, units (paths->n); a skipped file has n and samples 0. The ranks share the work. */
 int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *, void *context);
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
-/* Mean loss (nats per target) over all targets of a source (-1: all), shared by the ranks; *targets: how many. The
-   model is planned for batch->capacity rows of T = context. */
-int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
+/* Mean losses (nats per target): losses[0] over all targets, losses[1 + s] over those of source s (NaN if it has none).
+   The ranks share the work. The model must be planned for batch->capacity rows of T = context. */
+int slam_data_loss(slam_model *, const slam_data *, slam_batch *batch, double *losses, uint64_t *targets);
 
 /* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
@@ -632,14 +635,15 @@ typedef struct slam_pair {
 typedef struct slam_pairs {
     int V, context;        /* vocabulary; most tokens of prompt and completion */
     int share;             /* both completions attend to one copy of the prompt */
-    double max_repetition; /* least slam_auto_bleu of order 2 of a text that is skipped; 0: none is */
+    double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
     double *reference; /* (n,2) the reference model's log-probabilities of chosen and rejected; NULL: not computed */
-    /* skipped: their text repeats itself; a completion has no units; both are the same; longer than the context */
+    /* skipped: the text repeats itself; a completion has no units; both are the same; longer than the context */
     uint64_t repetitive, empty, identical, too_long;
-    uint64_t truncated, unshared; /* kept: the prompt lost its beginning; no space in the context to share the prompt */
-    uint64_t hash;                /* of all pairs, after slam_pairs_prepare */
+    /* pairs kept: the prompt was truncated at its beginning; too long to share the prompt */
+    uint64_t truncated, unshared;
+    uint64_t hash; /* of all pairs, after slam_pairs_prepare */
 } slam_pairs;
 /* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
    V, context, share and max_repetition. */
@@ -647,7 +651,7 @@ int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
 /* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
-int slam_pairs_row(const slam_pairs *); /* most tokens per row: 2 x context, at least 1024 */
+int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
 
 /* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for T =
    slam_pairs_row, with masks if pairs are shared. */
@@ -666,23 +670,23 @@ int slam_pairs_reference(slam_pairs *, slam_model *reference, slam_batch *, slam
 int slam_pairs_save_reference(const slam_pairs *, const char *path, uint64_t model_hash);
 int slam_pairs_load_reference(slam_pairs *, const char *path, uint64_t model_hash);
 
-/* scores (n): mean (or sum) log-probability per token after the leading 1. Sequences are packed into rows of up to T
-   tokens, B at a time (this plans the model); longer ones are scored in windows of T of which each but the first
-   predicts its second half. Equal sequences get equal scores. The ranks share the work. */
+/* scores (n): log-probability of the tokens after the leading 1, their mean or (sum) total. Sequences are packed into
+   rows of up to T tokens, B at a time (this plans the model). Longer ones are scored in windows of T, of which each but
+   the first predicts at most its second half. Equal sequences get equal scores. The ranks share the work. */
 int slam_score(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_progress_fn *,
                void *context);
 
 /* ---- 13. EVALUATION: n-grams, test sets, generation ---- */
 
 /* Cross-entropies (nats per token, orders 1 to 5) of interpolated Witten-Bell n-gram models (Witten and Bell 1991)
-   counted on `train`, on the targets of slam_data_loss. Contexts do not cross chunks.
+   counted on `train`, over all targets of `test`. Contexts do not cross chunks.
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))   p_0 = 1/V   T(h): number of distinct tokens after h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
 
 /* A test set: pairs of sequences, of which the correct one should get the higher score. */
 enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
 typedef struct slam_accuracy {
-    const char *group, *name; /* "" of all pairs, then of "vocabulary", "frequency", "length", "type", "part" */
+    const char *group, *name; /* group "": all pairs; then "vocabulary", "frequency", "length", "type", "part" */
     size_t n;                 /* pairs; one in several voices counts once, with their mean */
     double mean, deviation;   /* NaN without pairs; sample standard deviation, NaN if n < 2 */
 } slam_accuracy;
@@ -719,19 +723,20 @@ typedef struct slam_prompt {
 typedef struct slam_prompts {
     slam_prompt *at;
     size_t n, capacity;
-    size_t max_units;   /* units of a recording that are its prompt; 0: by max_seconds */
-    double max_seconds; /* units that begin before this; 0: all */
+    size_t max_units;   /* length of prompts in units; 0: by max_seconds */
+    double max_seconds; /* length of prompts in seconds; 0: whole recordings */
     int rate;           /* frames per second. Without durations 18 units count as a second */
     size_t guessed;     /* prompts that were cut without durations */
 } slam_prompts;
 void slam_prompts_add(slam_prompts *, const char *name, const int *units, const int *duration, size_t n);
 int slam_prompts_add_lines(slam_prompts *, const char *path);   /* the lines of a file of units */
-void slam_prompts_add_data(slam_prompts *, const slam_data *);  /* the documents */
+void slam_prompts_add_data(slam_prompts *, const slam_data *);  /* the first chunk of each document */
 int slam_prompts_write(const slam_prompts *, const char *path); /* lines {"file_name", "prompt": [..], "units": [..]} */
 void slam_prompts_free(slam_prompts *);
 typedef struct slam_generation {
     slam_sampling sampling;
-    int max_new, context, batch; /* new tokens at most; of prompt and continuation; sequences at once, per rank */
+    int max_new, context; /* most new tokens; most tokens of prompt and continuation */
+    int batch;            /* sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
 /* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
@@ -758,14 +763,15 @@ void slam_trainer_free(slam_trainer *);
 /* Value number i (from 0) of a setting; NULL: there is none. Set: replaces it, or adds it. */
 const char *slam_trainer_setting(const slam_trainer *, const char *name, size_t i);
 void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *value);
-/* Adds the run's files "data" or "val"; those that have moved together with the run are in the current folder. */
+/* Appends the paths of a setting, "data" or "val". A relative path is looked for in the current folder if the folder of
+   the first call does not have it (the run was moved together with its data). */
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
-/* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the `keep` newest (0: none) and the
-   best. The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+/* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
-/* PATH if it is a model folder, a run's newest checkpoint if it is a run; NULL: of the newest run in runs/ of this
-   program (NULL: of any). free() it. */
+/* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
+   this program (NULL: any program). free() it. */
 char *slam_run_model(const char *path, const char *program);
 
 /* ---- 15. PROGRAMS: what the four programs share. The only section that prints ---- */
@@ -782,7 +788,7 @@ typedef struct slam_flag {
     int type;
     void *to;
     const char *argument;
-    const char *fallback; /* default: "8"; two: "8 | 16", see slam_flags_defaults; "-": none */
+    const char *fallback; /* default; "a | b": a or b, see slam_flags_defaults; "-": none */
     const char *help;
     double min, max; /* equal: any */
     int given, set;  /* on the command line; has a value */
@@ -817,11 +823,13 @@ void slam_bar_clear(slam_bar *);                                             /* 
 
 /* Start of a program: joins the ranks, of which only rank 0 has a stdout. NULL: failed, and said why. */
 slam_comm *slam_program_begin(const char *program);
-/* End: prints slam_error() (status 1) and the usage (2), once if all ranks know; ends all ranks. Returns the status. */
+/* End: prints slam_error() if status is 1 or 2, and the usage if it is 2, once if all ranks know of the failure. Then
+   finalises the comm. Returns the status. */
 int slam_program_end(const slam_flags *, slam_comm *, int status);
-void slam_signals_catch(void); /* from now on SIGINT or SIGTERM requests a stop; a second one ends */
+void slam_signals_catch(void); /* from now on SIGINT or SIGTERM requests a stop; a second one exits at once */
 int slam_stop_requested(void);
-int slam_threads(const slam_comm *, int threads); /* sets the number of threads; 0: this process's share of the cores */
+/* Sets and returns the number of threads. 0: OpenMP's, or with several ranks on a machine their share of the cores. */
+int slam_threads(const slam_comm *, int threads);
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
 slam_ops *slam_device(slam_comm *, const char *device, const char *dtype, int threads);
 const char *slam_format_count(char s[32], double n);         /* 950, 12.3k, 1.40M */
@@ -852,7 +860,8 @@ typedef struct slam_metric {
     double value;
 } slam_metric;
 typedef struct slam_run {
-    const char *data_name, *bundled_data[2]; /* by the program: "data"; without DATA: training and validation file */
+    /* set by the program: name of the DATA setting; files used without DATA, training and validation */
+    const char *data_name, *bundled_data[2];
     slam_comm *comm;
     slam_config config;
     slam_model *model;
@@ -864,21 +873,22 @@ typedef struct slam_run {
     slam_trainer trainer;
     char *folder, *checkpoint; /* of the run; to resume from, or NULL */
     const char *argv0;
-    int fresh, grows, bundled, limited; /* a new run; new, or a limit grows; without DATA; limits are given */
+    int fresh, grows;     /* a new run; new, or a limit is larger than before */
+    int bundled, limited; /* without DATA; a limit is given */
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
     long saved_step, eval_step; /* of the last checkpoint and evaluation */
-    double began, lap;          /* clock: start minus time of earlier calls; last measurement */
+    double began, lap;          /* slam_clock() at the start, minus earlier training time; at the last run_lap */
     double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
     double peak_flops;                               /* FLOP/s of all ranks at most */
-    int state, skipped_in_a_row, lock;               /* why the run ends; updates; file descriptor of the folder */
+    int state, skipped_in_a_row, lock;               /* RUN_ON, or why it ends; updates; descriptor of the folder */
     void *log;                                       /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
 } slam_run;
-/* The table: the program's own flags, then the common ones. presets: {name, default, help} replace the common ones'. */
+/* The table: the program's own flags, then the common ones, whose default and help presets replace (NULL: keeps). */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
-/* Resolves flags (the command line, else the resumed run, else set, else defaults) and data, opens the device. */
+/* Resolves flags (command line, else resumed run, else slam_flags_set, else defaults) and data; opens the device. */
 int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
@@ -886,15 +896,15 @@ int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double to
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);           /* a limit or a signal has ended the run; 0: the next step begins */
-int slam_run_eval_due(const slam_run *); /* every eval_every steps, and the end */
+int slam_run_over(slam_run *);           /* 1: a limit or signal has ended the run; 0: starts the clock of a step */
+int slam_run_eval_due(const slam_run *); /* every eval_every steps (0: never), and the end unless it was a signal */
 int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
 int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
 /* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
 int slam_run_log_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
 int slam_run_save(slam_run *);
-void slam_run_print_end(slam_run *, const char *validation); /* and how to resume */
+void slam_run_print_end(slam_run *, const char *validation); /* the result, and how to resume */
 int slam_run_end(slam_run *, int status);                    /* slam_program_end, and frees what is in the struct */
 
 #ifdef __cplusplus
@@ -7351,8 +7361,8 @@ struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
     int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source, longest_row; // of data, -1: all; 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int longest_row;       // 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
@@ -7386,8 +7396,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     l->epoch = epoch;
     l->row = 0;
     p->n_order = p->epoch.n = p->epoch.n_items = 0;
-    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
-        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++) packer_add_source(p, l, i, epoch);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
@@ -7417,18 +7426,17 @@ static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int
     return l;
 }
 
-slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
+slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
+    if (!d->chunks) {
+        set_error("the data is not prepared");
         return NULL;
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
     l->packer->data = d;
-    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
-    set_error("%s: its weight is so small that an epoch draws nothing", d->sources[source < 0 ? 0 : source].name);
+    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
     slam_loader_free(l);
     return NULL;
 }
@@ -7493,12 +7501,11 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) {
+slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
     slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, source, seed, 1);
+    slam_loader *l = slam_loader_new(d, seed, 1);
     if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
+    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
     size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
     size.chunks = l->packer->batch.n_items;
     size.tokens = l->tokens;
@@ -9574,16 +9581,24 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
-    slam_loader *l = slam_loader_new(data, source, 0, 0);
+    slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
     const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
-    for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
+    for (size_t s = 0; s < data->n_sources; s++) {
+        double source_sum = 0, n = 0;
+        for (size_t i = data->sources[s].first_chunk; i < data->sources[s].end_chunk; i++) {
+            source_sum -= logp[i];
+            n += data->chunks[i].n - 1;
+        }
+        losses[1 + s] = source_sum / n;
+        sum += source_sum;
+    }
     *targets = l->targets;
-    *loss = sum / (double)l->targets;
+    losses[0] = sum / (double)l->targets;
     slam_loader_free(l);
     free(logp);
     return ok;
