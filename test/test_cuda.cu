@@ -147,16 +147,16 @@ static void test_embedding(int N, int C, int V) {
    is. */
 static void test_rmsnorm(int N, int G, int C, int stride, int at) {
     const size_t n = (size_t)N * stride;
-    check_operation(
-        "rmsnorm forward", {numbers(ACT, n, 2), numbers(ACT, C, 1), numbers(ACT, n, 1, 1), unwritten(FLOAT, N * G)},
-        [=](slam_ops *ops, void **p) {
-            ops->rmsnorm_forward(ops, NULL, (slam_act *)((char *)p[2] + at * ops->act_bytes), F(3),
-                                 (slam_act *)((char *)p[0] + at * ops->act_bytes), NULL, A(1), 1e-6f, N, G, C, stride);
-        });
+    check_operation("rmsnorm forward",
+                    {numbers(ACT, n, 2), numbers(ACT, C, 1), numbers(ACT, n, 1, 1), unwritten(FLOAT, N * G)},
+                    [=](slam_ops *ops, void **p) {
+                        rmsnorm_forward(ops, NULL, (slam_act *)((char *)p[2] + at * ops->act_bytes), F(3),
+                                        (slam_act *)((char *)p[0] + at * ops->act_bytes), NULL, A(1), N, G, C, stride);
+                    });
     check_operation("rmsnorm forward in place", {numbers(ACT, n, 2, 1), numbers(ACT, C, 1), unwritten(FLOAT, N * G)},
                     [=](slam_ops *ops, void **p) {
                         slam_act *x = (slam_act *)((char *)p[0] + at * ops->act_bytes);
-                        ops->rmsnorm_forward(ops, NULL, x, F(2), x, NULL, A(1), 1e-6f, N, G, C, stride);
+                        rmsnorm_forward(ops, NULL, x, F(2), x, NULL, A(1), N, G, C, stride);
                     });
     check_operation("rmsnorm forward of a sum",
                     {numbers(ACT, n, 2), numbers(ACT, n, 1), numbers(ACT, C, 1), numbers(ACT, n, 1, 1),
@@ -165,7 +165,7 @@ static void test_rmsnorm(int N, int G, int C, int stride, int at) {
                         slam_act *x[5];
                         for (int k = 0; k < 5; k++)
                             x[k] = (slam_act *)((char *)p[k] + (k == 2 ? 0 : at * ops->act_bytes));
-                        ops->rmsnorm_forward(ops, x[3], x[4], F(5), x[0], x[1], x[2], 1e-6f, N, G, C, stride);
+                        rmsnorm_forward(ops, x[3], x[4], F(5), x[0], x[1], x[2], N, G, C, stride);
                     });
     tensor_of rstd = numbers(FLOAT, N * G, 0);
     for (int i = 0; i < N * G; i++) rstd.floats()[i] = 0.5f + (float)rng_uniform(&check_state.seed);
@@ -175,7 +175,7 @@ static void test_rmsnorm(int N, int G, int C, int stride, int at) {
                     [=](slam_ops *ops, void **p) {
                         slam_act *x[4];
                         for (int k = 0; k < 4; k++) x[k] = (slam_act *)((char *)p[k] + at * ops->act_bytes);
-                        ops->rmsnorm_backward(ops, x[0], F(1), x[2], x[3], A(4), F(5), N, G, C, stride);
+                        rmsnorm_backward(ops, x[0], F(1), x[2], x[3], A(4), F(5), N, G, C, stride);
                     });
 }
 
@@ -185,16 +185,16 @@ static void test_matmul(int N, int C, int OC) {
         "matmul forward",
         {numbers(ACT, x, 1), numbers(ACT, w, 0.1), numbers(ACT, OC, 1), unwritten(ACT, out), unwritten(ACT, out)},
         [=](slam_ops *ops, void **p) {
-            ops->matmul_forward(ops, A(3), A(0), A(1), A(2), N, C, OC);
-            ops->matmul_forward(ops, A(4), A(0), A(1), NULL, N, C, OC);
+            matmul_forward(ops, A(3), A(0), A(1), A(2), N, C, OC);
+            matmul_forward(ops, A(4), A(0), A(1), NULL, N, C, OC);
         });
     check_operation("matmul backward",
                     {numbers(ACT, x, 1), numbers(ACT, w, 0.1), numbers(ACT, out, 1), unwritten(ACT, x),
                      numbers(FLOAT, w, 1, 1), numbers(FLOAT, OC, 1, 1)},
                     [=](slam_ops *ops, void **p) {
-                        ops->matmul_backward_input(ops, A(3), A(2), A(1), N, C, OC);
-                        ops->matmul_backward_weight(ops, F(4), F(5), A(2), A(0), N, C, OC);
-                        ops->matmul_backward_weight(ops, F(4), NULL, A(2), A(0), N, C, OC);
+                        matmul_backward_input(ops, A(3), A(2), A(1), N, C, OC);
+                        matmul_backward_weight(ops, F(4), F(5), A(2), A(0), N, C, OC);
+                        matmul_backward_weight(ops, F(4), NULL, A(2), A(0), N, C, OC);
                     });
 }
 
@@ -206,7 +206,7 @@ static void test_ones(int K) {
     for (size_t i = 0; i < x.n(); i++) x.floats()[i] = 1;
     for (size_t i = 0; i < dout.n(); i++) dout.floats()[i] = 1;
     const std::vector<char> got = run_on(gpu, {x, dout, dw}, [=](slam_ops *ops, void **p) {
-        ops->matmul_backward_weight(ops, F(2), NULL, A(1), A(0), K, C, N);
+        matmul_backward_weight(ops, F(2), NULL, A(1), A(0), K, C, N);
     })[0];
     for (int i = 0; i < N * C; i++)
         if (!CHECK(((const float *)got.data())[i] == (float)K, "sum of %d ones: %g", K, ((const float *)got.data())[i]))
@@ -457,7 +457,7 @@ static void test_limits(void) {
     mask.doc_start = (int *)p;
     gpu->attention_forward(gpu, (slam_act *)p, p, (slam_act *)p, &mask);
     check_fails(gpu->finish(gpu), "256 channels");
-    gpu->rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1e-6f, 1, 1, 10000, 10000);
+    rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1, 1, 10000, 10000);
     check_fails(gpu->finish(gpu), "8192 channels");
     CHECK(gpu->finish(gpu), "an error is reported once: %s", slam_error());
     gpu->release(gpu, p);
@@ -492,7 +492,7 @@ static void test_algorithms(void) {
     const int refusals = emulator_products_state.refusals;
     const auto proposals_of = [&](const slam_act *bias) {
         const int before = emulator_products_state.proposals;
-        gpu->matmul_forward(gpu, y, x, w, bias, N, N, N);
+        matmul_forward(gpu, y, x, w, bias, N, N, N);
         CHECK(gpu->finish(gpu), "%s", slam_error());
         return emulator_products_state.proposals - before;
     };
@@ -505,11 +505,11 @@ static void test_algorithms(void) {
     emulator_products_state.refuse = 1;
     CHECK(proposals_of(b) == 1 && proposals_of(b) == 0, "a refused algorithm is not replaced");
     emulator_products_state.refuse = 99;
-    gpu->matmul_forward(gpu, y, x, w, b, N, N, N);
+    matmul_forward(gpu, y, x, w, b, N, N, N);
     emulator_products_state.refuse = 0;
     check_fails(gpu->finish(gpu), "cuda_matmul_forward");
     for (int rows = 1; rows <= 70; rows++)
-        gpu->matmul_forward(gpu, y, x, w, b, rows % 2 ? 1 : 2, N, rows % 2 ? N : 1 + rows % 7);
+        matmul_forward(gpu, y, x, w, b, rows % 2 ? 1 : 2, N, rows % 2 ? N : 1 + rows % 7);
     CHECK(gpu->finish(gpu), "%s", slam_error());
     gpu->release(gpu, p);
 }
@@ -531,10 +531,10 @@ static void test_layernorm(int N, int C) {
                         {numbers(ACT, n, 2, 1), numbers(ACT, n, 1), numbers(ACT, C, 1), numbers(ACT, C, 1),
                          unwritten(ACT, n), unwritten(ACT, n), unwritten(ACT, n)},
                         [=](slam_ops *ops, void **p) {
-                            ops->layernorm(ops, NULL, A(4), A(0), NULL, A(2), A(3), 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, A(5), A(6), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, A(0), NULL, A(0), A(1), NULL, NULL, 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, NULL, A(0), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
+                            layernorm(ops, NULL, A(4), A(0), NULL, A(2), A(3), gelu, N, C);
+                            layernorm(ops, A(5), A(6), A(0), A(1), A(2), A(3), gelu, N, C);
+                            layernorm(ops, A(0), NULL, A(0), A(1), NULL, NULL, gelu, N, C);
+                            layernorm(ops, NULL, A(0), A(0), A(1), A(2), A(3), gelu, N, C);
                         });
 }
 
