@@ -335,7 +335,6 @@ typedef struct slam_batch {
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
     slam_sequence *sequences;
     size_t n_sequences, sequence_capacity;
-    uint64_t n_tokens, n_targets; /* without padding */
 } slam_batch;
 slam_batch slam_batch_new(int rows, int T, int masked); /* B = rows, no targets; masked: with mask_start, mask_end */
 void slam_batch_free(slam_batch *);
@@ -6296,7 +6295,7 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     slam_ops *ops = m->ops;
     model_acts *a = &m->layout->a;
     const size_t N = (size_t)b->B * b->T, bytes = N * sizeof(int);
-    slam_mask mask = model_mask(m, b->B, b->T);
+    slam_mask *mask = &m->layout->mask;
     m->layout->valid = 0;
     if (b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
         return set_error("a batch of %d rows of %d tokens, planned for %d rows of %d", b->B, b->T, m->B, m->T);
@@ -6313,15 +6312,15 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     }
     ops->upload(ops, a->tokens, b->tokens, bytes);
     ops->upload(ops, a->doc_start, b->doc_start, bytes);
-    mask.doc_start = a->doc_start;
+    *mask = model_mask(m, b->B, b->T);
+    mask->doc_start = a->doc_start;
     if (with_targets) ops->upload(ops, a->targets, b->targets, bytes);
     if (b->mask_start) {
         ops->upload(ops, a->mask_start, b->mask_start, bytes);
         ops->upload(ops, a->mask_end, b->mask_end, bytes);
-        mask.mask_start = a->mask_start;
-        mask.mask_end = a->mask_end;
+        mask->mask_start = a->mask_start;
+        mask->mask_end = a->mask_end;
     }
-    m->layout->mask = mask;
     return 1;
 }
 
@@ -6541,7 +6540,6 @@ void slam_decoder_free(slam_decoder *d) {
     slam_batch_free(&d->state->batch);
     free(d->state);
     free(d->length);
-    free(d->last);
     free(d);
 }
 
@@ -6560,8 +6558,8 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
     d->model = m;
     d->slots = slots;
     d->T = T;
-    d->length = NEW(int, slots);
-    d->last = NEW(int, slots);
+    d->length = NEW(int, 2 * (size_t)slots);
+    d->last = d->length + slots;
     s->capacity = (int)round_up(T, PREFILL_TILE);
     s->layer_size = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
     s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer_size * m->ops->act_bytes);
@@ -6792,8 +6790,6 @@ void slam_adamw_free(slam_adamw *o) {
     ops->release(ops, o->master);
     free(o->buckets->list);
     free(o->buckets);
-    o->m = o->v = o->master = NULL;
-    o->buckets = NULL;
     o->model = NULL;
 }
 
@@ -7327,8 +7323,6 @@ static int batch_put(slam_batch *b, int at, const uint16_t *tokens, int n, int n
         b->targets[at + k] = k < skip ? -1 : k + 1 < n ? tokens[k + 1] : next;
         b->doc_start[at + k] = doc_start;
     }
-    b->n_tokens += (uint64_t)n;
-    b->n_targets += (uint64_t)(n - skip - (next < 0));
     return at + n;
 }
 
@@ -7487,7 +7481,6 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     b->B = l->rows_left < b->capacity ? l->rows_left : b->capacity;
     b->T = l->T;
     b->n_sequences = 0;
-    b->n_tokens = b->n_targets = 0;
     for (int i = 0; i < b->B * b->T; i++) {
         b->tokens[i] = 0;
         b->targets[i] = -1;
