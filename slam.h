@@ -7021,6 +7021,7 @@ void slam_data_free(slam_data *d) {
         free(d->files[i].path);
     }
     for (size_t i = 0; i < d->n_sources; i++) free(d->sources[i].name);
+    free(d->files);
     for (slam_data *part = d, *next; part; part = next) {
         next = part->held_out;
         free(part->sources);
