@@ -7118,45 +7118,34 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped.
-   n tokens t_i take a hash h to h P^n + sum of t_i P^(n-i) mod 2^64; P is odd, so that changing a token changes it. 64
-   tokens at a time are hashed and tested for a 1 or an invalid token in loops that vectorise; only a block with one is
-   read token by token. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
+   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
-    uint64_t powers[65]; // P^64 .. P^0
-    size_t start = 0, n;
+    uint64_t h = *hash;
+    size_t start = 0;
     int open = 0;
     if (f->largest >= token_end - FIRST_UNIT)
         return set_error("%s:%zu: unit %d, expected below %d (the vocabulary is %d)", f->path, f->largest_line,
                          f->largest, token_end - FIRST_UNIT, V);
-    powers[64] = 1;
-    for (int k = 64; k > 0; k--) powers[k - 1] = powers[k] * P;
-    for (size_t i = 0; i < f->n; i += n) {
-        const uint16_t *t = f->tokens + i;
-        uint64_t sum = 0;
-        int found = !open;
-        n = f->n - i < 64 ? 1 : 64;
-        for (size_t k = 0; k < n; k++) found |= (t[k] == DOCUMENT_TOKEN) | ((uint16_t)(t[k] - 1) >= token_end - 1);
-        for (size_t k = 0; k < n; k++) sum += t[k] * powers[65 - n + k];
-        *hash = *hash * powers[64 - n] + sum;
-        for (size_t at = i; found && at < i + n; at++) {
-            const int token = f->tokens[at];
-            if (token < 1 || token >= token_end)
-                return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
-            if (!open && token != DOCUMENT_TOKEN)
-                return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
-            if (token != DOCUMENT_TOKEN) continue;
-            if (open && at > start + 1) {
-                const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
-                GROW(slam_chunk, list->at, list->capacity, list->n + 1);
-                list->at[list->n++] = document;
-            }
-            open = !open;
-            start = at;
+    for (size_t at = 0; at < f->n; at++) {
+        const int token = f->tokens[at];
+        h = h * P + (uint64_t)token;
+        if (token < 1 || token >= token_end)
+            return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
+        if (!open && token != DOCUMENT_TOKEN)
+            return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
+        if (token != DOCUMENT_TOKEN) continue;
+        if (open && at > start + 1) {
+            const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
+            GROW(slam_chunk, list->at, list->capacity, list->n + 1);
+            list->at[list->n++] = document;
         }
+        open = !open;
+        start = at;
     }
+    *hash = h;
     return !open || set_error("%s: the document at token %zu (from 0) has no closing 1", f->path, start);
 }
 
