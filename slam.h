@@ -110,7 +110,7 @@ typedef struct slam_comm slam_comm; /* section 6 */
    every query sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
-    int pairs;                        /* pairs (c, c + pairs) of a head are rotated: HS/2; 0: no rotation */
+    int pairs;                        /* c < pairs: (c, c + pairs) of a head is rotated. HS/2: all of it; 0: nothing */
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
