@@ -3389,6 +3389,25 @@ static void cuda_zero(slam_ops *ops, void *p, size_t bytes) {
     if (bytes) cuda_check(ops, cudaMemsetAsync(p, 0, bytes, cuda_of(ops)->stream), "zero");
 }
 
+static void *cuda_alloc(slam_ops *ops, size_t bytes) {
+    cuda_ops *cuda = cuda_of(ops);
+    void *p = NULL;
+    size_t available = 0, total = 0;
+    const cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaSuccess) {
+        cuda_zero(ops, p, bytes);
+        return p;
+    }
+    cudaGetLastError(); // or the next launch would return it
+    cudaMemGetInfo(&available, &total);
+    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: %s", cuda->name, (double)bytes / 1e9,
+              (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error),
+              error == cudaErrorMemoryAllocation
+                  ? "reduce --micro-batch (eval: --batch) or --context, or use --recompute"
+                  : "an operation before it failed (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)");
+    return NULL;
+}
+
 static void cuda_release(slam_ops *ops, void *p) {
     if (!p) return;
     cuda_check(ops, cudaStreamSynchronize(cuda_of(ops)->stream), "release"); // kernels may still use it
@@ -3423,28 +3442,6 @@ static int cuda_finish(slam_ops *ops) {
               cuda->why, (double)available / 1e9);
     cuda->failed = NULL;
     return 0;
-}
-
-static void *cuda_alloc(slam_ops *ops, size_t bytes) {
-    cuda_ops *cuda = cuda_of(ops);
-    void *p = NULL;
-    size_t available = 0, total = 0;
-    const cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
-    if (error == cudaSuccess) {
-        cuda_zero(ops, p, bytes);
-        return p;
-    }
-    cudaGetLastError();                       // or the next launch would return it
-    if (error != cudaErrorMemoryAllocation) { // an earlier kernel's
-        cuda_check(ops, error, "alloc");
-        cuda_finish(ops);
-        return NULL;
-    }
-    cudaMemGetInfo(&available, &total);
-    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: reduce --micro-batch (eval: --batch) or "
-              "--context, or use --recompute",
-              cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
-    return NULL;
 }
 
 /* ---- the communication stream ---- */
@@ -3515,26 +3512,21 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* The same over a block. `shared`: a number for each warp. Barriers on both sides: after it, what other threads have
-   written before it can be read. */
-template <typename R> DEVICE R block_sum(R x, R *shared) {
-    x = warp_sum(x);
+/* x of the warps of a block combined, in order. `shared`: a number for each warp. Barriers on both sides: after it, what
+   other threads have written before it can be read. */
+template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
-    R sum = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) sum += shared[warp];
+    x = shared[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = combine(x, shared[warp]);
     __syncthreads();
-    return sum;
+    return x;
 }
-
+template <typename R> DEVICE R block_sum(R x, R *shared) {
+    return block_combine(warp_sum(x), shared, [](R a, R b) { return a + b; });
+}
 DEVICE float block_max(float x, float *shared) {
-    x = warp_max(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    float max = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) max = fmaxf(max, shared[warp]);
-    __syncthreads();
-    return max;
+    return block_combine(warp_max(x), shared, [](float a, float b) { return fmaxf(a, b); });
 }
 
 /* exp and the logistic function: accurate for float, fast for bf16. */
@@ -4051,28 +4043,27 @@ static uint32_t alignment(const void *p) {
 template <typename F>
 static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, const F &multiply) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
-    cudaEvent_t moments[PROPOSED + 1] = {};
-    float best[PROPOSED] = {}, ms = 0;
-    int first = 0, ok = 1;
-    for (int k = 0; k <= n; k++) ok = ok && cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
-    for (int round = 0; ok && round < 4; round++) {
+    cudaEvent_t moments[PROPOSED + 1];
+    float best[PROPOSED], ms = 0;
+    int first = 0;
+    for (int k = 0; k <= n; k++) cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
+    for (int round = 0; round < 4; round++) {
         for (int k = 0; k <= n; k++) {
             if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo);
-            ok = ok && cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
+            cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
         }
-        ok = ok && cuda_check(ops, cudaStreamSynchronize(stream), __func__);
-        for (int k = 0; ok && k < n; k++) {
-            ok = cuda_check(ops, cudaEventElapsedTime(&ms, moments[k], moments[k + 1]), __func__);
+        cuda_check(ops, cudaStreamSynchronize(stream), __func__);
+        for (int k = 0; k < n; k++) {
+            cuda_check(ops, cudaEventElapsedTime(&ms, moments[k], moments[k + 1]), __func__);
             if (round < 2 || ms < best[k]) best[k] = ms;
         }
     }
-    for (int k = 1; ok && k < n; k++)
+    for (int k = 1; k < n; k++)
         if (!found[k].state && (found[first].state || best[k] < 0.98f * best[first])) first = k;
     const cublasLtMatmulHeuristicResult_t fastest = found[first];
     found[first] = found[0];
     found[0] = fastest;
-    for (int k = 0; k <= n; k++)
-        if (moments[k]) cudaEventDestroy(moments[k]);
+    for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
 }
 
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
@@ -4247,18 +4238,13 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
     if (threadIdx.x == 0) out[0] += sum;
 }
 
-template <int SQUARES> static void sum_of(slam_ops *ops, const char *operation, double *out, const float *x, size_t n) {
+template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+    const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
     const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
     LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
     LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
-}
-
-static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<0>(ops, __func__, out, x, n); }
-
-static void cuda_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) {
-    sum_of<1>(ops, __func__, out, x, n);
 }
 
 /* ---- attention ----
@@ -5259,9 +5245,9 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
-    TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
+    TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
     TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest);
+    CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -11772,7 +11758,7 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
     return 1;
 }
 
-/* ---- a training run: algorithms of matrix products, the setting "products": LIBRARY|HASH ALGORITHM|... ---- */
+/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
 
 static void products_restore(const slam_run *r) {
     slam_products *p = r->ops->products;
@@ -11784,19 +11770,16 @@ static void products_restore(const slam_run *r) {
                (int)n, text);
         return;
     }
-    for (text += n; *text == '|' && p->measured < SLAM_PRODUCTS / 2; p->measured++) {
-        char *end = (char *)text + 1;
-        for (int i = 0; i < 9; i++) p->list[p->measured][i] = strtoull(end, &end, 16);
-        text = end;
-    }
+    for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
+        for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
 }
 
 static void products_save(slam_run *r) {
     const slam_products *p = r->ops->products;
     strbuf s = ZERO;
     strbuf_add(&s, "%s", p->library);
-    for (int k = 0; k < p->measured; k++)
-        for (int i = 0; i < 9; i++) strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[k][i]);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
     slam_trainer_set(&r->trainer, "products", 0, s.at);
     strbuf_free(&s);
 }

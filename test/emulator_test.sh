@@ -80,7 +80,7 @@ if plant none warp_sum ''; then
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
 # C = 1025: a block a row, whose sums go through the same shared memory one after the other
-plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
+plant trailing block_combine '/x = shared/,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
     shows 'a missing barrier after a sum' 'number .* order 2'
 plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
