@@ -144,15 +144,14 @@ typedef struct slam_xent {
 } slam_xent;
 
 struct slam_ops {
-    const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
-    int act_bytes;    /* 4: float, 2: bf16 */
-    int threads;      /* CPU threads of parallel loops */
-    size_t memory;    /* total bytes of the device */
-    int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
-    slam_comm *comm;  /* the processes that train together; NULL: one process */
-    /* NULL: there is nothing to choose */
-    slam_products *products;
+    const char *name;        /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int act_bytes;           /* 4: float, 2: bf16 */
+    int threads;             /* CPU threads of parallel loops */
+    size_t memory;           /* total bytes of the device */
+    int asynchronous;        /* the device computes while the host continues */
+    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    slam_comm *comm;         /* the processes that train together; NULL: one process */
+    slam_products *products; /* NULL: there is nothing to choose */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -3269,6 +3268,7 @@ int slam_cuda_count(void) { return 0; }
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <utility>
 /* A kernel with several template arguments goes in parentheses. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
@@ -3356,8 +3356,9 @@ typedef __nv_bfloat16 bf16;
 /* ---- the device ---- */
 
 enum {
-    CUDA_WORKSPACE = 64 << 20,   // bytes: partial sums, or the workspace of a product and unfolded frames behind it
-    PRODUCT_WORKSPACE = 32 << 20 // what cuBLASLt recommends on Hopper
+    CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, or the workspace of a product and unfolded frames behind it
+    PRODUCT_WORKSPACE = 32 << 20, // what cuBLASLt recommends on Hopper
+    PROPOSED = 32                 // algorithms of a product that are measured at most
 };
 
 typedef struct cuda_ops {
@@ -3610,9 +3611,8 @@ static void each(slam_ops *ops, const char *operation, size_t rows, size_t colum
     const size_t packs = wide ? columns / P : columns, n = rows * packs;
     if (n == 0) return;
     if (n > UINT_MAX - 255) cuda_fail(ops, operation, "more than 4294967040 elements", 0);
-    else if (wide)
-        LAUNCH_FOR(operation, ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
-    else LAUNCH_FOR(operation, ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
+    else if (wide) LAUNCH_FOR(operation, ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, packs, n);
+    else LAUNCH_FOR(operation, ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, packs, n);
 }
 
 /* n (sizeof(To) + sizeof(From)) bytes */
@@ -4015,7 +4015,6 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
    operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
-enum { PROPOSED = 32 };                                    // algorithms that are measured at most
 
 /* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
 typedef struct product_shape {
@@ -4075,10 +4074,10 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
-/* Moves the fastest of n proposed algorithms to the front. Each is called once to load its kernels, then three times,
-   of which the fastest counts; a later one must be 2 % faster. */
+/* Moves the fastest of n proposed algorithms to the front. Each computes `to` once to load its kernels, then three
+   times, of which the fastest counts; a later one must be 2 % faster. */
 template <typename F>
-static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, const F &multiply) {
+static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
     cudaEvent_t moments[PROPOSED + 1];
     float best[PROPOSED], ms = 0;
@@ -4086,7 +4085,7 @@ static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *foun
     for (int k = 0; k <= n; k++) cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
     for (int round = 0; round < 4; round++) {
         for (int k = 0; k <= n; k++) {
-            if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo);
+            if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo, to);
             cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
         }
         cuda_check(ops, cudaStreamSynchronize(stream), __func__);
@@ -4097,9 +4096,7 @@ static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *foun
     }
     for (int k = 1; k < n; k++)
         if (!found[k].state && (found[first].state || best[k] < 0.98f * best[first])) first = k;
-    const cublasLtMatmulHeuristicResult_t fastest = found[first];
-    found[first] = found[0];
-    found[0] = fastest;
+    std::swap(found[0], found[first]);
     for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
 }
 
@@ -4113,33 +4110,30 @@ static void product(slam_ops *ops, const char *operation, int flags, int M, int 
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
     const uint64_t hash = hash_bytes(HASH_START, &s, sizeof s);
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
-    const int tune = known->tune && known->measured < SLAM_PRODUCTS / 2;
+    const int tune = known->tune && known->measured < SLAM_PRODUCTS / 2, end = tune ? known->measured : SLAM_PRODUCTS;
     cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
     int at = 0, n = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    void *out = C;
-    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
-        status = cublasLtMatmul(cuda->lt, &p.op, &one, B, &p.B, A, &p.A, &beta, out, &p.C, out, &p.C, algorithm,
+    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm, void *to) {
+        status = cublasLtMatmul(cuda->lt, &p.op, &one, B, &p.B, A, &p.A, &beta, to, &p.C, to, &p.C, algorithm,
                                 cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
         cudaGetLastError(); // or the next launch would return it
         return status;
     };
-    while (at < (tune ? known->measured : SLAM_PRODUCTS) && known->list[at][0] != hash) at++;
-    const int is_new = at == (tune ? known->measured : SLAM_PRODUCTS);
-    if (!status && !is_new && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1])) return;
-    if (!status || !is_new) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
-    if (tune && is_new && n > 1) { // C += is measured on other memory
-        if (flags & ADD) out = ops->alloc(ops, (size_t)M * ldc * sizeof(float));
-        if (out) product_measure(ops, found, n, multiply);
-        if (flags & ADD) ops->release(ops, out);
-        out = C;
+    while (at < end && known->list[at][0] != hash) at++;
+    if (!status && at < end && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1], C)) return;
+    if (!status || at < end) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
+    if (tune && at == end && n > 1) { // C += is measured on other memory
+        void *to = flags & ADD ? ops->alloc(ops, (size_t)M * ldc * sizeof(float)) : C;
+        if (to) product_measure(ops, found, n, to, multiply);
+        if (to != C) ops->release(ops, to);
     }
     for (int k = 0; k < n; k++) {
-        if (found[k].state || multiply(&found[k].algo)) continue;
-        if (is_new && !tune) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
-        else if (is_new) known->measured++;
+        if (found[k].state || multiply(&found[k].algo, C)) continue;
+        if (at == SLAM_PRODUCTS) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
+        if (at == known->measured && tune) known->measured++;
         known->list[at][0] = hash;
         memcpy(&known->list[at][1], &found[k].algo, sizeof found[k].algo);
         return;
@@ -4246,8 +4240,6 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-enum { SUM_BLOCKS = 1024 };
-
 /* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
    memory: 4 n bytes. */
 template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
@@ -4274,7 +4266,7 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
 
 template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
     const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
-    const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
+    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
     LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
@@ -11523,8 +11515,7 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("device", SLAM_DEVICE | SLAM_FREE, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N"),
         SLAM_FLAG("dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA"),
         SLAM_FLAG("tune", SLAM_CHOICE, &o->tune, "on|off", "on",
-                  "on: measure which algorithms of matrix products are fastest on the GPU; a run keeps them, and with "
-                  "them its bits. off: two runs have the same bits"),
+                  "measure algorithms of matrix products on a GPU, once for a run; off: two runs have the same bits"),
         SLAM_NUMBER("threads", SLAM_INT | SLAM_FREE, &o->threads, "N", "0", 0, 4096, "CPU threads; 0: one per core"),
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
@@ -11773,8 +11764,7 @@ static void products_restore(const slam_run *r) {
     const size_t n = text ? strcspn(text, "|") : 0;
     if (!text) return;
     if (n != strlen(p->library) || strncmp(text, p->library, n)) {
-        printf("products are measured again, because the run's are for %.*s: its numbers will differ a little\n",
-               (int)n, text);
+        printf("products measured again: those of the run are for %.*s\n", (int)n, text);
         return;
     }
     for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
@@ -11816,7 +11806,7 @@ int slam_run_tune(slam_run *r) {
     comm_broadcast(r->comm, p, sizeof *p);
     products_save(r);
     if (p->measured > restored)
-        printf("products %d shapes measured in %.1f s\n", p->measured - restored, slam_clock() - began);
+        printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
 }
 
