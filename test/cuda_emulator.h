@@ -939,9 +939,12 @@ template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAt
 
 /* ---- cuBLASLt ---- */
 
-typedef struct emulator_products *cublasLtHandle_t;
+typedef struct emulator_products {
+    size_t loaded; // bytes of device memory that its kernels take, from the first product on
+} * cublasLtHandle_t;
 typedef enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
     CUBLAS_STATUS_INVALID_VALUE = 7,
     CUBLAS_STATUS_NOT_SUPPORTED = 15
 } cublasStatus_t;
@@ -1006,9 +1009,12 @@ static struct {
 static inline size_t cublasLtGetVersion(void) { return 130000; }
 
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) {
-    return *h = (cublasLtHandle_t)malloc(1), CUBLAS_STATUS_SUCCESS;
+    return *h = new emulator_products(), CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return free(h), CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) {
+    emulator_device.used -= h->loaded;
+    return delete h, CUBLAS_STATUS_SUCCESS;
+}
 static inline const char *cublasLtGetStatusString(cublasStatus_t s) {
     return s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED"
            : s                              ? "CUBLAS_STATUS_INVALID_VALUE"
@@ -1131,7 +1137,7 @@ static void emulator_column(const cublasLtMatmulDescOpaque_t &desc, const float 
 }
 
 /* D = alpha op(A) op(B) + beta C + bias, of which slam.h uses alpha 1, beta 0 and 1, and D = C. */
-static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, const float *alpha,
+static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDescOpaque_t *d, const float *alpha,
                                             const void *A_, cublasLtMatrixLayoutOpaque_t *A, const void *B_,
                                             cublasLtMatrixLayoutOpaque_t *B, const float *beta, const void *C_,
                                             cublasLtMatrixLayoutOpaque_t *C, void *D_, cublasLtMatrixLayoutOpaque_t *D,
@@ -1155,6 +1161,8 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     if (algo->workspace > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (!h->loaded) emulator_device.used += h->loaded = 16 << 20;
     const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
     const cublasLtMatmulDescOpaque_t desc = *d;
     const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;

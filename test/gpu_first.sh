@@ -8,7 +8,8 @@
 # DRY=1: with the emulator in place of a GPU, and tiny shapes.
 cd "$(dirname "$0")/.." || exit 1
 began=$(date +%s)
-budget=${BUDGET:-530} results=${RESULTS:-test/results} build=${BUILD:?}
+budget=${BUDGET:-530} build=${BUILD:?} results=${RESULTS:-${DRY:+build}}
+results=${results:-test/results}
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 1' HUP INT TERM

@@ -582,6 +582,18 @@ static void test_tuning(void) {
     slam_ops_free(other);
 }
 
+/* A product needs no memory when a model has taken all: the kernels of cuBLASLt are loaded before. */
+static void test_full_memory(void) {
+    slam_ops *other = slam_cuda(0, gpu->act_bytes);
+    slam_act *x = (slam_act *)other->alloc(other, 4096);
+    emulator_memory(emulator_device.used);
+    other->matmul_forward(other, x, x, x, NULL, 8, 8, 8);
+    CHECK(other->finish(other), "%s", slam_error());
+    emulator_memory(EMULATOR_MEMORY);
+    other->release(other, x);
+    slam_ops_free(other);
+}
+
 /* An error has the name of the op of which a launch failed, the first or a later one. */
 static void test_names(void) {
     float *p = (float *)gpu->alloc(gpu, 1 << 20);
@@ -1052,6 +1064,7 @@ int main(void) {
 #ifdef SLAM_EMULATOR
         if (TEST("op: algorithms of products %s", dtype)) test_algorithms();
         if (TEST("op: algorithms that are measured %s", dtype)) test_tuning();
+        if (TEST("op: a product without free memory %s", dtype)) test_full_memory();
         if (TEST("op: names in errors %s", dtype)) test_names();
         if (TEST("op: the kernel that failed %s", dtype)) test_blame();
 #endif
