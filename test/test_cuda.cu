@@ -57,12 +57,18 @@ static tensor_of unwritten(kind type, size_t n) {
     return t;
 }
 
+static int shift; // activations and floats begin so many numbers behind an aligned address
+static size_t bytes_before(slam_ops *ops, const tensor_of &t) {
+    return t.type == ACT ? shift * ops->act_bytes : t.type == FLOAT ? shift * sizeof(float) : 0;
+}
+
 static void *to_device(slam_ops *ops, const tensor_of &t) {
-    const size_t n = t.n();
-    void *p = ops->alloc(ops, t.type == ACT ? n * ops->act_bytes : t.host.size());
+    const size_t n = t.n(), before = bytes_before(ops, t);
+    char *p = (char *)ops->alloc(ops, before + (t.type == ACT ? n * ops->act_bytes : t.host.size()));
     float *wide = t.type == ACT ? (float *)ops->alloc(ops, n * sizeof(float)) : NULL;
     if (!CHECK(p, "%s", slam_error())) return NULL;
-    ops->upload(ops, wide ? wide : p, t.host.data(), t.host.size());
+    p += before;
+    ops->upload(ops, wide ? (char *)wide : p, t.host.data(), t.host.size());
     if (wide) ops->to_act(ops, (slam_act *)p, wide, n);
     ops->release(ops, wide);
     return p;
@@ -88,7 +94,7 @@ static std::vector<std::vector<char>> run_on(slam_ops *ops, const std::vector<te
     CHECK(ops->finish(ops), "%s", slam_error());
     for (size_t i = 0; i < tensors.size(); i++) {
         if (tensors[i].is_output) results.push_back(from_device(ops, tensors[i], at[i]));
-        ops->release(ops, at[i]);
+        ops->release(ops, at[i] ? (char *)at[i] - bytes_before(ops, tensors[i]) : NULL);
     }
     return results;
 }
@@ -775,6 +781,15 @@ static void test_speech_operations(const char *dtype) {
             test_channelnorm(rows[k][0], rows[k][1], rows[k][2]);
     if (TEST("op: frames in groups %s", dtype))
         test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
+    if (TEST("op: tensors that are not aligned %s", dtype)) {
+        for (shift = 1; shift <= 4; shift += 3) {
+            test_embedding(19, 64, 11), test_rmsnorm(9, 2, 64, 192, 0), test_matmul(9, 64, 24), test_swiglu(7, 64);
+            test_crossentropy(7, 60, 64), test_casts(64), test_sums(64), test_adamw(64);
+            test_gelu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64), test_frames(2, 9, 16, 2, 5);
+            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1});
+        }
+        shift = 0;
+    }
     if (TEST("op: a launch that fails %s", dtype)) test_launch();
     const slam_conv convs[] = {
         {1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1},
