@@ -104,13 +104,13 @@ typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
-/* The algorithms of a GPU's matrix products, by shape. Plain data: a process that copies it computes the same bits. */
+/* The algorithm of a GPU's matrix products, by shape. Plain data: with a copy of it products have the same bits. */
 enum { SLAM_PRODUCTS = 64 };
 typedef struct slam_products {
-    char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": what they are algorithms of */
-    int tune;                        /* 1: the first product of a shape measures algorithms and keeps the fastest */
-    int measured;                    /* so many, which come first, are kept; of the others the oldest are replaced */
-    int proposed;                    /* how many others were stored so far */
+    char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": the list is for this one only */
+    int tune;                        /* 1: the first product of a shape measures algorithms and stores the fastest */
+    int measured;                    /* entries of the list that were measured: the first ones, never replaced */
+    int proposed;                    /* number of others stored so far; the oldest is replaced */
     uint64_t list[SLAM_PRODUCTS][9]; /* hash of a shape, its algorithm (cublasLtMatmulAlgo_t) */
 } slam_products;
 
@@ -903,8 +903,8 @@ int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
 int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps);
-/* --tune, after slam_adamw_init: the resumed run's algorithms of matrix products, and those of new shapes, measured by
-   rank 0 in a pass over a batch. Collective. */
+/* With --tune on: restores the run's algorithms of matrix products; rank 0 measures those of other shapes, in a pass
+   over a batch. After slam_adamw_init. Collective. */
 int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
@@ -3626,7 +3626,7 @@ template <typename To, typename From> struct convert_op {
     }
 };
 
-/* Nothing is to do where both are the same floats. */
+/* With float activations both may be the same array. */
 template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
     if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<T, float>{(T *)out, in}, out, in);
 }
@@ -4074,8 +4074,8 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
-/* Moves the fastest of n proposed algorithms to the front. Each computes `to` once to load its kernels, then three
-   times, of which the fastest counts; a later one must be 2 % faster. */
+/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
+   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
 template <typename F>
 static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
@@ -4101,7 +4101,7 @@ static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *foun
 }
 
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. By the algorithm that is known for the shape, else by the first proposed one that works, or the fastest. Bound
+   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
    by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
@@ -4125,7 +4125,7 @@ static void product(slam_ops *ops, const char *operation, int flags, int M, int 
     while (at < end && known->list[at][0] != hash) at++;
     if (!status && at < end && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1], C)) return;
     if (!status || at < end) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
-    if (tune && at == end && n > 1) { // C += is measured on other memory
+    if (tune && at == end && n > 1) { // += is measured on other memory, with which C stays as it is
         void *to = flags & ADD ? ops->alloc(ops, (size_t)M * ldc * sizeof(float)) : C;
         if (to) product_measure(ops, found, n, to, multiply);
         if (to != C) ops->release(ops, to);
@@ -11764,7 +11764,7 @@ static void products_restore(const slam_run *r) {
     const size_t n = text ? strcspn(text, "|") : 0;
     if (!text) return;
     if (n != strlen(p->library) || strncmp(text, p->library, n)) {
-        printf("products measured again: those of the run are for %.*s\n", (int)n, text);
+        printf("products measured again, since the run's are for %.*s: its bits change\n", (int)n, text);
         return;
     }
     for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
@@ -11781,7 +11781,7 @@ static void products_save(slam_run *r) {
     strbuf_free(&s);
 }
 
-/* A pass over a batch as those of training, whose gradients are discarded. */
+/* Forward and backward over a full micro-batch; the gradients are discarded. */
 static int products_measure(const slam_run *r) {
     slam_model *m = r->model;
     slam_ops *ops = m->ops;

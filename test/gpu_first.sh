@@ -39,7 +39,7 @@ stage() {
         return
     fi
     echo "== $title, after $(($(date +%s) - began)) s" | tee -a "$report"
-    { BUDGET=$limit RESULTS=$scratch "$@" 2>&1 </dev/null; echo $? >"$scratch/status"; } | tee -a "$report"
+    { BUDGET=$limit RESULTS=$scratch "$@" 2>&1 </dev/null; echo $? >"$scratch/status"; } | grep --line-buffered -v '^written to' | tee -a "$report"
     [ "$(cat "$scratch/status")" = 0 ] || { echo "== $title: FAILED" | tee -a "$report" && broken=1; }
 }
 # shellcheck disable=SC2086 # several words
