@@ -2794,8 +2794,8 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
-   of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
+/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row
+   t of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
 #define ROPE_PAIRS(HS) ((HS) / 2)
 
 /* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
