@@ -104,6 +104,16 @@ typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
+/* The algorithm of a GPU's matrix products, by shape. Plain data: with a copy of it products have the same bits. */
+enum { SLAM_PRODUCTS = 64 };
+typedef struct slam_products {
+    char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": the list is for this one only */
+    int tune;                        /* 1: the first product of a shape measures algorithms and stores the fastest */
+    int measured;                    /* entries of the list that were measured: the first ones, never replaced */
+    int proposed;                    /* number of others stored so far; the oldest is replaced */
+    uint64_t list[SLAM_PRODUCTS][9]; /* hash of a shape, its algorithm (cublasLtMatmulAlgo_t) */
+} slam_products;
+
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
    mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the masked span:
    i - doc_start[i] - (mask_end[i] - mask_start[i]). A span that is not empty lies within doc_start .. doc_end, and
@@ -135,13 +145,14 @@ typedef struct slam_xent {
 } slam_xent;
 
 struct slam_ops {
-    const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
-    int act_bytes;    /* 4: float, 2: bf16 */
-    int threads;      /* CPU threads of parallel loops */
-    size_t memory;    /* total bytes of the device */
-    int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
-    slam_comm *comm;  /* the processes that train together; NULL: one process */
+    const char *name;        /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int act_bytes;           /* 4: float, 2: bf16 */
+    int threads;             /* CPU threads of parallel loops */
+    size_t memory;           /* total bytes of the device */
+    int asynchronous;        /* the device computes while the host continues */
+    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    slam_comm *comm;         /* the processes that train together; NULL: one process */
+    slam_products *products; /* NULL: there is nothing to choose */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -849,7 +860,7 @@ int slam_bundled_units(const char *argv0, uint64_t units); /* an error unless 0 
 /* What train and dpo share; their loops are in train.c and dpo.c. First the values of the common flags. */
 typedef struct slam_options {
     slam_strings val;
-    char *init, *warmup, *schedule, *out, *device, *dtype, *format;
+    char *init, *warmup, *schedule, *out, *device, *dtype, *tune, *format;
     double val_fraction, epochs, seconds, flops, bandwidth;
     long steps, tokens, seed, eval_every, save_every, log_every;
     int context, batch, micro, zero, recompute, resume, threads, keep, dry_run, ranks;
@@ -892,6 +903,9 @@ int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
 int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps);
+/* With --tune on: restores the run's algorithms of matrix products; rank 0 measures those of other shapes, in a pass
+   over a batch. After slam_adamw_init. Collective. */
+int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
@@ -3251,6 +3265,7 @@ int slam_cuda_count(void) { return 0; }
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <utility>
 /* A kernel with several template arguments goes in parentheses. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
@@ -3340,14 +3355,8 @@ typedef __nv_bfloat16 bf16;
 enum {
     CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, or the workspace of a product and unfolded frames behind it
     PRODUCT_WORKSPACE = 32 << 20, // what cuBLASLt recommends on Hopper
-    ALGORITHMS = 64               // algorithms of products that are remembered
+    PROPOSED = 32                 // algorithms of a product that are measured at most
 };
-
-/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
-typedef struct product_shape {
-    int flags, M, N, K, ldc;
-    uint32_t align_A, align_B, align_C, align_bias;
-} product_shape;
 
 typedef struct cuda_ops {
     slam_ops ops; // first: a slam_ops * of this backend is also a cuda_ops *
@@ -3358,10 +3367,8 @@ typedef struct cuda_ops {
     char *workspace;          // CUDA_WORKSPACE bytes, free again when an op's last kernel is queued
     const char *failed, *why; // the first op that failed since the last finish; NULL: none
     int late;                 // the failure may be an earlier kernel's
-    cublasLtHandle_t products;
-    product_shape shapes[ALGORITHMS];
-    cublasLtMatmulAlgo_t algorithms[ALGORITHMS];
-    int proposed; // how many were stored so far, the oldest are replaced
+    cublasLtHandle_t lt;
+    slam_products products;
 } cuda_ops;
 
 /* Records the first failure, which finish reports. */
@@ -3380,9 +3387,10 @@ static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
 }
 
 /* Launches a kernel and checks the launch, which also returns the errors of kernels before it. */
-#define LAUNCH(ops, kernel, grid, block, shared_bytes, ...)                                                            \
+#define LAUNCH_FOR(operation, ops, kernel, grid, block, shared_bytes, ...)                                             \
     (CUDA_LAUNCH(kernel, grid, block, shared_bytes, ((cuda_ops *)(ops))->stream, __VA_ARGS__),                         \
-     cuda_check(ops, cudaGetLastError(), __func__))
+     cuda_check(ops, cudaGetLastError(), operation))
+#define LAUNCH(...) LAUNCH_FOR(__func__, __VA_ARGS__)
 
 /* The numbers of T in 16 bytes. */
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
@@ -3427,9 +3435,11 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
     }
     cudaGetLastError(); // or the next launch would return it
     cudaMemGetInfo(&available, &total);
-    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: reduce --micro-batch (eval: --batch) or "
-              "--context, or use --recompute",
-              cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
+    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: %s", cuda->name, (double)bytes / 1e9,
+              (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error),
+              error == cudaErrorMemoryAllocation
+                  ? "reduce --micro-batch (eval: --batch) or --context, or use --recompute"
+                  : "an operation before it failed (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)");
     return NULL;
 }
 
@@ -3461,7 +3471,9 @@ static int cuda_finish(slam_ops *ops) {
     if (!cuda->failed) return 1;
     cudaMemGetInfo(&available, &total);
     set_error("%s: %s%s failed: %s (%.2f GB of memory are free)", cuda->name, cuda->failed,
-              cuda->late ? " or a kernel before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)" : "",
+              cuda->late && !getenv("CUDA_LAUNCH_BLOCKING")
+                  ? " or an operation before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)"
+                  : "",
               cuda->why, (double)available / 1e9);
     cuda->failed = NULL;
     return 0;
@@ -3489,7 +3501,7 @@ static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->comm) cudaStreamSynchronize(cuda->comm);
-    if (cuda->products) cublasLtDestroy(cuda->products);
+    if (cuda->lt) cublasLtDestroy(cuda->lt);
     cudaFree(cuda->workspace);
     if (cuda->order) cudaEventDestroy(cuda->order);
     if (cuda->comm) cudaStreamDestroy(cuda->comm);
@@ -3535,26 +3547,21 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* The same over a block. `shared`: a number for each warp. Barriers on both sides: after it, what other threads have
-   written before it can be read. */
-template <typename R> DEVICE R block_sum(R x, R *shared) {
-    x = warp_sum(x);
+/* Combines x of all warps, in order. `shared`: a number for each warp. Barriers on both sides: after it, what other
+   threads have written before it can be read. */
+template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
-    R sum = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) sum += shared[warp];
+    x = shared[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = combine(x, shared[warp]);
     __syncthreads();
-    return sum;
+    return x;
 }
-
+template <typename R> DEVICE R block_sum(R x, R *shared) {
+    return block_combine(warp_sum(x), shared, [](R a, R b) { return a + b; });
+}
 DEVICE float block_max(float x, float *shared) {
-    x = warp_max(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    float max = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) max = fmaxf(max, shared[warp]);
-    __syncthreads();
-    return max;
+    return block_combine(warp_max(x), shared, [](float a, float b) { return fmaxf(a, b); });
 }
 
 /* exp and the logistic function: accurate for float, fast for bf16. */
@@ -3580,9 +3587,9 @@ KERNEL(1024) add_partial_kernel(float *out, const float *partial, int parts, int
 }
 
 /* partial is in the workspace. */
-static void add_partial(slam_ops *ops, float *out, int parts, int n) {
+static void add_partial(slam_ops *ops, const char *operation, float *out, int parts, int n) {
     const float *partial = (const float *)((cuda_ops *)ops)->workspace;
-    LAUNCH(ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
+    LAUNCH_FOR(operation, ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
 }
 
 /* ---- element-wise kernels ----
@@ -3601,8 +3608,8 @@ static void each(slam_ops *ops, const char *operation, size_t rows, size_t colum
     const size_t packs = wide ? columns / P : columns, n = rows * packs;
     if (n == 0) return;
     if (n > UINT_MAX - 255) cuda_fail(ops, operation, "more than 4294967040 elements", 0);
-    else if (wide) LAUNCH(ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
-    else LAUNCH(ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
+    else if (wide) LAUNCH_FOR(operation, ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, packs, n);
+    else LAUNCH_FOR(operation, ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, packs, n);
 }
 
 /* n (sizeof(To) + sizeof(From)) bytes */
@@ -3616,16 +3623,13 @@ template <typename To, typename From> struct convert_op {
     }
 };
 
-template <typename To, typename From> static void convert(slam_ops *ops, To *out, const From *in, size_t n) {
-    if ((const void *)out != (const void *)in) each<4>(ops, __func__, 1, n, convert_op<To, From>{out, in}, out, in);
-}
-
+/* With float activations both may be the same array. */
 template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
-    convert(ops, (T *)out, in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<T, float>{(T *)out, in}, out, in);
 }
 
 template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) {
-    convert(ops, out, (const T *)in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
 }
 
 /* 2 n sizeof(T) bytes */
@@ -4000,7 +4004,7 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
         LAUNCH(ops, (rmsnorm_backward_kernel<T, P, TEAM>), grid, 256, (TEAM < 256 ? 256 / TEAM * C : 8) * sizeof(float),
                (T *)ds, (float *)cuda->workspace, (const T *)dy, (const T *)s, (const T *)w, rstd, rows);
     });
-    add_partial(ops, dw, grid, C);
+    add_partial(ops, __func__, dw, grid, C);
 }
 
 /* ---- matrix products: cuBLASLt ----
@@ -4008,6 +4012,12 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
    operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
+
+/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
+typedef struct product_shape {
+    int flags, M, N, K, ldc;
+    uint32_t align_A, align_B, align_C, align_bias;
+} product_shape;
 
 typedef struct product_plan {
     cublasLtMatmulDescOpaque_t op;
@@ -4052,8 +4062,7 @@ static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, in
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_C);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_C);
     if (status) return status;
-    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found,
-                                          n);
+    return cublasLtMatmulAlgoGetHeuristic(cuda->lt, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found, n);
 }
 
 /* The largest power of two up to 256 that divides p; 0 for NULL. */
@@ -4062,38 +4071,71 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
+/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
+   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
+template <typename F>
+static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
+    const cudaStream_t stream = ((cuda_ops *)ops)->stream;
+    cudaEvent_t moments[PROPOSED + 1];
+    float best[PROPOSED], ms = 0;
+    int first = 0;
+    for (int k = 0; k <= n; k++) cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
+    for (int round = 0; round < 4; round++) {
+        for (int k = 0; k <= n; k++) {
+            if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo, to);
+            cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
+        }
+        cuda_check(ops, cudaStreamSynchronize(stream), __func__);
+        for (int k = 0; k < n; k++) {
+            cuda_check(ops, cudaEventElapsedTime(&ms, moments[k], moments[k + 1]), __func__);
+            if (round < 2 || ms < best[k]) best[k] = ms;
+        }
+    }
+    for (int k = 1; k < n; k++)
+        if (!found[k].state && (found[first].state || best[k] < 0.98f * best[first])) first = k;
+    std::swap(found[0], found[first]);
+    for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
+}
+
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. By the algorithm that is remembered for the shape, else by the first proposed one that works. Bound by
-   arithmetic: 2 M N K. */
+   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
+   by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
-    enum { PROPOSED = 8 };
     cuda_ops *cuda = (cuda_ops *)ops;
+    slam_products *known = &cuda->products;
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
+    const uint64_t hash = hash_bytes(HASH_START, &s, sizeof s);
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
+    const int tune = known->tune && known->measured < SLAM_PRODUCTS / 2, end = tune ? known->measured : SLAM_PRODUCTS;
     cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
-    int known = 0, n = 0;
+    int at = 0, n = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
-        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C, algorithm,
+    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm, void *to) {
+        status = cublasLtMatmul(cuda->lt, &p.op, &one, B, &p.B, A, &p.A, &beta, to, &p.C, to, &p.C, algorithm,
                                 cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
         cudaGetLastError(); // or the next launch would return it
-        return !status;
+        return status;
     };
-    while (known < ALGORITHMS && memcmp(&cuda->shapes[known], &s, sizeof s) != 0) known++;
-    if (!status && known < ALGORITHMS && multiply(&cuda->algorithms[known])) return;
-    if (!status || known < ALGORITHMS) status = product_propose(found, PROPOSED, &n, cuda, &p, &s);
-    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
-    for (int k = 0; k < n; k++)
-        if (multiply(&found[k].algo)) {
-            if (known == ALGORITHMS) known = cuda->proposed++ % ALGORITHMS;
-            cuda->shapes[known] = s;
-            cuda->algorithms[known] = found[k].algo;
-            return;
-        }
-    cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
+    while (at < end && known->list[at][0] != hash) at++;
+    if (!status && at < end && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1], C)) return;
+    if (!status || at < end) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
+    if (tune && at == end && n > 1) { // += is measured on other memory, with which C stays as it is
+        void *to = flags & ADD ? ops->alloc(ops, (size_t)M * ldc * sizeof(float)) : C;
+        if (to) product_measure(ops, found, n, to, multiply);
+        if (to != C) ops->release(ops, to);
+    }
+    for (int k = 0; k < n; k++) {
+        if (found[k].state || multiply(&found[k].algo, C)) continue;
+        if (at == SLAM_PRODUCTS) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
+        if (at == known->measured && tune) known->measured++;
+        known->list[at][0] = hash;
+        memcpy(&known->list[at][1], &found[k].algo, sizeof found[k].algo);
+        return;
+    }
+    cuda_fail(ops, operation, cublasLtGetStatusString(status ? status : CUBLAS_STATUS_NOT_SUPPORTED), 1);
 }
 
 static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
@@ -4137,7 +4179,7 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
         LAUNCH(ops, (column_sums_kernel<T, P>), dim3(columns, parts), 256, 256 * P * sizeof(float),
                (float *)cuda->workspace, (const T *)dout, N, OC);
     });
-    add_partial(ops, db, parts, OC);
+    add_partial(ops, __func__, db, parts, OC);
 }
 
 /* ---- cross-entropy ---- */
@@ -4195,8 +4237,6 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-enum { SUM_BLOCKS = 1024 };
-
 /* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
    memory: 4 n bytes. */
 template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
@@ -4221,16 +4261,14 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
     if (threadIdx.x == 0) out[0] += sum;
 }
 
-template <int SQUARES> static void sum_of(slam_ops *ops, double *out, const float *x, size_t n) {
-    const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
+template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+    const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
+    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
-    LAUNCH(ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
-    LAUNCH(ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
+    LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
+    LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
 }
-
-static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<0>(ops, out, x, n); }
-static void cuda_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<1>(ops, out, x, n); }
 
 /* ---- attention ----
    The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
@@ -4318,10 +4356,11 @@ template <typename T> struct rotate_op {
 };
 
 template <typename T>
-static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
+static void rotate_heads(slam_ops *ops, const char *operation, T *qkv, T *cache, const int *lengths,
+                         const slam_mask *mask) {
     const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
     if (mask->pairs || cache)
-        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), mask->HS - mask->pairs,
+        each<WIDE<T>>(ops, operation, tokens * (mask->NH + 2 * mask->KVH), mask->HS - mask->pairs,
                       rotate_op<T>{qkv, cache, lengths, *mask}, qkv, qkv + mask->pairs, cache);
 }
 
@@ -4492,13 +4531,13 @@ attention_backward_keys_plain(T *dqkv, const float *D, const T *dout, const floa
 
 /* Forward of all queries, or of a new token for each sequence. */
 template <typename T>
-static void cuda_attention_plain(slam_ops *ops, T *out, float *lse, const T *q, const T *key, int K, const int *lengths,
-                                 const slam_mask *mask) {
+static void attention_plain(slam_ops *ops, const char *operation, T *out, float *lse, const T *q, const T *key, int K,
+                            const int *lengths, const slam_mask *mask) {
     const int warps = lengths ? DECODE_WARPS : PLAIN_WARPS, W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const unsigned grid = (unsigned)mask->B * (lengths ? 1 : mask->T) * mask->NH;
     const size_t shared = (mask->HS + warps * (32 + mask->HS + 2)) * sizeof(float);
-    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH(ops, (attention_forward_plain<T, P>), grid, 32 * warps, shared, out, lse, q,
-                                           key, W, K, lengths, *mask));
+    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH_FOR(operation, ops, (attention_forward_plain<T, P>), grid, 32 * warps,
+                                               shared, out, lse, q, key, W, K, lengths, *mask));
 }
 
 /* ---- attention: what the fast kernels are made of ----
@@ -5024,13 +5063,13 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     const int W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const T *q = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)NULL, NULL, mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)NULL, NULL, mask);
     if constexpr (sizeof(T) == 2) {
         if (mask->HS == 32) return attention_forward_fast<32, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 64) return attention_forward_fast<64, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 128) return attention_forward_fast<128, 1, 64>(ops, (T *)out, lse, q, mask);
     }
-    cuda_attention_plain(ops, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
+    attention_plain(ops, __func__, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
 }
 
 template <typename T>
@@ -5059,9 +5098,9 @@ template <typename T>
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_mask *mask) {
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)cache, lengths, mask);
-    cuda_attention_plain(ops, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
-                         mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)cache, lengths, mask);
+    attention_plain(ops, __func__, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
+                    mask);
 }
 
 /* 4 KVH HS sizeof(T) bytes a token. A row is a key or value head of a token. */
@@ -5226,7 +5265,7 @@ static int cuda_open(cuda_ops *cuda) {
     if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
     cudaGetLastError();
     if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
-    const cublasStatus_t status = cublasLtCreate(&cuda->products);
+    const cublasStatus_t status = cublasLtCreate(&cuda->lt);
     return !status || set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
 }
 
@@ -5239,9 +5278,9 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
-    TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
+    TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
     TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest);
+    CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -5261,6 +5300,9 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->asynchronous = 1;
     ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
+    ops->products = &cuda->products;
+    snprintf(cuda->products.library, sizeof cuda->products.library, "cuBLASLt %zu, %.100s, %s", cublasLtGetVersion(),
+             p.name, act_bytes == 2 ? "bf16" : "f32");
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
     if (cuda_open(cuda)) {
@@ -5937,7 +5979,7 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
     const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
-    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes); // 64 MB of logits
+    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
@@ -11468,6 +11510,8 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "format of the checkpoints"),
         SLAM_FLAG("device", SLAM_DEVICE | SLAM_FREE, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N"),
         SLAM_FLAG("dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA"),
+        SLAM_FLAG("tune", SLAM_CHOICE, &o->tune, "on|off", "on",
+                  "measure algorithms of matrix products on a GPU, once for a run; off: two runs have the same bits"),
         SLAM_NUMBER("threads", SLAM_INT | SLAM_FREE, &o->threads, "N", "0", 0, 4096, "CPU threads; 0: one per core"),
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
@@ -11705,6 +11749,60 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
         printf("         the warm-up is longer than the run: lr does not reach its peak\n");
     if (o->dry_run) print_speed(r, ranks, (rows + r->micro - 1) / r->micro, tokens_per_step);
     fflush(stdout);
+    return 1;
+}
+
+/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+
+static void products_restore(const slam_run *r) {
+    slam_products *p = r->ops->products;
+    const char *text = slam_trainer_setting(&r->trainer, "products", 0);
+    const size_t n = text ? strcspn(text, "|") : 0;
+    if (!text) return;
+    if (n != strlen(p->library) || strncmp(text, p->library, n)) {
+        printf("products measured again, since the run's are for %.*s: its bits change\n", (int)n, text);
+        return;
+    }
+    for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
+        for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
+}
+
+static void products_save(slam_run *r) {
+    const slam_products *p = r->ops->products;
+    strbuf s = ZERO;
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
+}
+
+/* Forward and backward over a full micro-batch; the gradients are discarded. */
+static int products_measure(const slam_run *r) {
+    slam_model *m = r->model;
+    slam_ops *ops = m->ops;
+    slam_batch b = slam_batch_new(r->micro, r->T, 0);
+    for (int i = 0; i < b.B * b.T; i++) b.tokens[i] = b.targets[i] = i % m->config.V;
+    ops->products->tune = 1;
+    const int ok = slam_forward_backward(m, &b, 1) && ops->finish(ops);
+    ops->products->tune = 0;
+    ops->zero(ops, m->grads, m->n_weights * sizeof *m->grads);
+    ops->zero(ops, m->stats, 2 * sizeof *m->stats);
+    slam_batch_free(&b);
+    return ok;
+}
+
+int slam_run_tune(slam_run *r) {
+    slam_products *p = r->ops->products;
+    const double began = slam_clock();
+    if (!p || strcmp(r->o.tune, "on")) return 1;
+    if (is_root(r->comm)) products_restore(r);
+    const int restored = p->measured;
+    if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
+    comm_broadcast(r->comm, p, sizeof *p);
+    products_save(r);
+    if (p->measured > restored)
+        printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
 }
 
