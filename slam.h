@@ -566,7 +566,7 @@ typedef struct slam_inputs {
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
-/* AUDIO: files, folders (recursively, in byte order of names) and @LIST files with a path per line (# begins a comment),
+/* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
    (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and rejected separated
    by tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
@@ -1214,23 +1214,14 @@ static int remove_tree(const char *path) {
     return status <= 0;
 }
 
-/* What some tools leave in the place of a file that was not downloaded is an error that says what to do. */
-static int file_is_whole(FILE *f, const char *name) {
-    static const char *const starts[][3] = {
+/* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
+   copy. What some tools leave in the place of a file that was not downloaded is an error. */
+static FILE *file_open(const char *path, const char *name, size_t *size) {
+    static const char *const not_it[][3] = {
         {"version https://git-lfs.github.com/spec/", "a git-lfs pointer", "run `git lfs pull` in its folder"},
         {"/annex/objects/", "a git-annex pointer", "run `git annex get .` in its folder"},
         {"<!DOCTYPE html", "a web page", "download the file itself (on Hugging Face /resolve/, not /blob/)"}};
     char start[64] = "";
-    const ssize_t n = pread(fileno(f), start, sizeof start - 1, 0);
-    for (int i = 0; n > 0 && i < 3; i++)
-        if (!strncasecmp(start, starts[i][0], strlen(starts[i][0])))
-            return set_error("%s: is %s, not the file itself; %s", name, starts[i][1], starts[i][2]);
-    return 1;
-}
-
-/* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
-   copy. */
-static FILE *file_open(const char *path, const char *name, size_t *size) {
     FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
     struct stat s;
     int ok = f && fstat(fileno(f), &s) == 0;
@@ -1245,7 +1236,10 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
     }
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
-    else ok = file_is_whole(f, name);
+    if (ok && pread(fileno(f), start, sizeof start - 1, 0) < 0) *start = 0;
+    for (int i = 0; ok && i < 3; i++)
+        if (!strncasecmp(start, not_it[i][0], strlen(not_it[i][0])))
+            ok = set_error("%s: is %s, not the file itself; %s", name, not_it[i][1], not_it[i][2]);
     *size = ok ? (size_t)s.st_size : 0;
     if (ok) return f;
     if (f) fclose(f);
@@ -7562,10 +7556,9 @@ enum { SAMPLE_RATE = 16000 };
 enum { RESAMPLER_LANES = 16 };
 
 typedef struct resampler {
-    int rate, before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
+    int before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
     float *tap; // (up,taps)
-    struct resampler *next;
 } resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
@@ -7586,7 +7579,6 @@ UNFUSED static resampler *resampler_new(int rate) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
     const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
     resampler *r = NEW(resampler, 1);
-    r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
     r->before = (int)half;
@@ -7608,7 +7600,7 @@ UNFUSED static resampler *resampler_new(int rate) {
     return r;
 }
 
-static resampler *resamplers; // a list, which is kept: audio files come in a few rates
+static resampler *resamplers[192001]; // by rate; kept, as audio files come in a few rates
 
 static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -7617,15 +7609,9 @@ static const resampler *resampler_of(int rate) {
         return NULL;
     }
     pthread_mutex_lock(&lock);
-    resampler *r = resamplers;
-    while (r && r->rate != rate) r = r->next;
-    if (!r) {
-        r = resampler_new(rate);
-        r->next = resamplers;
-        resamplers = r;
-    }
+    if (!resamplers[rate]) resamplers[rate] = resampler_new(rate);
     pthread_mutex_unlock(&lock);
-    return r;
+    return resamplers[rate];
 }
 
 /* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
@@ -7724,18 +7710,15 @@ typedef struct wav_format {
 
 /* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
 static int wav_read_format(audio *a, size_t n) {
-    static const struct {
-        unsigned type;
-        const char *name;
-    } codecs[] = {{2, "Microsoft ADPCM"}, {6, "A-law"},      {7, "mu-law"},     {17, "IMA ADPCM"}, {20, "G.723"},
-                  {49, "GSM 6.10"},       {56, "NMS ADPCM"}, {64, "G.721"},     {80, "MPEG"},      {85, "MP3"},
-                  {255, "AAC"},           {353, "WMA"},      {0x674f, "Vorbis"}};
+    static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
+    static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
+                                        "G.721",           "MPEG",  "MP3",    "AAC"};
     wav_format w = ZERO;
     if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
     const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
     snprintf(a->kind, sizeof a->kind, "a WAV file of codec %u", type);
-    for (size_t i = 0; i < sizeof codecs / sizeof *codecs; i++)
-        if (codecs[i].type == type) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", codecs[i].name);
+    for (int i = 0; i < 9; i++)
+        if (type == types[i]) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", names[i]);
     if (type != 1 && type != 3) return -1;
     a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
     a->channels = w.channels;
@@ -7751,15 +7734,13 @@ static int wav_read_format(audio *a, size_t n) {
 /* Moves behind ID3 tags in front of a file, and returns how many bytes they are: of each 10, and as many as its size
    says, which has 7 bits in each byte. */
 static uint64_t skip_tags(FILE *f) {
-    unsigned char head[10];
-    for (uint64_t at = 0;;) {
-        uint64_t n = 0;
-        const int is_tag = fread(head, sizeof head, 1, f) == 1 && !memcmp(head, "ID3", 3);
-        for (int i = 6; is_tag && i < 10; i++) n = n << 7 | (head[i] & 127);
-        if (is_tag) at += n + (head[5] & 16 ? 20 : 10);
-        fseeko(f, (off_t)at, SEEK_SET);
-        if (!is_tag) return at;
-    }
+    unsigned char h[10];
+    uint64_t end = 0;
+    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET))
+        end +=
+            (h[5] & 16 ? 20u : 10u) + ((h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u));
+    fseeko(f, (off_t)end, SEEK_SET);
+    return end;
 }
 
 /* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
@@ -8591,12 +8572,6 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 
 /* ---- k-means ---- */
 
-UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
-    float sum = 0;
-    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
-    return sum;
-}
-
 /* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
    passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
@@ -8612,11 +8587,11 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    uint32_t *order = NEW(uint32_t, n); // seeds and mini-batches are ranges of this permutation
-    int *unit = NEW(int, n), more = 1;  // nearest centroids
-    float *distance = NEW(float, n);    // squared, from them
-    size_t *count = NEW(size_t, K);     // frames of a centroid
-    double *sum = NEW(double, K *D);    // of its frames
+    uint32_t *order = NEW(uint32_t, n);                        // seeds and mini-batches are ranges of this permutation
+    int *unit = NEW(int, n), more = 1;                         // nearest centroids
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, from them; from the last seed
+    size_t *count = NEW(size_t, K);                            // frames of a centroid
+    double *sum = NEW(double, K *D);                           // of its frames
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&state, order, n);
 
@@ -8626,12 +8601,8 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         const float *c = x + order[drawn] * D;
         double all = 0, passed = 0;
         memcpy(centroids + k * D, c, D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < seeds; i++) {
-            const float d = squared_distance(x + order[i] * D, c, D);
-            if (d < distance[i]) distance[i] = d;
-        }
-        for (size_t i = 0; i < seeds; i++) all += distance[i];
+        centroids_nearest(x, order, seeds, c, 1, (int)D, unit, last);
+        for (size_t i = 0; i < seeds; i++) all += distance[i] = fminf(distance[i], last[i]);
         const double until = all * rng_uniform(&state);
         drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
         for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
@@ -8951,16 +8922,6 @@ static int audio_extension(const char *name) {
     return i;
 }
 
-/* "passed over: 3 .m4a, 1 .webm; ..." after `before`, or NULL; free() it */
-static char *audio_passed_over(const audio_list *list, const char *before) {
-    strbuf s = ZERO;
-    for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
-        if (list->passed_over[i])
-            strbuf_add(&s, "%s%zu .%s", s.n ? ", " : before, list->passed_over[i], audio_extensions[i]);
-    if (s.n) strbuf_add(&s, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
-    return s.at;
-}
-
 /* The folders above one that is being listed: a symbolic link to one of them is a loop. */
 typedef struct parents {
     dev_t device;
@@ -8990,12 +8951,9 @@ static int list_audio(audio_list *list, const char *path, const parents *above) 
         free(below);
     }
     slam_strings_free(&names);
-    if (!ok || above || list->paths->n > before) return ok;
-    char *passed_over = audio_passed_over(list, "; ");
-    set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it%s", path,
-              passed_over ? passed_over : "");
-    free(passed_over);
-    return 0;
+    if (ok && !above && list->paths->n == before)
+        ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
+    return ok;
 }
 
 /* Adds the lines of a file (-: stdin) that are not blank, without white space around them, except tabs at the end. */
@@ -9054,6 +9012,7 @@ static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) 
 
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
     audio_list list = {&in->paths, ZERO};
+    strbuf note = ZERO;
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
@@ -9064,9 +9023,13 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
         else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
         else ok = list_audio(&list, paths[i], NULL);
     }
-    char *passed_over = audio_passed_over(&list, "");
-    if (ok && passed_over) slam_strings_add(&in->notes, passed_over);
-    free(passed_over);
+    for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
+        if (list.passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+    if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
+    if (note.n && ok) slam_strings_add(&in->notes, note.at);
+    else if (note.n) set_error("%s; %s", slam_error(), note.at);
+    strbuf_free(&note);
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
     in->pairs_out = kind == SLAM_INPUT_PAIRS ||
@@ -9152,17 +9115,13 @@ void slam_reader_close(slam_reader *r) {
     free(r);
 }
 
-static void item_add(slam_item *item, const segment *s) {
-    GROW(segment, item->segments, item->capacity, item->n + 1);
-    item->segments[item->n++] = *s;
-}
-
 /* A line of units less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
     units u = ZERO;
     int ok = units_from_json(line, item->name, &u);
     const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item_add(item, &s);
+    item->segments = NEW(segment, 1);
+    item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
         item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
@@ -9274,7 +9233,8 @@ static void item_read(slam_reader *r, slam_item *item) {
         if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
         else if (whole && !frames) // a segment would be dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        if (ok && frames) item_add(item, &s);
+        GROW(segment, item->segments, item->capacity, item->n + 1);
+        if (ok && frames) item->segments[item->n++] = s;
         else free(samples);
         if (!a->last) continue;
         audio_close(a);
@@ -9378,16 +9338,6 @@ static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 static int path_is_free(const char *path) {
     return !path_exists(path) ||
            set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
-}
-
-/* Whether a file can be created at this path. */
-static int path_writable(const char *path) {
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
-    const int ok = access(folder, W_OK | X_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    free(folder);
-    return ok;
 }
 
 static int file_rename(const char *from, const char *to) {
@@ -9571,7 +9521,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy), more = 1;
+    int ok = slam_output_check(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
         ok = path_is_free(exists ? km_npy : km_json);
@@ -10568,7 +10518,12 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
 int slam_output_check(const char *path) {
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_file(path) && access(path, W_OK) == 0) return 1; // a pipe, /dev/stdout
-    return path_writable(path);
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
+    const int ok = access(folder, W_OK | X_OK) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    free(folder);
+    return ok;
 }
 
 /* ---- prompts ---- */
@@ -11529,11 +11484,10 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
     if (slam_flags_given(flags, "layer")) c->layer = f->layer;
     if (slam_flags_given(flags, "pad")) c->pad = f->pad;
     if (slam_flags_given(flags, "channel")) {
-        char more = 0;
-        const int is_number = sscanf(f->channel, "%d%c", &c->channel, &more) == 1;
-        if (strcmp(f->channel, "mix") && (!is_number || c->channel < 1 || c->channel > AUDIO_BLOCK))
+        const size_t digits = strspn(f->channel, "0123456789");
+        c->channel = atoi(f->channel);
+        if (strcmp(f->channel, "mix") && (f->channel[digits] || digits > 4 || c->channel < 1))
             return set_error("--channel %s: expected mix, or a number from 1", f->channel);
-        if (!is_number) c->channel = 0;
     }
     c->normalize |= f->normalize;
     c->dedup &= !f->no_dedup;

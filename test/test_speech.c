@@ -809,6 +809,12 @@ static float *make_clusters(size_t n, int D, int K, float *place, uint64_t seed)
     return x;
 }
 
+UNFUSED static float squared_distance(const float *a, const float *b, int D) {
+    float sum = 0;
+    for (int d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
+    return sum;
+}
+
 static int nearest_to(const float *x, const float *places, int K, int D) {
     int nearest = 0;
     for (int k = 1; k < K; k++)
