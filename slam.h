@@ -2025,7 +2025,11 @@ static int append_open(append_file *a, const char *path) {
     const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return set_error("%s: cannot be written: %s", path, strerror(errno));
     // a file system without locks goes without; a file that was renamed or removed just now belonged to another process
-    const int locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    int locked = 0;
+    for (int i = 0; !locked && i < 20; i++) { // a child of a killed process has its lock until it executes a program
+        if (i) usleep(10000);
+        locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    }
     const int same = fstat(fd, &s) == 0 && stat(path, &t) == 0 && s.st_ino == t.st_ino && s.st_dev == t.st_dev;
     if (!locked || !same) {
         close(fd);
@@ -8814,12 +8818,10 @@ static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
     int ok = 1;
     for (int i = 0; i < n; i++) {
         slam_recording *r = list[i];
-        const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
+        const size_t frames = tokenizer_frames(t, r->n);
+        const slam_units u = {t->K ? NEW(int, frames) : NULL, t->K ? NEW(int, frames) : NULL, 0, frames, r->n};
         r->units = u;
-        r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
-        if (!t->K) continue;
-        r->units.unit = NEW(int, u.frames);
-        r->units.duration = NEW(int, u.frames);
+        r->features = t->K && t->hubert ? NULL : NEW(float, frames *(size_t)t->width);
     }
     if (t->hubert) ok = hubert_compute(t, list, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
