@@ -8987,8 +8987,8 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list, or of a manifest: its first line, the root, has no tab, the second a number of samples.
-   Lines that begin with # are comments. */
+/* Adds the audio files of a list, or of a manifest: the first line, its root, has no tab, the second a number of
+   samples. Lines that begin with # are comments. */
 static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
     slam_inputs lines = ZERO;
     char name[PATH_MAX];
