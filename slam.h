@@ -8622,7 +8622,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         report->inertia /= (double)n;
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
-        if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
+        if (report->passes > 100 || report->inertia == 0 || before - report->inertia < 1e-4 * before) break;
         before = report->inertia;
         memset(sum, 0, K * D * sizeof *sum);
         PARALLEL_FOR
@@ -9143,6 +9143,8 @@ static int item_open(const slam_reader *r, slam_item *item, const struct slam_li
 /* Decodes the item's sources, until all are done or a chunk is full. */
 static void item_read(slam_reader *r, slam_item *item) {
     const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
+    const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
+    const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
     audio *a = &item->recording;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
@@ -9160,7 +9162,7 @@ static void item_read(slam_reader *r, slam_item *item) {
         const int whole = a->start == 0 && a->last;
         const size_t frames = tokenizer_frames(r->tokenizer, n);
         const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
+        if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
         else if (whole && !frames) // a segment would be dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
         if (ok && frames) item_add(item, &s);

@@ -792,7 +792,8 @@ static void test_kmeans(void) {
         float few[60 * 2];
         for (int i = 0; i < 60; i++) few[2 * i] = (float)(i % 3), few[2 * i + 1] = 1;
         CHECK(kmeans_fit(few, 60, 2, 5, 0, found, NULL, NULL, &r), "%s", slam_error());
-        CHECK(r.dead == 2 && r.inertia == 0, "%d dead, inertia %g", r.dead, r.inertia);
+        CHECK(r.dead == 2 && r.inertia == 0 && r.passes == 1, "%d dead, inertia %g, %d passes", r.dead, r.inertia,
+              r.passes);
         check_fails(kmeans_fit(few, 4, 2, 5, 0, found, NULL, NULL, &r),
                     "4 frames, expected at least one for each of 5 centroids");
         few[7] = NAN;
