@@ -473,7 +473,7 @@ typedef struct slam_data_size {
     double fill;                                       /* share of positions that are not padding */
 } slam_data_size;
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
+slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
@@ -486,7 +486,7 @@ typedef struct slam_loader {
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
+slam_loader *slam_loader_new(const slam_data *, uint64_t seed, int shuffle);
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
@@ -520,8 +520,9 @@ typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
     int normalize, dedup; /* each segment to zero mean and unit variance; merge equal neighbouring units */
-    int layer;
-    char hubert[1024];            /* HuBERT: its folder, in Hugging Face's format */
+    int layer, pad;       /* HuBERT: zeros before and after the samples; SlamKit has 40, fairseq's pipelines 0 */
+    int channel;          /* of files with several, from 1; 0: their mean. Not part of the fingerprint */
+    char hubert[1024];    /* HuBERT: its folder, in Hugging Face's format */
     uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's arguments */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
@@ -570,12 +571,14 @@ typedef struct slam_inputs {
     double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
+    slam_strings notes;    /* for the user: files that were passed over, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
-/* AUDIO: files, folders (recursively, in byte order of names) and @LIST files with a path per line. Else lines: SlamKit
-   features or tokens (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and
-   rejected separated by tabs (TEXT, with voices). */
+/* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
+   or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
+   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and rejected separated
+   by tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
@@ -621,9 +624,9 @@ int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *pa
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
-/* Mean loss (nats per target) over all targets of a source (-1: all); *targets: how many. The ranks share the work. The
-   model must be planned for batch->capacity rows of T = context. */
-int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
+/* Mean losses (nats per target): losses[0] over all targets, losses[1 + s] over those of source s (NaN if it has none).
+   The ranks share the work. The model must be planned for batch->capacity rows of T = context. */
+int slam_data_loss(slam_model *, const slam_data *, slam_batch *batch, double *losses, uint64_t *targets);
 
 /* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
@@ -838,10 +841,11 @@ char *slam_path_absolute(const char *path);                  /* free() it */
 
 /* Flags that say how audio becomes units, as far as a program has them. */
 typedef struct slam_unit_flags {
-    char *kmeans, *features, *rate, *hubert;
-    int layer, normalize, no_dedup;
+    char *kmeans, *features, *rate, *hubert, *channel;
+    int layer, pad, normalize, no_dedup;
 } slam_unit_flags;
-/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error. */
+/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error (but
+   channel is free: often each holds a speaker). */
 int slam_unit_flags_config(const slam_flags *, const slam_unit_flags *, int fit, slam_unit_config *);
 int slam_bundled_units(const char *argv0, uint64_t units); /* an error unless 0 or the bundled data's fingerprint */
 
@@ -1227,8 +1231,13 @@ static int remove_tree(const char *path) {
 }
 
 /* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
-   copy. */
+   copy. What some tools leave in the place of a file that was not downloaded is an error. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
+    static const char *const not_it[][3] = {
+        {"version https://git-lfs.github.com/spec/", "a git-lfs pointer", "run `git lfs pull` in its folder"},
+        {"/annex/objects/", "a git-annex pointer", "run `git annex get .` in its folder"},
+        {"<!DOCTYPE html", "a web page", "download the file itself (on Hugging Face /resolve/, not /blob/)"}};
+    char start[64] = "";
     FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
     struct stat s;
     int ok = f && fstat(fileno(f), &s) == 0;
@@ -1243,6 +1252,10 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
     }
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
+    if (ok && pread(fileno(f), start, sizeof start - 1, 0) < 0) *start = 0;
+    for (int i = 0; ok && i < 3; i++)
+        if (!strncasecmp(start, not_it[i][0], strlen(not_it[i][0])))
+            ok = set_error("%s: is %s, not the file itself; %s", name, not_it[i][1], not_it[i][2]);
     *size = ok ? (size_t)s.st_size : 0;
     if (ok) return f;
     if (f) fclose(f);
@@ -1381,6 +1394,10 @@ static int json_parse_escape(json_parser *p, char **out) {
     long code = letter ? meanings[letter - letters] : json_parse_code(p->at);
     if (code <= 0) return json_expected(p, "\", \\, /, b, f, n, r, t or uXXXX (not 0000) after a backslash");
     p->at += letter ? 1 : 5;
+    if (code >= 0xdc80 && code <= 0xdcff) { // Python's surrogateescape: a byte that is not UTF-8
+        *(*out)++ = (char)(code & 0xff);
+        return 1;
+    }
     if (code >= 0xd800 && code <= 0xdfff) { // a character beyond 16 bits is a surrogate pair, \uD83D\uDE00
         const long low = code < 0xdc00 && *p->at == '\\' ? json_parse_code(p->at + 1) : -1;
         if (low < 0xdc00 || low > 0xdfff) return json_expected(p, "the other half of a surrogate pair");
@@ -1541,7 +1558,8 @@ static const char *json_describe(const json *j) {
     return !j ? "missing" : j->type == JSON_NUMBER ? j->string : names[j->type];
 }
 
-/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become U+FFFD. */
+/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become \udc80 to \udcff, as in
+   Python. */
 static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
     for (size_t n; *utf8; utf8 += n ? n : 1) {
@@ -1550,7 +1568,8 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
         else if (*utf8 == '\n') strbuf_add(out, "\\n");
         else if (*utf8 == '\t') strbuf_add(out, "\\t");
         else if (n == 1 && *utf8 < ' ') strbuf_add(out, "\\u%04x", (unsigned)*utf8);
-        else strbuf_add_bytes(out, n ? utf8 : "\xef\xbf\xbd", n ? n : 3);
+        else if (n) strbuf_add_bytes(out, utf8, n);
+        else strbuf_add(out, "\\udc%02x", (unsigned char)*utf8);
     }
     strbuf_add(out, "\"");
 }
@@ -1903,8 +1922,13 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     char header[256] = "";
     int width = 0, used = 0;
     size_t length = 0;
-    if (map->size >= 10) length = map->data[8] | (size_t)map->data[9] << 8;
-    if (map->size < 10 + length || memcmp(map->data, "\x93NUMPY\x01", 7))
+    if (map->size < 10 || memcmp(map->data, "\x93NUMPY", 6))
+        return set_error("%s: is not an .npy file; a k-means of scikit-learn (joblib, pickle) can contain programs and "
+                         "is not read; convert it with python3 -c \"import joblib, numpy; numpy.save('km.npy', "
+                         "joblib.load('%s').cluster_centers_.astype('float32'))\"",
+                         path, path);
+    length = map->data[8] | (size_t)map->data[9] << 8;
+    if (map->size < 10 + length || map->data[6] != 1)
         return set_error("%s: is not an .npy file of version 1, or is truncated", path);
     memcpy(header, map->data + 10, length < 255 ? length : 255);
     sscanf(header, "{'descr': '<f%1d', 'fortran_order': False, 'shape': (%18zu, %18zu), }%n", &width, rows, cols,
@@ -7347,8 +7371,8 @@ struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
     int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source, longest_row; // of data, -1: all; 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int longest_row;       // 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
@@ -7382,8 +7406,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     l->epoch = epoch;
     l->row = 0;
     p->n_order = p->epoch.n = p->epoch.n_items = 0;
-    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
-        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++) packer_add_source(p, l, i, epoch);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
@@ -7413,19 +7436,17 @@ static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int
     return l;
 }
 
-slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
+slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
+    if (!d->chunks) {
+        set_error("the data is not prepared");
         return NULL;
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
     l->packer->data = d;
-    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
-    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[source < 0 ? 0 : source].name,
-              d->sources[source < 0 ? 0 : source].weight);
+    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
     slam_loader_free(l);
     return NULL;
 }
@@ -7490,12 +7511,11 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) {
+slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
     slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, source, seed, 1);
+    slam_loader *l = slam_loader_new(d, seed, 1);
     if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
+    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
     size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
     size.chunks = l->packer->batch.n_items;
     size.tokens = l->tokens;
@@ -7536,10 +7556,9 @@ enum { SAMPLE_RATE = 16000 };
 enum { RESAMPLER_LANES = 16 };
 
 typedef struct resampler {
-    int rate, left, taps; // coefficients to the left of a position; of a phase, a multiple of RESAMPLER_LANES
+    int left, taps; // coefficients to the left of a position; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
     float *tap; // (up,taps)
-    struct resampler *next;
 } resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
@@ -7560,7 +7579,6 @@ UNFUSED static resampler *resampler_new(int rate) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
     const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
     resampler *r = NEW(resampler, 1);
-    r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
     r->left = (int)half;
@@ -7582,7 +7600,7 @@ UNFUSED static resampler *resampler_new(int rate) {
     return r;
 }
 
-static resampler *resamplers; // a list, never freed: there are few rates
+static resampler *resamplers[192001]; // by rate; never freed: there are few rates
 
 static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -7591,15 +7609,9 @@ static const resampler *resampler_of(int rate) {
         return NULL;
     }
     pthread_mutex_lock(&lock);
-    resampler *r = resamplers;
-    while (r && r->rate != rate) r = r->next;
-    if (!r) {
-        r = resampler_new(rate);
-        r->next = resamplers;
-        resamplers = r;
-    }
+    if (!resamplers[rate]) resamplers[rate] = resampler_new(rate);
     pthread_mutex_unlock(&lock);
-    return r;
+    return resamplers[rate];
 }
 
 /* Sum of tap_i in_(first + i), in 16 partial sums (near the ends of the input in one) for every width of vectors. */
@@ -7643,8 +7655,9 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
 enum { AUDIO_BLOCK = 8192 }; // samples; also the maximum number of channels
 
 typedef struct audio {
-    char *name; // in error messages
+    char *name, kind[48]; // in error messages
     FILE *f;
+    int channel;                         // the one that is read, from 1; 0: their mean
     int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
     uint64_t frames, at;                 // in the file, 0: unknown; read so far
     float *waiting;                      // segmenter: (n) samples read ahead, at the rate of the file
@@ -7674,8 +7687,7 @@ static int audio_open_codec(audio *a) {
     snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd closes the descriptor if it fails
     lseek(fileno(a->f), 0, SEEK_SET);                        // on some systems it shares the file offset
     a->codec = sf_open(path, SFM_READ, &info);
-    if (!a->codec)
-        return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
     const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
     a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
@@ -7684,8 +7696,7 @@ static int audio_open_codec(audio *a) {
     a->is_float = 1;
     return 1;
 #else
-    return set_error("%s: not a WAV file with PCM or float samples; for others install libsndfile1-dev and build again",
-                     a->name);
+    return set_error("%s: %s; to read it, install libsndfile1-dev and build again", a->name, a->kind);
 #endif
 }
 
@@ -7698,9 +7709,15 @@ typedef struct wav_format {
 
 /* Reads a fmt chunk of n bytes. Returns 1, 0 on error, -1 if the format is left to libsndfile. */
 static int wav_read_format(audio *a, size_t n) {
+    static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
+    static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
+                                        "G.721",           "MPEG",  "MP3",    "AAC"};
     wav_format w = ZERO;
     if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
     const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    snprintf(a->kind, sizeof a->kind, "a WAV file of codec %u", type);
+    for (int i = 0; i < 9; i++)
+        if (type == types[i]) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", names[i]);
     if (type != 1 && type != 3) return -1;
     a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
     a->channels = w.channels;
@@ -7713,19 +7730,22 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
-/* Bytes of an ID3 tag in front of a file: 10, and as many as its size says, which has 7 bits in each byte. */
-static uint64_t tag_bytes(FILE *f) {
-    unsigned char head[10] = {0};
-    uint64_t n = 0;
-    if (fread(head, sizeof head, 1, f) != 1 || memcmp(head, "ID3", 3)) return 0;
-    for (int i = 6; i < 10; i++) n = n << 7 | head[i];
-    return n + (head[5] & 16 ? 20 : 10);
+/* Moves behind ID3 tags in front of a file, and returns how many bytes they are: of each 10, and as many as its size
+   says, which has 7 bits in each byte. */
+static uint64_t skip_tags(FILE *f) {
+    unsigned char h[10];
+    uint64_t end = 0;
+    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET))
+        end +=
+            (h[5] & 16 ? 20u : 10u) + ((h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u));
+    fseeko(f, (off_t)end, SEEK_SET);
+    return end;
 }
 
 /* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
    that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
    end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
-   recording is empty. Returns as wav_read_format. */
+   recording is empty. RF64 (EBU Tech 3306) has both sizes as 64 bits in a chunk ds64. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7733,15 +7753,18 @@ static int wav_open(audio *a, uint64_t size) {
         uint32_t size;
         char type[4];
     } riff, chunk;
-    const uint64_t start = tag_bytes(a->f);
-    fseeko(a->f, (off_t)start, SEEK_SET);
-    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
+    const uint64_t start = skip_tags(a->f);
+    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
+    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4)) return -1;
+    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all behind its place, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
-        n = chunk.size;
         const uint64_t rest = size - at;
         const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
-        const int empty = n == 0 && riff.size && riff.size < UNKNOWN && start + 8 + riff.size > at;
+        if (!memcmp(chunk.name, "ds64", 4) && fread(sizes, sizeof sizes, 1, a->f) != 1)
+            return set_error("%s: chunk 'ds64' is longer than the rest of the file", a->name);
+        n = is_data && chunk.size == UINT32_MAX ? sizes[1] : chunk.size;
+        const int empty = n == 0 && sizes[0] && sizes[0] < UNKNOWN && start + 8 + sizes[0] > at;
         const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
@@ -7760,6 +7783,7 @@ static int audio_open(audio *a, const char *path, const char *name) {
     size_t size;
     memset(a, 0, sizeof *a);
     a->name = string_copy(name ? name : path);
+    snprintf(a->kind, sizeof a->kind, "not a WAV file");
     a->f = file_open(path, a->name, &size);
     const int wav = a->f ? wav_open(a, size) : 0;
     return wav < 0 ? audio_open_codec(a) : wav;
@@ -7777,8 +7801,8 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* The next up to n frames, each the mean of its channels, on a scale of -1 to 1. Returns how many, 0 at the end, -1 and
-   an error. A file without any frame is an error. */
+/* The next up to n frames, of each a channel or the mean of all, on a scale of -1 to 1. Returns how many, 0 at the end,
+   -1 and an error. A file without any frame is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
@@ -7798,8 +7822,9 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
         for (size_t i = done; i < done + got; i++) {
             double sum = 0;
-            for (int c = 0; c < a->channels; c++, p += a->bytes) sum += wav_sample(p, a->is_float, a->bytes);
-            out[i] = (float)(sum / a->channels);
+            for (int c = 1; c <= a->channels; c++, p += a->bytes)
+                if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
+            out[i] = (float)(a->channel ? sum : sum / a->channels);
             if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
                 return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
         }
@@ -7994,7 +8019,7 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
    Samples, with zeros before and after them, pass a stack of convolutions (after the first or after each a norm, after
    each GELU), a linear layer, a convolution over many frames that adds positions, and a transformer. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
+enum { HUBERT_CONVS = 16, HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
@@ -8079,8 +8104,8 @@ typedef struct hubert_layer {
 typedef struct slam_hubert {
     slam_ops *ops;
     hubert_config config;
-    int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
-    uint64_t hash;                 // of configuration and weights in use
+    int layer, pad, step, do_normalize; // layers in use; as in slam_unit_config; samples per frame; of the model
+    uint64_t hash;                      // of configuration and weights in use
     hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift before `positions`
     hubert_layer *layers;
@@ -8258,13 +8283,14 @@ static void hubert_free(slam_hubert *h) {
     free(h);
 }
 
-static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
+static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, int pad) {
     char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     size_t n = 0;
     h->ops = ops;
     h->layer = layer;
+    h->pad = pad;
     int ok = hubert_config_load(&h->config, path, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
@@ -8336,8 +8362,9 @@ typedef struct hubert_batch {
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
-static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
-    size_t frames = samples + 2 * HUBERT_PADDING;
+static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
+    const hubert_config *k = &h->config;
+    size_t frames = samples + 2 * (size_t)h->pad;
     for (int i = 0; i < n; i++)
         frames = frames < (size_t)k->kernel[i] ? 0 : (frames - (size_t)k->kernel[i]) / (size_t)k->stride[i] + 1;
     return frames;
@@ -8379,11 +8406,11 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
     int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
-        float *to = host + i * S + HUBERT_PADDING;
+        float *to = host + i * S + h->pad;
         if (r && normalize) normalize_waveform(to, r->samples, r->n);
         else if (r) memcpy(to, r->samples, r->n * sizeof *to);
         frames[i] = r ? (int)r->units.frames : 1;
-        frames[B + i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
+        frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->scratch, host, B * S * sizeof *host);
@@ -8446,7 +8473,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
 
 /* Length in frames of a row for a recording; fixed: rounded up to one of 8 lengths per octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
-    const int frames = ((int)r->n + 2 * HUBERT_PADDING + h->step - 1) / h->step;
+    const int frames = ((int)r->n + 2 * h->pad + h->step - 1) / h->step;
     int grain = 1;
     while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
@@ -8548,12 +8575,6 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 
 /* ---- k-means ---- */
 
-UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
-    float sum = 0;
-    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
-    return sum;
-}
-
 /* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
    full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
@@ -8569,11 +8590,11 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         return set_error("k-means: %zu frames, expected at least one per centroid (%zu), below 2^32", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    uint32_t *order = NEW(uint32_t, n); // candidates and mini-batches are ranges of this permutation
-    int *unit = NEW(int, n), more = 1;  // nearest centroids
-    float *distance = NEW(float, n);    // squared, to it
-    size_t *count = NEW(size_t, K);     // frames per centroid
-    double *sum = NEW(double, K *D);    // of the frames of each
+    uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
+    int *unit = NEW(int, n), more = 1;                         // nearest centroids
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    size_t *count = NEW(size_t, K);                            // frames per centroid
+    double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&state, order, n);
 
@@ -8583,12 +8604,8 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         const float *c = x + order[drawn] * D;
         double all = 0, passed = 0;
         memcpy(centroids + k * D, c, D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < candidates; i++) {
-            const float d = squared_distance(x + order[i] * D, c, D);
-            if (d < distance[i]) distance[i] = d;
-        }
-        for (size_t i = 0; i < candidates; i++) all += distance[i];
+        centroids_nearest(x, order, candidates, c, 1, (int)D, unit, last);
+        for (size_t i = 0; i < candidates; i++) all += distance[i] = fminf(distance[i], last[i]);
         const double until = all * rng_uniform(&state);
         drawn = k + 1 < candidates ? k + 1 : 0; // if all distances are 0
         for (size_t i = 0; all > 0 && passed <= until && i < candidates; i++) {
@@ -8657,7 +8674,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
 static const char *const feature_names[] = {"mfcc", "hubert"};
 
 slam_unit_config slam_unit_config_default(void) {
-    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
+    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, 40, 0, "", 0, 0};
     return c;
 }
 
@@ -8666,6 +8683,8 @@ static const field unit_config_fields[] = {
     {"normalize", FIELD_BOOL, offsetof(slam_unit_config, normalize), 0, 0, 0},
     {"dedup", FIELD_BOOL, offsetof(slam_unit_config, dedup), 0, 0, 0},
     {"layer", FIELD_INT, offsetof(slam_unit_config, layer), 0, 1 << 10, 0},
+    {"pad", FIELD_INT, offsetof(slam_unit_config, pad), 0, SAMPLE_RATE, 0},
+    {"channel", FIELD_INT, offsetof(slam_unit_config, channel), 0, AUDIO_BLOCK, 0},
     {"fingerprint", FIELD_U64, offsetof(slam_unit_config, fingerprint), 1, UINT32_MAX, 0},
     {"origin", FIELD_HEX, offsetof(slam_unit_config, origin), 0, 0, 0},
 };
@@ -8713,13 +8732,14 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
-/* A hash of whatever changes a unit or what a document holds. */
+/* A hash of whatever changes a unit or what a document holds. The channel, often one speaker each, does not count. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
     strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
                c->normalize != 0, c->dedup != 0, t->K, t->width);
     if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    if (t->hubert && c->pad != 40) strbuf_add(&s, " pad %d", c->pad);
     const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     strbuf_free(&s);
@@ -8752,7 +8772,7 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     *c = *config;
     if (c->features == SLAM_HUBERT) {
         if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer, c->pad);
         if ((ok = t->hubert != NULL)) {
             t->width = t->hubert->config.C;
             t->do_normalize = t->hubert->do_normalize;
@@ -8795,7 +8815,7 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
 }
 
 static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
-    if (t->hubert) return hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    if (t->hubert) return hubert_frames(t->hubert, samples, t->hubert->config.convs);
     const size_t window = (size_t)t->mfcc->window, step = (size_t)t->mfcc->step;
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
@@ -8880,17 +8900,28 @@ void slam_inputs_free(slam_inputs *in) {
     free(in->lines);
     slam_strings_free(&in->paths);
     slam_strings_free(&in->voices);
+    slam_strings_free(&in->notes);
     memset(in, 0, sizeof *in);
 }
 
-/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
-static int audio_has_extension(const char *name) {
-    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
-                                             "aif", "aiff", "au",  "caf", "w64"};
+/* Audio files that are found in a folder: those that are read, the same in every build, and those that are counted. */
+enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
+static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
+    "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
+    "w64", "rf64", "sph", "nist", "voc",  "m4a", "m4b", "mp4", "aac",  "webm", "wma", "amr", "3gp",
+    "mka", "mkv",  "mov", "avi",  "spx",  "ac3", "ape", "wv",  "tta",  "shn",  "pcm", "raw"};
+
+typedef struct audio_list {
+    slam_strings *paths;
+    size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
+} audio_list;
+
+/* The place of the name's extension in the list, AUDIO_EXTENSIONS if it is none of them. */
+static int audio_extension(const char *name) {
     const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
-        if (!strcasecmp(dot + 1, extensions[i])) return 1;
-    return 0;
+    int i = dot ? 0 : AUDIO_EXTENSIONS;
+    while (i < AUDIO_EXTENSIONS && strcasecmp(dot + 1, audio_extensions[i])) i++;
+    return i;
 }
 
 /* The folders above one that is being listed: a symbolic link to one of them is a loop. */
@@ -8901,13 +8932,15 @@ typedef struct parents {
 } parents;
 
 /* Adds a path, or the audio files in a folder and below it. */
-static int list_audio(slam_strings *list, const char *path, const parents *above) {
+static int list_audio(audio_list *list, const char *path, const parents *above) {
     struct stat s;
     const int exists = stat(path, &s) == 0; // one that does not is reported when it is opened
-    const size_t before = list->n;
+    const size_t before = list->paths->n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
-        if (!above || ((!exists || S_ISREG(s.st_mode)) && audio_has_extension(path))) slam_strings_add(list, path);
+        const int extension = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
+        if (!above || extension < READ_EXTENSIONS) slam_strings_add(list->paths, path);
+        else list->passed_over[extension]++;
         return 1;
     }
     for (const parents *p = above; p; p = p->above)
@@ -8920,18 +8953,20 @@ static int list_audio(slam_strings *list, const char *path, const parents *above
         free(below);
     }
     slam_strings_free(&names);
-    if (ok && !above && list->n == before)
+    if (ok && !above && list->paths->n == before)
         ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
     return ok;
 }
 
-/* Adds the lines of a file that are not blank, without white space around them, except tabs at the end. */
+/* Adds the lines of a file (-: stdin) that are not blank, without white space around them, except tabs at the end. */
 static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
     file_map *map = &in->files[in->paths.n];
+    if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
     if (!file_map_open(map, path)) return 0;
     const char *at = (const char *)map->data, *end = at + map->size;
     struct slam_line l = {NULL, in->paths.at[in->paths.n - 1], 0, 1};
+    if (map->size >= 3 && !memcmp(at, "\xef\xbb\xbf", 3)) at += 3; // a byte order mark
     for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
@@ -8942,24 +8977,61 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     return 1;
 }
 
+/* Bytes of the path in a line of a list; in a manifest a tab and a number of samples follow. */
+static size_t line_path_length(const struct slam_line *l) {
+    size_t n = l->n;
+    while (n && isdigit((unsigned char)l->text[n - 1])) n--;
+    return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
+}
+
+/* Adds the audio files of a list, or of a manifest: its first line, the root, has no number of samples, the second has.
+   Lines that begin with # are comments. */
+static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
+    slam_inputs lines = ZERO;
+    char name[PATH_MAX];
+    size_t n = 0, folders = 0, number = 0;
+    int ok = slam_inputs_open(&lines, SLAM_INPUT_UNITS, &path, 1);
+    struct slam_line *l = lines.lines;
+    for (size_t i = 0; i < lines.n; i++)
+        if (*l[i].text != '#') l[n++] = l[i];
+    const int manifest = n > 1 && line_path_length(&l[0]) == l[0].n && line_path_length(&l[1]) < l[1].n;
+    for (size_t i = manifest; ok && i < n; i++) {
+        const int below_root = manifest && *l[i].text != '/';
+        snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",
+                 (int)line_path_length(&l[i]), l[i].text);
+        if (memchr(l[i].text, 0, l[i].n))
+            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l[i].path, l[i].number);
+        else ok = list_audio(list, name, NULL);
+        if (ok && path_is_folder(name) && !folders++) number = l[i].number;
+    }
+    if (ok && folders) {
+        snprintf(name, sizeof name, "%s:%zu: is a folder, all of whose audio files are inputs", l->path, number);
+        slam_strings_add(&in->notes, name);
+    }
+    slam_inputs_free(&lines);
+    return ok;
+}
+
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
+    audio_list list = {&in->paths, ZERO};
+    strbuf note = ZERO;
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
-        const char *const listed = paths[i] + 1;
-        slam_inputs list = ZERO;
+        const int is_list = *paths[i] == '@';
         if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
-        else if (*paths[i] != '@') ok = list_audio(&in->paths, paths[i], NULL);
-        else ok = slam_inputs_open(&list, SLAM_INPUT_UNITS, &listed, 1);
-        for (size_t k = 0; ok && k < list.n; k++) {
-            char *name = string_copy_n(list.lines[k].text, list.lines[k].n);
-            ok = list_audio(&in->paths, name, NULL);
-            free(name);
-        }
-        slam_inputs_free(&list);
+        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
+        else ok = list_audio(&list, paths[i], NULL);
     }
+    for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
+        if (list.passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+    if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
+    if (note.n && ok) slam_strings_add(&in->notes, note.at);
+    else if (note.n) set_error("%s; %s", slam_error(), note.at);
+    strbuf_free(&note);
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
     in->pairs_out = kind == SLAM_INPUT_PAIRS ||
@@ -9046,17 +9118,13 @@ void slam_reader_close(slam_reader *r) {
     free(r);
 }
 
-static void item_add(slam_item *item, const segment *s) {
-    GROW(segment, item->segments, item->capacity, item->n + 1);
-    item->segments[item->n++] = *s;
-}
-
 /* Parses a line of units; each must be less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
     units u = ZERO;
     int ok = units_from_json(line, item->name, &u);
     const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item_add(item, &s);
+    item->segments = NEW(segment, 1);
+    item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
         item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
@@ -9135,11 +9203,14 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // in turn, by line number
     const char *source = item->sources.at[item->source];
-    if (voices->n) return voice_open(&item->recording, voices->at[(l->number - 1) % voices->n], source, item->name);
+    audio *a = &item->recording;
     char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
-    const int ok = audio_open(&item->recording, source, name);
+    const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
+                             : audio_open(a, source, name);
     free(name);
-    return ok;
+    a->channel = r->tokenizer->config.channel;
+    if (ok <= 0 || a->channel <= a->channels) return ok;
+    return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
 }
 
 /* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
@@ -9167,7 +9238,8 @@ static void item_read(slam_reader *r, slam_item *item) {
         if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
         else if (whole && !frames) // as a segment it is dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        if (ok && frames) item_add(item, &s);
+        GROW(segment, item->segments, item->capacity, item->n + 1);
+        if (ok && frames) item->segments[item->n++] = s;
         else free(samples);
         if (!a->last) continue;
         audio_close(a);
@@ -9271,15 +9343,6 @@ static int path_is_free(const char *path) {
     return !path_exists(path) || set_error("%s: exists; remove it or choose another name", path);
 }
 
-static int path_writable(const char *path) {
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
-    const int ok = access(folder, W_OK | X_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    free(folder);
-    return ok;
-}
-
 static int file_rename(const char *from, const char *to) {
     return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
 }
@@ -9354,8 +9417,8 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     snprintf(f->journal, PATH_MAX, "%s.journal", out);
     snprintf(f->failed, PATH_MAX, "%s.failed", out);
     f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)f->V,
-                                f->fingerprint};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens,
+                                (uint64_t)f->V,      f->fingerprint,       t ? (uint64_t)t->config.channel : 0};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
@@ -9461,7 +9524,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy), more = 1;
+    int ok = slam_output_check(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
         ok = path_is_free(exists ? km_npy : km_json);
@@ -9497,7 +9560,8 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
-    const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
+    const slam_inputs in = {
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
@@ -9573,16 +9637,24 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
-    slam_loader *l = slam_loader_new(data, source, 0, 0);
+    slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
     const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
-    for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
+    for (size_t s = 0; s < data->n_sources; s++) {
+        double source_sum = 0, n = 0;
+        for (size_t i = data->sources[s].first_chunk; i < data->sources[s].end_chunk; i++) {
+            source_sum -= logp[i];
+            n += data->chunks[i].n - 1;
+        }
+        losses[1 + s] = source_sum / n;
+        sum += source_sum;
+    }
     *targets = l->targets;
-    *loss = sum / (double)l->targets;
+    losses[0] = sum / (double)l->targets;
     slam_loader_free(l);
     free(logp);
     return ok;
@@ -10249,7 +10321,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
     int status;
     if (path ? !path_is_folder(path) : !s->units)
         return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
-    if (path && list_audio(&s->items, path, NULL)) return 1;
+    audio_list list = {&s->items, ZERO};
+    if (path && list_audio(&list, path, NULL)) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
     while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
@@ -10452,7 +10525,12 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
 int slam_output_check(const char *path) {
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_file(path) && access(path, W_OK) == 0) return 1; // a pipe, /dev/stdout
-    return path_writable(path);
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
+    const int ok = access(folder, W_OK | X_OK) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    free(folder);
+    return ok;
 }
 
 /* ---- prompts ---- */
@@ -11411,17 +11489,26 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
     if (c->features == SLAM_HUBERT && !made.fingerprint) c->rate = 0;
     if (slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
     if (slam_flags_given(flags, "layer")) c->layer = f->layer;
+    if (slam_flags_given(flags, "pad")) c->pad = f->pad;
+    if (slam_flags_given(flags, "channel")) {
+        const size_t digits = strspn(f->channel, "0123456789");
+        c->channel = atoi(f->channel);
+        if (strcmp(f->channel, "mix") && (f->channel[digits] || digits > 4 || c->channel < 1))
+            return set_error("--channel %s: expected mix, or a number from 1", f->channel);
+    }
     c->normalize |= f->normalize;
     c->dedup &= !f->no_dedup;
     const int same = c->features == made.features && c->rate == made.rate && c->layer == made.layer &&
-                     c->normalize == made.normalize && c->dedup == made.dedup;
+                     c->pad == made.pad && c->normalize == made.normalize && c->dedup == made.dedup;
     if (made.fingerprint && !same)
-        return set_error("%s was made for %s, layer %d, %d frames a second, %s; omit flags that differ, or fit others",
-                         f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.rate,
-                         made.dedup ? "deduplicated" : "not deduplicated");
+        return set_error(
+            "%s was made for %s, layer %d, pad %d, %d frames a second, %s; omit flags that differ, or fit others",
+            f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.pad, made.rate,
+            made.dedup ? "deduplicated" : "not deduplicated");
     if (c->features == SLAM_HUBERT)
         return *c->hubert || set_error("HuBERT features: expected --hubert DIR, a model in Hugging Face's format");
     if (f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
+    if (slam_flags_given(flags, "pad")) return set_error("--pad: expected --hubert DIR as well");
     return !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
 }
 

@@ -39,25 +39,13 @@ static int train_step(program *p, double lr, slam_step *step) {
     return slam_adamw_step(&r->opt, lr, step);
 }
 
-/* Validation loss: losses[0] is the mean over all targets, losses[1 + s] that of source s. */
-static int evaluate(program *p, double *losses) {
-    double sum = 0, count = 0;
-    for (size_t s = 0; s < p->val->n_sources; s++) {
-        uint64_t targets;
-        if (!slam_data_loss(p->run.model, p->val, (int)s, &p->batch, &losses[1 + s], &targets)) return 0;
-        sum += losses[1 + s] * (double)targets;
-        count += (double)targets;
-    }
-    losses[0] = p->val->n_sources == 1 ? losses[1] : sum / count;
-    return count > 0 || slam_set_error("the validation data has no token to predict");
-}
-
 static int train(program *p) {
     slam_run *r = &p->run;
     slam_trainer *t = &r->trainer;
     slam_loader *l = p->loader;
     const size_t n_sources = p->val ? p->val->n_sources : 0;
-    double *losses = (double *)calloc(1 + n_sources, sizeof *losses);
+    double *losses = (double *)calloc(1 + n_sources, sizeof *losses); /* of all validation data, then of each source */
+    uint64_t targets;
     slam_step step;
     int ok = 1;
 
@@ -69,7 +57,8 @@ static int train(program *p) {
         ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
 
         if (ok && p->val && slam_run_eval_due(r))
-            ok = evaluate(p, losses) && slam_run_log_eval(r, losses, n_sources, NULL, 0);
+            ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets) &&
+                 slam_run_log_eval(r, losses, n_sources, NULL, 0);
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
@@ -259,7 +248,7 @@ static int read_config(program *p) {
 /* Steps until --tokens have been seen. */
 static int steps_for_tokens(program *p, long *steps) {
     const slam_options *o = &p->run.o;
-    slam_loader *l = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1); /* plan has shown that the data has rows */
+    slam_loader *l = slam_loader_new(p->data, (uint64_t)o->seed, 1); /* plan has shown that the data has rows */
     uint64_t tokens = 0;
     int rows = 1;
     for (*steps = 0; rows > 0 && tokens < (uint64_t)o->tokens && !slam_stop_requested(); ++*steps) {
@@ -291,8 +280,10 @@ static int plan(program *p) {
     if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed)) return 0;
     if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0)) return 0;
     if (!o->val.n) p->val = p->data->held_out;
-    p->size = slam_data_measure(p->data, -1, seed);
+    p->size = slam_data_measure(p->data, seed);
     if (!p->size.rows) return 0;
+    if (p->val && !slam_data_measure(p->val, 0).targets)
+        return slam_set_error("the validation data has no token to predict");
     if (o->tokens && r->grows && !steps_for_tokens(p, &token_steps)) return 0;
     print_model_and_data(p);
     const double tokens = (double)o->batch * o->context * p->size.fill; /* per step */
@@ -315,6 +306,7 @@ static int measure_speed(program *p, double *seconds_per_step) {
                           : share > 1 ? share
                                       : fmin(1, 0.1 * limit);
     double start = slam_clock();
+    uint64_t targets;
     slam_step step;
     long n = 0;
     /* while any rank needs more */
@@ -327,7 +319,7 @@ static int measure_speed(program *p, double *seconds_per_step) {
     if (!p->val || !r->o.eval_every) return 1;
     double *losses = (double *)calloc(1 + p->val->n_sources, sizeof *losses);
     start = slam_clock();
-    const int ok = evaluate(p, losses);
+    const int ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets);
     r->eval_seconds = slam_clock() - start;
     free(losses);
     return ok;
@@ -372,7 +364,7 @@ static int open_model(program *p) {
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
-    p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
+    p->loader = slam_loader_new(p->data, (uint64_t)o->seed, 1);
     const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
     if (timed && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;

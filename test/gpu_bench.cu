@@ -438,11 +438,11 @@ static int documents_write(const char *path, int V, int T, size_t tokens) {
 static int documents_pack(bench_rows *p, const char *path, int V) {
     slam_data *data = slam_data_new(p->rows.T);
     int ok = slam_data_add(data, path, 1) && slam_data_prepare(data, V, 0, 0);
-    slam_loader *loader = ok ? slam_loader_new(data, -1, 1, 1) : NULL;
+    slam_loader *loader = ok ? slam_loader_new(data, 1, 1) : NULL;
     ok = loader && slam_loader_begin(loader, p->rows.capacity, NULL) &&
          slam_loader_next(loader, &p->rows) == p->rows.capacity;
     if (ok) {
-        const slam_data_size size = slam_data_measure(data, -1, 1);
+        const slam_data_size size = slam_data_measure(data, 1);
         p->fill = (double)loader->tokens / ((double)p->rows.B * p->rows.T);
         p->chunk = (double)size.tokens / (double)size.chunks;
     }

@@ -644,7 +644,7 @@ static std::vector<float> waveform(long n, double frequency) {
 static void test_hubert(const char *name, int layer) {
     char folder[200];
     snprintf(folder, sizeof folder, "test/fixtures/hubert/%s", name);
-    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, layer, "", 0, 0};
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, layer, 40, 0, "", 0, 0};
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
     const size_t lengths[] = {1200, 300, 2500};
     std::vector<float> samples[3], out[4][3];
