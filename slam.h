@@ -87,8 +87,8 @@ typedef struct slam_progress {
     const char *stage;    /* "fit", "tokenize", "score", ... */
     double done, total;   /* total 0: unknown */
     double audio_seconds; /* of audio decoded so far */
-    const char *skipped;  /* NULL, or the file or line that is skipped just now ... */
-    const char *reason;   /* ... and why */
+    const char *skipped;  /* the file or line that is skipped in this call, or NULL */
+    const char *reason;   /* why it is skipped */
 } slam_progress;
 typedef int slam_progress_fn(void *context, const slam_progress *);
 
@@ -570,15 +570,15 @@ typedef struct slam_inputs {
     size_t n, first, end;  /* inputs; those to process are first <= i < end */
     double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
-    slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
-    slam_strings notes;    /* for the user: files that were passed over, folders in a list */
+    slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
+    slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
 /* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
-   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and rejected separated
-   by tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
+   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text or, if the first line has a tab, prompt,
+   chosen and rejected between tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
@@ -7688,7 +7688,7 @@ static int audio_open_codec(audio *a) {
     lseek(fileno(a->f), 0, SEEK_SET);                        // on some systems it shares the file offset
     a->codec = sf_open(path, SFM_READ, &info);
     if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
-    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
+    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // SF_FORMAT_MPEG: the length is an estimate
     a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
     a->channels = info.channels;
@@ -7725,13 +7725,15 @@ static int wav_read_format(audio *a, size_t n) {
     a->is_float = type == 3;
     if (w.channels < 1 || w.channels > AUDIO_BLOCK || (int)w.frame != a->channels * a->bytes ||
         (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
-        return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits or float of 32, 64",
-                         a->name, w.channels, bits, w.frame);
+        return set_error(
+            "%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits or float of 32 or 64, in 1 to "
+            "%d channels without padding",
+            a->name, w.channels, bits, w.frame, AUDIO_BLOCK);
     return 1;
 }
 
-/* Moves behind ID3 tags in front of a file, and returns how many bytes they are: of each 10, and as many as its size
-   says, which has 7 bits in each byte. */
+/* Moves past the ID3v2 tags at the start of a file and returns their size: each has a header, 28 bits of length in four
+   bytes of it, and perhaps a footer. */
 static uint64_t skip_tags(FILE *f) {
     unsigned char h[10];
     uint64_t end = 0;
@@ -7742,10 +7744,10 @@ static uint64_t skip_tags(FILE *f) {
     return end;
 }
 
-/* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
-   that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
-   end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
-   recording is empty. RF64 (EBU Tech 3306) has both sizes as 64 bits in a chunk ds64. Returns as wav_read_format. */
+/* Finds 'fmt ' and 'data' among the chunks (4-byte name, size, data, padding to an even size). Streamed files have 0 as
+   the size of 'data', or 0x7ffff000 or more, beyond the end of the file: the data are all that follows. But 0 is an
+   empty recording if the size after "RIFF" is known and counts more than the header. RF64 (EBU Tech 3306) has both
+   sizes as 64 bits in chunk 'ds64'. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7756,7 +7758,7 @@ static int wav_open(audio *a, uint64_t size) {
     const uint64_t start = skip_tags(a->f);
     if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
     if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4)) return -1;
-    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all behind its place, of the data
+    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all that follows it, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
         const uint64_t rest = size - at;
@@ -7801,8 +7803,8 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* The next up to n frames, of each a channel or the mean of all, on a scale of -1 to 1. Returns how many, 0 at the end,
-   -1 and an error. A file without any frame is an error. */
+/* Reads up to n frames, of each a channel or the mean of all. Returns how many, 0 at the end, -1 on error. A file
+   without frames is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
@@ -7825,8 +7827,9 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             for (int c = 1; c <= a->channels; c++, p += a->bytes)
                 if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
             out[i] = (float)(a->channel ? sum : sum / a->channels);
-            if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
-                return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may exceed 1, some have the range of 16 bits
+                return set_error("%s: a sample is %g, expected -1e6 to 1e6 (full scale: 1)", a->name, (double)out[i]) -
+                       1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
@@ -8484,14 +8487,14 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
     return (x < y) - (x > y);
 }
 
-/* Encodes the recordings that have a frame, in batches of rows of about the same length, to units.unit (the nearest
-   centroid of each frame) or, without centroids, to features. */
+/* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
+   frame i; without centroids, the features. */
 static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
     const int C = t->width, K = t->K;
-    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
-    if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
+    int most = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
     slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
     int ok = 1;
     for (int i = 0; ok && i < n; i++) {
@@ -8505,7 +8508,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
-        b.B = b.T < frames ? frames / b.T : 1;
+        b.B = b.T < most ? most / b.T : 1;
         while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
@@ -8732,7 +8735,7 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
-/* A hash of whatever changes a unit or what a document holds. The channel, often one speaker each, does not count. */
+/* Hash of all that defines the units, except device, data type and the channel, which often is a speaker. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
@@ -8904,7 +8907,7 @@ void slam_inputs_free(slam_inputs *in) {
     memset(in, 0, sizeof *in);
 }
 
-/* Audio files that are found in a folder: those that are read, the same in every build, and those that are counted. */
+/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
 enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
 static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
     "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
@@ -8916,7 +8919,7 @@ typedef struct audio_list {
     size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
 } audio_list;
 
-/* The place of the name's extension in the list, AUDIO_EXTENSIONS if it is none of them. */
+/* Index of the name's extension in audio_extensions; AUDIO_EXTENSIONS: none. */
 static int audio_extension(const char *name) {
     const char *dot = strrchr(name, '.');
     int i = dot ? 0 : AUDIO_EXTENSIONS;
@@ -8924,7 +8927,7 @@ static int audio_extension(const char *name) {
     return i;
 }
 
-/* The folders above one that is being listed: a symbolic link to one of them is a loop. */
+/* The folders above the one that is listed, to detect loops of symbolic links. */
 typedef struct parents {
     dev_t device;
     ino_t inode;
@@ -8934,7 +8937,7 @@ typedef struct parents {
 /* Adds a path, or the audio files in a folder and below it. */
 static int list_audio(audio_list *list, const char *path, const parents *above) {
     struct stat s;
-    const int exists = stat(path, &s) == 0; // one that does not is reported when it is opened
+    const int exists = stat(path, &s) == 0; // a missing file is reported when it is opened
     const size_t before = list->paths->n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
@@ -8958,7 +8961,7 @@ static int list_audio(audio_list *list, const char *path, const parents *above) 
     return ok;
 }
 
-/* Adds the lines of a file (-: stdin) that are not blank, without white space around them, except tabs at the end. */
+/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. */
 static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
     file_map *map = &in->files[in->paths.n];
     if (!strcmp(path, "-")) path = "/dev/stdin";
@@ -8977,15 +8980,15 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     return 1;
 }
 
-/* Bytes of the path in a line of a list; in a manifest a tab and a number of samples follow. */
+/* Length of the path in a line of a list; in a manifest a tab and a number of samples follow it. */
 static size_t line_path_length(const struct slam_line *l) {
     size_t n = l->n;
     while (n && isdigit((unsigned char)l->text[n - 1])) n--;
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list, or of a manifest: its first line, the root, has no number of samples, the second has.
-   Lines that begin with # are comments. */
+/* Adds the audio files of a list. In a manifest the first line is the root, without a number of samples, and the second
+   line has one. Lines that begin with # are comments. */
 static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
     slam_inputs lines = ZERO;
     char name[PATH_MAX];
@@ -9005,7 +9008,7 @@ static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) 
         if (ok && path_is_folder(name) && !folders++) number = l[i].number;
     }
     if (ok && folders) {
-        snprintf(name, sizeof name, "%s:%zu: is a folder, all of whose audio files are inputs", l->path, number);
+        snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", l->path, number);
         slam_strings_add(&in->notes, name);
     }
     slam_inputs_free(&lines);
