@@ -8236,8 +8236,6 @@ UNFUSED static void hubert_load_positions(slam_hubert *h) {
 
 /* Loads what the output of layer h->layer needs. */
 static void hubert_load_weights(slam_hubert *h) {
-    static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
-                                      "encoder.layers.%d.attention.v_proj"};
     const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
@@ -8258,7 +8256,7 @@ static void hubert_load_weights(slam_hubert *h) {
         hubert_layer *w = &h->layers[i];
         const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
-            char *name = string_print(qkv[j], i);
+            char *name = string_print("encoder.layers.%d.attention.%c_proj", i, "qkv"[j]);
             h->end = at + j * C * C;
             hubert_tensor(h, name, "weight", C, C, 1);
             h->end = bias_at + j * C;
@@ -8488,28 +8486,23 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
 }
 
 /* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
-   frame i; without centroids, the features. */
-static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
+   frame i; without centroids, the features. Sorts the list. */
+static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
     const int C = t->width, K = t->K;
     int most = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
-    slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
-    int ok = 1;
-    for (int i = 0; ok && i < n; i++) {
-        if (recordings[i].n / h->step >= HUBERT_MOST_FRAMES)
-            ok = set_error("a recording of %zu samples, expected fewer than %d", recordings[i].n,
-                           HUBERT_MOST_FRAMES * h->step);
-        if (recordings[i].units.frames) *end++ = &recordings[i];
-    }
-    qsort((void *)list, end - list, sizeof *list, compare_recordings);
-    for (; ok && r < end; ok = ok && ops->finish(ops)) {
+    slam_recording **const end = r + n;
+    if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
+    int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
+             set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
+    for (; ok && r < end && (*r)->units.frames; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < most ? most / b.T : 1;
-        while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
+        while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
@@ -8522,7 +8515,6 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
             if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
             else ops->download(ops, (*r)->features, b.scratch + row * C, (*r)->units.frames * C * sizeof(float));
     }
-    free((void *)list);
     return ok;
 }
 
@@ -8774,8 +8766,8 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     int ok = 1;
     *c = *config;
     if (c->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer, c->pad);
+        if (!ops) set_error("%s: HuBERT needs a device to run on", c->hubert);
+        else t->hubert = hubert_load(ops, c->hubert, c->layer, c->pad);
         if ((ok = t->hubert != NULL)) {
             t->width = t->hubert->config.C;
             t->do_normalize = t->hubert->do_normalize;
@@ -8823,9 +8815,10 @@ static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
-int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
     int ok = 1;
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
         const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
         r->units = u;
         r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
@@ -8833,15 +8826,16 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
         r->units.unit = NEW(int, u.frames);
         r->units.duration = NEW(int, u.frames);
     }
-    if (t->hubert) ok = hubert_compute(t, recordings, n);
+    if (t->hubert) ok = hubert_compute(t, list, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
     for (int i = 0; i < (t->hubert ? 0 : n); i++) {
-        slam_recording *r = &recordings[i];
+        slam_recording *r = list[i];
         mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
         if (t->K)
             centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
     }
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
         slam_units *u = &r->units;
         if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
         if (ok && !t->K) continue;
@@ -8849,6 +8843,14 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
         r->features = NULL;
         if (!ok) slam_units_free(u);
     }
+    return ok;
+}
+
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_recording **list = NEW(slam_recording *, n);
+    for (int i = 0; i < n; i++) list[i] = &recordings[i];
+    const int ok = units_encode(t, list, n);
+    free((void *)list);
     return ok;
 }
 
@@ -9271,22 +9273,16 @@ static void reader_decode(slam_reader *r) {
 static int reader_encode(slam_reader *r) {
     size_t most = 0, n = 0;
     for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
-    segment **list = NEW(segment *, most);
-    slam_recording *recordings = NEW(slam_recording, most);
+    slam_recording **list = NEW(slam_recording *, most);
     for (size_t i = 0; i < r->n; i++)
-        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++) {
-            if (!s->audio.samples) continue;
-            recordings[n] = s->audio;
-            list[n++] = s;
-        }
-    const int ok = !n || slam_units_encode(r->tokenizer, recordings, (int)n);
+        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
+            if (s->audio.samples) list[n++] = &s->audio;
+    const int ok = !n || units_encode(r->tokenizer, list, (int)n);
     for (size_t i = 0; i < n; i++) {
-        list[i]->audio = recordings[i];
-        list[i]->audio.samples = NULL;
-        free((void *)recordings[i].samples);
+        free((void *)list[i]->samples);
+        list[i]->samples = NULL;
     }
-    free(list);
-    free(recordings);
+    free((void *)list);
     return ok;
 }
 

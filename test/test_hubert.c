@@ -74,7 +74,7 @@ static float *room_for(const slam_hubert *h, long samples, size_t *n) {
 
 static int features(slam_hubert *h, int n, float *const *samples, const long *lengths, float *const *out) {
     slam_tokenizer t = ZERO;
-    slam_recording *r = NEW(slam_recording, n);
+    slam_recording *r = NEW(slam_recording, n), **list = NEW(slam_recording *, n);
     t.hubert = h;
     t.width = h->config.C;
     for (int i = 0; i < n; i++) {
@@ -82,9 +82,10 @@ static int features(slam_hubert *h, int n, float *const *samples, const long *le
         r[i].n = (size_t)lengths[i];
         r[i].features = out[i];
         r[i].units.frames = frames_of(h, lengths[i]);
+        list[i] = &r[i];
     }
-    const int ok = hubert_compute(&t, r, n);
-    free(r);
+    const int ok = hubert_compute(&t, list, n);
+    free(r), free(list);
     return ok;
 }
 
