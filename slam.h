@@ -7725,10 +7725,8 @@ static int wav_read_format(audio *a, size_t n) {
     a->is_float = type == 3;
     if (w.channels < 1 || w.channels > AUDIO_BLOCK || (int)w.frame != a->channels * a->bytes ||
         (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
-        return set_error(
-            "%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits or float of 32 or 64, in 1 to "
-            "%d channels without padding",
-            a->name, w.channels, bits, w.frame, AUDIO_BLOCK);
+        return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits, or float of 32 or 64",
+                         a->name, w.channels, bits, w.frame);
     return 1;
 }
 
@@ -7827,9 +7825,8 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             for (int c = 1; c <= a->channels; c++, p += a->bytes)
                 if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
             out[i] = (float)(a->channel ? sum : sum / a->channels);
-            if (!(fabsf(out[i]) <= 1e6f)) // float files may exceed 1, some have the range of 16 bits
-                return set_error("%s: a sample is %g, expected -1e6 to 1e6 (full scale: 1)", a->name, (double)out[i]) -
-                       1;
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may exceed full scale
+                return set_error("%s: a sample is %g, expected -1e6 to 1e6", a->name, (double)out[i]) - 1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
@@ -8061,11 +8058,10 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     json *c = json_load(path);
     *k = defaults;
     int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    for (int i = 0; ok && i < 3; i++) {
-        const char *value = json_string(c, words[i][0], words[i][1]);
-        if (strcmp(value, words[i][1]))
-            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], value, words[i][1]);
-    }
+    for (int i = 0; ok && i < 3; i++)
+        if (strcmp(json_string(c, words[i][0], words[i][1]), words[i][1]))
+            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], json_string(c, words[i][0], ""),
+                           words[i][1]);
     const char *norm = json_string(c, "feat_extract_norm", "group");
     k->all_norms = !strcmp(norm, "layer");
     if (ok && !k->all_norms && strcmp(norm, "group"))
@@ -8485,14 +8481,14 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
     return (x < y) - (x > y);
 }
 
-/* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
-   frame i; without centroids, the features. Sorts the list. */
+/* Encodes the recordings that have a frame, in batches of rows of about the same length, to units.unit (the nearest
+   centroid of each frame) or, without centroids, to features. Sorts the list. */
 static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
     const int C = t->width, K = t->K;
-    int most = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
-    if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
+    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
     slam_recording **const end = r + n;
     if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
     int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
@@ -8501,7 +8497,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
-        b.B = b.T < most ? most / b.T : 1;
+        b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
@@ -8782,8 +8778,7 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
     if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
         ok = set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
-                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "",
-                       (unsigned)t->fingerprint);
+                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", t->fingerprint);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
