@@ -2803,7 +2803,7 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
+/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs); position t rotates pair c by the angle t theta^(-c / pairs). Row t
    of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
 #define ROPE_PAIRS(HS) ((HS) / 2)
 
@@ -9060,9 +9060,9 @@ static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejecte
 static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
 
 typedef struct segment {
-    slam_recording audio; // samples, until they are encoded; then units, or features for a fit
-    char *name;           // file_name of a line of units, or NULL
-    double start, end;    // seconds in the file; 0, 0: all of it
+    slam_recording recording; // samples, until they are encoded; then units, or features for a fit
+    char *name;               // file_name of a line of units, or NULL
+    double start, end;        // seconds in the file; 0, 0: all of it
 } segment;
 
 struct slam_item {
@@ -9072,7 +9072,7 @@ struct slam_item {
     size_t n, capacity;
     slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
     size_t input, source; // source: index of the current one
-    audio recording;
+    audio file;
     int done;    // 1; -1: failed, as every other input will
     char *error; // why it is skipped, or NULL
 };
@@ -9098,12 +9098,12 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 static void item_free(slam_item *item) {
     if (!item) return;
     for (segment *s = item->segments; s < item->segments + item->n; s++) {
-        free((void *)s->audio.samples);
-        free(s->audio.features);
-        slam_units_free(&s->audio.units);
+        free((void *)s->recording.samples);
+        free(s->recording.features);
+        slam_units_free(&s->recording.units);
         free(s->name);
     }
-    audio_close(&item->recording);
+    audio_close(&item->file);
     slam_strings_free(&item->sources);
     free(item->segments);
     free(item->name);
@@ -9126,7 +9126,7 @@ static int parse_units(slam_item *item, const json *line, int K) {
     item->segments = NEW(segment, 1);
     item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
-        item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
+        item->segments->recording.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
             ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
     }
@@ -9203,7 +9203,7 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // in turn, by line number
     const char *source = item->sources.at[item->source];
-    audio *a = &item->recording;
+    audio *a = &item->file;
     char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
     const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
                              : audio_open(a, source, name);
@@ -9216,7 +9216,7 @@ static int item_open(const slam_reader *r, slam_item *item, const struct slam_li
 /* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
     const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
-    audio *a = &item->recording;
+    audio *a = &item->file;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
         float *samples;
@@ -9271,7 +9271,7 @@ static int reader_encode(slam_reader *r) {
     slam_recording **list = NEW(slam_recording *, most);
     for (size_t i = 0; i < r->n; i++)
         for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
-            if (s->audio.samples) list[n++] = &s->audio;
+            if (s->recording.samples) list[n++] = &s->recording;
     const int ok = !n || units_encode(r->tokenizer, list, (int)n);
     for (size_t i = 0; i < n; i++) {
         free((void *)list[i]->samples);
@@ -9445,7 +9445,7 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
-        const slam_units *of = &g->audio.units;
+        const slam_units *of = &g->recording.units;
         char *name = w->pairs ? NULL : g->name ? g->name : item->name;
         const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
@@ -9537,7 +9537,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     slam_reader *reader = slam_reader_open(&shuffled, t, 0);
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
+            reservoir_add(&sample, item->segments[i].recording.features, item->segments[i].recording.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
     ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
          tokenizer_complete(t, km_npy, K, sample.D) && tokenizer_save(t, km_npy, report);
@@ -9563,7 +9563,7 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
         strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
