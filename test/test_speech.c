@@ -1026,8 +1026,7 @@ static void test_tokenizer(void) {
         CHECK(npy_write(path, wrong, 3, 4), "%s", slam_error());
         check_fails(load(path, &other, NULL), "has shape (3, 4)");
         for (int i = 0; i < 2; i++) { // a pickle of scikit-learn, plain and compressed: how to convert it
-            check_file("km.npy", i ? "\x78\x9c\x8d\x54\x4d\x6f" : "\x80\x04\x95\x0a\x02\x00\x00\x00\x00\x00\x00\x8c",
-                       12);
+            check_file("km.npy", i ? "\x78\x9c\x8d\x54\x4d\x6f" : "\x80\x04\x95\x0a\x02\x00", 6);
             check_fails(load(path, &other, NULL), "numpy.save('km.npy', joblib.load('");
         }
         slam_tokenizer_free(t);
