@@ -7755,7 +7755,7 @@ static int wav_open(audio *a, uint64_t size) {
     } riff, chunk;
     const uint64_t start = skip_tags(a->f);
     if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
-    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4)) return -1;
+    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4) && memcmp(riff.name, "BW64", 4)) return -1;
     uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all that follows it, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
@@ -8984,8 +8984,8 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list. In a manifest the first line is the root, without a number of samples, and the second
-   line has one. Lines that begin with # are comments. */
+/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends with
+   a number of samples. Lines that begin with # are comments. */
 static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
     slam_inputs lines = ZERO;
     char name[PATH_MAX];
@@ -8994,7 +8994,7 @@ static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) 
     struct slam_line *l = lines.lines;
     for (size_t i = 0; i < lines.n; i++)
         if (*l[i].text != '#') l[n++] = l[i];
-    const int manifest = n > 1 && line_path_length(&l[0]) == l[0].n && line_path_length(&l[1]) < l[1].n;
+    const int manifest = n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
     for (size_t i = manifest; ok && i < n; i++) {
         const int below_root = manifest && *l[i].text != '/';
         snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",

@@ -345,6 +345,9 @@ static int check_part(const program *p) {
     unsigned long part = 0, parts = 0;
     char more = 0;
     if (p->fit && p->comm->size > 1) return slam_set_error("--fit: expected one process, without mpirun or srun");
+    for (size_t i = 0; p->comm->size > 1 && i < p->flags.rest.n; i++)
+        if (!strcmp(p->flags.rest.at[i], "-") || !strcmp(p->flags.rest.at[i], "@-"))
+            return slam_set_error("%s: ranks cannot share stdin, expected @LIST", p->flags.rest.at[i]);
     if (!p->part) return 1;
     if (sscanf(p->part, "%lu/%lu%c", &part, &parts, &more) != 2 || strchr(p->part, '-') || part < 1 || part > parts ||
         parts > 99999)

@@ -230,9 +230,10 @@ static void test_list_formats(void) {
             {"\xef\xbb\xbf/data/\r\nx.wav\t32000\r\n", "/data//x.wav\n"},
             {"# of\nroot\n# comments\nx.wav\t1\n/y.wav\t2\n", "root/x.wav\n/y.wav\n"},
             {".\nx\ty.wav\t7\n", "./x\ty.wav\n"},
-            {"x.wav\t32000\ny.wav\t1\n", "x.wav\ny.wav\n"}, // its root is missing
+            {"x.wav\t32000\ny.wav\t1\n", "x.wav\ny.wav\n"},    // its root is missing
+            {"id\tpath\nx.wav\t32000\n", "id\tpath\nx.wav\n"}, // no root is a header
             {"x.wav\ny 1.wav\nz.wav\t12a\n", "x.wav\ny 1.wav\nz.wav\t12a\n"}};
-        for (int i = 0; i < 6; i++) check_list(texts[i][0], strlen(texts[i][0]), texts[i][1], NULL);
+        for (int i = 0; i < 7; i++) check_list(texts[i][0], strlen(texts[i][0]), texts[i][1], NULL);
         // the root is a folder with more files, which are not inputs
         char *root = string_copy(check_path("root")), *text = string_print("%s\nlisted.wav\t2\n", root);
         char *all = string_print("a.wav\n%s\n", root), *one = string_print("%s/listed.wav\n", root);
