@@ -8984,7 +8984,7 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends with
+/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
    a number of samples. Lines that begin with # are comments. */
 static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
     slam_inputs lines = ZERO;
