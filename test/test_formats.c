@@ -301,12 +301,12 @@ static void test_json_strings(void) {
         strbuf_add_json(&t, bytes);
         json *root = json_parse(t.at, t.n, "x");
         CHECK(root && root->type == JSON_STRING, "%s", slam_error());
-        if (root && round % 2) CHECK(strcmp(root->string, bytes) == 0, "'%s' became '%s'", bytes, root->string);
+        if (root) CHECK(strcmp(root->string, bytes) == 0, "'%s' became '%s'", bytes, root->string);
         json_free(root);
         strbuf_free(&t);
     }
     strbuf_add_json(&t, "a\"\\\n\t\x01\xc3\xa9\xff");
-    CHECK(strcmp(t.at, "\"a\\\"\\\\\\n\\t\\u0001\xc3\xa9\xef\xbf\xbd\"") == 0, "%s", t.at);
+    CHECK(strcmp(t.at, "\"a\\\"\\\\\\n\\t\\u0001\xc3\xa9\\udcff\"") == 0, "%s", t.at); // as json.dumps in Python
     strbuf_free(&t);
 }
 
