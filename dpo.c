@@ -260,17 +260,13 @@ static void print_count(uint64_t n, const char *what) {
 static void print_pairs(const program *p) {
     const slam_config *m = &p->run.config;
     const slam_pairs *s = &p->pairs;
-    char a[32];
+    char a[32], text[200];
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->reference,
            slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
     printf("pairs    %zu for training, %zu for validation", s->n_train, s->n - s->n_train);
     print_count(s->truncated, "prompts truncated");
     print_count(s->unshared, "too long to share a prompt");
-    if (s->repetitive + s->empty + s->identical + s->too_long) printf("\n         skipped");
-    print_count(s->repetitive, "repetitive");
-    print_count(s->empty, "with an empty completion");
-    print_count(s->identical, "with identical completions");
-    print_count(s->too_long, "too long");
+    if (strcmp(slam_pairs_skipped(s, NULL, text), "none")) printf("\n         skipped %s", text);
     printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens),
            slam_pairs_row(s), 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
     printf("loss     beta %g, label smoothing %g\n", p->beta, p->label_smoothing);

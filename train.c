@@ -257,14 +257,20 @@ static int read_config(program *p) {
 
 /* Steps until --tokens have been seen. */
 static int steps_for_tokens(program *p, long *steps) {
-    const slam_options *o = &p->run.o;
-    slam_loader *l = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
-    uint64_t tokens = 0;
+    slam_run *r = &p->run;
+    slam_loader *l = slam_loader_new(p->data, -1, (uint64_t)r->o.seed, 1);
+    double tokens = 0, limit = (double)r->o.tokens;
+    char text[64], count[32];
     int rows = 1;
-    for (*steps = 0; rows > 0 && tokens < (uint64_t)o->tokens && !slam_stop_requested(); ++*steps) {
-        rows = slam_loader_begin(l, o->batch, NULL);
-        tokens += l->tokens;
+    slam_bar_begin(&r->bar);
+    for (*steps = 0; rows > 0 && tokens < limit && !slam_stop_requested(); ++*steps) {
+        rows = slam_loader_begin(l, r->o.batch, NULL);
+        tokens += (double)l->tokens;
+        if (*steps % 1000) continue;
+        snprintf(text, sizeof text, "plan  steps for %s tokens", slam_format_count(count, tokens));
+        slam_bar_show(&r->bar, tokens, limit, text);
     }
+    slam_bar_clear(&r->bar);
     slam_loader_free(l);
     return rows > 0 && !slam_stop_requested();
 }
