@@ -38,7 +38,7 @@ typedef struct program {
     slam_model *model;
     char *folder;     /* of the model */
     slam_trainer run; /* that it is from; zeros if that is not known */
-    slam_data *test_data, *train_data;
+    slam_data *opened[2], *test_data, *train_data;
     slam_tokenizer *tokenizer;
     slam_testset *set;
     slam_units *set_units; /* (set->items.n) */
@@ -91,11 +91,13 @@ static int perplexity(program *p) {
     static const char *const keys[] = {"unigram", "bigram", "trigram", "fourgram", "fivegram"};
     slam_metric metrics[8];
     uint64_t targets, counted = 0;
-    double loss, ngrams[5];
+    double *losses = (double *)calloc(1 + p->test_data->n_sources, sizeof *losses), ngrams[5];
     int n = 3;
     slam_batch batch = slam_batch_new(p->batch, p->test_data->context, 0);
     const int ok = slam_model_plan(p->model, p->batch, batch.T, SLAM_INFERENCE) &&
-                   slam_data_loss(p->model, p->test_data, -1, &batch, &loss, &targets);
+                   slam_data_loss(p->model, p->test_data, &batch, losses, &targets);
+    const double loss = losses[0];
+    free(losses);
     slam_batch_free(&batch);
     if (!ok) return 0;
     if (!targets) return slam_set_error("%s: no token to predict", p->data.at[0]);
@@ -331,9 +333,8 @@ static void add_bundled(const char *argv0, const char *name, slam_strings *list)
     free(path);
 }
 
-/* Data of the model's units. `fraction` of it goes to *held_out, chosen as the run chose it. */
-static slam_data *open_data(const program *p, const slam_strings *paths, int context, double fraction,
-                            slam_data **held_out) {
+/* Data of the model's units. `fraction` of it is held out, chosen as the run chose it. */
+static slam_data *open_data(const program *p, const slam_strings *paths, int context, double fraction) {
     const int V = p->model->config.V;
     slam_data *data = slam_data_new(context);
     int ok = data != NULL;
@@ -343,7 +344,7 @@ static slam_data *open_data(const program *p, const slam_strings *paths, int con
     if (ok && p->run.units && data->fingerprint && p->run.units != data->fingerprint)
         ok = slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", paths->at[0],
                             (unsigned)data->fingerprint, (unsigned)p->run.units);
-    if (ok && slam_data_prepare(data, V, fraction, (uint64_t)atoll(setting(p, "seed", "0")), held_out)) return data;
+    if (ok && slam_data_prepare(data, V, fraction, (uint64_t)atoll(setting(p, "seed", "0")))) return data;
     slam_data_free(data);
     return NULL;
 }
@@ -374,16 +375,13 @@ static double name_data(program *p, const char *argv0) {
 static int open_perplexity(program *p, const char *argv0) {
     const int context = context_of(p);
     const double fraction = p->data.n ? 0 : name_data(p, argv0);
-    slam_data **held_out = fraction > 0 ? &p->test_data : NULL;
     for (size_t i = 0; i < p->data.n; i++) printf("%s%s%s\n", i ? "         " : "data     ", p->data.at[i], p->note);
     for (size_t i = 0; i < p->counted.n; i++) printf("%s%s\n", i ? "         " : "n-grams  of ", p->counted.at[i]);
     fflush(stdout);
-    slam_data *data = open_data(p, &p->data, context, fraction, held_out);
-    if (!data) return 0;
-    if (!held_out) p->test_data = data;
-    if (held_out && !p->train) p->train_data = data;
-    else if (p->counted.n && is_root(p)) p->train_data = open_data(p, &p->counted, context, 0, NULL);
-    if (held_out && p->train) slam_data_free(data);
+    if (!(p->opened[0] = open_data(p, &p->data, context, fraction))) return 0;
+    p->test_data = fraction > 0 ? p->opened[0]->held_out : p->opened[0];
+    if (fraction > 0 && !p->train) p->train_data = p->opened[0];
+    else if (p->counted.n && is_root(p)) p->train_data = p->opened[1] = open_data(p, &p->counted, context, 0);
     return !p->counted.n || !is_root(p) || p->train_data != NULL;
 }
 
@@ -476,7 +474,7 @@ static int open_prompts(program *p, const char *argv0) {
         const slam_strings one = {&path, 1, 1};
         if (ends_in(path, ".jsonl")) ok = slam_prompts_add_lines(&p->prompts, path);
         else if (ends_in(path, ".bin")) {
-            slam_data *data = open_data(p, &one, p->model->config.T, 0, NULL);
+            slam_data *data = open_data(p, &one, p->model->config.T, 0);
             if ((ok = data != NULL) != 0) slam_prompts_add_data(&p->prompts, data);
             slam_data_free(data);
         } else slam_strings_add(&audio, path);
@@ -528,8 +526,8 @@ int main(int argc, char **argv) {
     free(p.set_units);
     slam_testset_free(p.set);
     slam_prompts_free(&p.prompts);
-    slam_data_free(p.test_data);
-    slam_data_free(p.train_data);
+    slam_data_free(p.opened[0]);
+    slam_data_free(p.opened[1]);
     slam_tokenizer_free(p.tokenizer);
     slam_model_free(p.model);
     slam_ops_free(p.ops);

@@ -1,10 +1,10 @@
 /* slam.h - train speech language models, in one file
 
-   A speech language model is a language model over units. Speech goes through a feature extractor, every frame becomes
-   the number of its nearest centroid, its unit, and a transformer learns to predict the next unit. This file holds all
-   of it: audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and CUDA, AdamW,
-   DPO, evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi 2025, arXiv
-   2502.15814).
+   A speech language model is a language model over units. A feature extractor turns speech into frames, and each frame
+   is replaced by the index of its nearest centroid, its unit. A transformer learns to predict the next unit. This file
+   holds all of it: audio to units, units to packed batches, a Qwen-style transformer forward and backward on CPU and
+   CUDA, AdamW, DPO, evaluation, and checkpoints that Hugging Face loads. The recipe is Slam (Maimon, Elmakies and Adi
+   2025, arXiv 2502.15814).
 
    USE
    Copy slam.h and slam.cu. Add slam.cu to your build (`nvcc -c slam.cu`, or `cc -x c -c slam.cu` without CUDA) and
@@ -22,11 +22,11 @@
        slam_model_free(m);
        slam_ops_free(ops);
 
-   CONTENTS (search for "SECTION n"; declarations: "---- n.")
+   CONTENTS (declarations: search for "---- n."; implementation: "SECTION n.")
       1. BASE           errors, memory, strings, random numbers, threads, files
       2. FORMATS        JSON, CSV, safetensors, npy, token shards, unit lines
-      3. OPS            every operation of the model with its mathematics (below, in struct slam_ops)
-      4. OPS ON THE CPU the plain loops: read these first
+      3. OPS            every operation of the model with its mathematics (declarations only: struct slam_ops)
+      4. OPS ON THE CPU the reference implementation: read it first
       5. OPS ON CUDA    the same operations as kernels
       6. COMM           several processes: MPI and NCCL
       7. MODEL          configuration, weights, forward, backward, decoding
@@ -46,14 +46,13 @@
      SLAM_MPI             several processes (flags of `mpicc -show`)
      SLAM_NCCL            with SLAM_MPI and nvcc: exchange GPU memory through NCCL (-lnccl)
      SLAM_OUT_OF_MEMORY(bytes)  called when host memory runs out; must not return. Default: message on stderr, exit(1)
-     -fopenmp             parallel loops; without it, one thread
-     nvcc -arch=native    section 5 (-lcublasLt)
      SLAM_EMULATOR        section 5 on the CPU by a C++17 compiler, with test/cuda_emulator.h
+   Compiler flags: -fopenmp for parallel loops (else one thread); nvcc -arch=native adds section 5 (-lcublasLt).
 
    ERRORS
-   A function that can fail returns 0 or NULL and sets slam_error(). Host memory outside slam_ops.alloc is the exception
-   (SLAM_OUT_OF_MEMORY). Only that and section 15 print. A slam_ops and everything made with it belong to one thread at
-   a time. MIT licence. */
+   A function that can fail returns 0 or NULL and sets slam_error(). The exception: when host memory outside
+   slam_ops.alloc runs out, SLAM_OUT_OF_MEMORY is called. Only it and section 15 print. A slam_ops and everything made
+   with it belong to one thread at a time. MIT licence. */
 #ifndef SLAM_H
 #define SLAM_H
 #if defined(SLAM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -100,7 +99,7 @@ typedef int slam_progress_fn(void *context, const slam_progress *);
 
    B batch, T time, C channels, V vocabulary, NH heads, KVH key/value heads, HS head size, F MLP width, N = B T.
    (N,C) is a matrix of N rows, row-major. `slam_act` is the type of activations and of the weights that ops read: float
-   on the CPU, bf16 or float on CUDA (`act_bytes`). Statistics, losses and gradients of parameters are float, sums
+   on the CPU, bf16 or float on CUDA (`act_bytes`). rstd, lse, losses and gradients of parameters are float, sums
    double. "=" overwrites, "+=" adds: gradients of parameters accumulate over micro-batches. Arrays are device memory
    from `alloc`; structs of arguments and `host` are host memory. Ops return nothing: `finish` reports the first
    error. */
@@ -109,15 +108,15 @@ typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
-   mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the span:
-   i - doc_start[i] - (mask_end[i] - mask_start[i]). doc_start <= mask_start <= mask_end <= doc_end, and every query
-   sees at least one key. */
+   mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the masked span:
+   i - doc_start[i] - (mask_end[i] - mask_start[i]). A span that is not empty lies within doc_start .. doc_end, and
+   every query sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
-    const float *rope;                /* (T,HS) per position: HS/2 cosines, HS/2 sines; NULL: no rotation */
+    const float *rope;                /* rotary table of T positions, see rope_table; NULL: no rotation */
 } slam_mask;
 
 typedef struct slam_adamw_params {
@@ -130,13 +129,20 @@ typedef struct slam_conv {
     int B, G, T, C, TO, OC, K, stride, gelu;
 } slam_conv;
 
+/* N rows of V logits, `stride` apart. */
+typedef struct slam_xent {
+    int N, V, stride;
+    float scale;          /* of the gradient; 0: losses only */
+    const float *weights; /* (N) of the losses in the gradient, NULL: 1 */
+} slam_xent;
+
 struct slam_ops {
     const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
     int act_bytes;    /* 4: float, 2: bf16 */
     int threads;      /* CPU threads of parallel loops */
     size_t memory;    /* total bytes of the device */
     int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* the bits of a row of a product do not depend on the other rows */
+    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;  /* the processes that train together; NULL: one process */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
@@ -147,8 +153,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* comm_stream (cudaStream_t) is for exchanges between processes; NULL: none, MPI reads device memory. comm_begin:
-       it waits for all queued work. comm_end: later work waits for it. comm_done: is it idle? */
+    /* comm_stream: the CUDA stream of NCCL; NULL: MPI accesses the memory directly. comm_begin: it waits for all queued
+       work. comm_end: later work waits for it. comm_done: 1 if it is idle. */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -168,8 +174,8 @@ struct slam_ops {
            rstd_i = 1 / sqrt(mean_c s_ic^2 + eps)           y_ic = w_c rstd_i s_ic
            ds_ic += rstd_i (w_c dy_ic - s_ic rstd_i^2 mean_k(w_k dy_ik s_ik))
            dw_c  += sum_i dy_ic rstd_i s_ic
-       s, y, x, delta and their gradients hold N groups of G rows of C numbers, and groups begin `stride` numbers apart.
-       A matrix: G = 1, stride = C. The query heads of qkv: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
+       s, y, x, delta and their gradients hold N groups of G rows of C elements; groups begin `stride` elements apart.
+       A matrix: G = 1, stride = C. QK-norm of query heads: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
        delta NULL: s is x, not written. y may be x. On entry ds holds the gradient that reaches s by other paths (0 if
        none), on return that of x and delta. dy may not be ds. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
@@ -204,9 +210,9 @@ struct slam_ops {
     void (*attention_forward)(slam_ops *, slam_act *out, float *lse, slam_act *qkv, const slam_mask *);
     void (*attention_backward)(slam_ops *, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                const float *lse, const slam_act *qkv, const slam_mask *);
-    /* Decoding: B is the number of cache slots and T their capacity. Row b of qkv is the token at position lengths_b <
-       T of slot b. Its k' and v go to the cache, and it attends to positions 0..lengths_b. Of the mask it uses B, T,
-       NH, KVH, HS and rope.
+    /* Decoding: one token for each of the first B cache slots of capacity T. Row b of qkv is the token at position
+       lengths_b < T of slot b. Its k' and v are appended to the cache, and it attends to 0..lengths_b. It uses B, T,
+       NH, KVH, HS and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -223,12 +229,11 @@ struct slam_ops {
 
     /* Cross-entropy, loss and gradient in one pass
            loss_i = log sum_v exp(z_iv) - z_i,target_i      dz_iv = scale weight_i (softmax(z_i)_v - [v = target_i])
-       loss (N), 0 where target is -1; weights (N), NULL: 1; logits (N,V), rows `stride` apart. scale 0: logits are
-       unchanged. Else dz replaces them, with 0 in rows whose target is -1 and in the stride - V columns of padding. */
-    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const float *weights,
-                         float scale, int N, int V, int stride);
+       loss (N), 0 where target is -1; logits (N,stride). scale 0: logits are unchanged. Else dz replaces them, with 0
+       in rows whose target is -1 and in the stride - V columns of padding. */
+    void (*crossentropy)(slam_ops *, float *loss, slam_act *logits, const int *targets, const slam_xent *);
 
-    /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order depends on n alone. x (n) */
+    /* sum: out[0] += sum_i x_i. sum_squares: out[0] += sum_i x_i^2. The order of summation depends on n alone. x (n) */
     void (*sum)(slam_ops *, double *out, const float *x, size_t n);
     void (*sum_squares)(slam_ops *, double *out, const float *x, size_t n);
 
@@ -273,7 +278,7 @@ struct slam_ops {
                     const float *squares, int N, int D, int K);
 };
 
-/* threads 0: one per core. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
+/* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
 slam_ops *slam_cpu(int threads);
 slam_ops *slam_cuda(int device, int act_bytes);
 int slam_cuda_count(void); /* number of GPUs */
@@ -290,10 +295,10 @@ struct slam_comm {
     struct slam_comm_state *state; /* MPI and NCCL */
 };
 slam_comm *slam_comm_init(void); /* size 1: there are no other processes. NULL and slam_error() on failure */
-/* status 0: waits for all ranks and frees. Else ends all ranks at once, unless all know of the failure (failed). */
+/* status 0: waits for all ranks and frees. Else aborts all ranks, unless `failed`: then each rank ends by itself. */
 void slam_comm_finalize(slam_comm *, int status);
-void slam_comm_attach(slam_comm *, slam_ops *); /* from now on all ranks share what is computed with these ops */
-/* Collectives. A rank whose exchange fails takes no further part: slam_all_ok then returns 0. */
+void slam_comm_attach(slam_comm *, slam_ops *); /* makes training and evaluation with these ops data-parallel */
+/* Collectives. After a failed exchange a rank skips all further ones; slam_all_ok then returns 0. */
 int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the first one's slam_error() */
 long slam_comm_max(slam_comm *, long x);
 void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
@@ -327,7 +332,7 @@ typedef struct slam_sequence {
 typedef struct slam_batch {
     int B, T, capacity;         /* rows in use, tokens per row, rows there is space for */
     int *tokens, *targets;      /* (B,T); target: the next token, -1 where there is none (padding too) */
-    int *doc_start;             /* (B,T) column at which the token's sequence starts; see slam_mask */
+    int *doc_start;             /* (B,T) column at which the token's sequence (chunk) starts; see slam_mask */
     int *mask_start, *mask_end; /* (B,T) masked spans, NULL: none */
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
     slam_sequence *sequences;
@@ -339,7 +344,7 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;
+    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
     size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
     slam_act *weights;
     float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
@@ -347,7 +352,8 @@ typedef struct slam_model {
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
     struct slam_layout *layout;
-    /* Called in the next backward pass when the gradients of layer l are complete; L: an untied head, -1: all. */
+    /* Called in the next backward pass when gradients are complete. l = 0 .. config.L - 1: of a layer; l = config.L:
+       of an untied head; l = -1: all. */
     void (*grads_ready)(void *context, int l);
     void *grads_context;
 } slam_model;
@@ -357,29 +363,29 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. master NULL: rounded
-   weights; slam_checkpoint_save collects the float ones. */
+/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
+   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
 int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
-void slam_model_set_rope_theta(slam_model *, double rope_theta);
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
 int slam_forward(slam_model *, slam_batch *); /* sets batch->losses */
-/* After slam_forward: adds the gradient of sum_i weights_i loss_i, and loss to stats. weights (B,T) on the host. */
+/* After slam_forward: adds the gradient of sum_i weights_i loss_i to grads, `loss` to stats[0]. weights (B,T), host */
 int slam_backward(slam_model *, const float *weights, double loss);
 /* Forward and backward in one: adds scale * d(sum of losses) to the gradients and the sum of losses to stats. */
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's numbers do not depend on
-   the others (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its plan is
-   large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
+   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
+   plan is large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
-    int *length, *last; /* (slots) tokens of each sequence, 0: the slot is free; its last token */
+    int *length; /* (slots) tokens of the sequence; 0: the slot is free */
+    int *last;   /* (slots) its last token */
     struct slam_decoder_state *state;
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
@@ -394,7 +400,7 @@ void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 free
 typedef struct slam_sampling {
     double temperature;        /* 0: greedy */
     int top_k;                 /* keep the k largest logits and ties with the last; 0: all */
-    double top_p;              /* keep the fewest largest whose probabilities sum to at least p; 1: all */
+    double top_p;              /* keep the smallest set of most probable tokens with total probability >= p; 1: all */
     double repetition_penalty; /* divides positive and multiplies negative logits of seen tokens; 1: none */
 } slam_sampling;
 /* Draws from logits (V), which are changed. seen (V): 1 for tokens the penalty applies to, or NULL. uniform in [0,1).
@@ -409,7 +415,7 @@ typedef struct slam_schedule {
     double lr, min_lr; /* cosine ends at min_lr */
     long warmup, steps;
 } slam_schedule;
-/* Learning rate of update `step` (from 0), as Transformers: linear warm-up from 0, then the curve. */
+/* Learning rate of update `step` (from 0), as in Hugging Face Transformers: linear warm-up from 0, then the curve. */
 double slam_learning_rate(const slam_schedule *, long step);
 
 typedef struct slam_adamw {
@@ -423,27 +429,27 @@ typedef struct slam_adamw {
 /* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
-/* The next backward pass, the last of a step, reduces gradients over the ranks while it computes. */
+/* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
 void slam_adamw_overlap(slam_adamw *);
 typedef struct slam_step {
     double loss_sum, grad_norm; /* over all ranks since the last update; norm before clipping */
     int skipped;                /* loss or norm was not finite: nothing changed */
 } slam_step;
-/* One update from the gradients of all ranks, which are zero afterwards, as are the statistics. Collective. */
+/* Sums the gradients over the ranks, updates the weights, and zeroes gradients and model->stats. Collective. */
 int slam_adamw_step(slam_adamw *, double lr, slam_step *);
 void slam_adamw_reset(slam_adamw *); /* moments and updates back to zero */
 
 /* ---- 9. BATCHES: documents -> chunks -> packed rows -> batches ----
 
    A document longer than the context is split into chunks of at most `context` tokens; each chunk is a sequence of its
-   own. Rows of `context` tokens hold several whole chunks. An epoch draws every chunk once, in an order that depends on
-   the seed and epoch. */
+   own. Rows of `context` tokens hold several whole chunks. An epoch has every chunk of a source of weight 1 once; its
+   order, if shuffled, depends on seed and epoch. */
 typedef struct slam_chunk {
     uint32_t file, first, n; /* tokens first .. first + n - 1 of a file */
 } slam_chunk;
 typedef struct slam_source {
     char *name;
-    double weight; /* draws of each chunk per epoch; 2: two; 0.5: a different half each epoch */
+    double weight; /* how often an epoch has each chunk; 0.5: one half, the other half in the next epoch */
     size_t first_file, end_file, first_chunk, end_chunk, documents;
 } slam_source;
 typedef struct slam_data {
@@ -454,38 +460,41 @@ typedef struct slam_data {
     slam_chunk *chunks;
     size_t n_sources, n_chunks, source_capacity, chunk_capacity;
     uint64_t hash; /* of tokens, context, weights and split (held-out data have the same), after slam_data_prepare */
-    struct slam_files *files;
+    struct slam_data *held_out; /* a part of it, or NULL; freed with it */
+    struct token_file *files;
+    size_t n_files, file_capacity;
 } slam_data;
 slam_data *slam_data_new(int context); /* an empty data set; context: longest chunk and length of a row, at least 2 */
 /* Adds a source: a file or glob of token shards (.bin) or SlamKit units (.jsonl). */
 int slam_data_add(slam_data *, const char *pattern, double weight);
 /* Call once, after the last add. Checks that tokens are < V and documents are `1 u.. 1`. Moves round(fraction *
-   documents) of each source, at least one if it has two, chosen by seed, to *held_out (NULL with fraction 0). */
-int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed, slam_data **held_out);
+   documents) of each source, at least one if it has two, chosen by seed, to held_out (0: none). */
+int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed);
 void slam_data_free(slam_data *);
 typedef struct slam_data_size {
     uint64_t documents, chunks, tokens, targets, rows; /* of one epoch */
     double fill;                                       /* share of positions that are not padding */
 } slam_data_size;
 /* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, int source, uint64_t seed);
+slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 
-/* Draws rows of chunks in the order of an epoch, or pairs, which are packed into rows of about the same length. Rows do
-   not depend on the ranks. */
+/* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
+   of about equal length. Rows do not depend on the number of ranks. */
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
-    uint64_t seed, epoch, row; /* position: epochs finished, rows (or pairs) drawn of the current one */
-    int n, rows;               /* of the global batch of slam_loader_begin: rows (or pairs) asked for, its rows */
-    uint64_t tokens, targets;  /* of the global batch, on all ranks */
-    int T, rows_left;          /* tokens per row; rows of this rank's share: 0 after the last micro-batch */
+    uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
+    int n, rows;               /* of the global batch: rows (or pairs), and packed rows */
+    uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
+    int T;                     /* tokens per row */
+    int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
-slam_loader *slam_loader_new(const slam_data *, int source, uint64_t seed, int shuffle); /* source -1: all */
+slam_loader *slam_loader_new(const slam_data *, uint64_t seed, int shuffle);
 void slam_loader_free(slam_loader *);
 /* Moves to a position; fails if the epoch has fewer rows. */
 int slam_loader_seek(slam_loader *, uint64_t epoch, uint64_t row);
-/* Begins the next global batch of n rows (or pairs), which continues into the next epoch if shuffled, else ends with
-   this one. Reads no tokens. Returns how many, 0 at the end. */
+/* Begins the next global batch of n rows (or pairs). At the end of an epoch a shuffled loader continues with the next
+   one; else the batch is smaller. Reads no tokens. Returns how many, 0 at the end. */
 int slam_loader_begin(slam_loader *, int n, const slam_comm *);
 /* Fills `batch` with the next rows of this rank's share, at most batch->capacity. Returns how many, 0 when there are no
    more. batch->sequences[].item: a chunk, or 2 p for the chosen and 2 p + 1 for the rejected completion of pair p. */
@@ -509,7 +518,8 @@ float *slam_audio_load(const char *path, size_t *n);
 enum { SLAM_MFCC, SLAM_HUBERT };
 /* What turns audio into units; km.json beside the centroids in km.npy. MFCC are those of the Python package
    python_speech_features: 13 with first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
-   Transformers' HubertModel, n > 0 the output of layer n, without the final norm of do_stable_layer_norm models. */
+   Transformers' HubertModel: 0 is the input of the first layer, n the output of layer n (before the final layer norm of
+   do_stable_layer_norm models). */
 typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
@@ -519,7 +529,7 @@ typedef struct slam_unit_config {
     uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
-/* config = km.json beside KM.npy, if there is one (else unchanged); a folder in `hubert` stays if set: models move. */
+/* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
 int slam_unit_config_load(slam_unit_config *, const char *km_npy);
 
 /* Units of one recording or sequence. */
@@ -546,8 +556,8 @@ typedef struct slam_tokenizer {
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
 } slam_tokenizer;
-/* The centroids in KM.npy, with the config of slam_unit_config_load, whose fingerprint must be right; NULL: none. ops:
-   the device of HuBERT, NULL for MFCC. */
+/* Loads the centroids of KM.npy (NULL: none, features only). Fails if the config's fingerprint, unless 0, is not
+   theirs. ops: the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
@@ -561,8 +571,8 @@ typedef struct slam_inputs {
     int kind, pairs_out;   /* pairs_out: the output is preference pairs */
     slam_strings paths;    /* the audio files, or the files of the lines */
     size_t n, first, end;  /* inputs; first <= i < end is the part to do */
-    double max_seconds;    /* longer audio is split in the quietest 20 ms of the last fifth before it; 0: never */
-    double max_repetition; /* pairs whose text has this slam_auto_bleu of order 2 or more are skipped; 0: none */
+    double max_seconds;    /* longer audio is split at the quietest 20 ms in the last fifth of it; 0: never */
+    double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
     struct slam_line *lines;
     struct file_map *files;
@@ -577,17 +587,17 @@ void slam_inputs_free(slam_inputs *);
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* 1: *item is the next, in order, until the next call, *skipped NULL or why it is skipped; or *item is NULL: a chunk of
-   segments was decoded, in parallel, and encoded. 0: the end. -1: failed. */
+/* Returns 1, 0 at the end, -1 on failure. With 1, *item is the next input (valid until the next call; *skipped: why it
+   is skipped, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* OUT.bin (token shards: a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit features
-   or tokens, pairs). Meanwhile OUT.partial has the data and OUT.journal says how much of it counts: after a kill, the
-   same call resumes, to the same bytes. OUT.failed lists skipped inputs. */
+/* Writes OUT.bin (token shards; a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit
+   features or tokens, pairs). While writing, OUT.partial has the data, and OUT.journal how many bytes of it are valid:
+   after a kill, the same call resumes and produces the same bytes. OUT.failed lists skipped inputs. */
 typedef struct slam_writer {
     int binary, pairs;
-    uint64_t earlier; /* inputs that a call before this one did */
+    uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
     uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
@@ -595,29 +605,29 @@ typedef struct slam_writer {
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
-int slam_writer_add(slam_writer *, const slam_item *); /* and, once a second, data to disk, then the journal */
-/* ok: OUT.partial becomes OUT if all inputs are done, else is kept. 0, after an error: as at the last journal. */
+int slam_writer_add(slam_writer *, const slam_item *); /* once a second, also syncs the data and updates the journal */
+/* ok: renames OUT.partial to OUT if all inputs are done. 0, after an error: OUT.partial is kept as of the journal. */
 int slam_writer_close(slam_writer *, int ok);
 
 typedef struct slam_kmeans_report {
-    size_t frames;    /* 0: KM.npy was there already, of the same call */
+    size_t frames;    /* 0: nothing was fitted, KM.npy was there already, made by the same call */
     double inertia;   /* mean squared distance of a frame to its centroid */
     int passes, dead; /* full passes; centroids without a frame */
 } slam_kmeans_report;
-/* Writes KM.npy and KM.json: k-means of at most `frames` frames, sampled evenly from inputs in an order of the seed's,
-   up to 8 x frames. */
+/* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 x frames frames, samples `frames` of them
+   uniformly and runs k-means. */
 slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *, slam_ops *, const slam_inputs *, int K,
                                    size_t frames, uint64_t seed, slam_progress_fn *, void *context,
                                    slam_kmeans_report *);
-/* Units of whole audio files, units (paths->n); of a skipped file: n and samples 0. The ranks share the work. */
+/* Units of whole audio files, units (paths->n); a skipped file has n and samples 0. The ranks share the work. */
 int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *, void *context);
 
 /* ---- 12. OBJECTIVES: losses of a data set, preference pairs and DPO, scores of sequences ---- */
 
-/* Mean loss (nats per target) over all targets of a source (-1: all), shared by the ranks; *targets: how many. The
-   model is planned for batch->capacity rows of T = context. */
-int slam_data_loss(slam_model *, const slam_data *, int source, slam_batch *batch, double *loss, uint64_t *targets);
+/* Mean losses (nats per target): losses[0] over all targets, losses[1 + s] over those of source s (NaN if it has none).
+   The ranks share the work. The model must be planned for batch->capacity rows of T = context. */
+int slam_data_loss(slam_model *, const slam_data *, slam_batch *batch, double *losses, uint64_t *targets);
 
 /* Preference pairs. The prompt is `1 u..`, a completion `u.. 1`; its log-probability is the sum over its tokens. */
 typedef struct slam_pair {
@@ -627,14 +637,15 @@ typedef struct slam_pair {
 typedef struct slam_pairs {
     int V, context;        /* vocabulary; most tokens of prompt and completion */
     int share;             /* both completions attend to one copy of the prompt */
-    double max_repetition; /* least slam_auto_bleu of order 2 of a text that is skipped; 0: none is */
+    double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
     double *reference; /* (n,2) the reference model's log-probabilities of chosen and rejected; NULL: not computed */
-    /* skipped: their text repeats itself; a completion has no units; both are the same; longer than the context */
+    /* skipped: the text repeats itself; a completion has no units; both are the same; longer than the context */
     uint64_t repetitive, empty, identical, too_long;
-    uint64_t truncated, unshared; /* kept: the prompt lost its beginning; no space in the context to share the prompt */
-    uint64_t hash;                /* of all pairs, after slam_pairs_prepare */
+    /* pairs kept: the prompt was truncated at its beginning; too long to share the prompt */
+    uint64_t truncated, unshared;
+    uint64_t hash; /* of all pairs, after slam_pairs_prepare */
 } slam_pairs;
 /* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
    V, context, share and max_repetition. */
@@ -644,7 +655,7 @@ int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
 /* "8 too long, ...", the pairs skipped since `before` (NULL: all); "none". */
 const char *slam_pairs_skipped(const slam_pairs *, const slam_pairs *before, char text[200]);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
-int slam_pairs_row(const slam_pairs *); /* most tokens per row: 2 x context, at least 1024 */
+int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
 
 /* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for T =
    slam_pairs_row, with masks if pairs are shared. */
@@ -663,23 +674,23 @@ int slam_pairs_reference(slam_pairs *, slam_model *reference, slam_batch *, slam
 int slam_pairs_save_reference(const slam_pairs *, const char *path, uint64_t model_hash);
 int slam_pairs_load_reference(slam_pairs *, const char *path, uint64_t model_hash);
 
-/* scores (n): mean (or sum) log-probability per token after the leading 1. Sequences are packed into rows of up to T
-   tokens, B at a time (this plans the model); longer ones are scored in windows of T of which each but the first
-   predicts its second half. Equal sequences get equal scores. The ranks share the work. */
+/* scores (n): log-probability of the tokens after the leading 1, their mean or (sum) total. Sequences are packed into
+   rows of up to T tokens, B at a time (this plans the model). Longer ones are scored in windows of T, of which each but
+   the first predicts at most its second half. Equal sequences get equal scores. The ranks share the work. */
 int slam_score(slam_model *, const slam_units *, size_t n, int B, int T, int sum, double *scores, slam_progress_fn *,
                void *context);
 
 /* ---- 13. EVALUATION: n-grams, test sets, generation ---- */
 
 /* Cross-entropies (nats per token, orders 1 to 5) of interpolated Witten-Bell n-gram models (Witten and Bell 1991)
-   counted on `train`, on the targets of slam_data_loss. Contexts do not cross chunks.
+   counted on `train`, over all targets of `test`. Contexts do not cross chunks.
        p_k(w|h) = (c(hw) + T(h) p_{k-1}(w|h')) / (c(h) + T(h))   p_0 = 1/V   T(h): number of distinct tokens after h */
 int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll[5], uint64_t *targets);
 
 /* A test set: pairs of sequences, of which the correct one should get the higher score. */
 enum { SLAM_SWUGGY, SLAM_SBLIMP, SLAM_STORYCLOZE, SLAM_SALMON };
 typedef struct slam_accuracy {
-    const char *group, *name; /* "" of all pairs, then of "vocabulary", "frequency", "length", "type", "part" */
+    const char *group, *name; /* group "": all pairs; then "vocabulary", "frequency", "length", "type", "part" */
     size_t n;                 /* pairs; one in several voices counts once, with their mean */
     double mean, deviation;   /* NaN without pairs; sample standard deviation, NaN if n < 2 */
 } slam_accuracy;
@@ -716,19 +727,20 @@ typedef struct slam_prompt {
 typedef struct slam_prompts {
     slam_prompt *at;
     size_t n, capacity;
-    size_t max_units;   /* units of a recording that are its prompt; 0: by max_seconds */
-    double max_seconds; /* units that begin before this; 0: all */
+    size_t max_units;   /* length of prompts in units; 0: by max_seconds */
+    double max_seconds; /* length of prompts in seconds; 0: whole recordings */
     int rate;           /* frames per second. Without durations 18 units count as a second */
     size_t guessed;     /* prompts that were cut without durations */
 } slam_prompts;
 void slam_prompts_add(slam_prompts *, const char *name, const int *units, const int *duration, size_t n);
 int slam_prompts_add_lines(slam_prompts *, const char *path);   /* the lines of a file of units */
-void slam_prompts_add_data(slam_prompts *, const slam_data *);  /* the documents */
+void slam_prompts_add_data(slam_prompts *, const slam_data *);  /* the first chunk of each document */
 int slam_prompts_write(const slam_prompts *, const char *path); /* lines {"file_name", "prompt": [..], "units": [..]} */
 void slam_prompts_free(slam_prompts *);
 typedef struct slam_generation {
     slam_sampling sampling;
-    int max_new, context, batch; /* new tokens at most; of prompt and continuation; sequences at once, per rank */
+    int max_new, context; /* most new tokens; most tokens of prompt and continuation */
+    int batch;            /* sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
 /* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
@@ -761,14 +773,15 @@ void slam_trainer_free(slam_trainer *);
 /* Value number i (from 0) of a setting; NULL: there is none. Set: replaces it, or adds it. */
 const char *slam_trainer_setting(const slam_trainer *, const char *name, size_t i);
 void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *value);
-/* Adds the run's files "data" or "val"; those that have moved together with the run are in the current folder. */
+/* Appends the paths of a setting, "data" or "val". A relative path is looked for in the current folder if the folder of
+   the first call does not have it (the run was moved together with its data). */
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
-/* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the `keep` newest (0: none) and the
-   best. The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+/* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
-/* PATH if it is a model folder, a run's newest checkpoint if it is a run; NULL: of the newest run in runs/ of this
-   program (NULL: of any). free() it. */
+/* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
+   this program (NULL: any program). free() it. */
 char *slam_run_model(const char *path, const char *program);
 
 /* ---- 15. PROGRAMS: what the four programs share. The only section that prints ---- */
@@ -785,7 +798,7 @@ typedef struct slam_flag {
     int type;
     void *to;
     const char *argument;
-    const char *fallback; /* default: "8"; two: "8 | 16", see slam_flags_defaults; "-": none */
+    const char *fallback; /* default; "a | b": a or b, see slam_flags_defaults; "-": none */
     const char *help;
     double min, max; /* equal: any */
     int given, set;  /* on the command line; has a value */
@@ -820,12 +833,15 @@ void slam_bar_clear(slam_bar *);                                             /* 
 
 /* Start of a program: joins the ranks, of which only rank 0 has a stdout. NULL: failed, and said why. */
 slam_comm *slam_program_begin(const char *program);
-/* End: prints slam_error() (status 1) and the usage (2), once if all ranks know; ends all ranks. Returns the status. */
+/* End: prints slam_error() if status is 1 or 2, and the usage if it is 2, once if all ranks know of the failure. Then
+   finalises the comm. Returns the status. */
 int slam_program_end(const slam_flags *, slam_comm *, int status);
-/* From now on SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP requests a stop; a second of the first two ends. */
+/* From now on SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP requests a stop. A second one of the first two
+   exits at once. */
 void slam_signals_catch(void);
 int slam_stop_requested(void);
-int slam_threads(const slam_comm *, int threads); /* sets the number of threads; 0: this process's share of the cores */
+/* Sets and returns the number of threads. 0: OpenMP's, or with several ranks on a machine their share of the cores. */
+int slam_threads(const slam_comm *, int threads);
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
 slam_ops *slam_device(slam_comm *, const char *device, const char *dtype, int threads);
 const char *slam_format_count(char s[32], double n);         /* 950, 12.3k, 1.40M */
@@ -852,7 +868,8 @@ typedef struct slam_options {
     int context, batch, micro, zero, recompute, resume, threads, keep, dry_run, ranks;
 } slam_options;
 typedef struct slam_run {
-    const char *data_name, *bundled_data[2]; /* by the program: "data"; without DATA: training and validation file */
+    /* set by the program: name of the DATA setting; files used without DATA, training and validation */
+    const char *data_name, *bundled_data[2];
     slam_comm *comm;
     slam_config config;
     slam_model *model;
@@ -864,21 +881,22 @@ typedef struct slam_run {
     slam_trainer trainer;
     char *folder, *checkpoint; /* of the run; to resume from, or NULL */
     const char *argv0;
-    int fresh, grows, bundled, limited; /* a new run; new, or a limit grows; without DATA; limits are given */
+    int fresh, grows;     /* a new run; new, or a limit is larger than before */
+    int bundled, limited; /* without DATA; a limit is given */
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
     long saved_step, eval_step; /* of the last checkpoint and evaluation */
-    double began, lap;          /* clock: start minus time of earlier calls; last measurement */
+    double began, lap;          /* slam_clock() at the start, minus earlier training time; at the last run_lap */
     double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
     double peak_flops;                               /* FLOP/s of all ranks at most */
-    int state, skipped_in_a_row, lock;               /* why the run ends; updates; file descriptor of the folder */
+    int state, skipped_in_a_row, lock;               /* RUN_ON, or why it ends; updates; descriptor of the folder */
     void *log;                                       /* FILE * of log.jsonl, rank 0 */
     slam_bar bar;
 } slam_run;
-/* The table: the program's own flags, then the common ones. presets: {name, default, help} replace the common ones'. */
+/* The table: the program's own flags, then the common ones, whose default and help presets replace (NULL: keeps). */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
-/* Resolves flags (the command line, else the resumed run, else set, else defaults) and data, opens the device. */
+/* Resolves flags (command line, else resumed run, else slam_flags_set, else defaults) and data; opens the device. */
 int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
@@ -886,15 +904,15 @@ int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double to
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);           /* a limit or a signal has ended the run; 0: the next step begins */
-int slam_run_eval_due(const slam_run *); /* every eval_every steps, and the end */
+int slam_run_over(slam_run *);           /* 1: a limit or signal has ended the run; 0: starts the clock of a step */
+int slam_run_eval_due(const slam_run *); /* every eval_every steps (0: never), and the end unless it was a signal */
 int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
 int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
 /* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
 int slam_run_log_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
 int slam_run_save(slam_run *);
-void slam_run_print_end(slam_run *, const char *validation); /* and how to resume */
+void slam_run_print_end(slam_run *, const char *validation); /* the result, and how to resume */
 int slam_run_end(slam_run *, int status);                    /* slam_program_end, and frees what is in the struct */
 
 #ifdef __cplusplus
@@ -2796,6 +2814,25 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
+/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
+   of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
+#define ROPE_PAIRS(HS) ((HS) / 2)
+
+/* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
+static float *rope_table(int T, int HS, double theta) {
+    const int pairs = ROPE_PAIRS(HS);
+    float *table = NEW(float, 2 * (size_t)T * pairs);
+    for (int c = 0; c < pairs; c++) {
+        const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
+        for (int t = 0; t < T; t++) {
+            float *cosine = table + 2 * (size_t)t * pairs + c;
+            cosine[0] = cosf((float)t * frequency);
+            cosine[pairs] = sinf((float)t * frequency);
+        }
+    }
+    return table;
+}
+
 /* The rotary position of row i of (B T). */
 static int rotary_position(const slam_mask *mask, int i) {
     const int masked = mask->mask_start ? mask->mask_end[i] - mask->mask_start[i] : 0;
@@ -2804,15 +2841,15 @@ static int rotary_position(const slam_mask *mask, int i) {
 
 /* x (heads,HS) = R_p x, or its inverse with sign -1 */
 static void rotate(float *x, int heads, const slam_mask *mask, int p, float sign) {
-    const int half = mask->HS / 2;
+    const int pairs = ROPE_PAIRS(mask->HS);
     if (!mask->rope) return;
-    const float *cosine = mask->rope + (size_t)p * mask->HS, *sine = cosine + half;
+    const float *cosine = mask->rope + 2 * (size_t)p * pairs, *sine = cosine + pairs;
     for (int h = 0; h < heads; h++, x += mask->HS) {
         VECTORISE
-        for (int c = 0; c < half; c++) {
-            const float x0 = x[c], x1 = x[c + half], s = sign * sine[c];
+        for (int c = 0; c < pairs; c++) {
+            const float x0 = x[c], x1 = x[c + pairs], s = sign * sine[c];
             x[c] = x0 * cosine[c] - x1 * s;
-            x[c + half] = x1 * cosine[c] + x0 * s;
+            x[c + pairs] = x1 * cosine[c] + x0 * s;
         }
     }
 }
@@ -2965,23 +3002,23 @@ static void cpu_swiglu_backward(slam_ops *ops, slam_act *dgate_up, const slam_ac
 
 /* ---- cross-entropy ---- */
 
-/* loss, targets, weights (N)  logits (N,V), rows `stride` apart */
-static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const float *weights,
-                             float scale, int N, int V, int stride) {
+/* loss, targets (N)  logits (N,stride) */
+static void cpu_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const slam_xent *x) {
+    const int V = x->V, gradient = x->scale != 0;
     PARALLEL_FOR
-    for (int i = 0; i < N; i++) {
-        float *z = row(logits, i, stride);
+    for (int i = 0; i < x->N; i++) {
+        float *z = row(logits, i, x->stride);
         loss[i] = 0;
-        if (scale != 0) memset(z + V, 0, (size_t)(stride - V) * sizeof(float));
+        if (gradient) memset(z + V, 0, (size_t)(x->stride - V) * sizeof(float));
         if (targets[i] < 0) {
-            if (scale != 0) memset(z, 0, (size_t)V * sizeof(float));
+            if (gradient) memset(z, 0, (size_t)V * sizeof(float));
             continue;
         }
         const float max = row_max(z, V), z_target = z[targets[i]];
-        const float sum = scale != 0 ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
+        const float sum = gradient ? row_exp(z, 1, max, V) : row_exp_sum(z, max, V); // row_exp: z = exp(z - max)
         loss[i] = logf(sum) - (z_target - max);
-        if (scale == 0) continue;
-        const float weight = weights ? scale * weights[i] : scale;
+        if (!gradient) continue;
+        const float weight = x->weights ? x->scale * x->weights[i] : x->scale;
         for (int v = 0; v < V; v++) z[v] *= weight / sum;
         z[targets[i]] -= weight;
     }
@@ -4148,51 +4185,48 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
    caches. */
 template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
-crossentropy_kernel(float *loss, T *logits, const int *targets, const float *weights, float scale, int N, int V,
-                    int stride) {
+crossentropy_kernel(float *loss, T *logits, const int *targets, slam_xent a) {
     const int column = threadIdx.x % TEAM * P, i = TEAM == 32 ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x;
-    if (i >= N) return; // the whole warp
+    if (i >= a.N) return; // the whole warp
     float *shared = (float *)shared_memory(), max = -INFINITY, sum = 0, x[P];
-    T *row = logits + (size_t)i * stride;
+    T *row = logits + (size_t)i * a.stride;
     const int target = targets[i];
     const float z_target = target < 0 ? 0 : (float)row[target];
-    for (int first = column; first < V; first += TEAM * P) {
+    for (int first = column; first < a.V; first += TEAM * P) {
         load(x, row + first);
         float larger = max;
         for (int k = 0; k < P; k++)
-            if (first + k < V) larger = fmaxf(larger, x[k]);
+            if (first + k < a.V) larger = fmaxf(larger, x[k]);
         if (larger > max) sum *= exp_of<T>(max - larger), max = larger;
         for (int k = 0; k < P; k++)
-            if (first + k < V) sum += exp_of<T>(x[k] - max);
+            if (first + k < a.V) sum += exp_of<T>(x[k] - max);
     }
     const float top = TEAM == 32 ? warp_max(max) : block_max(max, shared);
     sum = team_sum<TEAM>(sum * exp_of<T>(max - top), shared);
     if (column == 0) loss[i] = target < 0 ? 0 : logf(sum) - (z_target - top);
-    if (scale == 0) return;
+    if (a.scale == 0) return;
     __syncwarp(); // the team has read z_target (a block: before team_sum)
-    const float weight = target < 0 ? 0 : weights ? scale * weights[i] : scale, factor = weight / sum;
-    for (int first = column; first < stride; first += TEAM * P) {
+    const float weight = target < 0 ? 0 : a.weights ? a.scale * a.weights[i] : a.scale, factor = weight / sum;
+    for (int first = column; first < a.stride; first += TEAM * P) {
         load(x, row + first);
         for (int k = 0; k < P; k++) {
             const float p = exp_of<T>(x[k] - top) * factor;
-            x[k] = target < 0 || first + k >= V ? 0 : p - (first + k == target ? weight : 0);
+            x[k] = target < 0 || first + k >= a.V ? 0 : p - (first + k == target ? weight : 0);
         }
         store(row + first, x);
     }
 }
 
 template <typename T>
-static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const float *weights,
-                              float scale, int N, int V, int stride) {
-    const int wide = stride % WIDE<T> == 0 && aligned16(logits);
+static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, const int *targets, const slam_xent *a) {
+    const int wide = a->stride % WIDE<T> == 0 && aligned16(logits);
     T *z = (T *)logits;
-    if (N == 0) return;
-    if (stride <= 1024) {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(N, 8), 256, 0, loss, z, targets, weights,
-                            scale, N, V, stride));
+    if (a->N == 0) return;
+    if (a->stride <= 1024) {
+        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 32>), blocks(a->N, 8), 256, 0, loss, z, targets, *a));
     } else {
-        WITH_P(wide, LAUNCH(ops, (crossentropy_kernel<T, P, 512>), N, 512, 16 * sizeof(float), loss, z, targets,
-                            weights, scale, N, V, stride));
+        WITH_P(wide,
+               LAUNCH(ops, (crossentropy_kernel<T, P, 512>), a->N, 512, 16 * sizeof(float), loss, z, targets, *a));
     }
 }
 
@@ -4279,37 +4313,51 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
     return (unsigned)((1ull << b) - (1ull << a)) & ~(unsigned)((1ull << d) - (1ull << c));
 }
 
-/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache, so that
-   its columns, the HS/2 pairs of a head, must cover the head. A row is a head of a token. 2 N (NH + KVH) HS sizeof(T)
-   bytes; the table stays in the caches. */
+/* Rotates the pairs c .. c + P - 1 of a head, numbers x and y, by the angles of a position, or back with sign -1. */
+template <int P>
+DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS, int position, int c, float sign) {
+    const float *at = rope + 2 * (size_t)position * ROPE_PAIRS(HS) + c;
+    float cosine[P], sine[P];
+    load(cosine, at), load(sine, at + ROPE_PAIRS(HS));
+    for (int k = 0; k < P; k++) {
+        const float a = x[k];
+        x[k] = a * cosine[k] - sign * sine[k] * y[k];
+        y[k] = y[k] * cosine[k] + sign * sine[k] * a;
+    }
+}
+
+/* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
+   head of a token, a column a pair: together they must cover the head, which is copied as well. 2 N (NH + KVH) HS
+   sizeof(T) bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, half = HS / 2, heads = mask.NH + 2 * mask.KVH, h = row % heads,
-                  rotated = h < mask.NH + mask.KVH;
+        const int HS = mask.HS, heads = mask.NH + 2 * mask.KVH, h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
-        T *x = qkv + (size_t)row * HS + c;
-        float x0[P], x1[P], cosine[P], sine[P];
-        load(x0, x), load(x1, x + half);
+        T *x = qkv + (size_t)row * HS + c, *y = x + ROPE_PAIRS(HS);
+        float x0[P], x1[P];
+        load(x0, x), load(x1, y);
         if (mask.rope && rotated) {
-            load(cosine, mask.rope + (size_t)position * HS + c),
-                load(sine, mask.rope + (size_t)position * HS + half + c);
-            for (int k = 0; k < P; k++) {
-                const float a = x0[k];
-                x0[k] = a * cosine[k] - x1[k] * sine[k];
-                x1[k] = x1[k] * cosine[k] + a * sine[k];
-            }
-            store(x, x0), store(x + half, x1);
+            rotate_pairs(x0, x1, mask.rope, HS, position, c, 1);
+            store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + half, x1);
+        store(to, x0), store(to + ROPE_PAIRS(HS), x1);
     }
 };
+
+template <typename T>
+static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
+    const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
+    if (mask->rope || cache)
+        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), ROPE_PAIRS(mask->HS),
+                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, cache);
+}
 
 /* ---- attention: plain kernels ----
    Lanes have channels lane, lane + 32, ... of a head in registers. Keys and values come from the caches, where the next
@@ -4339,19 +4387,18 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 /* to (HS) = R^-1 (scale sums), by a warp; `head` is HS floats of shared memory. */
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
-    const int lane = threadIdx.x % 32, HS = mask.HS, half = HS / 2;
+    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = ROPE_PAIRS(HS);
     __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
-    for (int c = lane; c < HS; c += 32) {
-        float x = head[c];
-        if (mask.rope) {
-            const float *angle = mask.rope + (size_t)position * HS + c % half;
-            x = c < half ? x * angle[0] + head[c + half] * angle[half] : x * angle[0] - head[c - half] * angle[half];
-        }
-        to[c] = (T)x;
+    for (int c = lane; mask.rope && c < pairs; c += 32) {
+        float x[1] = {head[c]}, y[1] = {head[c + pairs]};
+        rotate_pairs(x, y, mask.rope, HS, position, c, -1);
+        head[c] = x[0], head[c + pairs] = y[0];
     }
+    __syncwarp();
+    for (int c = lane; c < HS; c += 32) to[c] = (T)head[c];
 }
 
 /* A block has a query, or a new token if `lengths` is not NULL; its warps take runs of 32 keys in turn. For the scores
@@ -4633,7 +4680,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 }
 
 /* The same for gradients of rotated rows i, i + 1, ... of row b of the batch: scale * R^-1 c. A lane has both numbers
-   of each pair: tiles n and n + HS/16 of its columns. */
+   of each pair: tiles n and n + pairs/8 of its columns. */
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
@@ -4646,18 +4693,13 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
             for (int n = 0; n < HS / 8; n++) c[m][n][2 * r] *= scale, c[m][n][2 * r + 1] *= scale;
         }
     for (int m = 0; mask.rope && m < M; m++)
-        for (int r = 0; r < 2; r++) {
-            const float *angle = mask.rope + (size_t)position[m][r] * HS + threadIdx.x % 4 * 2;
-            for (int n = 0; n < HS / 16; n++) {
-                float *x = c[m][n] + 2 * r, *y = c[m][n + HS / 16] + 2 * r, cosine[2], sine[2];
-                load(cosine, angle + 8 * n), load(sine, angle + HS / 2 + 8 * n);
-                for (int e = 0; e < 2; e++) {
-                    const float a = x[e];
-                    x[e] = a * cosine[e] + y[e] * sine[e];
-                    y[e] = y[e] * cosine[e] - a * sine[e];
-                }
+        for (int r = 0; r < 2; r++)
+            for (int n = 0; n < ROPE_PAIRS(HS) / 8; n++) {
+                float *at[] = {c[m][n] + 2 * r, c[m][n + ROPE_PAIRS(HS) / 8] + 2 * r};
+                float x[] = {at[0][0], at[0][1]}, y[] = {at[1][0], at[1][1]};
+                rotate_pairs(x, y, mask.rope, HS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
+                for (int e = 0; e < 2; e++) at[0][e] = x[e], at[1][e] = y[e];
             }
-        }
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
 }
 
@@ -5015,9 +5057,7 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     const int W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const T *q = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
-    if (mask->rope)
-        each<WIDE<T>>(ops, __func__, (size_t)mask->B * mask->T * (W / mask->HS), mask->HS / 2,
-                      rotate_op<T>{(T *)qkv, NULL, NULL, *mask}, qkv);
+    rotate_heads(ops, (T *)qkv, (T *)NULL, NULL, mask);
     if constexpr (sizeof(T) == 2) {
         if (mask->HS == 32) return attention_forward_fast<32, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 64) return attention_forward_fast<64, 2, 64>(ops, (T *)out, lse, q, mask);
@@ -5050,10 +5090,8 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
 template <typename T>
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_mask *mask) {
-    const int heads = mask->NH + 2 * mask->KVH;
     if (!attention_fits(ops, mask, __func__)) return;
-    each<WIDE<T>>(ops, __func__, (size_t)mask->B * heads, mask->HS / 2,
-                  rotate_op<T>{(T *)qkv, (T *)cache, lengths, *mask}, qkv, cache);
+    rotate_heads(ops, (T *)qkv, (T *)cache, lengths, mask);
     cuda_attention_plain(ops, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
                          mask);
 }
@@ -5992,7 +6030,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->mask_end = INTS(N);
     a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
-    a->rope = FLOATS(T * HS);
+    a->rope = FLOATS(2 * T * ROPE_PAIRS(HS));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
@@ -6114,11 +6152,6 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
     return m;
 }
 
-void slam_model_set_rope_theta(slam_model *m, double rope_theta) {
-    m->config.rope_theta = rope_theta;
-    m->B = m->T = m->layout->valid = 0; // the next plan makes a new table
-}
-
 int slam_model_hash(slam_model *m, uint64_t *hash) {
     strbuf config = ZERO;
     float *host = NEW(float, m->n_weights);
@@ -6132,19 +6165,16 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
-/* Of a pair of channels, in the float arithmetic of Transformers. */
-static float rope_frequency(const slam_config *c, int pair) {
-    return 1 / powf((float)c->rope_theta, (float)(2 * pair) / (float)c->HS);
-}
-
 /* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
 static int rope_check(const slam_config *c, const tensor *t) {
     float x[2048]; // head_dim is at most 4096
     if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
-    for (int i = 0; i < c->HS / 2; i++)
-        if (!(fabsf(x[i] - rope_frequency(c, i)) <= rope_frequency(c, i) * 0x1p-8f + 0x1p-24f))
+    for (int i = 0; i < c->HS / 2; i++) {
+        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
+        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
             return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
                              c->rope_theta);
+    }
     return 1;
 }
 
@@ -6284,21 +6314,6 @@ void slam_batch_free(slam_batch *b) {
     memset(b, 0, sizeof *b);
 }
 
-/* cos and sin of position * frequency */
-static void rope_upload(slam_model *m, int T) {
-    const int HS = m->config.HS, half = HS / 2;
-    float *table = NEW(float, (size_t)T *HS);
-    for (int c = 0; c < half; c++) {
-        const float frequency = rope_frequency(&m->config, c);
-        for (int t = 0; t < T; t++) {
-            table[(size_t)t * HS + c] = cosf((float)t * frequency);
-            table[(size_t)t * HS + half + c] = sinf((float)t * frequency);
-        }
-    }
-    m->ops->upload(m->ops, m->layout->a.rope, table, (size_t)T * HS * sizeof *table);
-    free(table);
-}
-
 int slam_model_plan(slam_model *m, int B, int T, int mode) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6314,7 +6329,9 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    rope_upload(m, T);
+    float *rope = rope_table(T, m->config.HS, m->config.rope_theta);
+    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * ROPE_PAIRS(m->config.HS) * sizeof *rope);
+    free(rope);
     m->B = B;
     m->T = T;
     m->mode = mode;
@@ -6442,13 +6459,14 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
     for (int i = 0; i < N; i += rows) {
         const int n = N - i < rows ? N - i : rows;
         const slam_act *x = act_at(ops, a->head_in, (size_t)i * C);
+        const slam_xent xent = {n, V, P, scale, weights ? weights + i : NULL};
         slam_act *dlogits = a->logits; // crossentropy replaces the logits
         ops->matmul_forward(ops, a->logits, x, w->data, NULL, n, C, P);
         if (logits) {
             logits_download(m, logits + (size_t)i * V, n);
             continue;
         }
-        ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, weights ? weights + i : NULL, scale, n, V, P);
+        ops->crossentropy(ops, a->losses + i, a->logits, a->targets + i, &xent);
         if (scale == 0) continue;
         ops->matmul_backward_input(ops, act_at(ops, a->dnorm, (size_t)i * C), dlogits, w->data, n, C, P);
         ops->matmul_backward_weight(ops, w->grad, NULL, dlogits, x, n, C, P);
@@ -7037,13 +7055,6 @@ typedef struct token_file {
     size_t largest_line;
 } token_file;
 
-/* Shared by training and held-out data; the last user closes them. */
-struct slam_files {
-    token_file *at;
-    size_t n, capacity;
-    int users;
-};
-
 slam_data *slam_data_new(int context) {
     if (context < 2 || context > LONGEST_CONTEXT) {
         set_error("context %d, expected 2 to %d tokens", context, LONGEST_CONTEXT);
@@ -7051,26 +7062,23 @@ slam_data *slam_data_new(int context) {
     }
     slam_data *d = NEW(slam_data, 1);
     d->context = context;
-    d->files = NEW(struct slam_files, 1);
-    d->files->users = 1;
     return d;
 }
 
 void slam_data_free(slam_data *d) {
     if (!d) return;
-    if (--d->files->users == 0) {
-        for (size_t i = 0; i < d->files->n; i++) {
-            file_map_close(&d->files->at[i].mapped.map);
-            free(d->files->at[i].memory);
-            free(d->files->at[i].path);
-        }
-        free(d->files->at);
-        free(d->files);
+    for (size_t i = 0; i < d->n_files; i++) {
+        file_map_close(&d->files[i].mapped.map);
+        free(d->files[i].memory);
+        free(d->files[i].path);
     }
     for (size_t i = 0; i < d->n_sources; i++) free(d->sources[i].name);
-    free(d->sources);
-    free(d->chunks);
-    free(d);
+    for (slam_data *part = d, *next; part; part = next) {
+        next = part->held_out;
+        free(part->sources);
+        free(part->chunks);
+        free(part);
+    }
 }
 
 /* Reads the lines of a .jsonl file as documents; lines without units are skipped. */
@@ -7100,12 +7108,11 @@ static int token_file_read(token_file *f) {
 
 /* Opens a file of tokens. Shards that are read together must have the same units. */
 static int data_add_file(slam_data *d, const char *path) {
-    struct slam_files *files = d->files;
     const int is_shard = string_ends(path, ".bin");
     if (!is_shard && !string_ends(path, ".jsonl"))
         return set_error("%s: expected token shards (.bin) or unit lines (.jsonl)", path);
-    GROW(token_file, files->at, files->capacity, files->n + 1);
-    token_file *f = &files->at[files->n++];
+    GROW(token_file, d->files, d->file_capacity, d->n_files + 1);
+    token_file *f = &d->files[d->n_files++];
     memset(f, 0, sizeof *f);
     f->path = string_copy(path);
     if (!is_shard) return token_file_read(f);
@@ -7147,10 +7154,10 @@ int slam_data_add(slam_data *d, const char *pattern, double weight) {
     memset(s, 0, sizeof *s);
     s->weight = weight;
     s->name = string_copy(pattern);
-    s->first_file = d->files->n;
+    s->first_file = d->n_files;
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = data_add_file(d, list.at[i]);
-    s->end_file = d->files->n;
+    s->end_file = d->n_files;
     slam_strings_free(&list);
     return ok;
 }
@@ -7223,67 +7230,58 @@ static void data_add_chunks(slam_data *d, slam_chunk document) {
 }
 
 /* Splits a source's documents into chunks. n_held documents, chosen by selection sampling (Knuth, The Art of Computer
-   Programming 2, algorithm 3.4.2 S), go to parts[1]. */
-static void split_source(slam_data *const parts[2], size_t source, const document_list *list, uint64_t n_held,
-                         uint64_t seed) {
-    uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT);
-    for (int k = 0; k < 2 && parts[k]; k++) {
-        slam_source *s = &parts[k]->sources[source];
-        s->documents = k ? (size_t)n_held : list->n - (size_t)n_held;
-        s->first_chunk = parts[k]->n_chunks;
+   Programming 2, algorithm 3.4.2 S), go to held_out. */
+static void split_source(slam_data *d, size_t source, const document_list *list, uint64_t n_held, uint64_t seed) {
+    uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT), left = n_held;
+    for (slam_data *part = d; part; part = part->held_out) {
+        part->sources[source].documents = part == d ? list->n - (size_t)n_held : (size_t)n_held;
+        part->sources[source].first_chunk = part->n_chunks;
     }
     for (size_t i = 0; i < list->n; i++) {
-        const int held = n_held && rng_below(&rng, list->n - i) < n_held;
-        n_held -= (uint64_t)held;
-        data_add_chunks(parts[held], list->at[i]);
+        const int held = left && rng_below(&rng, list->n - i) < left;
+        left -= (uint64_t)held;
+        data_add_chunks(held ? d->held_out : d, list->at[i]);
     }
-    for (int k = 0; k < 2 && parts[k]; k++) parts[k]->sources[source].end_chunk = parts[k]->n_chunks;
+    for (slam_data *part = d; part; part = part->held_out) part->sources[source].end_chunk = part->n_chunks;
 }
 
-int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed, slam_data **held_out) {
-    if (held_out) *held_out = NULL;
+int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed) {
     if (d->chunks) return set_error("data can be prepared only once");
     if (d->n_sources == 0) return set_error("no data: no source was added");
     if (V <= FIRST_UNIT) return set_error("a vocabulary of %d, expected at least %d", V, FIRST_UNIT + 1);
-    if (!(fraction >= 0 && fraction < 1) || (fraction > 0 && !held_out))
+    if (!(fraction >= 0 && fraction < 1))
         return set_error("held-out fraction %g, expected at least 0 and below 1", fraction);
     const uint64_t split[] = {(uint64_t)d->context, fraction > 0 ? seed : 0};
     uint64_t hash = hash_bytes(HASH_START, split, sizeof split);
-    slam_data *parts[2] = {d, NULL};
     document_list list = ZERO;
     int ok = 1;
     d->V = V;
     if (fraction > 0) {
-        slam_data *held = parts[1] = NEW(slam_data, 1);
+        slam_data *held = NEW(slam_data, 1);
         *held = *d;
-        held->files->users++;
         held->sources = NEW(slam_source, d->n_sources);
-        for (size_t i = 0; i < d->n_sources; i++) {
-            held->sources[i] = d->sources[i];
-            held->sources[i].name = string_copy(d->sources[i].name);
-            held->sources[i].weight = 1;
-        }
+        memcpy(held->sources, d->sources, d->n_sources * sizeof *d->sources);
+        for (size_t i = 0; i < d->n_sources; i++) held->sources[i].weight = 1;
+        d->held_out = held;
     }
     for (size_t i = 0; ok && i < d->n_sources; i++) {
         const slam_source *s = &d->sources[i];
         list.n = 0;
         for (size_t file = s->first_file; ok && file < s->end_file; file++)
-            ok = scan_file(&d->files->at[file], (uint32_t)file, V, &list, &hash);
+            ok = scan_file(&d->files[file], (uint32_t)file, V, &list, &hash);
         if (ok && list.n == 0) ok = set_error("%s: contains no documents", s->name);
         uint64_t n_held = (uint64_t)(fraction * (double)list.n + 0.5);
         if (fraction > 0 && n_held < 1) n_held = 1;
         if (list.n && n_held > list.n - 1) n_held = list.n - 1;
-        if (ok) split_source(parts, i, &list, n_held, seed);
+        if (ok) split_source(d, i, &list, n_held, seed);
         hash = hash_bytes(hash_bytes(hash, &n_held, sizeof n_held), &s->weight, sizeof s->weight);
         if (d->n_chunks > UINT32_MAX) ok = set_error("%s: more than %u chunks", s->name, UINT32_MAX);
     }
     free(list.at);
     d->hash = hash;
-    if (parts[1]) parts[1]->hash = hash;
-    if (ok && parts[1] && !parts[1]->chunks)
+    if (d->held_out) d->held_out->hash = hash;
+    if (ok && d->held_out && !d->held_out->chunks)
         ok = set_error("%s: has one document, which cannot be held out", d->sources[0].name);
-    if (ok && parts[1]) *held_out = parts[1];
-    else slam_data_free(parts[1]);
     return ok;
 }
 
@@ -7389,12 +7387,16 @@ static void batch_add_sequence(slam_batch *b, size_t item, int first, int end) {
     b->sequences[b->n_sequences++] = sequence;
 }
 
+static const uint16_t *chunk_tokens(const slam_data *d, const slam_chunk *c) {
+    return d->files[c->file].tokens + c->first;
+}
+
 static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t item) {
     const slam_data *d = (const slam_data *)context;
     const slam_chunk *c = &d->chunks[item];
     const int n = (int)c->n;
     batch_add_sequence(b, item, at, at + n - 1);
-    return batch_put(b, at, d->files->at[c->file].tokens + c->first, n, -1, 0, at % b->T);
+    return batch_put(b, at, chunk_tokens(d, c), n, -1, 0, at % b->T);
 }
 
 /* ---- the loader ----
@@ -7407,8 +7409,8 @@ struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
     int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data;   // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int source, longest_row; // of data, -1: all; 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
+    int longest_row;       // 0: epochs are packed
     size_t first, end;
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
@@ -7442,8 +7444,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     l->epoch = epoch;
     l->row = 0;
     p->n_order = p->epoch.n = p->epoch.n_items = 0;
-    for (size_t i = 0; p->data && i < p->data->n_sources; i++)
-        if (p->source < 0 || i == (size_t)p->source) packer_add_source(p, l, i, epoch);
+    for (size_t i = 0; p->data && i < p->data->n_sources; i++) packer_add_source(p, l, i, epoch);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + p->end - p->first);
     for (size_t i = p->first; i < p->end; i++) p->order[p->n_order++] = (uint32_t)i;
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
@@ -7473,18 +7474,17 @@ static slam_loader *loader_new(const void *context, int (*put)(slam_batch *, int
     return l;
 }
 
-slam_loader *slam_loader_new(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    if (!d->chunks || source < -1 || source >= (int)d->n_sources) {
-        set_error(d->chunks ? "source %d: there is no such source" : "source %d: the data is not prepared", source);
+slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
+    if (!d->chunks) {
+        set_error("the data is not prepared");
         return NULL;
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
     l->packer->data = d;
-    l->packer->source = source;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
-    set_error("%s: its weight is so small that an epoch draws nothing", d->sources[source < 0 ? 0 : source].name);
+    set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
     slam_loader_free(l);
     return NULL;
 }
@@ -7549,12 +7549,11 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, int source, uint64_t seed) {
+slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
     slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, source, seed, 1);
+    slam_loader *l = slam_loader_new(d, seed, 1);
     if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++)
-        if (source < 0 || i == (size_t)source) size.documents += d->sources[i].documents;
+    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
     size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
     size.chunks = l->packer->batch.n_items;
     size.tokens = l->tokens;
@@ -9631,18 +9630,26 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
     return 1;
 }
 
-int slam_data_loss(slam_model *m, const slam_data *data, int source, slam_batch *b, double *loss, uint64_t *targets) {
+int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
     if (data->context > m->config.T)
         return set_error("a context of %d tokens, the model has %d positions", data->context, m->config.T);
-    slam_loader *l = slam_loader_new(data, source, 0, 0);
+    slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
     const int ok = loader_logps(l, m, b, logp, data->n_chunks, "loss", 0, NULL, NULL);
-    for (size_t i = 0; i < data->n_chunks; i++) sum -= logp[i];
+    for (size_t s = 0; s < data->n_sources; s++) {
+        double source_sum = 0, n = 0;
+        for (size_t i = data->sources[s].first_chunk; i < data->sources[s].end_chunk; i++) {
+            source_sum -= logp[i];
+            n += data->chunks[i].n - 1;
+        }
+        losses[1 + s] = source_sum / n;
+        sum += source_sum;
+    }
     *targets = l->targets;
-    *loss = sum / (double)l->targets;
+    losses[0] = sum / (double)l->targets;
     slam_loader_free(l);
     free(logp);
     return ok;
@@ -9977,10 +9984,6 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
 /* ==========================================================================================
    SECTION 13. EVALUATION   n-grams, test sets, generation
    ========================================================================================== */
-
-static const uint16_t *chunk_tokens(const slam_data *d, const slam_chunk *c) {
-    return d->files->at[c->file].tokens + c->first;
-}
 
 /* ---- n-grams ----
    Only contexts of the test data are counted, so memory does not depend on the size of the training data. */
@@ -10610,7 +10613,7 @@ void slam_prompts_add_data(slam_prompts *p, const slam_data *d) {
         size_t n = 0;
         if (tokens[0] != DOCUMENT_TOKEN) continue; // not the first chunk of its document
         for (; n + 1 < d->chunks[i].n && tokens[n + 1] != DOCUMENT_TOKEN; n++) unit[n] = tokens[n + 1] - FIRST_UNIT;
-        char *name = string_print("%s:%zu", d->files->at[d->chunks[i].file].path, i + 1);
+        char *name = string_print("%s:%zu", d->files[d->chunks[i].file].path, i + 1);
         slam_prompts_add(p, name, unit, NULL, n);
         free(name);
     }

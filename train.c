@@ -9,14 +9,15 @@
 #include <string.h>
 
 typedef struct program {
-    slam_run run; /* flags, model, optimiser, folder, log and progress, shared with dpo.c */
-    char *weights, *twist, *model_name, *recipe; /* flags of this program ... */
+    slam_run run; /* flags, model, optimiser, folder, log and progress; dpo.c uses the same type */
+    /* values of this program's own flags */
+    char *weights, *twist, *model_name, *recipe;
     double rope_theta, rate;
-    int V; /* ... to here */
+    int V;
     double val_loss;
     slam_data *data, *val;
     slam_data_size size;
-    char *start; /* folder of the model that training starts from; NULL: random weights */
+    char *start; /* model folder to load; NULL: random weights */
     slam_loader *loader;
     slam_batch batch;
 } program;
@@ -38,25 +39,13 @@ static int train_step(program *p, double lr, slam_step *step) {
     return slam_adamw_step(&r->opt, lr, step);
 }
 
-/* Loss of the validation data, by source and of all (the mean over targets, not over sources). */
-static int evaluate(program *p, double *losses) {
-    double sum = 0, count = 0;
-    for (size_t s = 0; s < p->val->n_sources; s++) {
-        uint64_t targets;
-        if (!slam_data_loss(p->run.model, p->val, (int)s, &p->batch, &losses[1 + s], &targets)) return 0;
-        sum += losses[1 + s] * (double)targets;
-        count += (double)targets;
-    }
-    losses[0] = p->val->n_sources == 1 ? losses[1] : sum / count;
-    return count > 0 || slam_set_error("the validation data has no token to predict");
-}
-
 static int train(program *p) {
     slam_run *r = &p->run;
     slam_trainer *t = &r->trainer;
     slam_loader *l = p->loader;
     const size_t n_sources = p->val ? p->val->n_sources : 0;
-    double *losses = (double *)calloc(1 + n_sources, sizeof *losses);
+    double *losses = (double *)calloc(1 + n_sources, sizeof *losses); /* of all validation data, then of each source */
+    uint64_t targets;
     slam_step step;
     int ok = 1;
 
@@ -68,7 +57,8 @@ static int train(program *p) {
         ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
 
         if (ok && p->val && slam_run_eval_due(r))
-            ok = evaluate(p, losses) && slam_run_log_eval(r, losses, n_sources, NULL, 0);
+            ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets) &&
+                 slam_run_log_eval(r, losses, n_sources, NULL, 0);
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
@@ -86,7 +76,7 @@ static const char *const recipe_slam[][2] = {
     {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"}, {NULL, NULL},
 };
 
-/* Defaults and help of the common flags, see slam_run_flags; "with DATA | without". */
+/* {flag, default, help} instead of the common ones; a default "a | b" is a with DATA, b without (bundled corpus). */
 static const char *const presets[][3] = {
     {"batch", "8 | 16", "rows per step"},
     {"lr", "1e-3 | 5e-3", NULL},
@@ -110,18 +100,18 @@ static void set_flags(program *p) {
         SLAM_NUMBER("val-fraction", SLAM_REAL, &o->val_fraction, "P", "0", 0, 0.9,
                     "or hold out this share of the documents"),
         SLAM_FLAG("weights", SLAM_TEXT, &p->weights, "W,W,...", NULL,
-                  "how often an epoch draws from each DATA (1 each)"),
+                  "how often an epoch repeats each DATA, e.g. 1,0.5 [1 for each]"),
         SLAM_NUMBER("vocab", SLAM_INT, &p->V, "V", NULL, 3, 65536, "vocabulary size, if the data does not state it"),
         SLAM_NUMBER("context", SLAM_INT, &o->context, "N", "1024 | 256", 2, 1 << 24, "tokens per row"),
         SLAM_HEADING("Model"),
         SLAM_FLAG("model", SLAM_TEXT, &p->model_name, "NAME", NULL, "tiny, slam or a config.json [tiny]"),
-        SLAM_FLAG("init", SLAM_PATH, &o->init, "DIR", NULL, "start from this model of the same units"),
+        SLAM_FLAG("init", SLAM_PATH, &o->init, "DIR", NULL, "start from this model, trained on the same units"),
         SLAM_FLAG("twist", SLAM_PATH, &p->twist, "DIR", NULL,
-                  "start from this text model, its embedding cut to the units"),
+                  "start from this text model; keeps the first V rows of its embedding"),
         SLAM_NUMBER("rope-theta", SLAM_REAL, &p->rope_theta, "X", NULL, 1, 1e12,
-                    "base of the rotary positions (the model's)"),
+                    "base of the rotary positions [the model's]"),
         SLAM_FLAG("recipe", SLAM_CHOICE, &p->recipe, "slam", NULL, "all settings of the Slam paper at once"),
-        SLAM_HEADING("Length: the first limit reached ends the run and fixes the schedule"),
+        SLAM_HEADING("Length: the smallest of these limits sets the number of steps and the schedule"),
         SLAM_NUMBER("steps", SLAM_LONG | SLAM_LIMIT, &o->steps, "N", "- | 600", 1, 1e12, "updates"),
         SLAM_NUMBER("tokens", SLAM_LONG | SLAM_LIMIT, &o->tokens, "N", NULL, 1, 1e15, "tokens, without padding"),
         SLAM_NUMBER("epochs", SLAM_REAL | SLAM_LIMIT, &o->epochs, "X", "1 | -", 1e-6, 1e6, "passes over the data"),
@@ -142,7 +132,7 @@ static void set_flags(program *p) {
     slam_run_flags(r, own, (int)(sizeof own / sizeof *own), presets, (int)(sizeof presets / sizeof *presets));
 }
 
-/* --weights W,W,...: number i of n sources (n 0: any number). Without the flag each source has weight 1. */
+/* Parses --weights W,W,... for n sources (0: any number); *weight is that of source i, 1 without the flag. */
 static int source_weight(const char *weights, size_t i, size_t n, double *weight) {
     *weight = 1;
     if (!weights || !*weights) return 1;
@@ -167,7 +157,7 @@ static int check_flags(program *p) {
     double weight;
     if (r->o.init && p->twist) return slam_set_error("--init and --twist: expected one model to start from");
     if (p->model_name && (r->o.init || p->twist))
-        return slam_set_error("--model with --init or --twist: the model that training starts from has its shape");
+        return slam_set_error("--model with --init or --twist: that model determines the shape already");
     return source_weight(p->weights, 0, sources, &weight);
 }
 
@@ -203,15 +193,15 @@ static int open_data(program *p) {
     return 1;
 }
 
-/* The vocabulary of a resumed run or of --init is the model's; else what the data or --vocab says; else 502 (presets,
-   --twist) or the config's. */
+/* The vocabulary: (1) resumed run, --init: the model's; (2) else the data's or --vocab; (3) else 502 with a preset or
+   --twist, (4) else that of config.json. */
 static int resolve_vocabulary(program *p) {
     slam_run *r = &p->run;
     slam_config *c = &r->config;
     const int of_data = p->data->V, of_val = p->val ? p->val->V : 0;
     int V = of_data ? of_data : of_val;
     if (of_data && of_val && of_data != of_val)
-        return slam_set_error("%s: vocabulary %d, expected the training data's, %d", r->o.val.at[0], of_val, of_data);
+        return slam_set_error("%s: has vocabulary %d, the training data %d", r->o.val.at[0], of_val, of_data);
     if (V && p->V && p->V != V) return slam_set_error("--vocab %d: the data has vocabulary %d", p->V, V);
     if (!V) V = p->V;
     if (r->checkpoint || r->o.init)
@@ -223,14 +213,14 @@ static int resolve_vocabulary(program *p) {
     return 1;
 }
 
-/* Different unit tokenizers number their units differently, which nothing else would show. */
+/* Units of different tokenizers are incompatible, and only the fingerprint shows it. */
 static int check_units(const program *p) {
     const uint32_t units = p->data->fingerprint, of_val = p->val ? p->val->fingerprint : 0;
     slam_trainer before;
     if (units && of_val && units != of_val)
         return slam_set_error("%s: units of tokenizer %08x, the training data has units of %08x", p->run.o.val.at[0],
                               (unsigned)of_val, (unsigned)units);
-    if (!p->run.o.init || !slam_trainer_load(&before, p->start)) return 1; /* a model from elsewhere does not say */
+    if (!p->run.o.init || !slam_trainer_load(&before, p->start)) return 1; /* not made by train: unknown */
     const uint64_t known = before.units;
     slam_trainer_free(&before);
     return !known || !units || known == units ||
@@ -258,7 +248,7 @@ static int read_config(program *p) {
 /* Steps until --tokens have been seen. */
 static int steps_for_tokens(program *p, long *steps) {
     slam_run *r = &p->run;
-    slam_loader *l = slam_loader_new(p->data, -1, (uint64_t)r->o.seed, 1);
+    slam_loader *l = slam_loader_new(p->data, (uint64_t)r->o.seed, 1); /* plan has shown that the data has rows */
     double tokens = 0, limit = (double)r->o.tokens;
     char text[64], count[32];
     int rows = 1;
@@ -293,9 +283,13 @@ static int plan(program *p) {
     long token_steps = 0;
     char text[32];
     if (!resolve_flags(p) || !open_data(p) || !read_config(p) || !check_units(p)) return 0;
-    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed, o->val_fraction > 0 ? &p->val : NULL)) return 0;
-    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0, NULL)) return 0;
-    p->size = slam_data_measure(p->data, -1, seed);
+    if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed)) return 0;
+    if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0)) return 0;
+    if (!o->val.n) p->val = p->data->held_out;
+    p->size = slam_data_measure(p->data, seed);
+    if (!p->size.rows) return 0;
+    if (p->val && !slam_data_measure(p->val, 0).targets)
+        return slam_set_error("the validation data has no token to predict");
     if (o->tokens && r->grows && !steps_for_tokens(p, &token_steps)) return 0;
     print_model_and_data(p);
     const double tokens = (double)o->batch * o->context * p->size.fill; /* per step */
@@ -309,8 +303,8 @@ static int plan(program *p) {
 
 /* ---- --time ---- */
 
-/* Seconds per step, from some steps with learning rate 0, which leave the weights as they are. Also those of an
-   evaluation. Takes 2 % of the limit, from 1 to 20 s, or 10 % if that is less than 1 s. */
+/* Seconds per step, from some steps with learning rate 0, which leave the weights as they are, and of an evaluation.
+   The steps (at least 4) take 2 % of the limit, from 1 to 20 s, or if 10 % of the limit is less than 1 s, that. */
 static int measure_speed(program *p, double *seconds_per_step) {
     slam_run *r = &p->run;
     const double limit = r->o.seconds, share = 0.02 * limit,
@@ -318,9 +312,10 @@ static int measure_speed(program *p, double *seconds_per_step) {
                           : share > 1 ? share
                                       : fmin(1, 0.1 * limit);
     double start = slam_clock();
+    uint64_t targets;
     slam_step step;
     long n = 0;
-    /* until all ranks have enough */
+    /* while any rank needs more */
     for (; slam_comm_max(r->comm, n < 4 || (n < 1000 && slam_clock() - start < enough)); n++) {
         if (n == 1) start = slam_clock(); /* the first step is slower than the others */
         if (!train_step(p, 0, &step) || !slam_all_ok(r->comm, !slam_stop_requested())) return 0;
@@ -330,13 +325,13 @@ static int measure_speed(program *p, double *seconds_per_step) {
     if (!p->val || !r->o.eval_every) return 1;
     double *losses = (double *)calloc(1 + p->val->n_sources, sizeof *losses);
     start = slam_clock();
-    const int ok = evaluate(p, losses);
+    const int ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets);
     r->eval_seconds = slam_clock() - start;
     free(losses);
     return ok;
 }
 
-/* Fixes the number of steps by the time that is left. */
+/* Sets the number of steps to what fits into the time that is left. */
 static int fit_steps(program *p) {
     slam_run *r = &p->run;
     slam_trainer *t = &r->trainer;
@@ -344,16 +339,16 @@ static int fit_steps(program *p) {
     double seconds; /* of a step */
     char text[32];
     if (!measure_speed(p, &seconds)) return 0;
-    /* 12 bytes per parameter (weight and moments) to a plain disk */
+    /* 12 bytes per parameter (weight and moments) to a disk of 300 MB/s */
     r->save_seconds = 12.0 * (double)slam_config_parameters(&r->config) / 300e6;
-    /* every evaluation may find the lowest loss so far, which is saved */
+    /* at worst every evaluation has the best loss so far, which is saved */
     const long saved_every = eval_every && (!save_every || eval_every < save_every) ? eval_every : save_every;
     double each = seconds;
     if (eval_every) each += r->eval_seconds / (double)eval_every;
     if (saved_every) each += r->save_seconds / (double)saved_every;
     const double left = r->o.seconds - (slam_clock() - r->began);
     const double more = (0.97 * left - 2 * (r->eval_seconds + r->save_seconds)) / each; /* 3 % in reserve */
-    const long fewest = -slam_comm_max(r->comm, more > 1 ? -(long)more : -1);           /* of all ranks */
+    const long fewest = -slam_comm_max(r->comm, more > 1 ? -(long)more : -1);           /* the minimum over ranks */
     if (!t->steps || t->step + fewest < t->steps) t->steps = t->step + fewest;
     if (!r->fresh && t->steps < before)
         return slam_set_error("--time %s: allows %ld steps, the resumed run has %ld, and a limit may only grow",
@@ -364,18 +359,18 @@ static int fit_steps(program *p) {
 
 /* ---- main ---- */
 
-/* Model, optimiser and loader, at the state of the checkpoint if there is one. */
+/* Creates model, optimiser and loader, and restores the checkpoint if there is one. */
 static int open_model(program *p) {
     slam_run *r = &p->run;
     const slam_options *o = &r->o;
     if (!p->start) r->model = slam_model_new(r->ops, &r->config, (uint64_t)o->seed);
     else if (!r->checkpoint && p->twist) r->model = slam_model_twist(r->ops, p->start, r->config.V);
     else r->model = slam_model_load(r->ops, p->start);
-    if (r->model && p->rope_theta > 0) slam_model_set_rope_theta(r->model, p->rope_theta);
+    if (r->model && p->rope_theta > 0) r->model->config.rope_theta = p->rope_theta;
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
     if (!slam_all_ok(r->comm, ok)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
-    p->loader = slam_loader_new(p->data, -1, (uint64_t)o->seed, 1);
+    p->loader = slam_loader_new(p->data, (uint64_t)o->seed, 1);
     const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
     if (timed && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;
@@ -419,7 +414,7 @@ int main(int argc, char **argv) {
     status = slam_run_end(r, status);
     slam_loader_free(p.loader);
     slam_batch_free(&p.batch);
-    slam_data_free(p.val);
+    if (p.data && p.val != p.data->held_out) slam_data_free(p.val);
     slam_data_free(p.data);
     free(p.start);
     return status;

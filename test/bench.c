@@ -22,41 +22,17 @@ static const char products[] = "our own kernel";
 
 typedef struct bench_row {
     const char *name, *what;
-    slam_config config;
+    int V, C, L, NH, KVH, HS, F; // else as the preset "slam"
     int B, T, update;
 } bench_row;
 
 static const bench_row rows[] = {
-    {"tiny",
-     "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256",
-     {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000},
-     16,
-     256,
-     1},
-    {"10m",
-     "C 320, 8 layers, 5 heads, 1 KV head, F 864, V 502, B 4, T 512",
-     {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000},
-     4,
-     512,
-     1},
-    {"slam",
-     "Qwen2.5-0.5B, V 502, B 1, T 1024, forward and backward",
-     {502, 896, 24, 14, 2, 64, 4864, 1024, 1, 1, 1e-6, 0.02, 10000},
-     1,
-     1024,
-     0},
-    {"generate",
-     "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens per second",
-     {502, 320, 8, 5, 1, 64, 864, 1024, 1, 1, 1e-6, 0.02, 10000},
-     64,
-     225,
-     0},
-    {"hubert",
-     "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds per second",
-     {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
-     1,
-     15,
-     0},
+    {"tiny", "C 128, 4 layers, 4 heads, 2 KV heads, F 384, V 102, B 16, T 256", 102, 128, 4, 4, 2, 32, 384, 16, 256, 1},
+    {"10m", "C 320, 8 layers, 5 heads, 1 KV head, F 864, V 502, B 4, T 512", 502, 320, 8, 5, 1, 64, 864, 4, 512, 1},
+    {"slam", "Qwen2.5-0.5B, V 502, B 1, T 1024, forward and backward", 502, 896, 24, 14, 2, 64, 4864, 1, 1024, 0},
+    {"generate", "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens per second", 502, 320, 8,
+     5, 1, 64, 864, 64, 225, 0},
+    {"hubert", "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds per second", 0, 0, 0, 0, 0, 0, 0, 1, 15, 0},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 
@@ -74,20 +50,28 @@ static void die(void) {
     exit(1);
 }
 
+static slam_config config_of(const bench_row *r) {
+    slam_config c;
+    if (!slam_config_load(&c, "slam")) die();
+    c.V = r->V, c.C = r->C, c.L = r->L, c.NH = r->NH, c.KVH = r->KVH, c.HS = r->HS, c.F = r->F;
+    return c;
+}
+
 /* Tokens per second: the median over the steps of `seconds` seconds, after two that do not count. */
 static double measure(const bench_row *r, int threads, double seconds) {
     const int N = r->B * r->T;
     static double times[STEPS_MAX];
     int n = 0;
     uint64_t seed = 1;
+    const slam_config config = config_of(r);
     slam_ops *ops = slam_cpu(threads);
-    slam_model *m = ops ? slam_model_new(ops, &r->config, 1) : NULL;
+    slam_model *m = ops ? slam_model_new(ops, &config, 1) : NULL;
     slam_adamw opt = ZERO;
     opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
     if (!m || !slam_model_plan(m, r->B, r->T, SLAM_TRAIN) || (r->update && !slam_adamw_init(&opt, m))) die();
     slam_batch b = slam_batch_new(r->B, r->T, 0);
     b.B = r->B;
-    for (int i = 0; i < N; i++) b.tokens[i] = (int)rng_below(&seed, (uint64_t)r->config.V);
+    for (int i = 0; i < N; i++) b.tokens[i] = (int)rng_below(&seed, (uint64_t)r->V);
     for (int i = 0; i < N; i++) b.targets[i] = i % r->T == r->T - 1 ? -1 : b.tokens[i + 1];
     memset(b.doc_start, 0, (size_t)N * sizeof(int));
     double start = 0;
@@ -114,8 +98,9 @@ enum { PROMPT_TOKENS = 75 };
 static double measure_generation(const bench_row *r, int threads, double seconds) {
     static double rates[STEPS_MAX];
     int units[PROMPT_TOKENS], n = 0;
+    const slam_config config = config_of(r);
     slam_ops *ops = slam_cpu(threads);
-    slam_model *m = ops ? slam_model_new(ops, &r->config, 1) : NULL;
+    slam_model *m = ops ? slam_model_new(ops, &config, 1) : NULL;
     const slam_generation how = {{0.8, 25, 1, 1}, r->T - PROMPT_TOKENS, r->T, r->B, 1};
     if (!m) die();
     double start = 0;
@@ -123,7 +108,7 @@ static double measure_generation(const bench_row *r, int threads, double seconds
         slam_prompts p = ZERO;
         uint64_t seed = (uint64_t)k + 5, tokens = 0;
         for (int b = 0; b < r->B; b++) {
-            for (int t = 0; t < PROMPT_TOKENS; t++) units[t] = (int)rng_below(&seed, (uint64_t)r->config.V - 2);
+            for (int t = 0; t < PROMPT_TOKENS; t++) units[t] = (int)rng_below(&seed, (uint64_t)r->V - 2);
             slam_prompts_add(&p, "prompt", units, NULL, PROMPT_TOKENS - 1);
         }
         const double began = slam_clock();
@@ -140,7 +125,8 @@ static double measure_generation(const bench_row *r, int threads, double seconds
 
 /* FLOP per new token: its own forward pass and its share of the prompt's. */
 static double generation_flops(const bench_row *r) {
-    return slam_config_flops(&r->config, r->T) / 3 * r->T / (r->T - PROMPT_TOKENS);
+    const slam_config config = config_of(r);
+    return slam_config_flops(&config, r->T) / 3 * r->T / (r->T - PROMPT_TOKENS);
 }
 
 /* ---- HuBERT ---- */
@@ -240,13 +226,14 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     return DPO_BATCH / median(times, n);
 }
 
-static void bench_dpo(strbuf *t, const char *folder, const slam_config *config, int threads, double seconds) {
+static void bench_dpo(strbuf *t, const char *folder, const bench_row *r, int threads, double seconds) {
+    const slam_config config = config_of(r);
     double rate[2][ROUNDS], ratio[ROUNDS];
     char path[128];
     snprintf(path, sizeof path, "%s/pairs.jsonl", folder);
     dpo_write(path);
     for (int i = 0; i < ROUNDS; i++) {
-        for (int share = 0; share < 2; share++) rate[share][i] = measure_dpo(config, path, share, threads, seconds);
+        for (int share = 0; share < 2; share++) rate[share][i] = measure_dpo(&config, path, share, threads, seconds);
         ratio[i] = rate[1][i] / rate[0][i];
         printf("dpo, round %d: shared %.2f, unshared %.2f pairs/s\n", i + 1, rate[1][i], rate[0][i]);
         fflush(stdout);
@@ -348,7 +335,8 @@ int main(int argc, char **argv) {
         const bench_row *r = &rows[k];
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
         int has = 1;
-        const int is_hubert = r->config.V == 0, is_generation = !strcmp(r->name, "generate");
+        const slam_config config = config_of(r);
+        const int is_hubert = r->V == 0, is_generation = !strcmp(r->name, "generate");
         if (!strstr(wanted, r->name)) continue;
         if (is_hubert && !random_hubert(folder)) die();
         for (int i = 0; i < ROUNDS; i++) {
@@ -362,16 +350,15 @@ int main(int argc, char **argv) {
                    is_hubert ? "audio s/s" : "tok/s");
             fflush(stdout);
         }
-        const double rate = median(ours, ROUNDS),
-                     flops = rate * (is_hubert       ? random_hubert_flops(r->T)
-                                     : is_generation ? generation_flops(r)
-                                                     : slam_config_flops(&r->config, r->T));
+        const double rate = median(ours, ROUNDS), flops = rate * (is_hubert       ? random_hubert_flops(r->T)
+                                                                  : is_generation ? generation_flops(r)
+                                                                                  : slam_config_flops(&config, r->T));
         strbuf_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
         if (has)
             strbuf_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else strbuf_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
-    if (strstr(wanted, "dpo")) bench_dpo(&t, folder, &rows[1].config, threads, seconds);
+    if (strstr(wanted, "dpo")) bench_dpo(&t, folder, &rows[1], threads, seconds);
     strbuf_add(
         &t,
         "\n%s (sdpa attention, fused AdamW, no torch.compile), the same threads; medians of %d rounds in turn of %g s a side\n",

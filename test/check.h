@@ -163,6 +163,15 @@ static inline int check_failure(int failed, const char *file, int line, const ch
     return 0;
 }
 
+#ifdef SLAM_IMPLEMENTATION
+/* Arguments of crossentropy; what a test does not name is 0. */
+static inline slam_xent xent(int N, int V, int stride, float scale, const float *weights) {
+    slam_xent x = ZERO;
+    x.N = N, x.V = V, x.stride = stride, x.scale = scale, x.weights = weights;
+    return x;
+}
+#endif
+
 /* A path for a file of the tests: `name` in the folder that test/run makes for each program and removes, or in /tmp.
    Good until eight later calls. */
 static inline const char *check_path(const char *name) {

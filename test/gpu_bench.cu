@@ -17,6 +17,7 @@
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "random_hubert.h"
+#include <tuple>
 
 enum { ROUNDS = 7, SETS = 32, ROWS = 78, BATCHES = 4 };
 static const double SPAN = 512e6; // bytes; the L2 cache of an H200 has 60 MB
@@ -363,8 +364,9 @@ static void memory_rows(bench *b, int N) {
     sets = sets_of(b, n * st * a);
     float *losses = float_tensor(b, rows);
     for (int k = 0; k < sets; k++) x[k] = act_tensor(b, rows * b->stride);
-    s = seconds_of(b, "crossentropy",
-                   [&](int i) { ops->crossentropy(ops, losses, x[i % sets], tokens, NULL, 1e-5f, N, V, b->stride); });
+    slam_xent xent = ZERO;
+    xent.N = N, xent.V = V, xent.stride = b->stride, xent.scale = 1e-5f;
+    s = seconds_of(b, "crossentropy", [&](int i) { ops->crossentropy(ops, losses, x[i % sets], tokens, &xent); });
     memory_row(b, "crossentropy", n, 2 * n * st * a + 8 * n, "2 N stride a + 8 N", s);
 
     const double without = product_seconds(b, "qkv without bias", BACKWARD_WEIGHT, N, C, W, 0),
@@ -435,12 +437,12 @@ static int documents_write(const char *path, int V, int T, size_t tokens) {
 
 static int documents_pack(bench_rows *p, const char *path, int V) {
     slam_data *data = slam_data_new(p->rows.T);
-    int ok = slam_data_add(data, path, 1) && slam_data_prepare(data, V, 0, 0, NULL);
-    slam_loader *loader = ok ? slam_loader_new(data, -1, 1, 1) : NULL;
+    int ok = slam_data_add(data, path, 1) && slam_data_prepare(data, V, 0, 0);
+    slam_loader *loader = ok ? slam_loader_new(data, 1, 1) : NULL;
     ok = loader && slam_loader_begin(loader, p->rows.capacity, NULL) &&
          slam_loader_next(loader, &p->rows) == p->rows.capacity;
     if (ok) {
-        const slam_data_size size = slam_data_measure(data, -1, 1);
+        const slam_data_size size = slam_data_measure(data, 1);
         p->fill = (double)loader->tokens / ((double)p->rows.B * p->rows.T);
         p->chunk = (double)size.tokens / (double)size.chunks;
     }
@@ -473,7 +475,7 @@ static void attention_rows(bench *b, int T, int whole) {
     const int B = b->small ? 2 : 32768 / T, HS = c->HS, W = (c->NH + 2 * c->KVH) * HS;
     const size_t N = (size_t)B * T, O = (size_t)c->NH * HS;
     char what[64];
-    double pairs = 0, angle;
+    double pairs = 0;
     snprintf(what, sizeof what, "attention, T %d, %s", T, whole ? "one document a row" : "packed");
     if (late(b, what)) return;
     bench_rows p = rows_new(B, T, c->V, whole);
@@ -483,18 +485,12 @@ static void attention_rows(bench *b, int T, int whole) {
             const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = NEW(float, (size_t)T *HS);
-    for (int t = 0; t < T; t++)
-        for (int k = 0; k < HS / 2; k++) {
-            angle = t * pow(c->rope_theta, -2.0 * k / HS);
-            rope[t * HS + k] = (float)cos(angle);
-            rope[t * HS + HS / 2 + k] = (float)sin(angle);
-        }
+    float *rope = rope_table(T, HS, c->rope_theta);
     tensors_clear(b);
     slam_mask mask = ZERO;
     mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS;
     mask.doc_start = (const int *)upload(b, doc_start, N * sizeof(int));
-    mask.rope = (const float *)upload(b, rope, (size_t)T * HS * sizeof *rope);
+    mask.rope = (const float *)upload(b, rope, 2 * (size_t)T * ROPE_PAIRS(HS) * sizeof *rope);
     slam_act *qkv[2], *dqkv[2], *out[2], *dout[2];
     float *lse[2], *D = float_tensor(b, (size_t)B * c->NH * T);
     for (int k = 0; k < 2; k++) {
@@ -567,59 +563,21 @@ static void profile_open(slam_ops *ops, int group) {
 
 static void profile_close(void) { moment_note(profile.b, &profile.to[profile.n++]); }
 
-#define TIMED(name, group, parameters, ...)                                                                            \
-    static void timed_##name parameters {                                                                              \
-        profile_open(ops, group);                                                                                      \
-        profile.real.name(__VA_ARGS__);                                                                                \
-        profile_close();                                                                                               \
-    }
-#define MATMUL_OR_HEAD (OC >= profile.stride - 8 && OC <= profile.stride ? HEAD : MATMUL)
+/* The group of a call by its last argument: products with the vocabulary as output are the head, zeroing the gradients
+   is part of the optimiser. */
+static int group_of(int group, size_t n) {
+    if (group == MATMUL && (int)n >= profile.stride - 8 && (int)n <= profile.stride) return HEAD;
+    return group == OTHER && n / 4 >= profile.parameters ? OPTIMISER : group;
+}
+static int group_of(int group, const void *) { return group; }
 
-TIMED(upload, OTHER, (slam_ops * ops, void *to, const void *host, size_t bytes), ops, to, host, bytes)
-TIMED(zero, bytes / 4 >= profile.parameters ? OPTIMISER : OTHER, (slam_ops * ops, void *p, size_t bytes), ops, p, bytes)
-TIMED(embedding_forward, OTHER, (slam_ops * ops, slam_act *x, const int *tokens, const slam_act *table, int N, int C),
-      ops, x, tokens, table, N, C)
-TIMED(embedding_backward, OTHER,
-      (slam_ops * ops, float *dtable, const slam_act *dx, const int *tokens, int N, int C, int V), ops, dtable, dx,
-      tokens, N, C, V)
-TIMED(rmsnorm_forward, NORMS,
-      (slam_ops * ops, slam_act *s, slam_act *y, float *r, const slam_act *x, const slam_act *delta, const slam_act *w,
-       float eps, int N, int G, int C, int stride),
-      ops, s, y, r, x, delta, w, eps, N, G, C, stride)
-TIMED(rmsnorm_backward, NORMS,
-      (slam_ops * ops, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s, const slam_act *w,
-       const float *r, int N, int G, int C, int stride),
-      ops, ds, dw, dy, s, w, r, N, G, C, stride)
-TIMED(matmul_forward, MATMUL_OR_HEAD,
-      (slam_ops * ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b, int N, int C, int OC),
-      ops, out, x, w, b, N, C, OC)
-TIMED(matmul_backward_input, MATMUL_OR_HEAD,
-      (slam_ops * ops, slam_act *dx, const slam_act *dout, const slam_act *w, int N, int C, int OC), ops, dx, dout, w,
-      N, C, OC)
-TIMED(matmul_backward_weight, MATMUL_OR_HEAD,
-      (slam_ops * ops, float *dw, float *db, const slam_act *dout, const slam_act *x, int N, int C, int OC), ops, dw,
-      db, dout, x, N, C, OC)
-TIMED(attention_forward, ATTENTION, (slam_ops * ops, slam_act *out, float *lse, slam_act *qkv, const slam_mask *mask),
-      ops, out, lse, qkv, mask)
-TIMED(attention_backward, ATTENTION,
-      (slam_ops * ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out, const float *lse,
-       const slam_act *qkv, const slam_mask *mask),
-      ops, dqkv, D, dout, out, lse, qkv, mask)
-TIMED(swiglu_forward, SWIGLU, (slam_ops * ops, slam_act *h, const slam_act *gate_up, int N, int F), ops, h, gate_up, N,
-      F)
-TIMED(swiglu_backward, SWIGLU,
-      (slam_ops * ops, slam_act *dgate_up, const slam_act *dh, const slam_act *gate_up, int N, int F), ops, dgate_up,
-      dh, gate_up, N, F)
-TIMED(crossentropy, HEAD,
-      (slam_ops * ops, float *loss, slam_act *logits, const int *targets, const float *weights, float scale, int N,
-       int V, int stride),
-      ops, loss, logits, targets, weights, scale, N, V, stride)
-TIMED(sum, OTHER, (slam_ops * ops, double *out, const float *x, size_t n), ops, out, x, n)
-TIMED(sum_squares, OPTIMISER, (slam_ops * ops, double *out, const float *x, size_t n), ops, out, x, n)
-TIMED(adamw, OPTIMISER,
-      (slam_ops * ops, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
-       const slam_adamw_params *h, size_t n),
-      ops, w_act, w, m, v, g, stats, h, n)
+/* An operation between two moments. */
+template <auto OP, int GROUP, typename... A> static void timed(slam_ops *ops, A... a) {
+    profile_open(ops, group_of(GROUP, std::get<sizeof...(A) - 1>(std::tie(a...))));
+    (profile.real.*OP)(ops, a...);
+    profile_close();
+}
+#define TIMED(name, group) ops->name = timed<&slam_ops::name, group>
 
 static void profile_begin(bench *b) {
     slam_ops *ops = b->ops;
@@ -634,23 +592,12 @@ static void profile_begin(bench *b) {
         moment_new(&profile.from[i]);
         moment_new(&profile.to[i]);
     }
-    ops->upload = timed_upload;
-    ops->zero = timed_zero;
-    ops->embedding_forward = timed_embedding_forward;
-    ops->embedding_backward = timed_embedding_backward;
-    ops->rmsnorm_forward = timed_rmsnorm_forward;
-    ops->rmsnorm_backward = timed_rmsnorm_backward;
-    ops->matmul_forward = timed_matmul_forward;
-    ops->matmul_backward_input = timed_matmul_backward_input;
-    ops->matmul_backward_weight = timed_matmul_backward_weight;
-    ops->attention_forward = timed_attention_forward;
-    ops->attention_backward = timed_attention_backward;
-    ops->swiglu_forward = timed_swiglu_forward;
-    ops->swiglu_backward = timed_swiglu_backward;
-    ops->crossentropy = timed_crossentropy;
-    ops->sum = timed_sum;
-    ops->sum_squares = timed_sum_squares;
-    ops->adamw = timed_adamw;
+    TIMED(upload, OTHER), TIMED(zero, OTHER), TIMED(embedding_forward, OTHER), TIMED(embedding_backward, OTHER);
+    TIMED(rmsnorm_forward, NORMS), TIMED(rmsnorm_backward, NORMS);
+    TIMED(matmul_forward, MATMUL), TIMED(matmul_backward_input, MATMUL), TIMED(matmul_backward_weight, MATMUL);
+    TIMED(attention_forward, ATTENTION), TIMED(attention_backward, ATTENTION);
+    TIMED(swiglu_forward, SWIGLU), TIMED(swiglu_backward, SWIGLU), TIMED(crossentropy, HEAD), TIMED(sum, OTHER);
+    TIMED(sum_squares, OPTIMISER), TIMED(adamw, OPTIMISER);
 }
 
 static void profile_end(bench *b) {

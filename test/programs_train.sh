@@ -23,6 +23,7 @@ refuses 'a device of no kind' 2 'device abc' "$train" a.jsonl --device abc
 refuses 'eval on a device of no kind' 2 'device cuda:x' "$eval" ppl a.jsonl --device cuda:x
 refuses 'weights that are no numbers' 2 'weights abc' "$train" a.jsonl --weights abc
 refuses 'weights that are too few' 2 'weights' "$train" a.jsonl b.jsonl --weights 1 --steps 1
+refuses 'a weight that gives no chunk' 1 'gives no chunk' "$train" $few small.bin --weights 0.01 --steps 1 --out light
 refuses '--model with --init' 2 'shape' "$train" a.jsonl --model tiny --init x
 refuses '--init with --twist' 2 'init' "$train" a.jsonl --init x --twist y
 
@@ -61,6 +62,9 @@ check '--twist cuts the vocabulary' 'V' sh -c "'$train' --model model.json --voc
     '$train' $start small.bin --twist large --steps 1 --out cut && grep -q '\"vocab_size\": 102' cut/latest/config.json"
 check '--tokens counts real tokens' 'limit' sh -c "'$train' $few a.jsonl --tokens 3000 --out tokens && grep '\"loss\"' tokens/log.jsonl | tail -n 2 |
     awk '{ gsub(\",\", \"\"); t[NR] = \$4 } END { exit !(t[1] < 3000 && t[2] >= 3000) }'"
+head -n 1 b.jsonl >one.jsonl
+check 'a source of one document has nothing to hold out' 'sources' sh -c "'$train' $few a.jsonl one.jsonl --val-fraction 0.1 --steps 2 --eval-every 2 --out one &&
+    grep -q '\"a.jsonl\": [0-9.]*, \"one.jsonl\": null' one/log.jsonl"
 check 'two sources by weight, each validated' 'sources' sh -c "'$train' $few a.jsonl b.jsonl --weights 1,0.5 --val v.jsonl --val b.jsonl --steps 4 --eval-every 2 --out mix &&
     grep -q 'val_loss_by_source.*v.jsonl.*b.jsonl' mix/log.jsonl"
 check '--val-fraction holds out' 'no val_loss' sh -c "'$train' $few a.jsonl --val-fraction 0.1 --steps 4 --out held && grep -q val_loss held/log.jsonl"

@@ -229,7 +229,8 @@ static void test_crossentropy(int N, int V, int stride) {
     if (N > 1) logits.floats()[stride] = 200;  // one logit far above
     for (int scaled = 0; scaled < 3; scaled++) // the losses alone; with gradients; with weights
         check_operation("cross-entropy", {logits, targets, weights, unwritten(FLOAT, N)}, [=](slam_ops *ops, void **p) {
-            ops->crossentropy(ops, F(3), A(0), I(1), scaled == 2 ? F(2) : NULL, scaled ? 0.25f : 0, N, V, stride);
+            const slam_xent x = xent(N, V, stride, scaled ? 0.25f : 0, scaled == 2 ? F(2) : NULL);
+            ops->crossentropy(ops, F(3), A(0), I(1), &x);
         });
 }
 
@@ -241,7 +242,8 @@ static void test_crossentropy_padding(int N, int V, int stride) {
     for (int i = 0; i < N; i++)
         for (int v = V; v < stride; v++) logits.floats()[(size_t)i * stride + v] = 10000;
     check_operation("cross-entropy with padding", {logits, targets, unwritten(FLOAT, N)}, [=](slam_ops *ops, void **p) {
-        ops->crossentropy(ops, F(2), A(0), I(1), NULL, 0.25f, N, V, stride);
+        const slam_xent x = xent(N, V, stride, 0.25f, NULL);
+        ops->crossentropy(ops, F(2), A(0), I(1), &x);
     });
 }
 
@@ -285,7 +287,8 @@ struct mask_of {
 
 static mask_of make_mask(const shape &s) {
     const size_t n = (size_t)s.B * s.T;
-    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1), numbers(FLOAT, (size_t)s.T * s.HS, 0)};
+    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1),
+                 numbers(FLOAT, 2 * (size_t)s.T * ROPE_PAIRS(s.HS), 0)};
     for (int b = 0; b < s.B; b++) {
         int *start = w.start.ints() + b * s.T, *end = w.end.ints() + b * s.T;
         for (int t = 0, first = 0; t < s.T; t++) {
@@ -302,13 +305,16 @@ static mask_of make_mask(const shape &s) {
                 w.mask_start.ints()[b * s.T + t] = first, w.mask_end.ints()[b * s.T + t] = past;
         }
     }
-    for (int t = 0; t < s.T; t++)
-        for (int c = 0; c < s.HS / 2; c++) {
-            const double angle = t * pow(10000, -2.0 * c / s.HS);
-            w.rope.floats()[t * s.HS + c] = (float)cos(angle);
-            w.rope.floats()[t * s.HS + s.HS / 2 + c] = (float)sin(angle);
-        }
+    float *rope = rope_table(s.T, s.HS, 10000);
+    memcpy(w.rope.floats(), rope, w.rope.host.size());
+    free(rope);
     return w;
+}
+
+static slam_mask mask_new(const shape &s, const float *rope) {
+    slam_mask m = ZERO;
+    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS, m.rope = rope;
+    return m;
 }
 
 /* Query heads to key/value heads as 1, 2 or 7 to 1; documents from one token to the whole row. */
@@ -333,16 +339,10 @@ static void test_attention(const shape &s, const mask_of &w, int rope, int runs 
         {w.start, w.end, w.mask_start, w.mask_end, w.rope, numbers(ACT, N * W, 1, 1), unwritten(ACT, N * O),
          unwritten(FLOAT, N * s.NH), numbers(ACT, N * O, 1), unwritten(ACT, N * W), unwritten(FLOAT, N * s.NH)},
         [=](slam_ops *ops, void **p) {
-            const slam_mask mask = {s.B,
-                                    s.T,
-                                    s.NH,
-                                    s.KVH,
-                                    s.HS,
-                                    I(0),
-                                    s.both_ways ? I(1) : NULL,
-                                    s.masked ? I(2) : NULL,
-                                    s.masked ? I(3) : NULL,
-                                    rope ? F(4) : NULL};
+            slam_mask mask = mask_new(s, rope ? F(4) : NULL);
+            mask.doc_start = I(0);
+            if (s.both_ways) mask.doc_end = I(1);
+            if (s.masked) mask.mask_start = I(2), mask.mask_end = I(3);
             ops->attention_forward(ops, A(6), F(7), A(5), &mask);
             ops->attention_backward(ops, A(9), F(10), A(8), A(6), F(7), A(5), &mask);
         },
@@ -370,8 +370,7 @@ static void test_decode(const shape &s) {
                         {lengths, w.rope, numbers(ACT, (size_t)s.B * s.T * K, 1, 1), numbers(ACT, s.B * (O + K), 1, 1),
                          unwritten(ACT, s.B * O)},
                         [=](slam_ops *ops, void **p) {
-                            const slam_mask mask = {s.B,  s.T,  s.NH, s.KVH, s.HS,
-                                                    NULL, NULL, NULL, NULL,  rope ? F(1) : NULL};
+                            const slam_mask mask = mask_new(s, rope ? F(1) : NULL);
                             ops->attention_decode(ops, A(4), A(2), A(3), I(0), &mask);
                         });
 }
@@ -385,7 +384,7 @@ static void test_fill(const shape &s) {
         "keys and values into the cache",
         {slots, lengths, numbers(ACT, (size_t)s.B * s.T * (O + K), 1), numbers(ACT, (s.B + 1) * capacity * K, 1, 1)},
         [=](slam_ops *ops, void **p) {
-            const slam_mask mask = {s.B, s.T, s.NH, s.KVH, s.HS, NULL, NULL, NULL, NULL, NULL};
+            const slam_mask mask = mask_new(s, NULL);
             ops->attention_fill(ops, A(3), A(2), I(0), I(1), capacity, &mask);
         });
 }
@@ -450,7 +449,8 @@ static void test_operations(const char *dtype) {
 /* What the kernels cannot do is an error, not other numbers. */
 static void test_limits(void) {
     float *p = (float *)gpu->alloc(gpu, 4096 * sizeof(float));
-    const slam_mask mask = {1, 3, 1, 1, 288, (int *)p, NULL, NULL, NULL, NULL};
+    slam_mask mask = mask_new({1, 3, 1, 1, 288, 0, 0, 0}, NULL);
+    mask.doc_start = (int *)p;
     gpu->attention_forward(gpu, (slam_act *)p, p, (slam_act *)p, &mask);
     check_fails(gpu->finish(gpu), "256 channels");
     gpu->rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1e-6f, 1, 1, 10000, 10000);

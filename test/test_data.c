@@ -50,7 +50,7 @@ static const char *write_tokens(const char *name, tokens *t, int V) {
 
 static slam_data *open_data(int context, int V, const char *path) {
     slam_data *d = slam_data_new(context);
-    if (!CHECK(d && slam_data_add(d, path, 1) && slam_data_prepare(d, V, 0, 0, NULL), "%s", slam_error())) exit(1);
+    if (!CHECK(d && slam_data_add(d, path, 1) && slam_data_prepare(d, V, 0, 0), "%s", slam_error())) exit(1);
     return d;
 }
 
@@ -89,7 +89,7 @@ static void see_row(const slam_batch *b, int i, const slam_data *d, const slam_s
         if (!CHECK(end - t >= 2, "a chunk of %d tokens, doc_start[%d] = %d", end - t, t, start[t])) return;
         const slam_chunk *c = &d->chunks[(*sequence)->item];
         CHECK((*sequence)->first == i * T + t && (*sequence)->end == i * T + end - 1 && (int)c->n == end - t &&
-                  d->files->at[c->file].tokens[c->first] == token[t],
+                  d->files[c->file].tokens[c->first] == token[t],
               "sequence %d to %d, expected %d to %d", (*sequence)->first, (*sequence)->end, i * T + t, i * T + end - 1);
         ++*sequence;
         see(&s->chunk, &s->chunks, &s->chunk_capacity, hash_chunk(token + t, end - t));
@@ -131,12 +131,29 @@ static seen see_epoch(slam_loader *l) {
     return s;
 }
 
-static seen see_data(const slam_data *d, int source, uint64_t seed, int shuffle) {
-    slam_loader *l = slam_loader_new(d, source, seed, shuffle);
+static seen see_data(const slam_data *d, uint64_t seed, int shuffle) {
+    slam_loader *l = slam_loader_new(d, seed, shuffle);
     seen s = ZERO;
     if (CHECK(l != NULL, "%s", slam_error())) s = see_epoch(l);
     slam_loader_free(l);
     return s;
+}
+
+/* The chunks of a source, in file order. */
+static seen see_source(const slam_data *d, int source) {
+    seen s = ZERO;
+    int *token = NEW(int, (size_t)d->context);
+    for (size_t i = d->sources[source].first_chunk; i < d->sources[source].end_chunk; i++) {
+        const slam_chunk *c = &d->chunks[i];
+        for (uint32_t k = 0; k < c->n; k++) token[k] = d->files[c->file].tokens[c->first + k];
+        see(&s.chunk, &s.chunks, &s.chunk_capacity, hash_chunk(token, (int)c->n));
+    }
+    free(token);
+    return s;
+}
+
+static void see_all(seen *s, const seen *more) {
+    for (size_t i = 0; i < more->chunks; i++) see(&s->chunk, &s->chunks, &s->chunk_capacity, more->chunk[i]);
 }
 
 /* The chunks that documents must have become, from the tokens alone. */
@@ -194,15 +211,15 @@ static void test_chunks(void) {
         tokens t = ZERO;
         for (int i = 0; i < 300; i++) add_document(&t, 1 + rng_below(&rng, i % 10 ? 60 : 3000), 502, &rng);
         slam_data *d = open_data(T, 502, write_shard("chunks.bin", t.at, t.n, 502, 0));
-        seen expected = expect_chunks(&t, T), in_order = see_data(d, -1, 0, 0);
+        seen expected = expect_chunks(&t, T), in_order = see_data(d, 0, 0);
         CHECK(same_chunks(&in_order, &expected), "in file order");
-        slam_loader *l = slam_loader_new(d, -1, 3, 1);
+        slam_loader *l = slam_loader_new(d, 3, 1);
         seen first = see_epoch(l), second = see_epoch(l);
         CHECK(same_chunks(&first, &expected) && same_chunks(&second, &expected), "shuffled");
         CHECK(!same_rows(&first, &second), "two epochs in the same order");
         CHECK(first.tokens == expected.tokens && first.targets == expected.targets, "%zu tokens, %zu targets",
               first.tokens, first.targets);
-        const slam_data_size size = slam_data_measure(d, 0, 3);
+        const slam_data_size size = slam_data_measure(d, 3);
         CHECK(size.documents == 300 && size.chunks == expected.chunks && size.tokens == first.tokens &&
                   size.targets == first.targets && size.rows == first.rows,
               "measured are %zu documents, %zu chunks, %zu tokens, %zu targets, %zu rows", (size_t)size.documents,
@@ -218,7 +235,7 @@ static void test_chunks(void) {
         tokens t = ZERO;
         add_document(&t, 15, 502, &rng); // 17 tokens: 8, 8 and a lone 1
         slam_data *d = open_data(8, 502, write_tokens("lone.bin", &t, 502));
-        seen s = see_data(d, -1, 0, 1);
+        seen s = see_data(d, 0, 1);
         CHECK(s.chunks == 2 && s.tokens == 16 && s.targets == 14, "%zu chunks, %zu tokens, %zu targets", s.chunks,
               s.tokens, s.targets);
         seen_free(&s);
@@ -230,7 +247,7 @@ static void test_chunks(void) {
         add_document(&t, 5, 502, &rng);
         add_document(&t, 9, 502, &rng);
         slam_data *d = open_data(64, 502, write_tokens("small.bin", &t, 502));
-        slam_loader *l = slam_loader_new(d, -1, 0, 1);
+        slam_loader *l = slam_loader_new(d, 0, 1);
         for (int e = 0; e < 3; e++) {
             seen s = see_epoch(l);
             CHECK(s.rows == 1 && s.tokens == 18 && s.targets == 16 && l->epoch == (uint64_t)e, "%zu rows, %zu tokens",
@@ -252,7 +269,7 @@ static void test_poor_rows(void) {
     const size_t total = t.n;
     seen expected = expect_chunks(&t, T);
     slam_data *d = open_data(T, 502, write_tokens("poor.bin", &t, 502));
-    slam_loader *l = slam_loader_new(d, -1, 3, 1);
+    slam_loader *l = slam_loader_new(d, 3, 1);
     for (int e = 0; e < 3; e++) {
         seen s = see_epoch(l);
         CHECK(s.chunks == DOCUMENTS && s.tokens == total && s.rows == DOCUMENTS,
@@ -261,7 +278,7 @@ static void test_poor_rows(void) {
         CHECK(same_chunks(&s, &expected), "epoch %d: other chunks", e);
         seen_free(&s);
     }
-    const slam_data_size size = slam_data_measure(d, -1, 3);
+    const slam_data_size size = slam_data_measure(d, 3);
     CHECK(size.tokens == total && size.chunks == DOCUMENTS,
           "measured are %zu tokens and %zu chunks, expected %zu and %d", (size_t)size.tokens, (size_t)size.chunks,
           total, DOCUMENTS);
@@ -299,10 +316,10 @@ static void test_epoch_order(void) {
     tokens t = ZERO;
     for (int i = 0; i < 20000; i++) add_document(&t, 5 + rng_below(&rng, 60), 502, &rng);
     slam_data *d = open_data(T, 502, write_tokens("epochs.bin", &t, 502));
-    slam_loader *l = slam_loader_new(d, -1, 3, 1);
+    slam_loader *l = slam_loader_new(d, 3, 1);
     seen epoch[EPOCHS + 1];
     for (int e = 0; e < EPOCHS; e++) epoch[e] = see_epoch(l);
-    epoch[EPOCHS] = see_data(d, -1, 0, 0); // the order of the file
+    epoch[EPOCHS] = see_data(d, 0, 0); // the order of the file
     for (int a = 0; a <= EPOCHS; a++)
         for (int b = 0; b < a; b++) {
             if (!CHECK(same_chunks(&epoch[a], &epoch[b]), "epochs %d and %d: other chunks", b, a)) continue;
@@ -321,7 +338,7 @@ static void test_epoch_order(void) {
 
 static int data_opens(const char *pattern, int V) {
     slam_data *d = slam_data_new(64);
-    const int ok = slam_data_add(d, pattern, 1) && slam_data_prepare(d, V, 0, 0, NULL);
+    const int ok = slam_data_add(d, pattern, 1) && slam_data_prepare(d, V, 0, 0);
     slam_data_free(d);
     return ok;
 }
@@ -333,7 +350,7 @@ static void test_long_documents(void) {
     tokens t = ZERO;
     for (int i = 0; i < 24; i++) add_document(&t, 100000 + rng_below(&rng, 1000), 502, &rng);
     slam_data *d = open_data(T, 502, write_shard("long.bin", t.at, t.n, 502, 0));
-    seen expected = expect_chunks(&t, T), s = see_data(d, -1, 0, 1);
+    seen expected = expect_chunks(&t, T), s = see_data(d, 0, 1);
     CHECK(same_chunks(&s, &expected), "%zu chunks, expected %zu", s.chunks, expected.chunks);
     slam_data_free(d);
     t.at[t.n - 5] = 600;
@@ -371,7 +388,7 @@ static void test_fill(void) {
                       contexts[c]))
                 continue;
             slam_data *d = open_data(contexts[c], 502, path);
-            check_near("empty share", 1 - slam_data_measure(d, -1, 0).fill, 0,
+            check_near("empty share", 1 - slam_data_measure(d, 0).fill, 0,
                        kind == 0 && contexts[c] == 1024 ? 0.003 : 0.02);
             slam_data_free(d);
         }
@@ -384,7 +401,7 @@ static void test_mixing(void) {
     tokens t = ZERO;
     for (int i = 0; i < 20000; i++) add_document(&t, (size_t)(19.5 * seconds_of(0, &rng)), 502, &rng);
     slam_data *d = open_data(1024, 502, write_tokens("mixing.bin", &t, 502));
-    slam_loader *l = slam_loader_new(d, -1, 0, 1);
+    slam_loader *l = slam_loader_new(d, 0, 1);
     const packed_rows *all = &l->packer->epoch;
     double x1 = 0, y1 = 0, x2 = 0, y2 = 0, xy = 0, rows = (double)all->n; // x: the row's place, y: its chunks
     for (size_t i = 0; i < all->n; i++) {
@@ -444,9 +461,9 @@ static void test_seek(void) {
     tokens t = ZERO;
     for (int i = 0; i < 20000; i++) add_document(&t, 1 + rng_below(&rng, 60), 502, &rng);
     slam_data *d = slam_data_new(T);
-    CHECK(slam_data_add(d, write_tokens("seek.bin", &t, 502), 1.3) && slam_data_prepare(d, 502, 0, 0, NULL), "%s",
+    CHECK(slam_data_add(d, write_tokens("seek.bin", &t, 502), 1.3) && slam_data_prepare(d, 502, 0, 0), "%s",
           slam_error());
-    slam_loader *l = slam_loader_new(d, -1, 7, 1);
+    slam_loader *l = slam_loader_new(d, 7, 1);
     seen all[EPOCHS];
     CHECK(l->epoch == 0 && l->row == 0, "epoch %zu, row %zu", (size_t)l->epoch, (size_t)l->row);
     for (int e = 0; e < EPOCHS; e++) {
@@ -456,7 +473,7 @@ static void test_seek(void) {
     for (int i = 0; i < 60; i++) {
         const uint64_t epoch = rng_below(&rng, EPOCHS), row = rng_below(&rng, all[epoch].rows + 1);
         const int over = row == all[epoch].rows; // then the next one is row 0 of the next epoch
-        slam_loader *other = i % 2 ? slam_loader_new(d, -1, 7, 1) : l;
+        slam_loader *other = i % 2 ? slam_loader_new(d, 7, 1) : l;
         seen s = ZERO;
         CHECK(slam_loader_seek(other, epoch, row), "%s", slam_error());
         CHECK(other->epoch == epoch && other->row == row, "epoch %zu, row %zu", (size_t)other->epoch,
@@ -486,8 +503,8 @@ static void test_ranks(void) {
     slam_data *d = open_data(T, 502, write_tokens("ranks.bin", &t, 502));
     for (int shuffle = 0; shuffle < 2; shuffle++)
         for (int size = 1; size < 15; size += 4) {
-            slam_loader *alone = slam_loader_new(d, -1, 5, shuffle), *rank[15];
-            for (int r = 0; r < size; r++) rank[r] = slam_loader_new(d, -1, 5, shuffle);
+            slam_loader *alone = slam_loader_new(d, 5, shuffle), *rank[15];
+            for (int r = 0; r < size; r++) rank[r] = slam_loader_new(d, 5, shuffle);
             uint64_t total = 0;
             for (int k = 0, rows = 1; k < BATCHES && rows > 0; k++) {
                 seen one = ZERO, all = ZERO;
@@ -509,9 +526,7 @@ static void test_ranks(void) {
                 seen_free(&one), seen_free(&all);
             }
             if (shuffle) CHECK(alone->epoch > 0, "no batch over the end of an epoch");
-            else
-                CHECK(total == slam_data_measure(d, -1, 0).tokens && slam_loader_begin(alone, 3, NULL) == 0,
-                      "to the end");
+            else CHECK(total == slam_data_measure(d, 0).tokens && slam_loader_begin(alone, 3, NULL) == 0, "to the end");
             slam_loader_free(alone);
             for (int r = 0; r < size; r++) slam_loader_free(rank[r]);
         }
@@ -530,8 +545,8 @@ static void test_small_weight(void) {
     add_document(&one, 30, 502, &rng);
     CHECK(slam_data_add(d, write_tokens("many.bin", &many, 502), 1), "%s", slam_error());
     CHECK(slam_data_add(d, write_tokens("one.bin", &one, 502), 0.3), "%s", slam_error());
-    CHECK(slam_data_prepare(d, 502, 0, 0, NULL), "%s", slam_error());
-    slam_loader *l = slam_loader_new(d, -1, 1, 1), *again = slam_loader_new(d, -1, 1, 1);
+    CHECK(slam_data_prepare(d, 502, 0, 0), "%s", slam_error());
+    slam_loader *l = slam_loader_new(d, 1, 1), *again = slam_loader_new(d, 1, 1);
     size_t came = 0;
     for (uint64_t e = 0; e < EPOCHS; e++) {
         CHECK(slam_loader_seek(again, e, 0), "%s", slam_error());
@@ -561,8 +576,8 @@ static void test_weights(void) {
         chunks[s] = expect_chunks(&t, T);
         CHECK(slam_data_add(d, write_tokens(names[s], &t, 502), weights[s]), "%s", slam_error());
     }
-    CHECK(slam_data_prepare(d, 502, 0, 0, NULL), "%s", slam_error());
-    slam_loader *l = slam_loader_new(d, -1, 1, 1);
+    CHECK(slam_data_prepare(d, 502, 0, 0), "%s", slam_error());
+    slam_loader *l = slam_loader_new(d, 1, 1);
     for (int e = 0; e < EPOCHS; e++) {
         epochs[e] = see_epoch(l);
         CHECK(epochs[e].chunks == 101 + 100 + 30 + 20, "an epoch of %zu draws", epochs[e].chunks);
@@ -583,11 +598,11 @@ static void test_weights(void) {
                 for (int k = 0; k < s; k++) n += times_seen(&epochs[e + k], chunks[s].chunk[i]);
                 CHECK(n == 1, "a chunk with weight 1/%d came %zu times in epochs %d to %d", s, n, e, e + s - 1);
             }
-    for (int s = 0; s < 4; s++) { // evaluation ignores weights
-        seen once = see_data(d, s, 0, 0);
-        CHECK(same_chunks(&once, &chunks[s]), "source %d in file order", s);
-        seen_free(&once), seen_free(&chunks[s]);
-    }
+    seen once = see_data(d, 0, 0), all = ZERO; // evaluation ignores weights
+    for (int s = 0; s < 4; s++) see_all(&all, &chunks[s]);
+    CHECK(same_chunks(&once, &all), "each chunk once");
+    for (int s = 0; s < 4; s++) seen_free(&chunks[s]);
+    seen_free(&once), seen_free(&all);
     for (int e = 0; e < EPOCHS; e++) seen_free(&epochs[e]);
     slam_loader_free(l);
     slam_data_free(d);
@@ -606,9 +621,10 @@ static void test_held_out(void) {
                       string_copy(write_lines("held_b.jsonl", &t[1]))};
     seen chosen[2];
     for (uint64_t seed = 0; seed < 3; seed++) {
-        slam_data *d = slam_data_new(T), *held = NULL;
+        slam_data *d = slam_data_new(T);
         CHECK(slam_data_add(d, paths[0], 2) && slam_data_add(d, paths[1], 1), "%s", slam_error());
-        CHECK(slam_data_prepare(d, 502, 0.1, seed, &held), "%s", slam_error());
+        CHECK(slam_data_prepare(d, 502, 0.1, seed), "%s", slam_error());
+        const slam_data *held = d->held_out;
         CHECK(held->n_sources == 2 && !strcmp(held->sources[1].name, paths[1]) && held->sources[0].weight == 1 &&
                   held->V == 502 && held->hash == d->hash,
               "the sources of the held-out data");
@@ -617,11 +633,8 @@ static void test_held_out(void) {
         CHECK(held->sources[1].documents == 3 && d->sources[1].documents == 30, "%zu of 33",
               held->sources[1].documents);
         for (int s = 0; s < 2; s++) {
-            seen whole = expect_chunks(&t[s], T), kept = see_data(d, s, 0, 0), out = see_data(held, s, 0, 0),
-                 both = ZERO;
-            for (size_t i = 0; i < kept.chunks; i++)
-                see(&both.chunk, &both.chunks, &both.chunk_capacity, kept.chunk[i]);
-            for (size_t i = 0; i < out.chunks; i++) see(&both.chunk, &both.chunks, &both.chunk_capacity, out.chunk[i]);
+            seen whole = expect_chunks(&t[s], T), kept = see_source(d, s), out = see_source(held, s), both = ZERO;
+            see_all(&both, &kept), see_all(&both, &out);
             CHECK(same_chunks(&both, &whole), "the two parts of source %d are not the whole", s);
             seen_free(&whole), seen_free(&kept), seen_free(&out), seen_free(&both);
         }
@@ -629,20 +642,14 @@ static void test_held_out(void) {
         size_t opened = 0;
         for (size_t i = 0, open = 0; i < held->n_chunks; i++) {
             const slam_chunk *c = &held->chunks[i];
-            const uint16_t *at = held->files->at[c->file].tokens + c->first;
+            const uint16_t *at = held->files[c->file].tokens + c->first;
             CHECK(open || at[0] == 1, "a held-out chunk whose document begins elsewhere");
             opened += at[0] == 1;
             open = c->n == T && at[c->n - 1] != 1;
         }
         CHECK(opened == 24, "%zu documents are held out", opened);
-        if (seed < 2) chosen[seed] = see_data(held, -1, 0, 0);
-        slam_data_free(d); // either may be freed first
-        if (seed == 2) {
-            seen s = see_data(held, -1, 0, 0);
-            CHECK(s.chunks > 0, "the held-out part without the other");
-            seen_free(&s);
-        }
-        slam_data_free(held);
+        if (seed < 2) chosen[seed] = see_data(held, 0, 0);
+        slam_data_free(d);
     }
     CHECK(!same_chunks(&chosen[0], &chosen[1]), "two seeds hold out the same documents");
     for (int s = 0; s < 2; s++) {
@@ -663,15 +670,13 @@ static void test_few_held_out(void) {
     for (int i = 0; i < 5; i++) {
         tokens t = ZERO;
         for (int k = 0; k < few[i].documents; k++) add_document(&t, 5, 502, &rng);
-        slam_data *d = slam_data_new(32), *held = NULL;
+        slam_data *d = slam_data_new(32);
         CHECK(slam_data_add(d, write_tokens("few.bin", &t, 502), 1), "%s", slam_error());
         if (few[i].held) {
-            CHECK(slam_data_prepare(d, 502, few[i].fraction, 0, &held), "%s", slam_error());
-            CHECK(held && held->sources[0].documents == few[i].held, "%zu of %d", held->sources[0].documents,
-                  few[i].documents);
-        } else
-            check_fails(slam_data_prepare(d, 502, few[i].fraction, 0, &held), "one document, which cannot be held out");
-        slam_data_free(held);
+            CHECK(slam_data_prepare(d, 502, few[i].fraction, 0), "%s", slam_error());
+            CHECK(d->held_out && d->held_out->sources[0].documents == few[i].held, "%zu of %d",
+                  d->held_out->sources[0].documents, few[i].documents);
+        } else check_fails(slam_data_prepare(d, 502, few[i].fraction, 0), "one document, which cannot be held out");
         slam_data_free(d);
     }
 }
@@ -744,9 +749,9 @@ static void test_errors(void) {
         const char *a = write_shard("a.bin", one, 3, 102, 7), *b = write_shard("b.bin", one, 3, 502, 7);
         const char *c = write_shard("c.bin", one, 3, 102, 8), *unknown = write_shard("d.bin", one, 3, 0, 0);
         const char *other = check_file("e.txt", "x", 1);
-        slam_data *d = slam_data_new(64), *held = NULL;
+        slam_data *d = slam_data_new(64);
         CHECK(d->V == 0 && d->fingerprint == 0, "before anything was added");
-        check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "no data");
+        check_fails(slam_data_prepare(d, 102, 0, 0), "no data");
         check_fails(slam_data_add(d, check_path("none*.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path("none.bin"), 1), "no such file");
         check_fails(slam_data_add(d, check_path(""), 1), "expected token shards");
@@ -761,19 +766,17 @@ static void test_errors(void) {
         CHECK(d->fingerprint == 7, "fingerprint %u", (unsigned)d->fingerprint);
         check_fails(slam_data_add(d, b, 1), "the vocabulary is 502, expected 102");
         check_fails(slam_data_add(d, c, 1), "unit tokenizer 00000008, expected 00000007");
-        check_fails(slam_data_prepare(d, 2, 0, 0, NULL), "a vocabulary of 2");
-        check_fails(slam_data_prepare(d, 102, 1, 0, &held), "fraction 1");
-        check_fails(slam_data_prepare(d, 102, NAN, 0, &held), "fraction");
-        check_fails(slam_data_prepare(d, 102, 0.1, 0, NULL), "fraction");
+        check_fails(slam_data_prepare(d, 2, 0, 0), "a vocabulary of 2");
+        check_fails(slam_data_prepare(d, 102, 1, 0), "fraction 1");
+        check_fails(slam_data_prepare(d, 102, NAN, 0), "fraction");
         slam_data_free(d);
         d = slam_data_new(64);
-        check_fails(slam_loader_new(d, -1, 0, 1), "not prepared");
-        CHECK(slam_data_add(d, a, 1e-3) && slam_data_prepare(d, 102, 0, 0, NULL), "%s", slam_error());
-        check_fails(slam_data_prepare(d, 102, 0, 0, NULL), "once");
+        check_fails(slam_loader_new(d, 0, 1), "not prepared");
+        CHECK(slam_data_add(d, a, 1e-3) && slam_data_prepare(d, 102, 0, 0), "%s", slam_error());
+        check_fails(slam_data_prepare(d, 102, 0, 0), "once");
         check_fails(slam_data_add(d, a, 1), "cannot be added");
-        check_fails(slam_loader_new(d, -1, 0, 1), "draws nothing");
-        check_fails(slam_data_measure(d, -1, 0).rows, "draws nothing");
-        check_fails(slam_loader_new(d, 1, 0, 0), "source 1: there is no such source");
+        check_fails(slam_loader_new(d, 0, 1), "gives no chunk");
+        check_fails(slam_data_measure(d, 0).rows, "gives no chunk");
         slam_data_free(d);
         check_fails(slam_data_new(1), "context 1");
         check_fails(slam_data_new(INT_MAX), "2 to 16777216");
@@ -783,11 +786,10 @@ static void test_errors(void) {
 /* ---- order and hash ---- */
 
 static uint64_t hash_of(const char *pattern, double weight, double fraction, uint64_t seed, int context) {
-    slam_data *d = slam_data_new(context), *held = NULL;
-    CHECK(slam_data_add(d, pattern, weight) && slam_data_prepare(d, 502, fraction, seed, &held), "%s", slam_error());
+    slam_data *d = slam_data_new(context);
+    CHECK(slam_data_add(d, pattern, weight) && slam_data_prepare(d, 502, fraction, seed), "%s", slam_error());
     const uint64_t hash = d->hash;
     slam_data_free(d);
-    slam_data_free(held);
     return hash;
 }
 
@@ -814,8 +816,8 @@ static void test_order(void) {
         omp_set_num_threads(1);
         slam_data *single = open_data(T, 502, check_path("order.bin"));
         omp_set_num_threads(threads);
-        seen a = see_data(whole, -1, 1, 1), b = see_data(lines, -1, 1, 1), c = see_data(parts, -1, 1, 1);
-        seen d = see_data(whole, -1, 2, 1), e = see_data(single, -1, 1, 1);
+        seen a = see_data(whole, 1, 1), b = see_data(lines, 1, 1), c = see_data(parts, 1, 1);
+        seen d = see_data(whole, 2, 1), e = see_data(single, 1, 1);
         CHECK(same_rows(&a, &b), "a unit file with the documents of a shard");
         CHECK(same_rows(&a, &c), "shards with the documents of one");
         CHECK(!same_rows(&a, &d) && same_chunks(&a, &d), "two seeds");

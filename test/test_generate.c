@@ -315,7 +315,7 @@ static void test_prompt_files(void) {
         slam_prompts_free(&p);
     }
     slam_data *data = slam_data_new(8);
-    CHECK(slam_data_add(data, path, 1) && slam_data_prepare(data, 62, 0, 0, NULL), "%s", slam_error());
+    CHECK(slam_data_add(data, path, 1) && slam_data_prepare(data, 62, 0, 0), "%s", slam_error());
     slam_prompts p = lengths[FIRST_4], all = lengths[ALL];
     slam_prompts_add_data(&p, data);
     CHECK(p.n == 2 && p.at[0].n == 5 && p.at[1].n == 5 && p.at[1].tokens[4] == 5, "%zu documents",

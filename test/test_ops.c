@@ -47,6 +47,18 @@ static void test_exp(void) {
 
 /* ---- attention ---- */
 
+/* Pair c of position t has the angle t theta^(-2c / HS); the table is computed in float. */
+static void test_rope_table(int T, int HS, double theta) {
+    float *table = rope_table(T, HS, theta);
+    for (int t = 0; t < T; t++)
+        for (int c = 0; c < HS / 2; c++) {
+            const double angle = t * pow(theta, -2.0 * c / HS), tolerance = 1e-7 + 5e-7 * angle;
+            check_near("cosine", table[t * HS + c], cos(angle), tolerance);
+            check_near("sine", table[t * HS + HS / 2 + c], sin(angle), tolerance);
+        }
+    free(table);
+}
+
 /* A few documents per row. Optionally with a masked span in the last document of each row, with doc_end (queries see their whole
    document), without rotation. */
 typedef struct shape {
@@ -56,7 +68,6 @@ typedef struct shape {
 static slam_mask mask_new(shape s) {
     const size_t n = (size_t)s.B * s.T;
     int *doc = NEW(int, n), *end = NEW(int, n), *mask_start = NEW(int, n), *mask_end = NEW(int, n);
-    float *rope = zeros((size_t)s.T * s.HS);
     for (int b = 0; b < s.B; b++) {
         int start = 0, *d = doc + b * s.T, *e = end + b * s.T;
         for (int t = 0; t < s.T; t++) {
@@ -68,25 +79,14 @@ static slam_mask mask_new(shape s) {
         for (int t = start + 2 * length / 3; length >= 6 && t < s.T; t++)
             mask_start[b * s.T + t] = start + length / 3, mask_end[b * s.T + t] = start + 2 * length / 3;
     }
-    for (int p = 0; p < s.T; p++)
-        for (int c = 0; c < s.HS / 2; c++) {
-            const double angle = p * pow(10000, -2.0 * c / s.HS);
-            rope[p * s.HS + c] = (float)cos(angle);
-            rope[p * s.HS + s.HS / 2 + c] = (float)sin(angle);
-        }
-    const slam_mask m = {s.B,
-                         s.T,
-                         s.NH,
-                         s.KVH,
-                         s.HS,
-                         doc,
-                         s.bidirectional ? end : NULL,
-                         s.masked ? mask_start : NULL,
-                         s.masked ? mask_end : NULL,
-                         s.unrotated ? NULL : rope};
-    if (!s.bidirectional) free(end);
-    if (!s.masked) free(mask_start), free(mask_end);
-    if (s.unrotated) free(rope);
+    slam_mask m = ZERO;
+    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS;
+    m.doc_start = doc;
+    if (s.bidirectional) m.doc_end = end;
+    else free(end);
+    if (s.masked) m.mask_start = mask_start, m.mask_end = mask_end;
+    else free(mask_start), free(mask_end);
+    if (!s.unrotated) m.rope = rope_table(s.T, s.HS, 10000);
     return m;
 }
 
@@ -436,14 +436,16 @@ static void test_crossentropy(slam_ops *ops, int N, int V, int stride, int weigh
     }
     memcpy(before, z, n * sizeof *z);
     for (int pass = 0; pass < 2; pass++) {
-        ops->crossentropy(ops, loss, act(z), targets, weighted ? weights : NULL, pass ? 0.25f : 0, N, V, stride);
+        const slam_xent x = xent(N, V, stride, pass ? 0.25f : 0, weighted ? weights : NULL);
+        ops->crossentropy(ops, loss, act(z), targets, &x);
         for (int i = 0; i < N; i++) // a loss may be almost 0
             check_near("a loss", loss[i], expected_loss[i], 1e-6 * (1 + expected_loss[i]));
         if (pass == 0) CHECK(memcmp(z, before, n * sizeof *z) == 0, "with scale 0 the logits stay");
     }
     check_close("dlogits", z, expected, n, 2e-6);
     z[0] = NAN, targets[0] = V - 1;
-    ops->crossentropy(ops, loss, act(z), targets, NULL, 0, 1, V, stride);
+    const slam_xent one = xent(1, V, stride, 0, NULL);
+    ops->crossentropy(ops, loss, act(z), targets, &one);
     CHECK(isnan(loss[0]), "the loss of a NaN is %g", loss[0]);
     free(z), free(before), free(loss), free(expected), free(expected_loss), free(weights), free(targets);
 }
@@ -663,6 +665,7 @@ static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
     const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1};
+    const slam_xent x4 = xent(N, V, V, 1, NULL);
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
                             N * W, N * V, N * F, V * C, N * 48, N * C, 4, N};
@@ -685,7 +688,7 @@ static void test_threads(void) {
         ops->rmsnorm_backward(ops, act(r[5]), r[6], act(r[4]), act(x), act(w), rstd, N, 1, C, C);
         ops->attention_forward(ops, act(r[7]), lse, act(qkv), &m);
         ops->attention_backward(ops, act(r[8]), D, act(x), act(r[7]), lse, act(qkv), &m);
-        ops->crossentropy(ops, losses, act(r[9]), tokens, NULL, 1, N, V, V);
+        ops->crossentropy(ops, losses, act(r[9]), tokens, &x4);
         ops->swiglu_forward(ops, act(r[10]), act(wide), N, F);
         ops->embedding_backward(ops, r[11], act(x), tokens, N, C, V);
         ops->conv1d(ops, act(r[12]), act(wide), act(w), NULL, &c);
@@ -708,6 +711,8 @@ int main(void) {
     slam_ops *ops = slam_cpu(0);
     if (TEST("memory")) test_memory(ops);
     if (TEST("exp")) test_exp();
+    if (TEST("rotary table"))
+        test_rope_table(2048, 64, 1e4), test_rope_table(300, 128, 1e6), test_rope_table(100, 12, 500);
     const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},    {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
                             {3, 65, 3, 3, 12, 1, 0, 0},  {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
                             {1, 1, 2, 1, 4, 0, 1, 1},    {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},

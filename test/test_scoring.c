@@ -441,7 +441,7 @@ static void test_output_check(void) {
 
 static slam_data *data_of(const char *name, const char *lines, int T, int V) {
     slam_data *d = slam_data_new(T);
-    const int ok = slam_data_add(d, check_file(name, lines, strlen(lines)), 1) && slam_data_prepare(d, V, 0, 0, NULL);
+    const int ok = slam_data_add(d, check_file(name, lines, strlen(lines)), 1) && slam_data_prepare(d, V, 0, 0);
     CHECK(ok, "%s", slam_error());
     return d;
 }
