@@ -328,9 +328,7 @@ static int open_model(program *p) {
 }
 
 static void add_bundled(const char *argv0, const char *name, slam_strings *list) {
-    char *path = slam_path_beside(argv0, name);
-    slam_strings_add(list, path);
-    free(path);
+    slam_strings_add(list, slam_path_beside(argv0, name).at);
 }
 
 /* Data of the model's units. `fraction` of it is held out, chosen as the run chose it. */

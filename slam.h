@@ -85,6 +85,11 @@ typedef struct slam_strings {
 void slam_strings_add(slam_strings *, const char *item); /* a copy of item */
 void slam_strings_free(slam_strings *);
 
+/* A path by value: nothing to free. One that is too long is cut at a length that no system call accepts. */
+typedef struct slam_path {
+    char at[4160];
+} slam_path;
+
 /* Progress of long work, passed to a callback. The callback returns 0 to cancel. */
 typedef struct slam_progress {
     const char *stage;    /* "fit", "tokenize", "score", ... */
@@ -752,7 +757,7 @@ typedef struct slam_metric {
     const char *name;
     double value;
 } slam_metric;
-int slam_metrics_write(const char *task, const slam_metric *, int n, const char *path); /* {"task": .., NAME: value, ..} */
+int slam_metrics_write(const char *task, const slam_metric *, int n, const char *path); /* as a JSON object */
 int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there */
 
 /* ---- 14. CHECKPOINTS: a run's folder with step_000200/, links latest and best, trainer.json, log.jsonl ---- */
@@ -844,11 +849,11 @@ int slam_stop_requested(void);
 int slam_threads(const slam_comm *, int threads);
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
 slam_ops *slam_device(slam_comm *, const char *device, const char *dtype, int threads);
-const char *slam_format_count(char s[32], double n);         /* 950, 12.3k, 1.40M */
-const char *slam_format_time(char s[32], double seconds);    /* 0:32, 12:03:04 */
-void slam_print_path(const char *path);                      /* quoted for a shell if needed */
-char *slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program; free() it */
-char *slam_path_absolute(const char *path);                  /* free() it */
+const char *slam_format_count(char s[32], double n);             /* 950, 12.3k, 1.40M */
+const char *slam_format_time(char s[32], double seconds);        /* 0:32, 12:03:04 */
+void slam_print_path(const char *path);                          /* quoted for a shell if needed */
+slam_path slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program */
+slam_path slam_path_absolute(const char *path);
 
 /* Flags that say how audio becomes units, as far as a program has them. */
 typedef struct slam_unit_flags {
@@ -1175,14 +1180,9 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
 
 /* ---- files ---- */
 
-/* A path by value: nothing to free. One that is too long is cut at a length that no system call accepts. */
-typedef struct pathbuf {
-    char at[PATH_MAX + 64];
-} pathbuf;
-
 /* "folder/name" */
-static pathbuf path_join(const char *folder, const char *name) {
-    pathbuf p;
+static slam_path path_join(const char *folder, const char *name) {
+    slam_path p;
     const size_t n = strlen(folder);
     snprintf(p.at, sizeof p.at, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
     return p;
@@ -1800,7 +1800,7 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
         ok = set_error("%s: 'weight_map' is %.60s, expected an object of file names", index, json_describe(map));
     for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
         const char *name = j->type == JSON_STRING ? j->string : "";
-        const pathbuf p = path_join(folder, name);
+        const slam_path p = path_join(folder, name);
         file_map file;
         size_t i = 0;
         while (i < t->files && strcmp(path_name(t->file[i].path), name)) i++;
@@ -1816,15 +1816,12 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
 static tensors *tensors_open(const char *path) {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"};
     tensors *t = NEW(tensors, 1);
-    pathbuf in = ZERO;
-    const char *file = path;
+    const int is_folder = path_is_folder(path);
     file_map map;
     int kind = 0, ok = 0;
-    for (; path_is_folder(path) && kind < 3; kind++) {
-        in = path_join(path, names[kind]);
-        file = in.at;
-        if (path_is_file(file)) break;
-    }
+    while (is_folder && kind < 3 && !path_is_file(path_join(path, names[kind]).at)) kind++;
+    const slam_path in = path_join(path, names[kind < 3 ? kind : 0]);
+    const char *file = is_folder ? in.at : path;
     if (kind == 0) ok = file_map_open(&map, file) && tensors_add(t, file, &map);
     else if (kind == 1) ok = tensors_add_index(t, path, file);
     else if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
@@ -5746,30 +5743,24 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
 
 /* A window slides in the layers that layer_types names or, without it, in those from max_window_layers on. */
 static int config_read_window(const slam_config *config, const json *c, const char *path) {
-    static const field fields[] = {{"use_sliding_window", FIELD_BOOL, 0, 0, 1, 0},
-                                   {"max_window_layers", FIELD_INT, sizeof(int), 0, INT_MAX, 0}};
-    const json *layers = json_get(c, "layer_types"), *window = json_find(c, "sliding_window");
-    int set[] = {0, 28};
-    if (!fields_read(c, fields, 2, set, path)) return 0;
-    if (!layers && set[0] && set[1] < config->L && !(window && window->type == JSON_NULL))
-        return set_error("%s: use_sliding_window is true and max_window_layers %d, expected full attention in all %d "
-                         "layers",
-                         path, set[1], config->L);
-    if (layers && (layers->type != JSON_ARRAY || layers->n != (size_t)config->L))
-        return set_error("%s: layer_types: expected an array of num_hidden_layers, %d, strings", path, config->L);
+    const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
+    const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
+    size_t full = 0;
+    if (!layers && slides && slides->type != JSON_FALSE && !(window && window->type == JSON_NULL) &&
+        (first ? first->number : 28) < config->L)
+        return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
+                         json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
-        if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
-            return set_error("%s: layer_types: expected full_attention in every layer", path);
-    return 1;
+        full += l->type == JSON_STRING && !strcmp(l->string, "full_attention");
+    return !layers || (full == (size_t)config->L && layers->n == full) ||
+           set_error("%s: layer_types: expected full_attention in each of the %d layers", path, config->L);
 }
 
 static int config_read(slam_config *c, const json *root, const char *path) {
-    static const field biases[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
-                                   {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0}};
+    static const char *const biases[] = {"attention_bias", "mlp_bias"};
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     const char *type = json_string(from, "model_type", "");
     const json *act = json_find(from, "hidden_act");
-    int set[] = {0, 0};
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
@@ -5778,10 +5769,13 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     c->qkv_bias = strcmp(type, "qwen2") == 0;
     c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
     if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
-        !config_read_window(c, from, path) || !fields_read(from, biases, 2, set, path))
+        !config_read_window(c, from, path))
         return 0;
-    for (int i = 0; i < 2; i++)
-        if (set[i]) return set_error("%s: %s is true, expected false", path, biases[i].name);
+    for (int i = 0; i < 2; i++) {
+        const json *bias = json_get(from, biases[i]);
+        if (bias && bias->type != JSON_FALSE)
+            return set_error("%s: %s is %.60s, expected false", path, biases[i], json_describe(bias));
+    }
     if (base) {
         slam_config outer = *c; // SlamKit writes the base beside base_config, too
         if (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path)) return 0;
@@ -6218,7 +6212,7 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
 static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
-    const pathbuf path = path_join(folder, "config.json");
+    const slam_path path = path_join(folder, "config.json");
     int ok = slam_config_load(&c, path.at);
     if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
@@ -8314,7 +8308,8 @@ static void hubert_free(slam_hubert *h) {
 }
 
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
-    const pathbuf path = path_join(folder, "config.json"), preprocessor = path_join(folder, "preprocessor_config.json");
+    const slam_path path = path_join(folder, "config.json"),
+                    preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     size_t n = 0;
@@ -9670,19 +9665,14 @@ static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
 const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, char text[200]) {
     static const slam_pairs none = ZERO;
     const slam_pairs *b = before ? before : &none;
-    const struct {
-        uint64_t n;
-        const char *why;
-    } skipped[] = {{p->repetitive - b->repetitive, "repetitive"},
-                   {p->empty - b->empty, "with an empty completion"},
-                   {p->identical - b->identical, "with identical completions"},
-                   {p->too_long - b->too_long, "too long"}};
-    int n = 0;
+    const size_t counts[] = {p->repetitive - b->repetitive, p->empty - b->empty, p->identical - b->identical,
+                             p->too_long - b->too_long};
+    static const char *const why[] = {"repetitive", "with an empty completion", "with identical completions",
+                                      "too long"};
+    size_t n = 0;
     snprintf(text, 200, "none");
     for (int k = 0; k < 4; k++)
-        if (skipped[k].n)
-            n += snprintf(text + n, 200 - (size_t)n, "%s%llu %s", n ? ", " : "", (unsigned long long)skipped[k].n,
-                          skipped[k].why);
+        if (counts[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", counts[k], why[k]);
     return text;
 }
 
@@ -10385,7 +10375,7 @@ slam_testset *slam_testset_open(int kind, const char *path, const char *split, i
     const char *where = gold ? gold : path ? path : "units";
     s->kind = kind;
     s->folder = string_copy_n(where, gold ? (size_t)(path_name(gold) - gold) : 0);
-    const pathbuf beside = path_join(gold ? s->folder : where, "units.jsonl");
+    const slam_path beside = path_join(gold ? s->folder : where, "units.jsonl");
     if (units || (path && !audio && path_is_file(beside.at))) s->units = string_copy(units ? units : beside.at);
     const int ok = (!split || (gold && string_ends(gold, end)) ||
                     set_error("%s: is not split %s, expected the folder with lexical/ and syntactic/", where, split)) &&
@@ -10488,15 +10478,17 @@ int slam_testset_submission(const slam_testset *s, const char *path) {
     return ok;
 }
 
-/* `before` and a string or a number. */
+/* `before` and a string. */
 static void strbuf_add_name(strbuf *out, const char *before, const char *name) {
     strbuf_add(out, "%s", before);
     strbuf_add_json(out, name);
 }
 
-static void strbuf_add_value(strbuf *out, const char *before, double x) {
-    strbuf_add(out, "%s", before);
-    strbuf_add_number(out, x);
+static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metric *m, int n) {
+    for (int i = 0; i < n; i++) {
+        strbuf_add(out, ", \"%s%s\": ", prefix, m[i].name);
+        strbuf_add_number(out, m[i].value);
+    }
 }
 
 /* {"task", "of", accuracy, "by_GROUP": [{"GROUP": name, accuracy}, ...], "pairs": [...], "scores": [...]} */
@@ -10506,39 +10498,33 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
     for (size_t i = 0; i < s->n_accuracies; i++) {
         const slam_accuracy *a = &s->accuracies[i];
         const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
+        const slam_metric m[] = {
+            {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
         const int first = i && strcmp(a->group, a[-1].group);
         const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
         if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
         if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
         if (i) strbuf_add_name(&out, "", a->name);
         strbuf_add(&out, "%s\"n\": %zu", i ? ", " : "", a->n);
-        strbuf_add_value(&out, ", \"accuracy\": ", a->mean);
-        strbuf_add_value(&out, ", \"std\": ", a->deviation);
-        strbuf_add_value(&out, ", \"low\": ", a->mean - half);
-        strbuf_add_value(&out, ", \"high\": ", a->mean + half);
+        strbuf_add_metrics(&out, "", m, 4);
         strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
     }
     for (size_t i = 0; i < s->n_pairs; i++) {
         const struct slam_test_pair *p = &s->pairs[i];
         strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
         strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
-        strbuf_add_value(&out, ", \"score\": ", p->score);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, p->score);
     }
     for (size_t i = 0; i < s->items.n; i++) {
         strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
-        strbuf_add_value(&out, ", \"score\": ", s->scores[i]);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, s->scores[i]);
     }
     strbuf_add(&out, "}]}\n");
     const int ok = file_write(path, out.at, out.n);
     strbuf_free(&out);
     return ok;
-}
-
-static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metric *m, int n) {
-    for (int i = 0; i < n; i++) {
-        strbuf_add(out, ", \"%s%s\": ", prefix, m[i].name);
-        strbuf_add_number(out, m[i].value);
-    }
 }
 
 int slam_metrics_write(const char *task, const slam_metric *m, int n, const char *path) {
@@ -10876,13 +10862,11 @@ const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t
 }
 
 void slam_trainer_set(slam_trainer *t, const char *name, size_t i, const char *value) {
-    char **old = setting_find(t, name, i), *item = string_print("%s=%s", name, value);
-    if (!old) slam_strings_add(&t->settings, item);
-    else {
-        free(*old);
-        *old = string_copy(item);
-    }
-    free(item);
+    char **item = setting_find(t, name, i), *text = string_print("%s=%s", name, value);
+    if (!item) slam_strings_add(&t->settings, "");
+    if (!item) item = &t->settings.at[t->settings.n - 1];
+    free(*item);
+    *item = text;
 }
 
 static int trainer_save(const slam_trainer *t, const char *folder) {
@@ -10928,7 +10912,7 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
 }
 
 int slam_trainer_load(slam_trainer *t, const char *folder) {
-    const pathbuf path = path_join(folder, "trainer.json");
+    const slam_path path = path_join(folder, "trainer.json");
     json *root = json_load(path.at);
     memset(t, 0, sizeof *t);
     const int ok = root && trainer_from_json(t, root, path.at);
@@ -10945,7 +10929,7 @@ void slam_trainer_free(slam_trainer *t) {
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
     const char *folder = slam_trainer_setting(t, "folder", 0), *given;
     for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
-        const pathbuf there = path_join(folder ? folder : "", given);
+        const slam_path there = path_join(folder ? folder : "", given);
         const int as_given = *given == '/' || !folder || (path_is_file(given) && !path_is_file(there.at));
         slam_strings_add(paths, as_given ? given : there.at);
     }
@@ -10989,7 +10973,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
-    const pathbuf path = path_join(folder, "optimizer.safetensors");
+    const slam_path path = path_join(folder, "optimizer.safetensors");
     char name[96];
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
@@ -11019,7 +11003,7 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
 
 #define CHECKPOINT_PART ".checkpoint.part"
 
-static pathbuf checkpoint_path(const char *run, long step) {
+static slam_path checkpoint_path(const char *run, long step) {
     char name[32];
     snprintf(name, sizeof name, "step_%06ld", step);
     return path_join(run, name);
@@ -11054,13 +11038,9 @@ static int checkpoint_find(const char *run, char **folder) {
     return steps != NULL;
 }
 
-static int path_rename(const char *from, const char *to) {
-    return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
-}
-
 /* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
-    const pathbuf part = path_join(run, ".link.part"), path = path_join(run, name), to = checkpoint_path(run, step);
+    const slam_path part = path_join(run, ".link.part"), path = path_join(run, name), to = checkpoint_path(run, step);
     int ok = remove_tree(part.at);
     if (ok && path_is_folder(to.at) && (symlink(path_name(to.at), part.at) != 0 || rename(part.at, path.at) != 0))
         ok = set_error("%s: cannot be made a link to %s: %s%s", path.at, path_name(to.at), strerror(errno),
@@ -11077,10 +11057,10 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
-    const pathbuf part = path_join(run, CHECKPOINT_PART);
+    const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
     for (size_t i = 0; ok && i + (size_t)keep < n; i++)
-        if (steps[i] != best) ok = path_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
+        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
     free(steps);
     return ok;
 }
@@ -11089,15 +11069,15 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
                          int keep) {
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
-    const pathbuf part_path = path_join(run, CHECKPOINT_PART);
+    const slam_path part_path = path_join(run, CHECKPOINT_PART);
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
              slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
-         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) && path_rename(part, checkpoint_path(run, t->step).at) &&
-                                     folder_sync(run)));
+         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
+                                     file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
     ok = ok &&
          slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
@@ -11117,7 +11097,7 @@ static char *run_newest(const char *program) {
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        const pathbuf run = path_join("runs", list.at[i]);
+        const slam_path run = path_join("runs", list.at[i]);
         char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
@@ -11170,18 +11150,13 @@ static void on_signal(int number) {
    ignored. */
 static void on_closed_pipe(int number) { (void)number; }
 
-static void signal_catch(int number, void (*handler)(int)) {
-    struct sigaction before, action = ZERO;
-    action.sa_handler = handler;
-    action.sa_flags = SA_RESTART;
-    if (sigaction(number, &action, &before) == 0 && number == SIGHUP && before.sa_handler == SIG_IGN)
-        sigaction(number, &before, NULL);
-}
-
 void slam_signals_catch(void) {
-    signal_catch(SIGINT, on_signal);
-    signal_catch(SIGTERM, on_signal);
-    signal_catch(SIGHUP, on_signal);
+    struct sigaction before, action = ZERO;
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 }
 
 int slam_stop_requested(void) { return stop_requested != 0; }
@@ -11191,18 +11166,15 @@ int slam_stop_requested(void) { return stop_requested != 0; }
 /* An instruction set that the compiler was allowed to use and this CPU does not have; NULL: it has all. */
 static const char *missing_instructions(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
-#define SPELL(macro)           #macro
-#define IS_ONE(text)           (*SPELL(text) == '1')
-#define NEEDS(macro, set) \
+#define SPELL(macro) #macro
+#define IS_ONE(text) (*SPELL(text) == '1')
+#define NEEDS(macro, set)                                                                                              \
     if (IS_ONE(macro) && !__builtin_cpu_supports(set)) return set
-    NEEDS(__SSE4_2__, "sse4.2");
     NEEDS(__AVX__, "avx");
     NEEDS(__AVX2__, "avx2");
     NEEDS(__FMA__, "fma");
     NEEDS(__BMI2__, "bmi2");
     NEEDS(__AVX512F__, "avx512f");
-    NEEDS(__AVX512BW__, "avx512bw");
-    NEEDS(__AVX512DQ__, "avx512dq");
     NEEDS(__AVX512VL__, "avx512vl");
     NEEDS(__AVX512VBMI__, "avx512vbmi");
     NEEDS(__AVX512VNNI__, "avx512vnni");
@@ -11220,7 +11192,7 @@ slam_comm *slam_program_begin(const char *program) {
         return NULL;
     }
     for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
-    signal_catch(SIGPIPE, on_closed_pipe);
+    signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
     fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
@@ -11291,7 +11263,7 @@ static int flag_set(slam_flag *f, const char *value) {
     if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
     else {
         free(*(char **)f->to);
-        *(char **)f->to = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
+        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
     }
     return 1;
 }
@@ -11332,12 +11304,12 @@ static void flags_help(const slam_flags *f) {
             printf("\n%s\n", a->help);
             continue;
         }
-        char *words = string_print(a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
+        char words[400];
+        snprintf(words, sizeof words, a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
         const int column = printf("  --%s%s%s", a->name, a->argument ? " " : "", a->argument ? a->argument : "");
         if (column > margin - 2) printf("\n%*s", margin, "");
         else printf("%*s", margin - column, "");
         print_wrapped(words, margin, margin);
-        free(words);
     }
     printf("\nHelp\n  --help, -h              this text; defaults stand in brackets\n  --version\n");
 }
@@ -11373,10 +11345,9 @@ int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
         if (!a->name || a->set || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
-        char *value = string_print("%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
-        const int ok = !strcmp(value, "-") || flag_set(a, value);
-        free(value);
-        if (!ok) return 0;
+        char value[64];
+        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
+        if (strcmp(value, "-") && !flag_set(a, value)) return 0;
     }
     return 1;
 }
@@ -11465,19 +11436,22 @@ void slam_print_path(const char *path) {
     printf("%s", quote);
 }
 
-char *slam_path_beside(const char *argv0, const char *name) {
-    char program[4096];
-    snprintf(program, sizeof program, "%s", argv0);
-    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1); // macOS has none
-    if (n > 0) program[n] = 0;
-    return string_print("%.*s%s", (int)(path_name(program) - program), program, name);
+slam_path slam_path_beside(const char *argv0, const char *name) {
+    slam_path program, beside;
+    snprintf(program.at, sizeof program.at, "%s", argv0);
+    const ssize_t n = readlink("/proc/self/exe", program.at, sizeof program.at - 1); // macOS has none
+    if (n > 0) program.at[n] = 0;
+    snprintf(beside.at, sizeof beside.at, "%.*s%s", (int)(path_name(program.at) - program.at), program.at, name);
+    return beside;
 }
 
-char *slam_path_absolute(const char *path) {
-    char *whole = realpath(path, NULL), here[4096];
-    if (whole) return whole;
-    if (path[0] == '/') return string_copy(path);
-    return string_copy(path_join(getcwd(here, sizeof here) ? here : ".", path).at); // no such file yet, or a glob
+slam_path slam_path_absolute(const char *path) {
+    slam_path whole, here;
+    if (realpath(path, whole.at)) return whole;
+    if (path[0] != '/')
+        return path_join(getcwd(here.at, sizeof here.at) ? here.at : ".", path); // to be made, or a glob
+    snprintf(whole.at, sizeof whole.at, "%s", path);
+    return whole;
 }
 
 /* ---- devices ---- */
@@ -11570,9 +11544,7 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
     slam_unit_config config = slam_unit_config_default();
-    char *path = slam_path_beside(argv0, "test/corpus/km.npy");
-    const int ok = !units || slam_unit_config_load(&config, path);
-    free(path);
+    const int ok = !units || slam_unit_config_load(&config, slam_path_beside(argv0, "test/corpus/km.npy").at);
     if (!ok || !units || config.fingerprint == units) return ok;
     return set_error("the bundled data has units of tokenizer %08x, the model was trained on units of %08x",
                      (unsigned)config.fingerprint, (unsigned)units);
@@ -11711,10 +11683,8 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
     slam_trainer_paths(&r->trainer, name, list);
     for (size_t i = 0; ok && asked.n && (i < asked.n || i < list->n); i++) {
         const char *a = i < asked.n ? asked.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        char *absolute_a = slam_path_absolute(a), *absolute_b = slam_path_absolute(b);
-        if (strcmp(absolute_a, absolute_b)) ok = set_error("%s %s: the resumed run has %s", name, a, b);
-        free(absolute_a);
-        free(absolute_b);
+        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+            ok = set_error("%s %s: the resumed run has %s", name, a, b);
     }
     slam_strings_free(&asked);
     return ok;
@@ -11722,14 +11692,14 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
 
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
-    pathbuf p = path_join(r->folder ? r->folder : "runs", "log.jsonl");
+    slam_path p = path_join(r->folder ? r->folder : "runs", "log.jsonl");
     for (char *slash; (slash = strrchr(p.at, '/')) != NULL && slash > p.at;) {
         *slash = 0;
         if (!path_exists(p.at)) continue;
         *slash = '/';
         break;
     }
-    return path_writable(p.at) || set_error("%s; --out DIR puts the run elsewhere", slam_error());
+    return path_writable(p.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
@@ -11756,18 +11726,15 @@ static int run_find(slam_run *r) {
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
     slam_trainer *t = &r->trainer;
-    char *here = slam_path_absolute("."), *path;
     if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
-    if (r->fresh) slam_trainer_set(t, "folder", 0, here);
+    if (r->fresh) slam_trainer_set(t, "folder", 0, slam_path_absolute(".").at);
     for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
     for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
         if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
-        slam_strings_add(k ? val : data, path = slam_path_beside(r->argv0, r->bundled_data[k]));
-        free(path);
+        slam_strings_add(k ? val : data, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
-    free(here);
 }
 
 int slam_run_open(slam_run *r) {
@@ -11917,7 +11884,7 @@ static int run_name(slam_run *r) {
 static int run_open_folder(slam_run *r) {
     const char *folder = r->folder;
     const off_t log_bytes = (off_t)r->trainer.log_bytes;
-    const pathbuf log = path_join(folder, "log.jsonl");
+    const slam_path log = path_join(folder, "log.jsonl");
     char *newest = NULL;
     struct stat s;
     int ok = folder_create(folder);
@@ -11927,8 +11894,9 @@ static int run_open_folder(slam_run *r) {
     ok = ok && checkpoint_find(folder, &newest);
     if (ok && (newest ? !r->checkpoint || strcmp(newest, r->checkpoint) : r->checkpoint != NULL))
         ok = set_error("%s: another process has trained this run meanwhile", folder);
-    ok = ok && remove_tree(path_join(folder, CHECKPOINT_PART).at) && (!newest || checkpoint_links(folder, &r->trainer)) &&
-         trainer_save(&r->trainer, newest ? newest : folder) && folder_sync(folder);
+    ok = ok && remove_tree(path_join(folder, CHECKPOINT_PART).at) &&
+         (!newest || checkpoint_links(folder, &r->trainer)) && trainer_save(&r->trainer, newest ? newest : folder) &&
+         folder_sync(folder);
     const int longer = ok && stat(log.at, &s) == 0 && s.st_size > log_bytes;
     if (ok && ((longer && truncate(log.at, log_bytes) != 0) || !(r->log = fopen(log.at, "ab"))))
         ok = set_error("%s: cannot be written: %s", log.at, strerror(errno));

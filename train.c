@@ -171,11 +171,8 @@ static int resolve_flags(program *p) {
     for (int i = 0; p->recipe && recipe_slam[i][0]; i++)
         if (!slam_flags_given(&r->flags, recipe_slam[i][0]))
             slam_flags_set(&r->flags, recipe_slam[i][0], recipe_slam[i][1]);
-    if (p->model_name && !is_preset(p->model_name)) {
-        char *path = slam_path_absolute(p->model_name);
-        slam_flags_set(&r->flags, "model", path);
-        free(path);
-    }
+    if (p->model_name && !is_preset(p->model_name))
+        slam_flags_set(&r->flags, "model", slam_path_absolute(p->model_name).at);
     return slam_run_open(r);
 }
 

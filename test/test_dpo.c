@@ -366,7 +366,8 @@ static void test_lines(void) {
     check_fails(slam_pairs_add(&p, "test/test_dpo.c", 0), "expected preference pairs");
     check_fails(slam_pairs_add(&p, "test", 0), "expected preference pairs");
     CHECK(slam_pairs_add(&p, check_file("empty.jsonl", "", 0), 0), "%s", slam_error());
-    check_fails(slam_pairs_prepare(&p, 0, 0), "no pairs left to train on: 0 are held out for validation; skipped: none");
+    check_fails(slam_pairs_prepare(&p, 0, 0),
+                "no pairs left to train on: 0 are held out for validation; skipped: none");
     check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no pairs");
     slam_pairs_free(&p);
     p = pairs_new(20, 3, 1, 0);

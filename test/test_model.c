@@ -572,7 +572,8 @@ static void test_configs(void) {
          10000}, // the former replaces the latter
         {"\"rope_parameters\": {\"partial_rotary_factor\": 1.0}", 10000},
         {"\"rope_theta\": null, \"rope_parameters\": {\"rope_theta\": 9}", 9},
-        {"\"rope_parameters\": {\"rope_type\": \"default\", \"type\": \"linear\", \"factor\": 4, \"rope_theta\": 9}", 9},
+        {"\"rope_parameters\": {\"rope_type\": \"default\", \"type\": \"linear\", \"factor\": 4, \"rope_theta\": 9}",
+         9},
         {"\"rope_scaling\": {\"type\": \"default\"}, \"rope_parameters\": {\"rope_theta\": 9}, \"rope_theta\": 8", 8},
         // no window slides in any layer
         {"\"use_sliding_window\": true, \"layer_types\": [\"full_attention\"]", 10000},
@@ -691,7 +692,8 @@ static void test_unused_tensors(slam_ops *ops) {
         tensor *list = list_tensors(file), *added = &list[file->n];
         for (int i = 0; i < 4 && extra[k].bits; i++) {
             int exponent;
-            const double fraction = frexp(pow(extra[k].rope_theta, -2.0 * i / 8), &exponent), scale = 2 << extra[k].bits;
+            const double fraction = frexp(pow(extra[k].rope_theta, -2.0 * i / 8), &exponent),
+                         scale = 2 << extra[k].bits;
             x[i] = (float)ldexp(rint(fraction * scale) / scale, exponent);
         }
         added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = extra[k].bits ? 4 : 8;
