@@ -6180,12 +6180,12 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
     for (size_t k = 0; ok && k < list.n; k++) {
         const model_tensor *t = &list.list[k];
         const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char *name = string_print("%s%s", prefix, t->name);
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, t->name);
         const tensor *f = tensors_find(file, name);
         const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
         ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
                : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        free(name);
         if (!ok || !m) continue;
         float *host = NEW(float, n);
         ok = tensor_floats(f, host, 0, n);
@@ -10392,9 +10392,9 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
     for (size_t i = 0; i < s->items.n; i++) {
         const size_t before = paths->n;
         for (size_t k = 0; paths->n == before && k < sizeof extensions / sizeof *extensions; k++) {
-            char *path = string_print("%s%s%s", s->folder, s->items.at[i], extensions[k]);
-            if (path_is_file(path)) slam_strings_add(paths, path);
-            free(path);
+            slam_path path;
+            snprintf(path.at, sizeof path.at, "%s%s%s", s->folder, s->items.at[i], extensions[k]);
+            if (path_is_file(path.at)) slam_strings_add(paths, path.at);
         }
         if (paths->n == before)
             return set_error("%s%s: no such file, also not with .wav, .flac, ...", s->folder, s->items.at[i]);
@@ -11093,7 +11093,7 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
 /* The run in runs/ whose log was last written, of this program (NULL: of any, if it has a checkpoint). free() it. */
 static char *run_newest(const char *program) {
     slam_strings list = ZERO;
-    char *newest = NULL;
+    slam_path newest;
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
@@ -11110,16 +11110,16 @@ static char *run_newest(const char *program) {
         }
         const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
         if (time > newest_time) {
-            free(newest);
-            newest = string_copy(run.at);
+            newest = run;
             newest_time = time;
         }
         slam_trainer_free(&t);
         free(checkpoint);
     }
     slam_strings_free(&list);
-    if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
-    return newest;
+    if (newest_time > 0) return string_copy(newest.at);
+    set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
+    return NULL;
 }
 
 char *slam_run_model(const char *path, const char *program) {
@@ -11172,12 +11172,9 @@ static const char *missing_instructions(void) {
     if (IS_ONE(macro) && !__builtin_cpu_supports(set)) return set
     NEEDS(__AVX__, "avx");
     NEEDS(__AVX2__, "avx2");
-    NEEDS(__FMA__, "fma");
-    NEEDS(__BMI2__, "bmi2");
     NEEDS(__AVX512F__, "avx512f");
     NEEDS(__AVX512VL__, "avx512vl");
     NEEDS(__AVX512VBMI__, "avx512vbmi");
-    NEEDS(__AVX512VNNI__, "avx512vnni");
 #endif
     return NULL;
 }
@@ -11398,10 +11395,9 @@ void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
     if (!b->terminal) printf("%.50s%s\n", text, end);
     else {
         const int known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0;
-        int space = (known ? window.ws_col : 80) - 1;
+        int space = (known ? window.ws_col : 80) - 1 - (int)strlen(end); // for the text
         printf("\r\033[K");
-        if (space >= 60) space -= printf("[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
-        space -= (int)strlen(end);
+        if (space > 50) space -= printf("[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
         printf("%.*s%s", space > 0 ? space : 0, text, space >= 0 ? end : "");
     }
     fflush(stdout);
@@ -11692,14 +11688,12 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
 
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
-    slam_path p = path_join(r->folder ? r->folder : "runs", "log.jsonl");
-    for (char *slash; (slash = strrchr(p.at, '/')) != NULL && slash > p.at;) {
+    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
         *slash = 0;
-        if (!path_exists(p.at)) continue;
-        *slash = '/';
-        break;
+        if (path_exists(folder.at)) break;
     }
-    return path_writable(p.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
+    return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
