@@ -2223,9 +2223,10 @@ static int units_from_json(const json *value, const char *what, units *u) {
 typedef struct units_reader {
     file_map map;
     const char *at, *end;
-    char *path, *what; // what: "path:line", for errors
-    size_t line;       // number of the last line that was read, from 1
-    json *root;        // that line
+    const char *path; // the caller's
+    char what[4200];  // "path:line", for errors
+    size_t line;      // number of the last line that was read, from 1
+    json *root;       // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2233,15 +2234,13 @@ static int units_open(units_reader *r, const char *path) {
     if (!file_map_open(&r->map, path)) return 0;
     r->at = r->map.size ? (const char *)r->map.data : "";
     r->end = r->at + r->map.size;
-    r->path = string_copy(path);
+    r->path = path;
     return 1;
 }
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
     json_free(r->root);
-    free(r->path);
-    free(r->what);
     memset(r, 0, sizeof *r);
 }
 
@@ -2256,9 +2255,8 @@ static int units_next(units_reader *r, units *u) {
         r->line++;
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
-    free(r->what);
     json_free(r->root);
-    r->what = string_print("%s:%zu", r->path, r->line);
+    snprintf(r->what, sizeof r->what, "%s:%zu", r->path, r->line);
     r->root = json_parse(line, n, r->what);
     return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
@@ -2811,8 +2809,8 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
-   of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
+/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row
+   t of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
 #define ROPE_PAIRS(HS) ((HS) / 2)
 
 /* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
