@@ -5755,32 +5755,28 @@ static int config_read_window(const slam_config *config, const json *c, const ch
 }
 
 static int config_read(slam_config *c, const json *root, const char *path) {
-    static const char *const biases[] = {"attention_bias", "mlp_bias"};
+    static const char *const fixed[][2] = {{"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}};
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     const char *type = json_string(from, "model_type", "");
-    const json *act = json_find(from, "hidden_act");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
     if (strcmp(type, "qwen2") && strcmp(type, "llama"))
         return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
-    if (act && (act->type != JSON_STRING || strcmp(act->string, "silu")))
-        return set_error("%s: hidden_act is '%.60s', expected 'silu'", path, act->string ? act->string : "no string");
+    for (int i = 0; i < 3; i++) {
+        const json *j = json_find(from, fixed[i][0]);
+        const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
+        if (j && strcmp(is, fixed[i][1]))
+            return set_error("%s: %s is '%.60s', expected '%s'", path, fixed[i][0], is, fixed[i][1]);
+    }
     c->qkv_bias = strcmp(type, "qwen2") == 0;
     c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
     if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
         !config_read_window(c, from, path))
         return 0;
-    for (int i = 0; i < 2; i++) {
-        const json *bias = json_get(from, biases[i]);
-        if (bias && bias->type != JSON_FALSE)
-            return set_error("%s: %s is %.60s, expected false", path, biases[i], json_describe(bias));
-    }
-    if (base) {
-        slam_config outer = *c; // SlamKit writes the base beside base_config, too
-        if (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path)) return 0;
-        if (outer.rope_theta != c->rope_theta)
-            return set_error("%s: rope_theta is %g, but %g in base_config, expected the same", path, outer.rope_theta,
-                             c->rope_theta);
-    }
+    slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
+    if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
+    if (outer.rope_theta != c->rope_theta)
+        return set_error("%s: rope_theta is %g, but %g in base_config, expected the same", path, outer.rope_theta,
+                         c->rope_theta);
     if (!c->KVH) c->KVH = c->NH;
     if (c->NH % c->KVH)
         return set_error("%s: %d attention heads, expected a multiple of the %d key/value heads", path, c->NH, c->KVH);
