@@ -92,18 +92,8 @@ static int show_progress(void *context, const slam_progress *progress) {
     return !slam_stop_requested();
 }
 
-/* {"task": "ppl", "n": 1234, ...}; JSON has no inf or nan. */
 static int write_json(const program *p, const slam_metric *metrics, int n) {
-    FILE *f = p->json ? fopen(p->json, "w") : NULL;
-    if (!p->json) return 1;
-    if (!f) return slam_set_error("%s: cannot be written", p->json);
-    fprintf(f, "{\"task\": \"%s\"", task_names[p->task]);
-    for (int i = 0; i < n; i++)
-        fprintf(f, isfinite(metrics[i].value) ? ", \"%s\": %.17g" : ", \"%s\": null", metrics[i].name,
-                metrics[i].value);
-    fprintf(f, "}\n");
-    const int failed = ferror(f);
-    return (fclose(f) == 0 && !failed) || slam_set_error("%s: cannot be written", p->json);
+    return !p->json || slam_metrics_write(task_names[p->task], metrics, n, p->json);
 }
 
 /* ---- perplexity ---- */
@@ -338,7 +328,7 @@ static void set_flags(program *p) {
                     "frames per second of the durations in PROMPTS.jsonl"),
         SLAM_NUMBER("max-new", SLAM_INT, &p->max_new, "N", "150", 1, 1 << 24,
                     "units of a continuation at most (at most half the context if this flag is not given)"),
-        SLAM_NUMBER("temperature", SLAM_REAL, &p->temperature, "X", "0.8", 1e-6, 1e6, "divides the logits"),
+        SLAM_NUMBER("temperature", SLAM_REAL, &p->temperature, "X", "0.8", 0, 1e6, "divides the logits"),
         SLAM_NUMBER("top-k", SLAM_INT, &p->top_k, "N", "25", 0, 1 << 20, "draw from the N most likely units; 0: all"),
         SLAM_NUMBER("top-p", SLAM_REAL, &p->top_p, "P", "1", 0, 1,
                     "draw from the most likely units with probability P together"),
@@ -397,6 +387,9 @@ static int read_arguments(program *p) {
     if (p->task == RESYNTHESIZE && !p->wav) return slam_set_error("resynthesize: expected --wav DIR");
     if (p->wav_prompt && !p->wav) return slam_set_error("--wav-prompt: expected --wav DIR as well");
     if (p->vocoder_folder && !p->wav) return slam_set_error("--vocoder: expected --wav DIR as well");
+    if (!p->greedy && slam_flags_given(&p->flags, "temperature") && p->temperature < 1e-6)
+        return slam_set_error("--temperature %g: expected a positive number; --greedy takes the most likely unit",
+                              p->temperature);
     if (p->train) slam_strings_add(&p->counted, p->train);
     return 1;
 }
@@ -416,9 +409,7 @@ static int open_model(program *p) {
 }
 
 static void add_bundled(const char *argv0, const char *name, slam_strings *list) {
-    char *path = slam_path_beside(argv0, name);
-    slam_strings_add(list, path);
-    free(path);
+    slam_strings_add(list, slam_path_beside(argv0, name).at);
 }
 
 /* Data of the model's units. `fraction` of it is held out, chosen as the run chose it. */
@@ -512,9 +503,7 @@ static int open_vocoder(program *p, const char *argv0) {
     }
     if (!p->unit_flags.kmeans) {
         if (!slam_bundled_units(argv0, p->run.units)) return 0;
-        char *km = slam_path_beside(argv0, "test/corpus/km.npy");
-        slam_flags_set(&p->flags, "kmeans", km);
-        free(km);
+        slam_flags_set(&p->flags, "kmeans", slam_path_beside(argv0, "test/corpus/km.npy").at);
     }
     if (!open_tokenizer(p)) return 0;
     if (p->tokenizer->K != n_units(p))
@@ -667,6 +656,8 @@ static int evaluate(program *p, const char *argv0) {
     else if (p->vocoder_folder) ok = (p->ops = slam_device(p->comm, p->device, p->dtype, p->threads)) != NULL;
     else slam_threads(p->comm, p->threads);
     if (!ok) return 0;
+    if (p->model && p->context > p->model->config.T)
+        return slam_set_error("--context %d: %s has up to %d positions", p->context, p->folder, p->model->config.T);
     if (p->task != PPL) slam_signals_catch(); /* ppl ends at once */
     if (p->task == PPL) ok = open_perplexity(p, argv0);
     else if (p->task < GENERATE) ok = open_set(p, argv0);

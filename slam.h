@@ -60,6 +60,9 @@
 #endif
 #include <stddef.h>
 #include <stdint.h>
+#if UINTPTR_MAX <= 0xffffffff
+#error "slam needs a 64-bit system: sizes of files and models do not fit into 32 bits"
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -81,6 +84,11 @@ typedef struct slam_strings {
 } slam_strings;
 void slam_strings_add(slam_strings *, const char *item); /* a copy of item */
 void slam_strings_free(slam_strings *);
+
+/* A path by value: nothing to free. One that is too long is cut at a length that no system call accepts. */
+typedef struct slam_path {
+    char at[4160];
+} slam_path;
 
 /* Progress of long work, passed to a callback. The callback returns 0 to cancel. */
 typedef struct slam_progress {
@@ -690,6 +698,8 @@ typedef struct slam_pairs {
 int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
 /* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
+/* "8 too long, ...", the pairs skipped since `before` (NULL: all); "none". */
+const char *slam_pairs_skipped(const slam_pairs *, const slam_pairs *before, char text[200]);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
 int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
 
@@ -784,6 +794,12 @@ typedef struct slam_generation {
    number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
+
+typedef struct slam_metric {
+    const char *name;
+    double value;
+} slam_metric;
+int slam_metrics_write(const char *task, const slam_metric *, int n, const char *path); /* as a JSON object */
 int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there; creates "folder/" */
 
 /* ---- 14. CHECKPOINTS: a run's folder with step_000200/, links latest and best, trainer.json, log.jsonl ---- */
@@ -867,17 +883,19 @@ slam_comm *slam_program_begin(const char *program);
 /* End: prints slam_error() if status is 1 or 2, and the usage if it is 2, once if all ranks know of the failure. Then
    finalises the comm. Returns the status. */
 int slam_program_end(const slam_flags *, slam_comm *, int status);
-void slam_signals_catch(void); /* from now on SIGINT or SIGTERM requests a stop; a second one exits at once */
+/* From now on SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP requests a stop. A second one of the first two
+   exits at once. */
+void slam_signals_catch(void);
 int slam_stop_requested(void);
 /* Sets and returns the number of threads. 0: OpenMP's, or with several ranks on a machine their share of the cores. */
 int slam_threads(const slam_comm *, int threads);
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
 slam_ops *slam_device(slam_comm *, const char *device, const char *dtype, int threads);
-const char *slam_format_count(char s[32], double n);         /* 950, 12.3k, 1.40M */
-const char *slam_format_time(char s[32], double seconds);    /* 0:32, 12:03:04 */
-void slam_print_path(const char *path);                      /* quoted for a shell if needed */
-char *slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program; free() it */
-char *slam_path_absolute(const char *path);                  /* free() it */
+const char *slam_format_count(char s[32], double n);             /* 950, 12.3k, 1.40M */
+const char *slam_format_time(char s[32], double seconds);        /* 0:32, 12:03:04 */
+void slam_print_path(const char *path);                          /* quoted for a shell if needed */
+slam_path slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program */
+slam_path slam_path_absolute(const char *path);
 
 /* Flags that say how audio becomes units, as far as a program has them. */
 typedef struct slam_unit_flags {
@@ -897,10 +915,6 @@ typedef struct slam_options {
     long steps, tokens, seed, eval_every, save_every, log_every;
     int context, batch, micro, zero, recompute, resume, threads, keep, dry_run, ranks;
 } slam_options;
-typedef struct slam_metric {
-    const char *name;
-    double value;
-} slam_metric;
 typedef struct slam_run {
     /* set by the program: name of the DATA setting; files used without DATA, training and validation */
     const char *data_name, *bundled_data[2];
@@ -1212,10 +1226,12 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
 
 /* ---- files ---- */
 
-/* "folder/name" in memory of its own. */
-static char *path_join(const char *folder, const char *name) {
+/* "folder/name" */
+static slam_path path_join(const char *folder, const char *name) {
+    slam_path p;
     const size_t n = strlen(folder);
-    return string_print("%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    snprintf(p.at, sizeof p.at, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    return p;
 }
 
 /* The part after the last slash. */
@@ -1236,16 +1252,15 @@ static int path_is_folder(const char *path) {
 
 /* Creates the folder and its parents; an existing folder is fine. */
 static int folder_create(const char *path) {
-    char *p = string_copy(path);
-    for (char *s = p; *s; s++)
-        if (*s == '/' && s > p) {
-            *s = 0;
-            mkdir(p, 0777);
-            *s = '/';
-        }
-    const int ok = mkdir(p, 0777) == 0 || path_is_folder(path);
-    if (!ok) set_error("%s: cannot create this folder: %s", path, strerror(errno));
-    free(p);
+    const char *end = path;
+    int ok = 1;
+    do {
+        end += 1 + strcspn(end + 1, "/");
+        char *p = string_copy_n(path, (size_t)(end - path));
+        const int error = mkdir(p, 0777) == 0 ? 0 : errno;
+        if (error && !path_is_folder(p)) ok = set_error("%s: cannot create this folder: %s", p, strerror(error));
+        free(p);
+    } while (ok && *end);
     return ok;
 }
 
@@ -1344,11 +1359,17 @@ typedef struct bytes {
     size_t n;
 } bytes;
 
-/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written. A PATH that is no
-   regular file (/dev/stdout, a pipe) is written directly. */
-static int file_write_parts(const char *path, const bytes *parts, size_t n) {
+/* Whether a path is a pipe, a device or a name of an open file, which no other file may replace. */
+static int path_is_direct(const char *path) {
     struct stat s;
-    const int direct = stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode);
+    return !strncmp(path, "/dev/std", 8) || !strncmp(path, "/dev/fd/", 8) ||
+           (stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode));
+}
+
+/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written; or to PATH itself
+   if path_is_direct. */
+static int file_write_parts(const char *path, const bytes *parts, size_t n) {
+    const int direct = path_is_direct(path);
     char *part = string_print("%s%s", path, direct ? "" : ".part");
     FILE *f = fopen(part, "wb");
     int ok = f != NULL;
@@ -1381,7 +1402,7 @@ typedef struct json {
     int type;
     const char *key;           // name within an object
     double number;             // finite
-    const char *string;        // UTF-8, ends with 0; of a number: its text
+    const char *string;        // UTF-8 (and bytes from \udcXX), ends with 0; of a number: its text
     size_t n;                  // items of an array or object
     struct json *first, *next; // first item; next item of the same array or object
 } json;
@@ -1577,11 +1598,17 @@ static json *json_load(const char *path) {
     return root;
 }
 
-/* The member of that name, of several the last; NULL if there is none, if it is null, or if `object` is no object. */
-static const json *json_get(const json *object, const char *key) {
+/* The member of that name, of several the last; NULL if there is none, or if `object` is no object. */
+static const json *json_find(const json *object, const char *key) {
     const json *found = NULL;
     for (const json *j = object && object->type == JSON_OBJECT ? object->first : NULL; j; j = j->next)
         if (strcmp(j->key, key) == 0) found = j;
+    return found;
+}
+
+/* The same; NULL also if it is null. */
+static const json *json_get(const json *object, const char *key) {
+    const json *found = json_find(object, key);
     return found && found->type != JSON_NULL ? found : NULL;
 }
 
@@ -1840,14 +1867,13 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
         ok = set_error("%s: 'weight_map' is %.60s, expected an object of file names", index, json_describe(map));
     for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
         const char *name = j->type == JSON_STRING ? j->string : "";
-        char *path = path_join(folder, name);
+        const slam_path p = path_join(folder, name);
         file_map file;
         size_t i = 0;
         while (i < t->files && strcmp(path_name(t->file[i].path), name)) i++;
-        if (!*name || strchr(name, '/') || !path_is_file(path))
+        if (!*name || strchr(name, '/') || !path_is_file(p.at))
             ok = set_error("%s: tensor '%s' is in '%s', expected a file in the same folder", index, j->key, name);
-        else if (i == t->files) ok = file_map_open(&file, path) && tensors_add(t, path, &file);
-        free(path);
+        else if (i == t->files) ok = file_map_open(&file, p.at) && tensors_add(t, p.at, &file);
     }
     json_free(root);
     return ok;
@@ -1857,14 +1883,12 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
 static tensors *tensors_open(const char *path) {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"};
     tensors *t = NEW(tensors, 1);
-    char *file = string_copy(path);
+    const int is_folder = path_is_folder(path);
     file_map map;
     int kind = 0, ok = 0;
-    for (; path_is_folder(path) && kind < 3; kind++) {
-        free(file);
-        file = path_join(path, names[kind]);
-        if (path_is_file(file)) break;
-    }
+    while (is_folder && kind < 3 && !path_is_file(path_join(path, names[kind]).at)) kind++;
+    const slam_path in = path_join(path, names[kind < 3 ? kind : 0]);
+    const char *file = is_folder ? in.at : path;
     if (kind == 0) ok = file_map_open(&map, file) && tensors_add(t, file, &map);
     else if (kind == 1) ok = tensors_add_index(t, path, file);
     else if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
@@ -1875,7 +1899,6 @@ static tensors *tensors_open(const char *path) {
             "s.save_file({k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', map_location='cpu', "
             "weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\"",
             path);
-    free(file);
     if (ok) return t;
     tensors_close(t);
     return NULL;
@@ -2276,9 +2299,10 @@ static int units_from_json(const json *value, const char *what, units *u) {
 typedef struct units_reader {
     file_map map;
     const char *at, *end;
-    char *path, *what; // what: "path:line", for errors
-    size_t line;       // number of the last line that was read, from 1
-    json *root;        // that line
+    const char *path; // the caller's
+    char what[4200];  // "path:line", for errors
+    size_t line;      // number of the last line that was read, from 1
+    json *root;       // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2286,15 +2310,13 @@ static int units_open(units_reader *r, const char *path) {
     if (!file_map_open(&r->map, path)) return 0;
     r->at = r->map.size ? (const char *)r->map.data : "";
     r->end = r->at + r->map.size;
-    r->path = string_copy(path);
+    r->path = path;
     return 1;
 }
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
     json_free(r->root);
-    free(r->path);
-    free(r->what);
     memset(r, 0, sizeof *r);
 }
 
@@ -2309,9 +2331,8 @@ static int units_next(units_reader *r, units *u) {
         r->line++;
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
-    free(r->what);
     json_free(r->root);
-    r->what = string_print("%s:%zu", r->path, r->line);
+    snprintf(r->what, sizeof r->what, "%s:%zu", r->path, r->line);
     r->root = json_parse(line, n, r->what);
     return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
@@ -5817,49 +5838,66 @@ enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 /* The rotary base as Transformers 5 finds it: rope_scaling, unless it is empty, is read instead of rope_parameters, and
    its values override those of the top level. Only the rotation of whole heads without scaling is implemented. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
+    const field *theta = &config_fields[CONFIG_FIELDS - 1];
+    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
-    const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
-    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
+    const json *rope = json_get(c, key), *type = json_find(rope, "rope_type"), *base = json_find(rope, theta->name);
     double rotary = 1;
-    int plain = !rope || rope->type == JSON_OBJECT;
+    if (rope && rope->type != JSON_OBJECT)
+        return set_error("%s: %s is %.60s, expected an object", path, key, json_describe(rope));
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
-        plain &= j->type != JSON_OBJECT; // settings per layer type
-    if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
-        return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
-                         type && type->type == JSON_STRING ? type->string : "");
-    return fields_read(rope, config_fields + CONFIG_FIELDS - 1, 1, config, path) && // rope_theta
+        if (j->type == JSON_OBJECT)
+            return set_error("%s: %s has settings for '%s', expected those of all layers", path, key, j->key);
+    if (!type) type = json_find(rope, "type");
+    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
+        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key,
+                         type->type == JSON_STRING ? type->string : json_describe(type));
+    if (!base) base = json_find(c, theta->name);
+    if (base && base->type == JSON_NULL) return set_error("%s: %s is null, expected a number", path, theta->name);
+    return fields_read(c, theta, 1, config, path) && fields_read(rope, theta, 1, config, path) &&
            fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
-/* Settings that change the model and are not implemented are errors. */
-static int config_check(const json *c, const char *path) {
-    static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
-                                  {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
-                                  {"use_sliding_window", FIELD_BOOL, 2 * sizeof(int), 0, 0, 0}};
-    const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
-    const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
-    int set[3] = {0, 0, 0};
-    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
-        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
-    if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    if (!fields_read(c, flags, 3, set, path)) return 0;
-    for (int i = 0; i < 3; i++)
-        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i].name);
+/* A window slides in the layers that layer_types names or, without it, in those from max_window_layers on. */
+static int config_read_window(const slam_config *config, const json *c, const char *path) {
+    const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
+    const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
+    size_t full = 0;
+    if (!layers && slides && slides->type != JSON_FALSE && !(window && window->type == JSON_NULL) &&
+        (first ? first->number : 28) < config->L)
+        return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
+                         json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
-        if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
-            return set_error("%s: layer_types: expected full_attention in every layer", path);
-    return 1;
+        full += l->type == JSON_STRING && !strcmp(l->string, "full_attention");
+    return !layers || (full == (size_t)config->L && layers->n == full) ||
+           set_error("%s: layer_types: expected full_attention in each of the %d layers", path, config->L);
 }
 
 static int config_read(slam_config *c, const json *root, const char *path) {
+    static const char *const fixed[][2] = {{"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}};
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
+    const char *type = json_string(from, "model_type", "");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
-    if (!config_check(from, path) || !fields_read(from, config_fields, CONFIG_FIELDS, c, path) ||
-        !config_read_rope(c, from, path) || (base && !fields_read(root, config_fields, 1, c, path))) // vocab_size
+    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
+        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    for (int i = 0; i < 3; i++) {
+        const json *j = json_find(from, fixed[i][0]);
+        const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
+        if (j && strcmp(is, fixed[i][1]))
+            return set_error("%s: %s is '%.60s', expected '%s'", path, fixed[i][0], is, fixed[i][1]);
+    }
+    c->qkv_bias = strcmp(type, "qwen2") == 0;
+    c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
+    if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
+        !config_read_window(c, from, path))
         return 0;
-    c->qkv_bias = strcmp(json_string(from, "model_type", ""), "qwen2") == 0;
+    slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
+    if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
+    if (outer.rope_theta != c->rope_theta)
+        return set_error("%s: rope_theta is %g, but %g in base_config, expected the same", path, outer.rope_theta,
+                         c->rope_theta);
     if (!c->KVH) c->KVH = c->NH;
     if (c->NH % c->KVH)
         return set_error("%s: %d attention heads, expected a multiple of the %d key/value heads", path, c->NH, c->KVH);
@@ -5877,8 +5915,8 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
         *config = *name_or_path == 't' ? tiny : slam;
         return 1;
     }
-    c.T = 2048; // Hugging Face's defaults
-    c.eps = 1e-6;
+    c.eps = 1e-6; // Hugging Face's defaults
+
     c.init_std = 0.02;
     c.rope_theta = 10000;
     json *root = json_load(name_or_path);
@@ -6239,6 +6277,19 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
+/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
+static int rope_check(const slam_config *c, const tensor *t) {
+    float x[2048]; // head_dim is at most 4096
+    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
+    for (int i = 0; i < c->HS / 2; i++) {
+        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
+        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
+            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
+                             c->rope_theta);
+    }
+    return 1;
+}
+
 /* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
    allocated. twist: the file's vocabulary may have more rows. */
 static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
@@ -6247,12 +6298,12 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
     for (size_t k = 0; ok && k < list.n; k++) {
         const model_tensor *t = &list.list[k];
         const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char *name = string_print("%s%s", prefix, t->name);
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, t->name);
         const tensor *f = tensors_find(file, name);
         const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
         ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
                : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        free(name);
         if (!ok || !m) continue;
         float *host = NEW(float, n);
         ok = tensor_floats(f, host, 0, n);
@@ -6263,12 +6314,12 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
     }
     for (size_t k = 0; ok && k < file->n; k++) {
         const tensor *f = &file->at[k];
-        const size_t skip = strncmp(f->name, prefix, strlen(prefix)) ? 0 : strlen(prefix);
-        const int unused =
-            string_ends(f->name, "rotary_emb.inv_freq") || (c->tied && string_ends(f->name, "lm_head.weight"));
+        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, f->name + skip)) i++;
-        if (i == list.n && !unused) ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        while (i < list.n && strcmp(list.list[i].name, name)) i++;
+        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
+        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
+            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
     }
     free(list.list);
     if (ok && m) weights_changed(m);
@@ -6279,10 +6330,9 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
 static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
-    char *path = path_join(folder, "config.json");
-    int ok = slam_config_load(&c, path);
-    if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path, c.V, V);
-    free(path);
+    const slam_path path = path_join(folder, "config.json");
+    int ok = slam_config_load(&c, path.at);
+    if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
     const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
@@ -6308,19 +6358,13 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
     return out;
 }
 
-static int folder_write(const char *folder, const char *name, const char *text) {
-    char *path = path_join(folder, name);
-    const int ok = file_write(path, text, strlen(text));
-    free(path);
-    return ok;
-}
-
 /* The model with these weights (n_weights) as a folder. SlamKit takes what base_config does not state from
    base_model_name's config. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
     const size_t n = m->layout->tensors.n;
+    static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
     slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
@@ -6342,12 +6386,9 @@ static int model_write(const slam_model *m, const float *host, const char *folde
         slam_strings_add(&names, name);
         out[k] = tensor_to_write(t, names.at[k], host);
     }
-    char *path = path_join(folder, "model.safetensors");
-    const int ok = folder_write(folder, "config.json", config.at) &&
-                   folder_write(folder, "generation_config.json",
-                                "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n") &&
-                   tensors_write(path, out, n, NULL);
-    free(path);
+    const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
+                   file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
+                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
     free(out);
     slam_strings_free(&names);
     strbuf_free(&config);
@@ -8397,7 +8438,8 @@ static void hubert_free(slam_hubert *h) {
 }
 
 static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, int pad) {
-    char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
+    const slam_path path = path_join(folder, "config.json"),
+                    preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
     network *net = &h->net;
@@ -8406,12 +8448,12 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
     net->prefix = "hubert.";
     h->layer = layer;
     h->pad = pad;
-    int ok = hubert_config_load(&h->config, path, &h->step);
+    int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
-        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
+        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
     net->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
-    json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
+    json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at);
     net->file = ok ? tensors_open(folder) : NULL;
     for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++) {
         const char *in_layer = strstr(t->name, "encoder.layers.");
@@ -8424,8 +8466,6 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
     ok = net->ok && ops->finish(ops);
     tensors_close(net->file);
     json_free(p);
-    free(path);
-    free(preprocessor);
     if (ok) return h;
     hubert_free(h);
     return NULL;
@@ -9079,7 +9119,7 @@ static int list_audio(audio_list *list, const char *path, const parents *above) 
     const parents here = {s.st_dev, s.st_ino, above};
     int ok = folder_list(path, &names);
     for (size_t i = 0; ok && i < names.n; i++) {
-        char *below = path_join(path, names.at[i]);
+        char *below = string_print("%s%s%s", path, string_ends(path, "/") ? "" : "/", names.at[i]);
         ok = list_audio(list, below, &here);
         free(below);
     }
@@ -9466,6 +9506,19 @@ static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 
 static int path_is_free(const char *path) {
     return !path_exists(path) || set_error("%s: exists; remove it or choose another name", path);
+}
+
+/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
+static int path_writable(const char *path) {
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
+    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    if (fd >= 0) unlink(other);
+    if (fd >= 0) close(fd);
+    free(folder);
+    free(other);
+    return ok;
 }
 
 static int file_rename(const char *from, const char *to) {
@@ -9988,12 +10041,11 @@ static void gan_free(slam_gan *g) {
 static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3]) {
     slam_gan *g = NEW(slam_gan, 1);
     network *net = &g->net;
-    char *path = path_join(folder, "config.json");
     size_t n = 0;
     net->ops = ops;
     net->prefix = "generator.";
     g->step = 1;
-    net->file = gan_config_load(g, path) ? tensors_open(folder) : NULL;
+    net->file = gan_config_load(g, path_join(folder, "config.json").at) ? tensors_open(folder) : NULL;
     for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
         n += 4 * round_up(net->file->at[i].count, 256);
     if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
@@ -10002,7 +10054,6 @@ static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3])
     g->window = GAN_WINDOW / g->step;
     const int ok = net->ok && ops->finish(ops);
     tensors_close(net->file);
-    free(path);
     if (ok) return g;
     gan_free(g);
     return NULL;
@@ -10232,6 +10283,8 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
 int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
+    if (data->context > m->config.T)
+        return set_error("a context of %d tokens, the model has %d positions", data->context, m->config.T);
     slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
@@ -10262,6 +10315,20 @@ static uint32_t pair_length(const slam_pair *q, int shared) {
 
 static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
     return p->share && pair_length(q, 1) <= (uint32_t)p->context;
+}
+
+const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, char text[200]) {
+    static const slam_pairs none = ZERO;
+    const slam_pairs *b = before ? before : &none;
+    const size_t counts[] = {p->repetitive - b->repetitive, p->empty - b->empty, p->identical - b->identical,
+                             p->too_long - b->too_long};
+    static const char *const why[] = {"repetitive", "with an empty completion", "with identical completions",
+                                      "too long"};
+    size_t n = 0;
+    snprintf(text, 200, "none");
+    for (int k = 0; k < 4; k++)
+        if (counts[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", counts[k], why[k]);
+    return text;
 }
 
 /* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
@@ -10321,13 +10388,16 @@ static int pairs_add_file(slam_pairs *p, const char *path) {
 
 int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     slam_strings list = ZERO;
-    const size_t before = p->n;
+    const slam_pairs before = *p;
+    char skipped[200];
     if (p->context < 4 || p->context > LONGEST_CONTEXT)
         return set_error("pairs with a context of %d, expected 4 to %d", p->context, LONGEST_CONTEXT);
     if (!validation && p->n > p->n_train) return set_error("%s: add pairs for training before validation", pattern);
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
-    if (ok && validation && p->n == before) ok = set_error("%s: contains no pairs to validate on", pattern);
+    if (ok && validation && p->n == before.n)
+        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern,
+                       slam_pairs_skipped(p, &before, skipped));
     if (!validation) p->n_train = p->n;
     slam_strings_free(&list);
     return ok;
@@ -10338,12 +10408,10 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     const size_t n = p->n_train;
     uint64_t held = (uint64_t)(fraction * (double)n + 0.5), rng = rng_stream(seed, 0, STREAM_HELD_OUT);
     if (fraction > 0 && held < 1) held = 1;
+    char skipped[200];
     if (n <= held)
-        return set_error(
-            "no pairs left to train on: of %zu, %llu are held out; skipped were %llu repetitive, %llu empty, %llu "
-            "identical, %llu too long",
-            n, (unsigned long long)held, (unsigned long long)p->repetitive, (unsigned long long)p->empty,
-            (unsigned long long)p->identical, (unsigned long long)p->too_long);
+        return set_error("no pairs left to train on: %zu are held out for validation; skipped: %s", n,
+                         slam_pairs_skipped(p, NULL, skipped));
     slam_pair *sorted = NEW(slam_pair, p->n);
     size_t train = 0, validation = p->n_train = n - (size_t)held;
     for (size_t i = 0; i < p->n; i++) {
@@ -10833,10 +10901,9 @@ static const char *const gold_names[N_GOLD] = {"voice", "correct", "id",        
 
 /* A whole number, also spelled 12.0. -1: empty, -2: something else. */
 static long whole_number(const char *text) {
-    char *end;
-    const double x = strtod(text, &end);
+    const size_t n = strspn(text, "0123456789"), zeros = text[n] == '.' ? 1 + strspn(text + n + 1, "0") : 0;
     if (!*text) return -1;
-    return !*end && x >= 0 && x <= 1e15 && x == floor(x) ? (long)x : -2;
+    return n > 0 && n <= 15 && !text[n + zeros] ? atol(text) : -2;
 }
 
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
@@ -10964,14 +11031,13 @@ slam_testset *slam_testset_open(int kind, const char *path, const char *split, i
     const char *where = gold ? gold : path ? path : "units";
     s->kind = kind;
     s->folder = string_copy_n(where, gold ? (size_t)(path_name(gold) - gold) : 0);
-    char *beside = path_join(gold ? s->folder : where, "units.jsonl");
-    if (units || (path && !audio && path_is_file(beside))) s->units = string_copy(units ? units : beside);
+    const slam_path beside = path_join(gold ? s->folder : where, "units.jsonl");
+    if (units || (path && !audio && path_is_file(beside.at))) s->units = string_copy(units ? units : beside.at);
     const int ok = (!split || (gold && string_ends(gold, end)) ||
                     set_error("%s: is not split %s, expected the folder with lexical/ and syntactic/", where, split)) &&
                    (gold ? testset_read_gold(s, gold) : testset_read_files(s, path)) && testset_sort_names(s, where);
     free(gold);
     free(end);
-    free(beside);
     if (ok) return s;
     slam_testset_free(s);
     return NULL;
@@ -10982,9 +11048,9 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
     for (size_t i = 0; i < s->items.n; i++) {
         const size_t before = paths->n;
         for (size_t k = 0; paths->n == before && k < sizeof extensions / sizeof *extensions; k++) {
-            char *path = string_print("%s%s%s", s->folder, s->items.at[i], extensions[k]);
-            if (path_is_file(path)) slam_strings_add(paths, path);
-            free(path);
+            slam_path path;
+            snprintf(path.at, sizeof path.at, "%s%s%s", s->folder, s->items.at[i], extensions[k]);
+            if (path_is_file(path.at)) slam_strings_add(paths, path.at);
         }
         if (paths->n == before)
             return set_error("%s%s: no such file, also not with .wav, .flac, ...", s->folder, s->items.at[i]);
@@ -11068,15 +11134,17 @@ int slam_testset_submission(const slam_testset *s, const char *path) {
     return ok;
 }
 
-/* `before` and a string or a number. */
+/* `before` and a string. */
 static void strbuf_add_name(strbuf *out, const char *before, const char *name) {
     strbuf_add(out, "%s", before);
     strbuf_add_json(out, name);
 }
 
-static void strbuf_add_value(strbuf *out, const char *before, double x) {
-    strbuf_add(out, "%s", before);
-    strbuf_add_number(out, x);
+static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metric *m, int n) {
+    for (int i = 0; i < n; i++) {
+        strbuf_add(out, ", \"%s%s\": ", prefix, m[i].name);
+        strbuf_add_number(out, m[i].value);
+    }
 }
 
 /* {"task", "of", accuracy, "by_GROUP": [{"GROUP": name, accuracy}, ...], "pairs": [...], "scores": [...]} */
@@ -11086,27 +11154,28 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
     for (size_t i = 0; i < s->n_accuracies; i++) {
         const slam_accuracy *a = &s->accuracies[i];
         const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
+        const slam_metric m[] = {
+            {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
         const int first = i && strcmp(a->group, a[-1].group);
         const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
         if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
         if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
         if (i) strbuf_add_name(&out, "", a->name);
         strbuf_add(&out, "%s\"n\": %zu", i ? ", " : "", a->n);
-        strbuf_add_value(&out, ", \"accuracy\": ", a->mean);
-        strbuf_add_value(&out, ", \"std\": ", a->deviation);
-        strbuf_add_value(&out, ", \"low\": ", a->mean - half);
-        strbuf_add_value(&out, ", \"high\": ", a->mean + half);
+        strbuf_add_metrics(&out, "", m, 4);
         strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
     }
     for (size_t i = 0; i < s->n_pairs; i++) {
         const struct slam_test_pair *p = &s->pairs[i];
         strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
         strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
-        strbuf_add_value(&out, ", \"score\": ", p->score);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, p->score);
     }
     for (size_t i = 0; i < s->items.n; i++) {
         strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
-        strbuf_add_value(&out, ", \"score\": ", s->scores[i]);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, s->scores[i]);
     }
     strbuf_add(&out, "}]}\n");
     const int ok = file_write(path, out.at, out.n);
@@ -11114,15 +11183,27 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
     return ok;
 }
 
+int slam_metrics_write(const char *task, const slam_metric *m, int n, const char *path) {
+    strbuf out = ZERO;
+    strbuf_add(&out, "{\"task\": \"%s\"", task);
+    strbuf_add_metrics(&out, "", m, n);
+    strbuf_add(&out, "}\n");
+    const int ok = file_write(path, out.at, out.n);
+    strbuf_free(&out);
+    return ok;
+}
+
+/* A line break is written to a device, which may be full; it is space in all that is written. */
 int slam_output_check(const char *path) {
+    struct stat s;
     if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
-    if (!path_is_file(path) && access(path, W_OK) == 0) return 1; // a pipe, /dev/stdout
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
-    const int ok = access(folder, W_OK | X_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    free(folder);
+    if (!path_is_direct(path)) return path_writable(path);
+    const int device = stat(path, &s) == 0 && S_ISCHR(s.st_mode);
+    const int fd = device ? open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
+    const int ok = device ? fd >= 0 && (isatty(fd) || write(fd, "\n", 1) == 1) : access(path, W_OK) == 0;
+    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
     return ok;
 }
 
@@ -11442,13 +11523,11 @@ const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t
 }
 
 void slam_trainer_set(slam_trainer *t, const char *name, size_t i, const char *value) {
-    char **old = setting_find(t, name, i), *item = string_print("%s=%s", name, value);
-    if (!old) slam_strings_add(&t->settings, item);
-    else {
-        free(*old);
-        *old = string_copy(item);
-    }
-    free(item);
+    char **item = setting_find(t, name, i), *text = string_print("%s=%s", name, value);
+    if (!item) slam_strings_add(&t->settings, "");
+    if (!item) item = &t->settings.at[t->settings.n - 1];
+    free(*item);
+    *item = text;
 }
 
 static int trainer_save(const slam_trainer *t, const char *folder) {
@@ -11467,9 +11546,7 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
         list = more;
     }
     strbuf_add(&s, "\n  }\n}\n");
-    char *path = path_join(folder, "trainer.json");
-    const int ok = file_write(path, s.at, s.n);
-    free(path);
+    const int ok = file_write(path_join(folder, "trainer.json").at, s.at, s.n);
     strbuf_free(&s);
     return ok;
 }
@@ -11496,13 +11573,12 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
 }
 
 int slam_trainer_load(slam_trainer *t, const char *folder) {
-    char *path = path_join(folder, "trainer.json");
-    json *root = json_load(path);
+    const slam_path path = path_join(folder, "trainer.json");
+    json *root = json_load(path.at);
     memset(t, 0, sizeof *t);
-    const int ok = root && trainer_from_json(t, root, path);
+    const int ok = root && trainer_from_json(t, root, path.at);
     if (!ok) slam_trainer_free(t);
     json_free(root);
-    free(path);
     return ok;
 }
 
@@ -11514,10 +11590,9 @@ void slam_trainer_free(slam_trainer *t) {
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
     const char *folder = slam_trainer_setting(t, "folder", 0), *given;
     for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
-        char *path = *given == '/' || !folder ? string_copy(given) : path_join(folder, given);
-        const int moved = path_is_file(given) && !path_is_file(path);
-        slam_strings_add(paths, moved ? given : path);
-        free(path);
+        const slam_path there = path_join(folder ? folder : "", given);
+        const int as_given = *given == '/' || !folder || (path_is_file(given) && !path_is_file(there.at));
+        slam_strings_add(paths, as_given ? given : there.at);
     }
 }
 
@@ -11539,7 +11614,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     if (ok && host) {
         slam_strings names = ZERO;
         tensor *out = NEW(tensor, n);
-        char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
+        char updates[32], name[96];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
         for (size_t k = 0; k < n; k++) {
@@ -11547,9 +11622,8 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
             slam_strings_add(&names, moment_name(t, k, name));
             out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
         }
-        ok = tensors_write(path, out, n, metadata);
+        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
         slam_strings_free(&names);
-        free(path);
         free(out);
     }
     free(host);
@@ -11560,15 +11634,17 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
-    char name[96], *path = path_join(folder, "optimizer.safetensors");
-    tensors *file = tensors_open(path);
+    const slam_path path = path_join(folder, "optimizer.safetensors");
+    char name[96];
+    tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, 2 * moments->n);
+    if (ok && file->n != 2 * moments->n)
+        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
         const tensor *found = tensors_find(file, moment_name(t, k, name));
         ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path, name);
+                   : set_error("%s: tensor '%s' is missing", path.at, name);
         if (!ok) break;
         float *host = NEW(float, found->count);
         ok = tensor_floats(found, host, 0, found->count);
@@ -11578,10 +11654,9 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
     opt->updates = updates ? atol(updates) : -1;
     if (ok && opt->updates != step)
-        ok = set_error("%s: %ld updates, expected %ld, the step of trainer.json", path, opt->updates, step);
+        ok = set_error("%s: %ld updates, expected %ld, the step of trainer.json", path.at, opt->updates, step);
     ok = ops->finish(ops) && ok;
     tensors_close(file);
-    free(path);
     return slam_all_ok(ops->comm, ok);
 }
 
@@ -11589,15 +11664,10 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
 
 #define CHECKPOINT_PART ".checkpoint.part"
 
-static int folder_has(const char *folder, const char *name) {
-    char *path = path_join(folder, name);
-    const int found = path_is_file(path);
-    free(path);
-    return found;
-}
-
-static char *checkpoint_path(const char *run, long step) {
-    return string_print("%s%sstep_%06ld", run, string_ends(run, "/") ? "" : "/", step);
+static slam_path checkpoint_path(const char *run, long step) {
+    char name[32];
+    snprintf(name, sizeof name, "step_%06ld", step);
+    return path_join(run, name);
 }
 
 static int compare_steps(const void *a, const void *b) {
@@ -11624,25 +11694,18 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
-    *folder = n ? checkpoint_path(run, steps[n - 1]) : NULL;
+    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
 
-static int path_rename(const char *from, const char *to) {
-    return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
-}
-
 /* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
-    char *part = path_join(run, ".link.part"), *path = path_join(run, name), *to = checkpoint_path(run, step);
-    int ok = remove_tree(part);
-    if (ok && path_is_folder(to) && (symlink(path_name(to), part) != 0 || rename(part, path) != 0))
-        ok = set_error("%s: cannot be made a link to %s: %s%s", path, path_name(to), strerror(errno),
-                       path_is_folder(path) ? "; remove it (a copy of a link?)" : "");
-    free(part);
-    free(path);
-    free(to);
+    const slam_path part = path_join(run, ".link.part"), path = path_join(run, name), to = checkpoint_path(run, step);
+    int ok = remove_tree(part.at);
+    if (ok && path_is_folder(to.at) && (symlink(path_name(to.at), part.at) != 0 || rename(part.at, path.at) != 0))
+        ok = set_error("%s: cannot be made a link to %s: %s%s", path.at, path_name(to.at), strerror(errno),
+                       path_is_folder(path.at) ? "; remove it (a copy of a link?)" : "");
     return ok && folder_sync(run);
 }
 
@@ -11655,15 +11718,10 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
-    char *part = path_join(run, CHECKPOINT_PART);
+    const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
-        if (steps[i] == best) continue;
-        char *path = checkpoint_path(run, steps[i]);
-        ok = path_rename(path, part) && remove_tree(part);
-        free(path);
-    }
-    free(part);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
+        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
     free(steps);
     return ok;
 }
@@ -11672,19 +11730,18 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
                          int keep) {
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
-    char *part = path_join(run, CHECKPOINT_PART), *path = checkpoint_path(run, t->step);
+    const slam_path part_path = path_join(run, CHECKPOINT_PART);
+    const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
              slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
-         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) && path_rename(part, path) &&
-                                     folder_sync(run)));
+         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
+                                     file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
     ok = ok &&
          slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    free(part);
-    free(path);
     return ok;
 }
 
@@ -11697,38 +11754,38 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
 /* The run in runs/ whose log was last written, of this program (NULL: of any, if it has a checkpoint). free() it. */
 static char *run_newest(const char *program) {
     slam_strings list = ZERO;
-    char *newest = NULL;
+    slam_path newest;
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        char *run = path_join("runs", list.at[i]), *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
+        const slam_path run = path_join("runs", list.at[i]);
+        char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint) && (checkpoint || program);
+        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
+                    (checkpoint || program);
         if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run);
+            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
             const char *of = slam_trainer_setting(&t, "program", 0);
             found = of && !strcmp(of, program);
         }
         const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
         if (time > newest_time) {
-            free(newest);
-            newest = string_copy(run);
+            newest = run;
             newest_time = time;
         }
         slam_trainer_free(&t);
         free(checkpoint);
-        free(log);
-        free(run);
     }
     slam_strings_free(&list);
-    if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
-    return newest;
+    if (newest_time > 0) return string_copy(newest.at);
+    set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
+    return NULL;
 }
 
 char *slam_run_model(const char *path, const char *program) {
     char *model = path ? string_copy(path) : run_newest(program), *checkpoint = NULL;
-    if (!model || folder_has(model, "config.json") || !path_is_folder(model)) return model;
+    if (!model || path_is_file(path_join(model, "config.json").at) || !path_is_folder(model)) return model;
     if (checkpoint_find(model, &checkpoint) && !checkpoint) return model; // opening it reports what is missing
     free(model);
     return checkpoint;
@@ -11738,30 +11795,62 @@ char *slam_run_model(const char *path, const char *program) {
    SECTION 15. PROGRAMS      flags, progress bar, signals, devices, and the run of train and dpo
    ========================================================================================== */
 #include <signal.h>
+#include <sys/ioctl.h>
 
 /* ---- signals ---- */
 
-static volatile sig_atomic_t signals_seen;
+static volatile sig_atomic_t stop_requested, interrupts;
 
+/* A terminal that closes sends SIGHUP, some shells once more: what is done by then is still saved. */
 static void on_signal(int number) {
-    if (signals_seen) _exit(128 + number);
-    signals_seen = 1;
+    if (number != SIGHUP && interrupts++) _exit(128 + number);
+    stop_requested = 1;
 }
 
+/* Only the output is lost. A program that is started gets the default action again, which it would not if SIGPIPE were
+   ignored. */
+static void on_closed_pipe(int number) { (void)number; }
+
 void slam_signals_catch(void) {
-    struct sigaction action = ZERO;
+    struct sigaction before, action = ZERO;
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 }
 
-int slam_stop_requested(void) { return signals_seen != 0; }
+int slam_stop_requested(void) { return stop_requested != 0; }
 
 /* ---- start and end ---- */
 
+/* An instruction set that the compiler was allowed to use and this CPU does not have; NULL: it has all. */
+static const char *missing_instructions(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPELL(macro) #macro
+#define IS_ONE(text) (*SPELL(text) == '1')
+#define NEEDS(macro, set)                                                                                              \
+    if (IS_ONE(macro) && !__builtin_cpu_supports(set)) return set
+    NEEDS(__AVX__, "avx");
+    NEEDS(__AVX2__, "avx2");
+    NEEDS(__AVX512F__, "avx512f");
+    NEEDS(__AVX512VL__, "avx512vl");
+    NEEDS(__AVX512VBMI__, "avx512vbmi");
+#endif
+    return NULL;
+}
+
 slam_comm *slam_program_begin(const char *program) {
+    const char *missing = missing_instructions();
+    if (missing) {
+        fprintf(stderr,
+                "%s: error: this CPU does not have %s, for which the program was compiled; make on this machine, or "
+                "make CFLAGS='-O3 -march=x86-64-v3' for all with AVX2\n",
+                program, missing);
+        return NULL;
+    }
     for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
+    signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
     fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
@@ -11832,7 +11921,7 @@ static int flag_set(slam_flag *f, const char *value) {
     if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
     else {
         free(*(char **)f->to);
-        *(char **)f->to = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
+        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
     }
     return 1;
 }
@@ -11873,12 +11962,12 @@ static void flags_help(const slam_flags *f) {
             printf("\n%s\n", a->help);
             continue;
         }
-        char *words = string_print(a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
+        char words[400];
+        snprintf(words, sizeof words, a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
         const int column = printf("  --%s%s%s", a->name, a->argument ? " " : "", a->argument ? a->argument : "");
         if (column > margin - 2) printf("\n%*s", margin, "");
         else printf("%*s", margin - column, "");
         print_wrapped(words, margin, margin);
-        free(words);
     }
     printf("\nHelp\n  --help, -h              this text; defaults stand in brackets\n  --version\n");
 }
@@ -11914,10 +12003,9 @@ int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
         if (!a->name || a->set || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
-        char *value = string_print("%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
-        const int ok = !strcmp(value, "-") || flag_set(a, value);
-        free(value);
-        if (!ok) return 0;
+        char value[64];
+        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
+        if (strcmp(value, "-") && !flag_set(a, value)) return 0;
     }
     return 1;
 }
@@ -11957,14 +12045,22 @@ static const char *bar_left(slam_bar *b, double done, double total, char text[64
     return speed > 0 && done <= total ? text : "";
 }
 
+/* On a terminal, at most its width less one column: a line that wraps would not be overwritten. */
 void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
     const int filled = total > 0 && done <= total ? (int)(12 * done / total) : 0;
+    struct winsize window;
     char left[64];
     const char *end = bar_left(b, done, total, left);
     if (slam_clock() - b->shown < (b->terminal ? 0.1 : 10)) return;
     b->shown = slam_clock();
-    if (b->terminal) printf("\r\033[K[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
-    printf(b->terminal ? "%.50s%s" : "%.50s%s\n", text, end);
+    if (!b->terminal) printf("%.50s%s\n", text, end);
+    else {
+        const int known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0;
+        int space = (known ? window.ws_col : 80) - 1 - (int)strlen(end); // for the text
+        printf("\r\033[K");
+        if (space > 50) space -= printf("[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
+        printf("%.*s%s", space > 0 ? space : 0, text, space >= 0 ? end : "");
+    }
     fflush(stdout);
 }
 
@@ -11997,19 +12093,22 @@ void slam_print_path(const char *path) {
     printf("%s", quote);
 }
 
-char *slam_path_beside(const char *argv0, const char *name) {
-    char program[4096];
-    snprintf(program, sizeof program, "%s", argv0);
-    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1); // macOS has none
-    if (n > 0) program[n] = 0;
-    return string_print("%.*s%s", (int)(path_name(program) - program), program, name);
+slam_path slam_path_beside(const char *argv0, const char *name) {
+    slam_path program, beside;
+    snprintf(program.at, sizeof program.at, "%s", argv0);
+    const ssize_t n = readlink("/proc/self/exe", program.at, sizeof program.at - 1); // macOS has none
+    if (n > 0) program.at[n] = 0;
+    snprintf(beside.at, sizeof beside.at, "%.*s%s", (int)(path_name(program.at) - program.at), program.at, name);
+    return beside;
 }
 
-char *slam_path_absolute(const char *path) {
-    char *whole = realpath(path, NULL), here[4096];
-    if (whole) return whole;
-    if (path[0] == '/') return string_copy(path);
-    return path_join(getcwd(here, sizeof here) ? here : ".", path); // no such file yet, or a glob
+slam_path slam_path_absolute(const char *path) {
+    slam_path whole, here;
+    if (realpath(path, whole.at)) return whole;
+    if (path[0] != '/')
+        return path_join(getcwd(here.at, sizeof here.at) ? here.at : ".", path); // to be made, or a glob
+    snprintf(whole.at, sizeof whole.at, "%s", path);
+    return whole;
 }
 
 /* ---- devices ---- */
@@ -12111,9 +12210,7 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
     slam_unit_config config = slam_unit_config_default();
-    char *path = slam_path_beside(argv0, "test/corpus/km.npy");
-    const int ok = !units || slam_unit_config_load(&config, path);
-    free(path);
+    const int ok = !units || slam_unit_config_load(&config, slam_path_beside(argv0, "test/corpus/km.npy").at);
     if (!ok || !units || config.fingerprint == units) return ok;
     return set_error("the bundled data has units of tokenizer %08x, the model was trained on units of %08x",
                      (unsigned)config.fingerprint, (unsigned)units);
@@ -12254,13 +12351,21 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
     slam_trainer_paths(&r->trainer, name, list);
     for (size_t i = 0; ok && asked.n && (i < asked.n || i < list->n); i++) {
         const char *a = i < asked.n ? asked.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        char *absolute_a = slam_path_absolute(a), *absolute_b = slam_path_absolute(b);
-        if (strcmp(absolute_a, absolute_b)) ok = set_error("%s %s: the resumed run has %s", name, a, b);
-        free(absolute_a);
-        free(absolute_b);
+        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+            ok = set_error("%s %s: the resumed run has %s", name, a, b);
     }
     slam_strings_free(&asked);
     return ok;
+}
+
+/* Whether the run can be written, in its folder or the nearest one above it that exists. */
+static int run_writable(const slam_run *r) {
+    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
+        *slash = 0;
+        if (path_exists(folder.at)) break;
+    }
+    return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
@@ -12268,9 +12373,10 @@ static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
     r->fresh = r->grows = 1;
     r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
+    if (!o->dry_run && is_root(r->comm) && !run_writable(r)) return 0;
     if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
-    if (!r->checkpoint && !folder_has(r->folder, "trainer.json")) return 1;
+    if (!r->checkpoint && !path_is_file(path_join(r->folder, "trainer.json").at)) return 1;
     if (!o->resume)
         return set_error(
             "%s: holds a run already; --resume continues it, another --out begins a new one (nothing is overwritten)",
@@ -12286,18 +12392,15 @@ static int run_find(slam_run *r) {
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
     slam_trainer *t = &r->trainer;
-    char *here = slam_path_absolute("."), *path;
     if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
-    if (r->fresh) slam_trainer_set(t, "folder", 0, here);
+    if (r->fresh) slam_trainer_set(t, "folder", 0, slam_path_absolute(".").at);
     for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
     for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
         if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
-        slam_strings_add(k ? val : data, path = slam_path_beside(r->argv0, r->bundled_data[k]));
-        free(path);
+        slam_strings_add(k ? val : data, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
-    free(here);
 }
 
 int slam_run_open(slam_run *r) {
@@ -12501,7 +12604,8 @@ static int run_name(slam_run *r) {
 static int run_open_folder(slam_run *r) {
     const char *folder = r->folder;
     const off_t log_bytes = (off_t)r->trainer.log_bytes;
-    char *log = path_join(folder, "log.jsonl"), *part = path_join(folder, CHECKPOINT_PART), *newest = NULL;
+    const slam_path log = path_join(folder, "log.jsonl");
+    char *newest = NULL;
     struct stat s;
     int ok = folder_create(folder);
     if (ok && (r->lock = open(folder, O_RDONLY | O_CLOEXEC)) < 0) ok = set_error("%s: %s", folder, strerror(errno));
@@ -12510,13 +12614,12 @@ static int run_open_folder(slam_run *r) {
     ok = ok && checkpoint_find(folder, &newest);
     if (ok && (newest ? !r->checkpoint || strcmp(newest, r->checkpoint) : r->checkpoint != NULL))
         ok = set_error("%s: another process has trained this run meanwhile", folder);
-    ok = ok && remove_tree(part) && (!newest || checkpoint_links(folder, &r->trainer)) &&
-         trainer_save(&r->trainer, newest ? newest : folder) && folder_sync(folder);
-    const int longer = ok && stat(log, &s) == 0 && s.st_size > log_bytes;
-    if (ok && ((longer && truncate(log, log_bytes) != 0) || !(r->log = fopen(log, "ab"))))
-        ok = set_error("%s: cannot be written: %s", log, strerror(errno));
-    free(log);
-    free(part);
+    ok = ok && remove_tree(path_join(folder, CHECKPOINT_PART).at) &&
+         (!newest || checkpoint_links(folder, &r->trainer)) && trainer_save(&r->trainer, newest ? newest : folder) &&
+         folder_sync(folder);
+    const int longer = ok && stat(log.at, &s) == 0 && s.st_size > log_bytes;
+    if (ok && ((longer && truncate(log.at, log_bytes) != 0) || !(r->log = fopen(log.at, "ab"))))
+        ok = set_error("%s: cannot be written: %s", log.at, strerror(errno));
     free(newest);
     return ok;
 }
@@ -12564,13 +12667,6 @@ int slam_run_save_due(const slam_run *r) {
     return r->state != RUN_ON || (every && step % every == 0) || r->trainer.best_step == step;
 }
 
-static void log_add(strbuf *s, const char *prefix, const slam_metric *m, int n) {
-    for (int i = 0; i < n; i++) {
-        strbuf_add(s, ", \"%s%s\": ", prefix, m[i].name);
-        strbuf_add_number(s, m[i].value);
-    }
-}
-
 /* Writes a line of the log and flushes it, so that it survives a kill. Frees s. */
 static int log_write(slam_run *r, strbuf *s) {
     FILE *f = (FILE *)r->log;
@@ -12613,10 +12709,10 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
     strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
-    log_add(&line, "", first, 3);
+    strbuf_add_metrics(&line, "", first, 3);
     if (t->skipped) strbuf_add(&line, ", \"skipped\": %ld", t->skipped);
-    log_add(&line, "", m, n);
-    log_add(&line, "", last, 3);
+    strbuf_add_metrics(&line, "", m, n);
+    strbuf_add_metrics(&line, "", last, 3);
     if (!log_write(r, &line)) return 0;
 
     char s[64];
@@ -12648,8 +12744,8 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
         t->best_step = t->step;
     }
     strbuf_add(&line, "{\"step\": %ld", t->step);
-    log_add(&line, "val_", &loss, 1);
-    log_add(&line, "val_", m, n);
+    strbuf_add_metrics(&line, "val_", &loss, 1);
+    strbuf_add_metrics(&line, "val_", m, n);
     for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
         strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
         strbuf_add_json(&line, slam_trainer_setting(t, sources, s));

@@ -59,9 +59,9 @@ static void test_windows(slam_ops *ops, const char *name) {
     static const size_t windows[] = {1, 7, 64};
     int units[N];
     size_t n, m;
-    char *folder = path_join("test/fixtures/vocoder", name);
-    slam_vocoder *v = slam_vocoder_open(folder, 0, 0, NULL, ops),
-                 *short_one = slam_vocoder_open(folder, 0, 0, NULL, ops);
+    const slam_path folder = path_join("test/fixtures/vocoder", name);
+    slam_vocoder *v = slam_vocoder_open(folder.at, 0, 0, NULL, ops),
+                 *short_one = slam_vocoder_open(folder.at, 0, 0, NULL, ops);
     if (!CHECK(v && short_one, "%s", slam_error())) return;
     for (int i = 0; i < N; i++) units[i] = (int)rng_below(&check_state.seed, (uint64_t)v->K);
     float *whole = synthesize(v, units, NULL, N, &n);
@@ -73,7 +73,7 @@ static void test_windows(slam_ops *ops, const char *name) {
         if (i == 0) CHECK(4 * short_one->gan->net.arena_bytes < 3 * v->gan->net.arena_bytes, "as much memory");
         free(out);
     }
-    free(whole), free(folder);
+    free(whole);
     slam_vocoder_free(v), slam_vocoder_free(short_one);
 }
 
