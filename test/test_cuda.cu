@@ -611,7 +611,7 @@ static void test_names(void) {
     slam_act *a = (slam_act *)p;
     int *i = (int *)(p + (1 << 16)); // zeros
     double *d = (double *)p;
-    const slam_mask mask = {1, 8, 2, 1, 32, i, NULL, NULL, NULL, p};
+    const slam_mask mask = {1, 8, 2, 1, 32, 16, i, NULL, NULL, NULL, p};
     const slam_adamw_params h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 3};
     const slam_xent x = {8, 8, 8, 1, NULL};
     const struct {
@@ -799,8 +799,9 @@ static void test_speech_operations(const char *dtype) {
         for (shift = 1; shift <= 4; shift += 3) {
             test_embedding(19, 64, 11), test_rmsnorm(9, 2, 64, 192, 0), test_matmul(9, 64, 24), test_swiglu(7, 64);
             test_crossentropy(7, 60, 64), test_casts(64), test_sums(64), test_adamw(64);
-            test_gelu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64), test_frames(2, 9, 16, 2, 5);
-            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1});
+            test_gelu(64), test_leaky_relu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64),
+                test_frames(2, 9, 16, 2, 5);
+            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 1});
         }
         shift = 0;
     }
