@@ -191,10 +191,10 @@ static double random_vocoder(const char *folder) {
     }
     random_module(&l, "dict", 500, 128, 0);
     free((void *)(uintptr_t)l.at[--l.n].data); // embeddings have no bias
-    char *config = path_join(folder, "config.json"), *path = path_join(folder, "model.safetensors");
-    if (!file_write(config, vocoder_config, strlen(vocoder_config)) || !tensors_write(path, l.at, l.n, NULL)) die();
+    const slam_path config = path_join(folder, "config.json"), path = path_join(folder, "model.safetensors");
+    if (!file_write(config.at, vocoder_config, strlen(vocoder_config)) || !tensors_write(path.at, l.at, l.n, NULL))
+        die();
     for (size_t i = 0; i < l.n; i++) free((void *)(uintptr_t)l.at[i].data);
-    free(config), free(path);
     return flops;
 }
 
