@@ -336,7 +336,7 @@ static int open_model(program *p) {
         if (r->fresh) slam_trainer_set(&r->trainer, "reference_model", 0, text);
     }
     ok = ok && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
-    if (!slam_all_ok(r->comm, ok)) return 0;
+    if (!slam_all_ok(r->comm, ok) || !slam_run_tune(r)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 1);
     p->weights = (float *)calloc((size_t)r->micro * r->T, sizeof *p->weights);
     if (!slam_run_begin(r, p->pairs.hash)) return 0;

@@ -242,6 +242,10 @@ static void set_flags(program *p) {
         SLAM_FLAG("hubert", SLAM_TEXT, &p->unit_flags.hubert, "DIR", NULL,
                   "HuBERT, if KM.json names none or it has moved"),
         SLAM_NUMBER("layer", SLAM_INT, &p->unit_flags.layer, "N", "11", 0, 1000, "of --hubert"),
+        SLAM_NUMBER("pad", SLAM_INT, &p->unit_flags.pad, "N", "40", 0, 16000,
+                    "zeros before and after the samples of --hubert, as for tokenize"),
+        SLAM_FLAG("channel", SLAM_TEXT, &p->unit_flags.channel, "mix|N", NULL,
+                  "of files with several: their mean, or channel N (SlamKit: 1); default: KM.json's, else mix"),
         SLAM_HEADING("Test sets"),
         SLAM_FLAG("units", SLAM_TEXT, &p->units, "FILE.jsonl", NULL,
                   "the sequences as units (SlamKit features or tokens), found by the names of the set's files"),
@@ -447,6 +451,7 @@ static int add_audio_prompts(program *p, const slam_strings *arguments) {
     memset(&in, 0, sizeof in);
     if (open_tokenizer(p) && slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)arguments->at, arguments->n))
         units = tokenize(p, &in.paths);
+    for (size_t i = 0; is_root(p) && i < in.notes.n; i++) fprintf(stderr, "eval: note: %s\n", in.notes.at[i]);
     if (units) p->prompts.rate = p->tokenizer->config.rate;
     for (size_t i = 0; units && i < in.paths.n; i++) {
         const slam_units *u = &units[i];

@@ -112,16 +112,27 @@ typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
+/* The algorithm of a GPU's matrix products, by shape. Plain data: with a copy of it products have the same bits. */
+enum { SLAM_PRODUCTS = 64 };
+typedef struct slam_products {
+    char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": the list is for this one only */
+    int tune;                        /* 1: the first product of a shape measures algorithms and stores the fastest */
+    int measured;                    /* entries of the list that were measured: the first ones, never replaced */
+    int proposed;                    /* number of others stored so far; the oldest is replaced */
+    uint64_t list[SLAM_PRODUCTS][9]; /* hash of a shape, its algorithm (cublasLtMatmulAlgo_t) */
+} slam_products;
+
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
    mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the masked span:
    i - doc_start[i] - (mask_end[i] - mask_start[i]). A span that is not empty lies within doc_start .. doc_end, and
    every query sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
+    int pairs;                        /* c < pairs: (c, c + pairs) of a head is rotated. HS/2: all of it; 0: nothing */
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
-    const float *rope;                /* rotary table of T positions, see rope_table; NULL: no rotation */
+    const float *rope;                /* (T,2 pairs) rotary table, see rope_table */
 } slam_mask;
 
 typedef struct slam_adamw_params {
@@ -142,13 +153,14 @@ typedef struct slam_xent {
 } slam_xent;
 
 struct slam_ops {
-    const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
-    int act_bytes;    /* 4: float, 2: bf16 */
-    int threads;      /* CPU threads of parallel loops */
-    size_t memory;    /* total bytes of the device */
-    int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
-    slam_comm *comm;  /* the processes that train together; NULL: one process */
+    const char *name;        /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int act_bytes;           /* 4: float, 2: bf16 */
+    int threads;             /* CPU threads of parallel loops */
+    size_t memory;           /* total bytes of the device */
+    int asynchronous;        /* the device computes while the host continues */
+    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    slam_comm *comm;         /* the processes that train together; NULL: one process */
+    slam_products *products; /* NULL: there is nothing to choose */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -202,7 +214,7 @@ struct slam_ops {
 
     /* Grouped-query attention with rotary positions (Vaswani et al. 2017; Ainslie et al. 2023; Su et al. 2021). A row
        of qkv has NH query, KVH key and KVH value heads, and KVH divides NH: query head h reads key/value head
-       floor(h KVH / NH). R_i rotates each pair (c, c + HS/2) by the angles of i's rotary position (see slam_mask).
+       floor(h KVH / NH). R_i rotates each pair (c, c + pairs) by the angles of i's rotary position (see slam_mask).
            q'_i = R_i q_i    k'_j = R_j k_j
            s_ij = q'_i . k'_j / sqrt(HS)  for visible j     lse_i = log sum_j exp(s_ij)
            p_ij = exp(s_ij - lse_i)                         out_i = sum_j p_ij v_j
@@ -217,7 +229,7 @@ struct slam_ops {
                                const float *lse, const slam_act *qkv, const slam_mask *);
     /* Decoding: one token for each of the first B cache slots of capacity T. Row b of qkv is the token at position
        lengths_b < T of slot b. Its k' and v are appended to the cache, and it attends to 0..lengths_b. It uses B, T,
-       NH, KVH, HS and rope of the mask.
+       NH, KVH, HS, pairs and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -342,7 +354,6 @@ typedef struct slam_batch {
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
     slam_sequence *sequences;
     size_t n_sequences, sequence_capacity;
-    uint64_t n_tokens, n_targets; /* without padding */
 } slam_batch;
 slam_batch slam_batch_new(int rows, int T, int masked); /* B = rows, no targets; masked: with mask_start, mask_end */
 void slam_batch_free(slam_batch *);
@@ -529,8 +540,9 @@ typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
     int normalize, dedup; /* zero mean and unit variance of each file first; merge equal neighbouring frames */
-    int layer;
-    char hubert[1024];            /* HuBERT: its folder, in Hugging Face's format */
+    int layer, pad;       /* HuBERT: zeros before and after the samples; SlamKit has 40, fairseq's pipelines 0 */
+    int channel;          /* of files with several, from 1; 0: their mean. Not part of the fingerprint */
+    char hubert[1024];    /* HuBERT: its folder, in Hugging Face's format */
     uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
@@ -579,12 +591,14 @@ typedef struct slam_inputs {
     double max_seconds;    /* longer audio is split at the quietest 20 ms in the last fifth of it; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
+    slam_strings notes;    /* for the user: files that were passed over, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
-/* AUDIO: files, folders (recursively, in byte order of names) and @LIST files with a path per line. Else lines: SlamKit
-   features or tokens (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and
-   rejected separated by tabs (TEXT, with voices). */
+/* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
+   or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
+   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and rejected separated
+   by tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
@@ -857,17 +871,18 @@ slam_path slam_path_absolute(const char *path);
 
 /* Flags that say how audio becomes units, as far as a program has them. */
 typedef struct slam_unit_flags {
-    char *kmeans, *features, *rate, *hubert;
-    int layer, normalize, no_dedup;
+    char *kmeans, *features, *rate, *hubert, *channel;
+    int layer, pad, normalize, no_dedup;
 } slam_unit_flags;
-/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error. */
+/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error (but
+   channel is free: often each holds a speaker). */
 int slam_unit_flags_config(const slam_flags *, const slam_unit_flags *, int fit, slam_unit_config *);
 int slam_bundled_units(const char *argv0, uint64_t units); /* an error unless 0 or the bundled data's fingerprint */
 
 /* What train and dpo share; their loops are in train.c and dpo.c. First the values of the common flags. */
 typedef struct slam_options {
     slam_strings val;
-    char *init, *warmup, *schedule, *out, *device, *dtype, *format;
+    char *init, *warmup, *schedule, *out, *device, *dtype, *tune, *format;
     double val_fraction, epochs, seconds, flops, bandwidth;
     long steps, tokens, seed, eval_every, save_every, log_every;
     int context, batch, micro, zero, recompute, resume, threads, keep, dry_run, ranks;
@@ -906,6 +921,9 @@ int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
 int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps);
+/* With --tune on: restores the run's algorithms of matrix products; rank 0 measures those of other shapes, in a pass
+   over a batch. After slam_adamw_init. Collective. */
+int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
@@ -1243,8 +1261,13 @@ static int remove_tree(const char *path) {
 }
 
 /* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
-   copy. */
+   copy. What some tools leave in the place of a file that was not downloaded is an error. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
+    static const char *const not_it[][3] = {
+        {"version https://git-lfs.github.com/spec/", "a git-lfs pointer", "run `git lfs pull` in its folder"},
+        {"/annex/objects/", "a git-annex pointer", "run `git annex get .` in its folder"},
+        {"<!DOCTYPE html", "a web page", "download the file itself (on Hugging Face /resolve/, not /blob/)"}};
+    char start[64] = "";
     FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
     struct stat s;
     int ok = f && fstat(fileno(f), &s) == 0;
@@ -1259,6 +1282,10 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
     }
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
+    if (ok && pread(fileno(f), start, sizeof start - 1, 0) < 0) *start = 0;
+    for (int i = 0; ok && i < 3; i++)
+        if (!strncasecmp(start, not_it[i][0], strlen(not_it[i][0])))
+            ok = set_error("%s: is %s, not the file itself; %s", name, not_it[i][1], not_it[i][2]);
     *size = ok ? (size_t)s.st_size : 0;
     if (ok) return f;
     if (f) fclose(f);
@@ -1403,8 +1430,8 @@ static int json_parse_escape(json_parser *p, char **out) {
     long code = letter ? meanings[letter - letters] : json_parse_code(p->at);
     if (code <= 0) return json_expected(p, "\", \\, /, b, f, n, r, t or uXXXX (not 0000) after a backslash");
     p->at += letter ? 1 : 5;
-    if (code >= 0xdc80 && code <= 0xdcff) { // a byte of a file name that is not UTF-8, as Python writes it (PEP 383)
-        *(*out)++ = (char)(code - 0xdc00);
+    if (code >= 0xdc80 && code <= 0xdcff) { // Python's surrogateescape: a byte that is not UTF-8
+        *(*out)++ = (char)(code & 0xff);
         return 1;
     }
     if (code >= 0xd800 && code <= 0xdfff) { // a character beyond 16 bits is a surrogate pair, \uD83D\uDE00
@@ -1573,9 +1600,9 @@ static const char *json_describe(const json *j) {
     return !j ? "missing" : j->type == JSON_NUMBER ? j->string : names[j->type];
 }
 
-/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become U+FFFD, or \udcXX, which
-   only Python and json_parse read back, if `exact`. */
-static void strbuf_add_quoted(strbuf *out, const char *utf8, int exact) {
+/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become \udc80 to \udcff, as in
+   Python. */
+static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
     for (size_t n; *utf8; utf8 += n ? n : 1) {
         n = utf8_length(utf8);
@@ -1583,13 +1610,11 @@ static void strbuf_add_quoted(strbuf *out, const char *utf8, int exact) {
         else if (*utf8 == '\n') strbuf_add(out, "\\n");
         else if (*utf8 == '\t') strbuf_add(out, "\\t");
         else if (n == 1 && *utf8 < ' ') strbuf_add(out, "\\u%04x", (unsigned)*utf8);
-        else if (!n && exact) strbuf_add(out, "\\udc%02x", (unsigned char)*utf8);
-        else strbuf_add_bytes(out, n ? utf8 : "\xef\xbf\xbd", n ? n : 3);
+        else if (n) strbuf_add_bytes(out, utf8, n);
+        else strbuf_add(out, "\\udc%02x", (unsigned char)*utf8);
     }
     strbuf_add(out, "\"");
 }
-
-static void strbuf_add_json(strbuf *out, const char *utf8) { strbuf_add_quoted(out, utf8, 0); }
 
 /* The shortest text of at least 15 digits, without trailing zeros, that reads back as the same double; null if it is
    not finite. */
@@ -1935,8 +1960,13 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     char header[256] = "";
     int width = 0, used = 0;
     size_t length = 0;
-    if (map->size >= 10) length = map->data[8] | (size_t)map->data[9] << 8;
-    if (map->size < 10 + length || memcmp(map->data, "\x93NUMPY\x01", 7))
+    if (map->size < 10 || memcmp(map->data, "\x93NUMPY", 6))
+        return set_error("%s: is not an .npy file; a k-means of scikit-learn (joblib, pickle) can contain programs and "
+                         "is not read; convert it with python3 -c \"import joblib, numpy; numpy.save('km.npy', "
+                         "joblib.load('%s').cluster_centers_.astype('float32'))\"",
+                         path, path);
+    length = map->data[8] | (size_t)map->data[9] << 8;
+    if (map->size < 10 + length || map->data[6] != 1)
         return set_error("%s: is not an .npy file of version 1, or is truncated", path);
     memcpy(header, map->data + 10, length < 255 ? length : 255);
     sscanf(header, "{'descr': '<f%1d', 'fortran_order': False, 'shape': (%18zu, %18zu), }%n", &width, rows, cols,
@@ -2032,7 +2062,11 @@ static int append_open(append_file *a, const char *path) {
     const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return set_error("%s: cannot be written: %s", path, strerror(errno));
     // a file system without locks goes without; a file that was renamed or removed just now belonged to another process
-    const int locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    int locked = 0;
+    for (int i = 0; !locked && i < 20; i++) { // a child of a killed process has its lock until it executes a program
+        if (i) usleep(10000);
+        locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    }
     const int same = fstat(fd, &s) == 0 && stat(path, &t) == 0 && s.st_ino == t.st_ino && s.st_dev == t.st_dev;
     if (!locked || !same) {
         close(fd);
@@ -2809,13 +2843,10 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row
-   t of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
-#define ROPE_PAIRS(HS) ((HS) / 2)
-
-/* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
-static float *rope_table(int T, int HS, double theta) {
-    const int pairs = ROPE_PAIRS(HS);
+/* The rotary table (T,2 pairs): position t rotates pair c by the angle t theta^(-c / pairs). A row holds the cosines of
+   all pairs, then their sines; `rotate` reads it here, rotate_pairs in section 5. In the float arithmetic of
+   Transformers, so that the angles are the same. free() it. */
+static float *rope_table(int T, int pairs, double theta) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
     for (int c = 0; c < pairs; c++) {
         const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
@@ -2836,8 +2867,8 @@ static int rotary_position(const slam_mask *mask, int i) {
 
 /* x (heads,HS) = R_p x, or its inverse with sign -1 */
 static void rotate(float *x, int heads, const slam_mask *mask, int p, float sign) {
-    const int pairs = ROPE_PAIRS(mask->HS);
-    if (!mask->rope) return;
+    const int pairs = mask->pairs;
+    if (!pairs) return;
     const float *cosine = mask->rope + 2 * (size_t)p * pairs, *sine = cosine + pairs;
     for (int h = 0; h < heads; h++, x += mask->HS) {
         VECTORISE
@@ -3283,6 +3314,7 @@ int slam_cuda_count(void) { return 0; }
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <utility>
 /* A kernel with several template arguments goes in parentheses. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
@@ -3372,14 +3404,8 @@ typedef __nv_bfloat16 bf16;
 enum {
     CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, or the workspace of a product and unfolded frames behind it
     PRODUCT_WORKSPACE = 32 << 20, // what cuBLASLt recommends on Hopper
-    ALGORITHMS = 64               // algorithms of products that are remembered
+    PROPOSED = 32                 // algorithms of a product that are measured at most
 };
-
-/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
-typedef struct product_shape {
-    int flags, M, N, K, ldc;
-    uint32_t align_A, align_B, align_C, align_bias;
-} product_shape;
 
 typedef struct cuda_ops {
     slam_ops ops; // first: a slam_ops * of this backend is also a cuda_ops *
@@ -3390,10 +3416,8 @@ typedef struct cuda_ops {
     char *workspace;          // CUDA_WORKSPACE bytes, free again when an op's last kernel is queued
     const char *failed, *why; // the first op that failed since the last finish; NULL: none
     int late;                 // the failure may be an earlier kernel's
-    cublasLtHandle_t products;
-    product_shape shapes[ALGORITHMS];
-    cublasLtMatmulAlgo_t algorithms[ALGORITHMS];
-    int proposed; // how many were stored so far, the oldest are replaced
+    cublasLtHandle_t lt;
+    slam_products products;
 } cuda_ops;
 
 /* Records the first failure, which finish reports. */
@@ -3412,9 +3436,10 @@ static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
 }
 
 /* Launches a kernel and checks the launch, which also returns the errors of kernels before it. */
-#define LAUNCH(ops, kernel, grid, block, shared_bytes, ...)                                                            \
+#define LAUNCH_FOR(operation, ops, kernel, grid, block, shared_bytes, ...)                                             \
     (CUDA_LAUNCH(kernel, grid, block, shared_bytes, ((cuda_ops *)(ops))->stream, __VA_ARGS__),                         \
-     cuda_check(ops, cudaGetLastError(), __func__))
+     cuda_check(ops, cudaGetLastError(), operation))
+#define LAUNCH(...) LAUNCH_FOR(__func__, __VA_ARGS__)
 
 /* The numbers of T in 16 bytes. */
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
@@ -3459,9 +3484,11 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
     }
     cudaGetLastError(); // or the next launch would return it
     cudaMemGetInfo(&available, &total);
-    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: reduce --micro-batch (eval: --batch) or "
-              "--context, or use --recompute",
-              cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
+    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: %s", cuda->name, (double)bytes / 1e9,
+              (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error),
+              error == cudaErrorMemoryAllocation
+                  ? "reduce --micro-batch (eval: --batch) or --context, or use --recompute"
+                  : "an operation before it failed (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)");
     return NULL;
 }
 
@@ -3493,7 +3520,9 @@ static int cuda_finish(slam_ops *ops) {
     if (!cuda->failed) return 1;
     cudaMemGetInfo(&available, &total);
     set_error("%s: %s%s failed: %s (%.2f GB of memory are free)", cuda->name, cuda->failed,
-              cuda->late ? " or a kernel before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)" : "",
+              cuda->late && !getenv("CUDA_LAUNCH_BLOCKING")
+                  ? " or an operation before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)"
+                  : "",
               cuda->why, (double)available / 1e9);
     cuda->failed = NULL;
     return 0;
@@ -3521,7 +3550,7 @@ static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->comm) cudaStreamSynchronize(cuda->comm);
-    if (cuda->products) cublasLtDestroy(cuda->products);
+    if (cuda->lt) cublasLtDestroy(cuda->lt);
     cudaFree(cuda->workspace);
     if (cuda->order) cudaEventDestroy(cuda->order);
     if (cuda->comm) cudaStreamDestroy(cuda->comm);
@@ -3567,26 +3596,21 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* The same over a block. `shared`: a number for each warp. Barriers on both sides: after it, what other threads have
-   written before it can be read. */
-template <typename R> DEVICE R block_sum(R x, R *shared) {
-    x = warp_sum(x);
+/* Combines x of all warps, in order. `shared`: a number for each warp. Barriers on both sides: after it, what other
+   threads have written before it can be read. */
+template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
-    R sum = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) sum += shared[warp];
+    x = shared[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = combine(x, shared[warp]);
     __syncthreads();
-    return sum;
+    return x;
 }
-
+template <typename R> DEVICE R block_sum(R x, R *shared) {
+    return block_combine(warp_sum(x), shared, [](R a, R b) { return a + b; });
+}
 DEVICE float block_max(float x, float *shared) {
-    x = warp_max(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    float max = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) max = fmaxf(max, shared[warp]);
-    __syncthreads();
-    return max;
+    return block_combine(warp_max(x), shared, [](float a, float b) { return fmaxf(a, b); });
 }
 
 /* exp and the logistic function: accurate for float, fast for bf16. */
@@ -3612,9 +3636,9 @@ KERNEL(1024) add_partial_kernel(float *out, const float *partial, int parts, int
 }
 
 /* partial is in the workspace. */
-static void add_partial(slam_ops *ops, float *out, int parts, int n) {
+static void add_partial(slam_ops *ops, const char *operation, float *out, int parts, int n) {
     const float *partial = (const float *)((cuda_ops *)ops)->workspace;
-    LAUNCH(ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
+    LAUNCH_FOR(operation, ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
 }
 
 /* ---- element-wise kernels ----
@@ -3633,8 +3657,8 @@ static void each(slam_ops *ops, const char *operation, size_t rows, size_t colum
     const size_t packs = wide ? columns / P : columns, n = rows * packs;
     if (n == 0) return;
     if (n > UINT_MAX - 255) cuda_fail(ops, operation, "more than 4294967040 elements", 0);
-    else if (wide) LAUNCH(ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
-    else LAUNCH(ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
+    else if (wide) LAUNCH_FOR(operation, ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, packs, n);
+    else LAUNCH_FOR(operation, ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, packs, n);
 }
 
 /* n (sizeof(To) + sizeof(From)) bytes */
@@ -3648,16 +3672,13 @@ template <typename To, typename From> struct convert_op {
     }
 };
 
-template <typename To, typename From> static void convert(slam_ops *ops, To *out, const From *in, size_t n) {
-    if ((const void *)out != (const void *)in) each<4>(ops, __func__, 1, n, convert_op<To, From>{out, in}, out, in);
-}
-
+/* With float activations both may be the same array. */
 template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
-    convert(ops, (T *)out, in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<T, float>{(T *)out, in}, out, in);
 }
 
 template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) {
-    convert(ops, out, (const T *)in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
 }
 
 /* 2 n sizeof(T) bytes */
@@ -4032,7 +4053,7 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
         LAUNCH(ops, (rmsnorm_backward_kernel<T, P, TEAM>), grid, 256, (TEAM < 256 ? 256 / TEAM * C : 8) * sizeof(float),
                (T *)ds, (float *)cuda->workspace, (const T *)dy, (const T *)s, (const T *)w, rstd, rows);
     });
-    add_partial(ops, dw, grid, C);
+    add_partial(ops, __func__, dw, grid, C);
 }
 
 /* ---- matrix products: cuBLASLt ----
@@ -4040,6 +4061,12 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
    operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
+
+/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
+typedef struct product_shape {
+    int flags, M, N, K, ldc;
+    uint32_t align_A, align_B, align_C, align_bias;
+} product_shape;
 
 typedef struct product_plan {
     cublasLtMatmulDescOpaque_t op;
@@ -4084,8 +4111,7 @@ static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, in
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_C);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_C);
     if (status) return status;
-    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found,
-                                          n);
+    return cublasLtMatmulAlgoGetHeuristic(cuda->lt, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found, n);
 }
 
 /* The largest power of two up to 256 that divides p; 0 for NULL. */
@@ -4094,38 +4120,71 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
+/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
+   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
+template <typename F>
+static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
+    const cudaStream_t stream = ((cuda_ops *)ops)->stream;
+    cudaEvent_t moments[PROPOSED + 1];
+    float best[PROPOSED], ms = 0;
+    int first = 0;
+    for (int k = 0; k <= n; k++) cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
+    for (int round = 0; round < 4; round++) {
+        for (int k = 0; k <= n; k++) {
+            if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo, to);
+            cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
+        }
+        cuda_check(ops, cudaStreamSynchronize(stream), __func__);
+        for (int k = 0; k < n; k++) {
+            cuda_check(ops, cudaEventElapsedTime(&ms, moments[k], moments[k + 1]), __func__);
+            if (round < 2 || ms < best[k]) best[k] = ms;
+        }
+    }
+    for (int k = 1; k < n; k++)
+        if (!found[k].state && (found[first].state || best[k] < 0.98f * best[first])) first = k;
+    std::swap(found[0], found[first]);
+    for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
+}
+
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. By the algorithm that is remembered for the shape, else by the first proposed one that works. Bound by
-   arithmetic: 2 M N K. */
+   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
+   by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
-    enum { PROPOSED = 8 };
     cuda_ops *cuda = (cuda_ops *)ops;
+    slam_products *known = &cuda->products;
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
+    const uint64_t hash = hash_bytes(HASH_START, &s, sizeof s);
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
+    const int tune = known->tune && known->measured < SLAM_PRODUCTS / 2, end = tune ? known->measured : SLAM_PRODUCTS;
     cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
-    int known = 0, n = 0;
+    int at = 0, n = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
-        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C, algorithm,
+    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm, void *to) {
+        status = cublasLtMatmul(cuda->lt, &p.op, &one, B, &p.B, A, &p.A, &beta, to, &p.C, to, &p.C, algorithm,
                                 cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
         cudaGetLastError(); // or the next launch would return it
-        return !status;
+        return status;
     };
-    while (known < ALGORITHMS && memcmp(&cuda->shapes[known], &s, sizeof s) != 0) known++;
-    if (!status && known < ALGORITHMS && multiply(&cuda->algorithms[known])) return;
-    if (!status || known < ALGORITHMS) status = product_propose(found, PROPOSED, &n, cuda, &p, &s);
-    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
-    for (int k = 0; k < n; k++)
-        if (multiply(&found[k].algo)) {
-            if (known == ALGORITHMS) known = cuda->proposed++ % ALGORITHMS;
-            cuda->shapes[known] = s;
-            cuda->algorithms[known] = found[k].algo;
-            return;
-        }
-    cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
+    while (at < end && known->list[at][0] != hash) at++;
+    if (!status && at < end && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1], C)) return;
+    if (!status || at < end) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
+    if (tune && at == end && n > 1) { // += is measured on other memory, with which C stays as it is
+        void *to = flags & ADD ? ops->alloc(ops, (size_t)M * ldc * sizeof(float)) : C;
+        if (to) product_measure(ops, found, n, to, multiply);
+        if (to != C) ops->release(ops, to);
+    }
+    for (int k = 0; k < n; k++) {
+        if (found[k].state || multiply(&found[k].algo, C)) continue;
+        if (at == SLAM_PRODUCTS) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
+        if (at == known->measured && tune) known->measured++;
+        known->list[at][0] = hash;
+        memcpy(&known->list[at][1], &found[k].algo, sizeof found[k].algo);
+        return;
+    }
+    cuda_fail(ops, operation, cublasLtGetStatusString(status ? status : CUBLAS_STATUS_NOT_SUPPORTED), 1);
 }
 
 static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
@@ -4169,7 +4228,7 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
         LAUNCH(ops, (column_sums_kernel<T, P>), dim3(columns, parts), 256, 256 * P * sizeof(float),
                (float *)cuda->workspace, (const T *)dout, N, OC);
     });
-    add_partial(ops, db, parts, OC);
+    add_partial(ops, __func__, db, parts, OC);
 }
 
 /* ---- cross-entropy ---- */
@@ -4227,8 +4286,6 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-enum { SUM_BLOCKS = 1024 };
-
 /* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
    memory: 4 n bytes. */
 template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
@@ -4253,16 +4310,14 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
     if (threadIdx.x == 0) out[0] += sum;
 }
 
-template <int SQUARES> static void sum_of(slam_ops *ops, double *out, const float *x, size_t n) {
-    const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
+template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+    const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
+    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
-    LAUNCH(ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
-    LAUNCH(ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
+    LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
+    LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
 }
-
-static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<0>(ops, out, x, n); }
-static void cuda_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<1>(ops, out, x, n); }
 
 /* ---- attention ----
    The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
@@ -4310,10 +4365,10 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
 
 /* Rotates the pairs c .. c + P - 1 of a head, numbers x and y, by the angles of a position, or back with sign -1. */
 template <int P>
-DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS, int position, int c, float sign) {
-    const float *at = rope + 2 * (size_t)position * ROPE_PAIRS(HS) + c;
+DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pairs, int position, int c, float sign) {
+    const float *at = rope + 2 * (size_t)position * pairs + c;
     float cosine[P], sine[P];
-    load(cosine, at), load(sine, at + ROPE_PAIRS(HS));
+    load(cosine, at), load(sine, at + pairs);
     for (int k = 0; k < P; k++) {
         const float a = x[k];
         x[k] = a * cosine[k] - sign * sine[k] * y[k];
@@ -4322,36 +4377,40 @@ DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS
 }
 
 /* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
-   head of a token, a column a pair: together they must cover the head, which is copied as well. 2 N (NH + KVH) HS
+   head of a token; column c is the pair (c, c + pairs) or, behind the pairs, number c + pairs. 2 N (NH + KVH) HS
    sizeof(T) bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, heads = mask.NH + 2 * mask.KVH, h = row % heads, rotated = h < mask.NH + mask.KVH;
+        const int HS = mask.HS, pairs = mask.pairs, is_pair = c < (size_t)pairs, heads = mask.NH + 2 * mask.KVH;
+        const int h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
-        T *x = qkv + (size_t)row * HS + c, *y = x + ROPE_PAIRS(HS);
-        float x0[P], x1[P];
-        load(x0, x), load(x1, y);
-        if (mask.rope && rotated) {
-            rotate_pairs(x0, x1, mask.rope, HS, position, c, 1);
+        T *x = qkv + (size_t)row * HS + c, *y = x + pairs;
+        float x0[P] = ZERO, x1[P];
+        if (is_pair) load(x0, x);
+        load(x1, y);
+        if (is_pair && rotated) {
+            rotate_pairs(x0, x1, mask.rope, pairs, position, c, 1);
             store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + ROPE_PAIRS(HS), x1);
+        if (is_pair) store(to, x0);
+        store(to + pairs, x1);
     }
 };
 
 template <typename T>
-static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
+static void rotate_heads(slam_ops *ops, const char *operation, T *qkv, T *cache, const int *lengths,
+                         const slam_mask *mask) {
     const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
-    if (mask->rope || cache)
-        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), ROPE_PAIRS(mask->HS),
-                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, cache);
+    if (mask->pairs || cache)
+        each<WIDE<T>>(ops, operation, tokens * (mask->NH + 2 * mask->KVH), mask->HS - mask->pairs,
+                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, qkv + mask->pairs, cache);
 }
 
 /* ---- attention: plain kernels ----
@@ -4382,14 +4441,14 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 /* to (HS) = R^-1 (scale sums), by a warp; `head` is HS floats of shared memory. */
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
-    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = ROPE_PAIRS(HS);
+    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
     __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
-    for (int c = lane; mask.rope && c < pairs; c += 32) {
+    for (int c = lane; c < pairs; c += 32) {
         float x[1] = {head[c]}, y[1] = {head[c + pairs]};
-        rotate_pairs(x, y, mask.rope, HS, position, c, -1);
+        rotate_pairs(x, y, mask.rope, pairs, position, c, -1);
         head[c] = x[0], head[c + pairs] = y[0];
     }
     __syncwarp();
@@ -4521,13 +4580,13 @@ attention_backward_keys_plain(T *dqkv, const float *D, const T *dout, const floa
 
 /* Forward of all queries, or of a new token for each sequence. */
 template <typename T>
-static void cuda_attention_plain(slam_ops *ops, T *out, float *lse, const T *q, const T *key, int K, const int *lengths,
-                                 const slam_mask *mask) {
+static void attention_plain(slam_ops *ops, const char *operation, T *out, float *lse, const T *q, const T *key, int K,
+                            const int *lengths, const slam_mask *mask) {
     const int warps = lengths ? DECODE_WARPS : PLAIN_WARPS, W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const unsigned grid = (unsigned)mask->B * (lengths ? 1 : mask->T) * mask->NH;
     const size_t shared = (mask->HS + warps * (32 + mask->HS + 2)) * sizeof(float);
-    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH(ops, (attention_forward_plain<T, P>), grid, 32 * warps, shared, out, lse, q,
-                                           key, W, K, lengths, *mask));
+    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH_FOR(operation, ops, (attention_forward_plain<T, P>), grid, 32 * warps,
+                                               shared, out, lse, q, key, W, K, lengths, *mask));
 }
 
 /* ---- attention: what the fast kernels are made of ----
@@ -4679,6 +4738,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
+    constexpr int PAIRS = HS / 2;
     const float scale = rsqrtf((float)HS);
     int position[M][2];
     for (int m = 0; m < M; m++)
@@ -4687,12 +4747,12 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
             position[m][r] = row < mask.T ? rotary_position(keys_of(mask, b, row), row) : 0;
             for (int n = 0; n < HS / 8; n++) c[m][n][2 * r] *= scale, c[m][n][2 * r + 1] *= scale;
         }
-    for (int m = 0; mask.rope && m < M; m++)
+    for (int m = 0; mask.pairs && m < M; m++)
         for (int r = 0; r < 2; r++)
-            for (int n = 0; n < ROPE_PAIRS(HS) / 8; n++) {
-                float *at[] = {c[m][n] + 2 * r, c[m][n + ROPE_PAIRS(HS) / 8] + 2 * r};
+            for (int n = 0; n < PAIRS / 8; n++) {
+                float *at[] = {c[m][n] + 2 * r, c[m][n + PAIRS / 8] + 2 * r};
                 float x[] = {at[0][0], at[0][1]}, y[] = {at[1][0], at[1][1]};
-                rotate_pairs(x, y, mask.rope, HS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
+                rotate_pairs(x, y, mask.rope, PAIRS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
                 for (int e = 0; e < 2; e++) at[0][e] = x[e], at[1][e] = y[e];
             }
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
@@ -5052,13 +5112,13 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     const int W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const T *q = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)NULL, NULL, mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)NULL, NULL, mask);
     if constexpr (sizeof(T) == 2) {
         if (mask->HS == 32) return attention_forward_fast<32, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 64) return attention_forward_fast<64, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 128) return attention_forward_fast<128, 1, 64>(ops, (T *)out, lse, q, mask);
     }
-    cuda_attention_plain(ops, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
+    attention_plain(ops, __func__, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
 }
 
 template <typename T>
@@ -5068,9 +5128,10 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
     const T *d = (const T *)dout, *o = (const T *)out, *from = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
     if constexpr (sizeof(T) == 2) {
-        if (mask->HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
+        const int HS = mask->pairs == 0 || 2 * mask->pairs == mask->HS ? mask->HS : 0; // rotated as a whole
+        if (HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
     }
     const unsigned tokens = (unsigned)mask->B * mask->T;
     const size_t shared = (2 * mask->HS + 64) * sizeof(float);
@@ -5086,9 +5147,9 @@ template <typename T>
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_mask *mask) {
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)cache, lengths, mask);
-    cuda_attention_plain(ops, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
-                         mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)cache, lengths, mask);
+    attention_plain(ops, __func__, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
+                    mask);
 }
 
 /* 4 KVH HS sizeof(T) bytes a token. A row is a key or value head of a token. */
@@ -5253,7 +5314,7 @@ static int cuda_open(cuda_ops *cuda) {
     if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
     cudaGetLastError();
     if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
-    const cublasStatus_t status = cublasLtCreate(&cuda->products);
+    const cublasStatus_t status = cublasLtCreate(&cuda->lt);
     return !status || set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
 }
 
@@ -5266,9 +5327,9 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
-    TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
+    TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
     TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest);
+    CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -5288,6 +5349,9 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->asynchronous = 1;
     ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
+    ops->products = &cuda->products;
+    snprintf(cuda->products.library, sizeof cuda->products.library, "cuBLASLt %zu, %.100s, %s", cublasLtGetVersion(),
+             p.name, act_bytes == 2 ? "bf16" : "f32");
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
     if (cuda_open(cuda)) {
@@ -5939,6 +6003,9 @@ double slam_config_flops(const slam_config *c, int T) {
 
 /* ---- activations ---- */
 
+/* Pairs of a head that are rotated. */
+static int rope_pairs(const slam_config *c) { return c->HS / 2; }
+
 typedef struct layer_acts { // shapes: acts_place
     slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
     float *attn_rstd, *lse, *mlp_rstd;
@@ -5978,7 +6045,7 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
     const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
-    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes); // 64 MB of logits
+    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
@@ -6018,7 +6085,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->mask_end = INTS(N);
     a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
-    a->rope = FLOATS(2 * T * ROPE_PAIRS(HS));
+    a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
@@ -6317,13 +6384,20 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    float *rope = rope_table(T, m->config.HS, m->config.rope_theta);
-    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * ROPE_PAIRS(m->config.HS) * sizeof *rope);
+    const int pairs = rope_pairs(&m->config);
+    float *rope = rope_table(T, pairs, m->config.rope_theta);
+    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
     m->B = B;
     m->T = T;
     m->mode = mode;
     return 1;
+}
+
+static slam_mask model_mask(const slam_model *m, int B, int T) {
+    const slam_config *c = &m->config;
+    const slam_mask mask = {B, T, c->NH, c->KVH, c->HS, rope_pairs(c), NULL, NULL, NULL, NULL, m->layout->a.rope};
+    return mask;
 }
 
 /* Checks that no op would read out of bounds, copies the batch to the device and sets the mask. */
@@ -6332,7 +6406,7 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     slam_ops *ops = m->ops;
     model_acts *a = &m->layout->a;
     const size_t N = (size_t)b->B * b->T, bytes = N * sizeof(int);
-    slam_mask mask = {b->B, b->T, c->NH, c->KVH, c->HS, a->doc_start, NULL, NULL, NULL, a->rope};
+    slam_mask *mask = &m->layout->mask;
     m->layout->valid = 0;
     if (b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
         return set_error("a batch of %d rows of %d tokens, planned for %d rows of %d", b->B, b->T, m->B, m->T);
@@ -6349,14 +6423,15 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     }
     ops->upload(ops, a->tokens, b->tokens, bytes);
     ops->upload(ops, a->doc_start, b->doc_start, bytes);
+    *mask = model_mask(m, b->B, b->T);
+    mask->doc_start = a->doc_start;
     if (with_targets) ops->upload(ops, a->targets, b->targets, bytes);
     if (b->mask_start) {
         ops->upload(ops, a->mask_start, b->mask_start, bytes);
         ops->upload(ops, a->mask_end, b->mask_end, bytes);
-        mask.mask_start = a->mask_start;
-        mask.mask_end = a->mask_end;
+        mask->mask_start = a->mask_start;
+        mask->mask_end = a->mask_end;
     }
-    m->layout->mask = mask;
     return 1;
 }
 
@@ -6576,7 +6651,6 @@ void slam_decoder_free(slam_decoder *d) {
     slam_batch_free(&d->state->batch);
     free(d->state);
     free(d->length);
-    free(d->last);
     free(d);
 }
 
@@ -6595,8 +6669,8 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
     d->model = m;
     d->slots = slots;
     d->T = T;
-    d->length = NEW(int, slots);
-    d->last = NEW(int, slots);
+    d->length = NEW(int, 2 * (size_t)slots);
+    d->last = d->length + slots;
     s->capacity = (int)round_up(T, PREFILL_TILE);
     s->layer_size = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
     s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer_size * m->ops->act_bytes);
@@ -6648,7 +6722,6 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const slam_config *c = &m->config;
     const model_acts *a = &m->layout->a;
     int n = 0; // rows up to the last sequence; free slots among them compute token 0
     for (int i = 0; i < d->slots; i++) {
@@ -6663,7 +6736,7 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
     m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
     free(cached);
-    const slam_mask mask = {n, d->state->capacity, c->NH, c->KVH, c->HS, NULL, NULL, NULL, NULL, a->rope};
+    const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
     d->state->prefill = 0;
     forward(m, n, &mask, d->state);
@@ -6828,8 +6901,6 @@ void slam_adamw_free(slam_adamw *o) {
     ops->release(ops, o->master);
     free(o->buckets->list);
     free(o->buckets);
-    o->m = o->v = o->master = NULL;
-    o->buckets = NULL;
     o->model = NULL;
 }
 
@@ -7061,6 +7132,7 @@ void slam_data_free(slam_data *d) {
         free(d->files[i].path);
     }
     for (size_t i = 0; i < d->n_sources; i++) free(d->sources[i].name);
+    free(d->files);
     for (slam_data *part = d, *next; part; part = next) {
         next = part->held_out;
         free(part->sources);
@@ -7157,45 +7229,34 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped.
-   n tokens t_i take a hash h to h P^n + sum of t_i P^(n-i) mod 2^64; P is odd, so that changing a token changes it. 64
-   tokens at a time are hashed and tested for a 1 or an invalid token in loops that vectorise; only a block with one is
-   read token by token. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
+   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
-    uint64_t powers[65]; // P^64 .. P^0
-    size_t start = 0, n;
+    uint64_t h = *hash;
+    size_t start = 0;
     int open = 0;
     if (f->largest >= token_end - FIRST_UNIT)
         return set_error("%s:%zu: unit %d, expected below %d (the vocabulary is %d)", f->path, f->largest_line,
                          f->largest, token_end - FIRST_UNIT, V);
-    powers[64] = 1;
-    for (int k = 64; k > 0; k--) powers[k - 1] = powers[k] * P;
-    for (size_t i = 0; i < f->n; i += n) {
-        const uint16_t *t = f->tokens + i;
-        uint64_t sum = 0;
-        int found = !open;
-        n = f->n - i < 64 ? 1 : 64;
-        for (size_t k = 0; k < n; k++) found |= (t[k] == DOCUMENT_TOKEN) | ((uint16_t)(t[k] - 1) >= token_end - 1);
-        for (size_t k = 0; k < n; k++) sum += t[k] * powers[65 - n + k];
-        *hash = *hash * powers[64 - n] + sum;
-        for (size_t at = i; found && at < i + n; at++) {
-            const int token = f->tokens[at];
-            if (token < 1 || token >= token_end)
-                return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
-            if (!open && token != DOCUMENT_TOKEN)
-                return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
-            if (token != DOCUMENT_TOKEN) continue;
-            if (open && at > start + 1) {
-                const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
-                GROW(slam_chunk, list->at, list->capacity, list->n + 1);
-                list->at[list->n++] = document;
-            }
-            open = !open;
-            start = at;
+    for (size_t at = 0; at < f->n; at++) {
+        const int token = f->tokens[at];
+        h = h * P + (uint64_t)token;
+        if (token < 1 || token >= token_end)
+            return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
+        if (!open && token != DOCUMENT_TOKEN)
+            return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
+        if (token != DOCUMENT_TOKEN) continue;
+        if (open && at > start + 1) {
+            const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
+            GROW(slam_chunk, list->at, list->capacity, list->n + 1);
+            list->at[list->n++] = document;
         }
+        open = !open;
+        start = at;
     }
+    *hash = h;
     return !open || set_error("%s: the document at token %zu (from 0) has no closing 1", f->path, start);
 }
 
@@ -7363,8 +7424,6 @@ static int batch_put(slam_batch *b, int at, const uint16_t *tokens, int n, int n
         b->targets[at + k] = k < skip ? -1 : k + 1 < n ? tokens[k + 1] : next;
         b->doc_start[at + k] = doc_start;
     }
-    b->n_tokens += (uint64_t)n;
-    b->n_targets += (uint64_t)(n - skip - (next < 0));
     return at + n;
 }
 
@@ -7523,7 +7582,6 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     b->B = l->rows_left < b->capacity ? l->rows_left : b->capacity;
     b->T = l->T;
     b->n_sequences = 0;
-    b->n_tokens = b->n_targets = 0;
     for (int i = 0; i < b->B * b->T; i++) {
         b->tokens[i] = 0;
         b->targets[i] = -1;
@@ -7582,10 +7640,9 @@ enum { SAMPLE_RATE = 16000 };
 enum { RESAMPLER_LANES = 16 };
 
 typedef struct resampler {
-    int rate, before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
+    int before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
     float *tap; // (up,taps)
-    struct resampler *next;
 } resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
@@ -7606,7 +7663,6 @@ UNFUSED static resampler *resampler_new(int rate) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
     const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
     resampler *r = NEW(resampler, 1);
-    r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
     r->before = (int)half;
@@ -7628,7 +7684,7 @@ UNFUSED static resampler *resampler_new(int rate) {
     return r;
 }
 
-static resampler *resamplers; // a list, which is kept: audio files come in a few rates
+static resampler *resamplers[192001]; // by rate; kept, as audio files come in a few rates
 
 static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -7637,15 +7693,9 @@ static const resampler *resampler_of(int rate) {
         return NULL;
     }
     pthread_mutex_lock(&lock);
-    resampler *r = resamplers;
-    while (r && r->rate != rate) r = r->next;
-    if (!r) {
-        r = resampler_new(rate);
-        r->next = resamplers;
-        resamplers = r;
-    }
+    if (!resamplers[rate]) resamplers[rate] = resampler_new(rate);
     pthread_mutex_unlock(&lock);
-    return r;
+    return resamplers[rate];
 }
 
 /* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
@@ -7689,8 +7739,9 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
 enum { AUDIO_BLOCK = 8192 }; // samples that are read at once, so also the most channels
 
 typedef struct audio {
-    char *name; // in error messages
+    char *name, kind[48]; // in error messages
     FILE *f;
+    int channel;                         // the one that is read, from 1; 0: their mean
     int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
     uint64_t frames, at;                 // of the file, 0: unknown; read so far
     float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
@@ -7720,8 +7771,7 @@ static int audio_open_codec(audio *a) {
     snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd would close a descriptor that it cannot read
     lseek(fileno(a->f), 0, SEEK_SET);                        // for systems where both share their place
     a->codec = sf_open(path, SFM_READ, &info);
-    if (!a->codec)
-        return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
+    if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
     const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
     a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
@@ -7730,8 +7780,7 @@ static int audio_open_codec(audio *a) {
     a->is_float = 1;
     return 1;
 #else
-    return set_error("%s: not a WAV file with PCM or float samples; for others install libsndfile1-dev and build again",
-                     a->name);
+    return set_error("%s: %s; to read it, install libsndfile1-dev and build again", a->name, a->kind);
 #endif
 }
 
@@ -7745,9 +7794,15 @@ typedef struct wav_format {
 
 /* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
 static int wav_read_format(audio *a, size_t n) {
+    static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
+    static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
+                                        "G.721",           "MPEG",  "MP3",    "AAC"};
     wav_format w = ZERO;
     if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
     const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    snprintf(a->kind, sizeof a->kind, "a WAV file of codec %u", type);
+    for (int i = 0; i < 9; i++)
+        if (type == types[i]) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", names[i]);
     if (type != 1 && type != 3) return -1;
     a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
     a->channels = w.channels;
@@ -7760,19 +7815,22 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
-/* Bytes of an ID3 tag in front of a file: 10, and as many as its size says, which has 7 bits in each byte. */
-static uint64_t tag_bytes(FILE *f) {
-    unsigned char head[10] = {0};
-    uint64_t n = 0;
-    if (fread(head, sizeof head, 1, f) != 1 || memcmp(head, "ID3", 3)) return 0;
-    for (int i = 6; i < 10; i++) n = n << 7 | head[i];
-    return n + (head[5] & 16 ? 20 : 10);
+/* Moves behind ID3 tags in front of a file, and returns how many bytes they are: of each 10, and as many as its size
+   says, which has 7 bits in each byte. */
+static uint64_t skip_tags(FILE *f) {
+    unsigned char h[10];
+    uint64_t end = 0;
+    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET))
+        end +=
+            (h[5] & 16 ? 20u : 10u) + ((h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u));
+    fseeko(f, (off_t)end, SEEK_SET);
+    return end;
 }
 
 /* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
    that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
    end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
-   recording is empty. Returns as wav_read_format. */
+   recording is empty. RF64 (EBU Tech 3306) has both sizes as 64 bits in a chunk ds64. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7780,15 +7838,18 @@ static int wav_open(audio *a, uint64_t size) {
         uint32_t size;
         char type[4];
     } riff, chunk;
-    const uint64_t start = tag_bytes(a->f);
-    fseeko(a->f, (off_t)start, SEEK_SET);
-    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
+    const uint64_t start = skip_tags(a->f);
+    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
+    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4) && memcmp(riff.name, "BW64", 4)) return -1;
+    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all behind its place, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
-        n = chunk.size;
         const uint64_t rest = size - at;
         const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
-        const int empty = n == 0 && riff.size && riff.size < UNKNOWN && start + 8 + riff.size > at;
+        if (!memcmp(chunk.name, "ds64", 4) && fread(sizes, sizeof sizes, 1, a->f) != 1)
+            return set_error("%s: chunk 'ds64' is longer than the rest of the file", a->name);
+        n = is_data && chunk.size == UINT32_MAX ? sizes[1] : chunk.size;
+        const int empty = n == 0 && sizes[0] && sizes[0] < UNKNOWN && start + 8 + sizes[0] > at;
         const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
@@ -7807,6 +7868,7 @@ static int audio_open(audio *a, const char *path, const char *name) {
     size_t size;
     memset(a, 0, sizeof *a);
     a->name = string_copy(name ? name : path);
+    snprintf(a->kind, sizeof a->kind, "not a WAV file");
     a->f = file_open(path, a->name, &size);
     const int wav = a->f ? wav_open(a, size) : 0;
     return wav < 0 ? audio_open_codec(a) : wav;
@@ -7824,8 +7886,8 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* The next up to n frames, each the mean of its channels, on a scale of -1 to 1. Returns how many, 0 at the end, -1 and
-   an error. A file without any frame is an error. */
+/* The next up to n frames, of each a channel or the mean of all, on a scale of -1 to 1. Returns how many, 0 at the end,
+   -1 and an error. A file without any frame is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
@@ -7845,8 +7907,9 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
         for (size_t i = done; i < done + got; i++) {
             double sum = 0;
-            for (int c = 0; c < a->channels; c++, p += a->bytes) sum += wav_sample(p, a->is_float, a->bytes);
-            out[i] = (float)(sum / a->channels);
+            for (int c = 1; c <= a->channels; c++, p += a->bytes)
+                if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
+            out[i] = (float)(a->channel ? sum : sum / a->channels);
             if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
                 return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
         }
@@ -8041,7 +8104,7 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
    Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
    linear layer, a convolution over many frames that adds positions, and a transformer. */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
+enum { HUBERT_CONVS = 16, HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
     int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
@@ -8125,8 +8188,8 @@ typedef struct hubert_layer {
 typedef struct slam_hubert {
     slam_ops *ops;
     hubert_config config;
-    int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
-    uint64_t hash;                 // of configuration and weights in use
+    int layer, pad, step, do_normalize; // layers in use; as in slam_unit_config; samples per frame; of the model
+    uint64_t hash;                      // of configuration and weights in use
     hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
     hubert_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
@@ -8251,8 +8314,6 @@ static void hubert_load_positions(slam_hubert *h) {
 
 /* Everything up to the output of h->layer. */
 static void hubert_load_weights(slam_hubert *h) {
-    static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
-                                      "encoder.layers.%d.attention.v_proj"};
     const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
@@ -8273,7 +8334,7 @@ static void hubert_load_weights(slam_hubert *h) {
         hubert_layer *w = &h->layers[i];
         const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
-            char *name = string_print(qkv[j], i);
+            char *name = string_print("encoder.layers.%d.attention.%c_proj", i, "qkv"[j]);
             h->end = at + j * C * C;
             hubert_tensor(h, name, "weight", C, C, 1);
             h->end = bias_at + j * C;
@@ -8301,7 +8362,7 @@ static void hubert_free(slam_hubert *h) {
     free(h);
 }
 
-static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
+static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, int pad) {
     const slam_path path = path_join(folder, "config.json"),
                     preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
@@ -8309,6 +8370,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
     size_t n = 0;
     h->ops = ops;
     h->layer = layer;
+    h->pad = pad;
     int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
@@ -8379,8 +8441,9 @@ typedef struct hubert_batch {
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
-static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
-    size_t frames = samples + 2 * HUBERT_PADDING;
+static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
+    const hubert_config *k = &h->config;
+    size_t frames = samples + 2 * (size_t)h->pad;
     for (int i = 0; i < n; i++)
         frames = frames < (size_t)k->kernel[i] ? 0 : (frames - (size_t)k->kernel[i]) / (size_t)k->stride[i] + 1;
     return frames;
@@ -8422,11 +8485,11 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
     int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
-        float *to = host + i * S + HUBERT_PADDING;
+        float *to = host + i * S + h->pad;
         if (r && normalize) normalize_waveform(to, r->samples, r->n);
         else if (r) memcpy(to, r->samples, r->n * sizeof *to);
         frames[i] = r ? (int)r->units.frames : 1;
-        frames[B + i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
+        frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->wide, host, B * S * sizeof *host);
@@ -8469,7 +8532,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
-    const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
+    const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
         const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
@@ -8488,7 +8551,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
 
 /* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
-    const int frames = ((int)r->n + 2 * HUBERT_PADDING + h->step - 1) / h->step;
+    const int frames = ((int)r->n + 2 * h->pad + h->step - 1) / h->step;
     int grain = 1;
     while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
@@ -8500,28 +8563,23 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
 }
 
 /* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
-   frame i; without centroids, the features. */
-static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
+   frame i; without centroids, the features. Sorts the list. */
+static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
     const int C = t->width, K = t->K;
     int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
-    slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
-    int ok = 1;
-    for (int i = 0; ok && i < n; i++) {
-        if (recordings[i].n / h->step >= HUBERT_MOST_FRAMES)
-            ok = set_error("a recording of %zu samples, expected fewer than %d", recordings[i].n,
-                           HUBERT_MOST_FRAMES * h->step);
-        if (recordings[i].units.frames) *end++ = &recordings[i];
-    }
-    qsort((void *)list, end - list, sizeof *list, compare_recordings);
-    for (; ok && r < end; ok = ok && ops->finish(ops)) {
+    slam_recording **const end = r + n;
+    if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
+    int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
+             set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
+    for (; ok && r < end && (*r)->units.frames; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < most ? most / b.T : 1;
-        while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
+        while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
@@ -8534,7 +8592,6 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, i
             if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
             else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
     }
-    free((void *)list);
     return ok;
 }
 
@@ -8590,12 +8647,6 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 
 /* ---- k-means ---- */
 
-UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
-    float sum = 0;
-    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
-    return sum;
-}
-
 /* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
    passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
@@ -8611,11 +8662,11 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    uint32_t *order = NEW(uint32_t, n); // seeds and mini-batches are ranges of this permutation
-    int *unit = NEW(int, n), more = 1;  // nearest centroids
-    float *distance = NEW(float, n);    // squared, from them
-    size_t *count = NEW(size_t, K);     // frames of a centroid
-    double *sum = NEW(double, K *D);    // of its frames
+    uint32_t *order = NEW(uint32_t, n);                        // seeds and mini-batches are ranges of this permutation
+    int *unit = NEW(int, n), more = 1;                         // nearest centroids
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, from them; from the last seed
+    size_t *count = NEW(size_t, K);                            // frames of a centroid
+    double *sum = NEW(double, K *D);                           // of its frames
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&state, order, n);
 
@@ -8625,12 +8676,8 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         const float *c = x + order[drawn] * D;
         double all = 0, passed = 0;
         memcpy(centroids + k * D, c, D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < seeds; i++) {
-            const float d = squared_distance(x + order[i] * D, c, D);
-            if (d < distance[i]) distance[i] = d;
-        }
-        for (size_t i = 0; i < seeds; i++) all += distance[i];
+        centroids_nearest(x, order, seeds, c, 1, (int)D, unit, last);
+        for (size_t i = 0; i < seeds; i++) all += distance[i] = fminf(distance[i], last[i]);
         const double until = all * rng_uniform(&state);
         drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
         for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
@@ -8699,7 +8746,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
 static const char *const feature_names[] = {"mfcc", "hubert"};
 
 slam_unit_config slam_unit_config_default(void) {
-    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
+    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, 40, 0, "", 0, 0};
     return c;
 }
 
@@ -8708,6 +8755,8 @@ static const field unit_config_fields[] = {
     {"normalize", FIELD_BOOL, offsetof(slam_unit_config, normalize), 0, 0, 0},
     {"dedup", FIELD_BOOL, offsetof(slam_unit_config, dedup), 0, 0, 0},
     {"layer", FIELD_INT, offsetof(slam_unit_config, layer), 0, 1 << 10, 0},
+    {"pad", FIELD_INT, offsetof(slam_unit_config, pad), 0, SAMPLE_RATE, 0},
+    {"channel", FIELD_INT, offsetof(slam_unit_config, channel), 0, AUDIO_BLOCK, 0},
     {"fingerprint", FIELD_U64, offsetof(slam_unit_config, fingerprint), 1, UINT32_MAX, 0},
     {"origin", FIELD_HEX, offsetof(slam_unit_config, origin), 0, 0, 0},
 };
@@ -8755,13 +8804,14 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
-/* A hash of whatever changes a unit or what a document holds. */
+/* A hash of whatever changes a unit or what a document holds. The channel, often one speaker each, does not count. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
     strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
                c->normalize != 0, c->dedup != 0, t->K, t->width);
     if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    if (t->hubert && c->pad != 40) strbuf_add(&s, " pad %d", c->pad);
     const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     strbuf_free(&s);
@@ -8793,8 +8843,8 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     int ok = 1;
     *c = *config;
     if (c->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if (!ops) set_error("%s: HuBERT needs a device to run on", c->hubert);
+        else t->hubert = hubert_load(ops, c->hubert, c->layer, c->pad);
         if ((ok = t->hubert != NULL)) {
             t->width = t->hubert->config.C;
             t->do_normalize = t->hubert->do_normalize;
@@ -8837,30 +8887,30 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
 }
 
 static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
-    if (t->hubert) return hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    if (t->hubert) return hubert_frames(t->hubert, samples, t->hubert->config.convs);
     const size_t window = (size_t)t->mfcc->window, step = (size_t)t->mfcc->step;
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
-int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
     int ok = 1;
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
-        const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
+        const size_t frames = tokenizer_frames(t, r->n);
+        const slam_units u = {t->K ? NEW(int, frames) : NULL, t->K ? NEW(int, frames) : NULL, 0, frames, r->n};
         r->units = u;
-        r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
-        if (!t->K) continue;
-        r->units.unit = NEW(int, u.frames);
-        r->units.duration = NEW(int, u.frames);
+        r->features = t->K && t->hubert ? NULL : NEW(float, frames *(size_t)t->width);
     }
-    if (t->hubert) ok = hubert_compute(t, recordings, n);
+    if (t->hubert) ok = hubert_compute(t, list, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
     for (int i = 0; i < (t->hubert ? 0 : n); i++) {
-        slam_recording *r = &recordings[i];
+        slam_recording *r = list[i];
         mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
         if (t->K)
             centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
     }
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
         slam_units *u = &r->units;
         if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
         if (ok && !t->K) continue;
@@ -8868,6 +8918,14 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
         r->features = NULL;
         if (!ok) slam_units_free(u);
     }
+    return ok;
+}
+
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_recording **list = NEW(slam_recording *, n);
+    for (int i = 0; i < n; i++) list[i] = &recordings[i];
+    const int ok = units_encode(t, list, n);
+    free((void *)list);
     return ok;
 }
 
@@ -8923,17 +8981,28 @@ void slam_inputs_free(slam_inputs *in) {
     free(in->lines);
     slam_strings_free(&in->paths);
     slam_strings_free(&in->voices);
+    slam_strings_free(&in->notes);
     memset(in, 0, sizeof *in);
 }
 
-/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
-static int audio_has_extension(const char *name) {
-    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
-                                             "aif", "aiff", "au",  "caf", "w64"};
+/* Audio files that are found in a folder: those that are read, the same in every build, and those that are counted. */
+enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
+static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
+    "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
+    "w64", "rf64", "sph", "nist", "voc",  "m4a", "m4b", "mp4", "aac",  "webm", "wma", "amr", "3gp",
+    "mka", "mkv",  "mov", "avi",  "spx",  "ac3", "ape", "wv",  "tta",  "shn",  "pcm", "raw"};
+
+typedef struct audio_list {
+    slam_strings *paths;
+    size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
+} audio_list;
+
+/* The place of the name's extension in the list, AUDIO_EXTENSIONS if it is none of them. */
+static int audio_extension(const char *name) {
     const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
-        if (!strcasecmp(dot + 1, extensions[i])) return 1;
-    return 0;
+    int i = dot ? 0 : AUDIO_EXTENSIONS;
+    while (i < AUDIO_EXTENSIONS && strcasecmp(dot + 1, audio_extensions[i])) i++;
+    return i;
 }
 
 /* The folders above one that is being listed: a symbolic link to one of them is a loop. */
@@ -8944,13 +9013,15 @@ typedef struct parents {
 } parents;
 
 /* Adds a path, or the audio files in a folder and below it. */
-static int list_audio(slam_strings *list, const char *path, const parents *above) {
+static int list_audio(audio_list *list, const char *path, const parents *above) {
     struct stat s;
     const int exists = stat(path, &s) == 0; // one that does not is reported when it is opened
-    const size_t before = list->n;
+    const size_t before = list->paths->n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
-        if (!above || ((!exists || S_ISREG(s.st_mode)) && audio_has_extension(path))) slam_strings_add(list, path);
+        const int extension = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
+        if (!above || extension < READ_EXTENSIONS) slam_strings_add(list->paths, path);
+        else list->passed_over[extension]++;
         return 1;
     }
     for (const parents *p = above; p; p = p->above)
@@ -8963,18 +9034,20 @@ static int list_audio(slam_strings *list, const char *path, const parents *above
         free(below);
     }
     slam_strings_free(&names);
-    if (ok && !above && list->n == before)
+    if (ok && !above && list->paths->n == before)
         ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
     return ok;
 }
 
-/* Adds the lines of a file that are not blank, without white space around them, except tabs at the end. */
+/* Adds the lines of a file (-: stdin) that are not blank, without white space around them, except tabs at the end. */
 static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
     file_map *map = &in->files[in->paths.n];
+    if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
     if (!file_map_open(map, path)) return 0;
     const char *at = (const char *)map->data, *end = at + map->size;
     struct slam_line l = {NULL, in->paths.at[in->paths.n - 1], 0, 1};
+    if (map->size >= 3 && !memcmp(at, "\xef\xbb\xbf", 3)) at += 3; // a byte order mark
     for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
@@ -8985,24 +9058,61 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     return 1;
 }
 
+/* Bytes of the path in a line of a list; in a manifest a tab and a number of samples follow. */
+static size_t line_path_length(const struct slam_line *l) {
+    size_t n = l->n;
+    while (n && isdigit((unsigned char)l->text[n - 1])) n--;
+    return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
+}
+
+/* Adds the audio files of a list, or of a manifest: the first line, its root, has no tab, the second a number of
+   samples. Lines that begin with # are comments. */
+static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
+    slam_inputs lines = ZERO;
+    char name[PATH_MAX];
+    size_t n = 0, folders = 0, number = 0;
+    int ok = slam_inputs_open(&lines, SLAM_INPUT_UNITS, &path, 1);
+    struct slam_line *l = lines.lines;
+    for (size_t i = 0; i < lines.n; i++)
+        if (*l[i].text != '#') l[n++] = l[i];
+    const int manifest = n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
+    for (size_t i = manifest; ok && i < n; i++) {
+        const int below_root = manifest && *l[i].text != '/';
+        snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",
+                 (int)line_path_length(&l[i]), l[i].text);
+        if (memchr(l[i].text, 0, l[i].n))
+            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l[i].path, l[i].number);
+        else ok = list_audio(list, name, NULL);
+        if (ok && path_is_folder(name) && !folders++) number = l[i].number;
+    }
+    if (ok && folders) {
+        snprintf(name, sizeof name, "%s:%zu: is a folder, all of whose audio files are inputs", l->path, number);
+        slam_strings_add(&in->notes, name);
+    }
+    slam_inputs_free(&lines);
+    return ok;
+}
+
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
+    audio_list list = {&in->paths, ZERO};
+    strbuf note = ZERO;
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
-        const char *const listed = paths[i] + 1;
-        slam_inputs list = ZERO;
+        const int is_list = *paths[i] == '@';
         if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
-        else if (*paths[i] != '@') ok = list_audio(&in->paths, paths[i], NULL);
-        else ok = slam_inputs_open(&list, SLAM_INPUT_UNITS, &listed, 1);
-        for (size_t k = 0; ok && k < list.n; k++) {
-            char *name = string_copy_n(list.lines[k].text, list.lines[k].n);
-            ok = list_audio(&in->paths, name, NULL);
-            free(name);
-        }
-        slam_inputs_free(&list);
+        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
+        else ok = list_audio(&list, paths[i], NULL);
     }
+    for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
+        if (list.passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+    if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
+    if (note.n && ok) slam_strings_add(&in->notes, note.at);
+    else if (note.n) set_error("%s; %s", slam_error(), note.at);
+    strbuf_free(&note);
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
     in->pairs_out = kind == SLAM_INPUT_PAIRS ||
@@ -9088,17 +9198,13 @@ void slam_reader_close(slam_reader *r) {
     free(r);
 }
 
-static void item_add(slam_item *item, const segment *s) {
-    GROW(segment, item->segments, item->capacity, item->n + 1);
-    item->segments[item->n++] = *s;
-}
-
 /* A line of units less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
     units u = ZERO;
     int ok = units_from_json(line, item->name, &u);
     const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item_add(item, &s);
+    item->segments = NEW(segment, 1);
+    item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
         item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
@@ -9177,11 +9283,14 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // which take turns by line number
     const char *source = item->sources.at[item->source];
-    if (voices->n) return voice_open(&item->recording, voices->at[(l->number - 1) % voices->n], source, item->name);
+    audio *a = &item->recording;
     char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
-    const int ok = audio_open(&item->recording, source, name);
+    const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
+                             : audio_open(a, source, name);
     free(name);
-    return ok;
+    a->channel = r->tokenizer->config.channel;
+    if (ok <= 0 || a->channel <= a->channels) return ok;
+    return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
 }
 
 /* Decodes the item's sources, until all are done or a chunk is full. */
@@ -9207,7 +9316,8 @@ static void item_read(slam_reader *r, slam_item *item) {
         if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
         else if (whole && !frames) // a segment would be dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        if (ok && frames) item_add(item, &s);
+        GROW(segment, item->segments, item->capacity, item->n + 1);
+        if (ok && frames) item->segments[item->n++] = s;
         else free(samples);
         if (!a->last) continue;
         audio_close(a);
@@ -9237,22 +9347,16 @@ static void reader_decode(slam_reader *r) {
 static int reader_encode(slam_reader *r) {
     size_t most = 0, n = 0;
     for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
-    segment **list = NEW(segment *, most);
-    slam_recording *recordings = NEW(slam_recording, most);
+    slam_recording **list = NEW(slam_recording *, most);
     for (size_t i = 0; i < r->n; i++)
-        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++) {
-            if (!s->audio.samples) continue;
-            recordings[n] = s->audio;
-            list[n++] = s;
-        }
-    const int ok = !n || slam_units_encode(r->tokenizer, recordings, (int)n);
+        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
+            if (s->audio.samples) list[n++] = &s->audio;
+    const int ok = !n || units_encode(r->tokenizer, list, (int)n);
     for (size_t i = 0; i < n; i++) {
-        list[i]->audio = recordings[i];
-        list[i]->audio.samples = NULL;
-        free((void *)recordings[i].samples);
+        free((void *)list[i]->samples);
+        list[i]->samples = NULL;
     }
-    free(list);
-    free(recordings);
+    free((void *)list);
     return ok;
 }
 
@@ -9311,19 +9415,6 @@ static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 static int path_is_free(const char *path) {
     return !path_exists(path) ||
            set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
-}
-
-/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
-static int path_writable(const char *path) {
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
-    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    if (fd >= 0) unlink(other);
-    if (fd >= 0) close(fd);
-    free(folder);
-    free(other);
-    return ok;
 }
 
 static int file_rename(const char *from, const char *to) {
@@ -9400,8 +9491,8 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     snprintf(f->journal, PATH_MAX, "%s.journal", out);
     snprintf(f->failed, PATH_MAX, "%s.failed", out);
     f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)f->V,
-                                f->fingerprint};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens,
+                                (uint64_t)f->V,      f->fingerprint,       t ? (uint64_t)t->config.channel : 0};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
@@ -9507,7 +9598,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy), more = 1;
+    int ok = slam_output_check(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
         ok = path_is_free(exists ? km_npy : km_json);
@@ -9543,7 +9634,8 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
-    const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
+    const slam_inputs in = {
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
@@ -10319,7 +10411,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
     int status;
     if (path ? !path_is_folder(path) : !s->units)
         return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
-    if (path && list_audio(&s->items, path, NULL)) return 1;
+    audio_list list = {&s->items, ZERO};
+    if (path && list_audio(&list, path, NULL)) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
     while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
@@ -10528,6 +10621,19 @@ int slam_metrics_write(const char *task, const slam_metric *m, int n, const char
     strbuf_add(&out, "}\n");
     const int ok = file_write(path, out.at, out.n);
     strbuf_free(&out);
+    return ok;
+}
+
+/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
+static int path_writable(const char *path) {
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
+    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    if (fd >= 0) unlink(other);
+    if (fd >= 0) close(fd);
+    free(folder);
+    free(other);
     return ok;
 }
 
@@ -10874,7 +10980,7 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
         const char *item = settings->at[i];
         const size_t n = strcspn(item, "=") + 1, more = i + 1 < settings->n && !strncmp(settings->at[i + 1], item, n);
         if (!list) strbuf_add(&s, "%s\n    \"%.*s\": %s", i ? "," : "", (int)n - 1, item, more ? "[" : "");
-        strbuf_add_quoted(&s, item + n, 1);
+        strbuf_add_json(&s, item + n);
         strbuf_add(&s, more ? ", " : list ? "]" : "");
         list = more;
     }
@@ -11518,17 +11624,26 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
     if (c->features == SLAM_HUBERT && !made.fingerprint) c->rate = 0;
     if (slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
     if (slam_flags_given(flags, "layer")) c->layer = f->layer;
+    if (slam_flags_given(flags, "pad")) c->pad = f->pad;
+    if (slam_flags_given(flags, "channel")) {
+        const size_t digits = strspn(f->channel, "0123456789");
+        c->channel = atoi(f->channel);
+        if (strcmp(f->channel, "mix") && (f->channel[digits] || digits > 4 || c->channel < 1))
+            return set_error("--channel %s: expected mix, or a number from 1", f->channel);
+    }
     c->normalize |= f->normalize;
     c->dedup &= !f->no_dedup;
     const int same = c->features == made.features && c->rate == made.rate && c->layer == made.layer &&
-                     c->normalize == made.normalize && c->dedup == made.dedup;
+                     c->pad == made.pad && c->normalize == made.normalize && c->dedup == made.dedup;
     if (made.fingerprint && !same)
-        return set_error("%s was made for %s, layer %d, %d frames a second, %s; omit flags that differ, or fit others",
-                         f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.rate,
-                         made.dedup ? "deduplicated" : "not deduplicated");
+        return set_error(
+            "%s was made for %s, layer %d, pad %d, %d frames a second, %s; omit flags that differ, or fit others",
+            f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.pad, made.rate,
+            made.dedup ? "deduplicated" : "not deduplicated");
     if (c->features == SLAM_HUBERT)
         return *c->hubert || set_error("HuBERT features: expected --hubert DIR, a model in Hugging Face's format");
     if (f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
+    if (slam_flags_given(flags, "pad")) return set_error("--pad: expected --hubert DIR as well");
     return !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
 }
 
@@ -11574,6 +11689,8 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "format of the checkpoints"),
         SLAM_FLAG("device", SLAM_DEVICE | SLAM_FREE, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N"),
         SLAM_FLAG("dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA"),
+        SLAM_FLAG("tune", SLAM_CHOICE, &o->tune, "on|off", "on",
+                  "measure algorithms of matrix products on a GPU, once for a run; off: two runs have the same bits"),
         SLAM_NUMBER("threads", SLAM_INT | SLAM_FREE, &o->threads, "N", "0", 0, 4096, "CPU threads; 0: one per core"),
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
@@ -11817,6 +11934,60 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
         printf("         the warm-up is longer than the run: lr does not reach its peak\n");
     if (o->dry_run) print_speed(r, ranks, (rows + r->micro - 1) / r->micro, tokens_per_step);
     fflush(stdout);
+    return 1;
+}
+
+/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+
+static void products_restore(const slam_run *r) {
+    slam_products *p = r->ops->products;
+    const char *text = slam_trainer_setting(&r->trainer, "products", 0);
+    const size_t n = text ? strcspn(text, "|") : 0;
+    if (!text) return;
+    if (n != strlen(p->library) || strncmp(text, p->library, n)) {
+        printf("products measured again, since the run's are for %.*s: its bits change\n", (int)n, text);
+        return;
+    }
+    for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
+        for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
+}
+
+static void products_save(slam_run *r) {
+    const slam_products *p = r->ops->products;
+    strbuf s = ZERO;
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
+}
+
+/* Forward and backward over a full micro-batch; the gradients are discarded. */
+static int products_measure(const slam_run *r) {
+    slam_model *m = r->model;
+    slam_ops *ops = m->ops;
+    slam_batch b = slam_batch_new(r->micro, r->T, 0);
+    for (int i = 0; i < b.B * b.T; i++) b.tokens[i] = b.targets[i] = i % m->config.V;
+    ops->products->tune = 1;
+    const int ok = slam_forward_backward(m, &b, 1) && ops->finish(ops);
+    ops->products->tune = 0;
+    ops->zero(ops, m->grads, m->n_weights * sizeof *m->grads);
+    ops->zero(ops, m->stats, 2 * sizeof *m->stats);
+    slam_batch_free(&b);
+    return ok;
+}
+
+int slam_run_tune(slam_run *r) {
+    slam_products *p = r->ops->products;
+    const double began = slam_clock();
+    if (!p || strcmp(r->o.tune, "on")) return 1;
+    if (is_root(r->comm)) products_restore(r);
+    const int restored = p->measured;
+    if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
+    comm_broadcast(r->comm, p, sizeof *p);
+    products_save(r);
+    if (p->measured > restored)
+        printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
 }
 

@@ -365,7 +365,7 @@ static int open_model(program *p) {
     else r->model = slam_model_load(r->ops, p->start);
     if (r->model && p->rope_theta > 0) r->model->config.rope_theta = p->rope_theta;
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
-    if (!slam_all_ok(r->comm, ok)) return 0;
+    if (!slam_all_ok(r->comm, ok) || !slam_run_tune(r)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
     p->loader = slam_loader_new(p->data, (uint64_t)o->seed, 1);
     const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));

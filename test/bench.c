@@ -138,7 +138,7 @@ static double measure_hubert(const bench_row *r, const char *folder, int threads
     int n = 0;
     uint64_t seed = 1;
     slam_ops *ops = slam_cpu(threads);
-    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, "", 0, 0};
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, 40, 0, "", 0, 0};
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
     slam_tokenizer *t = ops ? slam_tokenizer_load(NULL, &config, ops) : NULL;
     float *x = NEW(float, (size_t)samples);

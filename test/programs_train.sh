@@ -63,8 +63,8 @@ check '--twist cuts the vocabulary' 'V' sh -c "'$train' --model model.json --voc
 check '--tokens counts real tokens' 'limit' sh -c "'$train' $few a.jsonl --tokens 3000 --out tokens && grep '\"loss\"' tokens/log.jsonl | tail -n 2 |
     awk '{ gsub(\",\", \"\"); t[NR] = \$4 } END { exit !(t[1] < 3000 && t[2] >= 3000) }'"
 head -n 1 b.jsonl >one.jsonl
-check 'a source of one document has nothing to hold out' 'sources' sh -c "'$train' $few a.jsonl one.jsonl --val-fraction 0.1 --steps 2 --eval-every 2 --out single &&
-    grep -q '\"a.jsonl\": [0-9.]*, \"one.jsonl\": null' single/log.jsonl"
+check 'a source of one document has nothing to hold out' 'sources' sh -c "'$train' $few a.jsonl one.jsonl --val-fraction 0.1 --steps 2 --eval-every 2 --out lone &&
+    grep -q '\"a.jsonl\": [0-9.]*, \"one.jsonl\": null' lone/log.jsonl"
 check 'two sources by weight, each validated' 'sources' sh -c "'$train' $few a.jsonl b.jsonl --weights 1,0.5 --val v.jsonl --val b.jsonl --steps 4 --eval-every 2 --out mix &&
     grep -q 'val_loss_by_source.*v.jsonl.*b.jsonl' mix/log.jsonl"
 check '--val-fraction holds out' 'no val_loss' sh -c "'$train' $few a.jsonl --val-fraction 0.1 --steps 4 --out held && grep -q val_loss held/log.jsonl"

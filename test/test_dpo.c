@@ -465,7 +465,7 @@ static void test_rows(void) {
               l->rows);
         CHECK(slam_loader_next(l, &b) == 1 && b.B == 1 && b.T == 16 && l->tokens == (uint64_t)n && l->rows_left == 0,
               "%d rows of %d, %d tokens", b.B, b.T, (int)l->tokens);
-        CHECK(b.n_tokens == (uint64_t)n && b.n_targets == 5 && b.n_sequences == 2, "%d tokens", (int)b.n_tokens);
+        CHECK(b.n_sequences == 2, "%zu sequences", b.n_sequences);
         for (int side = 0; side < 2; side++)
             CHECK(b.sequences[side].item == (size_t)side && b.sequences[side].first == ends[share][2 * side] &&
                       b.sequences[side].end == ends[share][2 * side + 1],
