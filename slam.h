@@ -33,7 +33,7 @@
       8. OPTIMISER      AdamW, schedules, gradient clipping, ZeRO-1
       9. BATCHES        documents -> chunks -> packed rows -> batches
      10. AUDIO          files, resampler, segmenter
-     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, token files
+     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer
      12. OBJECTIVES     language modelling, DPO, scores of sequences
      13. EVALUATION     n-grams, test sets, generation
      14. CHECKPOINTS    run folders, trainer state, log
@@ -95,8 +95,8 @@ typedef struct slam_progress {
     const char *stage;    /* "fit", "tokenize", "score", ... */
     double done, total;   /* total 0: unknown */
     double audio_seconds; /* of audio decoded so far */
-    const char *skipped;  /* NULL, or the file or line that is skipped just now ... */
-    const char *reason;   /* ... and why */
+    const char *skipped;  /* the file or line that is skipped in this call, or NULL */
+    const char *reason;   /* why it is skipped */
 } slam_progress;
 typedef int slam_progress_fn(void *context, const slam_progress *);
 
@@ -522,28 +522,27 @@ double slam_auto_bleu(const char *text, int order);
 
 /* ---- 10. AUDIO ---- */
 
-/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
-   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. *n_out =
-   ceil(16000 n / rate). free() the result; NULL and slam_error(): a rate out of range. Thread-safe. */
+/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): flat to 0.001 dB up
+   to 0.9 of the lower Nyquist frequency, attenuated by 100 dB from there on. Zero phase; samples beyond the ends are 0.
+   *n_out = ceil(16000 n / rate). free() the result; NULL: the rate is out of range. Thread-safe. */
 float *slam_resample(const float *in, size_t n, int rate, size_t *n_out);
-/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error(): it cannot be decoded. */
+/* A whole audio file as mono samples at 16 kHz, full scale -1 to 1; free() them. NULL: it cannot be decoded. */
 float *slam_audio_load(const char *path, size_t *n);
 
 /* ---- 11. UNITS: audio -> features -> units ---- */
 
 enum { SLAM_MFCC, SLAM_HUBERT };
-/* What turns audio into units; km.json beside the centroids in km.npy. MFCC are those of the Python package
-   python_speech_features: 13 with first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
-   Transformers' HubertModel: 0 is the input of the first layer, n the output of layer n (before the final layer norm of
-   do_stable_layer_norm models). */
+/* How audio becomes units; km.json beside the centroids in km.npy. MFCC: python_speech_features.mfcc in Python with
+   nfilt=40, winfunc=numpy.hamming, and first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
+   Transformers' HubertModel, of samples with zeros around them, without the final norm of do_stable_layer_norm. */
 typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
-    int normalize, dedup; /* zero mean and unit variance of each file first; merge equal neighbouring frames */
+    int normalize, dedup; /* each segment to zero mean and unit variance; merge equal neighbouring units */
     int layer, pad;       /* HuBERT: zeros before and after the samples; SlamKit has 40, fairseq's pipelines 0 */
     int channel;          /* of files with several, from 1; 0: their mean. Not part of the fingerprint */
     char hubert[1024];    /* HuBERT: its folder, in Hugging Face's format */
-    uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
+    uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's arguments */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
 /* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
@@ -559,16 +558,16 @@ void slam_units_free(slam_units *);
 typedef struct slam_recording {
     const float *samples; /* (n) at 16 kHz */
     size_t n;
-    float *features; /* (units.frames,width) of slam_units_encode without centroids; free() them */
+    float *features; /* (units.frames,width), set by slam_units_encode without centroids; free() them */
     slam_units units;
 } slam_recording;
 
-/* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
+/* Features and centroids (K,width). Converts audio to units 0..K-1; without centroids (NULL, K = 0), to features. */
 typedef struct slam_tokenizer {
     slam_unit_config config;
     int K, width;         /* centroids; numbers per frame */
-    int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
-    uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
+    int do_normalize;     /* of the model's preprocessor_config.json; the caller sets config.normalize */
+    uint32_t fingerprint; /* hash of config and centroids, never 0; at byte 16 of a shard's header */
     float *centroids;
     struct slam_mfcc *mfcc;
     struct slam_hubert *hubert;
@@ -580,58 +579,58 @@ void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
 int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 
-/* ---- 11. UNITS: from files to units; tokenize.c has the loop ---- */
+/* ---- 11. UNITS: from files to units; the loop is tokenize() in tokenize.c ---- */
 
 enum { SLAM_INPUT_AUDIO, SLAM_INPUT_UNITS, SLAM_INPUT_PAIRS, SLAM_INPUT_TEXT };
 /* Audio files, or lines of files. An input that cannot be used is skipped. */
 typedef struct slam_inputs {
     int kind, pairs_out;   /* pairs_out: the output is preference pairs */
     slam_strings paths;    /* the audio files, or the files of the lines */
-    size_t n, first, end;  /* inputs; first <= i < end is the part to do */
-    double max_seconds;    /* longer audio is split at the quietest 20 ms in the last fifth of it; 0: never */
+    size_t n, first, end;  /* inputs; those to process are first <= i < end */
+    double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
-    slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
-    slam_strings notes;    /* for the user: files that were passed over, folders in a list */
+    slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
+    slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
 /* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
-   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and rejected separated
-   by tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
+   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text or, if the first line has a tab, prompt,
+   chosen and rejected between tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
 /* The units of an input: segments of a recording, or the three sides of a pair. */
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
-slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* Returns 1, 0 at the end, -1 on failure. With 1, *item is the next input (valid until the next call; *skipped: why it
-   is skipped, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
+slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
+/* Returns 1, 0 at the end, -1 on error. With 1, *item is the next input (valid until the next call; *skipped: why it
+   cannot be used, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* Writes OUT.bin (token shards; a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit
-   features or tokens, pairs). While writing, OUT.partial has the data, and OUT.journal how many bytes of it are valid:
-   after a kill, the same call resumes and produces the same bytes. OUT.failed lists skipped inputs. */
+/* Writes OUT: NAME.bin (token shards; a full one becomes NAME-00001.bin and so on, the last NAME.bin), else lines
+   (SlamKit features or tokens, pairs). While writing, OUT.partial has the data, OUT.journal how many bytes of it are
+   valid: after a kill, the same call resumes and produces the same bytes. OUT.failed lists inputs with errors. */
 typedef struct slam_writer {
     int binary, pairs;
     uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
-    uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
+    uint64_t identity, bytes, failed_bytes; /* in the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
 int slam_writer_add(slam_writer *, const slam_item *); /* once a second, also syncs the data and updates the journal */
-/* ok: renames OUT.partial to OUT if all inputs are done. 0, after an error: OUT.partial is kept as of the journal. */
+/* ok: renames OUT.partial to OUT if all inputs are done (no documents: an error). 0: keeps it as of the journal. */
 int slam_writer_close(slam_writer *, int ok);
 
 typedef struct slam_kmeans_report {
     size_t frames;    /* 0: nothing was fitted, KM.npy was there already, made by the same call */
     double inertia;   /* mean squared distance of a frame to its centroid */
-    int passes, dead; /* full passes; centroids without a frame */
+    int passes, dead; /* full passes; empty clusters */
 } slam_kmeans_report;
 /* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 x frames frames, samples `frames` of them
    uniformly and runs k-means. */
@@ -7617,8 +7616,8 @@ slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
 enum { SAMPLE_RATE = 16000 };
 #define PI 3.14159265358979323846
 
-/* Units are the same in every build, so a product and a sum must not be fused into one rounding, as compilers do where
-   the processor has an instruction for it. gcc takes this as an attribute of a function, clang as a pragma. */
+/* Disables FMA contraction (a * b + c rounded once), so that MFCC and k-means have the same bits in every build. gcc
+   has an attribute of functions for this, clang a pragma, which holds to the end of the file. */
 #if defined __GNUC__ && !defined __clang__
 #define UNFUSED __attribute__((optimize("fp-contract=off")))
 #else
@@ -7629,10 +7628,10 @@ enum { SAMPLE_RATE = 16000 };
 #endif
 
 /* ---- resampler ----
-   With up / down = 16000 / rate in lowest terms, output k is at input time k down / up: between two samples, at one of
-   `up` phases. Each phase has its own taps of the windowed sinc
+   A polyphase filter: with up / down = 16000 / rate in lowest terms, output k is at input position k down / up, whose
+   fraction takes `up` values, the phases. The coefficients of a phase are samples of the windowed sinc
        h(t) = sin(2 pi f t) / (pi t) kaiser(t / half)         f = 0.95 of the lower Nyquist frequency
-   The transition band, 0.9 to 1.0 of that frequency, decides the length of the window for the attenuation A in dB
+   A transition band of `width` (from 0.9 to 1.0 of that Nyquist frequency) and an attenuation of A dB need a window of
    (Kaiser's formulas, as in Oppenheim and Schafer):
        half = (A - 7.95) / (2 * 14.36 * width)     beta = 0.1102 (A - 8.7) */
 
@@ -7640,7 +7639,7 @@ enum { SAMPLE_RATE = 16000 };
 enum { RESAMPLER_LANES = 16 };
 
 typedef struct resampler {
-    int before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
+    int left, taps; // coefficients to the left of a position; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
     float *tap; // (up,taps)
 } resampler;
@@ -7665,30 +7664,30 @@ UNFUSED static resampler *resampler_new(int rate) {
     resampler *r = NEW(resampler, 1);
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
-    r->before = (int)half;
-    r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
+    r->left = (int)half;
+    r->taps = (2 * r->left + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
     r->tap = NEW(float, r->up *(uint64_t)r->taps);
     for (uint64_t phase = 0; phase < r->up; phase++) {
         float *tap = r->tap + phase * (uint64_t)r->taps;
         double sum = 0;
-        for (int i = 0; i < 2 * r->before + 2; i++) {
-            const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
+        for (int i = 0; i < 2 * r->left + 2; i++) {
+            const double t = i - r->left - (double)phase / (double)r->up, u = t / half;
             if (fabs(u) >= 1) continue;
             const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
             const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
             tap[i] = (float)h;
             sum += h;
         }
-        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
+        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // unit DC gain
     }
     return r;
 }
 
-static resampler *resamplers[192001]; // by rate; kept, as audio files come in a few rates
+static resampler *resamplers[192001]; // by rate; never freed: there are few rates
 
 static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    if (rate < 1000 || rate > 192000) { // a lower rate would let a small file grow without bound
+    if (rate < 1000 || rate > 192000) { // limits the size of the output
         set_error("%d samples per second, expected 1000 to 192000", rate);
         return NULL;
     }
@@ -7698,10 +7697,10 @@ static const resampler *resampler_of(int rate) {
     return resamplers[rate];
 }
 
-/* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
+/* Sum of tap_i in_(first + i), in 16 partial sums (near the ends of the input in one) for every width of vectors. */
 UNFUSED static float resampler_dot(const float *tap, int taps, const float *in, int64_t first, int64_t n) {
     float lane[RESAMPLER_LANES] = {0};
-    if (first < 0 || first + taps > n) { // near the ends of the input, beyond which it is 0
+    if (first < 0 || first + taps > n) { // samples beyond the ends are 0
         for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) lane[0] += tap[i] * in[first + i];
         return lane[0];
     }
@@ -7723,32 +7722,32 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
     for (int64_t k = 0; k < outputs; k++) {
         const uint64_t at = (uint64_t)k * r->down;
         const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
-        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->before, (int64_t)n);
+        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->left, (int64_t)n);
     }
     return out;
 }
 
 /* ---- audio files ----
-   Frames (one sample for each channel) are read in order, a block at a time, so a long file needs no memory for the
-   whole of it. WAV with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
+   Frames (one sample per channel; not the frames of features) are read in blocks, so memory holds one segment, not the
+   file. WAV with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
 
 #ifdef SLAM_SNDFILE
 #include <sndfile.h>
 #endif
 
-enum { AUDIO_BLOCK = 8192 }; // samples that are read at once, so also the most channels
+enum { AUDIO_BLOCK = 8192 }; // samples; also the maximum number of channels
 
 typedef struct audio {
     char *name, kind[48]; // in error messages
     FILE *f;
     int channel;                         // the one that is read, from 1; 0: their mean
     int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
-    uint64_t frames, at;                 // of the file, 0: unknown; read so far
-    float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
+    uint64_t frames, at;                 // in the file, 0: unknown; read so far
+    float *waiting;                      // segmenter: (n) samples read ahead, at the rate of the file
     size_t n, capacity;
-    uint64_t first;    // the first of them is this frame of the file
-    double start, end; // of the segment, in seconds
-    int last;          // no segment follows
+    uint64_t first;    // waiting[0] is this frame of the file
+    double start, end; // of the segment that was read last, in seconds
+    int last;          // it ends the file
 #ifdef SLAM_SNDFILE
     SNDFILE *codec; // NULL: WAV, read here
 #endif
@@ -7768,11 +7767,11 @@ static int audio_open_codec(audio *a) {
 #ifdef SLAM_SNDFILE
     SF_INFO info = ZERO;
     char path[32];
-    snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd would close a descriptor that it cannot read
-    lseek(fileno(a->f), 0, SEEK_SET);                        // for systems where both share their place
+    snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd closes the descriptor if it fails
+    lseek(fileno(a->f), 0, SEEK_SET);                        // on some systems it shares the file offset
     a->codec = sf_open(path, SFM_READ, &info);
     if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
-    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
+    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // SF_FORMAT_MPEG: the length is an estimate
     a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
     a->channels = info.channels;
@@ -7784,15 +7783,14 @@ static int audio_open_codec(audio *a) {
 #endif
 }
 
-/* The fmt chunk of a WAV file; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32,
-   float64. */
+/* The fmt chunk of a WAV file. PCM: up to 8 bits are unsigned, up to 32 signed, left-aligned in their bytes. */
 typedef struct wav_format {
     uint16_t type, channels; // 1: PCM, 3: float, 0xfffe: see subtype
     uint32_t rate, bytes_per_second;
-    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // frame: its bytes; bits: of a sample
+    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // bytes per frame, bits per sample
 } wav_format;
 
-/* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
+/* Reads a fmt chunk of n bytes. Returns 1, 0 on error, -1 if the format is left to libsndfile. */
 static int wav_read_format(audio *a, size_t n) {
     static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
     static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
@@ -7815,8 +7813,8 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
-/* Moves behind ID3 tags in front of a file, and returns how many bytes they are: of each 10, and as many as its size
-   says, which has 7 bits in each byte. */
+/* Moves past the ID3v2 tags at the start of a file and returns their size: each has a header, 28 bits of length in four
+   bytes of it, and perhaps a footer. */
 static uint64_t skip_tags(FILE *f) {
     unsigned char h[10];
     uint64_t end = 0;
@@ -7827,10 +7825,10 @@ static uint64_t skip_tags(FILE *f) {
     return end;
 }
 
-/* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
-   that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
-   end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
-   recording is empty. RF64 (EBU Tech 3306) has both sizes as 64 bits in a chunk ds64. Returns as wav_read_format. */
+/* Finds 'fmt ' and 'data' among the chunks (4-byte name, size, data, padding to an even size). Streamed files have 0 as
+   the size of 'data', or 0x7ffff000 or more, beyond the end of the file: the data are all that follows. But 0 is an
+   empty recording if the size after "RIFF" is known and counts more than the header. RF64 (EBU Tech 3306) has both
+   sizes as 64 bits in chunk 'ds64'. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7841,7 +7839,7 @@ static int wav_open(audio *a, uint64_t size) {
     const uint64_t start = skip_tags(a->f);
     if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
     if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4) && memcmp(riff.name, "BW64", 4)) return -1;
-    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all behind its place, of the data
+    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all that follows it, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
         const uint64_t rest = size - at;
@@ -7853,17 +7851,17 @@ static int wav_open(audio *a, uint64_t size) {
         const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
-        if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);
+        if (is_data && !a->channels) return set_error("%s: chunk 'data' comes before chunk 'fmt '", a->name);
         const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
         a->frames = is_data ? (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes) : 0;
         if (is_data) return 1;
         at += n + (n & 1);
     }
-    return set_error("%s: it holds no data", a->name);
+    return set_error("%s: it has no chunk 'data'", a->name);
 }
 
-/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
+/* Opens the file at path. name: in error messages, NULL: path. Call audio_close even after an error. */
 static int audio_open(audio *a, const char *path, const char *name) {
     size_t size;
     memset(a, 0, sizeof *a);
@@ -7874,7 +7872,7 @@ static int audio_open(audio *a, const char *path, const char *name) {
     return wav < 0 ? audio_open_codec(a) : wav;
 }
 
-/* One sample on a scale of -1 to 1. */
+/* One sample; PCM is scaled to -1..1. */
 static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     double wide;
     float single;
@@ -7886,12 +7884,12 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* The next up to n frames, of each a channel or the mean of all, on a scale of -1 to 1. Returns how many, 0 at the end,
-   -1 and an error. A file without any frame is an error. */
+/* Reads up to n frames, of each a channel or the mean of all. Returns how many, 0 at the end, -1 on error. A file
+   without frames is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
-        double block[AUDIO_BLOCK]; // frames as the file has them, or float from libsndfile
+        double block[AUDIO_BLOCK]; // frames as in the file, or floats of libsndfile
         const unsigned char *p = (const unsigned char *)block;
         const size_t fit = (size_t)(AUDIO_BLOCK / a->channels), most = n - done < fit ? n - done : fit;
         const uint64_t rest = a->frames > a->at ? a->frames - a->at : 0;
@@ -7910,18 +7908,18 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             for (int c = 1; c <= a->channels; c++, p += a->bytes)
                 if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
             out[i] = (float)(a->channel ? sum : sum / a->channels);
-            if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
-                return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may exceed full scale
+                return set_error("%s: a sample is %g, expected -1e6 to 1e6", a->name, (double)out[i]) - 1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
 }
 
 /* ---- segmenter ----
-   A file longer than the limit is split. Each segment is what a file of its own with these frames would be. */
+   A file longer than the limit is split. A segment is resampled as if it were a separate file. */
 
-/* Where to split x after at most `limit` samples: in the middle of the quietest 20 ms of their last fifth. */
-UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
+/* Where to split x (limit): in the middle of the 20 ms with the least energy in its last fifth. */
+UNFUSED static size_t split_position(const float *x, int rate, size_t limit) {
     const size_t window = (size_t)rate / 50;
     size_t best = limit < window ? limit : limit - window;
     double least = INFINITY;
@@ -7936,19 +7934,19 @@ UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
     return limit < window ? limit : best + window / 2;
 }
 
-/* The next segment of at most max_seconds (0: all of the file) at 16 kHz: 1, 0 at the end, -1 and an error. */
+/* Reads a segment of at most max_seconds (0: the file), at 16 kHz. Returns 1, 0 at the end, -1 on error. */
 static int audio_next_segment(audio *a, double max_seconds, float **samples, size_t *n) {
     const double most = max_seconds > 0 ? max_seconds * a->rate : 1e15;
     const size_t limit = (size_t)fmax(1, fmin(most, 1e15));
     if (!resampler_of(a->rate)) return set_error("%s: %s", a->name, slam_error()) - 1;
-    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // memory grows with what is read
+    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // in steps: the limit may be huge
         const size_t step = limit + 1 - a->n < (1 << 20) ? limit + 1 - a->n : 1 << 20;
         GROW(float, a->waiting, a->capacity, a->n + step);
         if ((got = audio_read(a, a->waiting + a->n, step)) < 0) return -1;
     }
     if (a->n == 0) return 0;
     a->last = a->n <= limit;
-    const size_t used = a->last ? a->n : quietest_place(a->waiting, a->rate, limit);
+    const size_t used = a->last ? a->n : split_position(a->waiting, a->rate, limit);
     *samples = slam_resample(a->waiting, used, a->rate, n);
     a->start = (double)a->first / a->rate;
     a->first += used;
@@ -7966,20 +7964,20 @@ float *slam_audio_load(const char *path, size_t *n) {
     return samples;
 }
 /* ==========================================================================================
-   SECTION 11. UNITS      MFCC, HuBERT, k-means, unit tokenizer, token files
+   SECTION 11. UNITS      MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer
 
    Audio at 16 kHz becomes frames of features; the nearest centroid of a frame is its unit. The units of a recording
-   depend on nothing but its samples and the tokenizer.
+   depend neither on other recordings nor on the number of threads; those of HuBERT do on device and data type.
    ========================================================================================== */
 
 /* ---- MFCC ----
    Davis and Mermelstein 1980, as the Python package python_speech_features computes them:
        y_t = x_t - 0.97 x_(t-1)        P_k = |FFT(hamming y)_k|^2 / N        E_j = sum_k filter_jk P_k
        c_0 = log sum_k P_k             c_i = lifter_i DCT(log E)_i           filter: 40 triangles, evenly spaced in mel
-       d_t = sum_n n (c_(t+n) - c_(t-n)) / (2 sum_n n^2),  n = 1, 2; the ends are repeated
+       d_t = sum_n n (c_(t+n) - c_(t-n)) / (2 sum_n n^2),  n = 1, 2; the first and last frame are repeated
    The second differences are the d of d. The window, which is also the size of the FFT, is a power of two. */
 
-enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC_WINDOW = 1024 }; // the largest window
+enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC_WINDOW = 1024 }; // the largest
 
 struct slam_mfcc {
     int window, step;
@@ -8003,7 +8001,7 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
         const double hz = 700 * (pow(10, top * j / (MFCC_FILTERS + 1) / 2595) - 1);
         m->edge[j] = (int)floor((m->window + 1) * hz / SAMPLE_RATE);
     }
-    m->edge[MFCC_FILTERS + 1] = m->window / 2; // (window + 1) / 2 rounded down, whatever pow() made of it
+    m->edge[MFCC_FILTERS + 1] = m->window / 2; // exact; above, pow() may round to a number below it
     for (int i = 0; i < MFCC_CEPSTRA; i++) {
         const double lifter = 1 + 11 * sin(PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
         for (int j = 0; j < MFCC_FILTERS; j++)
@@ -8012,8 +8010,8 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     return m;
 }
 
-/* out (n), the transform X of n real samples, `stride` apart: real parts of X_0 .. X_(n/2), then imaginary parts of
-   X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
+/* Fourier transform of n real samples x[0], x[stride], ...: out[k] = Re X_k for k <= n/2, out[n - k] = Im X_k for
+   0 < k < n/2. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
        X_k = E_k + w^k O_k     X_(n/2-k) = conj(E_k - w^k O_k) */
 UNFUSED static void mfcc_fft(const struct slam_mfcc *m, double *out, double *x, int n, int stride) {
     const int half = n / 2;
@@ -8087,7 +8085,7 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
     for (size_t t = 0; t < frames; t++)
         mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
     free(normal);
-    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of the 13 columns before
+    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of columns `from` to `from + 12`
         for (size_t t = 0, last = frames - 1; t < frames; t++) {
             const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
             const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
@@ -8101,8 +8099,8 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
 }
 
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
-   Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
-   linear layer, a convolution over many frames that adds positions, and a transformer. */
+   Samples, with zeros before and after them, pass a stack of convolutions (after the first or after each a norm, after
+   each GELU), a linear layer, a convolution over many frames that adds positions, and a transformer. */
 
 enum { HUBERT_CONVS = 16, HUBERT_MOST_FRAMES = 1 << 19 };
 
@@ -8131,10 +8129,8 @@ static const field hubert_fields[] = {
 
 /* *step: samples per frame */
 static int hubert_config_load(hubert_config *k, const char *path, int *step) {
-    static const char *const words[][3] = {{"model_type", "hubert", "hubert"}, // key, default, other value
-                                           {"hidden_act", "gelu", "gelu"},
-                                           {"feat_extract_activation", "gelu", "gelu"},
-                                           {"feat_extract_norm", "group", "layer"}};
+    static const char *const words[][2] = {
+        {"model_type", "hubert"}, {"hidden_act", "gelu"}, {"feat_extract_activation", "gelu"}};
     static const char *const lists[] = {"conv_dim", "conv_kernel", "conv_stride"};
     int *const numbers[] = {k->width, k->kernel, k->stride};
     // clang-format off
@@ -8145,12 +8141,14 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     json *c = json_load(path);
     *k = defaults;
     int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    for (int i = 0; ok && i < 4; i++) {
-        const char *value = json_string(c, words[i][0], words[i][1]);
-        k->all_norms = !strcmp(value, "layer");
-        if (strcmp(value, words[i][1]) && strcmp(value, words[i][2]))
-            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, words[i][0], value, words[i][1], words[i][2]);
-    }
+    for (int i = 0; ok && i < 3; i++)
+        if (strcmp(json_string(c, words[i][0], words[i][1]), words[i][1]))
+            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], json_string(c, words[i][0], ""),
+                           words[i][1]);
+    const char *norm = json_string(c, "feat_extract_norm", "group");
+    k->all_norms = !strcmp(norm, "layer");
+    if (ok && !k->all_norms && strcmp(norm, "group"))
+        ok = set_error("%s: feat_extract_norm is '%s', expected 'group' or 'layer'", path, norm);
     for (int i = 0; ok && i < 3; i++) {
         const json *list = json_get(c, lists[i]), *j = list ? list->first : NULL;
         int n = list ? 0 : 7;
@@ -8158,8 +8156,8 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
             numbers[i][n++] = (int)j->number;
         if (i == 0) k->convs = n;
         if (j || n < 1 || n != k->convs)
-            ok = set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as conv_dim",
-                           path, lists[i], j ? json_describe(j) : "no more", n, HUBERT_CONVS, 1 << 14);
+            ok = set_error("%s: '%s' has %d numbers, then %.60s, expected 1 to %d from 1 to %d, as many as conv_dim",
+                           path, lists[i], n, j ? json_describe(j) : "its end", HUBERT_CONVS, 1 << 14);
     }
     *step = 1;
     for (int i = 0; ok && i < k->convs; i++)
@@ -8177,7 +8175,7 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
 
 /* ---- HuBERT: weights ---- */
 
-typedef struct hubert_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
+typedef struct hubert_module { // weight and bias of a linear layer, a convolution (OC,K,C) or a norm
     slam_act *w, *b;
 } hubert_module;
 
@@ -8191,18 +8189,18 @@ typedef struct slam_hubert {
     int layer, pad, step, do_normalize; // layers in use; as in slam_unit_config; samples per frame; of the model
     uint64_t hash;                      // of configuration and weights in use
     hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
-    hubert_module batch_norm; // scale and shift of the input of `positions`
+    hubert_module batch_norm; // scale and shift before `positions`
     hubert_layer *layers;
-    slam_act *weights, *centroids; // all of the above; (K,C)
+    slam_act *weights, *centroids; // buffer of all of the above; (K,C)
     float *squares;                // (K) of the centroids
-    char *arena;                   // activations of a batch
+    char *arena;                   // activations of a batch, or numbers to be uploaded
     size_t arena_bytes;
-    const tensors *file; // while the weights are read: their file, the end of those placed so far, no error so far
-    size_t end;
-    int ok;
+    const tensors *file; // while loading
+    size_t end;          // while loading: offset of the next tensor in `weights`
+    int ok;              // while loading: no error so far
 } slam_hubert;
 
-/* At least `bytes` in h->arena. */
+/* Makes h->arena at least `bytes` large; its contents are lost. */
 static int hubert_grow(slam_hubert *h, size_t bytes) {
     if (bytes <= h->arena_bytes) return 1;
     h->ops->release(h->ops, h->arena);
@@ -8211,7 +8209,7 @@ static int hubert_grow(slam_hubert *h, size_t bytes) {
     return h->arena != NULL;
 }
 
-/* The file's tensor of this name; models with a head have a prefix. */
+/* The file's tensor of this name; HubertForCTC and others add the prefix "hubert.". */
 static const tensor *hubert_find(const slam_hubert *h, const char *name) {
     char *prefixed = string_print("hubert.%s", name);
     const tensor *t = tensors_find(h->file, prefixed);
@@ -8219,15 +8217,18 @@ static const tensor *hubert_find(const slam_hubert *h, const char *name) {
     return t ? t : tensors_find(h->file, name);
 }
 
-/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !h->ok on error. */
+/* Reads tensor NAME.suffix (a,b,c), whose last dimensions may be missing if they are 1. Clears h->ok on error. */
 static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
     char *full = string_print("%s.%s", name, suffix);
     const tensor *t = hubert_find(h, full);
     const size_t n = a * b * c;
     float *x = NULL;
+    strbuf shape = ZERO;
+    if (t) strbuf_add_shape(&shape, t->rank, t->shape);
     if (h->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
-        h->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", h->file->file->path, full,
-                          t ? "has another shape" : "is missing", a, b, c);
+        h->ok = set_error("%s: tensor '%s' %s%s%s, expected (%zu,%zu,%zu)", h->file->file->path, full,
+                          shape.n ? "has shape (" : "is missing", shape.n ? shape.at : "", shape.n ? ")" : "", a, b, c);
+    strbuf_free(&shape);
     if (h->ok) h->ok = tensor_floats(t, x = NEW(float, n), 0, n);
     for (size_t i = 0; h->ok && i < n; i++)
         if (!isfinite(x[i])) h->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
@@ -8235,7 +8236,7 @@ static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, 
     return x;
 }
 
-/* Places x (a,b,c) at h->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
+/* Uploads x (a,b,c) as (a,c,b) to h->end, which it advances, and frees x. The hash depends on the order of calls. */
 static slam_act *hubert_store(slam_hubert *h, float *x, size_t a, size_t b, size_t c) {
     const size_t n = a * b * c, at = h->end;
     h->ok = h->ok && hubert_grow(h, n * sizeof *x);
@@ -8272,17 +8273,17 @@ static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *for
 }
 
 /* The convolution for positions, with one of
-       weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
+       weight norm, one for each tap (Salimans and Kingma 2016)       w_ock = g_k v_ock / |v_k|
        batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
                                           scale = w / sqrt(var + 1e-5), shift = b - mean scale */
-static void hubert_load_positions(slam_hubert *h) {
-    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
+UNFUSED static void hubert_load_positions(slam_hubert *h) {
+    static const char *const names[][2] = {{"weight", ""}, // then weight norm of older and newer PyTorch
                                            {"weight_v", "weight_g"},
                                            {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
     const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K, at = h->end;
     const int kind = h->config.batch_norm ? 0 : hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") ? 1 : 2;
-    h->end += round_up(n, 256);
+    h->end += round_up(n, 256); // of the weight, which is stored after the bias
     h->positions.b = hubert_tensor(h, conv, "bias", C, 1, 1);
     float *v = hubert_read(h, conv, names[kind][0], C, width, K);
     float *g = kind ? hubert_read(h, conv, names[kind][1], 1, 1, K) : NULL;
@@ -8302,7 +8303,7 @@ static void hubert_load_positions(slam_hubert *h) {
     float *mean = hubert_read(h, norm, "running_mean", C, 1, 1), *var = hubert_read(h, norm, "running_var", C, 1, 1);
     for (size_t c = 0; h->ok && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' is %g < 0", h->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
@@ -8312,7 +8313,7 @@ static void hubert_load_positions(slam_hubert *h) {
     h->batch_norm.b = hubert_store(h, b, C, 1, 1);
 }
 
-/* Everything up to the output of h->layer. */
+/* Loads what the output of layer h->layer needs. */
 static void hubert_load_weights(slam_hubert *h) {
     const hubert_config *k = &h->config;
     const size_t C = k->C, F = k->F;
@@ -8378,7 +8379,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
     json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
     ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at);
     tensors *file = ok ? tensors_open(folder) : NULL;
-    for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
+    for (size_t i = 0; file && i < file->n; i++) { // without the layers above
         const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
         if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(file->at[i].count, 256);
     }
@@ -8395,7 +8396,7 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
     return NULL;
 }
 
-/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and their squares as the device rounds them. */
+/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and the squared norms of these as to_act rounds them. */
 static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
     slam_ops *ops = h->ops;
     const size_t C = h->config.C, n = K * C;
@@ -8419,25 +8420,24 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
 }
 
 /* ---- HuBERT: from samples to features ----
-   The recordings of a batch lie in rows of equal length, a multiple of the samples per frame, so that each convolution
-   divides the length of a row by its stride. Nothing behind a recording can change its features: its frames never read
-   past its end; norms over time and attention stop there; later frames are zeroed before the convolution for
-   positions, which looks both ways. Where a row of a product may depend on the other rows (same_rows 0), the shape of
-   a batch depends only on the length of a recording by itself, and the remaining rows hold silence: a recording has
-   the same bits with any others. */
+   The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
+   a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
+   over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
+   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
+   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
-enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one recording is longer
+enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
 typedef struct hubert_batch {
-    int B, n, S, T;                    // rows, the first n of them with a recording; samples and frames of a row
+    int B, n, S, T;                    // B rows, n of them with a recording, of S samples and T frames
     slam_recording *const *recordings; // (n)
-    float *wide;                       // (B,S) samples; (B,NH,T) of attention; (B,T,C) features or (B,T,K) scores
-    slam_act *conv[2];                 // outputs of the convolutions in turn; conv[1] first has the samples
-    slam_act *x, *delta, *in;          // (B,T,C) residual stream, what is added to it, input and output of attention
-    slam_act *grouped, *qkv, *mlp;     // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    int *nearest;                      // (B,T) centroids
-    int *doc_start, *doc_end;          // (B,T) keys of attention
-    int *frames, *first_frames;        // (B) frames of each recording, at the end and after the first convolution
+    float *scratch;                    // (B,S) samples; (B,NH,T) lse; (B,T,C) features or (B,T,K) scores
+    slam_act *conv[2];                 // alternating outputs of the convolutions; conv[1] has the samples first
+    slam_act *x, *delta, *in;      // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
+    slam_act *grouped, *qkv, *mlp; // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
+    int *nearest;                  // (B,T) centroids
+    int *doc_start, *doc_end;      // (B,T) keys of attention
+    int *frames, *first_frames;    // (B) valid frames, after all convolutions and after the first
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
@@ -8454,12 +8454,12 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
     const hubert_config *k = &h->config;
     const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
     size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
-    for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
+    for (int i = 0; i < k->convs; i++) { // the next one may read K frames past the last row
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
-    b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
+    b->scratch = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
     b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
     b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
     b->x = (slam_act *)take(arena, &end, N * C * act);
@@ -8476,8 +8476,8 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
     return end;
 }
 
-/* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames behind a
-   recording see only its first frame, so that no tile of attention is wider than the recording. */
+/* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames after a
+   recording attend to its first frame alone, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->ops;
     const size_t B = b->B, S = b->S, T = b->T, N = B * T;
@@ -8492,15 +8492,16 @@ static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) 
         frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
-    ops->upload(ops, b->wide, host, B * S * sizeof *host);
-    ops->to_act(ops, b->conv[1], b->wide, B * S);
+    ops->upload(ops, b->scratch, host, B * S * sizeof *host);
+    ops->to_act(ops, b->conv[1], b->scratch, B * S);
     ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
     free(host);
     free(starts);
 }
 
-/* Samples (B,S) to x (B,T,C). A layer: x + O attention(norm x), then x + D gelu(U norm x), if stable; else
-   norm(x + O attention x), then norm(x + D gelu(U x)). */
+/* Samples (B,S) to x (B,T,C). A layer:
+       if stable   x += O attention(norm x)             x += D gelu(U norm x)
+       else        x = norm(x + O attention x)          x = norm(x + D gelu(U x)) */
 static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->ops;
     const hubert_config *k = &h->config;
@@ -8537,7 +8538,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
         const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
         ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-        ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
+        ops->attention_forward(ops, b->in, b->scratch, b->qkv, &mask);
         ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
         if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
@@ -8549,7 +8550,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     }
 }
 
-/* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
+/* Length in frames of a row for a recording; fixed: rounded up to one of 8 lengths per octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
     const int frames = ((int)r->n + 2 * h->pad + h->step - 1) / h->step;
     int grain = 1;
@@ -8562,14 +8563,14 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
     return (x < y) - (x > y);
 }
 
-/* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
-   frame i; without centroids, the features. Sorts the list. */
+/* Encodes the recordings that have a frame, in batches of rows of about the same length, to units.unit (the nearest
+   centroid of each frame) or, without centroids, to features. Sorts the list. */
 static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->ops;
     const int C = t->width, K = t->K;
-    int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
-    if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
+    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
     slam_recording **const end = r + n;
     if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
     int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
@@ -8578,7 +8579,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
-        b.B = b.T < most ? most / b.T : 1;
+        b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
@@ -8586,30 +8587,30 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         hubert_place(h, &b, K > C ? K : C, h->arena);
         hubert_upload(h, &b, t->config.normalize);
         hubert_forward(h, &b);
-        if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
-        else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
+        if (K) ops->nearest(ops, b.nearest, b.scratch, b.x, h->centroids, h->squares, b.B * b.T, C, K);
+        else ops->to_float(ops, b.scratch, b.x, (size_t)b.B * b.T * C);
         for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
             if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
-            else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
+            else ops->download(ops, (*r)->features, b.scratch + row * C, (*r)->units.frames * C * sizeof(float));
     }
     return ok;
 }
 
 /* ---- nearest centroids ----
-   Centroids lie in blocks of 16, (K / 16, D, 16): 16 distances are summed side by side, each over its D differences in
-   order, so that the sums, and with them the units, are the same for every vector width. */
+   Centroids are packed in blocks of 16, (K / 16, D, 16), one for each lane of a vector. A distance is summed over its D
+   differences in order, so the units are the same for every vector width. */
 
-enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames that share what is loaded of a block
+enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames per pass over the centroids
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* unit (n): the nearest of centroids (K,D), of equal ones the first, for each frame: those of order (n), or in order if
-   that is NULL. distance (n), squared; NULL: not wanted */
+/* unit[i]: the nearest of centroids (K,D), the first of ties, to frame order[i], or i if order is NULL; n of them.
+   distance[i], unless distance is NULL: squared, to that centroid */
 UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
                                       int K, int D, int *unit, float *distance) {
-    float *lanes = NEW(float, (size_t)(K + CENTROID_LANES) * D);
+    float *packed = NEW(float, (size_t)(K + CENTROID_LANES) * D);
     for (int k = 0; k < K; k++)
         for (int d = 0; d < D; d++)
-            lanes[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
+            packed[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
     PARALLEL_FOR
     for (size_t first = 0; first < n; first += CENTROID_FRAMES) {
         const size_t left = n - first, m = left < CENTROID_FRAMES ? left : (size_t)CENTROID_FRAMES;
@@ -8622,8 +8623,8 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
             unit[at] = 0;
         }
         for (int k = 0; k < K; k += CENTROID_LANES) {
-            const centroid_vector *c = (const centroid_vector *)(lanes + (size_t)k * D);
-            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
+            const centroid_vector *c = (const centroid_vector *)(packed + (size_t)k * D);
+            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array in memory
             for (int d = 0; d < D; d++) {
                 const centroid_vector e0 = c[d] - x[0][d], e1 = c[d] - x[1][d], e2 = c[d] - x[2][d],
                                       e3 = c[d] - x[3][d];
@@ -8642,51 +8643,51 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
         }
         if (distance) memcpy(distance + first, least, m * sizeof *least);
     }
-    free(lanes);
+    free(packed);
 }
 
 /* ---- k-means ---- */
 
-/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
-   passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
+/* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
+   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
-    const size_t seeds = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
-    uint64_t state = rng_stream(seed, 0x6b6d, 0);
+    const size_t candidates = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
+    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; 1: the reservoir, 2: order of files
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
     report->frames = n;
     if (n < K || n > UINT32_MAX)
-        return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
+        return set_error("k-means: %zu frames, expected at least one per centroid (%zu), below 2^32", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    uint32_t *order = NEW(uint32_t, n);                        // seeds and mini-batches are ranges of this permutation
+    uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
     int *unit = NEW(int, n), more = 1;                         // nearest centroids
-    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, from them; from the last seed
-    size_t *count = NEW(size_t, K);                            // frames of a centroid
-    double *sum = NEW(double, K *D);                           // of its frames
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    size_t *count = NEW(size_t, K);                            // frames per centroid
+    double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&state, order, n);
 
-    // each further seed is a frame drawn with probability proportional to its squared distance from the nearest so far
-    for (size_t i = 0; i < seeds; i++) distance[i] = INFINITY;
+    // k-means++ draws the next centroid with probability proportional to the squared distance from the nearest so far
+    for (size_t i = 0; i < candidates; i++) distance[i] = INFINITY;
     for (size_t k = 0, drawn = 0; k < K; k++) {
         const float *c = x + order[drawn] * D;
         double all = 0, passed = 0;
         memcpy(centroids + k * D, c, D * sizeof *c);
-        centroids_nearest(x, order, seeds, c, 1, (int)D, unit, last);
-        for (size_t i = 0; i < seeds; i++) all += distance[i] = fminf(distance[i], last[i]);
+        centroids_nearest(x, order, candidates, c, 1, (int)D, unit, last);
+        for (size_t i = 0; i < candidates; i++) all += distance[i] = fminf(distance[i], last[i]);
         const double until = all * rng_uniform(&state);
-        drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
-        for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
+        drawn = k + 1 < candidates ? k + 1 : 0; // if all distances are 0
+        for (size_t i = 0; all > 0 && passed <= until && i < candidates; i++) {
             if (distance[i] > 0) drawn = i;
             passed += distance[i];
         }
     }
 
-    // a mini-batch moves a centroid to the mean of all frames that it got so far
+    // a mini-batch moves a centroid to the mean of all frames assigned to it so far
     for (size_t batch = 0, at = 0; more && batch < 100; batch++, at += m) {
         if (at + m > n) {
             rng_shuffle(&state, order, n);
@@ -8701,7 +8702,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         more = !progress || progress(context, &p);
     }
 
-    // a full pass moves centroids to the means of their frames, those without frames to the frames furthest from theirs
+    // a full pass moves centroids to the mean of their frames, an empty cluster to the frame furthest from its centroid
     while (more) {
         centroids_nearest(x, NULL, n, centroids, (int)K, (int)D, unit, distance);
         memset(count, 0, K * sizeof *count);
@@ -8713,7 +8714,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         report->inertia /= (double)n;
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
-        if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
+        if (report->passes > 100 || report->inertia == 0 || before - report->inertia < 1e-4 * before) break;
         before = report->inertia;
         memset(sum, 0, K * D * sizeof *sum);
         PARALLEL_FOR
@@ -8726,7 +8727,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
                 centroids[k * D + d] = (float)(sum[k * D + d] / (double)count[k]);
             for (size_t i = 1; !count[k] && i < n; i++)
                 if (distance[i] > distance[far]) far = i;
-            if (count[k] || distance[far] <= 0) continue; // 0: every frame is a centroid
+            if (count[k] || distance[far] <= 0) continue; // 0: every frame equals a centroid
             memcpy(centroids + k * D, x + far * D, D * sizeof *x);
             distance[far] = 0;
             before = INFINITY;
@@ -8738,7 +8739,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
     free(distance);
     free(count);
     free(sum);
-    return more || set_error("stopped before the centroids were found");
+    return more || set_error("stopped during k-means");
 }
 
 /* ---- unit tokenizer: features and centroids ---- */
@@ -8784,7 +8785,7 @@ int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
     return ok || !exists;
 }
 
-/* Writes KM.json and then KM.npy: if there is only the first, a kill came between the two. */
+/* Writes KM.json and then KM.npy: if KM.npy exists, both are complete. */
 static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
     slam_unit_config c = t->config;
     char *path = unit_config_path(km_npy);
@@ -8804,7 +8805,7 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     return ok;
 }
 
-/* A hash of whatever changes a unit or what a document holds. The channel, often one speaker each, does not count. */
+/* Hash of all that defines the units, except device, data type and the channel, which often is a speaker. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
@@ -8818,7 +8819,7 @@ static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     return folded ? folded : 1;
 }
 
-/* Completes a tokenizer that has t->centroids (K,D), of a file or just found. */
+/* Checks the shape of t->centroids (K,D), sets K and the fingerprint, and uploads them for HuBERT. */
 static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, size_t D) {
     if (K < 1 || K > 65534 || D != (size_t)t->width)
         return set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
@@ -8858,9 +8859,8 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
     if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
     if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
-        ok = set_error(
-            "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
-            km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
+        ok = set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
+                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", t->fingerprint);
     if (ok) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -8874,7 +8874,7 @@ void slam_units_free(slam_units *u) {
     memset(u, 0, sizeof *u);
 }
 
-/* Merges equal neighbours of unit (n) in place, unless dedup is 0, and sets durations. Returns how many remain. */
+/* Run-length encodes unit (n) in place; without dedup all durations are 1. Returns how many remain. */
 static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
     size_t to = 0;
     for (size_t i = 0; i < n; i++)
@@ -8933,15 +8933,14 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 
 /* ---- voices: shell commands that synthesise speech ---- */
 
-/* Opens the audio that a voice synthesises: 1, 0 and an error of this text, -1 and an error of every text. {text}
-   becomes ${text}, a variable, so that no text is taken for a command. `set -f; IFS=`: it is one word without quotes,
-   too. */
+/* Opens the audio that a voice synthesises. Returns 1, 0 if it fails for this text, -1 if the command cannot be run.
+   {text} becomes ${text}, a variable, which the shell does not parse; `set -f; IFS=`: nor split without quotes. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
-    char line[390], said[400] = "", path[32]; // said: the last line on stderr
+    char line[390], last[400] = "", path[32]; // last: line on stderr
     strbuf s = ZERO;
     strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
-    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // a text with a dash in front is not a flag
+    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // else a text that starts with - would be a flag
     for (const char *c = text; *c; c++) {
         if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
         strbuf_add_bytes(&s, c, 1);
@@ -8956,22 +8955,22 @@ static int voice_open(audio *a, const char *voice, const char *text, const char 
     strbuf_free(&s);
     if (!out) {
         if (log) fclose(log);
-        return set_error("%s: no voice can be started: %s", name, strerror(errno)) - 1;
+        return set_error("%s: the voice cannot be started: %s", name, strerror(errno)) - 1;
     }
     snprintf(path, sizeof path, "/dev/fd/%d", fileno(out));
     int ok = audio_open(a, path, name);
     const int status = pclose(out), code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     for (rewind(log); fgets(line, sizeof line, log);)
-        if (*line != '\n') snprintf(said, sizeof said, ": %.*s", (int)strcspn(line, "\r\n"), line);
+        if (*line != '\n') snprintf(last, sizeof last, ": %.*s", (int)strcspn(line, "\r\n"), line);
     fclose(log);
-    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, said) - (code == 126 || code == 127);
+    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, last) - (code == 126 || code == 127);
     return ok;
 }
 
 /* ---- inputs ---- */
 
 struct slam_line {
-    const char *text, *path; // in a mapped file; the file's path
+    const char *text, *path; // text (n) in a mapped file, whose path this is
     size_t n, number;        // number: from 1
 };
 
@@ -8985,7 +8984,7 @@ void slam_inputs_free(slam_inputs *in) {
     memset(in, 0, sizeof *in);
 }
 
-/* Audio files that are found in a folder: those that are read, the same in every build, and those that are counted. */
+/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
 enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
 static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
     "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
@@ -8997,7 +8996,7 @@ typedef struct audio_list {
     size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
 } audio_list;
 
-/* The place of the name's extension in the list, AUDIO_EXTENSIONS if it is none of them. */
+/* Index of the name's extension in audio_extensions; AUDIO_EXTENSIONS: none. */
 static int audio_extension(const char *name) {
     const char *dot = strrchr(name, '.');
     int i = dot ? 0 : AUDIO_EXTENSIONS;
@@ -9005,7 +9004,7 @@ static int audio_extension(const char *name) {
     return i;
 }
 
-/* The folders above one that is being listed: a symbolic link to one of them is a loop. */
+/* The folders above the one that is listed, to detect loops of symbolic links. */
 typedef struct parents {
     dev_t device;
     ino_t inode;
@@ -9015,7 +9014,7 @@ typedef struct parents {
 /* Adds a path, or the audio files in a folder and below it. */
 static int list_audio(audio_list *list, const char *path, const parents *above) {
     struct stat s;
-    const int exists = stat(path, &s) == 0; // one that does not is reported when it is opened
+    const int exists = stat(path, &s) == 0; // a missing file is reported when it is opened
     const size_t before = list->paths->n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
@@ -9039,7 +9038,7 @@ static int list_audio(audio_list *list, const char *path, const parents *above) 
     return ok;
 }
 
-/* Adds the lines of a file (-: stdin) that are not blank, without white space around them, except tabs at the end. */
+/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. */
 static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
     file_map *map = &in->files[in->paths.n];
     if (!strcmp(path, "-")) path = "/dev/stdin";
@@ -9058,15 +9057,15 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     return 1;
 }
 
-/* Bytes of the path in a line of a list; in a manifest a tab and a number of samples follow. */
+/* Length of the path in a line of a list; in a manifest a tab and a number of samples follow it. */
 static size_t line_path_length(const struct slam_line *l) {
     size_t n = l->n;
     while (n && isdigit((unsigned char)l->text[n - 1])) n--;
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list, or of a manifest: the first line, its root, has no tab, the second a number of
-   samples. Lines that begin with # are comments. */
+/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
+   a number of samples. Lines that begin with # are comments. */
 static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
     slam_inputs lines = ZERO;
     char name[PATH_MAX];
@@ -9086,7 +9085,7 @@ static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) 
         if (ok && path_is_folder(name) && !folders++) number = l[i].number;
     }
     if (ok && folders) {
-        snprintf(name, sizeof name, "%s:%zu: is a folder, all of whose audio files are inputs", l->path, number);
+        snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", l->path, number);
         slam_strings_add(&in->notes, name);
     }
     slam_inputs_free(&lines);
@@ -9120,7 +9119,7 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
-/* Hash of everything that determines the output. A file of lines counts by its name and size. */
+/* Hash of settings, names of inputs and sizes of files of lines; contents are not read. */
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
@@ -9133,38 +9132,39 @@ static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     return hash;
 }
 
-/* ---- reading: inputs -> segments -> units ---- */
+/* ---- reading: inputs -> segments -> units ----
+   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair. */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
 static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
 static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
 
 typedef struct segment {
-    slam_recording audio; // its samples, until they are encoded; units, or features for a fit
-    char *name;           // of a line of units, or NULL
-    double start, end;    // in a longer file, else 0
+    slam_recording recording; // samples, until they are encoded; then units, or features for a fit
+    char *name;               // file_name of a line of units, or NULL
+    double start, end;        // seconds in the file; 0, 0: all of it
 } segment;
 
 struct slam_item {
     char *name;    // "a.wav" or "stories.txt:12"
-    char *members; // of a pair: of its JSON object, those that are passed on
+    char *members; // pairs: members that are copied to the output, as JSON
     segment *segments;
     size_t n, capacity;
-    slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
-    size_t input, source; // source: the one that is decoded
-    audio recording;
-    int done;    // -1: with an error of every input
+    slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
+    size_t input, source; // source: index of the current one
+    audio file;
+    int done;    // 1; -1: failed, as every other input will
     char *error; // why it is skipped, or NULL
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
-    slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
-    size_t next, n;                         // next: input that is started next
-    double audio_seconds, deadline;         // decoded so far; when a chunk ends, so that a program can be stopped soon
-    int64_t samples, limit;                 // decoded for this chunk; when it ends, so that memory is bounded
+    const slam_tokenizer *tokenizer;        // during a fit without centroids; may be NULL for units
+    slam_item *items[READER_ITEMS], *taken; // (n) in progress, in input order; returned last
+    size_t next, n;                         // next: index of the next input to start
+    double audio_seconds, deadline;         // decoded so far; a chunk ends then, to react to signals
+    int64_t samples, limit;                 // decoded in this chunk; it ends at limit, to bound memory
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9178,12 +9178,12 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 static void item_free(slam_item *item) {
     if (!item) return;
     for (segment *s = item->segments; s < item->segments + item->n; s++) {
-        free((void *)s->audio.samples);
-        free(s->audio.features);
-        slam_units_free(&s->audio.units);
+        free((void *)s->recording.samples);
+        free(s->recording.features);
+        slam_units_free(&s->recording.units);
         free(s->name);
     }
-    audio_close(&item->recording);
+    audio_close(&item->file);
     slam_strings_free(&item->sources);
     free(item->segments);
     free(item->name);
@@ -9198,7 +9198,7 @@ void slam_reader_close(slam_reader *r) {
     free(r);
 }
 
-/* A line of units less than K. */
+/* Parses a line of units; each must be less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
     units u = ZERO;
     int ok = units_from_json(line, item->name, &u);
@@ -9206,14 +9206,14 @@ static int parse_units(slam_item *item, const json *line, int K) {
     item->segments = NEW(segment, 1);
     item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
-        item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
+        item->segments->recording.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
             ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
     }
     return ok;
 }
 
-/* Adds a member to the start of a pair's JSON object. */
+/* Appends a member to those that a pair's JSON object begins with. */
 static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
     strbuf_add(members, members->n ? ", " : "");
     strbuf_add_json(members, key);
@@ -9221,8 +9221,8 @@ static void pair_add(strbuf *members, const char *key, const char *text, int quo
     if (quoted) strbuf_add_json(members, text);
 }
 
-/* A line that names three audio files, relative to its own file. Its other members, without arrays, objects and sides,
-   are passed on. */
+/* Parses a line that names three audio files, relative to the file of lines. All its members except arrays, objects and
+   those named as sides are copied to the output. */
 static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
@@ -9235,21 +9235,21 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
         free(path);
     }
     for (const json *j = line->first; j; j = j->next) {
-        int passed_on = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
-        for (int i = 0; i < 3; i++) passed_on &= strcmp(j->key, pair_sides[i]) != 0;
+        int copied = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
+        for (int i = 0; i < 3; i++) copied &= strcmp(j->key, pair_sides[i]) != 0;
         const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
-        if (passed_on) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
+        if (copied) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
     }
     item->members = members.at;
     return 1;
 }
 
-/* A line of text, or of the texts of a pair, separated by tabs. */
+/* Parses a line of text, or of the texts of a pair, separated by tabs. */
 static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
     strbuf members = ZERO;
-    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) {
-        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);
+    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) { // "": all of it
+        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);   // more are an error below
         slam_strings_add(texts, field);
     }
     item->members = members.at;
@@ -9279,11 +9279,11 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
     return ok;
 }
 
-/* Opens the source that is next. Returns as voice_open. */
+/* Opens the current source. Returns as voice_open. */
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
-    const slam_strings *voices = &r->inputs->voices; // which take turns by line number
+    const slam_strings *voices = &r->inputs->voices; // in turn, by line number
     const char *source = item->sources.at[item->source];
-    audio *a = &item->recording;
+    audio *a = &item->file;
     char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
     const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
                              : audio_open(a, source, name);
@@ -9293,10 +9293,10 @@ static int item_open(const slam_reader *r, slam_item *item, const struct slam_li
     return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
 }
 
-/* Decodes the item's sources, until all are done or a chunk is full. */
+/* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
     const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
-    audio *a = &item->recording;
+    audio *a = &item->file;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
         float *samples;
@@ -9312,9 +9312,11 @@ static void item_read(slam_reader *r, slam_item *item) {
         r->samples += (int64_t)n;
         const int whole = a->start == 0 && a->last;
         const size_t frames = tokenizer_frames(r->tokenizer, n);
+        const slam_hubert *hubert = r->tokenizer->hubert;
+        const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
         const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
-        else if (whole && !frames) // a segment would be dropped
+        if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
+        else if (whole && !frames) // as a segment it is dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
         GROW(segment, item->segments, item->capacity, item->n + 1);
         if (ok && frames) item->segments[item->n++] = s;
@@ -9334,7 +9336,7 @@ static void reader_decode(slam_reader *r) {
         r->items[r->n] = NEW(slam_item, 1);
         r->items[r->n++]->input = r->next;
     }
-    r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
+    r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600); // seconds
     r->samples = 0;
     r->deadline = slam_clock() + 0.25;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
@@ -9343,14 +9345,13 @@ static void reader_decode(slam_reader *r) {
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
 }
 
-/* Encodes what is decoded. */
 static int reader_encode(slam_reader *r) {
     size_t most = 0, n = 0;
     for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
     slam_recording **list = NEW(slam_recording *, most);
     for (size_t i = 0; i < r->n; i++)
         for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
-            if (s->audio.samples) list[n++] = &s->audio;
+            if (s->recording.samples) list[n++] = &s->recording;
     const int ok = !n || units_encode(r->tokenizer, list, (int)n);
     for (size_t i = 0; i < n; i++) {
         free((void *)list[i]->samples);
@@ -9374,7 +9375,7 @@ int slam_reader_next(slam_reader *r, const slam_item **item, const char **skippe
     return reader_encode(r) ? 1 : -1;
 }
 
-/* The next item, reported to a progress callback: 1, 0 at the end, -1 and an error. */
+/* Gets the next item and calls the progress callback. Returns 1, 0 at the end, -1 on error. */
 static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p, slam_progress_fn *progress,
                        void *context) {
     int more;
@@ -9388,17 +9389,17 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 }
 
 /* ---- writing: units -> token shards or lines ----
-   The journal counts inputs, and the bytes that they became. What was done after it is done again: by a kill at any
-   moment, files may have more bytes than it says, or a shard or OUT its name already, which is then taken back. */
+   The journal has the number of inputs done and the sizes of the files then. A resumed call repeats what came after it:
+   it truncates the files to these sizes, and renames a shard (or OUT) that was completed later back to OUT.partial. */
 
 struct slam_writer_files {
     char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
-    append_file data, skipped; // skipped: OUT.failed; its lock is the writer's
+    append_file data, skipped; // skipped: OUT.failed, locked while the writer is open
     const char *out;
     int audio_repr, V;
     uint32_t fingerprint;
-    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: as the journal counts them
-    double committed;                        // when it was written
+    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: those in the journal
+    double journal_time;                     // when it was written
 };
 
 #define JOURNAL(type, name)                                                                                            \
@@ -9413,8 +9414,7 @@ enum { N_JOURNAL_FIELDS = sizeof journal_fields / sizeof *journal_fields };
 static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 
 static int path_is_free(const char *path) {
-    return !path_exists(path) ||
-           set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
+    return !path_exists(path) || set_error("%s: exists; remove it or choose another name", path);
 }
 
 static int file_rename(const char *from, const char *to) {
@@ -9427,7 +9427,7 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
     return path;
 }
 
-/* Syncs the data, then writes the journal, which replaces the one before. */
+/* Syncs the data, then replaces the journal. */
 static int writer_commit(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
@@ -9440,11 +9440,11 @@ static int writer_commit(slam_writer *w) {
     const int ok = file_write(f->journal, s.at, s.n);
     strbuf_free(&s);
     f->journaled = w->inputs;
-    f->committed = slam_clock();
+    f->journal_time = slam_clock();
     return ok;
 }
 
-/* Reads the journal. If the file that was partial then has got its name since, it is partial again. */
+/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
 static int writer_resume(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     const uint64_t identity = w->identity;
@@ -9455,20 +9455,20 @@ static int writer_resume(slam_writer *w) {
     f->journaled = w->earlier = w->inputs;
     if (!ok) return 0;
     if (w->identity != identity || w->inputs > f->total)
-        return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
+        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
                          f->journal);
     if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
     return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
 }
 
-/* The partial file with the journal's bytes. */
+/* Opens OUT.partial, truncated to the size in the journal. */
 static int writer_open_data(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
            (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
 }
 
-/* The partial file is complete. */
+/* Completes OUT.partial and renames it to path. */
 static int writer_close_data(slam_writer *w, const char *path) {
     struct slam_writer_files *f = w->files;
     return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
@@ -9501,7 +9501,7 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     return slam_writer_close(w, 0);
 }
 
-/* One document as tokens; documents do not cross shards. */
+/* Appends a document as tokens, to a new shard if it does not fit. */
 static int writer_add_tokens(slam_writer *w, const units *u) {
     struct slam_writer_files *f = w->files;
     const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
@@ -9520,12 +9520,12 @@ static int writer_add_tokens(slam_writer *w, const units *u) {
 
 int slam_writer_add(slam_writer *w, const slam_item *item) {
     struct slam_writer_files *f = w->files;
-    const size_t n = item->error ? 0 : item->n; // 0 without an error: a text that repeats itself
+    const size_t n = item->error ? 0 : item->n; // 0 without an error: max_repetition, or only short segments
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
-        const slam_units *of = &g->audio.units;
+        const slam_units *of = &g->recording.units;
         char *name = w->pairs ? NULL : g->name ? g->name : item->name;
         const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
@@ -9547,7 +9547,7 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     w->failed += item->error != NULL;
     w->repetitive += !item->error && !n;
     w->documents += w->pairs ? n > 0 : n;
-    return ok && (slam_clock() - f->committed < 1 || writer_commit(w));
+    return ok && (slam_clock() - f->journal_time < 1 || writer_commit(w));
 }
 
 int slam_writer_close(slam_writer *w, int ok) {
@@ -9555,10 +9555,10 @@ int slam_writer_close(slam_writer *w, int ok) {
     const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
     if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
     else if (ok) ok = writer_commit(w);
-    const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
-    if (over) unlink(f->journal);
-    if (over) unlink(f->partial);
-    if (f->skipped.f && (!f->skipped.bytes || (over && !all))) unlink(f->failed);
+    const int finished = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
+    if (finished) unlink(f->journal);
+    if (finished) unlink(f->partial);
+    if (f->skipped.f && (!f->skipped.bytes || (finished && !all))) unlink(f->failed);
     append_close(&f->data);
     append_close(&f->skipped);
     free(f);
@@ -9571,8 +9571,8 @@ int slam_writer_close(slam_writer *w, int ok) {
 
 /* Algorithm R (Waterman, in Knuth's volume 2): every frame seen so far is in the sample with the same probability. */
 typedef struct reservoir {
-    float *frames; // (n,D)
-    size_t n, capacity, most, D;
+    float *frames;               // (n,D)
+    size_t n, capacity, most, D; // most: size of the sample
     uint64_t seen, state;
 } reservoir;
 
@@ -9617,7 +9617,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     slam_reader *reader = slam_reader_open(&shuffled, t, 0);
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
+            reservoir_add(&sample, item->segments[i].recording.features, item->segments[i].recording.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
     ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
          tokenizer_complete(t, km_npy, K, sample.D) && tokenizer_save(t, km_npy, report);
@@ -9639,11 +9639,11 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // for each file: its slam_units, units (n), durations (n)
+    strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
         strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));

@@ -245,7 +245,7 @@ static void set_flags(program *p) {
         SLAM_NUMBER("pad", SLAM_INT, &u->pad, "N", "40", 0, 16000,
                     "of --hubert: zeros before and after the samples; 40 as SlamKit, 0 as fairseq and textlesslib"),
         SLAM_FLAG("normalize", SLAM_SWITCH, &u->normalize, NULL, NULL,
-                  "scale each file's waveform to zero mean and unit variance"),
+                  "scale the waveform of each file or segment to zero mean and unit variance"),
         SLAM_FLAG("no-dedup", SLAM_SWITCH, &u->no_dedup, NULL, NULL,
                   "a unit for every frame; else equal neighbours are merged"),
         SLAM_HEADING("Input"),

@@ -240,23 +240,23 @@ static void test_errors(slam_ops *ops) {
         {c, "\"feat_extract_norm\": \"group\"", "\"feat_extract_norm\": \"batch\"",
          "feat_extract_norm is 'batch', expected 'group' or 'layer'"},
         {c, "\"conv_bias\": false", "\"conv_bias\": 0", "'conv_bias'"},
-        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "'conv_kernel' has no more after 3 numbers"},
+        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "'conv_kernel' has 3 numbers, then its end"},
         {c, "\"conv_stride\": [", "\"conv_stride\": [ 0,",
-         "'conv_stride' has 0 after 0 numbers, expected 1 to 16 from 1 to 16384, as many as conv_dim"},
+         "'conv_stride' has 0 numbers, then 0, expected 1 to 16 from 1 to 16384, as many as conv_dim"},
         {c, "\"conv_stride\": [\n    5,\n    2,", "\"conv_stride\": [\n    1000, 1000,", "multiplies to more"},
         {c, "\"num_attention_heads\": 2", "\"num_attention_heads\": 5",
          "hidden_size is 24, expected a multiple of num_attention_heads, 5"},
         {c, "\"num_conv_pos_embedding_groups\": 4", "\"num_conv_pos_embedding_groups\": 7",
          "and of num_conv_pos_embedding_groups, 7"},
         {c, "\"intermediate_size\": 40", "\"intermediate_size\": 40, \"adapter_attn_dim\": 8", "adapter_attn_dim"},
-        {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has another shape, expected shape (32,16,1)"},
+        {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has shape (24,16), expected (32,16,1)"},
         {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer is 2, expected 0 to 1"},
         {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true",
          "pos_conv_embed.conv.weight' is missing"},
         {c, "\"do_stable_layer_norm\": false", "\"do_stable_layer_norm\": \"no\"", "'do_stable_layer_norm'"},
         {m, "encoder.layers.1.final_layer_norm.bias", "encoder.layers.1.final_layer_norm.bios",
          "final_layer_norm.bias' is missing"},
-        {m, "[16,16,3]", "[16,3,16]", "expected shape (16,16,3)"},
+        {m, "[16,16,3]", "[16,3,16]", "has shape (16,3,16), expected (16,16,3)"},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
         check_fails(hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2, 40),
@@ -465,6 +465,44 @@ static void test_config(slam_ops *ops) {
     free(path);
 }
 
+/* A model of one sample per frame, so that 2^19 samples are as many frames, too many for a batch. */
+static void test_too_long(slam_ops *ops) {
+    enum { TOO_LONG = 1 << 19 };
+    uint32_t head[11] = {0x46464952,  36 + 2 * TOO_LONG, 0x45564157,   0x20746d66, 16,          1 | 1 << 16,
+                         SAMPLE_RATE, 2 * SAMPLE_RATE,   2 | 16 << 16, 0x61746164, 2 * TOO_LONG};
+    const slam_unit_config config =
+        config_of(changed("older_spelling", "config.json", "\"conv_stride\": [\n    5,\n    2,\n    2\n",
+                          "\"conv_stride\": [ 1, 1, 1 "),
+                  1);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, ops);
+    const char *paths[2];
+    slam_inputs in = ZERO;
+    const slam_item *item;
+    const char *skipped;
+    if (!CHECK(t, "%s", slam_error())) return;
+    char *bytes = (char *)calloc(1, sizeof head + 2 * TOO_LONG), *long_path;
+    memcpy(bytes, head, sizeof head);
+    paths[0] = long_path = string_copy(check_file("long.wav", bytes, sizeof head + 2 * TOO_LONG));
+    head[1] = 36 + 512, head[10] = 512;
+    memcpy(bytes, head, sizeof head);
+    paths[1] = check_file("short.wav", bytes, sizeof head + 512);
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, paths, 2), "%s", slam_error());
+    slam_reader *r = slam_reader_open(&in, t, 0);
+    int more = 1;
+    for (int i = 0; i < 2; i++) {
+        do more = slam_reader_next(r, &item, &skipped);
+        while (more > 0 && !item);
+        if (!CHECK(more > 0, "%s", slam_error())) break;
+        if (i) CHECK(!skipped, "%s", skipped);
+        else CHECK(skipped && strstr(skipped, "long.wav: 524288 samples, expected fewer than 524288"), "%s", skipped);
+    }
+    slam_reader_close(r);
+    slam_inputs_free(&in);
+    slam_tokenizer_free(t);
+    free(bytes);
+    free(long_path);
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(2);
     for (int k = 0; k < MODELS; k++)
@@ -485,6 +523,7 @@ int main(void) {
     if (TEST("hubert: models that are errors")) test_errors(ops);
     test_units(ops);
     test_config(ops);
+    if (TEST("hubert: a file with too many frames is skipped")) test_too_long(ops);
     slam_ops_free(ops);
     return check_end();
 }

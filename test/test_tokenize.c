@@ -242,7 +242,7 @@ static void test_list_formats(void) {
         check_file("root/listed.wav", "x", 1);
         check_file("root/other.wav", "x", 1);
         check_list(text, strlen(text), one, NULL);
-        check_list(all, strlen(all), expected, "list.txt:2: is a folder, all of whose audio files are inputs");
+        check_list(all, strlen(all), expected, "list.txt:2: is a folder; all audio files in it are inputs");
         free(root), free(text), free(all), free(one), free(expected);
     }
     if (TEST("folders: audio that is passed over is counted by extension")) {
