@@ -611,7 +611,7 @@ static void test_names(void) {
     slam_act *a = (slam_act *)p;
     int *i = (int *)(p + (1 << 16)); // zeros
     double *d = (double *)p;
-    const slam_mask mask = {1, 8, 2, 1, 32, i, NULL, NULL, NULL, p};
+    const slam_mask mask = {1, 8, 2, 1, 32, 16, i, NULL, NULL, NULL, p};
     const slam_adamw_params h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 3};
     const slam_xent x = {8, 8, 8, 1, NULL};
     const struct {
