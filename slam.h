@@ -2336,7 +2336,7 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
 }
 
 /* ==========================================================================================
-   SECTION 4. OPS ON THE CPU the reference implementation; at a first reading skip the matrix product
+   SECTION 4. OPS ON THE CPU      the reference implementation; at a first reading skip the matrix product
 
    Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
    belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
@@ -2355,9 +2355,8 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
      L2 cache   a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB with AVX-512), serves all panels of A
    Panel and block are copied ("packed") into the order in which a tile reads them, transposed where necessary.
 
-   Each element of C is summed in order of k, in blocks of k that depend on K
-   alone. Neither the number of threads nor the place
-   of the element in a tile changes its bits. */
+   Each element of C is summed in order of k, in blocks of k that depend on K alone. Neither the number of threads nor
+   the place of the element in a tile changes its bits. */
 
 /* First item of part i when n items are split as evenly as possible into `parts` parts, in multiples of `unit`. */
 static int part_start(int n, int unit, int parts, int i) {
@@ -2413,9 +2412,8 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
 /* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
-   its left and right half. The
-   accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in memory. `rows` is a constant
-   wherever this is inlined, so the code for further rows disappears. */
+   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
+   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
                                    float *C, size_t ldc) {
@@ -2640,8 +2638,8 @@ enum { LANES = 16 };
 #define PLUS(a, b)   ((a) + (b))
 #define LARGER(a, b) ((b) > (a) ? (b) : (a))
 
-/* condition ? a : b on the bits, without a
-   branch. Compilers make a branch of ?: here and then do not vectorise the loop around it. */
+/* condition ? a : b on the bits, without a branch. Compilers make a branch of ?: here and then do not vectorise the
+   loop around it. */
 static inline float choose(int condition, float a, float b) {
     const uint32_t mask = 0 - (uint32_t)condition;
     uint32_t i, j;
@@ -3190,9 +3188,8 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
 }
 
 /* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squared deviations from its own
-   mean, in
-   float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2), /
-   length. */
+   mean, in float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2),
+   / length. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -5754,10 +5751,10 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, independent of the backend. A layer is stated in three
-   places: its tensors (layer_weights and the table in tensors_of), its activations (layer_acts
-   and acts_place), and layer_forward with layer_backward. All else follows from them: files,
-   counts of parameters and FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
+   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
+   layer_backward. All else follows from them: files, counts of parameters and
+   FLOPs, memory, initialisation, ZeRO's buckets.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5781,7 +5778,7 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: Read from rope_scaling if it is not empty, else from rope_parameters; a
+/* The rotary base as Transformers 5 finds it: read from rope_scaling if it is not empty, else from rope_parameters; a
    value there overrides the one at the top level. Only the rotation of whole heads without scaling is implemented. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
     const field *theta = &config_fields[CONFIG_FIELDS - 1];
@@ -6645,9 +6642,8 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
    The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
    needs no logits. */
 
-/* Tokens per forward pass of a
-   prefill. The length of its rows is a multiple of 64, so that attention adds up keys in the same
-   order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
+   the same order whatever the longest sequence is. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -7067,8 +7063,8 @@ static int compare_u64(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The share of the n-grams of length `order` that occur more than once; 0: there are
-   none. words (n): hashes, overwritten. */
+/* The share of the n-grams of length `order` that occur more than once; 0: there are none. words (n): hashes,
+   overwritten. */
 static double repeated_share(uint64_t *words, size_t n, int order) {
     const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
     size_t repeated = 0;
