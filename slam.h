@@ -2379,7 +2379,7 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
 }
 
 /* ==========================================================================================
-   SECTION 4. OPS ON THE CPU      the plain loops: read these first
+   SECTION 4. OPS ON THE CPU      the reference implementation; at a first reading skip the matrix product
 
    Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
    belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
@@ -2390,16 +2390,16 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
 #pragma GCC diagnostic ignored "-Wunused-parameter" // most ops do not need their slam_ops
 
 /* ---- matrix products ----
-   C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and wait for memory. Here a
-   number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
+   C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and are bound by memory. Here
+   a number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
      registers  a tile of C, TILE_ROWS x TILE_COLUMNS, accumulates while k advances. Each k loads TILE_ROWS +
                 TILE_COLUMNS numbers for TILE_ROWS x TILE_COLUMNS multiplications
      L1 cache   a panel of A, TILE_ROWS x BLOCK_K (16 kB with AVX-512), serves all tiles side by side
      L2 cache   a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB with AVX-512), serves all panels of A
    Panel and block are copied ("packed") into the order in which a tile reads them, transposed where necessary.
 
-   An element of C is a sum in order of k, in parts that depend on K alone. Neither the number of threads nor the place
-   of the element in a tile changes its bits. */
+   Each element of C is summed in order of k, in blocks of k that depend on K alone. Neither the number of threads nor
+   the place of the element in a tile changes its bits. */
 
 /* First item of part i when n items are split as evenly as possible into `parts` parts, in multiples of `unit`. */
 static int part_start(int n, int unit, int parts, int i) {
@@ -2454,9 +2454,9 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a b + beta C. Row k of a begins at a + k step, row k of b at b + k TILE_COLUMNS. The
-   accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in memory. `rows` is a constant
-   wherever this is inlined, so the code for further rows disappears. */
+/* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
+   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
+   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
                                    float *C, size_t ldc) {
@@ -2500,7 +2500,7 @@ static void gemm_panel(int rows, int n, int K, const float *a, size_t step, floa
         for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
 }
 
-/* out_ki = in_ki, `step` numbers at a time; the last ones may overlap those before. */
+/* out_ki = in_ki, `step` numbers at a time; the last copy may overlap the one before. */
 ALWAYS_INLINE void gemm_copy(float *out, int stride, const float *in, size_t ld, int width, int K, const int step) {
     for (int k = 0; k < K; k++, out += stride, in += ld)
         for (int i = 0; i < width; i += step) {
@@ -2555,7 +2555,7 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     const int k_parts = K > 0 ? (K + BLOCK_K - 1) / BLOCK_K : 1;
-    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // too few tiles use a panel for packing to pay
+    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // at most two tiles use a panel: not worth packing
     for (int part = 0; part < n_parts * k_parts; part++) {
         const int np = part / k_parts, kp = part % k_parts;
         const int n0 = part_start(N, TILE_COLUMNS, n_parts, np), n1 = part_start(N, TILE_COLUMNS, n_parts, np + 1);
@@ -2655,7 +2655,7 @@ static inline float *row(const slam_act *x, int i, int stride) {
     return x ? (float *)(uintptr_t)x + (ptrdiff_t)i * stride : NULL;
 }
 
-/* The iterations of the following loop are independent, also where an op works in place (y is x). */
+/* Asserts that the iterations of the next loop are independent, also where an op works in place (y is x). */
 #define VECTORISE SLAM_PRAGMA(omp simd)
 
 /* Compilers may not reorder a sum of floats, so a plain loop adds one number at a time. ROW_SUM defines a function that
@@ -2681,7 +2681,8 @@ enum { LANES = 16 };
 #define PLUS(a, b)   ((a) + (b))
 #define LARGER(a, b) ((b) > (a) ? (b) : (a))
 
-/* condition ? a : b on the bits. Compilers make a branch of ?: here and then do not vectorise the loop around it. */
+/* condition ? a : b on the bits, without a branch. Compilers make a branch of ?: here and then do not vectorise the
+   loop around it. */
 static inline float choose(int condition, float a, float b) {
     const uint32_t mask = 0 - (uint32_t)condition;
     uint32_t i, j;
@@ -2930,7 +2931,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * QUERIES * T);
     PARALLEL_FOR
     for (int i = 0; i < B * T; i++) rotate(row(qkv, i, W), NH + KVH, mask, rotary_position(mask, i), 1);
-    /* The last tiles of a row see the most keys and come first, so that no thread ends with a long one. */
+    /* The last tiles of a row see the most keys and come first, for load balance. */
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < tiles * B * NH; task++) {
         const int h = task % NH, b = task / NH % B;
@@ -3165,7 +3166,7 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
     if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
     const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1);
     const int parts = (c.TO + frames - 1) / frames, ldx = c.stride * c.C, ldo = c.G * c.OC;
-    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product; in BLAS rows may not overlap
+    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
@@ -3236,9 +3237,9 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squares about its own mean, in
-   float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2), /
-   length. */
+/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squared deviations from its own
+   mean, in float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2),
+   / length. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -5808,10 +5809,10 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops; nothing here knows a backend. A layer is stated in three
-   places: its tensors (layer_weights and the table in tensors_of), its activations (layer_acts
-   and acts_place), and layer_forward with layer_backward. All else follows from them: files,
-   counts of parameters and FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
+   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
+   layer_backward. All else follows from them: files, counts of parameters and
+   FLOPs, memory, initialisation, ZeRO's buckets.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5835,8 +5836,8 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: rope_scaling, unless it is empty, is read instead of rope_parameters, and
-   its values override those of the top level. Only the rotation of whole heads without scaling is implemented. */
+/* The rotary base as Transformers 5 finds it: read from rope_scaling if it is not empty, else from rope_parameters; a
+   value there overrides the one at the top level. Only the rotation of whole heads without scaling is implemented. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
     const field *theta = &config_fields[CONFIG_FIELDS - 1];
     static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
@@ -5950,7 +5951,7 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
    and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits of a multiple of 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5981,7 +5982,7 @@ typedef struct model_tensors {
     size_t n;
     size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // numbers of the file; weights that a token is multiplied by
+    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -6051,7 +6052,8 @@ size_t slam_config_parameters(const slam_config *c) {
     return m.parameters;
 }
 
-/* Forward: 2 per weight, and 4 HS per head and visible key (T/2 on average). Backward: twice that. */
+/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
+   that. */
 double slam_config_flops(const slam_config *c, int T) {
     const model_tensors m = tensors_of(c);
     free(m.list);
@@ -6091,7 +6093,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* The next `bytes` of the arena, of which *end are taken. */
+/* Takes `bytes` from the arena, of which *end are taken already. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -6358,8 +6360,8 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
     return out;
 }
 
-/* The model with these weights (n_weights) as a folder. SlamKit takes what base_config does not state from
-   base_model_name's config. */
+/* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
+   of base_model_name. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
@@ -6596,7 +6598,7 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
 /* ---- backward ---- */
 
 /* One layer, from its end to its beginning. dx (N,C) is the gradient of the residual stream: after the layer on
-   entry, before it on return. The backward pass of a norm adds the gradient that comes through its sub-layer. */
+   entry, before it on return. rmsnorm_backward adds the gradient that comes through the sub-layer. */
 static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
@@ -6660,7 +6662,7 @@ int slam_forward(slam_model *m, slam_batch *b) {
     return ops->finish(ops);
 }
 
-/* The logits are computed again, now for their gradients: they were never all in memory. */
+/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6695,11 +6697,11 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
 }
 
 /* ---- decoding ----
-   The cache lacks the last token of each sequence: the step that predicts the next token adds it. So the first
-   prediction is a step like all others. */
+   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
+   needs no logits. */
 
-/* Tokens of a prefill at once. The length of its rows is a multiple of 64, so that attention adds up keys in the same
-   order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
+   the same order whatever the longest sequence is. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6807,8 +6809,8 @@ void slam_decoder_append(slam_decoder *d, int slot, int token) {
 }
 
 /* ---- sampling ----
-   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three preserve
-   the order of the logits, so that top-k and top-p together are one threshold. */
+   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
+   ranking of the logits, so that top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
     if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
@@ -7119,7 +7121,8 @@ static int compare_u64(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The share of n-grams (n: order) that occur more than once; 0: there are none. words (n): hashes, overwritten. */
+/* The share of the n-grams of length `order` that occur more than once; 0: there are none. words (n): hashes,
+   overwritten. */
 static double repeated_share(uint64_t *words, size_t n, int order) {
     const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
     size_t repeated = 0;
@@ -7158,7 +7161,7 @@ static int pair_repeats(const char *prompt, const char *chosen, double max_repet
 
 /* ---- files and sources ---- */
 
-enum { LONGEST_CONTEXT = 1 << 24 }; // sums of a few lengths stay within an int
+enum { LONGEST_CONTEXT = 1 << 24 }; // small enough that a sum of a few lengths fits into an int
 
 /* A file's tokens: a mapped shard, or the units of a .jsonl file as a shard would hold them. */
 typedef struct token_file {
@@ -7426,8 +7429,8 @@ static uint32_t longest_fit(uint32_t *fit, uint32_t room) {
     return room;
 }
 
-/* Packs n items of lengths[item] 1 .. T into rows of T by first fit decreasing (Johnson 1973), computed row by row: the
-   longest item that still fits is next. */
+/* Packs n items of lengths[item] 1 .. T into rows of T by first fit decreasing (Johnson 1973), computed row by row:
+   each takes the longest remaining item that fits, again and again. */
 static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengths, size_t n, uint32_t T) {
     uint32_t *count = NEW(uint32_t, 3 * ((size_t)T + 1) + 2 * n), *first = count + T + 1, *fit = first + T + 1;
     uint32_t *sorted = fit + T + 1, *row = sorted + n; // sorted: by length; row: items of one
@@ -7448,8 +7451,8 @@ static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengt
     free(count);
 }
 
-/* Packs the items of rows again, into as few rows as `pack` takes with T, and about as short as that allows, by
-   bisection: MULTIFIT (Coffman, Garey and Johnson 1978). Returns their length. */
+/* Packs the items again. Finds by bisection the smallest length of rows that needs no more rows than T does: MULTIFIT
+   (Coffman, Garey and Johnson 1978). Returns this length. */
 static uint32_t pack_evenly(packed_rows *rows, const uint32_t *lengths, uint32_t T) {
     const size_t n = rows->n_items;
     uint32_t low = 1, high = T, *items = NEW(uint32_t, n);
@@ -7505,9 +7508,9 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 
 /* ---- the loader ----
    If shuffled, an epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and
-   its rows are put in random order. That depends on the seed, the epoch, weights and lengths alone, so any row can be
-   found again. With longest_row an epoch is not packed: each of its rows is one item, and the items of a global batch,
-   that of all ranks, are packed. */
+   its rows are put in random order. Both orders depend only on seed, epoch, weights and lengths, so that a position
+   (epoch,row) can be restored. With longest_row an epoch is not packed: its rows are single items, and the items of
+   each global batch (that of all ranks) are packed when it begins. */
 
 struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
@@ -7522,9 +7525,9 @@ struct slam_packer {
     const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds an epoch's draws of a source of weight w: each of its n chunks floor(w) times, and on average (w - floor(w)) n
-   more, the next ones, cyclically, of a fixed random permutation. So none of these comes twice in an epoch, and all
-   come equally often in the long run. */
+/* Adds an epoch's draws of a source of weight w, if shuffled: each of its n chunks floor(w) times, and on average (w -
+   floor(w)) n extra ones, taken cyclically from a fixed random permutation, where the last epoch stopped. So no chunk
+   is an extra twice in an epoch, and all come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
     const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
@@ -7556,7 +7559,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
     if (p->longest_row) return;
     pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
-    for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // else rows would be sorted by the lengths of their chunks
+    for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // pack has sorted them by length
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
         p->epoch.at[i - 1] = p->epoch.at[k];
@@ -7632,7 +7635,7 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     return l->n;
 }
 
-/* Positions without an item are padding; each is a sequence of its own. */
+/* Positions without an item are padding, each a sequence of its own, so that nothing attends to it. */
 int slam_loader_next(slam_loader *l, slam_batch *b) {
     const struct slam_packer *p = l->packer;
     const packed_row *row = p->share_end - l->rows_left;
@@ -9508,19 +9511,6 @@ static int path_is_free(const char *path) {
     return !path_exists(path) || set_error("%s: exists; remove it or choose another name", path);
 }
 
-/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
-static int path_writable(const char *path) {
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
-    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    if (fd >= 0) unlink(other);
-    if (fd >= 0) close(fd);
-    free(folder);
-    free(other);
-    return ok;
-}
-
 static int file_rename(const char *from, const char *to) {
     return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
 }
@@ -11190,6 +11180,19 @@ int slam_metrics_write(const char *task, const slam_metric *m, int n, const char
     strbuf_add(&out, "}\n");
     const int ok = file_write(path, out.at, out.n);
     strbuf_free(&out);
+    return ok;
+}
+
+/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
+static int path_writable(const char *path) {
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
+    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    if (fd >= 0) unlink(other);
+    if (fd >= 0) close(fd);
+    free(folder);
+    free(other);
     return ok;
 }
 
