@@ -1230,7 +1230,8 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
 static slam_path path_join(const char *folder, const char *name) {
     slam_path p;
     const size_t n = strlen(folder);
-    snprintf(p.at, sizeof p.at, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    // a path that does not fit is longer than PATH_MAX, and opening it fails
+    if (snprintf(p.at, sizeof p.at, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name) < 0) p.at[0] = 0;
     return p;
 }
 

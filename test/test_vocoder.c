@@ -36,7 +36,7 @@ static void test_model(slam_ops *ops, const char *name) {
     snprintf(path, sizeof path, "%s/case.safetensors", folder);
     tensors *file = tensors_open(path);
     if (!CHECK(file, "%s", slam_error())) return;
-    size_t n, m, got = 0;
+    size_t n = 0, m = 0, got = 0;
     int *units = ints(file, "units", &n), *durations = ints(file, "durations", &m);
     const char *kind = tensors_metadata(file, "durations");
     slam_vocoder *v = slam_vocoder_open(folder, atoi(tensors_metadata(file, "speaker")),
