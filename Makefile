@@ -14,6 +14,7 @@ make emulate       builds train-emulated and dpo-emulated, which run the CUDA ke
 make gpu-test      tests the kernels and training on a GPU, under compute-sanitizer too
 make bench         measures training steps next to PyTorch's, into test/results (options: BENCH="...")
 make gpu-bench     measures kernels and training steps on a GPU, next to PyTorch's
+make gpu-first     the most important of both within nine minutes, into RESULTS=FOLDER (DRY=1: tiny, under the emulator)
 make plot          draws loss.png from the logs of RUNS (default: all in runs/); PLOT=FILE.png draws another file, PLOT=- on the
                    terminal; NGRAMS=FILE adds the n-gram losses in a file of `./eval RUN ppl --json FILE`
 make fuzz          builds the fuzz targets of test/fuzz with clang into build/fuzz
@@ -83,9 +84,11 @@ $(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 # ---- tests and measurements ----
 
 # A test program includes slam.h with its implementation, so that it reaches static functions.
+# -O3 takes twice as long to compile: only what tests loops over numbers needs it.
 TESTS := $(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c))
+UNOPTIMISED := $(patsubst %,$(B)/test_%,data formats objectives ranks scoring speech tokenize)
 $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $(B)/config.mk | build/current
-	$(COMPILE) $< -o $@ $(LIBS)
+	$(COMPILE) $(if $(filter $(UNOPTIMISED),$@),-O1) $< -o $@ $(LIBS)
 $(B)/test_cuda: test/test_cuda.cu
 $(B)/test_ranks_cuda: test/test_ranks.c
 $(B)/test_cuda $(B)/test_ranks_cuda: test/check.h $(EMULATED) | build/current
@@ -103,6 +106,10 @@ $(B)/gpu_test $(B)/gpu_bench: slam.h test/check.h test/random_hubert.h $(B)/conf
 	$(CUDA) $(NCCL) -lineinfo -c $(filter %.cu,$^) -o $@.o
 	$(LINK) $@.o -o $@ $(LIBS) $(NCCL_LIBS)
 gpu-programs: $(B)/gpu_test $(B)/gpu_bench
+$(B)/gpu_bench-emulated: test/gpu_bench.cu test/random_hubert.h $(EMULATED) | build/current
+	$(EMULATE) -O1 $< -x none -o $@ $(LIBS)
+gpu-first:
+	@MAKE='$(MAKE)' BUILD='$(B)' MPIRUN='$(MPIRUN)' DRY='$(DRY)' sh test/gpu_first.sh
 gpu-test: $(B)/gpu_test train dpo
 	@MPIRUN=$(MPIRUN) sh test/test_gpu.sh $<
 gpu-bench: $(B)/gpu_bench
@@ -135,5 +142,5 @@ clean:
 	rm -rf build $(PROGRAMS) $(EMULATED_PROGRAMS)
 
 FORCE:
-.PHONY: all help test bench gpu-programs gpu-test gpu-bench emulate fuzz house plot format format-check clean FORCE
+.PHONY: all help test bench gpu-programs gpu-first gpu-test gpu-bench emulate fuzz house plot format format-check clean FORCE
 .DELETE_ON_ERROR:

@@ -17,7 +17,7 @@ typedef struct program {
     slam_run run; /* flags, model, optimiser, folder, log and progress, shared with train.c */
     double beta, label_smoothing, repetition_filter;
     int share_prompt;
-    char *reference;         /* folder of the model that training starts from */
+    slam_path reference;     /* folder of the model that training starts from */
     uint64_t reference_hash; /* of that model */
     slam_pairs pairs;
     double tokens; /* of an epoch, without padding; its positions with padding; rows of the largest batch */
@@ -200,7 +200,7 @@ static int name_reference(program *p) {
     if (!model && !r->o.init)
         return slam_set_error("--init: no model to start from is given, and %s; ./train makes one", slam_error());
     if (model) p->reference = slam_path_absolute(model);
-    if (model) slam_trainer_set(&r->trainer, "reference", 0, p->reference);
+    if (model) slam_trainer_set(&r->trainer, "reference", 0, p->reference.at);
     free(model);
     return model != NULL;
 }
@@ -210,13 +210,13 @@ static int read_config(program *p) {
     slam_run *r = &p->run;
     slam_trainer before;
     char path[4200], text[32];
-    snprintf(path, sizeof path, "%s/config.json", r->checkpoint ? r->checkpoint : p->reference);
+    snprintf(path, sizeof path, "%s/config.json", r->checkpoint ? r->checkpoint : p->reference.at);
     if (!slam_config_load(&r->config, path)) return 0;
     const int T = r->config.T;
     if (r->o.context > T)
-        return slam_set_error("--context %d: %s has up to %d positions", r->o.context, p->reference, T);
+        return slam_set_error("--context %d: %s has up to %d positions", r->o.context, p->reference.at, T);
     int context = 1024;
-    if (slam_trainer_load(&before, p->reference)) {
+    if (slam_trainer_load(&before, p->reference.at)) {
         const char *trained = slam_trainer_setting(&before, "context", 0);
         if (trained) context = atoi(trained);
         if (r->fresh) r->trainer.units = before.units;
@@ -260,17 +260,13 @@ static void print_count(uint64_t n, const char *what) {
 static void print_pairs(const program *p) {
     const slam_config *m = &p->run.config;
     const slam_pairs *s = &p->pairs;
-    char a[32];
-    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->reference,
+    char a[32], text[200];
+    printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->reference.at,
            slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
     printf("pairs    %zu for training, %zu for validation", s->n_train, s->n - s->n_train);
     print_count(s->truncated, "prompts truncated");
     print_count(s->unshared, "too long to share a prompt");
-    if (s->repetitive + s->empty + s->identical + s->too_long) printf("\n         skipped");
-    print_count(s->repetitive, "repetitive");
-    print_count(s->empty, "with an empty completion");
-    print_count(s->identical, "with identical completions");
-    print_count(s->too_long, "too long");
+    if (strcmp(slam_pairs_skipped(s, NULL, text), "none")) printf("\n         skipped %s", text);
     printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens),
            slam_pairs_row(s), 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
     printf("loss     beta %g, label smoothing %g\n", p->beta, p->label_smoothing);
@@ -298,7 +294,7 @@ static int show_reference(void *context, const slam_progress *progress) {
 
 static int check_reference(const program *p, uint64_t hash) {
     return hash == p->reference_hash ||
-           slam_set_error("%s: is not the model that this run was begun with", p->reference);
+           slam_set_error("%s: is not the model that this run was begun with", p->reference.at);
 }
 
 /* The reference's log-probabilities of all completions, from the run's folder, or computed and saved there. */
@@ -313,7 +309,7 @@ static int find_reference(program *p) {
     const double start = slam_clock();
     int ok = 1;
     if (r->checkpoint) { /* the model has moved away from it */
-        reference = slam_model_load(r->ops, p->reference);
+        reference = slam_model_load(r->ops, p->reference.at);
         ok = reference && slam_model_hash(reference, &hash) && check_reference(p, hash) &&
              slam_model_plan(reference, p->batch.capacity, p->batch.T, SLAM_INFERENCE);
     }
@@ -332,7 +328,7 @@ static int open_model(program *p) {
     slam_run *r = &p->run;
     char text[32];
     uint64_t hash = 0;
-    int ok = (r->model = slam_model_load(r->ops, r->checkpoint ? r->checkpoint : p->reference)) != NULL;
+    int ok = (r->model = slam_model_load(r->ops, r->checkpoint ? r->checkpoint : p->reference.at)) != NULL;
     if (ok && !r->checkpoint) {
         ok = slam_model_hash(r->model, &hash) && (r->fresh || check_reference(p, hash));
         p->reference_hash = hash;
@@ -340,7 +336,7 @@ static int open_model(program *p) {
         if (r->fresh) slam_trainer_set(&r->trainer, "reference_model", 0, text);
     }
     ok = ok && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
-    if (!slam_all_ok(r->comm, ok)) return 0;
+    if (!slam_all_ok(r->comm, ok) || !slam_run_tune(r)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 1);
     p->weights = (float *)calloc((size_t)r->micro * r->T, sizeof *p->weights);
     if (!slam_run_begin(r, p->pairs.hash)) return 0;
@@ -379,7 +375,6 @@ int main(int argc, char **argv) {
     slam_loader_free(p.val_loader);
     slam_pairs_free(&p.pairs);
     slam_batch_free(&p.batch);
-    free(p.reference);
     free(p.weights);
     return status;
 }

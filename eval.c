@@ -19,17 +19,17 @@ static const char *const task_names[TASKS] = {"ppl",    "swuggy",   "sblimp",   
 typedef struct program {
     slam_comm *comm;
     slam_flags flags;
-    slam_flag table[40];
+    slam_flag table[44];
     /* flags */
     char *train, *json, *device, *dtype;
     int context, batch, threads;
     slam_unit_flags unit_flags;
     char *units, *split, *submission;
     int sum;
-    char *out, *transcripts, *wav;
+    char *out, *transcripts, *wav, *vocoder_folder;
     double prompt_seconds, temperature, top_p, repetition_penalty;
     long seed;
-    int prompt_units, rate, top_k, max_new, greedy, wav_prompt;
+    int prompt_units, rate, top_k, max_new, greedy, wav_prompt, speaker, style;
     /* arguments */
     int task;
     const char *path;           /* model or run; NULL: the newest run */
@@ -54,7 +54,8 @@ typedef struct program {
 
 static int is_root(const program *p) { return p->comm->rank == 0; }
 static int n_units(const program *p) {
-    return p->model ? p->model->config.V - 2 : p->tokenizer ? p->tokenizer->K : 65534;
+    if (p->model) return p->model->config.V - 2;
+    return p->vocoder ? p->vocoder->K : p->tokenizer ? p->tokenizer->K : 65534;
 }
 
 static const char *setting(const program *p, const char *name, const char *fallback) {
@@ -90,18 +91,8 @@ static int show_progress(void *context, const slam_progress *progress) {
     return !slam_stop_requested();
 }
 
-/* {"task": "ppl", "n": 1234, ...}; JSON has no inf or nan. */
 static int write_json(const program *p, const slam_metric *metrics, int n) {
-    FILE *f = p->json ? fopen(p->json, "w") : NULL;
-    if (!p->json) return 1;
-    if (!f) return slam_set_error("%s: cannot be written", p->json);
-    fprintf(f, "{\"task\": \"%s\"", task_names[p->task]);
-    for (int i = 0; i < n; i++)
-        fprintf(f, isfinite(metrics[i].value) ? ", \"%s\": %.17g" : ", \"%s\": null", metrics[i].name,
-                metrics[i].value);
-    fprintf(f, "}\n");
-    const int failed = ferror(f);
-    return (fclose(f) == 0 && !failed) || slam_set_error("%s: cannot be written", p->json);
+    return !p->json || slam_metrics_write(task_names[p->task], metrics, n, p->json);
 }
 
 /* ---- perplexity ---- */
@@ -307,6 +298,10 @@ static void set_flags(program *p) {
         SLAM_FLAG("hubert", SLAM_TEXT, &p->unit_flags.hubert, "DIR", NULL,
                   "HuBERT, if KM.json names none or it has moved"),
         SLAM_NUMBER("layer", SLAM_INT, &p->unit_flags.layer, "N", "11", 0, 1000, "of --hubert"),
+        SLAM_NUMBER("pad", SLAM_INT, &p->unit_flags.pad, "N", "40", 0, 16000,
+                    "zeros before and after the samples of --hubert, as for tokenize"),
+        SLAM_FLAG("channel", SLAM_TEXT, &p->unit_flags.channel, "mix|N", NULL,
+                  "of files with several: their mean, or channel N (SlamKit: 1); default: KM.json's, else mix"),
         SLAM_HEADING("Test sets"),
         SLAM_FLAG("units", SLAM_TEXT, &p->units, "FILE.jsonl", NULL,
                   "the sequences as units (SlamKit features or tokens), found by the names of the set's files"),
@@ -324,7 +319,7 @@ static void set_flags(program *p) {
                     "frames per second of the durations in PROMPTS.jsonl"),
         SLAM_NUMBER("max-new", SLAM_INT, &p->max_new, "N", "150", 1, 1 << 24,
                     "units of a continuation at most (at most half the context if this flag is not given)"),
-        SLAM_NUMBER("temperature", SLAM_REAL, &p->temperature, "X", "0.8", 1e-6, 1e6, "divides the logits"),
+        SLAM_NUMBER("temperature", SLAM_REAL, &p->temperature, "X", "0.8", 0, 1e6, "divides the logits"),
         SLAM_NUMBER("top-k", SLAM_INT, &p->top_k, "N", "25", 0, 1 << 20, "draw from the N most likely units; 0: all"),
         SLAM_NUMBER("top-p", SLAM_REAL, &p->top_p, "P", "1", 0, 1,
                     "draw from the most likely units with probability P together"),
@@ -336,6 +331,10 @@ static void set_flags(program *p) {
                   "write prompts with their continuations as audio, DIR/NAME.wav, of the MFCC centroids in --kmeans"),
         SLAM_FLAG("wav-prompt", SLAM_SWITCH, &p->wav_prompt, NULL, NULL,
                   "and the prompts alone, DIR/prompt/NAME.wav, to tell the model from the synthesis"),
+        SLAM_FLAG("vocoder", SLAM_TEXT, &p->vocoder_folder, "DIR", NULL,
+                  "of --wav: a unit HiFi-GAN, config.json and model.safetensors, instead of the centroids"),
+        SLAM_NUMBER("speaker", SLAM_INT, &p->speaker, "N", "0", 0, 1 << 30, "of --vocoder"),
+        SLAM_NUMBER("style", SLAM_INT, &p->style, "N", "0", 0, 1 << 30, "of --vocoder"),
         SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL,
                   "print auto-BLEU-2 of texts, one line per continuation, and generate nothing"),
     };
@@ -379,6 +378,10 @@ static int read_arguments(program *p) {
     if (p->task == RESYNTHESIZE && (!p->wav || p->path))
         return slam_set_error(p->path ? "resynthesize: expected no model" : "resynthesize: expected --wav DIR");
     if (p->wav_prompt && !p->wav) return slam_set_error("--wav-prompt: expected --wav DIR as well");
+    if (p->vocoder_folder && !p->wav) return slam_set_error("--vocoder: expected --wav DIR as well");
+    if (!p->greedy && slam_flags_given(&p->flags, "temperature") && p->temperature < 1e-6)
+        return slam_set_error("--temperature %g: expected a positive number; --greedy takes the most likely unit",
+                              p->temperature);
     if (p->train) slam_strings_add(&p->counted, p->train);
     return 1;
 }
@@ -398,9 +401,7 @@ static int open_model(program *p) {
 }
 
 static void add_bundled(const char *argv0, const char *name, slam_strings *list) {
-    char *path = slam_path_beside(argv0, name);
-    slam_strings_add(list, path);
-    free(path);
+    slam_strings_add(list, slam_path_beside(argv0, name).at);
 }
 
 /* Data of the model's units. `fraction` of it is held out, chosen as the run chose it. */
@@ -468,8 +469,8 @@ static int open_tokenizer(program *p) {
     if (p->run.units && p->run.units != made)
         return slam_set_error("%s: units of tokenizer %08x, the model was trained on units of %08x", kmeans,
                               (unsigned)made, (unsigned)p->run.units);
-    return p->tokenizer->K <= n_units(p) || slam_set_error("%s: %d units, the model has %d (its vocabulary is %d)",
-                                                           kmeans, p->tokenizer->K, n_units(p), p->model->config.V);
+    return p->tokenizer->K <= n_units(p) || slam_set_error("%s: has %d units, the %s %d", kmeans, p->tokenizer->K,
+                                                           p->model ? "model" : "vocoder", n_units(p));
 }
 
 /* Units of audio files (paths->n), NULL on failure. Counts the files that are skipped. */
@@ -484,17 +485,25 @@ static slam_units *tokenize(program *p, const slam_strings *paths) {
     return NULL;
 }
 
-/* The vocoder of --kmeans or, without it, of the bundled units. */
+/* --wav: --vocoder, or the unit tokenizer, by default the bundled one. */
 static int open_vocoder(program *p, const char *argv0) {
-    if (!p->unit_flags.kmeans && !slam_bundled_units(argv0, p->run.units)) return 0;
-    if (!p->unit_flags.kmeans) p->unit_flags.kmeans = slam_path_beside(argv0, "test/corpus/km.npy");
+    if (p->vocoder_folder) {
+        p->vocoder = slam_vocoder_open(p->vocoder_folder, p->speaker, p->style, NULL, p->ops);
+        return p->vocoder &&
+               (p->vocoder->K == n_units(p) ||
+                slam_set_error("%s: has %d units, the model %d", p->vocoder_folder, p->vocoder->K, n_units(p)));
+    }
+    if (!p->unit_flags.kmeans) {
+        if (!slam_bundled_units(argv0, p->run.units)) return 0;
+        slam_flags_set(&p->flags, "kmeans", slam_path_beside(argv0, "test/corpus/km.npy").at);
+    }
     if (!open_tokenizer(p)) return 0;
     if (p->tokenizer->K != n_units(p))
         return slam_set_error("--wav: the model has %d units, expected --kmeans KM.npy with their centroids",
                               n_units(p));
     if (!p->tokenizer->durations && p->tokenizer->config.dedup)
         printf("         %s has no durations (.json): a unit without one lasts 1.4 frames\n", p->unit_flags.kmeans);
-    return (p->vocoder = slam_vocoder_open(NULL, p->tokenizer, p->ops)) != NULL;
+    return (p->vocoder = slam_vocoder_open(NULL, 0, 0, p->tokenizer, p->ops)) != NULL;
 }
 
 static int ends_in(const char *path, const char *end) {
@@ -569,6 +578,7 @@ static int add_audio_prompts(program *p, const slam_strings *arguments) {
     memset(&in, 0, sizeof in);
     if (open_tokenizer(p) && slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)arguments->at, arguments->n))
         units = tokenize(p, &in.paths);
+    for (size_t i = 0; is_root(p) && i < in.notes.n; i++) fprintf(stderr, "eval: note: %s\n", in.notes.at[i]);
     if (units) p->prompts.rate = p->tokenizer->config.rate;
     for (size_t i = 0; units && i < in.paths.n; i++) {
         const slam_units *u = &units[i];
@@ -622,8 +632,12 @@ static int evaluate(program *p, const char *argv0) {
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
     if (!slam_all_ok(p->comm, ok)) return 0;
-    if (p->task == RESYNTHESIZE) slam_threads(p->comm, p->threads);
-    else if (!open_model(p)) return 0;
+    if (p->task != RESYNTHESIZE) ok = open_model(p);
+    else if (p->vocoder_folder) ok = (p->ops = slam_device(p->comm, p->device, p->dtype, p->threads)) != NULL;
+    else slam_threads(p->comm, p->threads);
+    if (!ok) return 0;
+    if (p->model && p->context > p->model->config.T)
+        return slam_set_error("--context %d: %s has up to %d positions", p->context, p->folder, p->model->config.T);
     if (p->task != PPL) slam_signals_catch(); /* ppl ends at once */
     if (p->task == PPL) ok = open_perplexity(p, argv0);
     else if (p->task < GENERATE) ok = open_set(p, argv0);

@@ -33,7 +33,7 @@
       8. OPTIMISER      AdamW, schedules, gradient clipping, ZeRO-1
       9. BATCHES        documents -> chunks -> packed rows -> batches
      10. AUDIO          files, resampler, segmenter
-     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, token files
+     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer
      12. OBJECTIVES     language modelling, DPO, scores of sequences
      13. EVALUATION     n-grams, test sets, generation
      14. CHECKPOINTS    run folders, trainer state, log
@@ -60,6 +60,9 @@
 #endif
 #include <stddef.h>
 #include <stdint.h>
+#if UINTPTR_MAX <= 0xffffffff
+#error "slam needs a 64-bit system: sizes of files and models do not fit into 32 bits"
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -82,13 +85,18 @@ typedef struct slam_strings {
 void slam_strings_add(slam_strings *, const char *item); /* a copy of item */
 void slam_strings_free(slam_strings *);
 
+/* A path by value: nothing to free. One that is too long is cut at a length that no system call accepts. */
+typedef struct slam_path {
+    char at[4160];
+} slam_path;
+
 /* Progress of long work, passed to a callback. The callback returns 0 to cancel. */
 typedef struct slam_progress {
     const char *stage;    /* "fit", "tokenize", "score", ... */
     double done, total;   /* total 0: unknown */
     double audio_seconds; /* of audio decoded so far */
-    const char *skipped;  /* NULL, or the file or line that is skipped just now ... */
-    const char *reason;   /* ... and why */
+    const char *skipped;  /* the file or line that is skipped in this call, or NULL */
+    const char *reason;   /* why it is skipped */
 } slam_progress;
 typedef int slam_progress_fn(void *context, const slam_progress *);
 
@@ -104,16 +112,27 @@ typedef struct slam_act slam_act;
 typedef struct slam_ops slam_ops;
 typedef struct slam_comm slam_comm; /* section 6 */
 
+/* The algorithm of a GPU's matrix products, by shape. Plain data: with a copy of it products have the same bits. */
+enum { SLAM_PRODUCTS = 64 };
+typedef struct slam_products {
+    char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": the list is for this one only */
+    int tune;                        /* 1: the first product of a shape measures algorithms and stores the fastest */
+    int measured;                    /* entries of the list that were measured: the first ones, never replaced */
+    int proposed;                    /* number of others stored so far; the oldest is replaced */
+    uint64_t list[SLAM_PRODUCTS][9]; /* hash of a shape, its algorithm (cublasLtMatmulAlgo_t) */
+} slam_products;
+
 /* Which keys each query sees, and the rotary table. Query i sees key j iff doc_start[i] <= j < doc_end[i] and not
    mask_start[i] <= j < mask_end[i]. Rotary positions count from doc_start and skip the masked span:
    i - doc_start[i] - (mask_end[i] - mask_start[i]). A span that is not empty lies within doc_start .. doc_end, and
    every query sees at least one key. */
 typedef struct slam_mask {
     int B, T, NH, KVH, HS;
+    int pairs;                        /* c < pairs: (c, c + pairs) of a head is rotated. HS/2: all of it; 0: nothing */
     const int *doc_start;             /* (B,T) */
     const int *doc_end;               /* (B,T), NULL: i + 1 (causal) */
     const int *mask_start, *mask_end; /* (B,T), NULL: no masked spans */
-    const float *rope;                /* rotary table of T positions, see rope_table; NULL: no rotation */
+    const float *rope;                /* (T,2 pairs) rotary table, see rope_table */
 } slam_mask;
 
 typedef struct slam_adamw_params {
@@ -121,9 +140,10 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* B rows of T frames, G groups of C input and OC output channels each, K taps, TO output frames; gelu: GELU follows. */
+/* B rows of T frames, G groups of C input and OC output channels each, K taps that are `dilation` frames apart, TO
+   output frames; gelu: GELU follows. */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride, gelu;
+    int B, G, T, C, TO, OC, K, stride, dilation, gelu;
 } slam_conv;
 
 /* N rows of V logits, `stride` apart. */
@@ -134,13 +154,14 @@ typedef struct slam_xent {
 } slam_xent;
 
 struct slam_ops {
-    const char *name; /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
-    int act_bytes;    /* 4: float, 2: bf16 */
-    int threads;      /* CPU threads of parallel loops */
-    size_t memory;    /* total bytes of the device */
-    int asynchronous; /* the device computes while the host continues */
-    int same_rows;    /* a row of a matmul's output has the same bits whatever the other rows are */
-    slam_comm *comm;  /* the processes that train together; NULL: one process */
+    const char *name;        /* "cpu, 2 threads", "cuda:0 NVIDIA H100 80GB HBM3" */
+    int act_bytes;           /* 4: float, 2: bf16 */
+    int threads;             /* CPU threads of parallel loops */
+    size_t memory;           /* total bytes of the device */
+    int asynchronous;        /* the device computes while the host continues */
+    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    slam_comm *comm;         /* the processes that train together; NULL: one process */
+    slam_products *products; /* NULL: there is nothing to choose */
 
     /* Device memory: zeroed, aligned to 256 bytes. NULL and slam_error() when there is not enough. */
     void *(*alloc)(slam_ops *, size_t bytes);
@@ -194,7 +215,7 @@ struct slam_ops {
 
     /* Grouped-query attention with rotary positions (Vaswani et al. 2017; Ainslie et al. 2023; Su et al. 2021). A row
        of qkv has NH query, KVH key and KVH value heads, and KVH divides NH: query head h reads key/value head
-       floor(h KVH / NH). R_i rotates each pair (c, c + HS/2) by the angles of i's rotary position (see slam_mask).
+       floor(h KVH / NH). R_i rotates each pair (c, c + pairs) by the angles of i's rotary position (see slam_mask).
            q'_i = R_i q_i    k'_j = R_j k_j
            s_ij = q'_i . k'_j / sqrt(HS)  for visible j     lse_i = log sum_j exp(s_ij)
            p_ij = exp(s_ij - lse_i)                         out_i = sum_j p_ij v_j
@@ -209,7 +230,7 @@ struct slam_ops {
                                const float *lse, const slam_act *qkv, const slam_mask *);
     /* Decoding: one token for each of the first B cache slots of capacity T. Row b of qkv is the token at position
        lengths_b < T of slot b. Its k' and v are appended to the cache, and it attends to 0..lengths_b. It uses B, T,
-       NH, KVH, HS and rope of the mask.
+       NH, KVH, HS, pairs and rope of the mask.
        out (B,NH HS)  cache (B,T,2 KVH HS)  qkv (B,(NH + 2 KVH) HS)  lengths (B) */
     void (*attention_decode)(slam_ops *, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                              const slam_mask *);
@@ -242,12 +263,12 @@ struct slam_ops {
     void (*adamw)(slam_ops *, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
                   const slam_adamw_params *, size_t n);
 
-    /* The rest serves speech encoders and has no backward pass. */
+    /* The rest serves speech encoders and vocoders and has no backward pass. */
 
     /* Convolution over time without padding, optionally followed by GELU
-           out[b,t,g,o] = sum_k,c x[b,g,t stride + k,c] w[g,o,k,c] + bias[g,o]
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + K > T read
-       beyond their row: the caller allocates that memory and ignores those frames. */
+           out[b,t,g,o] = sum_k,c x[b,g,t stride + k dilation,c] w[g,o,k,c] + bias[g,o]
+       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + (K - 1) dilation >= T
+       read beyond their row: the caller allocates that memory and ignores those frames. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
     /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
@@ -273,6 +294,8 @@ struct slam_ops {
        nearest (N)  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K) scratch */
     void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
                     const float *squares, int N, int D, int K);
+    /* Leaky ReLU (Maas, Hannun and Ng 2013): y = x where x > 0, else slope x      y (n) may be x */
+    void (*leaky_relu)(slam_ops *, slam_act *y, const slam_act *x, float slope, size_t n);
 };
 
 /* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
@@ -334,7 +357,6 @@ typedef struct slam_batch {
     float *losses;              /* (B,T) result of slam_forward, 0 where there is no target */
     slam_sequence *sequences;
     size_t n_sequences, sequence_capacity;
-    uint64_t n_tokens, n_targets; /* without padding */
 } slam_batch;
 slam_batch slam_batch_new(int rows, int T, int masked); /* B = rows, no targets; masked: with mask_start, mask_end */
 void slam_batch_free(slam_batch *);
@@ -503,27 +525,27 @@ double slam_auto_bleu(const char *text, int order);
 
 /* ---- 10. AUDIO ---- */
 
-/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): within 0.001 dB up
-   to 0.9 of the lower Nyquist frequency, 100 dB down from 1.0. No delay; beyond its ends the input is 0. *n_out =
-   ceil(16000 n / rate). free() the result; NULL and slam_error(): a rate out of range. Thread-safe. */
+/* in (n) at `rate` (1000..192000) resampled to 16 kHz by a windowed sinc (Kaiser and Schafer 1980): flat to 0.001 dB up
+   to 0.9 of the lower Nyquist frequency, attenuated by 100 dB from there on. Zero phase; samples beyond the ends are 0.
+   *n_out = ceil(16000 n / rate). free() the result; NULL: the rate is out of range. Thread-safe. */
 float *slam_resample(const float *in, size_t n, int rate, size_t *n_out);
-/* A whole audio file as mono samples at 16 kHz in [-1,1]; free() them. NULL and slam_error(): it cannot be decoded. */
+/* A whole audio file as mono samples at 16 kHz, full scale -1 to 1; free() them. NULL: it cannot be decoded. */
 float *slam_audio_load(const char *path, size_t *n);
 
 /* ---- 11. UNITS: audio -> features -> units ---- */
 
 enum { SLAM_MFCC, SLAM_HUBERT };
-/* What turns audio into units; km.json beside the centroids in km.npy. MFCC are those of the Python package
-   python_speech_features: 13 with first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
-   Transformers' HubertModel: 0 is the input of the first layer, n the output of layer n (before the final layer norm of
-   do_stable_layer_norm models). */
+/* How audio becomes units; km.json beside the centroids in km.npy. MFCC: python_speech_features.mfcc in Python with
+   nfilt=40, winfunc=numpy.hamming, and first and second differences. HuBERT (Hsu et al. 2021): hidden_states[layer] of
+   Transformers' HubertModel, of samples with zeros around them, without the final norm of do_stable_layer_norm. */
 typedef struct slam_unit_config {
     int features;         /* SLAM_MFCC, SLAM_HUBERT */
     int rate;             /* frames per second; MFCC: 25 (64 ms windows) or 50 (32 ms); HuBERT: the model's, or 0 */
-    int normalize, dedup; /* zero mean and unit variance of each file first; merge equal neighbouring frames */
-    int layer;
-    char hubert[1024];            /* HuBERT: its folder, in Hugging Face's format */
-    uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's inputs */
+    int normalize, dedup; /* each segment to zero mean and unit variance; merge equal neighbouring units */
+    int layer, pad;       /* HuBERT: zeros before and after the samples; SlamKit has 40, fairseq's pipelines 0 */
+    int channel;          /* of files with several, from 1; 0: their mean. Not part of the fingerprint */
+    char hubert[1024];    /* HuBERT: its folder, in Hugging Face's format */
+    uint64_t fingerprint, origin; /* of km.json, 0: unknown. Hash of the tokenizer; of the fit's arguments */
 } slam_unit_config;
 slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, deduplicated */
 /* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
@@ -539,16 +561,16 @@ void slam_units_free(slam_units *);
 typedef struct slam_recording {
     const float *samples; /* (n) at 16 kHz */
     size_t n;
-    float *features; /* (units.frames,width) of slam_units_encode without centroids; free() them */
+    float *features; /* (units.frames,width), set by slam_units_encode without centroids; free() them */
     slam_units units;
 } slam_recording;
 
-/* Features and centroids (K,width): audio in, units 0..K-1 out; without centroids (NULL, K = 0), features. */
+/* Features and centroids (K,width). Converts audio to units 0..K-1; without centroids (NULL, K = 0), to features. */
 typedef struct slam_tokenizer {
     slam_unit_config config;
     int K, width;         /* centroids; numbers per frame */
-    int do_normalize;     /* the model's preprocessor_config.json asks for config.normalize */
-    uint32_t fingerprint; /* hash of config and centroids, never 0; word 4 of a shard's header */
+    int do_normalize;     /* of the model's preprocessor_config.json; the caller sets config.normalize */
+    uint32_t fingerprint; /* hash of config and centroids, never 0; at byte 16 of a shard's header */
     float *centroids;
     int *durations; /* (K) mean duration of each unit in milliseconds; NULL: KM.json has none */
     struct slam_mfcc *mfcc;
@@ -561,56 +583,58 @@ void slam_tokenizer_free(slam_tokenizer *);
 /* Units (or features) of n recordings, which do not depend on each other. */
 int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 
-/* ---- 11. UNITS: from files to units; tokenize.c has the loop ---- */
+/* ---- 11. UNITS: from files to units; the loop is tokenize() in tokenize.c ---- */
 
 enum { SLAM_INPUT_AUDIO, SLAM_INPUT_UNITS, SLAM_INPUT_PAIRS, SLAM_INPUT_TEXT };
 /* Audio files, or lines of files. An input that cannot be used is skipped. */
 typedef struct slam_inputs {
     int kind, pairs_out;   /* pairs_out: the output is preference pairs */
     slam_strings paths;    /* the audio files, or the files of the lines */
-    size_t n, first, end;  /* inputs; first <= i < end is the part to do */
-    double max_seconds;    /* longer audio is split at the quietest 20 ms in the last fifth of it; 0: never */
+    size_t n, first, end;  /* inputs; those to process are first <= i < end */
+    double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
-    slam_strings voices;   /* shell commands that synthesise {text}, or a line on stdin, and write WAV to stdout */
+    slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
+    slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
 } slam_inputs;
-/* AUDIO: files, folders (recursively, in byte order of names) and @LIST files with a path per line. Else lines: SlamKit
-   features or tokens (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text, or prompt, chosen and
-   rejected separated by tabs (TEXT, with voices). */
+/* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
+   or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
+   (UNITS); objects with prompt_path, chosen_path, rejected_path (PAIRS); text or, if the first line has a tab, prompt,
+   chosen and rejected between tabs (TEXT, with voices). LIST or a file of lines may be -: stdin. */
 int slam_inputs_open(slam_inputs *, int kind, const char *const *paths, size_t n);
 void slam_inputs_free(slam_inputs *);
 
 /* The units of an input: segments of a recording, or the three sides of a pair. */
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
-slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: tokenizer or NULL */
-/* Returns 1, 0 at the end, -1 on failure. With 1, *item is the next input (valid until the next call; *skipped: why it
-   is skipped, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
+slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
+/* Returns 1, 0 at the end, -1 on error. With 1, *item is the next input (valid until the next call; *skipped: why it
+   cannot be used, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
-/* Writes OUT.bin (token shards; a full one becomes OUT-00001.bin and so on, the last is OUT.bin), else lines (SlamKit
-   features or tokens, pairs). While writing, OUT.partial has the data, and OUT.journal how many bytes of it are valid:
-   after a kill, the same call resumes and produces the same bytes. OUT.failed lists skipped inputs. */
+/* Writes OUT: NAME.bin (token shards; a full one becomes NAME-00001.bin and so on, the last NAME.bin), else lines
+   (SlamKit features or tokens, pairs). While writing, OUT.partial has the data, OUT.journal how many bytes of it are
+   valid: after a kill, the same call resumes and produces the same bytes. OUT.failed lists inputs with errors. */
 typedef struct slam_writer {
     int binary, pairs;
     uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
-    uint64_t identity, bytes, failed_bytes; /* of the journal; identity: hash of settings and inputs */
+    uint64_t identity, bytes, failed_bytes; /* in the journal; identity: hash of settings and inputs */
     struct slam_writer_files *files;
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
                      uint64_t shard_tokens);
 int slam_writer_add(slam_writer *, const slam_item *); /* once a second, also syncs the data and updates the journal */
-/* ok: renames OUT.partial to OUT if all inputs are done. 0, after an error: OUT.partial is kept as of the journal. */
+/* ok: renames OUT.partial to OUT if all inputs are done (no documents: an error). 0: keeps it as of the journal. */
 int slam_writer_close(slam_writer *, int ok);
 
 typedef struct slam_kmeans_report {
     size_t frames;    /* 0: nothing was fitted, KM.npy was there already, made by the same call */
     double inertia;   /* mean squared distance of a frame to its centroid */
-    int passes, dead; /* full passes; centroids without a frame */
+    int passes, dead; /* full passes; empty clusters */
 } slam_kmeans_report;
 /* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 x frames frames, samples `frames` of them
    uniformly and runs k-means. */
@@ -631,11 +655,14 @@ typedef struct slam_vocoder {
     size_t capacity;
     const slam_tokenizer *tokenizer;
     struct slam_voice *voice;
+    struct slam_gan *gan;
 } slam_vocoder;
-/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. */
-slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *, slam_ops *);
+/* folder NULL: from the tokenizer's MFCC centroids, whose tokenizer has to outlive the vocoder. Else a unit HiFi-GAN of
+   textlesslib or speech-resynthesis: config.json and model.safetensors; speaker, style: 0, or one that it has. */
+slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *, slam_ops *);
 void slam_vocoder_free(slam_vocoder *);
-/* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean. */
+/* Starts a sequence: unit, duration (n). A duration (in frames) of 0, or NULL, stands for the unit's mean, or for what
+   the HiFi-GAN predicts (one frame, if it has no predictor). */
 int slam_vocoder_start(slam_vocoder *, const int *unit, const int *duration, size_t n);
 /* The next samples of the sequence, until the next call: how many, 0 at the end, -1 and slam_error(). */
 ptrdiff_t slam_vocoder_next(slam_vocoder *, const float **samples);
@@ -671,6 +698,8 @@ typedef struct slam_pairs {
 int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
 /* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
+/* "8 too long, ...", the pairs skipped since `before` (NULL: all); "none". */
+const char *slam_pairs_skipped(const slam_pairs *, const slam_pairs *before, char text[200]);
 void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
 int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
 
@@ -765,6 +794,12 @@ typedef struct slam_generation {
    number of equal prompts before it, not on batch, order or ranks. Also returns 1 if the callback cancels. */
 int slam_generate(slam_model *, const slam_generation *, slam_prompts *, slam_progress_fn *, void *context);
 double slam_unit_auto_bleu(const int *units, size_t n, int order);
+
+typedef struct slam_metric {
+    const char *name;
+    double value;
+} slam_metric;
+int slam_metrics_write(const char *task, const slam_metric *, int n, const char *path); /* as a JSON object */
 int slam_output_check(const char *path); /* 0 and slam_error() if no file can be written there; creates "folder/" */
 
 /* ---- 14. CHECKPOINTS: a run's folder with step_000200/, links latest and best, trainer.json, log.jsonl ---- */
@@ -848,39 +883,38 @@ slam_comm *slam_program_begin(const char *program);
 /* End: prints slam_error() if status is 1 or 2, and the usage if it is 2, once if all ranks know of the failure. Then
    finalises the comm. Returns the status. */
 int slam_program_end(const slam_flags *, slam_comm *, int status);
-void slam_signals_catch(void); /* from now on SIGINT or SIGTERM requests a stop; a second one exits at once */
+/* From now on SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP requests a stop. A second one of the first two
+   exits at once. */
+void slam_signals_catch(void);
 int slam_stop_requested(void);
 /* Sets and returns the number of threads. 0: OpenMP's, or with several ranks on a machine their share of the cores. */
 int slam_threads(const slam_comm *, int threads);
 /* Opens a DEVICE for dtype "auto", "f32" or "bf16", prints which, and attaches the comm. */
 slam_ops *slam_device(slam_comm *, const char *device, const char *dtype, int threads);
-const char *slam_format_count(char s[32], double n);         /* 950, 12.3k, 1.40M */
-const char *slam_format_time(char s[32], double seconds);    /* 0:32, 12:03:04 */
-void slam_print_path(const char *path);                      /* quoted for a shell if needed */
-char *slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program; free() it */
-char *slam_path_absolute(const char *path);                  /* free() it */
+const char *slam_format_count(char s[32], double n);             /* 950, 12.3k, 1.40M */
+const char *slam_format_time(char s[32], double seconds);        /* 0:32, 12:03:04 */
+void slam_print_path(const char *path);                          /* quoted for a shell if needed */
+slam_path slam_path_beside(const char *argv0, const char *name); /* NAME in the folder of the program */
+slam_path slam_path_absolute(const char *path);
 
 /* Flags that say how audio becomes units, as far as a program has them. */
 typedef struct slam_unit_flags {
-    char *kmeans, *features, *rate, *hubert;
-    int layer, normalize, no_dedup;
+    char *kmeans, *features, *rate, *hubert, *channel;
+    int layer, pad, normalize, no_dedup;
 } slam_unit_flags;
-/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error. */
+/* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error (but
+   channel is free: often each holds a speaker). */
 int slam_unit_flags_config(const slam_flags *, const slam_unit_flags *, int fit, slam_unit_config *);
 int slam_bundled_units(const char *argv0, uint64_t units); /* an error unless 0 or the bundled data's fingerprint */
 
 /* What train and dpo share; their loops are in train.c and dpo.c. First the values of the common flags. */
 typedef struct slam_options {
     slam_strings val;
-    char *init, *warmup, *schedule, *out, *device, *dtype, *format;
+    char *init, *warmup, *schedule, *out, *device, *dtype, *tune, *format;
     double val_fraction, epochs, seconds, flops, bandwidth;
     long steps, tokens, seed, eval_every, save_every, log_every;
     int context, batch, micro, zero, recompute, resume, threads, keep, dry_run, ranks;
 } slam_options;
-typedef struct slam_metric {
-    const char *name;
-    double value;
-} slam_metric;
 typedef struct slam_run {
     /* set by the program: name of the DATA setting; files used without DATA, training and validation */
     const char *data_name, *bundled_data[2];
@@ -915,6 +949,9 @@ int slam_run_open(slam_run *);
 /* Plans and prints micro-batch, memory and schedule for `rows` rows of T tokens per step. trainer.steps: the smallest
    limit, 0: only --time. token_steps: steps until --tokens, 0: none. */
 int slam_run_plan(slam_run *, int rows, int T, double steps_per_epoch, double tokens_per_step, long token_steps);
+/* With --tune on: restores the run's algorithms of matrix products; rank 0 measures those of other shapes, in a pass
+   over a batch. After slam_adamw_init. Collective. */
+int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
@@ -1189,10 +1226,12 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t n) {
 
 /* ---- files ---- */
 
-/* "folder/name" in memory of its own. */
-static char *path_join(const char *folder, const char *name) {
+/* "folder/name" */
+static slam_path path_join(const char *folder, const char *name) {
+    slam_path p;
     const size_t n = strlen(folder);
-    return string_print("%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    snprintf(p.at, sizeof p.at, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
+    return p;
 }
 
 /* The part after the last slash. */
@@ -1213,16 +1252,15 @@ static int path_is_folder(const char *path) {
 
 /* Creates the folder and its parents; an existing folder is fine. */
 static int folder_create(const char *path) {
-    char *p = string_copy(path);
-    for (char *s = p; *s; s++)
-        if (*s == '/' && s > p) {
-            *s = 0;
-            mkdir(p, 0777);
-            *s = '/';
-        }
-    const int ok = mkdir(p, 0777) == 0 || path_is_folder(path);
-    if (!ok) set_error("%s: cannot create this folder: %s", path, strerror(errno));
-    free(p);
+    const char *end = path;
+    int ok = 1;
+    do {
+        end += 1 + strcspn(end + 1, "/");
+        char *p = string_copy_n(path, (size_t)(end - path));
+        const int error = mkdir(p, 0777) == 0 ? 0 : errno;
+        if (error && !path_is_folder(p)) ok = set_error("%s: cannot create this folder: %s", p, strerror(error));
+        free(p);
+    } while (ok && *end);
     return ok;
 }
 
@@ -1251,8 +1289,13 @@ static int remove_tree(const char *path) {
 }
 
 /* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
-   copy. */
+   copy. What some tools leave in the place of a file that was not downloaded is an error. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
+    static const char *const not_it[][3] = {
+        {"version https://git-lfs.github.com/spec/", "a git-lfs pointer", "run `git lfs pull` in its folder"},
+        {"/annex/objects/", "a git-annex pointer", "run `git annex get .` in its folder"},
+        {"<!DOCTYPE html", "a web page", "download the file itself (on Hugging Face /resolve/, not /blob/)"}};
+    char start[64] = "";
     FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
     struct stat s;
     int ok = f && fstat(fileno(f), &s) == 0;
@@ -1267,6 +1310,10 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
     }
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
+    if (ok && pread(fileno(f), start, sizeof start - 1, 0) < 0) *start = 0;
+    for (int i = 0; ok && i < 3; i++)
+        if (!strncasecmp(start, not_it[i][0], strlen(not_it[i][0])))
+            ok = set_error("%s: is %s, not the file itself; %s", name, not_it[i][1], not_it[i][2]);
     *size = ok ? (size_t)s.st_size : 0;
     if (ok) return f;
     if (f) fclose(f);
@@ -1312,11 +1359,17 @@ typedef struct bytes {
     size_t n;
 } bytes;
 
-/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written. A PATH that is no
-   regular file (/dev/stdout, a pipe) is written directly. */
-static int file_write_parts(const char *path, const bytes *parts, size_t n) {
+/* Whether a path is a pipe, a device or a name of an open file, which no other file may replace. */
+static int path_is_direct(const char *path) {
     struct stat s;
-    const int direct = stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode);
+    return !strncmp(path, "/dev/std", 8) || !strncmp(path, "/dev/fd/", 8) ||
+           (stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode));
+}
+
+/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written; or to PATH itself
+   if path_is_direct. */
+static int file_write_parts(const char *path, const bytes *parts, size_t n) {
+    const int direct = path_is_direct(path);
     char *part = string_print("%s%s", path, direct ? "" : ".part");
     FILE *f = fopen(part, "wb");
     int ok = f != NULL;
@@ -1349,7 +1402,7 @@ typedef struct json {
     int type;
     const char *key;           // name within an object
     double number;             // finite
-    const char *string;        // UTF-8, ends with 0; of a number: its text
+    const char *string;        // UTF-8 (and bytes from \udcXX), ends with 0; of a number: its text
     size_t n;                  // items of an array or object
     struct json *first, *next; // first item; next item of the same array or object
 } json;
@@ -1405,6 +1458,10 @@ static int json_parse_escape(json_parser *p, char **out) {
     long code = letter ? meanings[letter - letters] : json_parse_code(p->at);
     if (code <= 0) return json_expected(p, "\", \\, /, b, f, n, r, t or uXXXX (not 0000) after a backslash");
     p->at += letter ? 1 : 5;
+    if (code >= 0xdc80 && code <= 0xdcff) { // Python's surrogateescape: a byte that is not UTF-8
+        *(*out)++ = (char)(code & 0xff);
+        return 1;
+    }
     if (code >= 0xd800 && code <= 0xdfff) { // a character beyond 16 bits is a surrogate pair, \uD83D\uDE00
         const long low = code < 0xdc00 && *p->at == '\\' ? json_parse_code(p->at + 1) : -1;
         if (low < 0xdc00 || low > 0xdfff) return json_expected(p, "the other half of a surrogate pair");
@@ -1541,11 +1598,17 @@ static json *json_load(const char *path) {
     return root;
 }
 
-/* The member of that name, of several the last; NULL if there is none, if it is null, or if `object` is no object. */
-static const json *json_get(const json *object, const char *key) {
+/* The member of that name, of several the last; NULL if there is none, or if `object` is no object. */
+static const json *json_find(const json *object, const char *key) {
     const json *found = NULL;
     for (const json *j = object && object->type == JSON_OBJECT ? object->first : NULL; j; j = j->next)
         if (strcmp(j->key, key) == 0) found = j;
+    return found;
+}
+
+/* The same; NULL also if it is null. */
+static const json *json_get(const json *object, const char *key) {
+    const json *found = json_find(object, key);
     return found && found->type != JSON_NULL ? found : NULL;
 }
 
@@ -1565,7 +1628,8 @@ static const char *json_describe(const json *j) {
     return !j ? "missing" : j->type == JSON_NUMBER ? j->string : names[j->type];
 }
 
-/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become U+FFFD. */
+/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become \udc80 to \udcff, as in
+   Python. */
 static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
     for (size_t n; *utf8; utf8 += n ? n : 1) {
@@ -1574,7 +1638,8 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
         else if (*utf8 == '\n') strbuf_add(out, "\\n");
         else if (*utf8 == '\t') strbuf_add(out, "\\t");
         else if (n == 1 && *utf8 < ' ') strbuf_add(out, "\\u%04x", (unsigned)*utf8);
-        else strbuf_add_bytes(out, n ? utf8 : "\xef\xbf\xbd", n ? n : 3);
+        else if (n) strbuf_add_bytes(out, utf8, n);
+        else strbuf_add(out, "\\udc%02x", (unsigned char)*utf8);
     }
     strbuf_add(out, "\"");
 }
@@ -1628,6 +1693,20 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
         if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
     }
     return 1;
+}
+
+/* The array of that name in out (LIST_MOST): 1 to LIST_MOST whole numbers from 1 to LIST_LIMIT, `expected` of them (0:
+   any number), as many as `like`. Returns how many; n if there is no array, 0 on error. */
+enum { LIST_MOST = 16, LIST_LIMIT = 1 << 14 };
+static int json_list(const json *list, const char *key, int *out, int n, int expected, const char *like,
+                     const char *what) {
+    const json *j = list ? list->first : NULL;
+    if (list) n = 0;
+    for (; n < LIST_MOST && json_whole(j) && j->number >= 1 && j->number <= LIST_LIMIT; j = j->next)
+        out[n++] = (int)j->number;
+    if (!j && n >= 1 && (!expected || n == expected)) return n;
+    return set_error("%s: '%s' has %d numbers, then %.60s, expected 1 to %d from 1 to %d, as many as %s", what, key, n,
+                     j ? json_describe(j) : "its end", LIST_MOST, LIST_LIMIT, like);
 }
 
 /* Adds a line `"name": value,` for each field, the last without a comma. A number that is not finite becomes null. */
@@ -1788,14 +1867,13 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
         ok = set_error("%s: 'weight_map' is %.60s, expected an object of file names", index, json_describe(map));
     for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
         const char *name = j->type == JSON_STRING ? j->string : "";
-        char *path = path_join(folder, name);
+        const slam_path p = path_join(folder, name);
         file_map file;
         size_t i = 0;
         while (i < t->files && strcmp(path_name(t->file[i].path), name)) i++;
-        if (!*name || strchr(name, '/') || !path_is_file(path))
+        if (!*name || strchr(name, '/') || !path_is_file(p.at))
             ok = set_error("%s: tensor '%s' is in '%s', expected a file in the same folder", index, j->key, name);
-        else if (i == t->files) ok = file_map_open(&file, path) && tensors_add(t, path, &file);
-        free(path);
+        else if (i == t->files) ok = file_map_open(&file, p.at) && tensors_add(t, p.at, &file);
     }
     json_free(root);
     return ok;
@@ -1805,14 +1883,12 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
 static tensors *tensors_open(const char *path) {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"};
     tensors *t = NEW(tensors, 1);
-    char *file = string_copy(path);
+    const int is_folder = path_is_folder(path);
     file_map map;
     int kind = 0, ok = 0;
-    for (; path_is_folder(path) && kind < 3; kind++) {
-        free(file);
-        file = path_join(path, names[kind]);
-        if (path_is_file(file)) break;
-    }
+    while (is_folder && kind < 3 && !path_is_file(path_join(path, names[kind]).at)) kind++;
+    const slam_path in = path_join(path, names[kind < 3 ? kind : 0]);
+    const char *file = is_folder ? in.at : path;
     if (kind == 0) ok = file_map_open(&map, file) && tensors_add(t, file, &map);
     else if (kind == 1) ok = tensors_add_index(t, path, file);
     else if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
@@ -1823,7 +1899,6 @@ static tensors *tensors_open(const char *path) {
             "s.save_file({k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', map_location='cpu', "
             "weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\"",
             path);
-    free(file);
     if (ok) return t;
     tensors_close(t);
     return NULL;
@@ -1927,8 +2002,13 @@ static int npy_parse(const file_map *map, const char *path, float **data, size_t
     char header[256] = "";
     int width = 0, used = 0;
     size_t length = 0;
-    if (map->size >= 10) length = map->data[8] | (size_t)map->data[9] << 8;
-    if (map->size < 10 + length || memcmp(map->data, "\x93NUMPY\x01", 7))
+    if (map->size < 10 || memcmp(map->data, "\x93NUMPY", 6))
+        return set_error("%s: is not an .npy file; a k-means of scikit-learn (joblib, pickle) can contain programs and "
+                         "is not read; convert it with python3 -c \"import joblib, numpy; numpy.save('km.npy', "
+                         "joblib.load('%s').cluster_centers_.astype('float32'))\"",
+                         path, path);
+    length = map->data[8] | (size_t)map->data[9] << 8;
+    if (map->size < 10 + length || map->data[6] != 1)
         return set_error("%s: is not an .npy file of version 1, or is truncated", path);
     memcpy(header, map->data + 10, length < 255 ? length : 255);
     sscanf(header, "{'descr': '<f%1d', 'fortran_order': False, 'shape': (%18zu, %18zu), }%n", &width, rows, cols,
@@ -2024,7 +2104,11 @@ static int append_open(append_file *a, const char *path) {
     const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return set_error("%s: cannot be written: %s", path, strerror(errno));
     // a file system without locks goes without; a file that was renamed or removed just now belonged to another process
-    const int locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    int locked = 0;
+    for (int i = 0; !locked && i < 20; i++) { // a child of a killed process has its lock until it executes a program
+        if (i) usleep(10000);
+        locked = flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+    }
     const int same = fstat(fd, &s) == 0 && stat(path, &t) == 0 && s.st_ino == t.st_ino && s.st_dev == t.st_dev;
     if (!locked || !same) {
         close(fd);
@@ -2215,9 +2299,10 @@ static int units_from_json(const json *value, const char *what, units *u) {
 typedef struct units_reader {
     file_map map;
     const char *at, *end;
-    char *path, *what; // what: "path:line", for errors
-    size_t line;       // number of the last line that was read, from 1
-    json *root;        // that line
+    const char *path; // the caller's
+    char what[4200];  // "path:line", for errors
+    size_t line;      // number of the last line that was read, from 1
+    json *root;       // that line
 } units_reader;
 
 static int units_open(units_reader *r, const char *path) {
@@ -2225,15 +2310,13 @@ static int units_open(units_reader *r, const char *path) {
     if (!file_map_open(&r->map, path)) return 0;
     r->at = r->map.size ? (const char *)r->map.data : "";
     r->end = r->at + r->map.size;
-    r->path = string_copy(path);
+    r->path = path;
     return 1;
 }
 
 static void units_close(units_reader *r) {
     file_map_close(&r->map);
     json_free(r->root);
-    free(r->path);
-    free(r->what);
     memset(r, 0, sizeof *r);
 }
 
@@ -2248,9 +2331,8 @@ static int units_next(units_reader *r, units *u) {
         r->line++;
         for (blank = 0; blank < n && isspace((unsigned char)line[blank]);) blank++;
     } while (blank == n);
-    free(r->what);
     json_free(r->root);
-    r->what = string_print("%s:%zu", r->path, r->line);
+    snprintf(r->what, sizeof r->what, "%s:%zu", r->path, r->line);
     r->root = json_parse(line, n, r->what);
     return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
@@ -2297,7 +2379,7 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
 }
 
 /* ==========================================================================================
-   SECTION 4. OPS ON THE CPU      the plain loops: read these first
+   SECTION 4. OPS ON THE CPU      the reference implementation; at a first reading skip the matrix product
 
    Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
    belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
@@ -2308,16 +2390,16 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
 #pragma GCC diagnostic ignored "-Wunused-parameter" // most ops do not need their slam_ops
 
 /* ---- matrix products ----
-   C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and wait for memory. Here a
-   number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
+   C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and are bound by memory. Here
+   a number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
      registers  a tile of C, TILE_ROWS x TILE_COLUMNS, accumulates while k advances. Each k loads TILE_ROWS +
                 TILE_COLUMNS numbers for TILE_ROWS x TILE_COLUMNS multiplications
      L1 cache   a panel of A, TILE_ROWS x BLOCK_K (16 kB with AVX-512), serves all tiles side by side
      L2 cache   a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB with AVX-512), serves all panels of A
    Panel and block are copied ("packed") into the order in which a tile reads them, transposed where necessary.
 
-   An element of C is a sum in order of k, in parts that depend on K alone. Neither the number of threads nor the place
-   of the element in a tile changes its bits. */
+   Each element of C is summed in order of k, in blocks of k that depend on K alone. Neither the number of threads nor
+   the place of the element in a tile changes its bits. */
 
 /* First item of part i when n items are split as evenly as possible into `parts` parts, in multiples of `unit`. */
 static int part_start(int n, int unit, int parts, int i) {
@@ -2372,9 +2454,9 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a b + beta C. Row k of a begins at a + k step, row k of b at b + k TILE_COLUMNS. The
-   accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in memory. `rows` is a constant
-   wherever this is inlined, so the code for further rows disappears. */
+/* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
+   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
+   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
                                    float *C, size_t ldc) {
@@ -2418,7 +2500,7 @@ static void gemm_panel(int rows, int n, int K, const float *a, size_t step, floa
         for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
 }
 
-/* out_ki = in_ki, `step` numbers at a time; the last ones may overlap those before. */
+/* out_ki = in_ki, `step` numbers at a time; the last copy may overlap the one before. */
 ALWAYS_INLINE void gemm_copy(float *out, int stride, const float *in, size_t ld, int width, int K, const int step) {
     for (int k = 0; k < K; k++, out += stride, in += ld)
         for (int i = 0; i < width; i += step) {
@@ -2473,7 +2555,7 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     const int k_parts = K > 0 ? (K + BLOCK_K - 1) / BLOCK_K : 1;
-    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // too few tiles use a panel for packing to pay
+    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // at most two tiles use a panel: not worth packing
     for (int part = 0; part < n_parts * k_parts; part++) {
         const int np = part / k_parts, kp = part % k_parts;
         const int n0 = part_start(N, TILE_COLUMNS, n_parts, np), n1 = part_start(N, TILE_COLUMNS, n_parts, np + 1);
@@ -2573,7 +2655,7 @@ static inline float *row(const slam_act *x, int i, int stride) {
     return x ? (float *)(uintptr_t)x + (ptrdiff_t)i * stride : NULL;
 }
 
-/* The iterations of the following loop are independent, also where an op works in place (y is x). */
+/* Asserts that the iterations of the next loop are independent, also where an op works in place (y is x). */
 #define VECTORISE SLAM_PRAGMA(omp simd)
 
 /* Compilers may not reorder a sum of floats, so a plain loop adds one number at a time. ROW_SUM defines a function that
@@ -2599,7 +2681,8 @@ enum { LANES = 16 };
 #define PLUS(a, b)   ((a) + (b))
 #define LARGER(a, b) ((b) > (a) ? (b) : (a))
 
-/* condition ? a : b on the bits. Compilers make a branch of ?: here and then do not vectorise the loop around it. */
+/* condition ? a : b on the bits, without a branch. Compilers make a branch of ?: here and then do not vectorise the
+   loop around it. */
 static inline float choose(int condition, float a, float b) {
     const uint32_t mask = 0 - (uint32_t)condition;
     uint32_t i, j;
@@ -2803,13 +2886,10 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* A head has ROPE_PAIRS(HS) pairs (c, c + pairs), and position t rotates pair c by the angle t theta^(-c / pairs). Row t
-   of the rotary table holds the cosines of all pairs, then their sines. Section 5 reads it in rotate_pairs. */
-#define ROPE_PAIRS(HS) ((HS) / 2)
-
-/* The table (T,2 pairs), in the float arithmetic of Transformers, so that the angles are the same. free() it. */
-static float *rope_table(int T, int HS, double theta) {
-    const int pairs = ROPE_PAIRS(HS);
+/* The rotary table (T,2 pairs): position t rotates pair c by the angle t theta^(-c / pairs). A row holds the cosines of
+   all pairs, then their sines; `rotate` reads it here, rotate_pairs in section 5. In the float arithmetic of
+   Transformers, so that the angles are the same. free() it. */
+static float *rope_table(int T, int pairs, double theta) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
     for (int c = 0; c < pairs; c++) {
         const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
@@ -2830,8 +2910,8 @@ static int rotary_position(const slam_mask *mask, int i) {
 
 /* x (heads,HS) = R_p x, or its inverse with sign -1 */
 static void rotate(float *x, int heads, const slam_mask *mask, int p, float sign) {
-    const int pairs = ROPE_PAIRS(mask->HS);
-    if (!mask->rope) return;
+    const int pairs = mask->pairs;
+    if (!pairs) return;
     const float *cosine = mask->rope + 2 * (size_t)p * pairs, *sine = cosine + pairs;
     for (int h = 0; h < heads; h++, x += mask->HS) {
         VECTORISE
@@ -2851,7 +2931,7 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     float *scratch = cpu_scratch(ops, (size_t)omp_get_max_threads() * QUERIES * T);
     PARALLEL_FOR
     for (int i = 0; i < B * T; i++) rotate(row(qkv, i, W), NH + KVH, mask, rotary_position(mask, i), 1);
-    /* The last tiles of a row see the most keys and come first, so that no thread ends with a long one. */
+    /* The last tiles of a row see the most keys and come first, for load balance. */
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < tiles * B * NH; task++) {
         const int h = task % NH, b = task / NH % B;
@@ -3077,7 +3157,7 @@ static void row_gelu(float *y, const float *x, size_t n) {
 
 /* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
    neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. With G = 1 and T =
+   side is x with overlapping rows; nothing is copied. With dilation it is one product per tap. With G = 1 and T =
    stride TO the rows of a batch are one long row. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
@@ -3086,7 +3166,7 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
     if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
     const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1);
     const int parts = (c.TO + frames - 1) / frames, ldx = c.stride * c.C, ldo = c.G * c.OC;
-    const int taps = GEMM_IS_OURS ? c.K : c.stride; // per product; in BLAS rows may not overlap
+    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
@@ -3095,8 +3175,8 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
         float *out = row(out_, i * c.TO + first, ldo) + g * c.OC;
         for (int t = 0; b_ && t < n; t++) memcpy(out + (size_t)t * ldo, row(b_, g, c.OC), (size_t)c.OC * sizeof(float));
         for (int k = 0; k < c.K; k += taps)
-            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, ldx, w + k * c.C, c.K * c.C, b_ || k ? 1 : 0,
-                 out, ldo);
+            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.dilation * c.C, ldx, w + k * c.C, c.K * c.C,
+                 b_ || k ? 1 : 0, out, ldo);
         for (int t = 0; c.gelu && t < n; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
     }
 }
@@ -3126,12 +3206,19 @@ static void cpu_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int 
     for (int b = 0; b < B; b++) memset(row(x, b * T + lengths[b], C), 0, (size_t)(T - lengths[b]) * C * sizeof(float));
 }
 
-/* ---- GELU, layer norm, channel norm ---- */
+/* ---- GELU, leaky ReLU, layer norm, channel norm ---- */
 
 /* y, x (n) */
 static void cpu_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
     SLAM_PRAGMA(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) ((float *)y)[i] = gelu_float(((const float *)x)[i]);
+}
+
+/* y, x (n) */
+static void cpu_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x_, float slope, size_t n) {
+    const float *x = (const float *)x_;
+    SLAM_PRAGMA(omp parallel for simd schedule(static))
+    for (size_t i = 0; i < n; i++) ((float *)y)[i] = choose(x[i] > 0, x[i], slope * x[i]);
 }
 
 /* s, y, x, delta (N,C)  w, b (C) */
@@ -3150,9 +3237,9 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squares about its own mean, in
-   float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2), /
-   length. */
+/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squared deviations from its own
+   mean, in float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2),
+   / length. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -3240,7 +3327,7 @@ slam_ops *slam_cpu(int threads) {
     CPU_OP(attention_forward), CPU_OP(attention_backward), CPU_OP(attention_decode), CPU_OP(attention_fill);
     CPU_OP(swiglu_forward), CPU_OP(swiglu_backward), CPU_OP(crossentropy), CPU_OP(sum), CPU_OP(sum_squares);
     CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(group_frames), CPU_OP(mask_frames), CPU_OP(gelu_forward);
-    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest);
+    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest), CPU_OP(leaky_relu);
     return ops;
 }
 
@@ -3277,6 +3364,7 @@ int slam_cuda_count(void) { return 0; }
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <utility>
 /* A kernel with several template arguments goes in parentheses. */
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
@@ -3366,14 +3454,8 @@ typedef __nv_bfloat16 bf16;
 enum {
     CUDA_WORKSPACE = 64 << 20,    // bytes: partial sums, or the workspace of a product and unfolded frames behind it
     PRODUCT_WORKSPACE = 32 << 20, // what cuBLASLt recommends on Hopper
-    ALGORITHMS = 64               // algorithms of products that are remembered
+    PROPOSED = 32                 // algorithms of a product that are measured at most
 };
-
-/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
-typedef struct product_shape {
-    int flags, M, N, K, ldc;
-    uint32_t align_A, align_B, align_C, align_bias;
-} product_shape;
 
 typedef struct cuda_ops {
     slam_ops ops; // first: a slam_ops * of this backend is also a cuda_ops *
@@ -3384,10 +3466,8 @@ typedef struct cuda_ops {
     char *workspace;          // CUDA_WORKSPACE bytes, free again when an op's last kernel is queued
     const char *failed, *why; // the first op that failed since the last finish; NULL: none
     int late;                 // the failure may be an earlier kernel's
-    cublasLtHandle_t products;
-    product_shape shapes[ALGORITHMS];
-    cublasLtMatmulAlgo_t algorithms[ALGORITHMS];
-    int proposed; // how many were stored so far, the oldest are replaced
+    cublasLtHandle_t lt;
+    slam_products products;
 } cuda_ops;
 
 /* Records the first failure, which finish reports. */
@@ -3406,9 +3486,10 @@ static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
 }
 
 /* Launches a kernel and checks the launch, which also returns the errors of kernels before it. */
-#define LAUNCH(ops, kernel, grid, block, shared_bytes, ...)                                                            \
+#define LAUNCH_FOR(operation, ops, kernel, grid, block, shared_bytes, ...)                                             \
     (CUDA_LAUNCH(kernel, grid, block, shared_bytes, ((cuda_ops *)(ops))->stream, __VA_ARGS__),                         \
-     cuda_check(ops, cudaGetLastError(), __func__))
+     cuda_check(ops, cudaGetLastError(), operation))
+#define LAUNCH(...) LAUNCH_FOR(__func__, __VA_ARGS__)
 
 /* The numbers of T in 16 bytes. */
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
@@ -3453,9 +3534,11 @@ static void *cuda_alloc(slam_ops *ops, size_t bytes) {
     }
     cudaGetLastError(); // or the next launch would return it
     cudaMemGetInfo(&available, &total);
-    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: reduce --micro-batch (eval: --batch) or "
-              "--context, or use --recompute",
-              cuda->name, (double)bytes / 1e9, (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error));
+    set_error("%s: cannot allocate %.2f GB, %.2f of %.2f GB are free: %s: %s", cuda->name, (double)bytes / 1e9,
+              (double)available / 1e9, (double)total / 1e9, cudaGetErrorString(error),
+              error == cudaErrorMemoryAllocation
+                  ? "reduce --micro-batch (eval: --batch) or --context, or use --recompute"
+                  : "an operation before it failed (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)");
     return NULL;
 }
 
@@ -3487,7 +3570,9 @@ static int cuda_finish(slam_ops *ops) {
     if (!cuda->failed) return 1;
     cudaMemGetInfo(&available, &total);
     set_error("%s: %s%s failed: %s (%.2f GB of memory are free)", cuda->name, cuda->failed,
-              cuda->late ? " or a kernel before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)" : "",
+              cuda->late && !getenv("CUDA_LAUNCH_BLOCKING")
+                  ? " or an operation before it (CUDA_LAUNCH_BLOCKING=1 in the environment shows which)"
+                  : "",
               cuda->why, (double)available / 1e9);
     cuda->failed = NULL;
     return 0;
@@ -3515,7 +3600,7 @@ static void cuda_close(slam_ops *ops) {
     cuda_ops *cuda = cuda_of(ops);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->comm) cudaStreamSynchronize(cuda->comm);
-    if (cuda->products) cublasLtDestroy(cuda->products);
+    if (cuda->lt) cublasLtDestroy(cuda->lt);
     cudaFree(cuda->workspace);
     if (cuda->order) cudaEventDestroy(cuda->order);
     if (cuda->comm) cudaStreamDestroy(cuda->comm);
@@ -3561,26 +3646,21 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* The same over a block. `shared`: a number for each warp. Barriers on both sides: after it, what other threads have
-   written before it can be read. */
-template <typename R> DEVICE R block_sum(R x, R *shared) {
-    x = warp_sum(x);
+/* Combines x of all warps, in order. `shared`: a number for each warp. Barriers on both sides: after it, what other
+   threads have written before it can be read. */
+template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
-    R sum = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) sum += shared[warp];
+    x = shared[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) x = combine(x, shared[warp]);
     __syncthreads();
-    return sum;
+    return x;
 }
-
+template <typename R> DEVICE R block_sum(R x, R *shared) {
+    return block_combine(warp_sum(x), shared, [](R a, R b) { return a + b; });
+}
 DEVICE float block_max(float x, float *shared) {
-    x = warp_max(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    float max = shared[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) max = fmaxf(max, shared[warp]);
-    __syncthreads();
-    return max;
+    return block_combine(warp_max(x), shared, [](float a, float b) { return fmaxf(a, b); });
 }
 
 /* exp and the logistic function: accurate for float, fast for bf16. */
@@ -3606,9 +3686,9 @@ KERNEL(1024) add_partial_kernel(float *out, const float *partial, int parts, int
 }
 
 /* partial is in the workspace. */
-static void add_partial(slam_ops *ops, float *out, int parts, int n) {
+static void add_partial(slam_ops *ops, const char *operation, float *out, int parts, int n) {
     const float *partial = (const float *)((cuda_ops *)ops)->workspace;
-    LAUNCH(ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
+    LAUNCH_FOR(operation, ops, add_partial_kernel, blocks(n, 32), 1024, 1024 * sizeof(float), out, partial, parts, n);
 }
 
 /* ---- element-wise kernels ----
@@ -3627,8 +3707,8 @@ static void each(slam_ops *ops, const char *operation, size_t rows, size_t colum
     const size_t packs = wide ? columns / P : columns, n = rows * packs;
     if (n == 0) return;
     if (n > UINT_MAX - 255) cuda_fail(ops, operation, "more than 4294967040 elements", 0);
-    else if (wide) LAUNCH(ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
-    else LAUNCH(ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, (unsigned)packs, (unsigned)n);
+    else if (wide) LAUNCH_FOR(operation, ops, (each_kernel<P, Op>), blocks(n, 256), 256, 0, op, packs, n);
+    else LAUNCH_FOR(operation, ops, (each_kernel<1, Op>), blocks(n, 256), 256, 0, op, packs, n);
 }
 
 /* n (sizeof(To) + sizeof(From)) bytes */
@@ -3642,32 +3722,36 @@ template <typename To, typename From> struct convert_op {
     }
 };
 
-template <typename To, typename From> static void convert(slam_ops *ops, To *out, const From *in, size_t n) {
-    if ((const void *)out != (const void *)in) each<4>(ops, __func__, 1, n, convert_op<To, From>{out, in}, out, in);
-}
-
+/* With float activations both may be the same array. */
 template <typename T> static void cuda_to_act(slam_ops *ops, slam_act *out, const float *in, size_t n) {
-    convert(ops, (T *)out, in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<T, float>{(T *)out, in}, out, in);
 }
 
 template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const slam_act *in, size_t n) {
-    convert(ops, out, (const T *)in, n);
+    if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
 }
 
-/* 2 n sizeof(T) bytes */
-template <typename T> struct gelu_op {
+/* GELU, or leaky ReLU: 2 n sizeof(T) bytes */
+template <typename T> struct activation_op {
     T *y;
     const T *x;
+    int gelu;
+    float slope;
     template <int P> __device__ void run(unsigned, size_t i) const {
         float a[P];
         load(a, x + i);
-        for (int k = 0; k < P; k++) a[k] = gelu_of(a[k]);
+        for (int k = 0; k < P; k++) a[k] = gelu ? gelu_of(a[k]) : a[k] > 0 ? a[k] : slope * a[k];
         store(y + i, a);
     }
 };
 
 template <typename T> static void cuda_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, gelu_op<T>{(T *)y, (const T *)x}, y, x);
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 1, 0}, y, x);
+}
+
+template <typename T>
+static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0, slope}, y, x);
 }
 
 /* 3 N F sizeof(T) bytes */
@@ -4026,7 +4110,7 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
         LAUNCH(ops, (rmsnorm_backward_kernel<T, P, TEAM>), grid, 256, (TEAM < 256 ? 256 / TEAM * C : 8) * sizeof(float),
                (T *)ds, (float *)cuda->workspace, (const T *)dy, (const T *)s, (const T *)w, rstd, rows);
     });
-    add_partial(ops, dw, grid, C);
+    add_partial(ops, __func__, dw, grid, C);
 }
 
 /* ---- matrix products: cuBLASLt ----
@@ -4034,6 +4118,12 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
    operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
+
+/* What decides which algorithms cuBLASLt may use for a product. Alignments in bytes; of the bias 0 if there is none. */
+typedef struct product_shape {
+    int flags, M, N, K, ldc;
+    uint32_t align_A, align_B, align_C, align_bias;
+} product_shape;
 
 typedef struct product_plan {
     cublasLtMatmulDescOpaque_t op;
@@ -4078,8 +4168,7 @@ static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, in
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_C);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_C);
     if (status) return status;
-    return cublasLtMatmulAlgoGetHeuristic(cuda->products, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found,
-                                          n);
+    return cublasLtMatmulAlgoGetHeuristic(cuda->lt, &p->op, &p->B, &p->A, &p->C, &p->C, &preference, most, found, n);
 }
 
 /* The largest power of two up to 256 that divides p; 0 for NULL. */
@@ -4088,38 +4177,71 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
+/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
+   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
+template <typename F>
+static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
+    const cudaStream_t stream = ((cuda_ops *)ops)->stream;
+    cudaEvent_t moments[PROPOSED + 1];
+    float best[PROPOSED], ms = 0;
+    int first = 0;
+    for (int k = 0; k <= n; k++) cuda_check(ops, cudaEventCreate(&moments[k]), __func__);
+    for (int round = 0; round < 4; round++) {
+        for (int k = 0; k <= n; k++) {
+            if (k > 0 && !found[k - 1].state) found[k - 1].state = multiply(&found[k - 1].algo, to);
+            cuda_check(ops, cudaEventRecord(moments[k], stream), __func__);
+        }
+        cuda_check(ops, cudaStreamSynchronize(stream), __func__);
+        for (int k = 0; k < n; k++) {
+            cuda_check(ops, cudaEventElapsedTime(&ms, moments[k], moments[k + 1]), __func__);
+            if (round < 2 || ms < best[k]) best[k] = ms;
+        }
+    }
+    for (int k = 1; k < n; k++)
+        if (!found[k].state && (found[first].state || best[k] < 0.98f * best[first])) first = k;
+    std::swap(found[0], found[first]);
+    for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
+}
+
 /* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. By the algorithm that is remembered for the shape, else by the first proposed one that works. Bound by
-   arithmetic: 2 M N K. */
+   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
+   by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
-    enum { PROPOSED = 8 };
     cuda_ops *cuda = (cuda_ops *)ops;
+    slam_products *known = &cuda->products;
     const product_shape s = {flags, M, N, K, ldc, alignment(A), alignment(B), alignment(C), alignment(bias)};
+    const uint64_t hash = hash_bytes(HASH_START, &s, sizeof s);
     const float one = 1, beta = flags & ADD ? 1.0f : 0.0f;
+    const int tune = known->tune && known->measured < SLAM_PRODUCTS / 2, end = tune ? known->measured : SLAM_PRODUCTS;
     cublasLtMatmulHeuristicResult_t found[PROPOSED];
     product_plan p;
-    int known = 0, n = 0;
+    int at = 0, n = 0;
     if (M == 0 || N == 0) return;
     cublasStatus_t status = product_describe(&p, &s, ops->act_bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, bias);
-    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm) {
-        status = cublasLtMatmul(cuda->products, &p.op, &one, B, &p.B, A, &p.A, &beta, C, &p.C, C, &p.C, algorithm,
+    const auto multiply = [&](const cublasLtMatmulAlgo_t *algorithm, void *to) {
+        status = cublasLtMatmul(cuda->lt, &p.op, &one, B, &p.B, A, &p.A, &beta, to, &p.C, to, &p.C, algorithm,
                                 cuda->workspace, PRODUCT_WORKSPACE, cuda->stream);
         cudaGetLastError(); // or the next launch would return it
-        return !status;
+        return status;
     };
-    while (known < ALGORITHMS && memcmp(&cuda->shapes[known], &s, sizeof s) != 0) known++;
-    if (!status && known < ALGORITHMS && multiply(&cuda->algorithms[known])) return;
-    if (!status || known < ALGORITHMS) status = product_propose(found, PROPOSED, &n, cuda, &p, &s);
-    if (!status && n == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
-    for (int k = 0; k < n; k++)
-        if (multiply(&found[k].algo)) {
-            if (known == ALGORITHMS) known = cuda->proposed++ % ALGORITHMS;
-            cuda->shapes[known] = s;
-            cuda->algorithms[known] = found[k].algo;
-            return;
-        }
-    cuda_fail(ops, operation, cublasLtGetStatusString(status), 1);
+    while (at < end && known->list[at][0] != hash) at++;
+    if (!status && at < end && !multiply((cublasLtMatmulAlgo_t *)&known->list[at][1], C)) return;
+    if (!status || at < end) status = product_propose(found, tune ? PROPOSED : 8, &n, cuda, &p, &s);
+    if (tune && at == end && n > 1) { // += is measured on other memory, with which C stays as it is
+        void *to = flags & ADD ? ops->alloc(ops, (size_t)M * ldc * sizeof(float)) : C;
+        if (to) product_measure(ops, found, n, to, multiply);
+        if (to != C) ops->release(ops, to);
+    }
+    for (int k = 0; k < n; k++) {
+        if (found[k].state || multiply(&found[k].algo, C)) continue;
+        if (at == SLAM_PRODUCTS) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
+        if (at == known->measured && tune) known->measured++;
+        known->list[at][0] = hash;
+        memcpy(&known->list[at][1], &found[k].algo, sizeof found[k].algo);
+        return;
+    }
+    cuda_fail(ops, operation, cublasLtGetStatusString(status ? status : CUBLAS_STATUS_NOT_SUPPORTED), 1);
 }
 
 static void cuda_matmul_forward(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
@@ -4163,7 +4285,7 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
         LAUNCH(ops, (column_sums_kernel<T, P>), dim3(columns, parts), 256, 256 * P * sizeof(float),
                (float *)cuda->workspace, (const T *)dout, N, OC);
     });
-    add_partial(ops, db, parts, OC);
+    add_partial(ops, __func__, db, parts, OC);
 }
 
 /* ---- cross-entropy ---- */
@@ -4221,8 +4343,6 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-enum { SUM_BLOCKS = 1024 };
-
 /* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
    memory: 4 n bytes. */
 template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
@@ -4247,16 +4367,14 @@ KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
     if (threadIdx.x == 0) out[0] += sum;
 }
 
-template <int SQUARES> static void sum_of(slam_ops *ops, double *out, const float *x, size_t n) {
-    const unsigned grid = n < 1024 * SUM_BLOCKS ? blocks(n, 1024) : (unsigned)SUM_BLOCKS;
+template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
+    const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
+    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
-    LAUNCH(ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
-    LAUNCH(ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
+    LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
+    LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
 }
-
-static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<0>(ops, out, x, n); }
-static void cuda_sum_squares(slam_ops *ops, double *out, const float *x, size_t n) { sum_of<1>(ops, out, x, n); }
 
 /* ---- attention ----
    The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
@@ -4304,10 +4422,10 @@ DEVICE unsigned seen_bits(int4 keys, int j) {
 
 /* Rotates the pairs c .. c + P - 1 of a head, numbers x and y, by the angles of a position, or back with sign -1. */
 template <int P>
-DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS, int position, int c, float sign) {
-    const float *at = rope + 2 * (size_t)position * ROPE_PAIRS(HS) + c;
+DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pairs, int position, int c, float sign) {
+    const float *at = rope + 2 * (size_t)position * pairs + c;
     float cosine[P], sine[P];
-    load(cosine, at), load(sine, at + ROPE_PAIRS(HS));
+    load(cosine, at), load(sine, at + pairs);
     for (int k = 0; k < P; k++) {
         const float a = x[k];
         x[k] = a * cosine[k] - sign * sine[k] * y[k];
@@ -4316,36 +4434,40 @@ DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int HS
 }
 
 /* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
-   head of a token, a column a pair: together they must cover the head, which is copied as well. 2 N (NH + KVH) HS
+   head of a token; column c is the pair (c, c + pairs) or, behind the pairs, number c + pairs. 2 N (NH + KVH) HS
    sizeof(T) bytes; the table stays in the caches. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
     slam_mask mask;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int HS = mask.HS, heads = mask.NH + 2 * mask.KVH, h = row % heads, rotated = h < mask.NH + mask.KVH;
+        const int HS = mask.HS, pairs = mask.pairs, is_pair = c < (size_t)pairs, heads = mask.NH + 2 * mask.KVH;
+        const int h = row % heads, rotated = h < mask.NH + mask.KVH;
         const int token = row / heads, b = cache ? token : token / mask.T, i = token % mask.T;
         if (!cache && !rotated) return;
         const int position = cache ? lengths[b] : rotary_position(keys_of(mask, b, i), i);
-        T *x = qkv + (size_t)row * HS + c, *y = x + ROPE_PAIRS(HS);
-        float x0[P], x1[P];
-        load(x0, x), load(x1, y);
-        if (mask.rope && rotated) {
-            rotate_pairs(x0, x1, mask.rope, HS, position, c, 1);
+        T *x = qkv + (size_t)row * HS + c, *y = x + pairs;
+        float x0[P] = ZERO, x1[P];
+        if (is_pair) load(x0, x);
+        load(x1, y);
+        if (is_pair && rotated) {
+            rotate_pairs(x0, x1, mask.rope, pairs, position, c, 1);
             store(x, x0), store(y, x1);
         }
         if (!cache || h < mask.NH) return;
         T *to = cache + (((size_t)b * mask.T + position) * 2 * mask.KVH + h - mask.NH) * HS + c;
-        store(to, x0), store(to + ROPE_PAIRS(HS), x1);
+        if (is_pair) store(to, x0);
+        store(to + pairs, x1);
     }
 };
 
 template <typename T>
-static void rotate_heads(slam_ops *ops, T *qkv, T *cache, const int *lengths, const slam_mask *mask) {
+static void rotate_heads(slam_ops *ops, const char *operation, T *qkv, T *cache, const int *lengths,
+                         const slam_mask *mask) {
     const size_t tokens = (size_t)mask->B * (cache ? 1 : mask->T);
-    if (mask->rope || cache)
-        each<WIDE<T>>(ops, __func__, tokens * (mask->NH + 2 * mask->KVH), ROPE_PAIRS(mask->HS),
-                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, cache);
+    if (mask->pairs || cache)
+        each<WIDE<T>>(ops, operation, tokens * (mask->NH + 2 * mask->KVH), mask->HS - mask->pairs,
+                      rotate_op<T>{qkv, cache, lengths, *mask}, qkv, qkv + mask->pairs, cache);
 }
 
 /* ---- attention: plain kernels ----
@@ -4376,14 +4498,14 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 /* to (HS) = R^-1 (scale sums), by a warp; `head` is HS floats of shared memory. */
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
-    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = ROPE_PAIRS(HS);
+    const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
     __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
-    for (int c = lane; mask.rope && c < pairs; c += 32) {
+    for (int c = lane; c < pairs; c += 32) {
         float x[1] = {head[c]}, y[1] = {head[c + pairs]};
-        rotate_pairs(x, y, mask.rope, HS, position, c, -1);
+        rotate_pairs(x, y, mask.rope, pairs, position, c, -1);
         head[c] = x[0], head[c + pairs] = y[0];
     }
     __syncwarp();
@@ -4515,13 +4637,13 @@ attention_backward_keys_plain(T *dqkv, const float *D, const T *dout, const floa
 
 /* Forward of all queries, or of a new token for each sequence. */
 template <typename T>
-static void cuda_attention_plain(slam_ops *ops, T *out, float *lse, const T *q, const T *key, int K, const int *lengths,
-                                 const slam_mask *mask) {
+static void attention_plain(slam_ops *ops, const char *operation, T *out, float *lse, const T *q, const T *key, int K,
+                            const int *lengths, const slam_mask *mask) {
     const int warps = lengths ? DECODE_WARPS : PLAIN_WARPS, W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const unsigned grid = (unsigned)mask->B * (lengths ? 1 : mask->T) * mask->NH;
     const size_t shared = (mask->HS + warps * (32 + mask->HS + 2)) * sizeof(float);
-    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH(ops, (attention_forward_plain<T, P>), grid, 32 * warps, shared, out, lse, q,
-                                           key, W, K, lengths, *mask));
+    WITH_P(mask->HS % WIDE<T> == 0, LAUNCH_FOR(operation, ops, (attention_forward_plain<T, P>), grid, 32 * warps,
+                                               shared, out, lse, q, key, W, K, lengths, *mask));
 }
 
 /* ---- attention: what the fast kernels are made of ----
@@ -4673,6 +4795,7 @@ DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS /
 template <int HS, int M>
 DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], int at, const slam_mask &mask, int b,
                                int i) {
+    constexpr int PAIRS = HS / 2;
     const float scale = rsqrtf((float)HS);
     int position[M][2];
     for (int m = 0; m < M; m++)
@@ -4681,12 +4804,12 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
             position[m][r] = row < mask.T ? rotary_position(keys_of(mask, b, row), row) : 0;
             for (int n = 0; n < HS / 8; n++) c[m][n][2 * r] *= scale, c[m][n][2 * r + 1] *= scale;
         }
-    for (int m = 0; mask.rope && m < M; m++)
+    for (int m = 0; mask.pairs && m < M; m++)
         for (int r = 0; r < 2; r++)
-            for (int n = 0; n < ROPE_PAIRS(HS) / 8; n++) {
-                float *at[] = {c[m][n] + 2 * r, c[m][n + ROPE_PAIRS(HS) / 8] + 2 * r};
+            for (int n = 0; n < PAIRS / 8; n++) {
+                float *at[] = {c[m][n] + 2 * r, c[m][n + PAIRS / 8] + 2 * r};
                 float x[] = {at[0][0], at[0][1]}, y[] = {at[1][0], at[1][1]};
-                rotate_pairs(x, y, mask.rope, HS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
+                rotate_pairs(x, y, mask.rope, PAIRS, position[m][r], 8 * n + threadIdx.x % 4 * 2, -1);
                 for (int e = 0; e < 2; e++) at[0][e] = x[e], at[1][e] = y[e];
             }
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
@@ -5046,13 +5169,13 @@ static void cuda_attention_forward(slam_ops *ops, slam_act *out, float *lse, sla
     const int W = (mask->NH + 2 * mask->KVH) * mask->HS;
     const T *q = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)NULL, NULL, mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)NULL, NULL, mask);
     if constexpr (sizeof(T) == 2) {
         if (mask->HS == 32) return attention_forward_fast<32, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 64) return attention_forward_fast<64, 2, 64>(ops, (T *)out, lse, q, mask);
         if (mask->HS == 128) return attention_forward_fast<128, 1, 64>(ops, (T *)out, lse, q, mask);
     }
-    cuda_attention_plain(ops, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
+    attention_plain(ops, __func__, (T *)out, lse, q, q + mask->NH * mask->HS, W, (const int *)NULL, mask);
 }
 
 template <typename T>
@@ -5062,9 +5185,10 @@ static void cuda_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, con
     const T *d = (const T *)dout, *o = (const T *)out, *from = (const T *)qkv;
     if (!attention_fits(ops, mask, __func__)) return;
     if constexpr (sizeof(T) == 2) {
-        if (mask->HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
-        if (mask->HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
+        const int HS = mask->pairs == 0 || 2 * mask->pairs == mask->HS ? mask->HS : 0; // rotated as a whole
+        if (HS == 32) return attention_backward_fast<32, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 64) return attention_backward_fast<64, 2, 2, 4>(ops, to, D, d, o, lse, from, mask);
+        if (HS == 128) return attention_backward_fast<128, 1, 4, 1>(ops, to, D, d, o, lse, from, mask);
     }
     const unsigned tokens = (unsigned)mask->B * mask->T;
     const size_t shared = (2 * mask->HS + 64) * sizeof(float);
@@ -5080,9 +5204,9 @@ template <typename T>
 static void cuda_attention_decode(slam_ops *ops, slam_act *out, slam_act *cache, slam_act *qkv, const int *lengths,
                                   const slam_mask *mask) {
     if (!attention_fits(ops, mask, __func__)) return;
-    rotate_heads(ops, (T *)qkv, (T *)cache, lengths, mask);
-    cuda_attention_plain(ops, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
-                         mask);
+    rotate_heads(ops, __func__, (T *)qkv, (T *)cache, lengths, mask);
+    attention_plain(ops, __func__, (T *)out, NULL, (const T *)qkv, (const T *)cache, 2 * mask->KVH * mask->HS, lengths,
+                    mask);
 }
 
 /* 4 KVH HS sizeof(T) bytes a token. A row is a key or value head of a token. */
@@ -5119,7 +5243,8 @@ template <typename T> struct unfold_op {
     int g, first;
     template <int P> __device__ void run(unsigned row, size_t c) const {
         const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO, t = frame % conv.TO;
-        const T *from = x + (((size_t)b * conv.G + g) * conv.T + (size_t)t * conv.stride + tap) * conv.C + c;
+        const size_t at = (size_t)t * conv.stride + (size_t)tap * conv.dilation;
+        const T *from = x + (((size_t)b * conv.G + g) * conv.T + at) * conv.C + c;
         packed<P>(columns + (size_t)row * conv.C + c) = packed<P>(from);
     }
 };
@@ -5247,7 +5372,7 @@ static int cuda_open(cuda_ops *cuda) {
     if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
     cudaGetLastError();
     if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
-    const cublasStatus_t status = cublasLtCreate(&cuda->products);
+    const cublasStatus_t status = cublasLtCreate(&cuda->lt);
     return !status || set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
 }
 
@@ -5260,9 +5385,9 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
-    TYPED_OP(crossentropy), CUDA_OP(sum), CUDA_OP(sum_squares), TYPED_OP(adamw), TYPED_OP(conv1d);
+    TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
     TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest);
+    CUDA_OP(nearest), TYPED_OP(leaky_relu), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -5282,6 +5407,9 @@ slam_ops *slam_cuda(int device, int act_bytes) {
     ops->asynchronous = 1;
     ops->threads = omp_get_max_threads();
     ops->memory = p.totalGlobalMem;
+    ops->products = &cuda->products;
+    snprintf(cuda->products.library, sizeof cuda->products.library, "cuBLASLt %zu, %.100s, %s", cublasLtGetVersion(),
+             p.name, act_bytes == 2 ? "bf16" : "f32");
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
     if (cuda_open(cuda)) {
@@ -5681,10 +5809,10 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops; nothing here knows a backend. A layer is stated in three
-   places: its tensors (layer_weights and the table in tensors_of), its activations (layer_acts
-   and acts_place), and layer_forward with layer_backward. All else follows from them: files,
-   counts of parameters and FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
+   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
+   layer_backward. All else follows from them: files, counts of parameters and
+   FLOPs, memory, initialisation, ZeRO's buckets.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5708,52 +5836,69 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: rope_scaling, unless it is empty, is read instead of rope_parameters, and
-   its values override those of the top level. Only the rotation of whole heads without scaling is implemented. */
+/* The rotary base as Transformers 5 finds it: read from rope_scaling if it is not empty, else from rope_parameters; a
+   value there overrides the one at the top level. Only the rotation of whole heads without scaling is implemented. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
+    const field *theta = &config_fields[CONFIG_FIELDS - 1];
+    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
-    const json *rope = json_get(c, key), *type = json_get(rope, json_get(rope, "rope_type") ? "rope_type" : "type");
-    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
+    const json *rope = json_get(c, key), *type = json_find(rope, "rope_type"), *base = json_find(rope, theta->name);
     double rotary = 1;
-    int plain = !rope || rope->type == JSON_OBJECT;
+    if (rope && rope->type != JSON_OBJECT)
+        return set_error("%s: %s is %.60s, expected an object", path, key, json_describe(rope));
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
-        plain &= j->type != JSON_OBJECT; // settings per layer type
-    if (!plain || (type && (type->type != JSON_STRING || strcmp(type->string, "default"))))
-        return set_error("%s: %s has rope_type '%s', expected 'default' for all layers", path, key,
-                         type && type->type == JSON_STRING ? type->string : "");
-    return fields_read(rope, config_fields + CONFIG_FIELDS - 1, 1, config, path) && // rope_theta
+        if (j->type == JSON_OBJECT)
+            return set_error("%s: %s has settings for '%s', expected those of all layers", path, key, j->key);
+    if (!type) type = json_find(rope, "type");
+    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
+        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key,
+                         type->type == JSON_STRING ? type->string : json_describe(type));
+    if (!base) base = json_find(c, theta->name);
+    if (base && base->type == JSON_NULL) return set_error("%s: %s is null, expected a number", path, theta->name);
+    return fields_read(c, theta, 1, config, path) && fields_read(rope, theta, 1, config, path) &&
            fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
 }
 
-/* Settings that change the model and are not implemented are errors. */
-static int config_check(const json *c, const char *path) {
-    static const field flags[] = {{"attention_bias", FIELD_BOOL, 0, 0, 0, 0},
-                                  {"mlp_bias", FIELD_BOOL, sizeof(int), 0, 0, 0},
-                                  {"use_sliding_window", FIELD_BOOL, 2 * sizeof(int), 0, 0, 0}};
-    const char *type = json_string(c, "model_type", ""), *act = json_string(c, "hidden_act", "silu");
-    const json *layers = json_get(c, "layer_types"); // decides, if it is there, whether a window slides
-    int set[3] = {0, 0, 0};
-    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
-        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
-    if (strcmp(act, "silu")) return set_error("%s: hidden_act is '%s', expected 'silu'", path, act);
-    if (!fields_read(c, flags, 3, set, path)) return 0;
-    for (int i = 0; i < 3; i++)
-        if (set[i] && !(i == 2 && layers)) return set_error("%s: %s is true, expected false", path, flags[i].name);
+/* A window slides in the layers that layer_types names or, without it, in those from max_window_layers on. */
+static int config_read_window(const slam_config *config, const json *c, const char *path) {
+    const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
+    const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
+    size_t full = 0;
+    if (!layers && slides && slides->type != JSON_FALSE && !(window && window->type == JSON_NULL) &&
+        (first ? first->number : 28) < config->L)
+        return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
+                         json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
-        if (l->type != JSON_STRING || strcmp(l->string, "full_attention"))
-            return set_error("%s: layer_types: expected full_attention in every layer", path);
-    return 1;
+        full += l->type == JSON_STRING && !strcmp(l->string, "full_attention");
+    return !layers || (full == (size_t)config->L && layers->n == full) ||
+           set_error("%s: layer_types: expected full_attention in each of the %d layers", path, config->L);
 }
 
 static int config_read(slam_config *c, const json *root, const char *path) {
+    static const char *const fixed[][2] = {{"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}};
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
+    const char *type = json_string(from, "model_type", "");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
-    if (!config_check(from, path) || !fields_read(from, config_fields, CONFIG_FIELDS, c, path) ||
-        !config_read_rope(c, from, path) || (base && !fields_read(root, config_fields, 1, c, path))) // vocab_size
+    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
+        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    for (int i = 0; i < 3; i++) {
+        const json *j = json_find(from, fixed[i][0]);
+        const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
+        if (j && strcmp(is, fixed[i][1]))
+            return set_error("%s: %s is '%.60s', expected '%s'", path, fixed[i][0], is, fixed[i][1]);
+    }
+    c->qkv_bias = strcmp(type, "qwen2") == 0;
+    c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
+    if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
+        !config_read_window(c, from, path))
         return 0;
-    c->qkv_bias = strcmp(json_string(from, "model_type", ""), "qwen2") == 0;
+    slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
+    if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
+    if (outer.rope_theta != c->rope_theta)
+        return set_error("%s: rope_theta is %g, but %g in base_config, expected the same", path, outer.rope_theta,
+                         c->rope_theta);
     if (!c->KVH) c->KVH = c->NH;
     if (c->NH % c->KVH)
         return set_error("%s: %d attention heads, expected a multiple of the %d key/value heads", path, c->NH, c->KVH);
@@ -5771,8 +5916,8 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
         *config = *name_or_path == 't' ? tiny : slam;
         return 1;
     }
-    c.T = 2048; // Hugging Face's defaults
-    c.eps = 1e-6;
+    c.eps = 1e-6; // Hugging Face's defaults
+
     c.init_std = 0.02;
     c.rope_theta = 10000;
     json *root = json_load(name_or_path);
@@ -5806,7 +5951,7 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
    and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits of a multiple of 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5837,7 +5982,7 @@ typedef struct model_tensors {
     size_t n;
     size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // numbers of the file; weights that a token is multiplied by
+    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -5907,7 +6052,8 @@ size_t slam_config_parameters(const slam_config *c) {
     return m.parameters;
 }
 
-/* Forward: 2 per weight, and 4 HS per head and visible key (T/2 on average). Backward: twice that. */
+/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
+   that. */
 double slam_config_flops(const slam_config *c, int T) {
     const model_tensors m = tensors_of(c);
     free(m.list);
@@ -5915,6 +6061,9 @@ double slam_config_flops(const slam_config *c, int T) {
 }
 
 /* ---- activations ---- */
+
+/* Pairs of a head that are rotated. */
+static int rope_pairs(const slam_config *c) { return c->HS / 2; }
 
 typedef struct layer_acts { // shapes: acts_place
     slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
@@ -5944,7 +6093,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* The next `bytes` of the arena, of which *end are taken. */
+/* Takes `bytes` from the arena, of which *end are taken already. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -5955,7 +6104,7 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
     const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
-    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes); // 64 MB of logits
+    const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
@@ -5995,7 +6144,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->mask_end = INTS(N);
     a->slots = INTS(N); // of the decoder
     a->lengths = INTS(N);
-    a->rope = FLOATS(2 * T * ROPE_PAIRS(HS));
+    a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
@@ -6130,6 +6279,19 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
+/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
+static int rope_check(const slam_config *c, const tensor *t) {
+    float x[2048]; // head_dim is at most 4096
+    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
+    for (int i = 0; i < c->HS / 2; i++) {
+        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
+        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
+            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
+                             c->rope_theta);
+    }
+    return 1;
+}
+
 /* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
    allocated. twist: the file's vocabulary may have more rows. */
 static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
@@ -6138,12 +6300,12 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
     for (size_t k = 0; ok && k < list.n; k++) {
         const model_tensor *t = &list.list[k];
         const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char *name = string_print("%s%s", prefix, t->name);
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, t->name);
         const tensor *f = tensors_find(file, name);
         const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
         ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
                : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        free(name);
         if (!ok || !m) continue;
         float *host = NEW(float, n);
         ok = tensor_floats(f, host, 0, n);
@@ -6154,12 +6316,12 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
     }
     for (size_t k = 0; ok && k < file->n; k++) {
         const tensor *f = &file->at[k];
-        const size_t skip = strncmp(f->name, prefix, strlen(prefix)) ? 0 : strlen(prefix);
-        const int unused =
-            string_ends(f->name, "rotary_emb.inv_freq") || (c->tied && string_ends(f->name, "lm_head.weight"));
+        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, f->name + skip)) i++;
-        if (i == list.n && !unused) ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        while (i < list.n && strcmp(list.list[i].name, name)) i++;
+        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
+        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
+            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
     }
     free(list.list);
     if (ok && m) weights_changed(m);
@@ -6170,10 +6332,9 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
 static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
-    char *path = path_join(folder, "config.json");
-    int ok = slam_config_load(&c, path);
-    if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path, c.V, V);
-    free(path);
+    const slam_path path = path_join(folder, "config.json");
+    int ok = slam_config_load(&c, path.at);
+    if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
     const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
@@ -6199,19 +6360,13 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
     return out;
 }
 
-static int folder_write(const char *folder, const char *name, const char *text) {
-    char *path = path_join(folder, name);
-    const int ok = file_write(path, text, strlen(text));
-    free(path);
-    return ok;
-}
-
-/* The model with these weights (n_weights) as a folder. SlamKit takes what base_config does not state from
-   base_model_name's config. */
+/* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
+   of base_model_name. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
     const size_t n = m->layout->tensors.n;
+    static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
     slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
@@ -6233,12 +6388,9 @@ static int model_write(const slam_model *m, const float *host, const char *folde
         slam_strings_add(&names, name);
         out[k] = tensor_to_write(t, names.at[k], host);
     }
-    char *path = path_join(folder, "model.safetensors");
-    const int ok = folder_write(folder, "config.json", config.at) &&
-                   folder_write(folder, "generation_config.json",
-                                "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n") &&
-                   tensors_write(path, out, n, NULL);
-    free(path);
+    const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
+                   file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
+                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
     free(out);
     slam_strings_free(&names);
     strbuf_free(&config);
@@ -6291,13 +6443,20 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     if (!k->arena || (mode != SLAM_INFERENCE && !m->grads)) return 0;
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
-    float *rope = rope_table(T, m->config.HS, m->config.rope_theta);
-    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * ROPE_PAIRS(m->config.HS) * sizeof *rope);
+    const int pairs = rope_pairs(&m->config);
+    float *rope = rope_table(T, pairs, m->config.rope_theta);
+    ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
     m->B = B;
     m->T = T;
     m->mode = mode;
     return 1;
+}
+
+static slam_mask model_mask(const slam_model *m, int B, int T) {
+    const slam_config *c = &m->config;
+    const slam_mask mask = {B, T, c->NH, c->KVH, c->HS, rope_pairs(c), NULL, NULL, NULL, NULL, m->layout->a.rope};
+    return mask;
 }
 
 /* Checks that no op would read out of bounds, copies the batch to the device and sets the mask. */
@@ -6306,7 +6465,7 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     slam_ops *ops = m->ops;
     model_acts *a = &m->layout->a;
     const size_t N = (size_t)b->B * b->T, bytes = N * sizeof(int);
-    slam_mask mask = {b->B, b->T, c->NH, c->KVH, c->HS, a->doc_start, NULL, NULL, NULL, a->rope};
+    slam_mask *mask = &m->layout->mask;
     m->layout->valid = 0;
     if (b->B < 1 || b->T < 1 || N > (size_t)m->B * m->T || b->T > m->T)
         return set_error("a batch of %d rows of %d tokens, planned for %d rows of %d", b->B, b->T, m->B, m->T);
@@ -6323,14 +6482,15 @@ static int batch_upload(slam_model *m, const slam_batch *b, int with_targets) {
     }
     ops->upload(ops, a->tokens, b->tokens, bytes);
     ops->upload(ops, a->doc_start, b->doc_start, bytes);
+    *mask = model_mask(m, b->B, b->T);
+    mask->doc_start = a->doc_start;
     if (with_targets) ops->upload(ops, a->targets, b->targets, bytes);
     if (b->mask_start) {
         ops->upload(ops, a->mask_start, b->mask_start, bytes);
         ops->upload(ops, a->mask_end, b->mask_end, bytes);
-        mask.mask_start = a->mask_start;
-        mask.mask_end = a->mask_end;
+        mask->mask_start = a->mask_start;
+        mask->mask_end = a->mask_end;
     }
-    m->layout->mask = mask;
     return 1;
 }
 
@@ -6438,7 +6598,7 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
 /* ---- backward ---- */
 
 /* One layer, from its end to its beginning. dx (N,C) is the gradient of the residual stream: after the layer on
-   entry, before it on return. The backward pass of a norm adds the gradient that comes through its sub-layer. */
+   entry, before it on return. rmsnorm_backward adds the gradient that comes through the sub-layer. */
 static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
@@ -6502,7 +6662,7 @@ int slam_forward(slam_model *m, slam_batch *b) {
     return ops->finish(ops);
 }
 
-/* The logits are computed again, now for their gradients: they were never all in memory. */
+/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6537,11 +6697,11 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
 }
 
 /* ---- decoding ----
-   The cache lacks the last token of each sequence: the step that predicts the next token adds it. So the first
-   prediction is a step like all others. */
+   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
+   needs no logits. */
 
-/* Tokens of a prefill at once. The length of its rows is a multiple of 64, so that attention adds up keys in the same
-   order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
+   the same order whatever the longest sequence is. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6550,7 +6710,6 @@ void slam_decoder_free(slam_decoder *d) {
     slam_batch_free(&d->state->batch);
     free(d->state);
     free(d->length);
-    free(d->last);
     free(d);
 }
 
@@ -6569,8 +6728,8 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
     d->model = m;
     d->slots = slots;
     d->T = T;
-    d->length = NEW(int, slots);
-    d->last = NEW(int, slots);
+    d->length = NEW(int, 2 * (size_t)slots);
+    d->last = d->length + slots;
     s->capacity = (int)round_up(T, PREFILL_TILE);
     s->layer_size = (size_t)slots * s->capacity * 2 * c->KVH * c->HS;
     s->cache = (slam_act *)m->ops->alloc(m->ops, c->L * s->layer_size * m->ops->act_bytes);
@@ -6622,7 +6781,6 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const slam_config *c = &m->config;
     const model_acts *a = &m->layout->a;
     int n = 0; // rows up to the last sequence; free slots among them compute token 0
     for (int i = 0; i < d->slots; i++) {
@@ -6637,7 +6795,7 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
     m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
     free(cached);
-    const slam_mask mask = {n, d->state->capacity, c->NH, c->KVH, c->HS, NULL, NULL, NULL, NULL, a->rope};
+    const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
     d->state->prefill = 0;
     forward(m, n, &mask, d->state);
@@ -6651,8 +6809,8 @@ void slam_decoder_append(slam_decoder *d, int slot, int token) {
 }
 
 /* ---- sampling ----
-   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three preserve
-   the order of the logits, so that top-k and top-p together are one threshold. */
+   In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
+   ranking of the logits, so that top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
     if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
@@ -6802,8 +6960,6 @@ void slam_adamw_free(slam_adamw *o) {
     ops->release(ops, o->master);
     free(o->buckets->list);
     free(o->buckets);
-    o->m = o->v = o->master = NULL;
-    o->buckets = NULL;
     o->model = NULL;
 }
 
@@ -6965,7 +7121,8 @@ static int compare_u64(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The share of n-grams (n: order) that occur more than once; 0: there are none. words (n): hashes, overwritten. */
+/* The share of the n-grams of length `order` that occur more than once; 0: there are none. words (n): hashes,
+   overwritten. */
 static double repeated_share(uint64_t *words, size_t n, int order) {
     const size_t grams = n >= (size_t)order ? n - (size_t)order + 1 : 0;
     size_t repeated = 0;
@@ -7004,7 +7161,7 @@ static int pair_repeats(const char *prompt, const char *chosen, double max_repet
 
 /* ---- files and sources ---- */
 
-enum { LONGEST_CONTEXT = 1 << 24 }; // sums of a few lengths stay within an int
+enum { LONGEST_CONTEXT = 1 << 24 }; // small enough that a sum of a few lengths fits into an int
 
 /* A file's tokens: a mapped shard, or the units of a .jsonl file as a shard would hold them. */
 typedef struct token_file {
@@ -7035,6 +7192,7 @@ void slam_data_free(slam_data *d) {
         free(d->files[i].path);
     }
     for (size_t i = 0; i < d->n_sources; i++) free(d->sources[i].name);
+    free(d->files);
     for (slam_data *part = d, *next; part; part = next) {
         next = part->held_out;
         free(part->sources);
@@ -7131,45 +7289,34 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped.
-   n tokens t_i take a hash h to h P^n + sum of t_i P^(n-i) mod 2^64; P is odd, so that changing a token changes it. 64
-   tokens at a time are hashed and tested for a 1 or an invalid token in loops that vectorise; only a block with one is
-   read token by token. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
+   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
-    uint64_t powers[65]; // P^64 .. P^0
-    size_t start = 0, n;
+    uint64_t h = *hash;
+    size_t start = 0;
     int open = 0;
     if (f->largest >= token_end - FIRST_UNIT)
         return set_error("%s:%zu: unit %d, expected below %d (the vocabulary is %d)", f->path, f->largest_line,
                          f->largest, token_end - FIRST_UNIT, V);
-    powers[64] = 1;
-    for (int k = 64; k > 0; k--) powers[k - 1] = powers[k] * P;
-    for (size_t i = 0; i < f->n; i += n) {
-        const uint16_t *t = f->tokens + i;
-        uint64_t sum = 0;
-        int found = !open;
-        n = f->n - i < 64 ? 1 : 64;
-        for (size_t k = 0; k < n; k++) found |= (t[k] == DOCUMENT_TOKEN) | ((uint16_t)(t[k] - 1) >= token_end - 1);
-        for (size_t k = 0; k < n; k++) sum += t[k] * powers[65 - n + k];
-        *hash = *hash * powers[64 - n] + sum;
-        for (size_t at = i; found && at < i + n; at++) {
-            const int token = f->tokens[at];
-            if (token < 1 || token >= token_end)
-                return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
-            if (!open && token != DOCUMENT_TOKEN)
-                return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
-            if (token != DOCUMENT_TOKEN) continue;
-            if (open && at > start + 1) {
-                const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
-                GROW(slam_chunk, list->at, list->capacity, list->n + 1);
-                list->at[list->n++] = document;
-            }
-            open = !open;
-            start = at;
+    for (size_t at = 0; at < f->n; at++) {
+        const int token = f->tokens[at];
+        h = h * P + (uint64_t)token;
+        if (token < 1 || token >= token_end)
+            return set_error("%s: token %zu (from 0) is %d, expected 1 to %d", f->path, at, token, token_end - 1);
+        if (!open && token != DOCUMENT_TOKEN)
+            return set_error("%s: token %zu (from 0) is %d, expected 1: no document is open", f->path, at, token);
+        if (token != DOCUMENT_TOKEN) continue;
+        if (open && at > start + 1) {
+            const slam_chunk document = {file, (uint32_t)start, (uint32_t)(at + 1 - start)};
+            GROW(slam_chunk, list->at, list->capacity, list->n + 1);
+            list->at[list->n++] = document;
         }
+        open = !open;
+        start = at;
     }
+    *hash = h;
     return !open || set_error("%s: the document at token %zu (from 0) has no closing 1", f->path, start);
 }
 
@@ -7282,8 +7429,8 @@ static uint32_t longest_fit(uint32_t *fit, uint32_t room) {
     return room;
 }
 
-/* Packs n items of lengths[item] 1 .. T into rows of T by first fit decreasing (Johnson 1973), computed row by row: the
-   longest item that still fits is next. */
+/* Packs n items of lengths[item] 1 .. T into rows of T by first fit decreasing (Johnson 1973), computed row by row:
+   each takes the longest remaining item that fits, again and again. */
 static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengths, size_t n, uint32_t T) {
     uint32_t *count = NEW(uint32_t, 3 * ((size_t)T + 1) + 2 * n), *first = count + T + 1, *fit = first + T + 1;
     uint32_t *sorted = fit + T + 1, *row = sorted + n; // sorted: by length; row: items of one
@@ -7304,8 +7451,8 @@ static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengt
     free(count);
 }
 
-/* Packs the items of rows again, into as few rows as `pack` takes with T, and about as short as that allows, by
-   bisection: MULTIFIT (Coffman, Garey and Johnson 1978). Returns their length. */
+/* Packs the items again. Finds by bisection the smallest length of rows that needs no more rows than T does: MULTIFIT
+   (Coffman, Garey and Johnson 1978). Returns this length. */
 static uint32_t pack_evenly(packed_rows *rows, const uint32_t *lengths, uint32_t T) {
     const size_t n = rows->n_items;
     uint32_t low = 1, high = T, *items = NEW(uint32_t, n);
@@ -7337,8 +7484,6 @@ static int batch_put(slam_batch *b, int at, const uint16_t *tokens, int n, int n
         b->targets[at + k] = k < skip ? -1 : k + 1 < n ? tokens[k + 1] : next;
         b->doc_start[at + k] = doc_start;
     }
-    b->n_tokens += (uint64_t)n;
-    b->n_targets += (uint64_t)(n - skip - (next < 0));
     return at + n;
 }
 
@@ -7363,9 +7508,9 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 
 /* ---- the loader ----
    If shuffled, an epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and
-   its rows are put in random order. That depends on the seed, the epoch, weights and lengths alone, so any row can be
-   found again. With longest_row an epoch is not packed: each of its rows is one item, and the items of a global batch,
-   that of all ranks, are packed. */
+   its rows are put in random order. Both orders depend only on seed, epoch, weights and lengths, so that a position
+   (epoch,row) can be restored. With longest_row an epoch is not packed: its rows are single items, and the items of
+   each global batch (that of all ranks) are packed when it begins. */
 
 struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
@@ -7380,9 +7525,9 @@ struct slam_packer {
     const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds an epoch's draws of a source of weight w: each of its n chunks floor(w) times, and on average (w - floor(w)) n
-   more, the next ones, cyclically, of a fixed random permutation. So none of these comes twice in an epoch, and all
-   come equally often in the long run. */
+/* Adds an epoch's draws of a source of weight w, if shuffled: each of its n chunks floor(w) times, and on average (w -
+   floor(w)) n extra ones, taken cyclically from a fixed random permutation, where the last epoch stopped. So no chunk
+   is an extra twice in an epoch, and all come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
     const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
@@ -7414,7 +7559,7 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
     if (p->longest_row) return;
     pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
-    for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // else rows would be sorted by the lengths of their chunks
+    for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // pack has sorted them by length
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
         p->epoch.at[i - 1] = p->epoch.at[k];
@@ -7490,14 +7635,13 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     return l->n;
 }
 
-/* Positions without an item are padding; each is a sequence of its own. */
+/* Positions without an item are padding, each a sequence of its own, so that nothing attends to it. */
 int slam_loader_next(slam_loader *l, slam_batch *b) {
     const struct slam_packer *p = l->packer;
     const packed_row *row = p->share_end - l->rows_left;
     b->B = l->rows_left < b->capacity ? l->rows_left : b->capacity;
     b->T = l->T;
     b->n_sequences = 0;
-    b->n_tokens = b->n_targets = 0;
     for (int i = 0; i < b->B * b->T; i++) {
         b->tokens[i] = 0;
         b->targets[i] = -1;
@@ -7533,8 +7677,8 @@ slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
 enum { SAMPLE_RATE = 16000 };
 #define PI 3.14159265358979323846
 
-/* Units are the same in every build, so a product and a sum must not be fused into one rounding, as compilers do where
-   the processor has an instruction for it. gcc takes this as an attribute of a function, clang as a pragma. */
+/* Disables FMA contraction (a * b + c rounded once), so that MFCC and k-means have the same bits in every build. gcc
+   has an attribute of functions for this, clang a pragma, which holds to the end of the file. */
 #if defined __GNUC__ && !defined __clang__
 #define UNFUSED __attribute__((optimize("fp-contract=off")))
 #else
@@ -7545,10 +7689,10 @@ enum { SAMPLE_RATE = 16000 };
 #endif
 
 /* ---- resampler ----
-   With up / down = 16000 / rate in lowest terms, output k is at input time k down / up: between two samples, at one of
-   `up` phases. Each phase has its own taps of the windowed sinc
+   A polyphase filter: with up / down = 16000 / rate in lowest terms, output k is at input position k down / up, whose
+   fraction takes `up` values, the phases. The coefficients of a phase are samples of the windowed sinc
        h(t) = sin(2 pi f t) / (pi t) kaiser(t / half)         f = 0.95 of the lower Nyquist frequency
-   The transition band, 0.9 to 1.0 of that frequency, decides the length of the window for the attenuation A in dB
+   A transition band of `width` (from 0.9 to 1.0 of that Nyquist frequency) and an attenuation of A dB need a window of
    (Kaiser's formulas, as in Oppenheim and Schafer):
        half = (A - 7.95) / (2 * 14.36 * width)     beta = 0.1102 (A - 8.7) */
 
@@ -7556,10 +7700,9 @@ enum { SAMPLE_RATE = 16000 };
 enum { RESAMPLER_LANES = 16 };
 
 typedef struct resampler {
-    int rate, before, taps; // taps before the sample that an output follows; of a phase, a multiple of RESAMPLER_LANES
+    int left, taps; // coefficients to the left of a position; of a phase, a multiple of RESAMPLER_LANES
     uint64_t up, down;
     float *tap; // (up,taps)
-    struct resampler *next;
 } resampler;
 
 /* Modified Bessel function of the first kind, order 0. */
@@ -7580,52 +7723,45 @@ UNFUSED static resampler *resampler_new(int rate) {
     const double beta = 0.1102 * (RESAMPLER_ATTENUATION - 8.7), scale = 1 / bessel_i0(beta);
     const uint64_t divisor = greatest_common_divisor(SAMPLE_RATE, (uint64_t)rate);
     resampler *r = NEW(resampler, 1);
-    r->rate = rate;
     r->up = SAMPLE_RATE / divisor;
     r->down = (uint64_t)rate / divisor;
-    r->before = (int)half;
-    r->taps = (2 * r->before + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
+    r->left = (int)half;
+    r->taps = (2 * r->left + 2 + RESAMPLER_LANES - 1) / RESAMPLER_LANES * RESAMPLER_LANES;
     r->tap = NEW(float, r->up *(uint64_t)r->taps);
     for (uint64_t phase = 0; phase < r->up; phase++) {
         float *tap = r->tap + phase * (uint64_t)r->taps;
         double sum = 0;
-        for (int i = 0; i < 2 * r->before + 2; i++) {
-            const double t = i - r->before - (double)phase / (double)r->up, u = t / half;
+        for (int i = 0; i < 2 * r->left + 2; i++) {
+            const double t = i - r->left - (double)phase / (double)r->up, u = t / half;
             if (fabs(u) >= 1) continue;
             const double sinc = t == 0 ? 2 * f : sin(2 * PI * f * t) / (PI * t);
             const double h = sinc * scale * bessel_i0(beta * sqrt(1 - u * u));
             tap[i] = (float)h;
             sum += h;
         }
-        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // a constant passes unchanged in every phase
+        for (int i = 0; i < r->taps; i++) tap[i] = (float)(tap[i] / sum); // unit DC gain
     }
     return r;
 }
 
-static resampler *resamplers; // a list, which is kept: audio files come in a few rates
+static resampler *resamplers[192001]; // by rate; never freed: there are few rates
 
 static const resampler *resampler_of(int rate) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    if (rate < 1000 || rate > 192000) { // a lower rate would let a small file grow without bound
+    if (rate < 1000 || rate > 192000) { // limits the size of the output
         set_error("%d samples per second, expected 1000 to 192000", rate);
         return NULL;
     }
     pthread_mutex_lock(&lock);
-    resampler *r = resamplers;
-    while (r && r->rate != rate) r = r->next;
-    if (!r) {
-        r = resampler_new(rate);
-        r->next = resamplers;
-        resamplers = r;
-    }
+    if (!resamplers[rate]) resamplers[rate] = resampler_new(rate);
     pthread_mutex_unlock(&lock);
-    return r;
+    return resamplers[rate];
 }
 
-/* Sum of tap_i in_(first + i). Its order, 16 lanes that are added up at the end, is the same for every vector width. */
+/* Sum of tap_i in_(first + i), in 16 partial sums (near the ends of the input in one) for every width of vectors. */
 UNFUSED static float resampler_dot(const float *tap, int taps, const float *in, int64_t first, int64_t n) {
     float lane[RESAMPLER_LANES] = {0};
-    if (first < 0 || first + taps > n) { // near the ends of the input, beyond which it is 0
+    if (first < 0 || first + taps > n) { // samples beyond the ends are 0
         for (int64_t i = first < 0 ? -first : 0; i < taps && first + i < n; i++) lane[0] += tap[i] * in[first + i];
         return lane[0];
     }
@@ -7647,31 +7783,32 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
     for (int64_t k = 0; k < outputs; k++) {
         const uint64_t at = (uint64_t)k * r->down;
         const float *tap = r->tap + at % r->up * (uint64_t)r->taps;
-        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->before, (int64_t)n);
+        out[k] = resampler_dot(tap, r->taps, in, (int64_t)(at / r->up) - r->left, (int64_t)n);
     }
     return out;
 }
 
 /* ---- audio files ----
-   Frames (one sample for each channel) are read in order, a block at a time, so a long file needs no memory for the
-   whole of it. WAV with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
+   Frames (one sample per channel; not the frames of features) are read in blocks, so memory holds one segment, not the
+   file. WAV with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
 
 #ifdef SLAM_SNDFILE
 #include <sndfile.h>
 #endif
 
-enum { AUDIO_BLOCK = 8192 }; // samples that are read at once, so also the most channels
+enum { AUDIO_BLOCK = 8192 }; // samples; also the maximum number of channels
 
 typedef struct audio {
-    char *name; // in error messages
+    char *name, kind[48]; // in error messages
     FILE *f;
+    int channel;                         // the one that is read, from 1; 0: their mean
     int rate, channels, bytes, is_float; // bytes, is_float: type of a sample
-    uint64_t frames, at;                 // of the file, 0: unknown; read so far
-    float *waiting;                      // segmenter: (n) samples, read but not part of a segment yet
+    uint64_t frames, at;                 // in the file, 0: unknown; read so far
+    float *waiting;                      // segmenter: (n) samples read ahead, at the rate of the file
     size_t n, capacity;
-    uint64_t first;    // the first of them is this frame of the file
-    double start, end; // of the segment, in seconds
-    int last;          // no segment follows
+    uint64_t first;    // waiting[0] is this frame of the file
+    double start, end; // of the segment that was read last, in seconds
+    int last;          // it ends the file
 #ifdef SLAM_SNDFILE
     SNDFILE *codec; // NULL: WAV, read here
 #endif
@@ -7691,12 +7828,11 @@ static int audio_open_codec(audio *a) {
 #ifdef SLAM_SNDFILE
     SF_INFO info = ZERO;
     char path[32];
-    snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd would close a descriptor that it cannot read
-    lseek(fileno(a->f), 0, SEEK_SET);                        // for systems where both share their place
+    snprintf(path, sizeof path, "/dev/fd/%d", fileno(a->f)); // sf_open_fd closes the descriptor if it fails
+    lseek(fileno(a->f), 0, SEEK_SET);                        // on some systems it shares the file offset
     a->codec = sf_open(path, SFM_READ, &info);
-    if (!a->codec)
-        return set_error("%s: not a WAV file, nor any that libsndfile reads: %s", a->name, sf_strerror(NULL));
-    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // its headers do not say how long it is
+    if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
+    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // SF_FORMAT_MPEG: the length is an estimate
     a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
     a->channels = info.channels;
@@ -7704,24 +7840,28 @@ static int audio_open_codec(audio *a) {
     a->is_float = 1;
     return 1;
 #else
-    return set_error("%s: not a WAV file with PCM or float samples; for others install libsndfile1-dev and build again",
-                     a->name);
+    return set_error("%s: %s; to read it, install libsndfile1-dev and build again", a->name, a->kind);
 #endif
 }
 
-/* The fmt chunk of a WAV file; samples are unsigned bytes, signed 16, 24 or 32 bits (20 are the upper of 24), float32,
-   float64. */
+/* The fmt chunk of a WAV file. PCM: up to 8 bits are unsigned, up to 32 signed, left-aligned in their bytes. */
 typedef struct wav_format {
     uint16_t type, channels; // 1: PCM, 3: float, 0xfffe: see subtype
     uint32_t rate, bytes_per_second;
-    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // frame: its bytes; bits: of a sample
+    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // bytes per frame, bits per sample
 } wav_format;
 
-/* Reads a fmt chunk of n bytes. 1, 0 and an error, -1: to be read by libsndfile */
+/* Reads a fmt chunk of n bytes. Returns 1, 0 on error, -1 if the format is left to libsndfile. */
 static int wav_read_format(audio *a, size_t n) {
+    static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
+    static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
+                                        "G.721",           "MPEG",  "MP3",    "AAC"};
     wav_format w = ZERO;
     if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
     const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    snprintf(a->kind, sizeof a->kind, "a WAV file of codec %u", type);
+    for (int i = 0; i < 9; i++)
+        if (type == types[i]) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", names[i]);
     if (type != 1 && type != 3) return -1;
     a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
     a->channels = w.channels;
@@ -7734,19 +7874,22 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
-/* Bytes of an ID3 tag in front of a file: 10, and as many as its size says, which has 7 bits in each byte. */
-static uint64_t tag_bytes(FILE *f) {
-    unsigned char head[10] = {0};
-    uint64_t n = 0;
-    if (fread(head, sizeof head, 1, f) != 1 || memcmp(head, "ID3", 3)) return 0;
-    for (int i = 6; i < 10; i++) n = n << 7 | head[i];
-    return n + (head[5] & 16 ? 20 : 10);
+/* Moves past the ID3v2 tags at the start of a file and returns their size: each has a header, 28 bits of length in four
+   bytes of it, and perhaps a footer. */
+static uint64_t skip_tags(FILE *f) {
+    unsigned char h[10];
+    uint64_t end = 0;
+    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET))
+        end +=
+            (h[5] & 16 ? 20u : 10u) + ((h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u));
+    fseeko(f, (off_t)end, SEEK_SET);
+    return end;
 }
 
-/* Finds format and data among chunks of four letters, size, that many bytes, one more if the size is odd. A program
-   that writes to a pipe cannot know the size of its data. It writes 0, or 0x7ffff000 or more: then everything up to the
-   end is data. A 0 means that only if the size after "RIFF" is unknown, too, or counts the header alone; else the
-   recording is empty. Returns as wav_read_format. */
+/* Finds 'fmt ' and 'data' among the chunks (4-byte name, size, data, padding to an even size). Streamed files have 0 as
+   the size of 'data', or 0x7ffff000 or more, beyond the end of the file: the data are all that follows. But 0 is an
+   empty recording if the size after "RIFF" is known and counts more than the header. RF64 (EBU Tech 3306) has both
+   sizes as 64 bits in chunk 'ds64'. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
@@ -7754,39 +7897,43 @@ static int wav_open(audio *a, uint64_t size) {
         uint32_t size;
         char type[4];
     } riff, chunk;
-    const uint64_t start = tag_bytes(a->f);
-    fseeko(a->f, (off_t)start, SEEK_SET);
-    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.name, "RIFF", 4) || memcmp(riff.type, "WAVE", 4)) return -1;
+    const uint64_t start = skip_tags(a->f);
+    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
+    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4) && memcmp(riff.name, "BW64", 4)) return -1;
+    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all that follows it, of the data
     for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
-        n = chunk.size;
         const uint64_t rest = size - at;
         const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
-        const int empty = n == 0 && riff.size && riff.size < UNKNOWN && start + 8 + riff.size > at;
+        if (!memcmp(chunk.name, "ds64", 4) && fread(sizes, sizeof sizes, 1, a->f) != 1)
+            return set_error("%s: chunk 'ds64' is longer than the rest of the file", a->name);
+        n = is_data && chunk.size == UINT32_MAX ? sizes[1] : chunk.size;
+        const int empty = n == 0 && sizes[0] && sizes[0] < UNKNOWN && start + 8 + sizes[0] > at;
         const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
             return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
-        if (is_data && !a->channels) return set_error("%s: its data come before its format", a->name);
+        if (is_data && !a->channels) return set_error("%s: chunk 'data' comes before chunk 'fmt '", a->name);
         const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
         a->frames = is_data ? (to_end ? rest : n) / ((uint64_t)a->channels * (uint64_t)a->bytes) : 0;
         if (is_data) return 1;
         at += n + (n & 1);
     }
-    return set_error("%s: it holds no data", a->name);
+    return set_error("%s: it has no chunk 'data'", a->name);
 }
 
-/* Opens the file at path, whose errors call it `name` (NULL: path). Close it in any case. */
+/* Opens the file at path. name: in error messages, NULL: path. Call audio_close even after an error. */
 static int audio_open(audio *a, const char *path, const char *name) {
     size_t size;
     memset(a, 0, sizeof *a);
     a->name = string_copy(name ? name : path);
+    snprintf(a->kind, sizeof a->kind, "not a WAV file");
     a->f = file_open(path, a->name, &size);
     const int wav = a->f ? wav_open(a, size) : 0;
     return wav < 0 ? audio_open_codec(a) : wav;
 }
 
-/* One sample on a scale of -1 to 1. */
+/* One sample; PCM is scaled to -1..1. */
 static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     double wide;
     float single;
@@ -7798,12 +7945,12 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* The next up to n frames, each the mean of its channels, on a scale of -1 to 1. Returns how many, 0 at the end, -1 and
-   an error. A file without any frame is an error. */
+/* Reads up to n frames, of each a channel or the mean of all. Returns how many, 0 at the end, -1 on error. A file
+   without frames is an error. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
-        double block[AUDIO_BLOCK]; // frames as the file has them, or float from libsndfile
+        double block[AUDIO_BLOCK]; // frames as in the file, or floats of libsndfile
         const unsigned char *p = (const unsigned char *)block;
         const size_t fit = (size_t)(AUDIO_BLOCK / a->channels), most = n - done < fit ? n - done : fit;
         const uint64_t rest = a->frames > a->at ? a->frames - a->at : 0;
@@ -7819,20 +7966,21 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
             return set_error("%s: damaged or truncated after %llu frames", a->name, (unsigned long long)a->at) - 1;
         for (size_t i = done; i < done + got; i++) {
             double sum = 0;
-            for (int c = 0; c < a->channels; c++, p += a->bytes) sum += wav_sample(p, a->is_float, a->bytes);
-            out[i] = (float)(sum / a->channels);
-            if (!(fabsf(out[i]) <= 1e6f)) // float files may go beyond full scale, some to that of 16-bit numbers
-                return set_error("%s: a sample is %g, expected about -1 to 1", a->name, (double)out[i]) - 1;
+            for (int c = 1; c <= a->channels; c++, p += a->bytes)
+                if (!a->channel || c == a->channel) sum += wav_sample(p, a->is_float, a->bytes);
+            out[i] = (float)(a->channel ? sum : sum / a->channels);
+            if (!(fabsf(out[i]) <= 1e6f)) // float files may exceed full scale
+                return set_error("%s: a sample is %g, expected -1e6 to 1e6", a->name, (double)out[i]) - 1;
         }
     }
     return n == 0 || a->at > 0 ? (ptrdiff_t)done : set_error("%s: it holds no audio", a->name) - 1;
 }
 
 /* ---- segmenter ----
-   A file longer than the limit is split. Each segment is what a file of its own with these frames would be. */
+   A file longer than the limit is split. A segment is resampled as if it were a separate file. */
 
-/* Where to split x after at most `limit` samples: in the middle of the quietest 20 ms of their last fifth. */
-UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
+/* Where to split x (limit): in the middle of the 20 ms with the least energy in its last fifth. */
+UNFUSED static size_t split_position(const float *x, int rate, size_t limit) {
     const size_t window = (size_t)rate / 50;
     size_t best = limit < window ? limit : limit - window;
     double least = INFINITY;
@@ -7847,19 +7995,19 @@ UNFUSED static size_t quietest_place(const float *x, int rate, size_t limit) {
     return limit < window ? limit : best + window / 2;
 }
 
-/* The next segment of at most max_seconds (0: all of the file) at 16 kHz: 1, 0 at the end, -1 and an error. */
+/* Reads a segment of at most max_seconds (0: the file), at 16 kHz. Returns 1, 0 at the end, -1 on error. */
 static int audio_next_segment(audio *a, double max_seconds, float **samples, size_t *n) {
     const double most = max_seconds > 0 ? max_seconds * a->rate : 1e15;
     const size_t limit = (size_t)fmax(1, fmin(most, 1e15));
     if (!resampler_of(a->rate)) return set_error("%s: %s", a->name, slam_error()) - 1;
-    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // memory grows with what is read
+    for (ptrdiff_t got = 1; got && a->n <= limit; a->n += (size_t)got) { // in steps: the limit may be huge
         const size_t step = limit + 1 - a->n < (1 << 20) ? limit + 1 - a->n : 1 << 20;
         GROW(float, a->waiting, a->capacity, a->n + step);
         if ((got = audio_read(a, a->waiting + a->n, step)) < 0) return -1;
     }
     if (a->n == 0) return 0;
     a->last = a->n <= limit;
-    const size_t used = a->last ? a->n : quietest_place(a->waiting, a->rate, limit);
+    const size_t used = a->last ? a->n : split_position(a->waiting, a->rate, limit);
     *samples = slam_resample(a->waiting, used, a->rate, n);
     a->start = (double)a->first / a->rate;
     a->first += used;
@@ -7877,20 +8025,20 @@ float *slam_audio_load(const char *path, size_t *n) {
     return samples;
 }
 /* ==========================================================================================
-   SECTION 11. UNITS      MFCC, HuBERT, k-means, unit tokenizer, token files
+   SECTION 11. UNITS      MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer
 
    Audio at 16 kHz becomes frames of features; the nearest centroid of a frame is its unit. The units of a recording
-   depend on nothing but its samples and the tokenizer.
+   depend neither on other recordings nor on the number of threads; those of HuBERT do on device and data type.
    ========================================================================================== */
 
 /* ---- MFCC ----
    Davis and Mermelstein 1980, as the Python package python_speech_features computes them:
        y_t = x_t - 0.97 x_(t-1)        P_k = |FFT(hamming y)_k|^2 / N        E_j = sum_k filter_jk P_k
        c_0 = log sum_k P_k             c_i = lifter_i DCT(log E)_i           filter: 40 triangles, evenly spaced in mel
-       d_t = sum_n n (c_(t+n) - c_(t-n)) / (2 sum_n n^2),  n = 1, 2; the ends are repeated
+       d_t = sum_n n (c_(t+n) - c_(t-n)) / (2 sum_n n^2),  n = 1, 2; the first and last frame are repeated
    The second differences are the d of d. The window, which is also the size of the FFT, is a power of two. */
 
-enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC_WINDOW = 1024 }; // the largest window
+enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC_WINDOW = 1024 }; // the largest
 
 struct slam_mfcc {
     int window, step;
@@ -7914,7 +8062,7 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
         const double hz = 700 * (pow(10, top * j / (MFCC_FILTERS + 1) / 2595) - 1);
         m->edge[j] = (int)floor((m->window + 1) * hz / SAMPLE_RATE);
     }
-    m->edge[MFCC_FILTERS + 1] = m->window / 2; // (window + 1) / 2 rounded down, whatever pow() made of it
+    m->edge[MFCC_FILTERS + 1] = m->window / 2; // exact; above, pow() may round to a number below it
     for (int i = 0; i < MFCC_CEPSTRA; i++) {
         const double lifter = 1 + 11 * sin(PI * i / 22), norm = sqrt((i ? 2.0 : 1.0) / MFCC_FILTERS);
         for (int j = 0; j < MFCC_FILTERS; j++)
@@ -7923,8 +8071,8 @@ UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     return m;
 }
 
-/* out (n), the transform X of n real samples, `stride` apart: real parts of X_0 .. X_(n/2), then imaginary parts of
-   X_(n/2-1) .. X_1. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
+/* Fourier transform of n real samples x[0], x[stride], ...: out[k] = Re X_k for k <= n/2, out[n - k] = Im X_k for
+   0 < k < n/2. From E of the even and O of the odd samples (Cooley and Tukey 1965), with w = exp(-2 pi i / n):
        X_k = E_k + w^k O_k     X_(n/2-k) = conj(E_k - w^k O_k) */
 UNFUSED static void mfcc_fft(const struct slam_mfcc *m, double *out, double *x, int n, int stride) {
     const int half = n / 2;
@@ -7998,7 +8146,7 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
     for (size_t t = 0; t < frames; t++)
         mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
     free(normal);
-    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of the 13 columns before
+    for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of columns `from` to `from + 12`
         for (size_t t = 0, last = frames - 1; t < frames; t++) {
             const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
             const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
@@ -8011,14 +8159,130 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
         }
 }
 
-/* ---- HuBERT (Hsu et al. 2021): configuration ----
-   Samples pass convolutions without padding (each followed by GELU, with a norm after the first one or after each), a
-   linear layer, a convolution over many frames that adds positions, and a transformer. */
+/* ---- networks: weights from a folder of a Hugging Face or PyTorch model ---- */
 
-enum { HUBERT_CONVS = 16, HUBERT_PADDING = 40, HUBERT_MOST_FRAMES = 1 << 19 };
+typedef struct network_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
+    slam_act *w, *b;
+} network_module;
+
+typedef struct network {
+    slam_ops *ops;
+    slam_act *weights;
+    char *arena; // activations of a batch
+    size_t arena_bytes;
+    uint64_t hash;      // of the weights in use, and of what the caller has hashed before
+    const char *prefix; // that names of tensors may have
+    tensors *file;      // while the weights are read: the folder's, the end of those placed so far, no error so far
+    size_t end;
+    int ok;
+} network;
+
+/* At least `bytes` in n->arena. */
+static int network_grow(network *n, size_t bytes) {
+    if (bytes <= n->arena_bytes) return 1;
+    n->ops->release(n->ops, n->arena);
+    n->arena = (char *)n->ops->alloc(n->ops, bytes);
+    n->arena_bytes = n->arena ? bytes : 0;
+    return n->arena != NULL;
+}
+
+/* The tensor NAME.suffix, with or without the prefix. */
+static const tensor *network_find(const network *n, const char *name, const char *suffix) {
+    char *full = string_print("%s%s.%s", n->prefix, name, suffix);
+    const tensor *t = tensors_find(n->file, full);
+    if (!t) t = tensors_find(n->file, full + strlen(n->prefix));
+    free(full);
+    return t;
+}
+
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !n->ok on error. */
+static float *network_read(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    const tensor *t = network_find(n, name, suffix);
+    const size_t count = a * b * c;
+    float *x = NULL;
+    strbuf shape = ZERO;
+    if (t) strbuf_add_shape(&shape, t->rank, t->shape);
+    if (n->ok && (!t || t->count != count || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
+        n->ok = set_error("%s: tensor '%s.%s' %s%s%s, expected (%zu,%zu,%zu)", n->file->file->path, name, suffix,
+                          shape.n ? "has shape (" : "is missing", shape.n ? shape.at : "", shape.n ? ")" : "", a, b, c);
+    strbuf_free(&shape);
+    if (n->ok) n->ok = tensor_floats(t, x = NEW(float, count), 0, count);
+    for (size_t i = 0; n->ok && i < count; i++)
+        if (!isfinite(x[i]))
+            n->ok = set_error("%s: tensor '%s.%s' has a number that is not finite", t->file, name, suffix);
+    return x;
+}
+
+/* The weight (a,b,c) of module NAME, plain or with weight norm (Salimans and Kingma 2016) over all but one axis:
+       w = g v / |v|      g has one number for each index of the first axis, or of the last if by_last */
+UNFUSED static float *network_weight(network *n, const char *name, int by_last, size_t a, size_t b, size_t c) {
+    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
+                                           {"weight_v", "weight_g"},
+                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
+    int kind = 2;
+    while (kind > 0 && !network_find(n, name, names[kind][0])) kind--;
+    float *v = network_read(n, name, names[kind][0], a, b, c);
+    if (kind == 0) return v;
+    const size_t norms = by_last ? c : a, count = a * b * c;
+    float *g = network_read(n, name, names[kind][1], by_last ? 1 : a, 1, by_last ? c : 1);
+    double *squares = NEW(double, norms);
+    for (size_t i = 0; n->ok && i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
+    for (size_t i = 0; n->ok && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
+    for (size_t i = 0; n->ok && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
+    free(squares);
+    free(g);
+    return v;
+}
+
+/* Places x (a,b,c) at n->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
+static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t c) {
+    const size_t count = a * b * c, at = n->end;
+    n->ok = n->ok && network_grow(n, count * sizeof *x);
+    float *host = n->ok ? NEW(float, count) : NULL, *next = host;
+    n->hash ^= at;
+    for (size_t i = 0; n->ok && i < a; i++)
+        for (size_t k = 0; k < c; k++)
+            for (size_t j = 0; j < b; j++) {
+                uint32_t bits;
+                *next = x[(i * b + j) * c + k];
+                memcpy(&bits, next++, sizeof bits);
+                n->hash = (n->hash ^ bits) * HASH_PRIME;
+            }
+    slam_act *to = act_at(n->ops, n->weights, at);
+    n->end += round_up(count, 256);
+    if (n->ok) n->ops->upload(n->ops, n->arena, host, count * sizeof *host);
+    if (n->ok) n->ops->to_act(n->ops, to, (float *)n->arena, count);
+    free(host);
+    free(x);
+    return to;
+}
+
+static slam_act *network_tensor(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
+    return network_store(n, network_read(n, name, suffix, a, b, c), a, b, c);
+}
+
+/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
+static void network_load_module(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
+                                size_t c, int bias) {
+    char *name = string_print(format, layer);
+    m->w = network_tensor(n, name, "weight", a, b, c);
+    if (bias) m->b = network_tensor(n, name, "bias", a, 1, 1);
+    free(name);
+}
+
+static void network_free(network *n) {
+    n->ops->release(n->ops, n->weights);
+    n->ops->release(n->ops, n->arena);
+}
+
+/* ---- HuBERT (Hsu et al. 2021): configuration ----
+   Samples, with zeros before and after them, pass a stack of convolutions (after the first or after each a norm, after
+   each GELU), a linear layer, a convolution over many frames that adds positions, and a transformer. */
+
+enum { HUBERT_MOST_FRAMES = 1 << 19 };
 
 typedef struct hubert_config { // its bytes are part of the model's hash
-    int convs, width[HUBERT_CONVS], kernel[HUBERT_CONVS], stride[HUBERT_CONVS];
+    int convs, width[LIST_MOST], kernel[LIST_MOST], stride[LIST_MOST];
     int conv_bias, all_norms; // all_norms: a layer norm after each convolution, else a channel norm after the first
     int projection_norm, C, L, NH, F;
     int taps, groups, batch_norm; // of the convolution for positions
@@ -8042,10 +8306,8 @@ static const field hubert_fields[] = {
 
 /* *step: samples per frame */
 static int hubert_config_load(hubert_config *k, const char *path, int *step) {
-    static const char *const words[][3] = {{"model_type", "hubert", "hubert"}, // key, default, other value
-                                           {"hidden_act", "gelu", "gelu"},
-                                           {"feat_extract_activation", "gelu", "gelu"},
-                                           {"feat_extract_norm", "group", "layer"}};
+    static const char *const words[][2] = {
+        {"model_type", "hubert"}, {"hidden_act", "gelu"}, {"feat_extract_activation", "gelu"}};
     static const char *const lists[] = {"conv_dim", "conv_kernel", "conv_stride"};
     int *const numbers[] = {k->width, k->kernel, k->stride};
     // clang-format off
@@ -8056,22 +8318,16 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     json *c = json_load(path);
     *k = defaults;
     int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    for (int i = 0; ok && i < 4; i++) {
-        const char *value = json_string(c, words[i][0], words[i][1]);
-        k->all_norms = !strcmp(value, "layer");
-        if (strcmp(value, words[i][1]) && strcmp(value, words[i][2]))
-            ok = set_error("%s: %s is '%s', expected '%s' or '%s'", path, words[i][0], value, words[i][1], words[i][2]);
-    }
-    for (int i = 0; ok && i < 3; i++) {
-        const json *list = json_get(c, lists[i]), *j = list ? list->first : NULL;
-        int n = list ? 0 : 7;
-        for (; n < HUBERT_CONVS && json_whole(j) && j->number >= 1 && j->number <= 1 << 14; j = j->next)
-            numbers[i][n++] = (int)j->number;
-        if (i == 0) k->convs = n;
-        if (j || n < 1 || n != k->convs)
-            ok = set_error("%s: '%s' has %.60s after %d numbers, expected 1 to %d from 1 to %d, as many as conv_dim",
-                           path, lists[i], j ? json_describe(j) : "no more", n, HUBERT_CONVS, 1 << 14);
-    }
+    for (int i = 0; ok && i < 3; i++)
+        if (strcmp(json_string(c, words[i][0], words[i][1]), words[i][1]))
+            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], json_string(c, words[i][0], ""),
+                           words[i][1]);
+    const char *norm = json_string(c, "feat_extract_norm", "group");
+    k->all_norms = !strcmp(norm, "layer");
+    if (ok && !k->all_norms && strcmp(norm, "group"))
+        ok = set_error("%s: feat_extract_norm is '%s', expected 'group' or 'layer'", path, norm);
+    for (int i = 0; ok && i < 3; i++)
+        ok = k->convs = json_list(json_get(c, lists[i]), lists[i], numbers[i], 7, i ? k->convs : 0, lists[0], path);
     *step = 1;
     for (int i = 0; ok && i < k->convs; i++)
         if ((*step *= k->stride[i]) > 1 << 11)
@@ -8088,234 +8344,144 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
 
 /* ---- HuBERT: weights ---- */
 
-typedef struct hubert_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
-    slam_act *w, *b;
-} hubert_module;
-
 typedef struct hubert_layer {
-    hubert_module qkv, out, up, down, attention_norm, mlp_norm; // qkv: one matrix (3C,C)
+    network_module qkv, out, up, down, attention_norm, mlp_norm; // qkv: one matrix (3C,C)
 } hubert_layer;
 
 typedef struct slam_hubert {
-    slam_ops *ops;
+    network net;
     hubert_config config;
-    int layer, step, do_normalize; // layers in use; samples per frame; of preprocessor_config.json
-    uint64_t hash;                 // of configuration and weights in use
-    hubert_module conv[HUBERT_CONVS], conv_norm[HUBERT_CONVS], projection_norm, projection, positions, norm;
-    hubert_module batch_norm; // scale and shift of the input of `positions`
+    int layer, pad, step, do_normalize; // layers in use; as in slam_unit_config; samples per frame; of the model
+    network_module conv[LIST_MOST], conv_norm[LIST_MOST], projection_norm, projection, positions, norm;
+    network_module batch_norm; // scale and shift of the input of `positions`
     hubert_layer *layers;
-    slam_act *weights, *centroids; // all of the above; (K,C)
-    float *squares;                // (K) of the centroids
-    char *arena;                   // activations of a batch
-    size_t arena_bytes;
-    const tensors *file; // while the weights are read: their file, the end of those placed so far, no error so far
-    size_t end;
-    int ok;
+    slam_act *centroids; // (K,C)
+    float *squares;      // (K) of the centroids
 } slam_hubert;
 
-/* At least `bytes` in h->arena. */
-static int hubert_grow(slam_hubert *h, size_t bytes) {
-    if (bytes <= h->arena_bytes) return 1;
-    h->ops->release(h->ops, h->arena);
-    h->arena = (char *)h->ops->alloc(h->ops, bytes);
-    h->arena_bytes = h->arena ? bytes : 0;
-    return h->arena != NULL;
-}
-
-/* The file's tensor of this name; models with a head have a prefix. */
-static const tensor *hubert_find(const slam_hubert *h, const char *name) {
-    char *prefixed = string_print("hubert.%s", name);
-    const tensor *t = tensors_find(h->file, prefixed);
-    free(prefixed);
-    return t ? t : tensors_find(h->file, name);
-}
-
-/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !h->ok on error. */
-static float *hubert_read(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
-    char *full = string_print("%s.%s", name, suffix);
-    const tensor *t = hubert_find(h, full);
-    const size_t n = a * b * c;
-    float *x = NULL;
-    if (h->ok && (!t || t->count != n || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
-        h->ok = set_error("%s: tensor '%s' %s, expected shape (%zu,%zu,%zu)", h->file->file->path, full,
-                          t ? "has another shape" : "is missing", a, b, c);
-    if (h->ok) h->ok = tensor_floats(t, x = NEW(float, n), 0, n);
-    for (size_t i = 0; h->ok && i < n; i++)
-        if (!isfinite(x[i])) h->ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, full);
-    free(full);
-    return x;
-}
-
-/* Places x (a,b,c) at h->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
-static slam_act *hubert_store(slam_hubert *h, float *x, size_t a, size_t b, size_t c) {
-    const size_t n = a * b * c, at = h->end;
-    h->ok = h->ok && hubert_grow(h, n * sizeof *x);
-    float *host = h->ok ? NEW(float, n) : NULL, *next = host;
-    h->hash ^= at;
-    for (size_t i = 0; h->ok && i < a; i++)
-        for (size_t k = 0; k < c; k++)
-            for (size_t j = 0; j < b; j++) {
-                uint32_t bits;
-                *next = x[(i * b + j) * c + k];
-                memcpy(&bits, next++, sizeof bits);
-                h->hash = (h->hash ^ bits) * HASH_PRIME;
-            }
-    slam_act *to = act_at(h->ops, h->weights, at);
-    h->end += round_up(n, 256);
-    if (h->ok) h->ops->upload(h->ops, h->arena, host, n * sizeof *host);
-    if (h->ok) h->ops->to_act(h->ops, to, (float *)h->arena, n);
-    free(host);
-    free(x);
-    return to;
-}
-
-static slam_act *hubert_tensor(slam_hubert *h, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
-    return hubert_store(h, hubert_read(h, name, suffix, a, b, c), a, b, c);
-}
-
-/* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
-static void hubert_load_module(slam_hubert *h, hubert_module *m, const char *format, int layer, size_t a, size_t b,
-                               size_t c, int bias) {
-    char *name = string_print(format, layer);
-    m->w = hubert_tensor(h, name, "weight", a, b, c);
-    if (bias) m->b = hubert_tensor(h, name, "bias", a, 1, 1);
-    free(name);
-}
-
-/* The convolution for positions, with one of
-       weight norm over all but the taps (Salimans and Kingma 2016)   w_ock = g_k v_ock / |v_k|
-       batch norm with fixed statistics (Ioffe and Szegedy 2015)      scale x + shift before the convolution,
-                                          scale = w / sqrt(var + 1e-5), shift = b - mean scale */
-static void hubert_load_positions(slam_hubert *h) {
-    static const char *const names[][2] = {{"weight", ""}, // then older and newer names of PyTorch
-                                           {"weight_v", "weight_g"},
-                                           {"parametrizations.weight.original1", "parametrizations.weight.original0"}};
+/* The convolution for positions, with weight norm over all but the taps, or with batch norm and fixed statistics (Ioffe
+   and Szegedy 2015): scale x + shift before the convolution,
+       scale = w / sqrt(var + 1e-5)      shift = b - mean scale */
+UNFUSED static void hubert_load_positions(slam_hubert *h) {
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, n = C * width * K, at = h->end;
-    const int kind = h->config.batch_norm ? 0 : hubert_find(h, "encoder.pos_conv_embed.conv.weight_v") ? 1 : 2;
-    h->end += round_up(n, 256);
-    h->positions.b = hubert_tensor(h, conv, "bias", C, 1, 1);
-    float *v = hubert_read(h, conv, names[kind][0], C, width, K);
-    float *g = kind ? hubert_read(h, conv, names[kind][1], 1, 1, K) : NULL;
-    for (size_t k = 0; g && h->ok && k < K; k++) {
-        double squares = 0;
-        for (size_t i = k; i < n; i += K) squares += (double)v[i] * v[i];
-        const float scale = squares > 0 ? (float)(g[k] / sqrt(squares)) : 0;
-        for (size_t i = k; i < n; i += K) v[i] *= scale;
-    }
-    free(g);
-    const size_t end = h->end;
-    h->end = at;
-    h->positions.w = hubert_store(h, v, C, width, K);
-    h->end = end;
-    if (kind) return;
-    float *w = hubert_read(h, norm, "weight", C, 1, 1), *b = hubert_read(h, norm, "bias", C, 1, 1);
-    float *mean = hubert_read(h, norm, "running_mean", C, 1, 1), *var = hubert_read(h, norm, "running_var", C, 1, 1);
-    for (size_t c = 0; h->ok && c < C; c++) {
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
+    network *n = &h->net;
+    const size_t at = n->end;
+    n->end += round_up(C * width * K, 256);
+    h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
+    const size_t end = n->end;
+    n->end = at;
+    float *weight =
+        h->config.batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
+    h->positions.w = network_store(n, weight, C, width, K);
+    n->end = end;
+    if (!h->config.batch_norm) return;
+    float *w = network_read(n, norm, "weight", C, 1, 1), *b = network_read(n, norm, "bias", C, 1, 1);
+    float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
+    for (size_t c = 0; n->ok && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) h->ok = set_error("%s: '%s.running_var' has %g", h->file->file->path, norm, var[c]);
+        if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' is %g < 0", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
     free(mean);
     free(var);
-    h->batch_norm.w = hubert_store(h, w, C, 1, 1);
-    h->batch_norm.b = hubert_store(h, b, C, 1, 1);
+    h->batch_norm.w = network_store(n, w, C, 1, 1);
+    h->batch_norm.b = network_store(n, b, C, 1, 1);
 }
 
-/* Everything up to the output of h->layer. */
+/* Loads what the output of layer h->layer needs. */
 static void hubert_load_weights(slam_hubert *h) {
-    static const char *const qkv[] = {"encoder.layers.%d.attention.q_proj", "encoder.layers.%d.attention.k_proj",
-                                      "encoder.layers.%d.attention.v_proj"};
     const hubert_config *k = &h->config;
+    network *n = &h->net;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        hubert_load_module(h, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
-                           k->conv_bias);
+        network_load_module(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+                            k->conv_bias);
         if (i == 0 || k->all_norms)
-            hubert_load_module(h, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
+            network_load_module(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        hubert_load_module(h, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
-    hubert_load_module(h, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+        network_load_module(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    network_load_module(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
     hubert_load_positions(h);
-    if (!k->stable) hubert_load_module(h, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
+    if (!k->stable) network_load_module(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
-        const size_t at = h->end, bias_at = at + round_up(3 * C * C, 256);
+        const size_t at = n->end, bias_at = at + round_up(3 * C * C, 256);
         for (size_t j = 0; j < 3; j++) {
-            char *name = string_print(qkv[j], i);
-            h->end = at + j * C * C;
-            hubert_tensor(h, name, "weight", C, C, 1);
-            h->end = bias_at + j * C;
-            hubert_tensor(h, name, "bias", C, 1, 1);
+            char *name = string_print("encoder.layers.%d.attention.%c_proj", i, "qkv"[j]);
+            n->end = at + j * C * C;
+            network_tensor(n, name, "weight", C, C, 1);
+            n->end = bias_at + j * C;
+            network_tensor(n, name, "bias", C, 1, 1);
             free(name);
         }
-        h->end = bias_at + round_up(3 * C, 256);
-        w->qkv.w = act_at(h->ops, h->weights, at);
-        w->qkv.b = act_at(h->ops, h->weights, bias_at);
-        hubert_load_module(h, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
-        hubert_load_module(h, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
-        hubert_load_module(h, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
-        hubert_load_module(h, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
-        hubert_load_module(h, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
+        n->end = bias_at + round_up(3 * C, 256);
+        w->qkv.w = act_at(n->ops, n->weights, at);
+        w->qkv.b = act_at(n->ops, n->weights, bias_at);
+        network_load_module(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        network_load_module(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        network_load_module(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        network_load_module(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        network_load_module(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
 }
 
 static void hubert_free(slam_hubert *h) {
     if (!h) return;
-    h->ops->release(h->ops, h->weights);
-    h->ops->release(h->ops, h->arena);
-    h->ops->release(h->ops, h->centroids);
-    h->ops->release(h->ops, h->squares);
+    h->net.ops->release(h->net.ops, h->centroids);
+    h->net.ops->release(h->net.ops, h->squares);
+    network_free(&h->net);
     free(h->layers);
     free(h);
 }
 
-static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer) {
-    char *path = path_join(folder, "config.json"), *preprocessor = path_join(folder, "preprocessor_config.json");
+static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, int pad) {
+    const slam_path path = path_join(folder, "config.json"),
+                    preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
+    network *net = &h->net;
     size_t n = 0;
-    h->ops = ops;
+    net->ops = ops;
+    net->prefix = "hubert.";
     h->layer = layer;
-    int ok = hubert_config_load(&h->config, path, &h->step);
+    h->pad = pad;
+    int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
-        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path, layer, h->config.L);
-    h->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
-    json *p = ok && path_is_file(preprocessor) ? json_load(preprocessor) : NULL;
-    ok = ok && fields_read(p, &normalize, 1, h, preprocessor);
-    tensors *file = ok ? tensors_open(folder) : NULL;
-    for (size_t i = 0; file && i < file->n; i++) { // no memory for layers above
-        const char *in_layer = strstr(file->at[i].name, "encoder.layers.");
-        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(file->at[i].count, 256);
-    }
-    if (file) h->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    h->file = file;
-    h->ok = h->weights != NULL;
-    h->layers = h->ok ? NEW(hubert_layer, layer) : NULL;
-    if (h->ok) hubert_load_weights(h);
-    ok = h->ok && ops->finish(ops);
-    tensors_close(file);
+        ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
+    net->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at);
+    net->file = ok ? tensors_open(folder) : NULL;
+    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++) {
+        const char *in_layer = strstr(t->name, "encoder.layers.");
+        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(t->count, 256);
+    } // without the layers above
+    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    net->ok = net->weights != NULL;
+    h->layers = net->ok ? NEW(hubert_layer, layer) : NULL;
+    if (net->ok) hubert_load_weights(h);
+    ok = net->ok && ops->finish(ops);
+    tensors_close(net->file);
     json_free(p);
-    free(path);
-    free(preprocessor);
     if (ok) return h;
     hubert_free(h);
     return NULL;
 }
 
-/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and their squares as the device rounds them. */
+/* Uploads the tokenizer's centroids (K,C) for ops->nearest, and the squared norms of these as to_act rounds them. */
 static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const size_t C = h->config.C, n = K * C;
     h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
     h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
-    if (!h->centroids || !h->squares || !hubert_grow(h, n * sizeof *centroids)) return 0;
-    float *wide = (float *)h->arena, *host = NEW(float, n), *squares = NEW(float, K);
+    if (!h->centroids || !h->squares || !network_grow(&h->net, n * sizeof *centroids)) return 0;
+    float *wide = (float *)h->net.arena, *host = NEW(float, n), *squares = NEW(float, K);
     ops->upload(ops, wide, centroids, n * sizeof *wide);
     ops->to_act(ops, h->centroids, wide, n);
     ops->to_float(ops, wide, h->centroids, n);
@@ -8332,30 +8498,30 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
 }
 
 /* ---- HuBERT: from samples to features ----
-   The recordings of a batch lie in rows of equal length, a multiple of the samples per frame, so that each convolution
-   divides the length of a row by its stride. Nothing behind a recording can change its features: its frames never read
-   past its end; norms over time and attention stop there; later frames are zeroed before the convolution for
-   positions, which looks both ways. Where a row of a product may depend on the other rows (same_rows 0), the shape of
-   a batch depends only on the length of a recording by itself, and the remaining rows hold silence: a recording has
-   the same bits with any others. */
+   The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
+   a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
+   over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
+   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
+   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
-enum { HUBERT_FRAMES = 512, HUBERT_FRAMES_ASYNCHRONOUS = 8192 }; // of a batch, unless one recording is longer
+enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
 typedef struct hubert_batch {
-    int B, n, S, T;                    // rows, the first n of them with a recording; samples and frames of a row
+    int B, n, S, T;                    // B rows, n of them with a recording, of S samples and T frames
     slam_recording *const *recordings; // (n)
-    float *wide;                       // (B,S) samples; (B,NH,T) of attention; (B,T,C) features or (B,T,K) scores
-    slam_act *conv[2];                 // outputs of the convolutions in turn; conv[1] first has the samples
-    slam_act *x, *delta, *in;          // (B,T,C) residual stream, what is added to it, input and output of attention
-    slam_act *grouped, *qkv, *mlp;     // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    int *nearest;                      // (B,T) centroids
-    int *doc_start, *doc_end;          // (B,T) keys of attention
-    int *frames, *first_frames;        // (B) frames of each recording, at the end and after the first convolution
+    float *scratch;                    // (B,S) samples; (B,NH,T) lse; (B,T,C) features or (B,T,K) scores
+    slam_act *conv[2];                 // alternating outputs of the convolutions; conv[1] has the samples first
+    slam_act *x, *delta, *in;      // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
+    slam_act *grouped, *qkv, *mlp; // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
+    int *nearest;                  // (B,T) centroids
+    int *doc_start, *doc_end;      // (B,T) keys of attention
+    int *frames, *first_frames;    // (B) valid frames, after all convolutions and after the first
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
-static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
-    size_t frames = samples + 2 * HUBERT_PADDING;
+static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
+    const hubert_config *k = &h->config;
+    size_t frames = samples + 2 * (size_t)h->pad;
     for (int i = 0; i < n; i++)
         frames = frames < (size_t)k->kernel[i] ? 0 : (frames - (size_t)k->kernel[i]) / (size_t)k->stride[i] + 1;
     return frames;
@@ -8364,14 +8530,14 @@ static size_t hubert_frames(const hubert_config *k, size_t samples, int n) {
 /* Places the batch in the arena, which may be NULL, and returns its size. */
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
-    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->ops->act_bytes;
+    const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->net.ops->act_bytes;
     size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
-    for (int i = 0; i < k->convs; i++) { // the next one may read as many frames behind the last row as it has taps
+    for (int i = 0; i < k->convs; i++) { // the next one may read K frames past the last row
         frames /= k->stride[i];
         const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
         if (n > largest[i % 2]) largest[i % 2] = n;
     }
-    b->wide = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
+    b->scratch = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
     b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
     b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
     b->x = (slam_act *)take(arena, &end, N * C * act);
@@ -8388,42 +8554,43 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
     return end;
 }
 
-/* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames behind a
-   recording see only its first frame, so that no tile of attention is wider than the recording. */
+/* Uploads the samples with zeros around them, the frames of the recordings, and the keys of attention. Frames after a
+   recording attend to its first frame alone, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const size_t B = b->B, S = b->S, T = b->T, N = B * T;
     float *host = NEW(float, B *S);
     int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
-        float *to = host + i * S + HUBERT_PADDING;
+        float *to = host + i * S + h->pad;
         if (r && normalize) normalize_waveform(to, r->samples, r->n);
         else if (r) memcpy(to, r->samples, r->n * sizeof *to);
         frames[i] = r ? (int)r->units.frames : 1;
-        frames[B + i] = r ? (int)hubert_frames(&h->config, r->n, 1) : 1;
+        frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
         for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
     }
-    ops->upload(ops, b->wide, host, B * S * sizeof *host);
-    ops->to_act(ops, b->conv[1], b->wide, B * S);
+    ops->upload(ops, b->scratch, host, B * S * sizeof *host);
+    ops->to_act(ops, b->conv[1], b->scratch, B * S);
     ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
     free(host);
     free(starts);
 }
 
-/* Samples (B,S) to x (B,T,C). A layer: x + O attention(norm x), then x + D gelu(U norm x), if stable; else
-   norm(x + O attention x), then norm(x + D gelu(U x)). */
+/* Samples (B,S) to x (B,T,C). A layer:
+       if stable   x += O attention(norm x)             x += D gelu(U norm x)
+       else        x = norm(x + O attention x)          x = norm(x + D gelu(U x)) */
 static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const hubert_config *k = &h->config;
-    const hubert_module *norm = h->conv_norm;
+    const network_module *norm = h->conv_norm;
     const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
     slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
         const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], !has_norm};
+        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], 1, !has_norm};
         slam_act *out = b->conv[i % 2];
         ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
@@ -8438,18 +8605,18 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
     const int TO = T + k->taps - 1;
-    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1};
+    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1, 1};
     ops->mask_frames(ops, x, b->frames, B, T, C);
     ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
     ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
-    const slam_mask mask = {B, T, NH, NH, C / NH, b->doc_start, b->doc_end, NULL, NULL, NULL};
+    const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
-        const hubert_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
+        const network_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
         ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-        ops->attention_forward(ops, b->in, b->wide, b->qkv, &mask);
+        ops->attention_forward(ops, b->in, b->scratch, b->qkv, &mask);
         ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
         if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
@@ -8461,9 +8628,9 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     }
 }
 
-/* Frames of a row for a recording: its own, or (fixed) those rounded up in 8 to 16 steps an octave. */
+/* Length in frames of a row for a recording; fixed: rounded up to one of 8 lengths per octave. */
 static int hubert_row_frames(const slam_hubert *h, const slam_recording *r, int fixed) {
-    const int frames = ((int)r->n + 2 * HUBERT_PADDING + h->step - 1) / h->step;
+    const int frames = ((int)r->n + 2 * h->pad + h->step - 1) / h->step;
     int grain = 1;
     while (fixed && frames / grain >= 16) grain *= 2;
     return (frames + grain - 1) / grain * grain;
@@ -8474,60 +8641,54 @@ static int compare_recordings(const void *a, const void *b) { // the longest fir
     return (x < y) - (x > y);
 }
 
-/* The recordings that have a frame, in batches of rows of about the same length: units[i] is the nearest centroid of
-   frame i; without centroids, the features. */
-static int hubert_compute(const slam_tokenizer *t, slam_recording *recordings, int n) {
+/* Encodes the recordings that have a frame, in batches of rows of about the same length, to units.unit (the nearest
+   centroid of each frame) or, without centroids, to features. Sorts the list. */
+static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
-    slam_ops *ops = h->ops;
+    slam_ops *ops = h->net.ops;
     const int C = t->width, K = t->K;
-    int most = ops->asynchronous ? HUBERT_FRAMES_ASYNCHRONOUS : HUBERT_FRAMES;
-    if (ops->asynchronous && ops->memory >> 21 < (size_t)most) most = (int)(ops->memory >> 21); // a small GPU
-    slam_recording **list = NEW(slam_recording *, n), **r = list, **end = list;
-    int ok = 1;
-    for (int i = 0; ok && i < n; i++) {
-        if (recordings[i].n / h->step >= HUBERT_MOST_FRAMES)
-            ok = set_error("a recording of %zu samples, expected fewer than %d", recordings[i].n,
-                           HUBERT_MOST_FRAMES * h->step);
-        if (recordings[i].units.frames) *end++ = &recordings[i];
-    }
-    qsort((void *)list, end - list, sizeof *list, compare_recordings);
-    for (; ok && r < end; ok = ok && ops->finish(ops)) {
+    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
+    slam_recording **const end = r + n;
+    if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
+    int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
+             set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
+    for (; ok && r < end && (*r)->units.frames; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
         b.T = hubert_row_frames(h, *r, 1);
-        b.B = b.T < most ? most / b.T : 1;
-        while (r + b.n < end && b.n < b.B && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
+        b.B = b.T < frames ? frames / b.T : 1;
+        while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
         if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
-        if (!(ok = hubert_grow(h, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
-        hubert_place(h, &b, K > C ? K : C, h->arena);
+        if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
+        hubert_place(h, &b, K > C ? K : C, h->net.arena);
         hubert_upload(h, &b, t->config.normalize);
         hubert_forward(h, &b);
-        if (K) ops->nearest(ops, b.nearest, b.wide, b.x, h->centroids, h->squares, b.B * b.T, C, K);
-        else ops->to_float(ops, b.wide, b.x, (size_t)b.B * b.T * C);
+        if (K) ops->nearest(ops, b.nearest, b.scratch, b.x, h->centroids, h->squares, b.B * b.T, C, K);
+        else ops->to_float(ops, b.scratch, b.x, (size_t)b.B * b.T * C);
         for (size_t row = 0; b.n > 0; b.n--, row += b.T, r++)
             if (K) ops->download(ops, (*r)->units.unit, b.nearest + row, (*r)->units.frames * sizeof(int));
-            else ops->download(ops, (*r)->features, b.wide + row * C, (*r)->units.frames * C * sizeof(float));
+            else ops->download(ops, (*r)->features, b.scratch + row * C, (*r)->units.frames * C * sizeof(float));
     }
-    free((void *)list);
     return ok;
 }
 
 /* ---- nearest centroids ----
-   Centroids lie in blocks of 16, (K / 16, D, 16): 16 distances are summed side by side, each over its D differences in
-   order, so that the sums, and with them the units, are the same for every vector width. */
+   Centroids are packed in blocks of 16, (K / 16, D, 16), one for each lane of a vector. A distance is summed over its D
+   differences in order, so the units are the same for every vector width. */
 
-enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames that share what is loaded of a block
+enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames per pass over the centroids
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* unit (n): the nearest of centroids (K,D), of equal ones the first, for each frame: those of order (n), or in order if
-   that is NULL. distance (n), squared; NULL: not wanted */
+/* unit[i]: the nearest of centroids (K,D), the first of ties, to frame order[i], or i if order is NULL; n of them.
+   distance[i], unless distance is NULL: squared, to that centroid */
 UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
                                       int K, int D, int *unit, float *distance) {
-    float *lanes = NEW(float, (size_t)(K + CENTROID_LANES) * D);
+    float *packed = NEW(float, (size_t)(K + CENTROID_LANES) * D);
     for (int k = 0; k < K; k++)
         for (int d = 0; d < D; d++)
-            lanes[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
+            packed[((size_t)(k / CENTROID_LANES) * D + d) * CENTROID_LANES + k % CENTROID_LANES] = *centroids++;
     PARALLEL_FOR
     for (size_t first = 0; first < n; first += CENTROID_FRAMES) {
         const size_t left = n - first, m = left < CENTROID_FRAMES ? left : (size_t)CENTROID_FRAMES;
@@ -8540,8 +8701,8 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
             unit[at] = 0;
         }
         for (int k = 0; k < K; k += CENTROID_LANES) {
-            const centroid_vector *c = (const centroid_vector *)(lanes + (size_t)k * D);
-            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array of them in memory
+            const centroid_vector *c = (const centroid_vector *)(packed + (size_t)k * D);
+            centroid_vector sum0 = ZERO, sum1 = ZERO, sum2 = ZERO, sum3 = ZERO; // gcc keeps an array in memory
             for (int d = 0; d < D; d++) {
                 const centroid_vector e0 = c[d] - x[0][d], e1 = c[d] - x[1][d], e2 = c[d] - x[2][d],
                                       e3 = c[d] - x[3][d];
@@ -8560,61 +8721,51 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
         }
         if (distance) memcpy(distance + first, least, m * sizeof *least);
     }
-    free(lanes);
+    free(packed);
 }
 
 /* ---- k-means ---- */
 
-UNFUSED static float squared_distance(const float *a, const float *b, size_t D) {
-    float sum = 0;
-    for (size_t d = 0; d < D; d++) sum += (a[d] - b[d]) * (a[d] - b[d]);
-    return sum;
-}
-
-/* k-means of frames x (n,D): seeds by k-means++ (Arthur and Vassilvitskii 2007), mini-batches (Sculley 2010), full
-   passes (Lloyd 1982) until the inertia stops falling. centroids (K,D). The same for any number of threads. */
+/* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
+   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
-    const size_t seeds = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
-    uint64_t state = rng_stream(seed, 0x6b6d, 0);
+    const size_t candidates = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
+    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; 1: the reservoir, 2: order of files
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
     report->frames = n;
     if (n < K || n > UINT32_MAX)
-        return set_error("k-means: %zu frames, expected at least one for each of %zu centroids", n, K);
+        return set_error("k-means: %zu frames, expected at least one per centroid (%zu), below 2^32", n, K);
     for (size_t i = 0; i < n * D; i++)
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
-    uint32_t *order = NEW(uint32_t, n); // seeds and mini-batches are ranges of this permutation
-    int *unit = NEW(int, n), more = 1;  // nearest centroids
-    float *distance = NEW(float, n);    // squared, from them
-    size_t *count = NEW(size_t, K);     // frames of a centroid
-    double *sum = NEW(double, K *D);    // of its frames
+    uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
+    int *unit = NEW(int, n), more = 1;                         // nearest centroids
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    size_t *count = NEW(size_t, K);                            // frames per centroid
+    double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     rng_shuffle(&state, order, n);
 
-    // each further seed is a frame drawn with probability proportional to its squared distance from the nearest so far
-    for (size_t i = 0; i < seeds; i++) distance[i] = INFINITY;
+    // k-means++ draws the next centroid with probability proportional to the squared distance from the nearest so far
+    for (size_t i = 0; i < candidates; i++) distance[i] = INFINITY;
     for (size_t k = 0, drawn = 0; k < K; k++) {
         const float *c = x + order[drawn] * D;
         double all = 0, passed = 0;
         memcpy(centroids + k * D, c, D * sizeof *c);
-        PARALLEL_FOR
-        for (size_t i = 0; i < seeds; i++) {
-            const float d = squared_distance(x + order[i] * D, c, D);
-            if (d < distance[i]) distance[i] = d;
-        }
-        for (size_t i = 0; i < seeds; i++) all += distance[i];
+        centroids_nearest(x, order, candidates, c, 1, (int)D, unit, last);
+        for (size_t i = 0; i < candidates; i++) all += distance[i] = fminf(distance[i], last[i]);
         const double until = all * rng_uniform(&state);
-        drawn = k + 1 < seeds ? k + 1 : 0; // if all frames are centroids already
-        for (size_t i = 0; all > 0 && passed <= until && i < seeds; i++) {
+        drawn = k + 1 < candidates ? k + 1 : 0; // if all distances are 0
+        for (size_t i = 0; all > 0 && passed <= until && i < candidates; i++) {
             if (distance[i] > 0) drawn = i;
             passed += distance[i];
         }
     }
 
-    // a mini-batch moves a centroid to the mean of all frames that it got so far
+    // a mini-batch moves a centroid to the mean of all frames assigned to it so far
     for (size_t batch = 0, at = 0; more && batch < 100; batch++, at += m) {
         if (at + m > n) {
             rng_shuffle(&state, order, n);
@@ -8629,7 +8780,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         more = !progress || progress(context, &p);
     }
 
-    // a full pass moves centroids to the means of their frames, those without frames to the frames furthest from theirs
+    // a full pass moves centroids to the mean of their frames, an empty cluster to the frame furthest from its centroid
     while (more) {
         centroids_nearest(x, NULL, n, centroids, (int)K, (int)D, unit, distance);
         memset(count, 0, K * sizeof *count);
@@ -8641,7 +8792,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         report->inertia /= (double)n;
         p.done = ++report->passes;
         more = !progress || progress(context, &p);
-        if (report->passes > 100 || (before - report->inertia < 1e-4 * before && report->passes > 1)) break;
+        if (report->passes > 100 || report->inertia == 0 || before - report->inertia < 1e-4 * before) break;
         before = report->inertia;
         memset(sum, 0, K * D * sizeof *sum);
         PARALLEL_FOR
@@ -8654,7 +8805,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
                 centroids[k * D + d] = (float)(sum[k * D + d] / (double)count[k]);
             for (size_t i = 1; !count[k] && i < n; i++)
                 if (distance[i] > distance[far]) far = i;
-            if (count[k] || distance[far] <= 0) continue; // 0: every frame is a centroid
+            if (count[k] || distance[far] <= 0) continue; // 0: every frame equals a centroid
             memcpy(centroids + k * D, x + far * D, D * sizeof *x);
             distance[far] = 0;
             before = INFINITY;
@@ -8666,7 +8817,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
     free(distance);
     free(count);
     free(sum);
-    return more || set_error("stopped before the centroids were found");
+    return more || set_error("stopped during k-means");
 }
 
 /* ---- unit tokenizer: features and centroids ---- */
@@ -8674,7 +8825,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
 static const char *const feature_names[] = {"mfcc", "hubert"};
 
 slam_unit_config slam_unit_config_default(void) {
-    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, "", 0, 0};
+    const slam_unit_config c = {SLAM_MFCC, 25, 0, 1, 11, 40, 0, "", 0, 0};
     return c;
 }
 
@@ -8683,6 +8834,8 @@ static const field unit_config_fields[] = {
     {"normalize", FIELD_BOOL, offsetof(slam_unit_config, normalize), 0, 0, 0},
     {"dedup", FIELD_BOOL, offsetof(slam_unit_config, dedup), 0, 0, 0},
     {"layer", FIELD_INT, offsetof(slam_unit_config, layer), 0, 1 << 10, 0},
+    {"pad", FIELD_INT, offsetof(slam_unit_config, pad), 0, SAMPLE_RATE, 0},
+    {"channel", FIELD_INT, offsetof(slam_unit_config, channel), 0, AUDIO_BLOCK, 0},
     {"fingerprint", FIELD_U64, offsetof(slam_unit_config, fingerprint), 1, UINT32_MAX, 0},
     {"origin", FIELD_HEX, offsetof(slam_unit_config, origin), 0, 0, 0},
 };
@@ -8710,7 +8863,7 @@ int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
     return ok || !exists;
 }
 
-/* Writes KM.json and then KM.npy: if there is only the first, a kill came between the two. */
+/* Writes KM.json and then KM.npy: if KM.npy exists, both are complete. */
 static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
     slam_unit_config c = t->config;
     char *path = unit_config_path(km_npy);
@@ -8745,20 +8898,21 @@ static int durations_load(slam_tokenizer *t, const char *km_npy) {
     return ok;
 }
 
-/* A hash of whatever changes a unit or what a document holds. */
+/* Hash of all that defines the units, except device, data type and the channel, which often is a speaker. */
 static uint32_t tokenizer_hash(const slam_tokenizer *t) {
     const slam_unit_config *c = &t->config;
     strbuf s = ZERO;
     strbuf_add(&s, "%s rate %d normalize %d dedup %d units %d width %d", feature_names[c->features], c->rate,
                c->normalize != 0, c->dedup != 0, t->K, t->width);
-    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->hash);
+    if (t->hubert) strbuf_add(&s, " layer %d model %016llx", c->layer, (unsigned long long)t->hubert->net.hash);
+    if (t->hubert && c->pad != 40) strbuf_add(&s, " pad %d", c->pad);
     const uint64_t hash = hash_bytes(hash_bytes(HASH_START, s.at, s.n), t->centroids, sizeof(float) * t->K * t->width);
     const uint32_t folded = (uint32_t)(hash ^ hash >> 32);
     strbuf_free(&s);
     return folded ? folded : 1;
 }
 
-/* Completes a tokenizer that has t->centroids (K,D), of a file or just found. */
+/* Checks the shape of t->centroids (K,D), sets K and the fingerprint, and uploads them for HuBERT. */
 static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, size_t D) {
     if (K < 1 || K > 65534 || D != (size_t)t->width)
         return set_error("%s: has shape (%zu, %zu), expected 1 to 65534 centroids of %d numbers (%s)", km_npy, K, D,
@@ -8784,8 +8938,8 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     int ok = 1;
     *c = *config;
     if (c->features == SLAM_HUBERT) {
-        if (!ops) ok = set_error("%s: HuBERT needs a device to run on", c->hubert);
-        if (ok) t->hubert = hubert_load(ops, c->hubert, c->layer);
+        if (!ops) set_error("%s: HuBERT needs a device to run on", c->hubert);
+        else t->hubert = hubert_load(ops, c->hubert, c->layer, c->pad);
         if ((ok = t->hubert != NULL)) {
             t->width = t->hubert->config.C;
             t->do_normalize = t->hubert->do_normalize;
@@ -8799,9 +8953,8 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
     } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
     if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
     if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
-        ok = set_error(
-            "%s: 'fingerprint' in its .json is %llu, that of centroids and settings%s %u: they do not belong together",
-            km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", (unsigned)t->fingerprint);
+        ok = set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
+                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", t->fingerprint);
     if (ok && (!km_npy || durations_load(t, km_npy))) return t;
     slam_tokenizer_free(t);
     return NULL;
@@ -8815,7 +8968,7 @@ void slam_units_free(slam_units *u) {
     memset(u, 0, sizeof *u);
 }
 
-/* Merges equal neighbours of unit (n) in place, unless dedup is 0, and sets durations. Returns how many remain. */
+/* Run-length encodes unit (n) in place; without dedup all durations are 1. Returns how many remain. */
 static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
     size_t to = 0;
     for (size_t i = 0; i < n; i++)
@@ -8828,30 +8981,30 @@ static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
 }
 
 static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
-    if (t->hubert) return hubert_frames(&t->hubert->config, samples, t->hubert->config.convs);
+    if (t->hubert) return hubert_frames(t->hubert, samples, t->hubert->config.convs);
     const size_t window = (size_t)t->mfcc->window, step = (size_t)t->mfcc->step;
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
-int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
     int ok = 1;
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
-        const slam_units u = {NULL, NULL, 0, tokenizer_frames(t, r->n), r->n};
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
+        const size_t frames = tokenizer_frames(t, r->n);
+        const slam_units u = {t->K ? NEW(int, frames) : NULL, t->K ? NEW(int, frames) : NULL, 0, frames, r->n};
         r->units = u;
-        r->features = t->K && t->hubert ? NULL : NEW(float, u.frames *(size_t)t->width);
-        if (!t->K) continue;
-        r->units.unit = NEW(int, u.frames);
-        r->units.duration = NEW(int, u.frames);
+        r->features = t->K && t->hubert ? NULL : NEW(float, frames *(size_t)t->width);
     }
-    if (t->hubert) ok = hubert_compute(t, recordings, n);
+    if (t->hubert) ok = hubert_compute(t, list, n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
     for (int i = 0; i < (t->hubert ? 0 : n); i++) {
-        slam_recording *r = &recordings[i];
+        slam_recording *r = list[i];
         mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
         if (t->K)
             centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
     }
-    for (slam_recording *r = recordings; r < recordings + n; r++) {
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = list[i];
         slam_units *u = &r->units;
         if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
         if (ok && !t->K) continue;
@@ -8862,19 +9015,26 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
     return ok;
 }
 
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_recording **list = NEW(slam_recording *, n);
+    for (int i = 0; i < n; i++) list[i] = &recordings[i];
+    const int ok = units_encode(t, list, n);
+    free((void *)list);
+    return ok;
+}
+
 #include <sys/wait.h>
 
 /* ---- voices: shell commands that synthesise speech ---- */
 
-/* Opens the audio that a voice synthesises: 1, 0 and an error of this text, -1 and an error of every text. {text}
-   becomes ${text}, a variable, so that no text is taken for a command. `set -f; IFS=`: it is one word without quotes,
-   too. */
+/* Opens the audio that a voice synthesises. Returns 1, 0 if it fails for this text, -1 if the command cannot be run.
+   {text} becomes ${text}, a variable, which the shell does not parse; `set -f; IFS=`: nor split without quotes. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
-    char line[390], said[400] = "", path[32]; // said: the last line on stderr
+    char line[390], last[400] = "", path[32]; // last: line on stderr
     strbuf s = ZERO;
     strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
-    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // a text with a dash in front is not a flag
+    strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // else a text that starts with - would be a flag
     for (const char *c = text; *c; c++) {
         if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
         strbuf_add_bytes(&s, c, 1);
@@ -8889,22 +9049,22 @@ static int voice_open(audio *a, const char *voice, const char *text, const char 
     strbuf_free(&s);
     if (!out) {
         if (log) fclose(log);
-        return set_error("%s: no voice can be started: %s", name, strerror(errno)) - 1;
+        return set_error("%s: the voice cannot be started: %s", name, strerror(errno)) - 1;
     }
     snprintf(path, sizeof path, "/dev/fd/%d", fileno(out));
     int ok = audio_open(a, path, name);
     const int status = pclose(out), code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     for (rewind(log); fgets(line, sizeof line, log);)
-        if (*line != '\n') snprintf(said, sizeof said, ": %.*s", (int)strcspn(line, "\r\n"), line);
+        if (*line != '\n') snprintf(last, sizeof last, ": %.*s", (int)strcspn(line, "\r\n"), line);
     fclose(log);
-    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, said) - (code == 126 || code == 127);
+    if (code) ok = set_error("%s: the voice failed with status %d%s", name, code, last) - (code == 126 || code == 127);
     return ok;
 }
 
 /* ---- inputs ---- */
 
 struct slam_line {
-    const char *text, *path; // in a mapped file; the file's path
+    const char *text, *path; // text (n) in a mapped file, whose path this is
     size_t n, number;        // number: from 1
 };
 
@@ -8914,20 +9074,31 @@ void slam_inputs_free(slam_inputs *in) {
     free(in->lines);
     slam_strings_free(&in->paths);
     slam_strings_free(&in->voices);
+    slam_strings_free(&in->notes);
     memset(in, 0, sizeof *in);
 }
 
-/* Whether a file found in a folder is audio. The same in every build: without libsndfile such a file is reported. */
-static int audio_has_extension(const char *name) {
-    static const char *const extensions[] = {"wav", "flac", "ogg", "oga", "opus", "mp3",
-                                             "aif", "aiff", "au",  "caf", "w64"};
+/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
+enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
+static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
+    "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
+    "w64", "rf64", "sph", "nist", "voc",  "m4a", "m4b", "mp4", "aac",  "webm", "wma", "amr", "3gp",
+    "mka", "mkv",  "mov", "avi",  "spx",  "ac3", "ape", "wv",  "tta",  "shn",  "pcm", "raw"};
+
+typedef struct audio_list {
+    slam_strings *paths;
+    size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
+} audio_list;
+
+/* Index of the name's extension in audio_extensions; AUDIO_EXTENSIONS: none. */
+static int audio_extension(const char *name) {
     const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extensions / sizeof *extensions; i++)
-        if (!strcasecmp(dot + 1, extensions[i])) return 1;
-    return 0;
+    int i = dot ? 0 : AUDIO_EXTENSIONS;
+    while (i < AUDIO_EXTENSIONS && strcasecmp(dot + 1, audio_extensions[i])) i++;
+    return i;
 }
 
-/* The folders above one that is being listed: a symbolic link to one of them is a loop. */
+/* The folders above the one that is listed, to detect loops of symbolic links. */
 typedef struct parents {
     dev_t device;
     ino_t inode;
@@ -8935,13 +9106,15 @@ typedef struct parents {
 } parents;
 
 /* Adds a path, or the audio files in a folder and below it. */
-static int list_audio(slam_strings *list, const char *path, const parents *above) {
+static int list_audio(audio_list *list, const char *path, const parents *above) {
     struct stat s;
-    const int exists = stat(path, &s) == 0; // one that does not is reported when it is opened
-    const size_t before = list->n;
+    const int exists = stat(path, &s) == 0; // a missing file is reported when it is opened
+    const size_t before = list->paths->n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
-        if (!above || ((!exists || S_ISREG(s.st_mode)) && audio_has_extension(path))) slam_strings_add(list, path);
+        const int extension = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
+        if (!above || extension < READ_EXTENSIONS) slam_strings_add(list->paths, path);
+        else list->passed_over[extension]++;
         return 1;
     }
     for (const parents *p = above; p; p = p->above)
@@ -8949,23 +9122,25 @@ static int list_audio(slam_strings *list, const char *path, const parents *above
     const parents here = {s.st_dev, s.st_ino, above};
     int ok = folder_list(path, &names);
     for (size_t i = 0; ok && i < names.n; i++) {
-        char *below = path_join(path, names.at[i]);
+        char *below = string_print("%s%s%s", path, string_ends(path, "/") ? "" : "/", names.at[i]);
         ok = list_audio(list, below, &here);
         free(below);
     }
     slam_strings_free(&names);
-    if (ok && !above && list->n == before)
+    if (ok && !above && list->paths->n == before)
         ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
     return ok;
 }
 
-/* Adds the lines of a file that are not blank, without white space around them, except tabs at the end. */
+/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. */
 static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
     file_map *map = &in->files[in->paths.n];
+    if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
     if (!file_map_open(map, path)) return 0;
     const char *at = (const char *)map->data, *end = at + map->size;
     struct slam_line l = {NULL, in->paths.at[in->paths.n - 1], 0, 1};
+    if (map->size >= 3 && !memcmp(at, "\xef\xbb\xbf", 3)) at += 3; // a byte order mark
     for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
@@ -8976,24 +9151,61 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     return 1;
 }
 
+/* Length of the path in a line of a list; in a manifest a tab and a number of samples follow it. */
+static size_t line_path_length(const struct slam_line *l) {
+    size_t n = l->n;
+    while (n && isdigit((unsigned char)l->text[n - 1])) n--;
+    return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
+}
+
+/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
+   a number of samples. Lines that begin with # are comments. */
+static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
+    slam_inputs lines = ZERO;
+    char name[PATH_MAX];
+    size_t n = 0, folders = 0, number = 0;
+    int ok = slam_inputs_open(&lines, SLAM_INPUT_UNITS, &path, 1);
+    struct slam_line *l = lines.lines;
+    for (size_t i = 0; i < lines.n; i++)
+        if (*l[i].text != '#') l[n++] = l[i];
+    const int manifest = n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
+    for (size_t i = manifest; ok && i < n; i++) {
+        const int below_root = manifest && *l[i].text != '/';
+        snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",
+                 (int)line_path_length(&l[i]), l[i].text);
+        if (memchr(l[i].text, 0, l[i].n))
+            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l[i].path, l[i].number);
+        else ok = list_audio(list, name, NULL);
+        if (ok && path_is_folder(name) && !folders++) number = l[i].number;
+    }
+    if (ok && folders) {
+        snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", l->path, number);
+        slam_strings_add(&in->notes, name);
+    }
+    slam_inputs_free(&lines);
+    return ok;
+}
+
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
+    audio_list list = {&in->paths, ZERO};
+    strbuf note = ZERO;
     size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
-        const char *const listed = paths[i] + 1;
-        slam_inputs list = ZERO;
+        const int is_list = *paths[i] == '@';
         if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
-        else if (*paths[i] != '@') ok = list_audio(&in->paths, paths[i], NULL);
-        else ok = slam_inputs_open(&list, SLAM_INPUT_UNITS, &listed, 1);
-        for (size_t k = 0; ok && k < list.n; k++) {
-            char *name = string_copy_n(list.lines[k].text, list.lines[k].n);
-            ok = list_audio(&in->paths, name, NULL);
-            free(name);
-        }
-        slam_inputs_free(&list);
+        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
+        else ok = list_audio(&list, paths[i], NULL);
     }
+    for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
+        if (list.passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+    if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
+    if (note.n && ok) slam_strings_add(&in->notes, note.at);
+    else if (note.n) set_error("%s; %s", slam_error(), note.at);
+    strbuf_free(&note);
     if (kind == SLAM_INPUT_AUDIO) in->n = in->paths.n;
     in->end = in->n;
     in->pairs_out = kind == SLAM_INPUT_PAIRS ||
@@ -9001,7 +9213,7 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
-/* Hash of everything that determines the output. A file of lines counts by its name and size. */
+/* Hash of settings, names of inputs and sizes of files of lines; contents are not read. */
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
@@ -9014,38 +9226,39 @@ static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     return hash;
 }
 
-/* ---- reading: inputs -> segments -> units ---- */
+/* ---- reading: inputs -> segments -> units ----
+   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair. */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
 static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
 static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
 
 typedef struct segment {
-    slam_recording audio; // its samples, until they are encoded; units, or features for a fit
-    char *name;           // of a line of units, or NULL
-    double start, end;    // in a longer file, else 0
+    slam_recording recording; // samples, until they are encoded; then units, or features for a fit
+    char *name;               // file_name of a line of units, or NULL
+    double start, end;        // seconds in the file; 0, 0: all of it
 } segment;
 
 struct slam_item {
     char *name;    // "a.wav" or "stories.txt:12"
-    char *members; // of a pair: of its JSON object, those that are passed on
+    char *members; // pairs: members that are copied to the output, as JSON
     segment *segments;
     size_t n, capacity;
-    slam_strings sources; // audio files, or texts to synthesise; none if the text of a pair repeats itself
-    size_t input, source; // source: the one that is decoded
-    audio recording;
-    int done;    // -1: with an error of every input
+    slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
+    size_t input, source; // source: index of the current one
+    audio file;
+    int done;    // 1; -1: failed, as every other input will
     char *error; // why it is skipped, or NULL
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer;        // without centroids: for a fit; NULL: inputs are units
-    slam_item *items[READER_ITEMS], *taken; // (n) started; what slam_reader_next returned
-    size_t next, n;                         // next: input that is started next
-    double audio_seconds, deadline;         // decoded so far; when a chunk ends, so that a program can be stopped soon
-    int64_t samples, limit;                 // decoded for this chunk; when it ends, so that memory is bounded
+    const slam_tokenizer *tokenizer;        // during a fit without centroids; may be NULL for units
+    slam_item *items[READER_ITEMS], *taken; // (n) in progress, in input order; returned last
+    size_t next, n;                         // next: index of the next input to start
+    double audio_seconds, deadline;         // decoded so far; a chunk ends then, to react to signals
+    int64_t samples, limit;                 // decoded in this chunk; it ends at limit, to bound memory
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9059,12 +9272,12 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 static void item_free(slam_item *item) {
     if (!item) return;
     for (segment *s = item->segments; s < item->segments + item->n; s++) {
-        free((void *)s->audio.samples);
-        free(s->audio.features);
-        slam_units_free(&s->audio.units);
+        free((void *)s->recording.samples);
+        free(s->recording.features);
+        slam_units_free(&s->recording.units);
         free(s->name);
     }
-    audio_close(&item->recording);
+    audio_close(&item->file);
     slam_strings_free(&item->sources);
     free(item->segments);
     free(item->name);
@@ -9079,26 +9292,22 @@ void slam_reader_close(slam_reader *r) {
     free(r);
 }
 
-static void item_add(slam_item *item, const segment *s) {
-    GROW(segment, item->segments, item->capacity, item->n + 1);
-    item->segments[item->n++] = *s;
-}
-
-/* A line of units less than K. */
+/* Parses a line of units; each must be less than K. */
 static int parse_units(slam_item *item, const json *line, int K) {
     units u = ZERO;
     int ok = units_from_json(line, item->name, &u);
     const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item_add(item, &s);
+    item->segments = NEW(segment, 1);
+    item->segments[item->n++] = s;
     for (size_t i = 0; ok && i < u.n; i++) {
-        item->segments->audio.units.frames += u.duration ? (size_t)u.duration[i] : 1;
+        item->segments->recording.units.frames += u.duration ? (size_t)u.duration[i] : 1;
         if (u.unit[i] >= K)
             ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
     }
     return ok;
 }
 
-/* Adds a member to the start of a pair's JSON object. */
+/* Appends a member to those that a pair's JSON object begins with. */
 static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
     strbuf_add(members, members->n ? ", " : "");
     strbuf_add_json(members, key);
@@ -9106,8 +9315,8 @@ static void pair_add(strbuf *members, const char *key, const char *text, int quo
     if (quoted) strbuf_add_json(members, text);
 }
 
-/* A line that names three audio files, relative to its own file. Its other members, without arrays, objects and sides,
-   are passed on. */
+/* Parses a line that names three audio files, relative to the file of lines. All its members except arrays, objects and
+   those named as sides are copied to the output. */
 static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
@@ -9120,21 +9329,21 @@ static int parse_pair(slam_item *item, const json *line, const char *file, doubl
         free(path);
     }
     for (const json *j = line->first; j; j = j->next) {
-        int passed_on = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
-        for (int i = 0; i < 3; i++) passed_on &= strcmp(j->key, pair_sides[i]) != 0;
+        int copied = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
+        for (int i = 0; i < 3; i++) copied &= strcmp(j->key, pair_sides[i]) != 0;
         const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
-        if (passed_on) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
+        if (copied) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
     }
     item->members = members.at;
     return 1;
 }
 
-/* A line of text, or of the texts of a pair, separated by tabs. */
+/* Parses a line of text, or of the texts of a pair, separated by tabs. */
 static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
     strbuf members = ZERO;
-    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) {
-        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);
+    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) { // "": all of it
+        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);   // more are an error below
         slam_strings_add(texts, field);
     }
     item->members = members.at;
@@ -9164,21 +9373,24 @@ static int item_parse(const slam_reader *r, slam_item *item, const struct slam_l
     return ok;
 }
 
-/* Opens the source that is next. Returns as voice_open. */
+/* Opens the current source. Returns as voice_open. */
 static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
-    const slam_strings *voices = &r->inputs->voices; // which take turns by line number
+    const slam_strings *voices = &r->inputs->voices; // in turn, by line number
     const char *source = item->sources.at[item->source];
-    if (voices->n) return voice_open(&item->recording, voices->at[(l->number - 1) % voices->n], source, item->name);
+    audio *a = &item->file;
     char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
-    const int ok = audio_open(&item->recording, source, name);
+    const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
+                             : audio_open(a, source, name);
     free(name);
-    return ok;
+    a->channel = r->tokenizer->config.channel;
+    if (ok <= 0 || a->channel <= a->channels) return ok;
+    return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
 }
 
-/* Decodes the item's sources, until all are done or a chunk is full. */
+/* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
     const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
-    audio *a = &item->recording;
+    audio *a = &item->file;
     int ok = item->name || item_parse(r, item, l);
     while (ok > 0 && item->source < item->sources.n) {
         float *samples;
@@ -9194,11 +9406,14 @@ static void item_read(slam_reader *r, slam_item *item) {
         r->samples += (int64_t)n;
         const int whole = a->start == 0 && a->last;
         const size_t frames = tokenizer_frames(r->tokenizer, n);
+        const slam_hubert *hubert = r->tokenizer->hubert;
+        const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
         const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (n > INT_MAX / 4) ok = set_error("%s: %zu samples without a split are too many", a->name, n);
-        else if (whole && !frames) // a segment would be dropped
+        if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
+        else if (whole && !frames) // as a segment it is dropped
             ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        if (ok && frames) item_add(item, &s);
+        GROW(segment, item->segments, item->capacity, item->n + 1);
+        if (ok && frames) item->segments[item->n++] = s;
         else free(samples);
         if (!a->last) continue;
         audio_close(a);
@@ -9215,7 +9430,7 @@ static void reader_decode(slam_reader *r) {
         r->items[r->n] = NEW(slam_item, 1);
         r->items[r->n++]->input = r->next;
     }
-    r->limit = SAMPLE_RATE * (hubert && !hubert->ops->asynchronous ? 300 : 3600);
+    r->limit = SAMPLE_RATE * (hubert && !hubert->net.ops->asynchronous ? 300 : 3600); // seconds
     r->samples = 0;
     r->deadline = slam_clock() + 0.25;
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
@@ -9224,26 +9439,19 @@ static void reader_decode(slam_reader *r) {
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
 }
 
-/* Encodes what is decoded. */
 static int reader_encode(slam_reader *r) {
     size_t most = 0, n = 0;
     for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
-    segment **list = NEW(segment *, most);
-    slam_recording *recordings = NEW(slam_recording, most);
+    slam_recording **list = NEW(slam_recording *, most);
     for (size_t i = 0; i < r->n; i++)
-        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++) {
-            if (!s->audio.samples) continue;
-            recordings[n] = s->audio;
-            list[n++] = s;
-        }
-    const int ok = !n || slam_units_encode(r->tokenizer, recordings, (int)n);
+        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
+            if (s->recording.samples) list[n++] = &s->recording;
+    const int ok = !n || units_encode(r->tokenizer, list, (int)n);
     for (size_t i = 0; i < n; i++) {
-        list[i]->audio = recordings[i];
-        list[i]->audio.samples = NULL;
-        free((void *)recordings[i].samples);
+        free((void *)list[i]->samples);
+        list[i]->samples = NULL;
     }
-    free(list);
-    free(recordings);
+    free((void *)list);
     return ok;
 }
 
@@ -9261,7 +9469,7 @@ int slam_reader_next(slam_reader *r, const slam_item **item, const char **skippe
     return reader_encode(r) ? 1 : -1;
 }
 
-/* The next item, reported to a progress callback: 1, 0 at the end, -1 and an error. */
+/* Gets the next item and calls the progress callback. Returns 1, 0 at the end, -1 on error. */
 static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p, slam_progress_fn *progress,
                        void *context) {
     int more;
@@ -9275,17 +9483,17 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 }
 
 /* ---- writing: units -> token shards or lines ----
-   The journal counts inputs, and the bytes that they became. What was done after it is done again: by a kill at any
-   moment, files may have more bytes than it says, or a shard or OUT its name already, which is then taken back. */
+   The journal has the number of inputs done and the sizes of the files then. A resumed call repeats what came after it:
+   it truncates the files to these sizes, and renames a shard (or OUT) that was completed later back to OUT.partial. */
 
 struct slam_writer_files {
     char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
-    append_file data, skipped; // skipped: OUT.failed; its lock is the writer's
+    append_file data, skipped; // skipped: OUT.failed, locked while the writer is open
     const char *out;
     int audio_repr, V;
     uint32_t fingerprint;
-    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: as the journal counts them
-    double committed;                        // when it was written
+    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: those in the journal
+    double journal_time;                     // when it was written
 };
 
 #define JOURNAL(type, name)                                                                                            \
@@ -9300,18 +9508,7 @@ enum { N_JOURNAL_FIELDS = sizeof journal_fields / sizeof *journal_fields };
 static int path_exists(const char *path) { return access(path, F_OK) == 0; }
 
 static int path_is_free(const char *path) {
-    return !path_exists(path) ||
-           set_error("%s: exists; remove it or choose another name (nothing is overwritten)", path);
-}
-
-/* Whether a file can be created at this path. */
-static int path_writable(const char *path) {
-    const int n = (int)(path_name(path) - path);
-    char *folder = string_print("%.*s", n ? n : 1, n ? path : ".");
-    const int ok = access(folder, W_OK | X_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
-    free(folder);
-    return ok;
+    return !path_exists(path) || set_error("%s: exists; remove it or choose another name", path);
 }
 
 static int file_rename(const char *from, const char *to) {
@@ -9324,7 +9521,7 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
     return path;
 }
 
-/* Syncs the data, then writes the journal, which replaces the one before. */
+/* Syncs the data, then replaces the journal. */
 static int writer_commit(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
@@ -9337,11 +9534,11 @@ static int writer_commit(slam_writer *w) {
     const int ok = file_write(f->journal, s.at, s.n);
     strbuf_free(&s);
     f->journaled = w->inputs;
-    f->committed = slam_clock();
+    f->journal_time = slam_clock();
     return ok;
 }
 
-/* Reads the journal. If the file that was partial then has got its name since, it is partial again. */
+/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
 static int writer_resume(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     const uint64_t identity = w->identity;
@@ -9352,20 +9549,20 @@ static int writer_resume(slam_writer *w) {
     f->journaled = w->earlier = w->inputs;
     if (!ok) return 0;
     if (w->identity != identity || w->inputs > f->total)
-        return set_error("%s: of a call with other files or settings; repeat it, or remove this file to start anew",
+        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
                          f->journal);
     if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
     return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
 }
 
-/* The partial file with the journal's bytes. */
+/* Opens OUT.partial, truncated to the size in the journal. */
 static int writer_open_data(slam_writer *w) {
     struct slam_writer_files *f = w->files;
     return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
            (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
 }
 
-/* The partial file is complete. */
+/* Completes OUT.partial and renames it to path. */
 static int writer_close_data(slam_writer *w, const char *path) {
     struct slam_writer_files *f = w->files;
     return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
@@ -9388,8 +9585,8 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     snprintf(f->journal, PATH_MAX, "%s.journal", out);
     snprintf(f->failed, PATH_MAX, "%s.failed", out);
     f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, (uint64_t)f->V,
-                                f->fingerprint};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens,
+                                (uint64_t)f->V,      f->fingerprint,       t ? (uint64_t)t->config.channel : 0};
     w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(&f->skipped, f->failed);
     if (ok && path_exists(f->journal)) ok = writer_resume(w);
@@ -9398,7 +9595,7 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     return slam_writer_close(w, 0);
 }
 
-/* One document as tokens; documents do not cross shards. */
+/* Appends a document as tokens, to a new shard if it does not fit. */
 static int writer_add_tokens(slam_writer *w, const units *u) {
     struct slam_writer_files *f = w->files;
     const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
@@ -9417,12 +9614,12 @@ static int writer_add_tokens(slam_writer *w, const units *u) {
 
 int slam_writer_add(slam_writer *w, const slam_item *item) {
     struct slam_writer_files *f = w->files;
-    const size_t n = item->error ? 0 : item->n; // 0 without an error: a text that repeats itself
+    const size_t n = item->error ? 0 : item->n; // 0 without an error: max_repetition, or only short segments
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
         const segment *g = &item->segments[i];
-        const slam_units *of = &g->audio.units;
+        const slam_units *of = &g->recording.units;
         char *name = w->pairs ? NULL : g->name ? g->name : item->name;
         const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
         w->samples += of->samples;
@@ -9444,7 +9641,7 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     w->failed += item->error != NULL;
     w->repetitive += !item->error && !n;
     w->documents += w->pairs ? n > 0 : n;
-    return ok && (slam_clock() - f->committed < 1 || writer_commit(w));
+    return ok && (slam_clock() - f->journal_time < 1 || writer_commit(w));
 }
 
 int slam_writer_close(slam_writer *w, int ok) {
@@ -9452,10 +9649,10 @@ int slam_writer_close(slam_writer *w, int ok) {
     const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
     if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
     else if (ok) ok = writer_commit(w);
-    const int over = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
-    if (over) unlink(f->journal);
-    if (over) unlink(f->partial);
-    if (f->skipped.f && (!f->skipped.bytes || (over && !all))) unlink(f->failed);
+    const int finished = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
+    if (finished) unlink(f->journal);
+    if (finished) unlink(f->partial);
+    if (f->skipped.f && (!f->skipped.bytes || (finished && !all))) unlink(f->failed);
     append_close(&f->data);
     append_close(&f->skipped);
     free(f);
@@ -9468,8 +9665,8 @@ int slam_writer_close(slam_writer *w, int ok) {
 
 /* Algorithm R (Waterman, in Knuth's volume 2): every frame seen so far is in the sample with the same probability. */
 typedef struct reservoir {
-    float *frames; // (n,D)
-    size_t n, capacity, most, D;
+    float *frames;               // (n,D)
+    size_t n, capacity, most, D; // most: size of the sample
     uint64_t seen, state;
 } reservoir;
 
@@ -9491,7 +9688,7 @@ static int durations_fit(slam_tokenizer *t, const slam_inputs *in) {
     size_t seen = 0;
     while (seen < 50 * (size_t)t->K && (more = reader_item(reader, &item, &p, NULL, NULL)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++) {
-            const slam_units *u = &item->segments[i].audio.units;
+            const slam_units *u = &item->segments[i].recording.units;
             seen += u->frames;
             for (size_t j = 0; j < u->n; j++) {
                 frames[u->unit[j]] += u->duration[j];
@@ -9517,7 +9714,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = path_writable(km_npy), more = 1;
+    int ok = slam_output_check(km_npy), more = 1;
     if (ok && (exists || path_exists(km_json)) &&
         (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
         ok = path_is_free(exists ? km_npy : km_json);
@@ -9536,7 +9733,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     slam_reader *reader = slam_reader_open(&shuffled, t, 0);
     while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
         for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].audio.features, item->segments[i].audio.units.frames);
+            reservoir_add(&sample, item->segments[i].recording.features, item->segments[i].recording.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
     ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
          tokenizer_complete(t, km_npy, K, sample.D) && durations_fit(t, &shuffled) && tokenizer_save(t, km_npy, report);
@@ -9553,15 +9750,16 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
 int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_strings *paths, slam_units *units,
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
-    const slam_inputs in = {SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, NULL, NULL};
+    const slam_inputs in = {
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // for each file: its slam_units, units (n), durations (n)
+    strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->audio.units;
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
         strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
@@ -9663,20 +9861,291 @@ static void voice_next(slam_vocoder *v) {
     memset(s->ahead + VOICE_TAPS, 0, sizeof s->out);
 }
 
+/* ---- synthesis by a network: HiFi-GAN from units (Kong et al. 2020; Polyak et al. 2021), as in textlesslib ----
+   A frame is the embedding of its unit, followed by those of speaker and style.
+       x = conv(frames)
+       each stage:  x = transposed conv(leaky x)             rate times as many frames, half the channels
+                    x = mean over blocks: three times        x = x + conv(leaky(dilated conv(leaky x)))
+       samples = tanh(conv(leaky x))
+   Leaky ReLU has slope 0.1, the last one 0.01. Predicted durations are max(1, round(exp(y) - 1)),
+       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
+   The input of a convolution is zero before its first and behind its last frame. */
+
+enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples of a window; frames of a predicted duration
+
+typedef struct gan_conv {
+    slam_act *w, *b;
+    slam_conv shape; // TO: frames more than those of the input
+    int before;      // frames that it reads before the first
+} gan_conv;
+
+typedef struct slam_gan {
+    network net;
+    int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
+    int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
+    int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
+    size_t window, step, tail; // frames at once; samples per frame; more of them at the end
+    double halo;               // frames that a sample depends on, to each side, at most
+    size_t widest, margin;     // most numbers per frame; most that a convolution reads before or behind its input
+    slam_act *frames, *units;  // (V,in) (V,E)
+    gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
+    network_module norm[2], linear; // of the predictor
+    int *duration;                  // of the sequence's units, where none are given
+    float *out;                     // of a window
+    size_t capacity;
+} slam_gan;
+
+static const field gan_fields[] = {
+    {"num_embeddings", FIELD_INT, offsetof(slam_gan, V), 1, 1 << 16, 1},
+    {"embedding_dim", FIELD_INT, offsetof(slam_gan, E), 1, 1 << 14, 1},
+    {"upsample_initial_channel", FIELD_INT, offsetof(slam_gan, C), 1, 1 << 14, 1},
+    {"sampling_rate", FIELD_INT, offsetof(slam_gan, sampling_rate), SAMPLE_RATE, SAMPLE_RATE, 0},
+};
+
+static int gan_config_load(slam_gan *g, const char *path) {
+    static const char *const others[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code"};
+    static const char *const lists[] = {"upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes",
+                                        "resblock_dilation_sizes"};
+    json *c = json_load(path);
+    int ok = c && fields_read(c, gan_fields, 4, g, path);
+    for (int i = 0; ok && i < 4; i++) {
+        const json *j = json_get(c, others[i]);
+        if (j && j->type != JSON_FALSE)
+            ok = set_error("%s: '%s' is set, expected a vocoder of units, speakers and styles alone", path, others[i]);
+    }
+    if (ok && strcmp(json_string(c, "resblock", "1"), "1"))
+        ok = set_error("%s: resblock is '%s', expected '1'", path, json_string(c, "resblock", "1"));
+    if (ok) ok = g->stages = json_list(json_get(c, lists[0]), lists[0], g->rate, 0, 0, lists[0], path);
+    if (ok) ok = json_list(json_get(c, lists[1]), lists[1], g->kernel, 0, g->stages, lists[0], path);
+    if (ok) ok = g->blocks = json_list(json_get(c, lists[2]), lists[2], g->taps, 0, 0, lists[2], path);
+    const json *list = json_get(c, lists[3]), *j = list ? list->first : NULL;
+    for (int i = 0; ok && i < g->blocks; i++, j = ok ? j->next : NULL) {
+        ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path);
+        for (int d = 0; ok && d < 3; d++)
+            if (g->taps[i] % 2 == 0 || g->taps[i] * g->dilation[i][d] > 1 << 12)
+                ok = set_error(
+                    "%s: block %d has kernel size %d and dilation %d, expected an odd size, at most %d frames", path, i,
+                    g->taps[i], g->dilation[i][d], 1 << 12);
+    }
+    for (int i = 0, step = 1; ok && i < g->stages; i++) {
+        const int K = g->kernel[i], C = g->C >> (i + 1);
+        if ((step *= g->rate[i]) > 1 << 11 || K < g->rate[i] || C == 0)
+            ok = set_error(
+                "%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size and "
+                "%d in all",
+                path, i, g->rate[i], K, C, 1 << 11);
+    }
+    json_free(c);
+    return ok;
+}
+
+/* A convolution of C to OC channels whose weights are multiplied by scale; frees the name. With a rate u, a transposed
+   one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of a plain
+   convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
+static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, int K, int dilation, int rate,
+                          float scale) {
+    network *n = &g->net;
+    const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
+    const slam_conv shape = {1, 1, 0, C, rate ? (K - u) % 2 : 0, u * OC, taps, 1, dilation, 0};
+    const size_t reach = (size_t)(taps / 2 + 1) * dilation, margin = round_up(2 * reach * C, 256);
+    float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
+    float *b = network_read(n, name, "bias", OC, 1, 1);
+    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
+    size_t at = 0;
+    for (int i = 0; n->ok && i < u * OC; i++) {
+        bias[i] = b[i % OC];
+        for (int c = 0; c < C; c++)
+            for (int m = last; m > last - taps; m--, at++) {
+                const int k = m * u + i / OC + p;
+                if (k >= 0 && k < K)
+                    rows[at] =
+                        scale * w[rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k];
+            }
+    }
+    to->w = network_store(n, rows, (size_t)u * OC, C, taps);
+    to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
+    to->shape = shape;
+    to->before = last * dilation;
+    g->halo += (double)reach / (double)g->step;
+    g->step *= u;
+    g->tail = g->tail * u + shape.TO;
+    const size_t widest = g->step * ((C > OC && !rate ? C : OC) + 1); // one more: samples are float, tokens int
+    if (widest > g->widest) g->widest = widest;
+    if (margin > g->margin) g->margin = margin;
+    free(w);
+    free(b);
+    free(name);
+}
+
+/* The mean over blocks is a sum here: the weights that follow leaky ReLU have the factor. */
+static void gan_load_weights(slam_gan *g, const int voice[3]) {
+    static const char *const tables[] = {"dict", "spkr", "style"};
+    network *n = &g->net;
+    const size_t V = g->V, E = g->E;
+    const float mean = 1 / (float)g->blocks;
+    float *frames = NEW(float, 3 * E * V); // (in,V)
+    for (int i = 0; n->ok && i < 3; i++) {
+        const tensor *t = network_find(n, tables[i], "weight");
+        const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
+        if (i && (voice[i] < 0 || voice[i] >= (t ? rows : 1)))
+            n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
+                              tables[i], voice[i]);
+        if (i && !t) continue;
+        float *x = network_read(n, tables[i], "weight", rows, E, 1);
+        for (size_t k = 0; n->ok && k < E * V; k++)
+            frames[g->in * V + k] = x[(i ? (size_t)voice[i] : k % V) * E + k / V];
+        g->in += g->E;
+        if (i) free(x);
+        else g->units = network_store(n, x, V, E, 1);
+    }
+    g->frames = network_store(n, frames, 1, g->in, V);
+    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
+    g->H = linear ? (int)linear->count : 0;
+    for (int i = 0; g->H && i < 2; i++) {
+        char *name = string_print("dur_predictor.conv%d.0", i + 1);
+        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
+        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+    }
+    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
+    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1);
+    for (int i = 0, k = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], i ? mean : 1);
+        for (int b = 0; b < g->blocks; b++, k++)
+            for (int j = 0; j < 6; j++)
+                gan_load_conv(g, &g->block[i][b][j / 2][j % 2],
+                              string_print("resblocks.%d.convs%d.%d", k, j % 2 + 1, j / 2), C, C, g->taps[b],
+                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 1);
+    }
+    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, mean);
+}
+
+static void gan_free(slam_gan *g) {
+    if (!g) return;
+    network_free(&g->net);
+    free(g->duration);
+    free(g->out);
+    free(g);
+}
+
+static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3]) {
+    slam_gan *g = NEW(slam_gan, 1);
+    network *net = &g->net;
+    size_t n = 0;
+    net->ops = ops;
+    net->prefix = "generator.";
+    g->step = 1;
+    net->file = gan_config_load(g, path_join(folder, "config.json").at) ? tensors_open(folder) : NULL;
+    for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
+        n += 4 * round_up(net->file->at[i].count, 256);
+    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    net->ok = net->weights != NULL;
+    if (net->ok) gan_load_weights(g, voice);
+    g->window = GAN_WINDOW / g->step;
+    const int ok = net->ok && ops->finish(ops);
+    tensors_close(net->file);
+    if (ok) return g;
+    gan_free(g);
+    return NULL;
+}
+
+/* out (T,OC) = the convolution of leaky ReLU of x (T,C) */
+static void gan_convolve(const slam_gan *g, const gan_conv *c, slam_act *out, const slam_act *x, float slope, int T) {
+    slam_ops *ops = g->net.ops;
+    slam_act *padded = (slam_act *)g->net.arena, *in = act_at(ops, padded, g->margin);
+    slam_conv shape = c->shape;
+    const size_t n = (size_t)T * shape.C;
+    shape.T = T;
+    shape.TO += T;
+    ops->leaky_relu(ops, in, x, slope, n);
+    ops->zero(ops, act_at(ops, in, n), g->margin * ops->act_bytes);
+    ops->conv1d(ops, out, act_at(ops, padded, g->margin - (size_t)c->before * shape.C), c->w, c->b, &shape);
+}
+
+/* x: frames (T,in), on return the samples before tanh; y, h, z: space */
+static void gan_forward(const slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
+    slam_ops *ops = g->net.ops;
+    gan_convolve(g, &g->pre, y, x, 1, T);
+    for (int i = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_convolve(g, &g->up[i], x, y, 0.1f, T);
+        T = T * g->rate[i] + (g->kernel[i] - g->rate[i]) % 2;
+        for (int b = 0; b < g->blocks; b++) {
+            slam_act *from = x, *to = b ? z : y; // y: the sum of the blocks
+            for (int d = 0; d < 3; d++, from = to) {
+                gan_convolve(g, &g->block[i][b][d][0], h, from, 0.1f, T);
+                gan_convolve(g, &g->block[i][b][d][1], h, h, 0.1f, T);
+                ops->layernorm(ops, to, NULL, from, h, NULL, NULL, 0, 0, T, C);
+            }
+            if (b) ops->layernorm(ops, y, NULL, y, z, NULL, NULL, 0, 0, T, C);
+        }
+    }
+    gan_convolve(g, &g->post, x, y, 0.01f, T);
+}
+
+/* g->out: the samples of a window of frames, from `first` on, in a longer one that has all frames which they depend on;
+   or of units, log (1 + duration). Returns how many, 0 on error. */
+static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, int predict) {
+    slam_ops *ops = g->net.ops;
+    const size_t length = g->window, halo = (size_t)ceil(g->halo), step = predict ? 1 : g->step;
+    const size_t begin = first > halo ? first - halo : 0, left = n - first;
+    const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
+    const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
+    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256) + 2 * g->margin;
+    if (!network_grow(&g->net, 5 * size * ops->act_bytes)) return 0;
+    slam_act *padded = (slam_act *)g->net.arena, *x = act_at(ops, padded, size), *y = act_at(ops, x, size);
+    slam_act *h = act_at(ops, y, size), *z = act_at(ops, h, size);
+    ops->zero(ops, padded, g->margin * ops->act_bytes);
+    ops->upload(ops, z, units + begin, T * sizeof *units);
+    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
+    for (int i = 0; predict && i < 2; i++) {
+        gan_convolve(g, &g->predictor[i], y, x, 1, T);
+        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
+        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
+    }
+    if (predict) ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
+    else gan_forward(g, x, y, h, z, T);
+    GROW(float, g->out, g->capacity, count);
+    ops->to_float(ops, (float *)h, act_at(ops, predict ? y : x, (first - begin) * step), count);
+    ops->download(ops, g->out, h, count * sizeof *g->out);
+    for (size_t i = 0; !predict && i < count; i++) g->out[i] = tanhf(g->out[i]);
+    return ops->finish(ops) ? count : 0;
+}
+
+/* g->duration (n): the predicted ones, or 1 */
+static int gan_durations(slam_gan *g, const int *units, size_t n) {
+    free(g->duration);
+    g->duration = NEW(int, n);
+    for (size_t i = 0; i < n; i++) g->duration[i] = 1;
+    for (size_t first = 0, count; g->H && first < n; first += count) {
+        if (!(count = gan_window(g, units, n, first, 1))) return 0;
+        for (size_t i = 0; i < count; i++)
+            g->duration[first + i] = (int)fminf(fmaxf(rintf(expf(g->out[i]) - 1), 1), GAN_LONGEST);
+    }
+    return 1;
+}
+
 void slam_vocoder_free(slam_vocoder *v) {
     if (!v) return;
     if (v->voice) free(v->voice->filter);
     free(v->voice);
+    gan_free(v->gan);
     free(v->frame);
     free(v);
 }
 
-slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *t, slam_ops *ops) {
-    (void)ops;
-    if (folder) set_error("%s: expected no folder: vocoders cannot be loaded", folder);
-    else if (!t || !t->mfcc || !t->K) set_error("these units are not of MFCC: their audio needs a vocoder");
-    if (folder || !t || !t->mfcc || !t->K) return NULL;
+slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *t, slam_ops *ops) {
+    const int voice[] = {0, speaker, style}, is_mfcc = t && t->mfcc && t->K;
+    slam_gan *gan = folder ? gan_load(ops, folder, voice) : NULL;
+    if (!folder && !is_mfcc) set_error("these units are not of MFCC: their audio needs a vocoder");
+    if (folder ? !gan : !is_mfcc) return NULL;
     slam_vocoder *v = NEW(slam_vocoder, 1);
+    if (gan) {
+        v->gan = gan;
+        v->K = gan->V;
+        v->step = (int)gan->step;
+        return v;
+    }
     const size_t taps = (size_t)t->mfcc->window / 2;
     v->tokenizer = t;
     v->K = t->K;
@@ -9690,14 +10159,16 @@ slam_vocoder *slam_vocoder_open(const char *folder, const slam_tokenizer *t, sla
 
 int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, size_t n) {
     const slam_tokenizer *t = v->tokenizer;
-    const struct slam_voice start = {v->voice->filter, 0, 130, 0, 0, ZERO, ZERO};
-    const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2; // frames in a WAV file
-    double owed = 0;                                                 // frames, by rounding
+    const struct slam_voice start = {v->voice ? v->voice->filter : NULL, 0, 130, 0, 0, ZERO, ZERO};
+    const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2 - LIST_MOST; // frames in a WAV file
+    double owed = 0;                                                             // frames, by rounding
     v->frames = v->samples = v->done = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         if (unit[i] < 0 || unit[i] >= v->K)
             return set_error("unit %zu is %d, expected 0 to %d", i + 1, unit[i], v->K - 1);
-        size_t frames = duration ? (size_t)duration[i] : 0;
+    if (v->gan && !gan_durations(v->gan, unit, n)) return 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t frames = duration && duration[i] ? (size_t)duration[i] : v->gan ? (size_t)v->gan->duration[i] : 0;
         if (!frames) {
             owed += !t->config.dedup ? 1 : t->durations ? t->durations[unit[i]] * t->config.rate / 1000.0 : 1.4;
             frames = owed < 1.5 ? 1 : (size_t)(owed + 0.5);
@@ -9708,15 +10179,19 @@ int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, si
         for (; frames; frames--) v->frame[v->frames++] = unit[i];
     }
     if (!n) return set_error("has no units, expected at least one");
-    v->samples = (size_t)t->mfcc->window + (v->frames - 1) * (size_t)v->step;
-    *v->voice = start;
+    v->samples = v->gan ? v->gan->tail : (size_t)(t->mfcc->window - v->step);
+    v->samples += v->frames * (size_t)v->step;
+    if (v->voice) *v->voice = start;
     return 1;
 }
 
 ptrdiff_t slam_vocoder_next(slam_vocoder *v, const float **samples) {
-    const size_t left = v->samples - v->done, n = left < VOICE_HOP ? left : (size_t)VOICE_HOP;
-    if (n) voice_next(v);
-    *samples = v->voice->out;
+    const size_t left = v->samples - v->done;
+    size_t n = left < VOICE_HOP ? left : (size_t)VOICE_HOP;
+    if (n && v->gan) n = gan_window(v->gan, v->frame, v->frames, v->done / v->gan->step, 0);
+    else if (n) voice_next(v);
+    if (left && !n) return -1;
+    *samples = v->gan ? v->gan->out : v->voice->out;
     v->done += n;
     return (ptrdiff_t)n;
 }
@@ -9798,6 +10273,8 @@ static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *lo
 int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *losses, uint64_t *targets) {
     if (data->V > m->config.V)
         return set_error("the data have a vocabulary of %d, the model has one of %d", data->V, m->config.V);
+    if (data->context > m->config.T)
+        return set_error("a context of %d tokens, the model has %d positions", data->context, m->config.T);
     slam_loader *l = slam_loader_new(data, 0, 0);
     if (!l) return 0;
     double *logp = NEW(double, data->n_chunks), sum = 0;
@@ -9828,6 +10305,20 @@ static uint32_t pair_length(const slam_pair *q, int shared) {
 
 static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
     return p->share && pair_length(q, 1) <= (uint32_t)p->context;
+}
+
+const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, char text[200]) {
+    static const slam_pairs none = ZERO;
+    const slam_pairs *b = before ? before : &none;
+    const size_t counts[] = {p->repetitive - b->repetitive, p->empty - b->empty, p->identical - b->identical,
+                             p->too_long - b->too_long};
+    static const char *const why[] = {"repetitive", "with an empty completion", "with identical completions",
+                                      "too long"};
+    size_t n = 0;
+    snprintf(text, 200, "none");
+    for (int k = 0; k < 4; k++)
+        if (counts[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", counts[k], why[k]);
+    return text;
 }
 
 /* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
@@ -9887,13 +10378,16 @@ static int pairs_add_file(slam_pairs *p, const char *path) {
 
 int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     slam_strings list = ZERO;
-    const size_t before = p->n;
+    const slam_pairs before = *p;
+    char skipped[200];
     if (p->context < 4 || p->context > LONGEST_CONTEXT)
         return set_error("pairs with a context of %d, expected 4 to %d", p->context, LONGEST_CONTEXT);
     if (!validation && p->n > p->n_train) return set_error("%s: add pairs for training before validation", pattern);
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
-    if (ok && validation && p->n == before) ok = set_error("%s: contains no pairs to validate on", pattern);
+    if (ok && validation && p->n == before.n)
+        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern,
+                       slam_pairs_skipped(p, &before, skipped));
     if (!validation) p->n_train = p->n;
     slam_strings_free(&list);
     return ok;
@@ -9904,12 +10398,10 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     const size_t n = p->n_train;
     uint64_t held = (uint64_t)(fraction * (double)n + 0.5), rng = rng_stream(seed, 0, STREAM_HELD_OUT);
     if (fraction > 0 && held < 1) held = 1;
+    char skipped[200];
     if (n <= held)
-        return set_error(
-            "no pairs left to train on: of %zu, %llu are held out; skipped were %llu repetitive, %llu empty, %llu "
-            "identical, %llu too long",
-            n, (unsigned long long)held, (unsigned long long)p->repetitive, (unsigned long long)p->empty,
-            (unsigned long long)p->identical, (unsigned long long)p->too_long);
+        return set_error("no pairs left to train on: %zu are held out for validation; skipped: %s", n,
+                         slam_pairs_skipped(p, NULL, skipped));
     slam_pair *sorted = NEW(slam_pair, p->n);
     size_t train = 0, validation = p->n_train = n - (size_t)held;
     for (size_t i = 0; i < p->n; i++) {
@@ -10399,10 +10891,9 @@ static const char *const gold_names[N_GOLD] = {"voice", "correct", "id",        
 
 /* A whole number, also spelled 12.0. -1: empty, -2: something else. */
 static long whole_number(const char *text) {
-    char *end;
-    const double x = strtod(text, &end);
+    const size_t n = strspn(text, "0123456789"), zeros = text[n] == '.' ? 1 + strspn(text + n + 1, "0") : 0;
     if (!*text) return -1;
-    return !*end && x >= 0 && x <= 1e15 && x == floor(x) ? (long)x : -2;
+    return n > 0 && n <= 15 && !text[n + zeros] ? atol(text) : -2;
 }
 
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
@@ -10479,7 +10970,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
     int status;
     if (path ? !path_is_folder(path) : !s->units)
         return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
-    if (path && list_audio(&s->items, path, NULL)) return 1;
+    audio_list list = {&s->items, ZERO};
+    if (path && list_audio(&list, path, NULL)) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
     while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
@@ -10529,14 +11021,13 @@ slam_testset *slam_testset_open(int kind, const char *path, const char *split, i
     const char *where = gold ? gold : path ? path : "units";
     s->kind = kind;
     s->folder = string_copy_n(where, gold ? (size_t)(path_name(gold) - gold) : 0);
-    char *beside = path_join(gold ? s->folder : where, "units.jsonl");
-    if (units || (path && !audio && path_is_file(beside))) s->units = string_copy(units ? units : beside);
+    const slam_path beside = path_join(gold ? s->folder : where, "units.jsonl");
+    if (units || (path && !audio && path_is_file(beside.at))) s->units = string_copy(units ? units : beside.at);
     const int ok = (!split || (gold && string_ends(gold, end)) ||
                     set_error("%s: is not split %s, expected the folder with lexical/ and syntactic/", where, split)) &&
                    (gold ? testset_read_gold(s, gold) : testset_read_files(s, path)) && testset_sort_names(s, where);
     free(gold);
     free(end);
-    free(beside);
     if (ok) return s;
     slam_testset_free(s);
     return NULL;
@@ -10547,9 +11038,9 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
     for (size_t i = 0; i < s->items.n; i++) {
         const size_t before = paths->n;
         for (size_t k = 0; paths->n == before && k < sizeof extensions / sizeof *extensions; k++) {
-            char *path = string_print("%s%s%s", s->folder, s->items.at[i], extensions[k]);
-            if (path_is_file(path)) slam_strings_add(paths, path);
-            free(path);
+            slam_path path;
+            snprintf(path.at, sizeof path.at, "%s%s%s", s->folder, s->items.at[i], extensions[k]);
+            if (path_is_file(path.at)) slam_strings_add(paths, path.at);
         }
         if (paths->n == before)
             return set_error("%s%s: no such file, also not with .wav, .flac, ...", s->folder, s->items.at[i]);
@@ -10633,15 +11124,17 @@ int slam_testset_submission(const slam_testset *s, const char *path) {
     return ok;
 }
 
-/* `before` and a string or a number. */
+/* `before` and a string. */
 static void strbuf_add_name(strbuf *out, const char *before, const char *name) {
     strbuf_add(out, "%s", before);
     strbuf_add_json(out, name);
 }
 
-static void strbuf_add_value(strbuf *out, const char *before, double x) {
-    strbuf_add(out, "%s", before);
-    strbuf_add_number(out, x);
+static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metric *m, int n) {
+    for (int i = 0; i < n; i++) {
+        strbuf_add(out, ", \"%s%s\": ", prefix, m[i].name);
+        strbuf_add_number(out, m[i].value);
+    }
 }
 
 /* {"task", "of", accuracy, "by_GROUP": [{"GROUP": name, accuracy}, ...], "pairs": [...], "scores": [...]} */
@@ -10651,27 +11144,28 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
     for (size_t i = 0; i < s->n_accuracies; i++) {
         const slam_accuracy *a = &s->accuracies[i];
         const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
+        const slam_metric m[] = {
+            {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
         const int first = i && strcmp(a->group, a[-1].group);
         const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
         if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
         if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
         if (i) strbuf_add_name(&out, "", a->name);
         strbuf_add(&out, "%s\"n\": %zu", i ? ", " : "", a->n);
-        strbuf_add_value(&out, ", \"accuracy\": ", a->mean);
-        strbuf_add_value(&out, ", \"std\": ", a->deviation);
-        strbuf_add_value(&out, ", \"low\": ", a->mean - half);
-        strbuf_add_value(&out, ", \"high\": ", a->mean + half);
+        strbuf_add_metrics(&out, "", m, 4);
         strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
     }
     for (size_t i = 0; i < s->n_pairs; i++) {
         const struct slam_test_pair *p = &s->pairs[i];
         strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
         strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
-        strbuf_add_value(&out, ", \"score\": ", p->score);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, p->score);
     }
     for (size_t i = 0; i < s->items.n; i++) {
         strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
-        strbuf_add_value(&out, ", \"score\": ", s->scores[i]);
+        strbuf_add(&out, ", \"score\": ");
+        strbuf_add_number(&out, s->scores[i]);
     }
     strbuf_add(&out, "}]}\n");
     const int ok = file_write(path, out.at, out.n);
@@ -10679,11 +11173,41 @@ int slam_testset_write(const slam_testset *s, const char *task, int sum, const c
     return ok;
 }
 
+int slam_metrics_write(const char *task, const slam_metric *m, int n, const char *path) {
+    strbuf out = ZERO;
+    strbuf_add(&out, "{\"task\": \"%s\"", task);
+    strbuf_add_metrics(&out, "", m, n);
+    strbuf_add(&out, "}\n");
+    const int ok = file_write(path, out.at, out.n);
+    strbuf_free(&out);
+    return ok;
+}
+
+/* Whether a file can be created at this path and written: tries it with another one in the same folder. */
+static int path_writable(const char *path) {
+    const int n = (int)(path_name(path) - path);
+    char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
+    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
+    if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
+    if (fd >= 0) unlink(other);
+    if (fd >= 0) close(fd);
+    free(folder);
+    free(other);
+    return ok;
+}
+
+/* A line break is written to a device, which may be full; it is space in all that is written. */
 int slam_output_check(const char *path) {
+    struct stat s;
     if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
-    if (!path_is_file(path) && access(path, W_OK) == 0) return 1; // a pipe, /dev/stdout
-    return path_writable(path);
+    if (!path_is_direct(path)) return path_writable(path);
+    const int device = stat(path, &s) == 0 && S_ISCHR(s.st_mode);
+    const int fd = device ? open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
+    const int ok = device ? fd >= 0 && (isatty(fd) || write(fd, "\n", 1) == 1) : access(path, W_OK) == 0;
+    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
 }
 
 /* ---- prompts ---- */
@@ -11002,13 +11526,11 @@ const char *slam_trainer_setting(const slam_trainer *t, const char *name, size_t
 }
 
 void slam_trainer_set(slam_trainer *t, const char *name, size_t i, const char *value) {
-    char **old = setting_find(t, name, i), *item = string_print("%s=%s", name, value);
-    if (!old) slam_strings_add(&t->settings, item);
-    else {
-        free(*old);
-        *old = string_copy(item);
-    }
-    free(item);
+    char **item = setting_find(t, name, i), *text = string_print("%s=%s", name, value);
+    if (!item) slam_strings_add(&t->settings, "");
+    if (!item) item = &t->settings.at[t->settings.n - 1];
+    free(*item);
+    *item = text;
 }
 
 static int trainer_save(const slam_trainer *t, const char *folder) {
@@ -11027,9 +11549,7 @@ static int trainer_save(const slam_trainer *t, const char *folder) {
         list = more;
     }
     strbuf_add(&s, "\n  }\n}\n");
-    char *path = path_join(folder, "trainer.json");
-    const int ok = file_write(path, s.at, s.n);
-    free(path);
+    const int ok = file_write(path_join(folder, "trainer.json").at, s.at, s.n);
     strbuf_free(&s);
     return ok;
 }
@@ -11056,13 +11576,12 @@ static int trainer_from_json(slam_trainer *t, const json *root, const char *path
 }
 
 int slam_trainer_load(slam_trainer *t, const char *folder) {
-    char *path = path_join(folder, "trainer.json");
-    json *root = json_load(path);
+    const slam_path path = path_join(folder, "trainer.json");
+    json *root = json_load(path.at);
     memset(t, 0, sizeof *t);
-    const int ok = root && trainer_from_json(t, root, path);
+    const int ok = root && trainer_from_json(t, root, path.at);
     if (!ok) slam_trainer_free(t);
     json_free(root);
-    free(path);
     return ok;
 }
 
@@ -11074,10 +11593,9 @@ void slam_trainer_free(slam_trainer *t) {
 void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *paths) {
     const char *folder = slam_trainer_setting(t, "folder", 0), *given;
     for (size_t i = 0; (given = slam_trainer_setting(t, name, i)) != NULL; i++) {
-        char *path = *given == '/' || !folder ? string_copy(given) : path_join(folder, given);
-        const int moved = path_is_file(given) && !path_is_file(path);
-        slam_strings_add(paths, moved ? given : path);
-        free(path);
+        const slam_path there = path_join(folder ? folder : "", given);
+        const int as_given = *given == '/' || !folder || (path_is_file(given) && !path_is_file(there.at));
+        slam_strings_add(paths, as_given ? given : there.at);
     }
 }
 
@@ -11099,7 +11617,7 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
     if (ok && host) {
         slam_strings names = ZERO;
         tensor *out = NEW(tensor, n);
-        char updates[32], name[96], *path = path_join(folder, "optimizer.safetensors");
+        char updates[32], name[96];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
         for (size_t k = 0; k < n; k++) {
@@ -11107,9 +11625,8 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
             slam_strings_add(&names, moment_name(t, k, name));
             out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
         }
-        ok = tensors_write(path, out, n, metadata);
+        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
         slam_strings_free(&names);
-        free(path);
         free(out);
     }
     free(host);
@@ -11120,15 +11637,17 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
-    char name[96], *path = path_join(folder, "optimizer.safetensors");
-    tensors *file = tensors_open(path);
+    const slam_path path = path_join(folder, "optimizer.safetensors");
+    char name[96];
+    tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n) ok = set_error("%s: %zu tensors, expected %zu", path, file->n, 2 * moments->n);
+    if (ok && file->n != 2 * moments->n)
+        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
         const tensor *found = tensors_find(file, moment_name(t, k, name));
         ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path, name);
+                   : set_error("%s: tensor '%s' is missing", path.at, name);
         if (!ok) break;
         float *host = NEW(float, found->count);
         ok = tensor_floats(found, host, 0, found->count);
@@ -11138,10 +11657,9 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
     opt->updates = updates ? atol(updates) : -1;
     if (ok && opt->updates != step)
-        ok = set_error("%s: %ld updates, expected %ld, the step of trainer.json", path, opt->updates, step);
+        ok = set_error("%s: %ld updates, expected %ld, the step of trainer.json", path.at, opt->updates, step);
     ok = ops->finish(ops) && ok;
     tensors_close(file);
-    free(path);
     return slam_all_ok(ops->comm, ok);
 }
 
@@ -11149,15 +11667,10 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
 
 #define CHECKPOINT_PART ".checkpoint.part"
 
-static int folder_has(const char *folder, const char *name) {
-    char *path = path_join(folder, name);
-    const int found = path_is_file(path);
-    free(path);
-    return found;
-}
-
-static char *checkpoint_path(const char *run, long step) {
-    return string_print("%s%sstep_%06ld", run, string_ends(run, "/") ? "" : "/", step);
+static slam_path checkpoint_path(const char *run, long step) {
+    char name[32];
+    snprintf(name, sizeof name, "step_%06ld", step);
+    return path_join(run, name);
 }
 
 static int compare_steps(const void *a, const void *b) {
@@ -11184,25 +11697,18 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
-    *folder = n ? checkpoint_path(run, steps[n - 1]) : NULL;
+    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
 
-static int path_rename(const char *from, const char *to) {
-    return rename(from, to) == 0 || set_error("%s: cannot be renamed to %s: %s", from, to, strerror(errno));
-}
-
 /* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
 static int checkpoint_link(const char *run, const char *name, long step) {
-    char *part = path_join(run, ".link.part"), *path = path_join(run, name), *to = checkpoint_path(run, step);
-    int ok = remove_tree(part);
-    if (ok && path_is_folder(to) && (symlink(path_name(to), part) != 0 || rename(part, path) != 0))
-        ok = set_error("%s: cannot be made a link to %s: %s%s", path, path_name(to), strerror(errno),
-                       path_is_folder(path) ? "; remove it (a copy of a link?)" : "");
-    free(part);
-    free(path);
-    free(to);
+    const slam_path part = path_join(run, ".link.part"), path = path_join(run, name), to = checkpoint_path(run, step);
+    int ok = remove_tree(part.at);
+    if (ok && path_is_folder(to.at) && (symlink(path_name(to.at), part.at) != 0 || rename(part.at, path.at) != 0))
+        ok = set_error("%s: cannot be made a link to %s: %s%s", path.at, path_name(to.at), strerror(errno),
+                       path_is_folder(path.at) ? "; remove it (a copy of a link?)" : "");
     return ok && folder_sync(run);
 }
 
@@ -11215,15 +11721,10 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
     long *steps = checkpoint_steps(run, &n);
-    char *part = path_join(run, CHECKPOINT_PART);
+    const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
-        if (steps[i] == best) continue;
-        char *path = checkpoint_path(run, steps[i]);
-        ok = path_rename(path, part) && remove_tree(part);
-        free(path);
-    }
-    free(part);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
+        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
     free(steps);
     return ok;
 }
@@ -11232,19 +11733,18 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
                          int keep) {
     slam_comm *comm = model->ops->comm;
     const int root = is_root(comm);
-    char *part = path_join(run, CHECKPOINT_PART), *path = checkpoint_path(run, t->step);
+    const slam_path part_path = path_join(run, CHECKPOINT_PART);
+    const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
              slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
-         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) && path_rename(part, path) &&
-                                     folder_sync(run)));
+         slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
+                                     file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
     ok = ok &&
          slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    free(part);
-    free(path);
     return ok;
 }
 
@@ -11257,38 +11757,38 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
 /* The run in runs/ whose log was last written, of this program (NULL: of any, if it has a checkpoint). free() it. */
 static char *run_newest(const char *program) {
     slam_strings list = ZERO;
-    char *newest = NULL;
+    slam_path newest;
     double newest_time = 0;
     if (path_is_folder("runs") && !folder_list("runs", &list)) return NULL;
     for (size_t i = 0; i < list.n; i++) {
-        char *run = path_join("runs", list.at[i]), *log = path_join(run, "log.jsonl"), *checkpoint = NULL;
+        const slam_path run = path_join("runs", list.at[i]);
+        char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(log, &s) == 0 && checkpoint_find(run, &checkpoint) && (checkpoint || program);
+        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
+                    (checkpoint || program);
         if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run);
+            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
             const char *of = slam_trainer_setting(&t, "program", 0);
             found = of && !strcmp(of, program);
         }
         const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
         if (time > newest_time) {
-            free(newest);
-            newest = string_copy(run);
+            newest = run;
             newest_time = time;
         }
         slam_trainer_free(&t);
         free(checkpoint);
-        free(log);
-        free(run);
     }
     slam_strings_free(&list);
-    if (!newest) set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
-    return newest;
+    if (newest_time > 0) return string_copy(newest.at);
+    set_error("runs: there is no run of %s yet", program ? program : "train with a checkpoint");
+    return NULL;
 }
 
 char *slam_run_model(const char *path, const char *program) {
     char *model = path ? string_copy(path) : run_newest(program), *checkpoint = NULL;
-    if (!model || folder_has(model, "config.json") || !path_is_folder(model)) return model;
+    if (!model || path_is_file(path_join(model, "config.json").at) || !path_is_folder(model)) return model;
     if (checkpoint_find(model, &checkpoint) && !checkpoint) return model; // opening it reports what is missing
     free(model);
     return checkpoint;
@@ -11298,30 +11798,62 @@ char *slam_run_model(const char *path, const char *program) {
    SECTION 15. PROGRAMS      flags, progress bar, signals, devices, and the run of train and dpo
    ========================================================================================== */
 #include <signal.h>
+#include <sys/ioctl.h>
 
 /* ---- signals ---- */
 
-static volatile sig_atomic_t signals_seen;
+static volatile sig_atomic_t stop_requested, interrupts;
 
+/* A terminal that closes sends SIGHUP, some shells once more: what is done by then is still saved. */
 static void on_signal(int number) {
-    if (signals_seen) _exit(128 + number);
-    signals_seen = 1;
+    if (number != SIGHUP && interrupts++) _exit(128 + number);
+    stop_requested = 1;
 }
 
+/* Only the output is lost. A program that is started gets the default action again, which it would not if SIGPIPE were
+   ignored. */
+static void on_closed_pipe(int number) { (void)number; }
+
 void slam_signals_catch(void) {
-    struct sigaction action = ZERO;
+    struct sigaction before, action = ZERO;
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 }
 
-int slam_stop_requested(void) { return signals_seen != 0; }
+int slam_stop_requested(void) { return stop_requested != 0; }
 
 /* ---- start and end ---- */
 
+/* An instruction set that the compiler was allowed to use and this CPU does not have; NULL: it has all. */
+static const char *missing_instructions(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPELL(macro) #macro
+#define IS_ONE(text) (*SPELL(text) == '1')
+#define NEEDS(macro, set)                                                                                              \
+    if (IS_ONE(macro) && !__builtin_cpu_supports(set)) return set
+    NEEDS(__AVX__, "avx");
+    NEEDS(__AVX2__, "avx2");
+    NEEDS(__AVX512F__, "avx512f");
+    NEEDS(__AVX512VL__, "avx512vl");
+    NEEDS(__AVX512VBMI__, "avx512vbmi");
+#endif
+    return NULL;
+}
+
 slam_comm *slam_program_begin(const char *program) {
+    const char *missing = missing_instructions();
+    if (missing) {
+        fprintf(stderr,
+                "%s: error: this CPU does not have %s, for which the program was compiled; make on this machine, or "
+                "make CFLAGS='-O3 -march=x86-64-v3' for all with AVX2\n",
+                program, missing);
+        return NULL;
+    }
     for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
+    signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
     fprintf(stderr, "%s: error: %s\n", program, comm ? "/dev/null cannot be opened" : slam_error());
@@ -11392,7 +11924,7 @@ static int flag_set(slam_flag *f, const char *value) {
     if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
     else {
         free(*(char **)f->to);
-        *(char **)f->to = type == SLAM_PATH ? slam_path_absolute(value) : string_copy(value);
+        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
     }
     return 1;
 }
@@ -11433,12 +11965,12 @@ static void flags_help(const slam_flags *f) {
             printf("\n%s\n", a->help);
             continue;
         }
-        char *words = string_print(a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
+        char words[400];
+        snprintf(words, sizeof words, a->fallback ? "%s [%s]" : "%s", a->help, a->fallback);
         const int column = printf("  --%s%s%s", a->name, a->argument ? " " : "", a->argument ? a->argument : "");
         if (column > margin - 2) printf("\n%*s", margin, "");
         else printf("%*s", margin - column, "");
         print_wrapped(words, margin, margin);
-        free(words);
     }
     printf("\nHelp\n  --help, -h              this text; defaults stand in brackets\n  --version\n");
 }
@@ -11474,10 +12006,9 @@ int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
         if (!a->name || a->set || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
-        char *value = string_print("%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
-        const int ok = !strcmp(value, "-") || flag_set(a, value);
-        free(value);
-        if (!ok) return 0;
+        char value[64];
+        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
+        if (strcmp(value, "-") && !flag_set(a, value)) return 0;
     }
     return 1;
 }
@@ -11517,14 +12048,22 @@ static const char *bar_left(slam_bar *b, double done, double total, char text[64
     return speed > 0 && done <= total ? text : "";
 }
 
+/* On a terminal, at most its width less one column: a line that wraps would not be overwritten. */
 void slam_bar_show(slam_bar *b, double done, double total, const char *text) {
     const int filled = total > 0 && done <= total ? (int)(12 * done / total) : 0;
+    struct winsize window;
     char left[64];
     const char *end = bar_left(b, done, total, left);
     if (slam_clock() - b->shown < (b->terminal ? 0.1 : 10)) return;
     b->shown = slam_clock();
-    if (b->terminal) printf("\r\033[K[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
-    printf(b->terminal ? "%.50s%s" : "%.50s%s\n", text, end);
+    if (!b->terminal) printf("%.50s%s\n", text, end);
+    else {
+        const int known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0;
+        int space = (known ? window.ws_col : 80) - 1 - (int)strlen(end); // for the text
+        printf("\r\033[K");
+        if (space > 50) space -= printf("[%.*s%.*s] ", filled, "############", 12 - filled, "------------");
+        printf("%.*s%s", space > 0 ? space : 0, text, space >= 0 ? end : "");
+    }
     fflush(stdout);
 }
 
@@ -11557,19 +12096,22 @@ void slam_print_path(const char *path) {
     printf("%s", quote);
 }
 
-char *slam_path_beside(const char *argv0, const char *name) {
-    char program[4096];
-    snprintf(program, sizeof program, "%s", argv0);
-    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1); // macOS has none
-    if (n > 0) program[n] = 0;
-    return string_print("%.*s%s", (int)(path_name(program) - program), program, name);
+slam_path slam_path_beside(const char *argv0, const char *name) {
+    slam_path program, beside;
+    snprintf(program.at, sizeof program.at, "%s", argv0);
+    const ssize_t n = readlink("/proc/self/exe", program.at, sizeof program.at - 1); // macOS has none
+    if (n > 0) program.at[n] = 0;
+    snprintf(beside.at, sizeof beside.at, "%.*s%s", (int)(path_name(program.at) - program.at), program.at, name);
+    return beside;
 }
 
-char *slam_path_absolute(const char *path) {
-    char *whole = realpath(path, NULL), here[4096];
-    if (whole) return whole;
-    if (path[0] == '/') return string_copy(path);
-    return path_join(getcwd(here, sizeof here) ? here : ".", path); // no such file yet, or a glob
+slam_path slam_path_absolute(const char *path) {
+    slam_path whole, here;
+    if (realpath(path, whole.at)) return whole;
+    if (path[0] != '/')
+        return path_join(getcwd(here.at, sizeof here.at) ? here.at : ".", path); // to be made, or a glob
+    snprintf(whole.at, sizeof whole.at, "%s", path);
+    return whole;
 }
 
 /* ---- devices ---- */
@@ -11646,25 +12188,32 @@ int slam_unit_flags_config(const slam_flags *flags, const slam_unit_flags *f, in
     if (c->features == SLAM_HUBERT && !made.fingerprint) c->rate = 0;
     if (slam_flags_given(flags, "rate")) c->rate = atoi(f->rate);
     if (slam_flags_given(flags, "layer")) c->layer = f->layer;
+    if (slam_flags_given(flags, "pad")) c->pad = f->pad;
+    if (slam_flags_given(flags, "channel")) {
+        const size_t digits = strspn(f->channel, "0123456789");
+        c->channel = atoi(f->channel);
+        if (strcmp(f->channel, "mix") && (f->channel[digits] || digits > 4 || c->channel < 1))
+            return set_error("--channel %s: expected mix, or a number from 1", f->channel);
+    }
     c->normalize |= f->normalize;
     c->dedup &= !f->no_dedup;
     const int same = c->features == made.features && c->rate == made.rate && c->layer == made.layer &&
-                     c->normalize == made.normalize && c->dedup == made.dedup;
+                     c->pad == made.pad && c->normalize == made.normalize && c->dedup == made.dedup;
     if (made.fingerprint && !same)
-        return set_error("%s was made for %s, layer %d, %d frames a second, %s; omit flags that differ, or fit others",
-                         f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.rate,
-                         made.dedup ? "deduplicated" : "not deduplicated");
+        return set_error(
+            "%s was made for %s, layer %d, pad %d, %d frames a second, %s; omit flags that differ, or fit others",
+            f->kmeans, made.features == SLAM_HUBERT ? "HuBERT features" : "MFCC", made.layer, made.pad, made.rate,
+            made.dedup ? "deduplicated" : "not deduplicated");
     if (c->features == SLAM_HUBERT)
         return *c->hubert || set_error("HuBERT features: expected --hubert DIR, a model in Hugging Face's format");
     if (f->hubert) return set_error("--hubert: MFCC need no model; omit --features mfcc");
+    if (slam_flags_given(flags, "pad")) return set_error("--pad: expected --hubert DIR as well");
     return !slam_flags_given(flags, "layer") || set_error("--layer: expected --hubert DIR as well");
 }
 
 int slam_bundled_units(const char *argv0, uint64_t units) {
     slam_unit_config config = slam_unit_config_default();
-    char *path = slam_path_beside(argv0, "test/corpus/km.npy");
-    const int ok = !units || slam_unit_config_load(&config, path);
-    free(path);
+    const int ok = !units || slam_unit_config_load(&config, slam_path_beside(argv0, "test/corpus/km.npy").at);
     if (!ok || !units || config.fingerprint == units) return ok;
     return set_error("the bundled data has units of tokenizer %08x, the model was trained on units of %08x",
                      (unsigned)config.fingerprint, (unsigned)units);
@@ -11704,6 +12253,8 @@ void slam_run_flags(slam_run *r, const slam_flag *own, int n, const char *const 
         SLAM_FLAG("format", SLAM_CHOICE, &o->format, "hf|slamkit", "hf", "format of the checkpoints"),
         SLAM_FLAG("device", SLAM_DEVICE | SLAM_FREE, &o->device, "NAME", "auto", "auto, cpu, cuda or cuda:N"),
         SLAM_FLAG("dtype", SLAM_CHOICE, &o->dtype, "auto|f32|bf16", "auto", "f32 on the CPU, bf16 on CUDA"),
+        SLAM_FLAG("tune", SLAM_CHOICE, &o->tune, "on|off", "on",
+                  "measure algorithms of matrix products on a GPU, once for a run; off: two runs have the same bits"),
         SLAM_NUMBER("threads", SLAM_INT | SLAM_FREE, &o->threads, "N", "0", 0, 4096, "CPU threads; 0: one per core"),
         SLAM_NUMBER("seed", SLAM_LONG, &o->seed, "N", "0", 0, 9e15, NULL),
         SLAM_FLAG("dry-run", SLAM_SWITCH | SLAM_UNSAVED, &o->dry_run, NULL, NULL, "print the plan, do not train"),
@@ -11803,13 +12354,21 @@ static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
     slam_trainer_paths(&r->trainer, name, list);
     for (size_t i = 0; ok && asked.n && (i < asked.n || i < list->n); i++) {
         const char *a = i < asked.n ? asked.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        char *absolute_a = slam_path_absolute(a), *absolute_b = slam_path_absolute(b);
-        if (strcmp(absolute_a, absolute_b)) ok = set_error("%s %s: the resumed run has %s", name, a, b);
-        free(absolute_a);
-        free(absolute_b);
+        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+            ok = set_error("%s %s: the resumed run has %s", name, a, b);
     }
     slam_strings_free(&asked);
     return ok;
+}
+
+/* Whether the run can be written, in its folder or the nearest one above it that exists. */
+static int run_writable(const slam_run *r) {
+    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
+        *slash = 0;
+        if (path_exists(folder.at)) break;
+    }
+    return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
@@ -11817,9 +12376,10 @@ static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
     r->fresh = r->grows = 1;
     r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
+    if (!o->dry_run && is_root(r->comm) && !run_writable(r)) return 0;
     if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
-    if (!r->checkpoint && !folder_has(r->folder, "trainer.json")) return 1;
+    if (!r->checkpoint && !path_is_file(path_join(r->folder, "trainer.json").at)) return 1;
     if (!o->resume)
         return set_error(
             "%s: holds a run already; --resume continues it, another --out begins a new one (nothing is overwritten)",
@@ -11835,18 +12395,15 @@ static int run_find(slam_run *r) {
 static void run_data(slam_run *r) {
     slam_strings *data = &r->flags.rest, *val = &r->o.val;
     slam_trainer *t = &r->trainer;
-    char *here = slam_path_absolute("."), *path;
     if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
-    if (r->fresh) slam_trainer_set(t, "folder", 0, here);
+    if (r->fresh) slam_trainer_set(t, "folder", 0, slam_path_absolute(".").at);
     for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
     for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
     r->bundled = data->n == 0;
     for (int k = 0; r->bundled && k < 2; k++) {
         if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
-        slam_strings_add(k ? val : data, path = slam_path_beside(r->argv0, r->bundled_data[k]));
-        free(path);
+        slam_strings_add(k ? val : data, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
-    free(here);
 }
 
 int slam_run_open(slam_run *r) {
@@ -11944,6 +12501,60 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
     return 1;
 }
 
+/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+
+static void products_restore(const slam_run *r) {
+    slam_products *p = r->ops->products;
+    const char *text = slam_trainer_setting(&r->trainer, "products", 0);
+    const size_t n = text ? strcspn(text, "|") : 0;
+    if (!text) return;
+    if (n != strlen(p->library) || strncmp(text, p->library, n)) {
+        printf("products measured again, since the run's are for %.*s: its bits change\n", (int)n, text);
+        return;
+    }
+    for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
+        for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
+}
+
+static void products_save(slam_run *r) {
+    const slam_products *p = r->ops->products;
+    strbuf s = ZERO;
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
+}
+
+/* Forward and backward over a full micro-batch; the gradients are discarded. */
+static int products_measure(const slam_run *r) {
+    slam_model *m = r->model;
+    slam_ops *ops = m->ops;
+    slam_batch b = slam_batch_new(r->micro, r->T, 0);
+    for (int i = 0; i < b.B * b.T; i++) b.tokens[i] = b.targets[i] = i % m->config.V;
+    ops->products->tune = 1;
+    const int ok = slam_forward_backward(m, &b, 1) && ops->finish(ops);
+    ops->products->tune = 0;
+    ops->zero(ops, m->grads, m->n_weights * sizeof *m->grads);
+    ops->zero(ops, m->stats, 2 * sizeof *m->stats);
+    slam_batch_free(&b);
+    return ok;
+}
+
+int slam_run_tune(slam_run *r) {
+    slam_products *p = r->ops->products;
+    const double began = slam_clock();
+    if (!p || strcmp(r->o.tune, "on")) return 1;
+    if (is_root(r->comm)) products_restore(r);
+    const int restored = p->measured;
+    if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
+    comm_broadcast(r->comm, p, sizeof *p);
+    products_save(r);
+    if (p->measured > restored)
+        printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
+    return 1;
+}
+
 /* ---- a training run: the clock and the end ---- */
 
 enum { RUN_ON, RUN_DONE, RUN_OUT_OF_TIME, RUN_STOPPED };
@@ -11996,7 +12607,8 @@ static int run_name(slam_run *r) {
 static int run_open_folder(slam_run *r) {
     const char *folder = r->folder;
     const off_t log_bytes = (off_t)r->trainer.log_bytes;
-    char *log = path_join(folder, "log.jsonl"), *part = path_join(folder, CHECKPOINT_PART), *newest = NULL;
+    const slam_path log = path_join(folder, "log.jsonl");
+    char *newest = NULL;
     struct stat s;
     int ok = folder_create(folder);
     if (ok && (r->lock = open(folder, O_RDONLY | O_CLOEXEC)) < 0) ok = set_error("%s: %s", folder, strerror(errno));
@@ -12005,13 +12617,12 @@ static int run_open_folder(slam_run *r) {
     ok = ok && checkpoint_find(folder, &newest);
     if (ok && (newest ? !r->checkpoint || strcmp(newest, r->checkpoint) : r->checkpoint != NULL))
         ok = set_error("%s: another process has trained this run meanwhile", folder);
-    ok = ok && remove_tree(part) && (!newest || checkpoint_links(folder, &r->trainer)) &&
-         trainer_save(&r->trainer, newest ? newest : folder) && folder_sync(folder);
-    const int longer = ok && stat(log, &s) == 0 && s.st_size > log_bytes;
-    if (ok && ((longer && truncate(log, log_bytes) != 0) || !(r->log = fopen(log, "ab"))))
-        ok = set_error("%s: cannot be written: %s", log, strerror(errno));
-    free(log);
-    free(part);
+    ok = ok && remove_tree(path_join(folder, CHECKPOINT_PART).at) &&
+         (!newest || checkpoint_links(folder, &r->trainer)) && trainer_save(&r->trainer, newest ? newest : folder) &&
+         folder_sync(folder);
+    const int longer = ok && stat(log.at, &s) == 0 && s.st_size > log_bytes;
+    if (ok && ((longer && truncate(log.at, log_bytes) != 0) || !(r->log = fopen(log.at, "ab"))))
+        ok = set_error("%s: cannot be written: %s", log.at, strerror(errno));
     free(newest);
     return ok;
 }
@@ -12059,13 +12670,6 @@ int slam_run_save_due(const slam_run *r) {
     return r->state != RUN_ON || (every && step % every == 0) || r->trainer.best_step == step;
 }
 
-static void log_add(strbuf *s, const char *prefix, const slam_metric *m, int n) {
-    for (int i = 0; i < n; i++) {
-        strbuf_add(s, ", \"%s%s\": ", prefix, m[i].name);
-        strbuf_add_number(s, m[i].value);
-    }
-}
-
 /* Writes a line of the log and flushes it, so that it survives a kill. Frees s. */
 static int log_write(slam_run *r, strbuf *s) {
     FILE *f = (FILE *)r->log;
@@ -12108,10 +12712,10 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
     strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
-    log_add(&line, "", first, 3);
+    strbuf_add_metrics(&line, "", first, 3);
     if (t->skipped) strbuf_add(&line, ", \"skipped\": %ld", t->skipped);
-    log_add(&line, "", m, n);
-    log_add(&line, "", last, 3);
+    strbuf_add_metrics(&line, "", m, n);
+    strbuf_add_metrics(&line, "", last, 3);
     if (!log_write(r, &line)) return 0;
 
     char s[64];
@@ -12143,8 +12747,8 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
         t->best_step = t->step;
     }
     strbuf_add(&line, "{\"step\": %ld", t->step);
-    log_add(&line, "val_", &loss, 1);
-    log_add(&line, "val_", m, n);
+    strbuf_add_metrics(&line, "val_", &loss, 1);
+    strbuf_add_metrics(&line, "val_", m, n);
     for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
         strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
         strbuf_add_json(&line, slam_trainer_setting(t, sources, s));

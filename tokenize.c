@@ -180,6 +180,8 @@ static int open_inputs(program *p) {
                                              : SLAM_INPUT_AUDIO;
     for (size_t i = 0; i < p->tts.n; i++) slam_strings_add(&in->voices, p->tts.at[i]);
     const int ok = slam_inputs_open(in, kind, paths, *one ? 1 : rest->n);
+    for (size_t i = 0; p->comm->rank == 0 && i < in->notes.n; i++)
+        fprintf(stderr, "tokenize: note: %s\n", in->notes.at[i]);
     in->max_seconds = p->max_seconds;
     in->max_repetition = in->pairs_out ? repetition : 0;
     if (ok && in->pairs_out && (!is_jsonl(p->out) || p->audio_repr))
@@ -240,11 +242,16 @@ static void set_flags(program *p) {
                   "a HuBERT model in Hugging Face's format (config.json, model.safetensors)"),
         SLAM_NUMBER("layer", SLAM_INT, &u->layer, "N", "11", 0, 1000,
                     "of --hubert: output of its Nth transformer layer; 0: input of the first"),
+        SLAM_NUMBER("pad", SLAM_INT, &u->pad, "N", "40", 0, 16000,
+                    "of --hubert: zeros before and after the samples; 40 as SlamKit, 0 as fairseq and textlesslib"),
         SLAM_FLAG("normalize", SLAM_SWITCH, &u->normalize, NULL, NULL,
-                  "scale each file's waveform to zero mean and unit variance"),
+                  "scale the waveform of each file or segment to zero mean and unit variance"),
         SLAM_FLAG("no-dedup", SLAM_SWITCH, &u->no_dedup, NULL, NULL,
                   "a unit for every frame; else equal neighbours are merged"),
         SLAM_HEADING("Input"),
+        SLAM_FLAG("channel", SLAM_TEXT, &u->channel, "mix|N", NULL,
+                  "of files with several: their mean, or channel N (from 1; SlamKit's evaluation reads the first). "
+                  "--kmeans records that of --fit, which is the default; mix if there is none"),
         SLAM_NUMBER("max-seconds", SLAM_REAL, &p->max_seconds, "S", "60", 0, 1e6,
                     "split longer files into segments of at most S seconds, in the quietest 20 ms of the last fifth "
                     "before S; a segment is a document of its own, with start and end in FILE.jsonl; 0: never"),
@@ -286,7 +293,8 @@ static void set_flags(program *p) {
     p->flags.usage = "[options] AUDIO...|UNITS.jsonl... -o OUT.bin|OUT.jsonl";
     p->flags.about =
         "Converts speech to units. AUDIO: audio files of any sample rate (WAV; with libsndfile also FLAC, Ogg, MP3, "
-        "AIFF and more), folders of them, or @LIST with a path per line. UNITS.jsonl: units, to be converted to "
+        "AIFF and more), folders of them, or @LIST with a path per line (# begins a comment, - is stdin), or with "
+        "fairseq's manifest. UNITS.jsonl: units, to be converted to "
         "another format. A command that was interrupted resumes when it is repeated. Defaults stand in brackets; where "
         "there are two, the second is for --hubert. Exit status: 0, all files done, or stopped by a signal; 3, done, "
         "but some files or lines were skipped; 1, an error; 2, a wrong command line.";
@@ -310,8 +318,8 @@ static int check_unused(const program *p, const char *why, const char *const *fl
 
 /* AUDIO, units, --pairs or --text: exactly one of them. */
 static int check_input(const program *p) {
-    static const char *const of_audio[] = {"fit",      "features",    "rate",   "hubert", "layer", "normalize",
-                                           "no-dedup", "max-seconds", "device", "dtype",  NULL};
+    static const char *const of_audio[] = {"fit",      "features",    "rate",    "hubert", "layer", "pad", "normalize",
+                                           "no-dedup", "max-seconds", "channel", "device", "dtype", NULL};
     static const char *const of_files[] = {"fit", "max-seconds", NULL}, *const of_text[] = {"max-repetition", NULL};
     const slam_strings *rest = &p->flags.rest;
     size_t jsonl = 0;
@@ -337,6 +345,9 @@ static int check_part(const program *p) {
     unsigned long part = 0, parts = 0;
     char more = 0;
     if (p->fit && p->comm->size > 1) return slam_set_error("--fit: expected one process, without mpirun or srun");
+    for (size_t i = 0; p->comm->size > 1 && i < p->flags.rest.n; i++)
+        if (!strcmp(p->flags.rest.at[i], "-") || !strcmp(p->flags.rest.at[i], "@-"))
+            return slam_set_error("%s: ranks cannot share stdin, expected @LIST", p->flags.rest.at[i]);
     if (!p->part) return 1;
     if (sscanf(p->part, "%lu/%lu%c", &part, &parts, &more) != 2 || strchr(p->part, '-') || part < 1 || part > parts ||
         parts > 99999)

@@ -171,11 +171,8 @@ static int resolve_flags(program *p) {
     for (int i = 0; p->recipe && recipe_slam[i][0]; i++)
         if (!slam_flags_given(&r->flags, recipe_slam[i][0]))
             slam_flags_set(&r->flags, recipe_slam[i][0], recipe_slam[i][1]);
-    if (p->model_name && !is_preset(p->model_name)) {
-        char *path = slam_path_absolute(p->model_name);
-        slam_flags_set(&r->flags, "model", path);
-        free(path);
-    }
+    if (p->model_name && !is_preset(p->model_name))
+        slam_flags_set(&r->flags, "model", slam_path_absolute(p->model_name).at);
     return slam_run_open(r);
 }
 
@@ -247,14 +244,20 @@ static int read_config(program *p) {
 
 /* Steps until --tokens have been seen. */
 static int steps_for_tokens(program *p, long *steps) {
-    const slam_options *o = &p->run.o;
-    slam_loader *l = slam_loader_new(p->data, (uint64_t)o->seed, 1); /* plan has shown that the data has rows */
-    uint64_t tokens = 0;
+    slam_run *r = &p->run;
+    slam_loader *l = slam_loader_new(p->data, (uint64_t)r->o.seed, 1); /* plan has shown that the data has rows */
+    double tokens = 0, limit = (double)r->o.tokens;
+    char text[64], count[32];
     int rows = 1;
-    for (*steps = 0; rows > 0 && tokens < (uint64_t)o->tokens && !slam_stop_requested(); ++*steps) {
-        rows = slam_loader_begin(l, o->batch, NULL);
-        tokens += l->tokens;
+    slam_bar_begin(&r->bar);
+    for (*steps = 0; rows > 0 && tokens < limit && !slam_stop_requested(); ++*steps) {
+        rows = slam_loader_begin(l, r->o.batch, NULL);
+        tokens += (double)l->tokens;
+        if (*steps % 1000) continue;
+        snprintf(text, sizeof text, "plan  steps for %s tokens", slam_format_count(count, tokens));
+        slam_bar_show(&r->bar, tokens, limit, text);
     }
+    slam_bar_clear(&r->bar);
     slam_loader_free(l);
     return rows > 0 && !slam_stop_requested();
 }
@@ -362,7 +365,7 @@ static int open_model(program *p) {
     else r->model = slam_model_load(r->ops, p->start);
     if (r->model && p->rope_theta > 0) r->model->config.rope_theta = p->rope_theta;
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
-    if (!slam_all_ok(r->comm, ok)) return 0;
+    if (!slam_all_ok(r->comm, ok) || !slam_run_tune(r)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
     p->loader = slam_loader_new(p->data, (uint64_t)o->seed, 1);
     const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));

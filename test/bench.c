@@ -1,11 +1,11 @@
 /* Measures training steps of three models on the CPU, generation and HuBERT, next to PyTorch (test/bench_torch.py) in the same run
    if there is a Python with torch and transformers, and writes the table to test/results/.
 
-       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert,dpo --python PATH"]
+       make bench [BENCH="--threads N --seconds S --rows tiny,10m,slam,generate,hubert,vocoder,dpo --python PATH"]
 
    A step is forward, backward and AdamW with clipping, on random tokens, one document per row; "slam" is one micro-step of the
    358M model, only forward and backward, on both sides. "generate" continues 64 prompts of 75 tokens by up to 150 each, sampled;
-   its numbers are new tokens per second. "hubert" computes features of 15 s of noise by mHuBERT-25Hz's shape with random weights,
+   its numbers are new tokens per second. "vocoder" synthesises units by a HiFi-GAN with random weights. "hubert" computes features of 15 s of noise by mHuBERT-25Hz's shape with random weights,
    up to layer 11; its numbers are seconds of audio per second. "dpo" compares steps of preference optimisation with shared
    prompts to steps without. The two sides take turns, ROUNDS times; numbers are medians. */
 #define SLAM_IMPLEMENTATION
@@ -33,6 +33,7 @@ static const bench_row rows[] = {
     {"generate", "the 10m model continues 64 prompts of 75 tokens by 150, sampled; new tokens per second", 502, 320, 8,
      5, 1, 64, 864, 64, 225, 0},
     {"hubert", "mHuBERT-25Hz to layer 11, 15 s of audio; audio seconds per second", 0, 0, 0, 0, 0, 0, 0, 1, 15, 0},
+    {"vocoder", "unit HiFi-GAN of 25 Hz, 10 s of audio; audio seconds per second", 0, 0, 0, 0, 0, 0, 0, 1, 10, 0},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 
@@ -138,7 +139,7 @@ static double measure_hubert(const bench_row *r, const char *folder, int threads
     int n = 0;
     uint64_t seed = 1;
     slam_ops *ops = slam_cpu(threads);
-    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, "", 0, 0};
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, HUBERT_LAYER, 40, 0, "", 0, 0};
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
     slam_tokenizer *t = ops ? slam_tokenizer_load(NULL, &config, ops) : NULL;
     float *x = NEW(float, (size_t)samples);
@@ -156,6 +157,68 @@ static double measure_hubert(const bench_row *r, const char *folder, int threads
     slam_tokenizer_free(t);
     slam_ops_free(ops);
     free(x);
+    return r->T / median(times, n);
+}
+
+/* ---- vocoder ---- */
+
+static const char vocoder_config[] =
+    "{\"num_embeddings\": 500, \"embedding_dim\": 128, \"upsample_initial_channel\": 512,\n"
+    " \"upsample_rates\": [5, 4, 4, 4, 2], \"upsample_kernel_sizes\": [11, 8, 8, 8, 4], \"model_in_dim\": 128,\n"
+    " \"resblock_kernel_sizes\": [3, 7, 11], \"resblock_dilation_sizes\": [[1, 3, 5], [1, 3, 5], [1, 3, 5]]}\n";
+
+/* Writes the folder of a vocoder with random weights. Returns the FLOP for a second of audio. */
+static double random_vocoder(const char *folder) {
+    static const int rates[] = {5, 4, 4, 4, 2}, kernels[] = {11, 8, 8, 8, 4};
+    random_tensors l = ZERO;
+    char name[100];
+    double flops = 0, rate = 25;
+    random_module(&l, "conv_pre", 512, 128, 7);
+    random_module(&l, "conv_post", 1, 16, 7);
+    for (int i = 0; i < 5; i++) {
+        const size_t C = 256 >> i;
+        snprintf(name, sizeof name, "ups.%d", i);
+        random_module(&l, name, 2 * C, C, kernels[i]);
+        l.at[l.n - 1].shape[0] = l.at[l.n - 1].count = C;
+        flops += 2 * rate * 2 * C * C * kernels[i];
+        rate *= rates[i];
+        for (int k = 0; k < 18; k++) {
+            const int taps = 3 + 4 * (k / 6);
+            snprintf(name, sizeof name, "resblocks.%d.convs%d.%d", 3 * i + k / 6, k % 2 + 1, k / 2 % 3);
+            random_module(&l, name, C, C, taps);
+            flops += 2 * rate * C * C * taps;
+        }
+    }
+    random_module(&l, "dict", 500, 128, 0);
+    free((void *)(uintptr_t)l.at[--l.n].data); // embeddings have no bias
+    const slam_path config = path_join(folder, "config.json"), path = path_join(folder, "model.safetensors");
+    if (!file_write(config.at, vocoder_config, strlen(vocoder_config)) || !tensors_write(path.at, l.at, l.n, NULL))
+        die();
+    for (size_t i = 0; i < l.n; i++) free((void *)(uintptr_t)l.at[i].data);
+    return flops;
+}
+
+/* Seconds of audio per second. */
+static double measure_vocoder(const bench_row *r, const char *folder, int threads, double seconds) {
+    static double times[STEPS_MAX];
+    const int frames = 25 * r->T;
+    int n = 0, *units = NEW(int, frames);
+    const float *x;
+    slam_ops *ops = slam_cpu(threads);
+    slam_vocoder *v = slam_vocoder_open(folder, 0, 0, NULL, ops);
+    if (!v) die();
+    for (int i = 0; i < frames; i++) units[i] = 7919 * i % 500;
+    double start = 0;
+    for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
+        const double began = slam_clock();
+        if (k == 0) start = began;
+        if (!slam_vocoder_start(v, units, NULL, (size_t)frames)) die();
+        while (slam_vocoder_next(v, &x) > 0) {}
+        if (k >= 0) times[n++] = slam_clock() - began;
+    }
+    slam_vocoder_free(v);
+    slam_ops_free(ops);
+    free(units);
     return r->T / median(times, n);
 }
 
@@ -305,7 +368,8 @@ static void machine_name(char *name, size_t n) {
 int main(int argc, char **argv) {
     int threads = 0;
     double seconds = 10;
-    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3", *wanted = "tiny,10m,slam,generate,hubert,dpo";
+    const char *python = getenv("PYTHON") ? getenv("PYTHON") : "python3",
+               *wanted = "tiny,10m,slam,generate,hubert,vocoder,dpo";
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
         if (!strcmp(argv[i], "--seconds")) seconds = atof(argv[i + 1]);
@@ -336,26 +400,30 @@ int main(int argc, char **argv) {
         double ours[ROUNDS], theirs[ROUNDS], ratio[ROUNDS];
         int has = 1;
         const slam_config config = config_of(r);
-        const int is_hubert = r->V == 0, is_generation = !strcmp(r->name, "generate");
+        const int is_vocoder = !strcmp(r->name, "vocoder"), is_hubert = r->V == 0 && !is_vocoder;
+        const int is_generation = !strcmp(r->name, "generate"), is_audio = is_hubert || is_vocoder;
         if (!strstr(wanted, r->name)) continue;
         if (is_hubert && !random_hubert(folder)) die();
+        const double vocoder_flops = is_vocoder ? random_vocoder(folder) : 0;
         for (int i = 0; i < ROUNDS; i++) {
             ours[i] = is_hubert       ? measure_hubert(r, folder, threads, seconds)
+                      : is_vocoder    ? measure_vocoder(r, folder, threads, seconds)
                       : is_generation ? measure_generation(r, threads, seconds)
                                       : measure(r, threads, seconds);
             theirs[i] = has ? measure_torch(r, folder, python, threads, seconds, versions, sizeof versions) : 0;
             has = theirs[i] > 0;
             ratio[i] = has ? ours[i] / theirs[i] : 0;
             printf("%s, round %d: slam %.1f, PyTorch %.1f %s\n", r->name, i + 1, ours[i], theirs[i],
-                   is_hubert ? "audio s/s" : "tok/s");
+                   is_audio ? "audio s/s" : "tok/s");
             fflush(stdout);
         }
         const double rate = median(ours, ROUNDS), flops = rate * (is_hubert       ? random_hubert_flops(r->T)
+                                                                  : is_vocoder    ? vocoder_flops
                                                                   : is_generation ? generation_flops(r)
                                                                                   : slam_config_flops(&config, r->T));
-        strbuf_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_hubert, rate, flops / 1e9, 100 * flops / peak);
+        strbuf_add(&t, "%-8s %14.*f %10.0f %7.0f%% ", r->name, is_audio, rate, flops / 1e9, 100 * flops / peak);
         if (has)
-            strbuf_add(&t, "%16.*f %8.2f   %s\n", is_hubert, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
+            strbuf_add(&t, "%16.*f %8.2f   %s\n", is_audio, median(theirs, ROUNDS), median(ratio, ROUNDS), r->what);
         else strbuf_add(&t, "%16s %8s   %s\n", "-", "-", r->what);
     }
     if (strstr(wanted, "dpo")) bench_dpo(&t, folder, &rows[1], threads, seconds);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The other side of `make bench` and `make gpu-bench`: the same work by PyTorch and Transformers' Qwen2.
 
-    python test/bench_torch.py --row hubert --folder MODEL [--threads N] [--seconds S]
+    python test/bench_torch.py --row hubert|vocoder --folder MODEL [--threads N] [--seconds S]
     python test/bench_torch.py --row generate [--threads N] [--seconds S]
     python test/bench_torch.py --row tiny|10m|slam [--threads N] [--seconds S] [--compile] [--attention sdpa|eager]
     python test/bench_torch.py --gpu attention|step [--keys FILE] [--seconds S] [--small] [--device cuda|cpu]
@@ -14,6 +14,7 @@ from the median step. A token's work is counted as 6 FLOP a parameter and 6 L T 
 "generate": 64 prompts of 75 random tokens, continued by 150 each, sampled with a cache; tokens_per_second counts the new ones.
 
 "hubert": the features of 15 s of noise by the HubertModel in MODEL, all of its layers; audio_seconds_per_second likewise.
+"vocoder": 10 s of random units by the network of reference_vocoder.py with the weights in MODEL.
 
 --gpu: a table on stdout, and lines `key value` in FILE, each as soon as it is known; what would begin S seconds after the start or
 later is left out. attention: scaled_dot_product_attention by its flash and its cuDNN backend, forward and backward, without rotary
@@ -30,7 +31,7 @@ import time
 
 began = time.perf_counter()
 parser = argparse.ArgumentParser()
-parser.add_argument("--row", choices=["tiny", "10m", "slam", "generate", "hubert"], default="tiny")
+parser.add_argument("--row", choices=["tiny", "10m", "slam", "generate", "hubert", "vocoder"], default="tiny")
 parser.add_argument("--folder")
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 parser.add_argument("--seconds", type=float, help="10, with --gpu 300")
@@ -146,6 +147,29 @@ def bench_hubert(seconds=15):
     rate = seconds / statistics.median(times)
     print(json.dumps({"row": "hubert", "audio_seconds_per_second": round(rate, 2), "threads": arguments.threads, "steps": len(times),
                       "torch": torch.__version__, "transformers": transformers.__version__}))  # fmt: skip
+
+
+def bench_vocoder(seconds=10):
+    from reference_vocoder import Vocoder
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(arguments.threads)
+    with open(arguments.folder + "/config.json") as f:
+        model = Vocoder(dict(json.load(f), dur_predictor_params=None)).eval()
+    model.load_state_dict(load_file(arguments.folder + "/model.safetensors"))
+    units = torch.randint(0, 500, (25 * seconds,))
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):
+            model(units, torch.ones_like(units), 0, 0)
+        began = time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - began < arguments.seconds:
+            start = time.perf_counter()
+            model(units, torch.ones_like(units), 0, 0)
+            times.append(time.perf_counter() - start)
+    rate = seconds / statistics.median(times)
+    print(json.dumps({"row": "vocoder", "audio_seconds_per_second": round(rate, 2), "threads": arguments.threads, "steps": len(times),
+                      "torch": torch.__version__, "transformers": "-"}))  # fmt: skip
 
 
 # ---- on the GPU ----
@@ -337,6 +361,8 @@ elif arguments.gpu == "step":
     gpu_step()
 elif arguments.row == "hubert":
     bench_hubert()
+elif arguments.row == "vocoder":
+    bench_vocoder()
 elif arguments.row == "generate":
     bench_generation()
 else:

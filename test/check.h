@@ -164,7 +164,36 @@ static inline int check_failure(int failed, const char *file, int line, const ch
 }
 
 #ifdef SLAM_IMPLEMENTATION
-/* Arguments of crossentropy; what a test does not name is 0. */
+/* Tests call these ops through here, so that an argument that an op gets is added in one place; a pointer is a float *
+   or a slam_act *. */
+static inline void matmul_forward(slam_ops *ops, void *out, const void *x, const void *w, const void *b, int N, int C,
+                                  int OC) {
+    ops->matmul_forward(ops, (slam_act *)out, (const slam_act *)x, (const slam_act *)w, (const slam_act *)b, N, C, OC);
+}
+static inline void matmul_backward_input(slam_ops *ops, void *dx, const void *dout, const void *w, int N, int C,
+                                         int OC) {
+    ops->matmul_backward_input(ops, (slam_act *)dx, (const slam_act *)dout, (const slam_act *)w, N, C, OC);
+}
+static inline void matmul_backward_weight(slam_ops *ops, float *dw, float *db, const void *dout, const void *x, int N,
+                                          int C, int OC) {
+    ops->matmul_backward_weight(ops, dw, db, (const slam_act *)dout, (const slam_act *)x, N, C, OC);
+}
+static inline void rmsnorm_forward(slam_ops *ops, void *s, void *y, float *rstd, const void *x, const void *delta,
+                                   const void *w, int N, int G, int C, int stride) {
+    ops->rmsnorm_forward(ops, (slam_act *)s, (slam_act *)y, rstd, (const slam_act *)x, (const slam_act *)delta,
+                         (const slam_act *)w, 1e-6f, N, G, C, stride);
+}
+static inline void rmsnorm_backward(slam_ops *ops, void *ds, float *dw, const void *dy, const void *s, const void *w,
+                                    const float *rstd, int N, int G, int C, int stride) {
+    ops->rmsnorm_backward(ops, (slam_act *)ds, dw, (const slam_act *)dy, (const slam_act *)s, (const slam_act *)w, rstd,
+                          N, G, C, stride);
+}
+static inline void layernorm(slam_ops *ops, void *s, void *y, const void *x, const void *delta, const void *w,
+                             const void *b, int gelu, int N, int C) {
+    ops->layernorm(ops, (slam_act *)s, (slam_act *)y, (const slam_act *)x, (const slam_act *)delta, (const slam_act *)w,
+                   (const slam_act *)b, 1e-5f, gelu, N, C);
+}
+/* Other arguments of crossentropy are 0. */
 static inline slam_xent xent(int N, int V, int stride, float scale, const float *weights) {
     slam_xent x = ZERO;
     x.N = N, x.V = V, x.stride = stride, x.scale = scale, x.weights = weights;

@@ -20,11 +20,21 @@
    - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was requested, which
      AddressSanitizer watches (-fsanitize=address);
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX functions: the run
-     ends with a message that names kernel, block and thread, and where the others wait.
+     ends with a message that names kernel, block and thread, and where the others wait. -fsanitize=alignment shows other
+     misaligned accesses;
+   - calls of the runtime library that fail on a GPU, or succeed and do nothing: a launch beyond the limits of grid,
+     block, arguments or shared memory (above 48 kB only after cudaFuncSetAttribute); host memory where device memory is
+     expected, as argument of a kernel or a product or to copy; a stream that is closed or the default one; an event that
+     was not recorded, or not made for timing; cudaFree while queued work may use the memory; an error that
+     cudaGetLastError still returns later. The first returns the error, the others end the run with a message;
+   - blame: emulator_fault(NAME) makes a kernel fail as by a wrong address. All later calls return the error, and with
+     CUDA_LAUNCH_BLOCKING in the environment its launch does.
 
    cuBLASLt is emulated from the documentation of the calls that slam.h makes: column-major layouts, transposes, leading
    dimensions, the bias, workspace, alignment. Its products are a loop; an algorithm is refused for a problem other than
-   it was proposed for, and a split sum over K loses its last K % 64 terms, as in cuBLASLt 13.1 on Hopper.
+   it was proposed for, and a split sum over K loses its last K % 64 terms, as in cuBLASLt 13.1 on Hopper. It proposes
+   several, which differ in their bits and in the time that events show, by emulator_products_state.times or
+   EMULATOR_TIMES="3 1 2" in the environment.
 
    It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one),
    bank conflicts, registers, or speed.
@@ -39,6 +49,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <set>
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -650,7 +661,9 @@ typedef enum cudaError {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
@@ -669,7 +682,9 @@ enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 typedef struct CUstream_st *cudaStream_t;
 typedef struct emulator_event {
     uint64_t ticket;
-    cudaStream_t stream;
+    cudaStream_t stream; // that it was recorded in; NULL: it was not
+    int timed;
+    double time;
 } * cudaEvent_t;
 struct cudaDeviceProp {
     char name[256];
@@ -689,6 +704,11 @@ static struct {
     std::deque<std::function<void()>> queue; // of the one stream
     uint64_t asked, done;                    // how many were put there, have run
     int lazy, streams, stuck;                // stuck: the second stream never comes to an end
+    std::set<cudaStream_t> open;             // streams
+    const char *fault;                       // a kernel with this in its name fails
+    int refuse;                              // 1: the next launch is refused, 2: that after it, ...
+    cudaError_t broken;                      // it has failed: what every call returns
+    double clock;                            // milliseconds that products have taken
     std::map<cudaStream_t, uint64_t> seen;   // how much of the first stream's work a stream has waited for
     std::map<cudaStream_t, std::deque<std::function<void()>>> later; // what waits in streams other than the first
     std::map<const void *, size_t> shared;                           // bytes that a kernel may ask for
@@ -705,8 +725,37 @@ static void emulator_drain(uint64_t up_to) {
         std::function<void()> work = std::move(emulator_device.queue.front());
         emulator_device.queue.pop_front();
         emulator_device.done++;
-        work();
+        if (!emulator_device.broken) work();
     }
+}
+
+/* What a call returns; cudaGetLastError then returns an error as well. */
+static inline cudaError_t emulator_return(cudaError_t error) {
+    if (emulator_device.broken) error = emulator_device.broken;
+    if (error != cudaSuccess) emulator_device.error = error;
+    return error;
+}
+
+static inline void emulator_fault(const char *kernel) { // NULL: all is well again
+    emulator_device.fault = kernel;
+    emulator_device.broken = emulator_device.error = cudaSuccess;
+}
+
+/* Is it `bytes` bytes of memory that cudaMalloc gave? */
+static inline int emulator_on_device(const void *p, size_t bytes) {
+    std::map<void *, size_t>::const_iterator block = emulator_device.blocks.upper_bound((void *)p);
+    if (block == emulator_device.blocks.begin()) return 0;
+    block--;
+    return (const char *)p + bytes <= (const char *)block->first + block->second;
+}
+
+static inline void emulator_check_stream(cudaStream_t stream, const char *what) {
+    if (!emulator_device.open.count(stream)) emulator_fail("%s in stream %p, which is not open", what, (void *)stream);
+}
+
+template <typename T> static inline void emulator_check_argument(const char *, const T &) {}
+template <typename T> static inline void emulator_check_argument(const char *kernel, T *p) {
+    if (p && !emulator_on_device(p, 1)) emulator_fail("an argument of %s is %p: no device memory", kernel, (void *)p);
 }
 
 static void emulator_ask(std::function<void()> work) {
@@ -719,38 +768,51 @@ static void emulator_ask(std::function<void()> work) {
 
 /* Arguments are copied when a kernel is launched, as <<<...>>> does. */
 template <typename... P, typename... A>
-static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
-                            A... args) {
+static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                            cudaStream_t stream, A... args) {
+    static_assert((sizeof(P) + ... + 0) <= 4096, "arguments of a kernel: at most 4 kB");
     const std::tuple<P...> values(args...);
     const std::map<const void *, size_t>::const_iterator most = emulator_device.shared.find((const void *)kernel);
     const size_t threads = (size_t)block.x * block.y * block.z;
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
         threads < 1 || threads > EMULATOR_THREADS || block.z > 64 ||
+        (emulator_device.refuse && --emulator_device.refuse == 0) ||
         shared > (most == emulator_device.shared.end() ? (size_t)EMULATOR_SHARED : most->second)) {
-        emulator_device.error = cudaErrorInvalidConfiguration;
+        emulator_return(cudaErrorInvalidConfiguration);
         return;
     }
+    emulator_check_stream(stream, name);
+    (emulator_check_argument(name, args), ...);
     emulator_ask([=] {
+        if (emulator_device.fault && strstr(name, emulator_device.fault)) {
+            emulator_device.broken = cudaErrorIllegalAddress;
+            return;
+        }
         emulator_run(
             name, [&] { std::apply(kernel, values); }, grid, block, shared);
     });
+    if (getenv("CUDA_LAUNCH_BLOCKING")) emulator_drain(emulator_device.asked);
+    emulator_return(cudaSuccess);
 }
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     emulator_launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 static inline cudaError_t cudaGetLastError(void) {
     const cudaError_t error = emulator_device.error;
-    emulator_device.error = cudaSuccess;
+    emulator_device.error = emulator_device.broken;
     return error;
 }
 static inline const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess                     ? "no error"
            : error == cudaErrorMemoryAllocation     ? "out of memory"
            : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+           : error == cudaErrorIllegalAddress       ? "an illegal memory access was encountered"
                                                     : "an error";
 }
 static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
-static inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+static inline cudaError_t cudaSetDevice(int device) {
+    return emulator_return(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "emulated GPU");
@@ -766,36 +828,55 @@ static inline cudaError_t cudaMemGetInfo(size_t *free_, size_t *total) {
     return cudaSuccess;
 }
 template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
-    if (emulator_device.used + bytes > emulator_device.limit) return cudaErrorMemoryAllocation;
     void *block = NULL;
-    if (posix_memalign(&block, 256, bytes ? bytes : 1) != 0) return cudaErrorMemoryAllocation;
+    if (emulator_device.broken || emulator_device.used + bytes > emulator_device.limit ||
+        posix_memalign(&block, 256, bytes ? bytes : 1) != 0)
+        return emulator_return(cudaErrorMemoryAllocation);
     memset(block, 0xff, bytes);
     emulator_device.blocks[block] = bytes;
     emulator_device.used += bytes;
     *p = (T *)block;
     return cudaSuccess;
 }
-static inline cudaError_t cudaFree(void *p) { // waits, as cudaFree does
-    emulator_drain(emulator_device.asked);
+static inline cudaError_t cudaFree(void *p) {
+    size_t queued = emulator_device.queue.size();
+    for (const auto &stream : emulator_device.later) queued += stream.second.size();
+    if (p && queued && !emulator_device.broken)
+        emulator_fail("cudaFree of %p while %zu queued calls may use it", p, queued);
     if (p && !emulator_device.blocks.count(p)) emulator_fail("cudaFree of %p, which cudaMalloc did not give", p);
     if (p) emulator_device.used -= emulator_device.blocks[p], emulator_device.blocks.erase(p);
     free(p);
-    return cudaSuccess;
+    return emulator_return(cudaSuccess);
 }
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                                          cudaStream_t stream) {
+    const int to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
+              from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    emulator_check_stream(stream, "cudaMemcpyAsync");
+    if (bytes == 0) return emulator_return(cudaSuccess);
+    if (emulator_on_device(to, to_device ? bytes : 1) != to_device ||
+        emulator_on_device(from, from_device ? bytes : 1) != from_device)
+        return emulator_return(cudaErrorInvalidValue);
     emulator_ask([=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
-    return cudaSuccess;
+    return emulator_return(cudaSuccess);
 }
-static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
+    emulator_check_stream(stream, "cudaMemsetAsync");
+    if (bytes && !emulator_on_device(p, bytes)) return emulator_return(cudaErrorInvalidValue);
     emulator_ask([=] { memset(p, value, bytes); });
-    return cudaSuccess;
+    return emulator_return(cudaSuccess);
 }
 /* A stream is known by its number; the first one's work, and all that is not NCCL's, is in the device's queue. */
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = (cudaStream_t)(uintptr_t)++emulator_device.streams;
-    return cudaSuccess;
+    emulator_device.open.insert(*s);
+    return emulator_return(cudaSuccess);
 }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    emulator_check_stream(s, "cudaStreamDestroy");
+    emulator_device.open.erase(s);
+    return emulator_return(cudaSuccess);
+}
 static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
     const uint64_t seen = emulator_device.seen[stream];
     if (!emulator_device.stuck) emulator_device.later[stream].push_back([=] { emulator_drain(seen), work(); });
@@ -808,33 +889,47 @@ static inline void emulator_hang_if_stuck() {
     while (emulator_device.stuck) pause();
 }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-    return emulator_hang_if_stuck(), emulator_catch_up(s), emulator_drain(emulator_device.asked), cudaSuccess;
+    emulator_check_stream(s, "cudaStreamSynchronize");
+    emulator_hang_if_stuck(), emulator_catch_up(s), emulator_drain(emulator_device.asked);
+    return emulator_return(cudaSuccess);
 }
 static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
-    if (emulator_device.stuck) return cudaErrorNotReady;
-    return emulator_catch_up(s), cudaSuccess;
+    emulator_check_stream(s, "cudaStreamQuery");
+    if (emulator_device.stuck) return emulator_return(cudaErrorNotReady);
+    return emulator_catch_up(s), emulator_return(cudaSuccess);
 }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
-    return *e = new emulator_event(), cudaSuccess;
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) {
+    *e = new emulator_event();
+    (*e)->timed = !(flags & cudaEventDisableTiming);
+    return emulator_return(cudaSuccess);
 }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, emulator_return(cudaSuccess); }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+    emulator_check_stream(s, "cudaEventRecord");
     e->ticket = emulator_device.asked;
     e->stream = s;
-    return cudaSuccess;
+    e->time = emulator_device.clock;
+    return emulator_return(cudaSuccess);
+}
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    if (!from->stream || !to->stream || !from->timed || !to->timed)
+        return emulator_return(cudaErrorInvalidResourceHandle);
+    if (to->ticket > emulator_device.done) return emulator_return(cudaErrorNotReady);
+    *ms = (float)(to->time - from->time);
+    return emulator_return(cudaSuccess);
 }
 static inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+    emulator_check_stream(s, "cudaStreamWaitEvent");
+    if (!e->stream) emulator_fail("a stream waits for an event that was not recorded");
     emulator_device.seen[s] = std::max(emulator_device.seen[s], e->ticket);
-    return emulator_catch_up(e->stream), cudaSuccess;
-}
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
-    return emulator_hang_if_stuck(), emulator_drain(e->ticket), cudaSuccess;
+    return emulator_catch_up(e->stream), emulator_return(cudaSuccess);
 }
 template <typename K> static inline cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute what, int value) {
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value > EMULATOR_SHARED_MOST) return emulator_device.error = cudaErrorInvalidValue;
+    if (value > EMULATOR_SHARED_MOST) return emulator_return(cudaErrorInvalidValue);
     emulator_device.shared[(const void *)kernel] = (size_t)value;
-    return cudaSuccess;
+    return emulator_return(cudaSuccess);
 }
 template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
     memset(a, 0, sizeof *a);
@@ -844,9 +939,12 @@ template <typename K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAt
 
 /* ---- cuBLASLt ---- */
 
-typedef struct emulator_products *cublasLtHandle_t;
+typedef struct emulator_products {
+    size_t loaded; // bytes of device memory that its kernels take, from the first product on
+} * cublasLtHandle_t;
 typedef enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
     CUBLAS_STATUS_INVALID_VALUE = 7,
     CUBLAS_STATUS_NOT_SUPPORTED = 15
 } cublasStatus_t;
@@ -889,11 +987,13 @@ typedef struct cublasLtMatmulPreferenceOpaque_t {
     uint32_t schemes, align[4]; // of A, B, C, D
 } cublasLtMatmulPreferenceOpaque_t;
 typedef struct cublasLtMatmulAlgo_t { // the problem that it was proposed for, and bytes that it needs
-    uint64_t m, n, k;
-    size_t workspace;
-    int splits, epilogue;
-    uint32_t align[4], align_bias;
+    uint32_t m, n, k, epilogue, align[4], align_bias;
+    uint32_t valid; // 0x1234
+    int splits;
+    int way; // to sum: 0 in double, 1 in float, 2 in float from the last term on
+    uint64_t workspace, unused;
 } cublasLtMatmulAlgo_t;
+static_assert(sizeof(cublasLtMatmulAlgo_t) == 64, "as that of cuBLASLt");
 typedef struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;
     size_t workspaceSize;
@@ -903,12 +1003,18 @@ typedef struct cublasLtMatmulHeuristicResult_t {
 static struct {
     int proposals, refusals; // calls of cublasLtMatmulAlgoGetHeuristic, of cublasLtMatmul that were refused
     int refuse;              // so many of the next products are refused
+    double times[3];         // milliseconds that each way takes; 0: 1
 } emulator_products_state;
 
+static inline size_t cublasLtGetVersion(void) { return 130000; }
+
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) {
-    return *h = (cublasLtHandle_t)malloc(1), CUBLAS_STATUS_SUCCESS;
+    return *h = new emulator_products(), CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return free(h), CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) {
+    emulator_device.used -= h->loaded;
+    return delete h, CUBLAS_STATUS_SUCCESS;
+}
 static inline const char *cublasLtGetStatusString(cublasStatus_t s) {
     return s == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED"
            : s                              ? "CUBLAS_STATUS_INVALID_VALUE"
@@ -958,7 +1064,11 @@ static int emulator_problem(const cublasLtMatmulDescOpaque_t *d, const cublasLtM
                             const cublasLtMatrixLayoutOpaque_t *B, const cublasLtMatrixLayoutOpaque_t *C,
                             const cublasLtMatrixLayoutOpaque_t *D, cublasLtMatmulAlgo_t *problem) {
     const int a = d->transA == CUBLAS_OP_T, b = d->transB == CUBLAS_OP_T;
-    *problem = {D->rows, D->cols, a ? A->rows : A->cols, 0, 1, d->epilogue, {0, 0, 0, 0}, 0};
+    memset(problem, 0, sizeof *problem);
+    problem->m = (uint32_t)D->rows, problem->n = (uint32_t)D->cols, problem->k = (uint32_t)(a ? A->rows : A->cols);
+    problem->epilogue = d->epilogue;
+    problem->valid = 0x1234;
+    problem->splits = 1;
     return (a ? A->cols : A->rows) == problem->m && (b ? B->cols : B->rows) == problem->k &&
            (b ? B->rows : B->cols) == problem->n && C->rows == D->rows && C->cols == D->cols && A->type == B->type &&
            C->type == D->type && (A->type == CUDA_R_16BF || D->type == CUDA_R_32F);
@@ -970,7 +1080,7 @@ static uint32_t emulator_alignment(const void *p) {
 }
 
 /* First an algorithm that splits K in two, if its partial sums may lie in the workspace, of which it takes all that it
-   may have, then one that does not. */
+   may have, then those that do not; in the middle one whose state says that it is none. */
 static inline cublasStatus_t
 cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, cublasLtMatrixLayoutOpaque_t *A,
                                cublasLtMatrixLayoutOpaque_t *B, cublasLtMatrixLayoutOpaque_t *C,
@@ -983,7 +1093,7 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, 
     emulator_products_state.proposals++;
     memcpy(problem.align, p->align, sizeof problem.align);
     problem.align_bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? emulator_alignment(d->bias) : 0;
-    const size_t partial = 2 * problem.m * problem.n * sizeof(float);
+    const size_t partial = 2 * sizeof(float) * problem.m * problem.n;
     *n = 0;
     if (p->schemes & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && problem.k >= 128 && partial <= p->workspace) {
         problem.splits = 2;
@@ -992,7 +1102,12 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, 
         problem.splits = 1;
         problem.workspace = 0;
     }
-    found[(*n)++] = {problem, 0, CUBLAS_STATUS_SUCCESS};
+    for (; problem.way < 3 && *n < most; problem.way++) {
+        found[(*n)++] = {problem, 0, CUBLAS_STATUS_SUCCESS};
+        if (problem.way > 0 || *n == most) continue;
+        memset(&found[*n], 0xff, sizeof *found);
+        found[(*n)++].state = CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -1000,17 +1115,43 @@ static inline float emulator_number(const void *p, size_t i, cudaDataType type) 
     return type == CUDA_R_16BF ? (float)((const __nv_bfloat16 *)p)[i] : ((const float *)p)[i];
 }
 
-/* D = alpha op(A) op(B) + beta C + bias, of which slam.h uses alpha 1, beta 0 and 1, and D = C. The sums of a split are
-   double. */
-static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *d, const float *alpha,
+/* Column j of op(A) op(B) + bias + add D, into D. a: op(A) (k_end,m). */
+template <typename Sum>
+static void emulator_column(const cublasLtMatmulDescOpaque_t &desc, const float *a, uint64_t m, uint64_t k_end,
+                            int backwards, const void *B, const cublasLtMatrixLayoutOpaque_t &b, void *D,
+                            const cublasLtMatrixLayoutOpaque_t &d, float add, uint64_t j) {
+    std::vector<Sum> column((size_t)m);
+    for (uint64_t i = 0; desc.epilogue == CUBLASLT_EPILOGUE_BIAS && i < m; i++)
+        column[i] = emulator_number(desc.bias, i, d.type);
+    for (uint64_t step = 0; step < k_end; step++) {
+        const uint64_t k = backwards ? k_end - 1 - step : step;
+        const Sum x = emulator_number(B, desc.transB == CUBLAS_OP_T ? k * b.ld + j : j * b.ld + k, b.type);
+        for (uint64_t i = 0; i < m; i++) column[i] += x * a[k * m + i];
+    }
+    for (uint64_t i = 0; i < m; i++) {
+        const size_t at = j * d.ld + i;
+        const float sum = (float)(column[i] + (add != 0 ? (Sum)add * emulator_number(D, at, d.type) : (Sum)0));
+        if (d.type == CUDA_R_16BF) ((__nv_bfloat16 *)D)[at] = sum;
+        else ((float *)D)[at] = sum;
+    }
+}
+
+/* D = alpha op(A) op(B) + beta C + bias, of which slam.h uses alpha 1, beta 0 and 1, and D = C. */
+static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDescOpaque_t *d, const float *alpha,
                                             const void *A_, cublasLtMatrixLayoutOpaque_t *A, const void *B_,
                                             cublasLtMatrixLayoutOpaque_t *B, const float *beta, const void *C_,
                                             cublasLtMatrixLayoutOpaque_t *C, void *D_, cublasLtMatrixLayoutOpaque_t *D,
                                             const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
-                                            cudaStream_t) {
+                                            cudaStream_t stream) {
     cublasLtMatmulAlgo_t s;
     const void *pointers[4] = {A_, B_, C_, D_};
-    if (!emulator_problem(d, A, B, C, D, &s) || *alpha != 1 || C_ != D_) return CUBLAS_STATUS_INVALID_VALUE;
+    emulator_check_stream(stream, "cublasLtMatmul");
+    if (!emulator_problem(d, A, B, C, D, &s) || *alpha != 1 || C_ != D_ || algo->valid != s.valid)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    for (const void *p : pointers) emulator_check_argument("cublasLtMatmul", p);
+    emulator_check_argument("cublasLtMatmul", d->bias);
+    if ((uintptr_t)workspace % 256 || !emulator_on_device(workspace, workspace_bytes))
+        emulator_fail("cublasLtMatmul: %p has no %zu bytes of workspace, aligned to 256", workspace, workspace_bytes);
     int refused = s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue;
     for (int i = 0; i < 4; i++) refused |= emulator_alignment(pointers[i]) < algo->align[i];
     refused |= algo->align_bias && emulator_alignment(d->bias) < algo->align_bias;
@@ -1019,12 +1160,17 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
         emulator_products_state.refusals++;
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
-    const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
     if (algo->workspace > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (!h->loaded) emulator_device.used += h->loaded = 16 << 20;
+    const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
     const cublasLtMatmulDescOpaque_t desc = *d;
     const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;
     const float add = *beta;
-    const int splits = algo->splits;
+    const int splits = algo->splits, way = algo->way;
+    double *times = emulator_products_state.times;
+    if (getenv("EMULATOR_TIMES")) sscanf(getenv("EMULATOR_TIMES"), "%lf %lf %lf", &times[0], &times[1], &times[2]);
+    emulator_device.clock += times[way] > 0 ? times[way] : 1;
     emulator_ask([=] {
         if (splits > 1) memset(workspace, 0xff, 2 * m * n * sizeof(float));
         std::vector<float> a((size_t)k_end * m);
@@ -1032,26 +1178,12 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
             for (uint64_t i = 0; i < m; i++)
                 a[k * m + i] = emulator_number(
                     A_, desc.transA == CUBLAS_OP_T ? i * a_layout.ld + k : k * a_layout.ld + i, a_layout.type);
+        const auto column = way ? emulator_column<float> : emulator_column<double>;
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif
-        for (int64_t j = 0; j < (int64_t)n; j++) {
-            std::vector<double> column((size_t)m);
-            for (uint64_t i = 0; desc.epilogue == CUBLASLT_EPILOGUE_BIAS && i < m; i++)
-                column[i] = emulator_number(desc.bias, i, d_layout.type);
-            for (uint64_t k = 0; k < k_end; k++) {
-                const size_t at = desc.transB == CUBLAS_OP_T ? k * b_layout.ld + j : j * b_layout.ld + k;
-                const double b = emulator_number(B_, at, b_layout.type);
-                for (uint64_t i = 0; i < m; i++) column[i] += b * a[k * m + i];
-            }
-            for (uint64_t i = 0; i < m; i++) {
-                const size_t at = j * d_layout.ld + i;
-                const float sum =
-                    (float)(column[i] + (add != 0 ? (double)add * emulator_number(D_, at, d_layout.type) : 0.0));
-                if (d_layout.type == CUDA_R_16BF) ((__nv_bfloat16 *)D_)[at] = sum;
-                else ((float *)D_)[at] = sum;
-            }
-        }
+        for (int64_t j = 0; j < (int64_t)n; j++)
+            column(desc, a.data(), m, k_end, way == 2, B_, b_layout, D_, d_layout, add, (uint64_t)j);
     });
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # What the emulator is for: mistakes planted into copies of slam.h's kernels must show, each in its way; the copy without one must
-# not. Then train-emulated and dpo-emulated, whose losses must follow the CPU's.
+# not. Calls of the runtime library that a GPU would refuse. Then train-emulated and dpo-emulated, whose losses must follow the CPU's
+# and whose bits depend on the algorithms of matrix products, which a run keeps.
 . "$(dirname "$0")/lib.sh"
 cd "$(dirname "$0")/.." || exit 1
 folder=${TEST_FOLDER:-$(mktemp -d)}
@@ -79,7 +80,7 @@ if plant none warp_sum ''; then
 fi
 plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
 # C = 1025: a block a row, whose sums go through the same shared memory one after the other
-plant trailing block_sum '/R sum = /,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
+plant trailing block_combine '/x = shared/,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
     shows 'a missing barrier after a sum' 'number .* order 2'
 plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
@@ -87,6 +88,64 @@ if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
         shows 'a read out of bounds' 'AddressSanitizer: heap-buffer-overflow'
 else
     skip 'a read out of bounds' "$CXX has no AddressSanitizer"
+fi
+
+# What the runtime library refuses on a GPU, a case each; its expected output is in the comment.
+cat >"$folder/calls.cc" <<'C'
+static void kernel(float *) {}
+static cudaStream_t stream;
+static float *p, host[64];
+static cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
+    CUDA_LAUNCH(kernel, grid, block, shared, stream, p);
+    return cudaGetLastError();
+}
+static cudaError_t copy(void *to, const void *from, size_t n, cudaMemcpyKind kind) { return cudaMemcpyAsync(to, from, n, kind, stream); }
+static cudaError_t call(int number) {
+    cudaEvent_t event, other;
+    float ms;
+    void *none = NULL;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    cudaEventCreate(&other);
+    switch (number) {
+    case 0: return emulator_lazy(1), launch(dim3(0x7fffffff, 65535, 65535), 1024, 48 << 10); // error 0
+    case 1: return launch(dim3(1, 65536, 1), 32, 0);                    // error 9
+    case 2: return launch(dim3(1, 1, 65536), 32, 0);                    // error 9
+    case 3: return launch(1, 1025, 0);                                  // error 9
+    case 4: return launch(dim3(0, 1, 1), 32, 0);                        // error 9
+    case 5: return launch(1, 32, (48 << 10) + 1);                       // error 9
+    case 6: return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10), launch(1, 32, 64 << 10); // error 0
+    case 7: return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10); // error 1
+    case 8: return copy(p, host, 65 * 4, cudaMemcpyHostToDevice);       // error 1
+    case 9: return copy(p, host, 4, cudaMemcpyDeviceToHost);            // error 1
+    case 10: return copy(host, host, 4, cudaMemcpyDeviceToDevice);      // error 1
+    case 11: return cudaMemsetAsync(host, 0, 4, stream);                // error 1
+    case 12: return cudaMalloc(&none, (size_t)1 << 40), cudaGetLastError(); // error 2
+    case 13: return cudaEventRecord(event, stream), cudaEventRecord(other, stream), cudaEventElapsedTime(&ms, event, other); // error 400
+    case 14: return emulator_lazy(1), cudaMemsetAsync(p, 0, 4, stream), cudaEventRecord(other, stream), cudaEventElapsedTime(&ms, other, other); // error 600
+    case 15: return emulator_lazy(1), cudaMemsetAsync(p, 0, 4, stream), cudaFree(p); // queued calls may use it
+    case 16: return cudaStreamWaitEvent(stream, event, 0);              // not recorded
+    case 17: return stream = NULL, launch(1, 32, 0);                    // which is not open
+    case 18: return cudaStreamDestroy(stream), launch(1, 32, 0);        // which is not open
+    case 19: return p = host, launch(1, 32, 0);                         // no device memory
+    case 20: return cudaFree(p + 1);                                    // cudaMalloc did not give
+    }
+    return cudaSuccess;
+}
+int main(int argc, char **argv) {
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    cudaMalloc(&p, 64 * sizeof *p);
+    printf("error %d\n", (int)call(argc > 1 ? atoi(argv[1]) : 0));
+}
+C
+if $CXX -std=c++17 -O0 -w -include test/cuda_emulator.h "$folder/calls.cc" -o "$folder/calls" 2>"$folder/log"; then
+    sed -n 's/^ *case \([0-9]*\): .*; *\/\/ \(.*\)/\1 \2/p' "$folder/calls.cc" | while read -r number expected; do
+        echo "$number $expected: $("$folder/calls" "$number" 2>&1 | tail -n 1)"
+    done >"$folder/log"
+    grep -v '^\([0-9]*\) \(.*\): .*\2$' "$folder/log" >"$folder/wrong"
+    if [ "$(wc -l <"$folder/log")" -lt 20 ] || [ -s "$folder/wrong" ]; then fail 'what a GPU refuses' "$(head -n 1 "$folder/wrong")"
+    else ok "what a GPU refuses: $(wc -l <"$folder/log") calls"; fi
+else
+    fail 'what a GPU refuses' "$(head -n 1 "$folder/log")"
 fi
 
 # losses LOG: a line for each step
@@ -126,6 +185,41 @@ if [ -x ./train-emulated ] && [ -x ./dpo-emulated ]; then
         dpo $dtype-dpo ./dpo-emulated --device cuda --dtype $dtype
         follows "dpo-emulated, $dtype" $dtype-dpo cpu-dpo 4 $tolerance
     done
+    # six steps on a GPU whose algorithms of products take these times: tuned NAME TIMES OPTIONS...
+    tuned() {
+        name=$1 times=$2
+        shift 2
+        EMULATOR_TIMES=$times ./train-emulated --device cuda --dtype f32 --threads 2 --out "$folder/$name" "$@" >"$folder/$name.log" 2>&1 ||
+            fail "$name" "$(tail -n 1 "$folder/$name.log")"
+    }
+    fresh="--model $folder/model.json --context 64 --batch 4 --steps 6 --save-every 3 --keep 0 --eval-every 0 --lr 5e-3 --warmup 0"
+    same() { # same WHAT 1|0 A B: the bits of two runs are the same, or not
+        cmp -s "$folder/$3/step_000006/optimizer.safetensors" "$folder/$4/step_000006/optimizer.safetensors" && found=1 || found=0
+        [ $found = "$2" ] && ok "$1" || fail "$1" "same bits: $found"
+    }
+    half() { # half RUN NAME: a copy that ends with its third step
+        cp -RP "$folder/$1" "$folder/$2" && rm -rf "$folder/$2/step_000006" && ln -sfn step_000003 "$folder/$2/latest"
+    }
+    # shellcheck disable=SC2086 # several words
+    {
+        tuned slow '3 2 1' $fresh
+        tuned quick '1 2 3' $fresh
+        tuned off '3 2 1' $fresh --tune off
+        tuned off-2 '2 1 3' $fresh --tune off
+    }
+    same 'algorithms that are measured: their bits' 0 slow quick
+    same '--tune off: the same bits, whatever the times' 1 off off-2
+    half slow resumed
+    tuned resumed '1 2 3' --resume
+    same 'a resumed run keeps its algorithms' 1 slow resumed
+    half slow moved
+    sed 's/cuBLASLt 130000/cuBLASLt 120000/' "$folder/slow/step_000003/trainer.json" >"$folder/moved/step_000003/trainer.json"
+    tuned moved '1 2 3' --resume
+    same 'but not those of another library' 0 slow moved
+    if grep -q '^products measured again, .* for cuBLASLt 120000, emulated GPU, f32:' "$folder/moved.log" &&
+        grep -q '^products [0-9]* measured' "$folder/slow.log" && ! grep -q '^products' "$folder/resumed.log"; then
+        ok 'what is measured is said'
+    else fail 'what is measured is said' "$(grep '^products' "$folder/moved.log")"; fi
 else
     skip train-emulated 'not built'
 fi

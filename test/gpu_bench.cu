@@ -3,13 +3,13 @@
    the model uses.
 
        gpu_bench ceilings|products|memory|attention|step|hubert|generate
-                 [--copy GB/s] [--peak TFLOP/s] [--keys FILE] [--seconds S] [--small] [--cpu]
+                 [--copy GB/s] [--peak TFLOP/s] [--keys FILE] [--seconds S] [--small]
 
    `make gpu-bench` (test/gpu_bench.sh) runs one part after the other, each in a process of its own, since after a
    kernel that failed a process can do nothing more on the card. Tables go to stdout; each metric that is compared with
    another program's goes to FILE as a line `key value`. Parts after the first get the two ceilings by --copy and
    --peak, without them shares are not printed. --seconds: rows that would begin later are skipped. --small: tiny
-   shapes; --cpu: the operations on the CPU; so this program can be tried without a GPU (test/cuda_emulator.h).
+   shapes, to try this program under the emulator.
 
    A figure is the median of ROUNDS rounds, each of as many calls as take 20 ms, timed by events in the stream. Numbers
    are random (a product of zeros is faster); calls take turns among several sets of tensors, SPAN bytes in all, so that
@@ -19,15 +19,15 @@
 #include "random_hubert.h"
 #include <tuple>
 
-enum { ROUNDS = 7, SETS = 32, ROWS = 78, BATCHES = 4 };
+enum { ROUNDS = 7, SETS = 32, BATCHES = 4 };
 static const double SPAN = 512e6; // bytes; the L2 cache of an H200 has 60 MB
 
 typedef struct bench {
     slam_ops *ops;
     cudaStream_t stream;
     slam_config config;
-    int small, stride; // of rows of logits
-    double copy, peak; // bytes and FLOP a second that were measured; 0: unknown
+    int small, stride, rows; // stride: of rows of logits; rows of a step
+    double copy, peak;       // bytes and FLOP a second that were measured; 0: unknown
     double began, seconds;
     FILE *keys;
     char *arena; // tensors of the row that is being measured
@@ -251,42 +251,46 @@ static double product_seconds(bench *b, const char *what, int kind, int N, int C
     });
 }
 
+/* The first algorithm that cuBLASLt proposes, then the one that is kept after measuring. */
 static void bench_products(bench *b) {
     const slam_config *c = &b->config;
     const int O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS, T = b->small ? 64 : 1024;
-    const int in[] = {c->C, O, c->C, c->F, c->C}, out[] = {W, c->C, 2 * c->F, c->C, b->stride}, rows[] = {8, 16, 39};
+    const int in[] = {c->C, O, c->C, c->F, c->C}, out[] = {W, c->C, 2 * c->F, c->C, b->stride},
+              rows[] = {39, 8, 78, 16};
     static const char *const names[] = {"qkv", "out", "gate_up", "down", "head"};
-    for (int r = 0; r < (b->small ? 1 : 3); r++) {
-        const int N = rows[r] * T;
-        double layer = 0, flops = 0;
+    slam_products *products = b->ops->products;
+    for (int r = 0; r < (b->small ? 1 : 4); r++) {
+        const int N = b->small ? 4 * T : rows[r] * T;
+        double layer[2] = {0, 0}, flops = 0;
         int whole = 1;
         if (late(b, "matrix products")) return;
-        printf("%sN = %d (%d x %d), TFLOP/s   forward       backward input  backward weight\n", r ? "\n" : "", N,
-               rows[r], T);
+        printf("%sN = %-5d TFLOP/s %27s %19s %19s\n", r ? "\n" : "", N, "forward", "backward input", "backward weight");
         for (int p = 0; p < 5; p++) {
             const double flop = 2.0 * N * in[p] * out[p];
             printf("%-8s %5d -> %-5d", names[p], in[p], out[p]);
             for (int kind = FORWARD; kind <= BACKWARD_WEIGHT; kind++) {
                 char what[64];
+                double s = 0;
                 snprintf(what, sizeof what, "%s, pass %d", names[p], kind);
-                const double s = product_seconds(b, what, kind, N, in[p], out[p], p == 0 && kind == FORWARD);
-                printf(" %9.0f", s > 0 ? 1e-12 * flop / s : 0);
-                share(s > 0 ? flop / s : 0, b->peak);
-                if (p < 4) {
-                    layer += s;
-                    flops += flop;
-                    whole = whole && s > 0;
+                for (products->tune = 0; products->tune < 2; products->tune++) {
+                    s = product_seconds(b, what, kind, N, in[p], out[p], p == 0 && kind == FORWARD);
+                    printf(products->tune ? " %4.0f" : " %8.0f", s > 0 ? 1e-12 * flop / s : 0);
+                    if (p < 4) layer[products->tune] += s;
                 }
+                share(s > 0 ? flop / s : 0, b->peak);
+                if (p < 4) flops += flop;
+                whole = whole && s > 0;
             }
+            products->tune = products->measured = 0;
             printf("\n");
             fflush(stdout);
         }
         if (!whole) continue;
-        printf("a layer's twelve: %.0f us, %.3f us a token in all layers, %.0f TFLOP/s", 1e6 * layer,
-               1e6 * layer * c->L / N, 1e-12 * flops / layer);
-        share(flops / layer, b->peak);
-        printf("\n");
-        key(b, 1e-12 * flops / layer, "products/%d", rows[r]);
+        printf("a layer's twelve: %.0f us, %.3f us a token in all layers, %.0f TFLOP/s", 1e6 * layer[1],
+               1e6 * layer[1] * c->L / N, 1e-12 * flops / layer[1]);
+        share(flops / layer[1], b->peak);
+        printf("; by the first proposed: %.3f us a token\n", 1e6 * layer[0] * c->L / N);
+        key(b, 1e-12 * flops / layer[1], "products/%d", N / T);
     }
 }
 
@@ -485,12 +489,12 @@ static void attention_rows(bench *b, int T, int whole) {
             const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = rope_table(T, HS, c->rope_theta);
+    float *rope = rope_table(T, HS / 2, c->rope_theta);
     tensors_clear(b);
     slam_mask mask = ZERO;
-    mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS;
+    mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS, mask.pairs = HS / 2;
     mask.doc_start = (const int *)upload(b, doc_start, N * sizeof(int));
-    mask.rope = (const float *)upload(b, rope, 2 * (size_t)T * ROPE_PAIRS(HS) * sizeof *rope);
+    mask.rope = (const float *)upload(b, rope, (size_t)T * HS * sizeof *rope);
     slam_act *qkv[2], *dqkv[2], *out[2], *dout[2];
     float *lse[2], *D = float_tensor(b, (size_t)B * c->NH * T);
     for (int k = 0; k < 2; k++) {
@@ -647,20 +651,26 @@ typedef struct result {
     double seconds, loss; // of a step; the first step's mean loss
 } result;
 
-/* One step: ROWS rows of batch k, `micro` at a time, and the update. */
-static int step_once(slam_model *m, slam_adamw *o, const bench_rows *p, int k, int micro, slam_step *step, int *terms) {
-    const int T = p->rows.T;
-    const size_t first = (size_t)(k * ROWS % p->rows.B) * T;
+/* Rows first to first + n - 1. */
+static slam_batch step_batch(const bench_rows *p, int first, int n) {
+    const size_t at = (size_t)first * p->rows.T;
+    slam_batch b = ZERO;
+    b.B = n;
+    b.T = p->rows.T;
+    b.tokens = p->rows.tokens + at, b.targets = p->rows.targets + at, b.doc_start = p->rows.doc_start + at;
+    b.losses = p->rows.losses + at;
+    return b;
+}
+
+/* One step: the rows of batch k, `micro` at a time, and the update. */
+static int step_once(const bench *b, slam_model *m, slam_adamw *o, const bench_rows *p, int k, int micro,
+                     slam_step *step, int *terms) {
+    const int T = p->rows.T, first = k * b->rows % p->rows.B;
     *terms = 0;
-    for (size_t i = 0; i < (size_t)ROWS * T; i++) *terms += p->rows.targets[first + i] >= 0;
-    for (int row = 0; row < ROWS; row += micro) {
-        const size_t at = first + (size_t)row * T;
-        slam_batch b = ZERO;
-        b.B = ROWS - row < micro ? ROWS - row : micro;
-        b.T = T;
-        b.tokens = p->rows.tokens + at, b.targets = p->rows.targets + at, b.doc_start = p->rows.doc_start + at;
-        b.losses = p->rows.losses + at;
-        if (!slam_forward_backward(m, &b, 1.0f / (float)*terms)) return 0;
+    for (int i = first * T; i < (first + b->rows) * T; i++) *terms += p->rows.targets[i] >= 0;
+    for (int row = 0; row < b->rows; row += micro) {
+        const slam_batch batch = step_batch(p, first + row, b->rows - row < micro ? b->rows - row : micro);
+        if (!slam_forward_backward(m, &batch, 1.0f / (float)*terms)) return 0;
     }
     return slam_adamw_step(o, 1e-5, step);
 }
@@ -670,11 +680,19 @@ static int step_measure(const bench *b, slam_model *m, slam_adamw *o, const benc
     double times[64], began = 0;
     int n = 0, terms;
     slam_step step;
+    slam_products *products = b->ops->products;
+    const slam_batch batch = step_batch(p, 0, micro); // as slam_run_tune does
+    products->measured = 0;
+    products->tune = 1;
+    if (!slam_forward_backward(m, &batch, 1)) return 0;
+    products->tune = 0;
+    b->ops->zero(b->ops, m->grads, m->n_weights * sizeof *m->grads);
+    b->ops->zero(b->ops, m->stats, 2 * sizeof *m->stats);
     for (int k = b->small ? -1 : -2; n < 64 && (n < (b->small ? 1 : 3) || (!b->small && slam_clock() - began < 4));
          k++) {
         const double start = slam_clock();
         if (k == 0) began = start;
-        if (!step_once(m, o, p, k + 2, micro, &step, &terms)) return 0;
+        if (!step_once(b, m, o, p, k + 2, micro, &step, &terms)) return 0;
         if (step.skipped)
             return set_error("step %d: loss or gradient is not finite (loss %g)", k + 2, step.loss_sum / terms);
         if (r->loss == 0) r->loss = step.loss_sum / terms;
@@ -703,7 +721,7 @@ static int step_row(bench *b, slam_model *m, slam_adamw *o, const bench_rows *p,
         fflush(stdout);
         return 0;
     }
-    const double used = card_used(NULL), tokens = ROWS * (double)p->rows.T, rate = tokens * p->fill / r.seconds;
+    const double used = card_used(NULL), tokens = b->rows * (double)p->rows.T, rate = tokens * p->fill / r.seconds;
     printf("%5d  %-18s %10.0f %10.1f %9.3f %6.0f", micro, documents, rate, 1e3 * r.seconds, 1e6 * r.seconds / tokens,
            1e-12 * tokens / r.seconds * slam_config_flops(&b->config, p->rows.T));
     share(tokens / r.seconds * slam_config_flops(&b->config, p->rows.T), b->peak);
@@ -726,7 +744,7 @@ static void step_profile(bench *b, slam_model *m, slam_adamw *o, const bench_row
     if (late(b, "time by kind of operation") || !slam_model_plan(m, micro, p->rows.T, SLAM_TRAIN)) return;
     profile_begin(b);
     const double began = slam_clock();
-    const int ok = step_once(m, o, p, 0, micro, &step, &terms);
+    const int ok = step_once(b, m, o, p, 0, micro, &step, &terms);
     profile_collect(b->ops);
     const double wall = slam_clock() - began;
     profile_end(b);
@@ -734,16 +752,16 @@ static void step_profile(bench *b, slam_model *m, slam_adamw *o, const bench_row
     if (!ok) return;
     printf(
         "\nOne step of %d rows, %d at once, packed, each operation between two events (which makes it somewhat slower)\n",
-        ROWS, micro);
-    profile_print(b, wall, ROWS * (double)p->rows.T);
+        b->rows, micro);
+    profile_print(b, wall, b->rows * (double)p->rows.T);
 }
 
 static void bench_step(bench *b) {
-    const int sizes[] = {8, 16, 32, 39, 78}, T = b->small ? 64 : 1024;
+    const int sizes[] = {39, 8, 78, 16, 26}, T = b->small ? 64 : 1024;
     double best = 0, total = 0, ignored = 0, began = slam_clock();
     int best_micro = 0;
-    bench_rows p = rows_new(ROWS * (b->small ? 1 : BATCHES), T, b->config.V, 0),
-               whole = rows_new(ROWS, T, b->config.V, 1);
+    bench_rows p = rows_new(b->rows * (b->small ? 1 : BATCHES), T, b->config.V, 0),
+               whole = rows_new(b->rows, T, b->config.V, 1);
     slam_model *m = slam_model_new(b->ops, &b->config, 1);
     slam_adamw o = ZERO;
     o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-8;
@@ -751,11 +769,11 @@ static void bench_step(bench *b) {
     printf(
         "%.0fM parameters, made in %.1f s; a step is %d rows of %d; chunks of %.0f tokens packed, %.1f%% full;\n"
         "tokens are real ones, TFLOP/s and us count every position, attention as on whole rows; GB: planned, in use on the card\n",
-        1e-6 * (double)slam_config_parameters(&b->config), slam_clock() - began, ROWS, T, p.chunk, 100 * p.fill);
+        1e-6 * (double)slam_config_parameters(&b->config), slam_clock() - began, b->rows, T, p.chunk, 100 * p.fill);
     printf("%5s  %-18s %10s %10s %9s %6s %5s %9s %9s   first loss\n", "micro", "documents", "tokens/s", "ms a step",
            "us/pos.", "TFLOPS", "peak", "planned", "in use");
     for (int k = 0; k < (b->small ? 1 : 5); k++)
-        if (step_row(b, m, &o, &p, sizes[k], "packed", &best)) best_micro = sizes[k];
+        if (step_row(b, m, &o, &p, b->small ? 2 : sizes[k], "packed", &best)) best_micro = b->small ? 2 : sizes[k];
     if (best_micro) {
         step_row(b, m, &o, &whole, best_micro, "one a row", &ignored);
         step_profile(b, m, &o, &p, best_micro);
@@ -862,11 +880,9 @@ static void bench_generation(bench *b) {
 int main(int argc, char **argv) {
     static bench b;
     const char *part = argc > 1 ? argv[1] : "", *keys = NULL;
-    int cpu = 0;
     b.began = slam_clock();
     for (int i = 2; i < argc; i++) {
         if (!strcmp(argv[i], "--small")) b.small = 1;
-        else if (!strcmp(argv[i], "--cpu")) cpu = 1;
         else if (i + 1 == argc)
             stop(
                 "gpu_bench ceilings|products|memory|attention|step|hubert|generate [--copy GB/s] [--peak TFLOP/s] ...");
@@ -879,9 +895,10 @@ int main(int argc, char **argv) {
     if (!slam_config_load(&b.config, b.small ? "tiny" : "slam")) stop(slam_error());
     b.config.V = b.small ? 102 : 502;
     b.stride = (b.config.V + 7) / 8 * 8;
-    b.ops = cpu ? slam_cpu(0) : slam_cuda(0, 2);
+    b.rows = b.small ? 4 : 78;
+    b.ops = slam_cuda(0, 2);
     if (!b.ops) stop(slam_error());
-    if (!cpu) b.stream = ((cuda_ops *)b.ops)->stream;
+    b.stream = ((cuda_ops *)b.ops)->stream;
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (strcmp(part, "step") && strcmp(part, "hubert") && strcmp(part, "generate")) tensors_open(&b);
     if (!strcmp(part, "ceilings")) bench_ceilings(&b);

@@ -3,8 +3,9 @@
 # (gpu_bench.cu, one process for each part), then PyTorch's (bench_torch.py) in the same run, and sets them beside each other and
 # beside what is to be reached. Prints all of it, the comparison last, and keeps it as RESULTS/gpu-DATE-GPU.txt.
 #
-# In the environment: PYTHON (python3; with torch and transformers), BUDGET (450 seconds for everything), RESULTS (test/results),
-# COMMIT (what git says), TORCH (options for bench_torch.py). A part that fails or takes too long loses its own metrics only.
+# In the environment: PARTS (in their order: "ceilings step attention products memory hubert generate torch"), PYTHON (python3; with
+# torch and transformers), BUDGET (450 seconds for everything), RESULTS (test/results), COMMIT (what git says), TORCH (options for
+# bench_torch.py). A part that fails or takes too long loses its own metrics only; what is measured is kept after each.
 
 if [ ! -x "${1:-}" ]; then
     echo 'gpu_bench.sh: no program: make gpu-bench' >&2
@@ -24,6 +25,12 @@ touch "$keys" "$report"
 left() { echo $((budget - $(date +%s) + began)); }
 value() { awk -v key="$1" '$1 == key { v = $2 } END { print v }' "$keys"; }
 say() { echo "$*" | tee -a "$report"; }
+keep() { # writes the report to its file
+    [ "$gpu" != 'unknown GPU' ] || gpu=$(sed -n 's/^on cuda:[0-9]* //p' "$report" | head -n 1)
+    results=${RESULTS:-test/results}
+    file=$results/gpu-$(date -u +%Y-%m-%d)-$(echo "${gpu:-unknown GPU}" | sed 's/NVIDIA //; s/[^A-Za-z0-9]\{1,\}/-/g').txt
+    [ ! -s "$keys" ] || { mkdir -p "$results" && cp "$report" "$file"; }
+}
 # part TITLE SECONDS COMMAND...: runs it for so long at most, or for what is left
 part() {
     part_title=$1 part_limit=$2
@@ -37,6 +44,7 @@ part() {
     if command -v timeout >/dev/null; then set -- timeout -k 5 "$part_limit" "$@"; fi
     { "$@" </dev/null 2>"$scratch/err"; echo $? >"$scratch/status"; } | tee -a "$report"
     part_status=$(cat "$scratch/status")
+    keep
     [ "$part_status" != 0 ] || return
     case $part_status in
     124 | 137) say "FAILED: stopped after $part_limit s" ;;
@@ -52,27 +60,32 @@ commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 cuda=$("${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 say "Operations and training step on the GPU, bf16; $gpu; $(date -u +%Y-%m-%d); commit ${commit:-unknown}; driver ${driver:-unknown}, CUDA ${cuda:-unknown}"
 
-part 'ceilings' 60 "$program" ceilings --keys "$keys" "$@"
-[ "$gpu" != 'unknown GPU' ] || gpu=$(sed -n 's/^on cuda:[0-9]* //p' "$report" | head -n 1)
-copy=$(value copy) peak=$(value peak)
-set -- --keys "$keys" --copy "${copy:-0}" --peak "${peak:-0}" "$@"
-part 'training step of the Slam model' 120 "$program" step --seconds 60 "$@"
-part 'attention' 45 "$program" attention --seconds 30 "$@"
-part 'matrix products of the model' 45 "$program" products --seconds 30 "$@"
-part 'operations that move bytes' 45 "$program" memory --seconds 30 "$@"
-part "HuBERT's units" 40 "$program" hubert --seconds 30 "$@"
-part 'generation by the Slam model' 40 "$program" generate --seconds 30 "$@"
-if "$python" -c 'import torch, transformers' 2>"$scratch/err"; then
-    # PyTorch ends by itself a while before it would be stopped
-    # shellcheck disable=SC2086 # TORCH is several words
-    part 'attention by PyTorch' 60 "$python" test/bench_torch.py --gpu attention --seconds 45 --keys "$keys" $TORCH
-    rest=$(($(left) - 10))
-    # shellcheck disable=SC2086
-    part 'training step by Transformers' $rest "$python" test/bench_torch.py --gpu step --seconds $((rest - 15)) --keys "$keys" $TORCH
-else
-    say ""
-    say "PyTorch and Transformers are skipped: $(tail -n 1 "$scratch/err" | cut -c 1-200)"
-fi
+for name in ${PARTS:-ceilings step attention products memory hubert generate torch}; do
+    copy=$(value copy) peak=$(value peak) options="--keys $keys --copy ${copy:-0} --peak ${peak:-0} $*"
+    case $name in
+    ceilings) title=ceilings seconds=60 ;;
+    step) title='training step of the Slam model' seconds=120 options="--seconds 60 $options" ;;
+    attention) title=attention seconds=45 options="--seconds 30 $options" ;;
+    products) title='matrix products of the model: first proposed, measured, of peak' seconds=60 options="--seconds 40 $options" ;;
+    memory) title='operations that move bytes' seconds=45 options="--seconds 30 $options" ;;
+    hubert) title="HuBERT's units" seconds=40 options="--seconds 30 $options" ;;
+    generate) title='generation by the Slam model' seconds=40 options="--seconds 30 $options" ;;
+    esac
+    # shellcheck disable=SC2086 # several words
+    [ "$name" = torch ] || part "$title" $seconds "$program" "$name" $options
+    [ "$name" = torch ] || continue
+    if "$python" -c 'import torch, transformers' 2>"$scratch/err"; then
+        # PyTorch ends by itself a while before it would be stopped
+        # shellcheck disable=SC2086 # TORCH is several words
+        part 'attention by PyTorch' 60 "$python" test/bench_torch.py --gpu attention --seconds 45 --keys "$keys" $TORCH
+        rest=$(($(left) - 10))
+        # shellcheck disable=SC2086
+        part 'training step by Transformers' $rest "$python" test/bench_torch.py --gpu step --seconds $((rest - 15)) --keys "$keys" $TORCH
+    else
+        say ""
+        say "PyTorch and Transformers are skipped: $(tail -n 1 "$scratch/err" | cut -c 1-200)"
+    fi
+done
 
 # ---- beside each other ----
 
@@ -125,6 +138,4 @@ say "Transformers: Qwen2ForCausalLM, its best of the micro-batches above; compil
 say "them; _bf16: weights in bf16. SDPA: the faster of shared and copied key/value heads. Attention of slam includes the rotation."
 
 [ -s "$keys" ] || exit 1
-results=${RESULTS:-test/results}
-file=$results/gpu-$(date -u +%Y-%m-%d)-$(echo "${gpu:-unknown GPU}" | sed 's/NVIDIA //; s/[^A-Za-z0-9]\{1,\}/-/g').txt
-mkdir -p "$results" && cp "$report" "$file" && echo "written to $file"
+keep && echo "written to $file"

@@ -48,6 +48,10 @@ refuses 'dpo: resume with another beta' 1 'beta 0.5.*0.1' "$dpo" --resume --out 
 refuses 'dpo: resume with a shared prompt' 1 'share-prompt 1.*none' "$dpo" --resume --out d1 --share-prompt
 refuses 'dpo: resume with other pairs' 1 'pairs-val.jsonl.*pairs-train.jsonl' "$dpo" pairs-val.jsonl --resume --out d1
 refuses 'dpo: resume with a lower limit' 1 'epochs 1.*2.*grow' "$dpo" --resume --out d1 --epochs 1
+sed 's/"rejected": .*/"rejected": {"units": [1]}}/; s/"chosen": {[^}]*}/"chosen": {"units": [1]}/' pairs-val.jsonl >pairs-same.jsonl
+refuses 'dpo: pairs of which none can be used' 1 'no pairs left to train on.*skipped: 40 with identical completions' "$dpo" pairs-same.jsonl --init one --out none
+refuses 'dpo: validation pairs of which none can be used' 1 'pairs-same.jsonl: contains no pairs.*skipped: 40 with identical' "$dpo" pairs-train.jsonl --val pairs-same.jsonl --init one --out none
+unwritable 'dpo' --out "$dpo" pairs-train.jsonl --init one
 check 'dpo: leaves nothing' 'folder' test ! -e none
 
 long="$prefer --steps 200"

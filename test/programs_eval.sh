@@ -39,6 +39,18 @@ mv gone.jsonl a.jsonl
 cp -rL one/latest bare && rm bare/trainer.json
 check 'ppl of a model that is from no run' 'differ' sh -c "'$eval' bare ppl v.jsonl --train a.jsonl --context 64 --json bare.json && cmp run.json bare.json"
 
+refuses 'ppl: a longer context than the model has' 1 'context 1000: one/.* has up to 256' "$eval" one ppl v.jsonl --context 1000
+unwritable 'ppl: JSON' --json "$eval" one ppl v.jsonl
+if [ -c /dev/full ]; then refuses 'ppl: JSON into a full device' 1 '/dev/full: cannot be written: No space' "$eval" one ppl v.jsonl --json /dev/full; fi
+{ "$eval" one ppl v.jsonl --json closed.json; } 2>/dev/null | head -n 1 >/dev/null
+check 'ppl: a closed stdout, but a JSON' 'no JSON' grep -q perplexity closed.json
+cat >loud.json <<'J'
+{"model_type": "llama", "vocab_size": 102, "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 2,
+ "num_key_value_heads": 1, "intermediate_size": 8, "initializer_range": 10, "tie_word_embeddings": true}
+J
+"$train" $start --model loud.json v.jsonl --steps 1 --out loud >/dev/null 2>&1
+check 'ppl: a perplexity beyond a double is null in JSON' "$(cat loud.out)" sh -c "'$eval' loud ppl v.jsonl --json inf.json >loud.out && grep -q '\"nll\": [0-9.e+]*, \"perplexity\": null}' inf.json"
+
 # ---- generation ----
 
 continue="generate v.jsonl --prompt-units 4 --max-new 30"
@@ -69,7 +81,25 @@ generate: a prompt beyond the vocabulary|1|x: unit 1 is 700, expected below 100|
 auto-BLEU of texts: no such file|1|none.txt: cannot be read|generate --transcripts none.txt
 generate: audio without --kmeans|1|x.wav.*--kmeans|one generate x.wav
 generate: a top-p of 2|2|top-p|one $continue --top-p 2
+generate: a temperature of 0|2|temperature 0: .*--greedy|one $continue --temperature 0
 EOT
+
+# ---- a vocoder: 50 units, 6 samples per frame ----
+
+gan=$root/test/fixtures/vocoder
+echo '{"units": [7, 49, 0], "duration": [2, 3, 4], "file_name": "a.flac"}' >spoken.jsonl
+check 'resynthesize by a vocoder: 9 frames' 'length' sh -c "'$eval' resynthesize spoken.jsonl --wav gan --vocoder '$gan/speakers' --speaker 4 && test \$(wc -c <gan/a.wav) = $((44 + 2 * 9 * 6))"
+check 'resynthesize by a vocoder: another speaker' 'the same' sh -c "'$eval' resynthesize spoken.jsonl --wav other_gan --vocoder '$gan/speakers' && ! cmp gan/a.wav other_gan/a.wav"
+refuse_all <<EOT
+generate: a vocoder of other units|1|plain_weights: has 50 units, the model 100|one generate v.jsonl --wav gan --vocoder $gan/plain_weights
+resynthesize: a unit that the vocoder has not|1|unit 1 is 700, expected 0 to 49|resynthesize far.jsonl --wav gan --vocoder $gan/plain_weights
+resynthesize: no such speaker|1|expected number 5|resynthesize spoken.jsonl --wav gan --vocoder $gan/speakers --speaker 5
+resynthesize: no such style|1|expected number 1|resynthesize spoken.jsonl --wav gan --vocoder $gan/speakers --style 1
+a vocoder without --wav|2|--vocoder: expected --wav DIR|one generate v.jsonl --vocoder $gan/speakers
+EOT
+
+# ---- a signal ----
+
 cat v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl v.jsonl >many.jsonl
 "$eval" one generate many.jsonl --batch 1 --max-new 60 -o halted.jsonl >halted.out 2>&1 &
 halted=$!
@@ -99,7 +129,7 @@ echo '{"units": [3, 200], "file_name": "y"}' >beyond.jsonl
 refuse_all <<EOT
 resynthesize: units beyond the centroids|1|y: unit 2 is 200, expected 0 to 99|resynthesize beyond.jsonl --wav beyond
 resynthesize: a folder in the way of a file, before anything is written|1|taken/s.wav: is a folder|resynthesize names.jsonl --wav taken
-resynthesize: a file in the way of the folder|1|a.jsonl/: cannot create this folder|resynthesize names.jsonl --wav a.jsonl
+resynthesize: a file in the way of the folder|1|a.jsonl/*: cannot create this folder|resynthesize names.jsonl --wav a.jsonl
 resynthesize: nowhere to write to|2|expected --wav DIR|resynthesize names.jsonl
 resynthesize: a model|2|expected no model|one resynthesize names.jsonl --wav names
 generate --wav: a model of other units than the bundled ones|1|the model was trained on units of|spoken generate speech.bin --wav names
@@ -160,7 +190,7 @@ a row without a partner|1|partner.csv: 'f22' has no partner: .*'nothing' follows
 an empty folder|1|empty_set|spoken sblimp empty_set --kmeans km.npy
 a split that PATH contradicts|1|dev/gold.csv: is not split test|spoken swuggy zero/lexical/dev --split test --units zero.jsonl
 a split that is not there|1|zero: is not split test|spoken swuggy zero --split test --units zero.jsonl
-a longer context than the model has|1|a context of 100000 tokens, the model has|spoken swuggy zero --units zero.jsonl --context 100000
+a longer context than the model has|1|context 100000: spoken/.* has up to|spoken swuggy zero --units zero.jsonl --context 100000
 an output that cannot be written, before anything is scored|1|no/results.json: cannot be written|spoken swuggy zero --units zero.jsonl --json no/results.json
 no such task|2|there is no such task|spoken swuggly zero
 no task|2|no task after one|one

@@ -52,6 +52,23 @@ halt_at_step() {
     kill -STOP "$1"
 }
 
+# mount_at FOLDER OPTIONS: a file system in memory, until the script ends; fails where that is not allowed
+mount_at() {
+    mkdir -p "$1"
+    [ "$(id -u)" = 0 ] && mount -t tmpfs -o "$2" tmpfs "$1" 2>/dev/null && mounted="$mounted $folder/$1"
+}
+# unwritable NAME FLAG COMMAND...: FLAG with a path that cannot be written is refused before the work (no line of a plan on stdout), with the system's reason
+unwritable() {
+    unwritable_name=$1 unwritable_flag=$2
+    shift 2
+    for unwritable_case in 'a.jsonl/x|Not a directory' '/proc/x|No such file' 'readonly/x|Read-only file system' 'fulldisk/x|No space left'; do
+        unwritable_path=${unwritable_case%|*}
+        case $unwritable_path in readonly* | fulldisk*) [ "$may_mount" ] || continue ;; /proc*) [ -d /proc/self ] || continue ;; esac
+        refuses "$unwritable_name, $unwritable_path" 1 "$unwritable_path.*cannot be written.*${unwritable_case#*|}" "$@" "$unwritable_flag" "$unwritable_path"
+        check "$unwritable_name, $unwritable_path: before the work" 'work' sh -c '! grep -q "^data\|^model" refuse.out'
+    done
+}
+
 # ---- data: documents of a small grammar, as unit files and as a token shard ----
 
 # units SEED DOCUMENTS
@@ -72,6 +89,8 @@ shard() {
     for token in "$@"; do shard_text=$(printf '\\%03o\\%03o' $((token % 256)) $((token / 256))) && printf "$shard_text"; done
 }
 units 1 300 >a.jsonl
+may_mount=
+if mount_at readonly size=1m && mount -o remount,ro "$folder/readonly" && mount_at fulldisk size=4k && head -c 4096 /dev/zero >fulldisk/all; then may_mount=1; fi
 units 2 100 >b.jsonl
 units 3 20 >v.jsonl
 shard 102 1 5 6 7 8 9 10 1 1 11 12 13 14 15 1 >small.bin

@@ -59,6 +59,25 @@ refuses 'tokenize: units with audio' 2 'together' "$tokenize" speech whole.jsonl
 refuses 'tokenize: --text without --tts' 2 'tts' "$tokenize" --text x.txt --kmeans km.npy -o x.bin
 refuses 'tokenize: --pairs into a shard' 1 'pairs need a name' "$tokenize" --pairs whole.jsonl --kmeans km.npy -o x.bin
 
+# ---- tokenize: lists, notes, channels ----
+
+find speech -name '*.wav' | LC_ALL=C sort >list.txt
+check 'a list on stdin' 'differ' sh -c "'$tokenize' - --kmeans km.npy -o listed.jsonl <list.txt && '$tokenize' @list.txt --kmeans km.npy -o listed2.jsonl && cmp listed.jsonl listed2.jsonl && '$tokenize' @- --kmeans km.npy -o listed3.jsonl <list.txt && cmp listed.jsonl listed3.jsonl && test \$(wc -l <listed.jsonl) = 40"
+check "fairseq's manifest" 'differ' sh -c "{ echo speech; sed 's|^speech/||; s|\$|\t9000|' list.txt | head -n 9; } >train.tsv && '$tokenize' @train.tsv --kmeans km.npy -o manifest.jsonl && head -n 9 listed.jsonl | cmp manifest.jsonl -"
+mkdir mixed && cp speech/1.wav mixed && : >mixed/a.m4a && : >mixed/b.m4a && : >mixed/notes.txt
+check 'a note counts what is passed over' 'not said' sh -c "'$tokenize' mixed --kmeans km.npy -o mixed.jsonl 2>mixed.err && grep -q '^tokenize: note: 2 .m4a: not read' mixed.err && test \$(wc -l <mixed.jsonl) = 1"
+mkdir stereo
+{ wave 1 2 8000 16 64000 && noise 3 64000; } >stereo/2.wav
+cp speech/1.wav stereo/1.wav
+for channel in mix 1 2; do "$tokenize" stereo/2.wav --channel $channel --kmeans km.npy -o channel_$channel.jsonl >/dev/null 2>channel.err; done
+check '--channel: two channels and their mean are three recordings' 'same' sh -c '! cmp -s channel_mix.jsonl channel_1.jsonl && ! cmp -s channel_1.jsonl channel_2.jsonl'
+check 'without it, the mean' 'differ' sh -c "'$tokenize' stereo/2.wav --kmeans km.npy -o channel.jsonl && cmp channel.jsonl channel_mix.jsonl"
+"$tokenize" stereo --channel 2 --kmeans km.npy -o second.jsonl >/dev/null 2>second.err
+check 'a file without the channel is skipped and listed' "status $?" sh -c "test $? = 3 && grep -q 'skipped: stereo/1.wav: channel 2 is to be read, the file has 1' second.err && test \"\$(cat second.jsonl.failed)\" = stereo/1.wav && cmp second.jsonl channel_2.jsonl"
+check 'the channel of --fit is kept in km.json' 'differ' sh -c "'$tokenize' stereo/2.wav --channel 2 --fit 4 --kmeans km2.npy && grep -q '\"channel\": 2' km2.json && '$tokenize' stereo/2.wav --kmeans km2.npy -o kept.jsonl && '$tokenize' stereo/2.wav --channel 2 --kmeans km2.npy -o kept2.jsonl && cmp kept.jsonl kept2.jsonl && '$tokenize' stereo/2.wav --channel mix --kmeans km2.npy -o kept3.jsonl && ! cmp -s kept.jsonl kept3.jsonl"
+for channel in 0 -1 1.5 left 99999; do refuses "--channel $channel" 1 'expected mix, or a number from 1' "$tokenize" stereo --channel=$channel --kmeans km.npy -o x.bin; done
+refuses '--pad without a model' 1 'pad: expected --hubert DIR' "$tokenize" stereo --pad 0 --fit 4 --kmeans kmx.npy
+
 # ---- tokenize: text that is spoken (by cat, the text being a path), pairs ----
 
 ls speech/*.wav speech/b/*.wav >stories.txt
@@ -83,6 +102,8 @@ check 'HuBERT: parts of a file, and pairs' 'status' sh -c "'$tokenize' speech --
     test \$(wc -l <hubertpairs.jsonl) = \$(wc -l <pairs.tsv)"
 "$tokenize" hostile --kmeans kmh.npy -o hubert_hostile.jsonl >hostile.out 2>hostile.err
 check 'HuBERT: what is too short for a frame is skipped' "status $?" sh -c "test $? = 3 && grep -q '10ms.wav: 10.0 ms of audio, too short' hostile.err && grep -q silent.wav hubert_hostile.jsonl"
+check '--pad 0 is kept in km.json' 'differ' sh -c "'$tokenize' speech $hubert --pad 0 --fit 20 --kmeans kmp.npy && grep -q '\"pad\": 0' kmp.json && '$tokenize' speech --kmeans kmp.npy -o pad.jsonl && '$tokenize' speech --kmeans kmp.npy --pad 0 -o pad0.jsonl && cmp pad.jsonl pad0.jsonl"
+refuses 'another padding than that of the centroids' 1 'made for .*pad 0' "$tokenize" speech --pad 40 --kmeans kmp.npy -o x.bin
 refuses 'another layer than that of the centroids' 1 'made for .*layer 2' "$tokenize" speech --hubert "$root/test/fixtures/hubert/mhubert" --layer 1 --kmeans kmh.npy -o x.bin
 refuses 'MFCC of centroids of HuBERT' 1 'made for HuBERT features' "$tokenize" speech --features mfcc --kmeans kmh.npy -o x.bin
 refuses 'HuBERT with centroids of MFCC' 1 'made for MFCC' "$tokenize" speech $hubert --kmeans km.npy -o x.bin

@@ -63,8 +63,8 @@ check '--twist cuts the vocabulary' 'V' sh -c "'$train' --model model.json --voc
 check '--tokens counts real tokens' 'limit' sh -c "'$train' $few a.jsonl --tokens 3000 --out tokens && grep '\"loss\"' tokens/log.jsonl | tail -n 2 |
     awk '{ gsub(\",\", \"\"); t[NR] = \$4 } END { exit !(t[1] < 3000 && t[2] >= 3000) }'"
 head -n 1 b.jsonl >one.jsonl
-check 'a source of one document has nothing to hold out' 'sources' sh -c "'$train' $few a.jsonl one.jsonl --val-fraction 0.1 --steps 2 --eval-every 2 --out one &&
-    grep -q '\"a.jsonl\": [0-9.]*, \"one.jsonl\": null' one/log.jsonl"
+check 'a source of one document has nothing to hold out' 'sources' sh -c "'$train' $few a.jsonl one.jsonl --val-fraction 0.1 --steps 2 --eval-every 2 --out lone &&
+    grep -q '\"a.jsonl\": [0-9.]*, \"one.jsonl\": null' lone/log.jsonl"
 check 'two sources by weight, each validated' 'sources' sh -c "'$train' $few a.jsonl b.jsonl --weights 1,0.5 --val v.jsonl --val b.jsonl --steps 4 --eval-every 2 --out mix &&
     grep -q 'val_loss_by_source.*v.jsonl.*b.jsonl' mix/log.jsonl"
 check '--val-fraction holds out' 'no val_loss' sh -c "'$train' $few a.jsonl --val-fraction 0.1 --steps 4 --out held && grep -q val_loss held/log.jsonl"
@@ -114,6 +114,83 @@ sed 's/"steps": 20/"steps": 0/' one/step_000020/trainer.json >damaged/step_00002
 refuses 'a trainer.json of no steps' 1 'steps' "$train" --resume --out damaged
 echo '{"step": 20, ' >damaged/step_000020/trainer.json
 refuses 'a damaged trainer.json' 1 'trainer.json' "$train" --resume --out damaged
+
+# ---- outputs that cannot be written, lost terminals ----
+
+unwritable 'train' --out "$train" $few a.jsonl --steps 2
+check 'train: a parent that is not there is made' 'status' "$train" $few a.jsonl --steps 1 --out deep/er/run
+if [ "$may_mount" ]; then
+    refuses 'train in a read-only folder' 1 'runs: cannot be written: .*Read-only.*--out DIR' sh -c "cd readonly && exec '$train' ../a.jsonl"
+else
+    skip 'outputs on a full or read-only disk' 'none can be mounted'
+fi
+"$train" $few a.jsonl --steps 100000 --out hangup >hangup.out 2>&1 &
+process=$!
+halt_at_step $process hangup 20
+kill -HUP $process
+kill -HUP $process
+kill -CONT $process
+wait $process
+check 'SIGHUP ends well, also twice' "status $?: $(tail -n 1 hangup.out)" test $? -eq 0
+check 'and saves the step it finished' 'no checkpoint' test -d "hangup/step_$(printf %06d "$(grep -c '"loss"' hangup/log.jsonl)")"
+(trap '' HUP && exec "$train" $few a.jsonl --steps 60 --out nohup >nohup.out 2>&1) &
+process=$!
+halt_at_step $process nohup 20
+kill -HUP $process
+kill -CONT $process
+wait $process
+check 'under nohup SIGHUP changes nothing' "status $?" test "$(readlink nohup/latest)" = step_000060
+{ "$train" $few a.jsonl --steps 60 --log-every 1 --out piped && echo ended >piped.end; } 2>/dev/null | head -n 1 >/dev/null
+check 'a closed stdout: only the output is lost' 'the run is' test "$(readlink piped/latest)" = step_000060 -a -f piped.end
+
+# ---- bytes of paths, locales, terminals, machines ----
+
+odd=$(printf 'd\351p\377\303\251') # not UTF-8
+mkdir "$odd"
+if [ -d "$odd" ]; then
+    cp a.jsonl "$odd/$odd.jsonl" && cp v.jsonl "$odd/v.jsonl" && cp model.json "$odd"
+    "$train" $start --model "$odd/model.json" "$odd/$odd.jsonl" --val "$odd/v.jsonl" --steps 2 --eval-every 2 --out "$odd/run" >/dev/null 2>&1
+    check 'paths that are not UTF-8: --resume' 'lost' "$train" --resume --out "$odd/run" --steps 4
+    check 'paths that are not UTF-8: eval' 'lost' "$eval" "$odd/run" ppl
+    check 'paths that are not UTF-8: --init, --resume' 'lost' sh -c "'$train' $start '$odd/$odd.jsonl' --init '$odd/run' --steps 2 --out '$odd/more' && '$train' --resume --out '$odd/more' --steps 3"
+fi
+mkdir locales
+for locale in de_DE fr_FR; do localedef -i $locale -f UTF-8 "locales/$locale.UTF-8" >/dev/null 2>&1; done
+for locale in de_DE.UTF-8 fr_FR.UTF-8; do
+    if [ "$(LOCPATH=$folder/locales LC_ALL=$locale locale decimal_point 2>/dev/null)" != , ]; then
+        skip "the same bytes in $locale" 'localedef cannot make this locale'
+        continue
+    fi
+    check "the same bytes in $locale" 'differ' env LOCPATH="$folder/locales" LC_ALL=$locale sh -c "
+        '$train' $few a.jsonl --val v.jsonl --steps 5 --eval-every 5 --lr 2.5e-3 --out comma && '$train' --resume --out comma --steps 8 --lr 0.0025 && '$eval' comma ppl --json comma.json"
+    [ -d point ] || "$train" $few a.jsonl --val v.jsonl --steps 5 --eval-every 5 --lr 2.5e-3 --out point >/dev/null 2>&1
+    "$train" --resume --out point --steps 8 >/dev/null 2>&1
+    "$eval" point ppl --json point.json >/dev/null 2>&1
+    check "the same bytes in $locale: files" 'differ' sh -c "cmp comma.json point.json && cmp comma/latest/model.safetensors point/latest/model.safetensors && cmp comma/latest/config.json point/latest/config.json && grep -q '\"lr\": \"0.0025\"' comma/latest/trainer.json"
+    rm -rf comma
+done
+# in_terminal COLUMNS COMMAND: what it prints, a line for each time that a line is begun
+in_terminal() { script -qec "stty cols $1; $2" /dev/null 2>/dev/null </dev/null | tr '\r' '\n' | sed "s/$(printf '\033')\[K//"; }
+if in_terminal 40 true >/dev/null 2>&1; then
+    in_terminal 40 "'$train' $few a.jsonl --steps 400 --out narrow" >narrow.out
+    check 'a progress bar of 40 columns' "$(grep -m 1 '^\[\|^step .*left' narrow.out)" awk '/left$/ || /^\[[#-]/ { n++; if (length($0) > 39) bad = 1 } END { exit bad || !n }' narrow.out
+    in_terminal 80 "'$train' $few a.jsonl --tokens 2e8 --dry-run" >plan.out
+    check '--tokens shows its progress' "$(tail -n 1 plan.out)" grep -q 'plan  steps for .* tokens' plan.out
+else
+    skip 'progress bars' 'script is not installed'
+fi
+if printf 'int x;' | ${CC:-cc} -mavx2 -fsyntax-only -x c - 2>/dev/null; then
+    ${CC:-cc} -O0 -mavx2 '-D__builtin_cpu_supports(set)=0' -x c "$root/slam.cu" "$root/train.c" -o older -lm 2>older.log
+    refuses 'a CPU older than the one that it was built for' 1 'this CPU does not have avx.*make CFLAGS=' ./older --version
+else
+    skip 'an older CPU' 'no compiler for x86-64'
+fi
+if ${CC:-cc} -m32 -ffreestanding -fsyntax-only -I "$root" -x c - </dev/null 2>/dev/null; then
+    printf '#include "slam.h"\n' | ${CC:-cc} -m32 -ffreestanding -fsyntax-only -I "$root" -x c - 2>narrow.log
+    check 'a 32-bit build' "$(head -n 1 narrow.log)" grep -q 'error.*64-bit' narrow.log
+else
+    skip 'a 32-bit build' 'no compiler for it'
+fi
 
 # ---- going on ----
 
@@ -244,9 +321,7 @@ steps=$(sed -n 's/.*"steps": \([0-9]*\),/\1/p' timed/latest/trainer.json)
 lines=$(wc -l <timed/log.jsonl) # fewer than the steps where the machine grew busy
 check '--time is the run of its number of steps' 'differ' sh -c "sed 's/, .seconds.*//' timed/log.jsonl >1.log && sed 's/, .seconds.*//' counted/log.jsonl | head -n $lines >2.log && cmp 1.log 2.log"
 
-mkdir disk
-if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=900k tmpfs disk 2>/dev/null; then
-    mounted="$mounted $folder/disk"
+if mount_at disk size=900k; then
     refuses 'a full disk' 1 'No space left' "$train" $few a.jsonl --steps 100 --save-every 5 --keep 0 --out disk/run
     check 'a full disk leaves nothing half written' 'leftover' test ! -e disk/run/.checkpoint.part
     mount -o remount,size=20m "$folder/disk"

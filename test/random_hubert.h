@@ -67,11 +67,11 @@ static inline int random_hubert(const char *folder) {
             snprintf(name, sizeof name, "encoder.layers.%d.%s", layer, modules[k]);
             random_module(&l, name, rows[k], columns[k], 0);
         }
-    char *config = path_join(folder, "config.json"), *path = path_join(folder, "model.safetensors");
-    const int ok = folder_create(folder) && file_write(config, random_hubert_config, strlen(random_hubert_config)) &&
-                   tensors_write(path, l.at, l.n, NULL);
+    const int ok =
+        folder_create(folder) &&
+        file_write(path_join(folder, "config.json").at, random_hubert_config, strlen(random_hubert_config)) &&
+        tensors_write(path_join(folder, "model.safetensors").at, l.at, l.n, NULL);
     for (size_t i = 0; i < l.n; i++) free((void *)(uintptr_t)l.at[i].data);
-    free(config), free(path);
     return ok;
 }
 

@@ -128,6 +128,10 @@ END
     emulated="$train-emulated --device cuda --dtype bf16 --model small.json --context 32 --batch 3 --steps 4 --warmup 1 --save-every 2 --keep 0 --eval-every 0 --threads 1"
     check 'bf16: one process' $emulated --out e0
     check 'bf16: 2 ranks' on 2 $emulated --out e2
+    # the second rank's algorithms of products take other times, but it uses those of the first
+    printf '#!/bin/sh\n[ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 0 ] || export EMULATOR_TIMES="3 2 1"\nexec "$@"\n' >uneven && chmod +x uneven
+    check 'bf16: 2 ranks, one of which would choose others' on 2 ./uneven $emulated --out uneven2
+    check 'bf16: the same bits' same_state e2 uneven2
     close 'bf16: losses of 2 ranks' 1e-3 e0 e2
     check 'bf16: 2 ranks without ZeRO' on 2 $emulated --zero 0 --out plain2
     check 'bf16: the same bits without ZeRO' same_state e2 plain2

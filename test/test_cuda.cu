@@ -57,12 +57,18 @@ static tensor_of unwritten(kind type, size_t n) {
     return t;
 }
 
+static int shift; // activations and floats begin so many numbers behind an aligned address
+static size_t bytes_before(slam_ops *ops, const tensor_of &t) {
+    return t.type == ACT ? shift * ops->act_bytes : t.type == FLOAT ? shift * sizeof(float) : 0;
+}
+
 static void *to_device(slam_ops *ops, const tensor_of &t) {
-    const size_t n = t.n();
-    void *p = ops->alloc(ops, t.type == ACT ? n * ops->act_bytes : t.host.size());
+    const size_t n = t.n(), before = bytes_before(ops, t);
+    char *p = (char *)ops->alloc(ops, before + (t.type == ACT ? n * ops->act_bytes : t.host.size()));
     float *wide = t.type == ACT ? (float *)ops->alloc(ops, n * sizeof(float)) : NULL;
     if (!CHECK(p, "%s", slam_error())) return NULL;
-    ops->upload(ops, wide ? wide : p, t.host.data(), t.host.size());
+    p += before;
+    ops->upload(ops, wide ? (char *)wide : p, t.host.data(), t.host.size());
     if (wide) ops->to_act(ops, (slam_act *)p, wide, n);
     ops->release(ops, wide);
     return p;
@@ -88,7 +94,7 @@ static std::vector<std::vector<char>> run_on(slam_ops *ops, const std::vector<te
     CHECK(ops->finish(ops), "%s", slam_error());
     for (size_t i = 0; i < tensors.size(); i++) {
         if (tensors[i].is_output) results.push_back(from_device(ops, tensors[i], at[i]));
-        ops->release(ops, at[i]);
+        ops->release(ops, at[i] ? (char *)at[i] - bytes_before(ops, tensors[i]) : NULL);
     }
     return results;
 }
@@ -147,16 +153,16 @@ static void test_embedding(int N, int C, int V) {
    is. */
 static void test_rmsnorm(int N, int G, int C, int stride, int at) {
     const size_t n = (size_t)N * stride;
-    check_operation(
-        "rmsnorm forward", {numbers(ACT, n, 2), numbers(ACT, C, 1), numbers(ACT, n, 1, 1), unwritten(FLOAT, N * G)},
-        [=](slam_ops *ops, void **p) {
-            ops->rmsnorm_forward(ops, NULL, (slam_act *)((char *)p[2] + at * ops->act_bytes), F(3),
-                                 (slam_act *)((char *)p[0] + at * ops->act_bytes), NULL, A(1), 1e-6f, N, G, C, stride);
-        });
+    check_operation("rmsnorm forward",
+                    {numbers(ACT, n, 2), numbers(ACT, C, 1), numbers(ACT, n, 1, 1), unwritten(FLOAT, N * G)},
+                    [=](slam_ops *ops, void **p) {
+                        rmsnorm_forward(ops, NULL, (slam_act *)((char *)p[2] + at * ops->act_bytes), F(3),
+                                        (slam_act *)((char *)p[0] + at * ops->act_bytes), NULL, A(1), N, G, C, stride);
+                    });
     check_operation("rmsnorm forward in place", {numbers(ACT, n, 2, 1), numbers(ACT, C, 1), unwritten(FLOAT, N * G)},
                     [=](slam_ops *ops, void **p) {
                         slam_act *x = (slam_act *)((char *)p[0] + at * ops->act_bytes);
-                        ops->rmsnorm_forward(ops, NULL, x, F(2), x, NULL, A(1), 1e-6f, N, G, C, stride);
+                        rmsnorm_forward(ops, NULL, x, F(2), x, NULL, A(1), N, G, C, stride);
                     });
     check_operation("rmsnorm forward of a sum",
                     {numbers(ACT, n, 2), numbers(ACT, n, 1), numbers(ACT, C, 1), numbers(ACT, n, 1, 1),
@@ -165,7 +171,7 @@ static void test_rmsnorm(int N, int G, int C, int stride, int at) {
                         slam_act *x[5];
                         for (int k = 0; k < 5; k++)
                             x[k] = (slam_act *)((char *)p[k] + (k == 2 ? 0 : at * ops->act_bytes));
-                        ops->rmsnorm_forward(ops, x[3], x[4], F(5), x[0], x[1], x[2], 1e-6f, N, G, C, stride);
+                        rmsnorm_forward(ops, x[3], x[4], F(5), x[0], x[1], x[2], N, G, C, stride);
                     });
     tensor_of rstd = numbers(FLOAT, N * G, 0);
     for (int i = 0; i < N * G; i++) rstd.floats()[i] = 0.5f + (float)rng_uniform(&check_state.seed);
@@ -175,7 +181,7 @@ static void test_rmsnorm(int N, int G, int C, int stride, int at) {
                     [=](slam_ops *ops, void **p) {
                         slam_act *x[4];
                         for (int k = 0; k < 4; k++) x[k] = (slam_act *)((char *)p[k] + at * ops->act_bytes);
-                        ops->rmsnorm_backward(ops, x[0], F(1), x[2], x[3], A(4), F(5), N, G, C, stride);
+                        rmsnorm_backward(ops, x[0], F(1), x[2], x[3], A(4), F(5), N, G, C, stride);
                     });
 }
 
@@ -185,16 +191,16 @@ static void test_matmul(int N, int C, int OC) {
         "matmul forward",
         {numbers(ACT, x, 1), numbers(ACT, w, 0.1), numbers(ACT, OC, 1), unwritten(ACT, out), unwritten(ACT, out)},
         [=](slam_ops *ops, void **p) {
-            ops->matmul_forward(ops, A(3), A(0), A(1), A(2), N, C, OC);
-            ops->matmul_forward(ops, A(4), A(0), A(1), NULL, N, C, OC);
+            matmul_forward(ops, A(3), A(0), A(1), A(2), N, C, OC);
+            matmul_forward(ops, A(4), A(0), A(1), NULL, N, C, OC);
         });
     check_operation("matmul backward",
                     {numbers(ACT, x, 1), numbers(ACT, w, 0.1), numbers(ACT, out, 1), unwritten(ACT, x),
                      numbers(FLOAT, w, 1, 1), numbers(FLOAT, OC, 1, 1)},
                     [=](slam_ops *ops, void **p) {
-                        ops->matmul_backward_input(ops, A(3), A(2), A(1), N, C, OC);
-                        ops->matmul_backward_weight(ops, F(4), F(5), A(2), A(0), N, C, OC);
-                        ops->matmul_backward_weight(ops, F(4), NULL, A(2), A(0), N, C, OC);
+                        matmul_backward_input(ops, A(3), A(2), A(1), N, C, OC);
+                        matmul_backward_weight(ops, F(4), F(5), A(2), A(0), N, C, OC);
+                        matmul_backward_weight(ops, F(4), NULL, A(2), A(0), N, C, OC);
                     });
 }
 
@@ -206,7 +212,7 @@ static void test_ones(int K) {
     for (size_t i = 0; i < x.n(); i++) x.floats()[i] = 1;
     for (size_t i = 0; i < dout.n(); i++) dout.floats()[i] = 1;
     const std::vector<char> got = run_on(gpu, {x, dout, dw}, [=](slam_ops *ops, void **p) {
-        ops->matmul_backward_weight(ops, F(2), NULL, A(1), A(0), K, C, N);
+        matmul_backward_weight(ops, F(2), NULL, A(1), A(0), K, C, N);
     })[0];
     for (int i = 0; i < N * C; i++)
         if (!CHECK(((const float *)got.data())[i] == (float)K, "sum of %d ones: %g", K, ((const float *)got.data())[i]))
@@ -287,8 +293,7 @@ struct mask_of {
 
 static mask_of make_mask(const shape &s) {
     const size_t n = (size_t)s.B * s.T;
-    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1),
-                 numbers(FLOAT, 2 * (size_t)s.T * ROPE_PAIRS(s.HS), 0)};
+    mask_of w = {integers(n, 1), integers(n, 1), integers(n, 1), integers(n, 1), numbers(FLOAT, (size_t)s.T * s.HS, 0)};
     for (int b = 0; b < s.B; b++) {
         int *start = w.start.ints() + b * s.T, *end = w.end.ints() + b * s.T;
         for (int t = 0, first = 0; t < s.T; t++) {
@@ -305,15 +310,18 @@ static mask_of make_mask(const shape &s) {
                 w.mask_start.ints()[b * s.T + t] = first, w.mask_end.ints()[b * s.T + t] = past;
         }
     }
-    float *rope = rope_table(s.T, s.HS, 10000);
+    float *rope = rope_table(s.T, s.HS / 2, 10000);
     memcpy(w.rope.floats(), rope, w.rope.host.size());
     free(rope);
     return w;
 }
 
-static slam_mask mask_new(const shape &s, const float *rope) {
+/* rotated: 0: no rotation; 1: of whole heads; 2: of their first half, with whatever numbers are there in the table */
+static slam_mask mask_new(const shape &s, const float *rope, int rotated) {
     slam_mask m = ZERO;
-    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS, m.rope = rope;
+    m.B = s.B, m.T = s.T, m.NH = s.NH, m.KVH = s.KVH, m.HS = s.HS;
+    m.pairs = rotated ? s.HS / (2 * rotated) : 0;
+    m.rope = rope;
     return m;
 }
 
@@ -332,14 +340,16 @@ static shape random_shape(void) {
     return s;
 }
 
-static void test_attention(const shape &s, const mask_of &w, int rope, int runs = RUNS) {
+static void test_attention(const shape &s, const mask_of &w, int rotated, int runs = RUNS) {
     const size_t N = (size_t)s.B * s.T, O = (size_t)s.NH * s.HS, W = O + 2 * (size_t)s.KVH * s.HS;
     check_operation(
-        rope ? "attention" : "attention without rotation",
+        rotated == 2 ? "attention, half a head rotated"
+        : rotated    ? "attention"
+                     : "attention without rotation",
         {w.start, w.end, w.mask_start, w.mask_end, w.rope, numbers(ACT, N * W, 1, 1), unwritten(ACT, N * O),
          unwritten(FLOAT, N * s.NH), numbers(ACT, N * O, 1), unwritten(ACT, N * W), unwritten(FLOAT, N * s.NH)},
         [=](slam_ops *ops, void **p) {
-            slam_mask mask = mask_new(s, rope ? F(4) : NULL);
+            slam_mask mask = mask_new(s, F(4), rotated);
             mask.doc_start = I(0);
             if (s.both_ways) mask.doc_end = I(1);
             if (s.masked) mask.mask_start = I(2), mask.mask_end = I(3);
@@ -365,12 +375,12 @@ static void test_decode(const shape &s) {
     tensor_of lengths = integers(s.B, s.T);
     lengths.ints()[0] = s.T - 1;
     if (s.B > 1) lengths.ints()[1] = 0;
-    for (int rope = 0; rope < 2; rope++)
+    for (int rotated = 0; rotated < 3; rotated++)
         check_operation("attention of one more token",
                         {lengths, w.rope, numbers(ACT, (size_t)s.B * s.T * K, 1, 1), numbers(ACT, s.B * (O + K), 1, 1),
                          unwritten(ACT, s.B * O)},
                         [=](slam_ops *ops, void **p) {
-                            const slam_mask mask = mask_new(s, rope ? F(1) : NULL);
+                            const slam_mask mask = mask_new(s, F(1), rotated);
                             ops->attention_decode(ops, A(4), A(2), A(3), I(0), &mask);
                         });
 }
@@ -384,7 +394,7 @@ static void test_fill(const shape &s) {
         "keys and values into the cache",
         {slots, lengths, numbers(ACT, (size_t)s.B * s.T * (O + K), 1), numbers(ACT, (s.B + 1) * capacity * K, 1, 1)},
         [=](slam_ops *ops, void **p) {
-            const slam_mask mask = mask_new(s, NULL);
+            const slam_mask mask = mask_new(s, NULL, 0);
             ops->attention_fill(ops, A(3), A(2), I(0), I(1), capacity, &mask);
         });
 }
@@ -435,7 +445,7 @@ static void test_operations(const char *dtype) {
         const shape s = k < CORNERS ? corners[k] : random_shape();
         if (TEST("op: attention %s B %d T %d NH %d KVH %d HS %d, %d documents%s%s", dtype, s.B, s.T, s.NH, s.KVH, s.HS,
                  s.documents, s.masked ? ", masked spans" : "", s.both_ways ? ", both ways" : ""))
-            test_attention(s, make_mask(s), 0), test_attention(s, make_mask(s), 1);
+            test_attention(s, make_mask(s), 0), test_attention(s, make_mask(s), 1), test_attention(s, make_mask(s), 2);
         if (k % 2 == 0 && TEST("op: decode %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
             test_decode(s);
         if (k % 2 == 0 && TEST("op: cache %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
@@ -449,11 +459,11 @@ static void test_operations(const char *dtype) {
 /* What the kernels cannot do is an error, not other numbers. */
 static void test_limits(void) {
     float *p = (float *)gpu->alloc(gpu, 4096 * sizeof(float));
-    slam_mask mask = mask_new({1, 3, 1, 1, 288, 0, 0, 0}, NULL);
+    slam_mask mask = mask_new({1, 3, 1, 1, 288, 0, 0, 0}, NULL, 0);
     mask.doc_start = (int *)p;
     gpu->attention_forward(gpu, (slam_act *)p, p, (slam_act *)p, &mask);
     check_fails(gpu->finish(gpu), "256 channels");
-    gpu->rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1e-6f, 1, 1, 10000, 10000);
+    rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1, 1, 10000, 10000);
     check_fails(gpu->finish(gpu), "8192 channels");
     CHECK(gpu->finish(gpu), "an error is reported once: %s", slam_error());
     gpu->release(gpu, p);
@@ -473,9 +483,10 @@ static void test_upload(void) {
     std::vector<float> expected = x;
     std::fill(x.begin(), x.end(), -1.0f);
     gpu->download(gpu, y.data(), p, n * sizeof(float));
+    gpu->zero(gpu, p, n * sizeof(float)); // queued when the memory is released
+    gpu->release(gpu, p);
     emulator_lazy(0);
     CHECK(y == expected && gpu->finish(gpu), "other numbers: %s", slam_error());
-    gpu->release(gpu, p);
 }
 
 #ifdef SLAM_EMULATOR
@@ -488,7 +499,7 @@ static void test_algorithms(void) {
     const int refusals = emulator_products_state.refusals;
     const auto proposals_of = [&](const slam_act *bias) {
         const int before = emulator_products_state.proposals;
-        gpu->matmul_forward(gpu, y, x, w, bias, N, N, N);
+        matmul_forward(gpu, y, x, w, bias, N, N, N);
         CHECK(gpu->finish(gpu), "%s", slam_error());
         return emulator_products_state.proposals - before;
     };
@@ -501,13 +512,172 @@ static void test_algorithms(void) {
     emulator_products_state.refuse = 1;
     CHECK(proposals_of(b) == 1 && proposals_of(b) == 0, "a refused algorithm is not replaced");
     emulator_products_state.refuse = 99;
-    gpu->matmul_forward(gpu, y, x, w, b, N, N, N);
+    matmul_forward(gpu, y, x, w, b, N, N, N);
     emulator_products_state.refuse = 0;
     check_fails(gpu->finish(gpu), "cuda_matmul_forward");
     for (int rows = 1; rows <= 70; rows++)
-        gpu->matmul_forward(gpu, y, x, w, b, rows % 2 ? 1 : 2, N, rows % 2 ? N : 1 + rows % 7);
+        matmul_forward(gpu, y, x, w, b, rows % 2 ? 1 : 2, N, rows % 2 ? N : 1 + rows % 7);
     CHECK(gpu->finish(gpu), "%s", slam_error());
     gpu->release(gpu, p);
+}
+
+/* Algorithms that are measured: the fastest is kept, by a margin, and what a product adds to is not added to meanwhile.
+   A second device that gets the table computes the same bits. */
+static void test_tuning(void) {
+    enum { N = 48, K = 112 };
+    slam_ops *other = slam_cuda(0, gpu->act_bytes);
+    slam_products *known = other->products;
+    const int measured = SLAM_PRODUCTS / 2;
+    const tensor_of numbers_of_x = numbers(FLOAT, N * K, 1);
+    std::vector<float> bits[2];
+    double *times = emulator_products_state.times;
+    float *wide = (float *)other->alloc(other, N * K * sizeof(float)), *dw[2];
+    slam_act *x = (slam_act *)other->alloc(other, 4 * N * K), *y = (slam_act *)other->alloc(other, 4 * K * K);
+    other->upload(other, wide, numbers_of_x.host.data(), numbers_of_x.host.size());
+    other->to_act(other, x, wide, N * K);
+    const auto way_of = [&](int k) { return ((const cublasLtMatmulAlgo_t *)&known->list[k][1])->way; };
+    const auto multiply = [&](int rows) { // another shape for each
+        const int before = emulator_products_state.proposals;
+        other->matmul_forward(other, y, x, x, NULL, rows, K, 8);
+        CHECK(other->finish(other), "%s", slam_error());
+        return emulator_products_state.proposals - before;
+    };
+    CHECK(multiply(8) == 1 && known->measured == 0, "a shape is measured unasked");
+    known->tune = 1;
+    times[0] = 5, times[1] = 1, times[2] = 3;
+    CHECK(multiply(8) == 1 && known->measured == 1 && way_of(0) == 1, "not the fastest");
+    times[1] = 7, times[2] = 4.95;
+    CHECK(multiply(8) == 0 && multiply(7) == 1 && way_of(0) == 1 && way_of(1) == 0, "one that is 1 %% faster is taken");
+    times[2] = 4.85;
+    CHECK(multiply(6) == 1 && way_of(2) == 2, "one that is 3 %% faster is not taken");
+    emulator_products_state.refuse = 3; // the second, which is no algorithm, counts for nothing
+    other->matmul_forward(other, y, x, x, NULL, 5, K, 8);
+    check_fails(other->finish(other), "CUBLAS_STATUS_NOT_SUPPORTED");
+    CHECK(known->measured == 3, "a product that no algorithm computes is measured");
+    times[0] = 1, emulator_products_state.refuse = 2;
+    CHECK(multiply(4) == 1 && way_of(3) == 2, "one that is refused is taken");
+
+    times[0] = 4, times[2] = 1;
+    for (int k = 0; k < 2; k++) { // 1 + x^T x, where the memory for a measurement is there, and where it is not
+        bits[k].assign(K * K, 1);
+        dw[k] = (float *)other->alloc(other, K * K * sizeof(float));
+        other->upload(other, dw[k], bits[k].data(), K * K * sizeof(float));
+        if (k) emulator_memory(emulator_device.used), known->measured--;
+        other->matmul_backward_weight(other, dw[k], NULL, x, x, N, K, K);
+        emulator_memory(EMULATOR_MEMORY);
+        other->download(other, bits[k].data(), dw[k], K * K * sizeof(float));
+        CHECK(other->finish(other) && known->measured == 5, "%s", slam_error());
+        CHECK(way_of(4) == (k ? 0 : 2), "way %d", way_of(4));
+    }
+    check_close("a sum", bits[0].data(), bits[1].data(), K * K, 1e-5);
+
+    memcpy(gpu->products, known, sizeof *known);
+    gpu->products->tune = 0;
+    const int before = emulator_products_state.proposals;
+    for (int k = 0; k < 2; k++) {
+        slam_ops *ops = k ? gpu : other;
+        bits[k].assign(8 * 8, 0);
+        ops->matmul_forward(ops, y, x, x, NULL, 8, K, 8);
+        ops->to_float(ops, dw[0], y, 8 * 8);
+        ops->download(ops, bits[k].data(), dw[0], 8 * 8 * sizeof(float));
+    }
+    CHECK(bits[0] == bits[1] && emulator_products_state.proposals == before, "another device has other bits");
+
+    for (int rows = 9; rows <= N; rows++) multiply(rows);
+    CHECK(known->measured == measured, "%d measured", known->measured);
+    known->tune = 0;
+    for (int k = 1; k <= K; k++) other->matmul_forward(other, y, x, x, NULL, 8, k, 8);
+    CHECK(multiply(8) == 0 && way_of(0) == 1, "a measured one is replaced");
+    for (double &time : emulator_products_state.times) time = 0;
+    for (void *p : {(void *)wide, (void *)x, (void *)y, (void *)dw[0], (void *)dw[1]}) other->release(other, p);
+    slam_ops_free(other);
+}
+
+/* A product needs no memory when a model has taken all: the kernels of cuBLASLt are loaded before. */
+static void test_full_memory(void) {
+    slam_ops *other = slam_cuda(0, gpu->act_bytes);
+    slam_act *x = (slam_act *)other->alloc(other, 4096);
+    emulator_memory(emulator_device.used);
+    other->matmul_forward(other, x, x, x, NULL, 8, 8, 8);
+    CHECK(other->finish(other), "%s", slam_error());
+    emulator_memory(EMULATOR_MEMORY);
+    other->release(other, x);
+    slam_ops_free(other);
+}
+
+/* An error has the name of the op of which a launch failed, the first or a later one. */
+static void test_names(void) {
+    float *p = (float *)gpu->alloc(gpu, 1 << 20);
+    slam_act *a = (slam_act *)p;
+    int *i = (int *)(p + (1 << 16)); // zeros
+    double *d = (double *)p;
+    const slam_mask mask = {1, 8, 2, 1, 32, 16, i, NULL, NULL, NULL, p};
+    const slam_adamw_params h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 3};
+    const slam_xent x = {8, 8, 8, 1, NULL};
+    const struct {
+        const char *name;
+        int launches;
+        std::function<void()> run;
+    } list[] = {
+        {"to_act", gpu->act_bytes == 2, [&] { gpu->to_act(gpu, (slam_act *)i, p, 9); }},
+        {"embedding_forward", 1, [&] { gpu->embedding_forward(gpu, a, i, a, 8, 8); }},
+        {"embedding_backward", 1, [&] { gpu->embedding_backward(gpu, p, a, i, 8, 8, 8); }},
+        {"rmsnorm_forward", 1, [&] { gpu->rmsnorm_forward(gpu, NULL, a, p, a, NULL, a, 1, 8, 1, 8, 8); }},
+        {"rmsnorm_backward", 2, [&] { gpu->rmsnorm_backward(gpu, a, p, a, a, a, p, 8, 1, 8, 8); }},
+        {"matmul_backward_weight", 2, [&] { gpu->matmul_backward_weight(gpu, p, p, a, a, 8, 8, 8); }},
+        {"attention_forward", 2, [&] { gpu->attention_forward(gpu, a, p, a, &mask); }},
+        {"attention_backward", 2, [&] { gpu->attention_backward(gpu, a, p, a, a, p, a, &mask); }},
+        {"attention_decode", 2, [&] { gpu->attention_decode(gpu, a, a, a, i, &mask); }},
+        {"attention_fill", 1, [&] { gpu->attention_fill(gpu, a, a, i, i, 8, &mask); }},
+        {"swiglu_forward", 1, [&] { gpu->swiglu_forward(gpu, a, a, 8, 8); }},
+        {"swiglu_backward", 1, [&] { gpu->swiglu_backward(gpu, a, a, a, 8, 8); }},
+        {"crossentropy", 1, [&] { gpu->crossentropy(gpu, p, a, i, &x); }},
+        {"cuda_sum", 2, [&] { gpu->sum(gpu, d, p, 8); }},
+        {"sum_squares", 2, [&] { gpu->sum_squares(gpu, d, p, 8); }},
+        {"adamw", 1, [&] { gpu->adamw(gpu, a, p, p, p, p, d, &h, 8); }},
+        {"layernorm", 1, [&] { gpu->layernorm(gpu, a, a, a, a, a, a, 1, 0, 8, 8); }},
+        {"channelnorm", 1, [&] { gpu->channelnorm(gpu, a, a, a, i, 1, 1, 8, 8); }},
+        {"group_frames", 1, [&] { gpu->group_frames(gpu, a, a, i, a, a, 0, 1, 8, 8, 8, 1); }},
+        {"mask_frames", 1, [&] { gpu->mask_frames(gpu, a, i, 1, 8, 8); }},
+        {"nearest", 1, [&] { gpu->nearest(gpu, i, p, a, a, p, 8, 8, 8); }},
+    };
+    for (const auto &op : list)
+        for (int at = 1; at <= op.launches; at++) {
+            emulator_device.refuse = at;
+            op.run();
+            check_fails(gpu->finish(gpu), op.name);
+        }
+    emulator_device.refuse = 0;
+    gpu->release(gpu, p);
+}
+
+/* A kernel that fails while later calls are queued: the message says what finds it, and CUDA_LAUNCH_BLOCKING does. */
+static void test_blame(void) {
+    float *p = (float *)gpu->alloc(gpu, 4096), numbers[8];
+    double *sum = (double *)gpu->alloc(gpu, sizeof(double));
+    const slam_xent x = {8, 8, 8, 1, NULL};
+    gpu->finish(gpu);
+    for (int blocking = 0; blocking < 2; blocking++) {
+        if (blocking) setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
+        emulator_lazy(1);
+        emulator_fault("crossentropy");
+        gpu->swiglu_forward(gpu, (slam_act *)p, (slam_act *)p, 8, 8);
+        gpu->crossentropy(gpu, p, (slam_act *)p, (int *)p, &x);
+        gpu->sum(gpu, sum, p, 8);
+        gpu->download(gpu, numbers, p, sizeof numbers);
+        check_fails(gpu->alloc(gpu, 1 << 20), "an operation before it failed");
+        CHECK(!strstr(slam_error(), "--micro-batch"), "it is not a lack of memory: %s", slam_error());
+        check_fails(gpu->finish(gpu), "an illegal memory access");
+        const char *blamed =
+            blocking ? "cuda_crossentropy failed" : "download or an operation before it (CUDA_LAUNCH_BLO";
+        CHECK(strstr(slam_error(), blamed), "%s", slam_error());
+        emulator_fault(NULL);
+        emulator_lazy(0);
+    }
+    unsetenv("CUDA_LAUNCH_BLOCKING");
+    CHECK(gpu->finish(gpu), "%s", slam_error());
+    gpu->release(gpu, p);
+    gpu->release(gpu, sum);
 }
 #endif
 
@@ -520,6 +690,15 @@ static void test_gelu(size_t n) {
                     [=](slam_ops *ops, void **p) { ops->gelu_forward(ops, A(0), A(0), n); });
 }
 
+static void test_leaky_relu(size_t n) {
+    check_operation("leaky relu", {numbers(ACT, n, 1, 1), unwritten(ACT, n), unwritten(ACT, n)},
+                    [=](slam_ops *ops, void **p) {
+                        ops->leaky_relu(ops, A(1), A(0), 0, n);
+                        ops->leaky_relu(ops, A(2), A(0), 1, n);
+                        ops->leaky_relu(ops, A(0), A(0), 0.1f, n);
+                    });
+}
+
 static void test_layernorm(int N, int C) {
     const size_t n = (size_t)N * C;
     for (int gelu = 0; gelu < 2; gelu++)
@@ -527,10 +706,10 @@ static void test_layernorm(int N, int C) {
                         {numbers(ACT, n, 2, 1), numbers(ACT, n, 1), numbers(ACT, C, 1), numbers(ACT, C, 1),
                          unwritten(ACT, n), unwritten(ACT, n), unwritten(ACT, n)},
                         [=](slam_ops *ops, void **p) {
-                            ops->layernorm(ops, NULL, A(4), A(0), NULL, A(2), A(3), 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, A(5), A(6), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, A(0), NULL, A(0), A(1), NULL, NULL, 1e-5f, gelu, N, C);
-                            ops->layernorm(ops, NULL, A(0), A(0), A(1), A(2), A(3), 1e-5f, gelu, N, C);
+                            layernorm(ops, NULL, A(4), A(0), NULL, A(2), A(3), gelu, N, C);
+                            layernorm(ops, A(5), A(6), A(0), A(1), A(2), A(3), gelu, N, C);
+                            layernorm(ops, A(0), NULL, A(0), A(1), NULL, NULL, gelu, N, C);
+                            layernorm(ops, NULL, A(0), A(0), A(1), A(2), A(3), gelu, N, C);
                         });
 }
 
@@ -571,7 +750,7 @@ static void test_launch(void) {
 }
 
 static void test_conv1d(const slam_conv &c) {
-    const size_t x = (size_t)(c.B * c.G * c.T + c.K) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
+    const size_t x = (size_t)(c.B * c.G * c.T + c.K * c.dilation) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
                  out = (size_t)c.B * c.TO * c.G * c.OC;
     check_operation("conv1d",
                     {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
@@ -606,6 +785,7 @@ static void test_speech_operations(const char *dtype) {
     for (int k = 0; k < 5; k++) {
         const int N = sizes[k][0], C = sizes[k][1];
         if (TEST("op: gelu %s %d", dtype, N * C)) test_gelu((size_t)N * C);
+        if (TEST("op: leaky relu %s %d", dtype, N * C)) test_leaky_relu((size_t)N * C);
         if (TEST("op: layernorm %s %d x %d", dtype, N, C)) test_layernorm(N, C);
         if (TEST("op: nearest centroid %s %d x %d", dtype, N, C)) test_nearest(N, C, 1 + 20 * k);
     }
@@ -615,19 +795,30 @@ static void test_speech_operations(const char *dtype) {
             test_channelnorm(rows[k][0], rows[k][1], rows[k][2]);
     if (TEST("op: frames in groups %s", dtype))
         test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
+    if (TEST("op: tensors that are not aligned %s", dtype)) {
+        for (shift = 1; shift <= 4; shift += 3) {
+            test_embedding(19, 64, 11), test_rmsnorm(9, 2, 64, 192, 0), test_matmul(9, 64, 24), test_swiglu(7, 64);
+            test_crossentropy(7, 60, 64), test_casts(64), test_sums(64), test_adamw(64);
+            test_gelu(64), test_leaky_relu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64),
+                test_frames(2, 9, 16, 2, 5);
+            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 1});
+        }
+        shift = 0;
+    }
     if (TEST("op: a launch that fails %s", dtype)) test_launch();
     const slam_conv convs[] = {
-        {1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1},
-        {3, 1, 41, 48, 20, 5, 2, 2, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1},
-        {1, 1, 640, 1, 128, 200, 10, 5, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 0}};
+        {1, 1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},
+        {3, 1, 41, 48, 20, 5, 2, 2, 1, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1, 1},
+        {1, 1, 640, 1, 128, 200, 10, 5, 1, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 1, 0},
+        {1, 1, 60, 16, 50, 16, 3, 1, 5, 0},    {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},    {1, 1, 70, 8, 10, 1, 7, 1, 10, 0}};
     for (const slam_conv &c : convs)
-        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d%s", dtype, c.B, c.G, c.T, c.C,
-                 c.TO, c.OC, c.K, c.stride, c.gelu ? ", gelu" : ""))
+        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d, dilation %d%s", dtype, c.B, c.G,
+                 c.T, c.C, c.TO, c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
             test_conv1d(c);
     /* more frames than are unfolded at once; 100 of them in the second, overlapping part */
     const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
     if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
-        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 0});
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0});
 }
 
 #ifndef OPS_ONLY
@@ -644,7 +835,7 @@ static std::vector<float> waveform(long n, double frequency) {
 static void test_hubert(const char *name, int layer) {
     char folder[200];
     snprintf(folder, sizeof folder, "test/fixtures/hubert/%s", name);
-    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, layer, "", 0, 0};
+    slam_unit_config config = {SLAM_HUBERT, 0, 0, 1, layer, 40, 0, "", 0, 0};
     snprintf(config.hubert, sizeof config.hubert, "%s", folder);
     const size_t lengths[] = {1200, 300, 2500};
     std::vector<float> samples[3], out[4][3];
@@ -707,6 +898,39 @@ static void test_units(void) {
     CHECK(changes > 10 && differ <= (gpu->act_bytes == 2 ? (int)n / 10 : 0), "%d of %zu units differ", differ, n);
 }
 
+/* A vocoder of test/fixtures/vocoder against PyTorch; in bf16 with PyTorch's durations. The same bits every time. */
+static void test_vocoder(const char *name) {
+    char folder[200], path[300];
+    snprintf(folder, sizeof folder, "test/fixtures/vocoder/%s", name);
+    snprintf(path, sizeof path, "%s/case.safetensors", folder);
+    tensors *file = tensors_open(path);
+    if (!CHECK(file, "%s", slam_error())) return;
+    const tensor *unit = tensors_find(file, "units"), *duration = tensors_find(file, "durations"),
+                 *samples = tensors_find(file, "samples");
+    const int is_bf16 = gpu->act_bytes == 2, given = !strcmp(tensors_metadata(file, "durations"), "given");
+    std::vector<int> units(unit->count), durations(unit->count);
+    std::vector<float> expected(samples->count), first;
+    memcpy(units.data(), unit->data, unit->count * sizeof(int));
+    if (duration && (given || is_bf16)) memcpy(durations.data(), duration->data, unit->count * sizeof(int));
+    CHECK(tensor_floats(samples, expected.data(), 0, samples->count), "%s", slam_error());
+    for (int run = 0; run < RUNS; run++) {
+        slam_vocoder *v = slam_vocoder_open(folder, atoi(tensors_metadata(file, "speaker")),
+                                            atoi(tensors_metadata(file, "style")), NULL, gpu);
+        std::vector<float> out;
+        const float *x;
+        emulator_seed((uint64_t)run + 1);
+        if (!CHECK(v && slam_vocoder_start(v, units.data(), durations.data(), units.size()), "%s", slam_error()))
+            return;
+        for (ptrdiff_t n; (n = slam_vocoder_next(v, &x)) > 0;) out.insert(out.end(), x, x + n);
+        if (run == 0) first = out;
+        CHECK(out == first, "another order of threads gives other bits");
+        slam_vocoder_free(v);
+    }
+    if (CHECK(first.size() == expected.size(), "%zu samples, expected %zu", first.size(), expected.size()))
+        check_close("samples", first.data(), expected.data(), first.size(), is_bf16 ? 2e-2 : 1e-5);
+    tensors_close(file);
+}
+
 /* ---- whole models ---- */
 
 static slam_config small_config(void) {
@@ -727,10 +951,14 @@ static slam_batch random_batch(int B, int T, int V, int masked) {
     for (int i = 0; i < B * T; i++) {
         b.tokens[i] = 1 + random_int(V - 1);
         b.targets[i] = random_int(9) ? 1 + (b.tokens[i] * 7 + 3) % (V - 1) : -1; // something that can be learnt
-        b.n_targets += b.targets[i] >= 0;
     }
-    b.n_tokens = (uint64_t)B * T;
     return b;
+}
+
+static int count_targets(const slam_batch &b) {
+    int n = 0;
+    for (int i = 0; i < b.B * b.T; i++) n += b.targets[i] >= 0;
+    return n;
 }
 
 static void test_gradients(int masked) {
@@ -742,7 +970,7 @@ static void test_gradients(int masked) {
     for (int k = 0; k < 2; k++) {
         slam_model *m = slam_model_new(k ? gpu : cpu, &config, 7);
         if (!CHECK(m && slam_model_plan(m, b.B, b.T, SLAM_TRAIN), "%s", slam_error())) return;
-        CHECK(slam_forward_backward(m, &b, 1.0f / b.n_targets), "%s", slam_error());
+        CHECK(slam_forward_backward(m, &b, 1.0f / count_targets(b)), "%s", slam_error());
         g[k].resize(m->n_weights);
         m->ops->download(m->ops, g[k].data(), m->grads, g[k].size() * sizeof(float));
         m->ops->download(m->ops, stats[k], m->stats, sizeof stats[k]);
@@ -768,7 +996,7 @@ static std::vector<double> train_on(slam_ops *ops, int steps, int mode, std::vec
     if (!CHECK(m && slam_model_plan(m, 2, 64, mode) && slam_adamw_init(&o, m), "%s", slam_error())) return losses;
     for (int i = 0; i < steps; i++) {
         slam_batch half[2] = {random_batch(2, 64, config.V, 0), random_batch(2, 64, config.V, 0)};
-        const double targets = (double)(half[0].n_targets + half[1].n_targets);
+        const double targets = count_targets(half[0]) + count_targets(half[1]);
         slam_step step;
         for (int k = 0; k < 2; k++) {
             CHECK(slam_forward_backward(m, &half[k], (float)(1 / targets)), "%s", slam_error());
@@ -880,6 +1108,9 @@ static void test_models(const char *dtype) {
     for (const char *name : hubert)
         if (TEST("hubert: %s %s", name, dtype)) test_hubert(name, name[0] == 'w' ? 1 : 2);
     if (TEST("hubert: units %s", dtype)) test_units();
+    const char *const vocoders[] = {"plain_weights", "speakers", "styles", "uneven_kernels", "given_durations"};
+    for (const char *name : vocoders)
+        if (TEST("vocoder: %s %s", name, dtype)) test_vocoder(name);
     if (TEST("model: gradients %s", dtype)) test_gradients(0);
     if (TEST("model: gradients with masked spans %s", dtype)) test_gradients(1);
     if (TEST("model: 20 steps %s", dtype)) test_training();
@@ -904,6 +1135,10 @@ int main(void) {
         if (TEST("op: upload %s", dtype)) test_upload();
 #ifdef SLAM_EMULATOR
         if (TEST("op: algorithms of products %s", dtype)) test_algorithms();
+        if (TEST("op: algorithms that are measured %s", dtype)) test_tuning();
+        if (TEST("op: a product without free memory %s", dtype)) test_full_memory();
+        if (TEST("op: names in errors %s", dtype)) test_names();
+        if (TEST("op: the kernel that failed %s", dtype)) test_blame();
 #endif
 #ifndef OPS_ONLY
         test_models(dtype);

@@ -13,6 +13,19 @@ typedef struct invalid {
     const char *text, *error;
 } invalid;
 
+static void test_folders(void) {
+    if (!TEST("folders: parents are made; an error is that of the first that cannot be")) return;
+    const char *root = check_path("folders"), *file = check_file("a file", "x", 1);
+    char path[1200];
+    snprintf(path, sizeof path, "%s/a//b/c/", root);
+    CHECK(folder_create(path) && folder_create(path) && path_is_folder(path), "%s", slam_error());
+    CHECK(remove_tree(root), "%s", slam_error());
+    snprintf(path, sizeof path, "%s/b/c", file);
+    check_fails(folder_create(path), "a file: cannot create this folder: File exists");
+    check_fails(folder_create(file), "a file: cannot create this folder: File exists");
+    check_fails(path_writable(path), "Not a directory");
+}
+
 static const char *text_file(const char *name, const char *text) { return check_file(name, text, strlen(text)); }
 
 /* ---- JSON ---- */
@@ -87,6 +100,8 @@ static void test_json_invalid(void) {
         {"\"\\ud800\"", "half of a surrogate pair"},
         {"\"\\ud800\\u0041\"", "half of a surrogate pair"},
         {"\"\\udc00\\ud800\"", "half of a surrogate pair"},
+        {"\"\\udc7f\"", "half of a surrogate pair"},
+        {"\"\\udd00\"", "half of a surrogate pair"},
         {"\"\\ud800\\n\"", "half of a surrogate pair"},
         {"\"\\u0000\"", "not 0000"},
         {"\"a\nb\"", "x.json: byte 3: found byte 0x0a, expected a closing quote, or an escape"},
@@ -145,6 +160,17 @@ static void check_number(double x, const char *expected) {
     strbuf_free(&t);
 }
 
+/* A locale of the system, or of the scratch folder. musl has names for all, but no comma. */
+static int use_decimal_comma(void) {
+    char command[1200], folder[1100];
+    snprintf(folder, sizeof folder, "%s", check_path("locales"));
+    mkdir(folder, 0777);
+    snprintf(command, sizeof command, "localedef -i de_DE -f UTF-8 %s/de_DE.UTF-8 >/dev/null 2>&1", folder);
+    if (setlocale(LC_NUMERIC, "de_DE.UTF-8") || setlocale(LC_NUMERIC, "fr_FR.UTF-8")) return 1;
+    setenv("LOCPATH", folder, 1);
+    return system(command) == 0 && setlocale(LC_NUMERIC, "de_DE.UTF-8") != NULL;
+}
+
 static void test_json_numbers(void) {
     static const struct {
         double x;
@@ -191,14 +217,15 @@ static void test_json_numbers(void) {
             json_free(root);
         }
     }
-    if (setlocale(LC_NUMERIC, "de_DE.UTF-8") || setlocale(LC_NUMERIC, "fr_FR.UTF-8")) {
-        if (TEST("json: numbers do not depend on the locale")) {
+    if (use_decimal_comma()) {
+        if (TEST("numbers do not depend on the locale")) {
             check_number(0.5, "0.5");
             check_number(0.1 + 0.2, "0.30000000000000004");
-            check_number(1.25e-300, "1.25e-300");
+            check_number(1.2345678901234568e-300, "1.2345678901234568e-300");
+            CHECK(whole_number("12.0") == 12 && whole_number("12,0") == -2, "in gold.csv: %ld", whole_number("12.0"));
         }
         setlocale(LC_NUMERIC, "C");
-    }
+    } else printf("skip numbers do not depend on the locale: there is none with a decimal comma, nor localedef\n");
 }
 
 typedef struct state {
@@ -301,12 +328,12 @@ static void test_json_strings(void) {
         strbuf_add_json(&t, bytes);
         json *root = json_parse(t.at, t.n, "x");
         CHECK(root && root->type == JSON_STRING, "%s", slam_error());
-        if (root && round % 2) CHECK(strcmp(root->string, bytes) == 0, "'%s' became '%s'", bytes, root->string);
+        if (root) CHECK(strcmp(root->string, bytes) == 0, "'%s' became '%s'", bytes, root->string);
         json_free(root);
         strbuf_free(&t);
     }
     strbuf_add_json(&t, "a\"\\\n\t\x01\xc3\xa9\xff");
-    CHECK(strcmp(t.at, "\"a\\\"\\\\\\n\\t\\u0001\xc3\xa9\xef\xbf\xbd\"") == 0, "%s", t.at);
+    CHECK(strcmp(t.at, "\"a\\\"\\\\\\n\\t\\u0001\xc3\xa9\\udcff\"") == 0, "%s", t.at); // as json.dumps in Python
     strbuf_free(&t);
 }
 
@@ -967,6 +994,7 @@ static void test_damage(void) {
 }
 
 int main(void) {
+    test_folders();
     test_json_values();
     test_json_invalid();
     test_json_many_keys();

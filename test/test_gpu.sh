@@ -5,8 +5,9 @@
 # `FAIL NAME: why` or `skip NAME: why` and last `N passed, N failed`; of TEST_CUDA only what failed or was skipped.
 #
 # In the environment: MPIRUN (none: no ranks), BUDGET (450 seconds; the sanitizer's tools share what the rest leaves), LOGS (a folder that keeps what the
-# programs printed), SANITIZER (path of compute-sanitizer). To try this script elsewhere: DEVICE (cuda), DTYPES ("bf16 f32"),
-# STEPS (200), OPTIONS (of train: "--model m.json --context 64 --batch 4").
+# programs printed), SANITIZER (path of compute-sanitizer), PARTS (all: "ones operations bits others ranks moves preferences memory
+# sanitizer"; others and moves go on from the runs of bits). To try this script elsewhere: DEVICE (cuda), DTYPES ("bf16 f32"), STEPS (200),
+# OPTIONS (of train: "--model m.json --context 64 --batch 4"), OPERATIONS (text in the names of TEST_CUDA's tests).
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
@@ -34,6 +35,9 @@ check() {
     shift 2
     if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$check_why; $(tail -n 1 check.out)"; fi
 }
+part() { # part NAME: is it to run?
+    case " ${PARTS:-ones operations bits others ranks moves preferences memory sanitizer} " in *" $1 "*) ;; *) return 1 ;; esac
+}
 left() { echo $((budget - $(date +%s) + began)); }
 limited() { # limited SECONDS COMMAND...
     if command -v timeout >/dev/null; then timeout -k 5 "$@"; else shift && "$@"; fi
@@ -50,7 +54,8 @@ run() {
 fresh() { # fresh NAME DEVICE DTYPE OPTIONS...: a run of all steps
     fresh_name=$1 fresh_device=$2 fresh_dtype=$3
     shift 3
-    run "$fresh_name" $OPTIONS --steps "$steps" --save-every $half --eval-every $half --keep 0 --device "$fresh_device" --dtype "$fresh_dtype" "$@"
+    run "$fresh_name" $OPTIONS --steps "$steps" --save-every $half --eval-every $half --keep 0 --tune off --device "$fresh_device" \
+        --dtype "$fresh_dtype" "$@"
 }
 step_name() { printf 'step_%06d' "$1"; }
 timeless() { sed 's/, "seconds".*//' "$1/log.jsonl"; }
@@ -84,7 +89,7 @@ halt_at_step() {
 # interrupted NAME SIGNAL STEP DTYPE: a run that got the signal after that step and went on; fails where it could not be caught
 # shellcheck disable=SC2086
 interrupted() {
-    "$train" $OPTIONS --steps "$steps" --save-every $half --eval-every $half --keep 0 --device "$device" --dtype "$4" --out "$1" \
+    "$train" $OPTIONS --steps "$steps" --save-every $half --eval-every $half --keep 0 --tune off --device "$device" --dtype "$4" --out "$1" \
         >"$logs/$1.out" 2>"$logs/$1.err" </dev/null &
     process=$!
     halt_at_step $process "$1" "$3" || { wait $process; return 1; }
@@ -104,26 +109,31 @@ echo "on $(sed -n 's/^device *//p' "$logs/plan.out")"
 
 # ---- operations and model against the CPU ----
 
-limit=$(($(left) / 3))
-limited $limit "$test_cuda" >"$logs/test_cuda.out" 2>"$logs/test_cuda.err" </dev/null
-status=$?
-good=$(grep -c '^ok ' "$logs/test_cuda.out") bad=$(grep -c '^FAIL ' "$logs/test_cuda.out")
-passed=$((passed + good)) failed=$((failed + bad))
-grep -v '^ok \|^[0-9]* passed, [0-9]* failed' "$logs/test_cuda.out" | head -n 60
-case $status in
-0 | 1) [ "$(tail -n 1 "$logs/test_cuda.out")" = "$good passed, $bad failed" ] || status=early ;;
-124 | 137) status="stopped after $limit s" ;;
-esac
-if [ "$status" = 0 ] && [ "$good" -gt 0 ]; then
-    echo "ok operations and model: $good tests"
-elif [ "$status" != 1 ]; then
-    fail 'operations and model' "$good ok, $bad failed, then it ended ($status): $(tail -n 1 "$logs/test_cuda.err")"
-fi
+# tests NAME SECONDS TEXT: those of TEST_CUDA whose names contain TEXT
+tests() {
+    tests_limit=$2
+    CHECK_ONLY=$3 limited "$tests_limit" "$test_cuda" >"$logs/test_cuda.out" 2>"$logs/test_cuda.err" </dev/null
+    status=$?
+    good=$(grep -c '^ok ' "$logs/test_cuda.out") bad=$(grep -c '^FAIL ' "$logs/test_cuda.out")
+    passed=$((passed + good)) failed=$((failed + bad))
+    grep -v '^ok \|^[0-9]* passed, [0-9]* failed' "$logs/test_cuda.out" | head -n 60
+    case $status in
+    0 | 1) [ "$(tail -n 1 "$logs/test_cuda.out")" = "$good passed, $bad failed" ] || status=early ;;
+    124 | 137) status="stopped after $tests_limit s" ;;
+    esac
+    if [ "$status" = 0 ] && [ "$good" -gt 0 ]; then
+        echo "ok $1: $good tests"
+    elif [ "$status" != 1 ]; then
+        fail "$1" "$good ok, $bad failed, then it ended ($status): $(tail -n 1 "$logs/test_cuda.err")"
+    fi
+}
+part ones && tests 'sums of ones, split and whole' 60 ' ones'
+part operations && tests 'operations and model' $(($(left) / 3)) "$OPERATIONS"
 
 # ---- the same seed, the same bytes ----
 
 for dtype in $dtypes; do
-    fresh "$dtype" "$device" "$dtype" && fresh "$dtype-2" "$device" "$dtype" || continue
+    part bits && fresh "$dtype" "$device" "$dtype" && fresh "$dtype-2" "$device" "$dtype" || continue
     check "$dtype: two runs have the same log" 'differ' same_logs "$dtype" "$dtype-2"
     check "$dtype: and the same weights and moments in the middle" 'differ' same_weights "$dtype" "$dtype-2" $half
     check "$dtype: and at the end" 'differ' same_weights "$dtype" "$dtype-2" "$steps"
@@ -137,19 +147,19 @@ for dtype in $dtypes; do
     else
         echo "skip $dtype: kill -9 and --resume: it ended before it could be stopped"
     fi
+    if fresh "$dtype-tuned" "$device" "$dtype" --tune on && half_of "$dtype-tuned" "$dtype-kept" && run "$dtype-kept" --resume; then
+        check "$dtype: --resume with the measured algorithms, as if never stopped" 'differ' same_runs "$dtype-tuned" "$dtype-kept"
+        sed -n 's/^products /measured: /p' "$logs/$dtype-tuned.out"
+    fi
 done
 
 # ---- the same run in other parts ----
 
 first=${dtypes%% *}
-if "$train" --help | grep -q -e '--recompute'; then
-    fresh recompute "$device" "$first" --recompute && check "$first: --recompute changes no bit" 'differ' same_runs "$first" recompute
-else
-    echo 'skip --recompute: train has no such flag'
-fi
+part others && fresh recompute "$device" "$first" --recompute && check "$first: --recompute changes no bit" 'differ' same_runs "$first" recompute
 rows=$(sed -n 's/.*"micro-batch": "\([0-9]*\)".*/\1/p' "$first/latest/trainer.json" 2>/dev/null)
 for dtype in $dtypes; do
-    [ "${rows:-0}" -ge 2 ] && fresh "$dtype-micro" "$device" "$dtype" --micro-batch $((rows / 2)) || continue
+    part others && [ "${rows:-0}" -ge 2 ] && fresh "$dtype-micro" "$device" "$dtype" --micro-batch $((rows / 2)) || continue
     few=$((steps < 20 ? steps : 20))
     check "$dtype: half the rows at once, the same losses for $few steps" 'too far' near "$dtype-micro" "$dtype" 1 $few 1e-3
     case $dtype in f32) tolerance=1e-3 ;; *) tolerance=2e-2 ;; esac
@@ -158,7 +168,7 @@ done
 
 # ---- as a rank, whose gradients and weights go through NCCL ----
 
-if [ "$MPIRUN" ]; then
+if part ranks && [ "$MPIRUN" ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     lone=$train
     printf '#!/bin/sh\nexec "%s" -np 1 "%s" "$@"\n' "$MPIRUN" "$lone" >rank && chmod +x rank
@@ -174,13 +184,13 @@ if [ "$MPIRUN" ]; then
         fi
     done
     train=$lone
-else
+elif part ranks; then
     echo 'skip a rank of its own: no MPI'
 fi
 
 # ---- from the CPU to the GPU and back ----
 
-if fresh cpu cpu f32; then
+if part moves && fresh cpu cpu f32; then
     for dtype in $dtypes; do
         case $dtype in f32) tolerance=1e-4 ;; *) tolerance=2e-2 ;; esac
         check "$dtype: the losses are the CPU's" 'too far' near "$dtype" cpu 1 "$steps" $tolerance
@@ -202,12 +212,12 @@ awk 'function part(n,  s, i) { for (i = 0; i < n; i++) { seed = (seed * 16807) %
 prefer() {
     prefer_name=$1 prefer_device=$2 prefer_dtype=$3
     shift 3
-    limited 120 "$dpo" pairs.jsonl --init cpu --batch 8 --steps 20 --lr 1e-4 --warmup 0 --share-prompt --device "$prefer_device" \
+    limited 120 "$dpo" pairs.jsonl --init cpu --batch 8 --steps 20 --lr 1e-4 --warmup 0 --share-prompt --tune off --device "$prefer_device" \
         --dtype "$prefer_dtype" --out "$prefer_name" "$@" >"$logs/$prefer_name.out" 2>"$logs/$prefer_name.err" </dev/null && return
     fail "dpo $prefer_name" "status $?: $(head -n 1 "$logs/$prefer_name.err")"
     return 1
 }
-if [ -d cpu ] && prefer dpo-cpu cpu f32; then
+if part preferences && [ -d cpu ] && prefer dpo-cpu cpu f32; then
     for dtype in $dtypes; do
         case $dtype in f32) tolerance=1e-3 ;; *) tolerance=5e-2 ;; esac
         prefer "dpo-$dtype" "$device" "$dtype" && prefer "dpo-$dtype-2" "$device" "$dtype" || continue
@@ -220,7 +230,7 @@ fi
 
 # ---- out of memory ----
 
-if [ "$device" = cuda ] && [ -z "$OPTIONS" ]; then
+if part memory && [ "$device" = cuda ] && [ -z "$OPTIONS" ]; then
     limited 120 "$train" --model slam --context 8192 --batch 64 --micro-batch 64 --steps 1 --device cuda --out large >"$logs/large.out" 2>"$logs/large.err" </dev/null
     status=$?
     if [ $status -ne 1 ]; then
@@ -248,7 +258,7 @@ for option in --kernel-name-exclude --kernel-regex-exclude; do
 done
 tools='memcheck racecheck initcheck synccheck' rest=4
 for tool in $tools; do
-    [ "$sanitizer" ] || break
+    part sanitizer && [ "$sanitizer" ] || break
     limit=$(($(left) / rest)) rest=$((rest - 1)) out=$logs/$tool.out
     if [ $limit -lt 10 ]; then
         echo "skip $tool: the $budget seconds are used up"
@@ -270,6 +280,6 @@ for tool in $tools; do
     fi ;;
     esac
 done
-[ "$sanitizer" ] || echo 'skip compute-sanitizer: not found; it is in the CUDA Toolkit (package cuda-sanitizer-13-0), or set SANITIZER=/path/to/compute-sanitizer'
+[ "$sanitizer" ] || ! part sanitizer || echo 'skip compute-sanitizer: not found; it is in the CUDA Toolkit (package cuda-sanitizer-13-0), or set SANITIZER=/path/to/compute-sanitizer'
 
 end

@@ -61,7 +61,7 @@ static void fixture_close(fixture *f) {
 }
 
 static size_t frames_of(const slam_hubert *h, long samples) {
-    return hubert_frames(&h->config, (size_t)samples, h->config.convs);
+    return hubert_frames(h, (size_t)samples, h->config.convs);
 }
 
 /* The utterance's features in memory for one more number, NaN. *n: how many numbers they are */
@@ -74,7 +74,7 @@ static float *room_for(const slam_hubert *h, long samples, size_t *n) {
 
 static int features(slam_hubert *h, int n, float *const *samples, const long *lengths, float *const *out) {
     slam_tokenizer t = ZERO;
-    slam_recording *r = NEW(slam_recording, n);
+    slam_recording *r = NEW(slam_recording, n), **list = NEW(slam_recording *, n);
     t.hubert = h;
     t.width = h->config.C;
     for (int i = 0; i < n; i++) {
@@ -82,9 +82,10 @@ static int features(slam_hubert *h, int n, float *const *samples, const long *le
         r[i].n = (size_t)lengths[i];
         r[i].features = out[i];
         r[i].units.frames = frames_of(h, lengths[i]);
+        list[i] = &r[i];
     }
-    const int ok = hubert_compute(&t, r, n);
-    free(r);
+    const int ok = hubert_compute(&t, list, n);
+    free(r), free(list);
     return ok;
 }
 
@@ -92,7 +93,7 @@ static void test_model(slam_ops *ops, const char *name) {
     fixture f;
     if (!fixture_open(&f, name)) return;
     for (int l = 0; l <= f.layers; l++) {
-        slam_hubert *h = hubert_load(ops, f.folder, l);
+        slam_hubert *h = hubert_load(ops, f.folder, l, 40);
         float *out[UTTERANCES];
         size_t n[UTTERANCES];
         if (!CHECK(h, "%s", slam_error())) break;
@@ -115,6 +116,33 @@ static void test_model(slam_ops *ops, const char *name) {
     fixture_close(&f);
 }
 
+/* With pad 0, samples that have the zeros of the fixture around them already; with others, fewer or more zeros. */
+static void test_padding(slam_ops *ops, const char *name) {
+    fixture f;
+    if (!fixture_open(&f, name)) return;
+    for (int pad = 0; pad <= 80; pad += 20) {
+        slam_hubert *h = hubert_load(ops, f.folder, f.layers, pad);
+        if (!CHECK(h, "%s", slam_error())) break;
+        for (int i = 0; i < f.n; i++) {
+            const int more = 40 - pad; // zeros to add to, or take from, the fixture's audio
+            const tensor *t = f.hidden[i][f.layers];
+            const long length = f.lengths[i] + 2 * more;
+            if (!t || length < 0) continue;
+            float *in = NEW(float, (size_t)length + 1), *expected = NEW(float, t->count);
+            size_t n;
+            float *out = room_for(h, length, &n);
+            if (more >= 0) memcpy(in + more, f.samples[i], (size_t)f.lengths[i] * sizeof *in);
+            CHECK(features(h, 1, &in, &length, &out), "%s", slam_error());
+            CHECK(n == t->count && tensor_floats(t, expected, 0, n), "pad %d: %zu numbers", pad, n);
+            if (more >= 0 && n == t->count) check_close("hidden states", out, expected, n, 3e-5);
+            CHECK(isnan(out[n]), "pad %d: something is written behind its features", pad);
+            free(in), free(expected), free(out);
+        }
+        hubert_free(h);
+    }
+    fixture_close(&f);
+}
+
 /* An utterance has the same bits in any batch: of mixed lengths, with some many times and some of NaN; as one of several rows of
    almost equal length; by one thread; and where a batch has a shape of its own (same_rows 0). */
 static void test_batches(slam_ops *ops, const char *name) {
@@ -122,7 +150,7 @@ static void test_batches(slam_ops *ops, const char *name) {
     fixture f;
     if (!fixture_open(&f, name)) return;
     slam_ops *one = slam_cpu(1);
-    slam_hubert *h = hubert_load(ops, f.folder, f.layers), *h1 = hubert_load(one, f.folder, f.layers);
+    slam_hubert *h = hubert_load(ops, f.folder, f.layers, 40), *h1 = hubert_load(one, f.folder, f.layers, 40);
     if (!CHECK(h && h1, "%s", slam_error())) return;
     float *in[N], *out[N], *alone[N], *bad = NEW(float, 5000);
     long lengths[N];
@@ -212,35 +240,35 @@ static void test_errors(slam_ops *ops) {
         {c, "\"feat_extract_norm\": \"group\"", "\"feat_extract_norm\": \"batch\"",
          "feat_extract_norm is 'batch', expected 'group' or 'layer'"},
         {c, "\"conv_bias\": false", "\"conv_bias\": 0", "'conv_bias'"},
-        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "'conv_kernel' has no more after 3 numbers"},
+        {c, "\"conv_dim\": [", "\"conv_dim\": [ 3,", "'conv_kernel' has 3 numbers, then its end"},
         {c, "\"conv_stride\": [", "\"conv_stride\": [ 0,",
-         "'conv_stride' has 0 after 0 numbers, expected 1 to 16 from 1 to 16384, as many as conv_dim"},
+         "'conv_stride' has 0 numbers, then 0, expected 1 to 16 from 1 to 16384, as many as conv_dim"},
         {c, "\"conv_stride\": [\n    5,\n    2,", "\"conv_stride\": [\n    1000, 1000,", "multiplies to more"},
         {c, "\"num_attention_heads\": 2", "\"num_attention_heads\": 5",
          "hidden_size is 24, expected a multiple of num_attention_heads, 5"},
         {c, "\"num_conv_pos_embedding_groups\": 4", "\"num_conv_pos_embedding_groups\": 7",
          "and of num_conv_pos_embedding_groups, 7"},
         {c, "\"intermediate_size\": 40", "\"intermediate_size\": 40, \"adapter_attn_dim\": 8", "adapter_attn_dim"},
-        {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has another shape, expected shape (32,16,1)"},
+        {c, "\"hidden_size\": 24", "\"hidden_size\": 32", "has shape (24,16), expected (32,16,1)"},
         {c, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "layer is 2, expected 0 to 1"},
         {c, "\"conv_pos_batch_norm\": false", "\"conv_pos_batch_norm\": true",
          "pos_conv_embed.conv.weight' is missing"},
         {c, "\"do_stable_layer_norm\": false", "\"do_stable_layer_norm\": \"no\"", "'do_stable_layer_norm'"},
         {m, "encoder.layers.1.final_layer_norm.bias", "encoder.layers.1.final_layer_norm.bios",
          "final_layer_norm.bias' is missing"},
-        {m, "[16,16,3]", "[16,3,16]", "expected shape (16,16,3)"},
+        {m, "[16,16,3]", "[16,3,16]", "has shape (16,3,16), expected (16,16,3)"},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
-        check_fails(hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2),
+        check_fails(hubert_load(ops, changed("older_spelling", cases[k].file, cases[k].from, cases[k].to), 2, 40),
                     cases[k].error);
-    check_fails(hubert_load(ops, "test/fixtures/hubert/base", 3), "layer is 3");
-    check_fails(hubert_load(ops, "test/fixtures/hubert/base", -1), "layer is -1");
-    check_fails(hubert_load(ops, "test/fixtures/none", 1), "none");
+    check_fails(hubert_load(ops, "test/fixtures/hubert/base", 3, 40), "layer is 3");
+    check_fails(hubert_load(ops, "test/fixtures/hubert/base", -1, 40), "layer is -1");
+    check_fails(hubert_load(ops, "test/fixtures/none", 1, 40), "none");
     /* what a lower layer does not need may be wrong */
     slam_hubert *h = hubert_load(ops,
                                  changed("older_spelling", m, "encoder.layers.1.final_layer_norm.bias",
                                          "encoder.layers.1.final_layer_norm.bios"),
-                                 1);
+                                 1, 40);
     CHECK(h, "%s", slam_error());
     hubert_free(h);
 }
@@ -380,8 +408,22 @@ static void test_config(slam_ops *ops) {
               "layer %d of '%s'", other.layer, other.hubert);
         other = slam_unit_config_default();
         slam_tokenizer *back = load(path, &other, ops);
-        CHECK(back && back->fingerprint == t->fingerprint, "%s", slam_error());
+        CHECK(back && back->fingerprint == t->fingerprint && back->hubert->pad == 40, "%s", slam_error());
         slam_tokenizer_free(back);
+        other = config;
+        other.pad = 0;
+        if (CHECK(back = slam_tokenizer_load(path, &other, ops), "%s", slam_error())) {
+            CHECK(back->fingerprint != t->fingerprint, "another padding has the same fingerprint");
+            CHECK(tokenizer_save(back, check_path("kmp.npy"), &report), "%s", slam_error());
+        }
+        slam_tokenizer_free(back);
+        other = slam_unit_config_default();
+        CHECK((back = load(check_path("kmp.npy"), &other, ops)) && back->hubert->pad == 0, "%s", slam_error());
+        slam_tokenizer_free(back);
+        check_fails(slam_unit_config_load(&other, check_path("kmp.npy")) && (other.pad = 1) &&
+                        slam_tokenizer_load(check_path("kmp.npy"), &other, ops),
+                    "do not belong together");
+        other = slam_unit_config_default();
     }
     if (t && TEST("hubert: another model than that of the centroids")) {
         snprintf(other.hubert, sizeof other.hubert, "%s",
@@ -400,11 +442,9 @@ static void test_config(slam_ops *ops) {
         static const char *const names[] = {"mhubert", "stable_batch_norm", "older_spelling"};
         static const uint64_t hashes[] = {0xec28cbd324a455b0, 0x05197adf7002e3d9, 0xac7bdb4d5f024840};
         for (int i = 0; i < 3; i++) {
-            char *folder = path_join("test/fixtures/hubert", names[i]);
-            slam_hubert *h = hubert_load(ops, folder, 2);
-            CHECK(h && h->hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->hash : 0);
+            slam_hubert *h = hubert_load(ops, path_join("test/fixtures/hubert", names[i]).at, 2, 40);
+            CHECK(h && h->net.hash == hashes[i], "%s: %016llx", names[i], h ? (unsigned long long)h->net.hash : 0);
             hubert_free(h);
-            free(folder);
         }
     }
     if (TEST("hubert: preprocessor_config.json")) {
@@ -413,7 +453,7 @@ static void test_config(slam_ops *ops) {
         const char *folder = changed("mhubert", "config.json", "1e-05", "1e-05");
         for (int i = 0; i < 3; i++) {
             check_file("changed/preprocessor_config.json", texts[i], strlen(texts[i]));
-            slam_hubert *h = hubert_load(ops, folder, 0);
+            slam_hubert *h = hubert_load(ops, folder, 0, 40);
             CHECK(i == 2 ? !h && strstr(slam_error(), "'do_normalize'") != NULL : h && h->do_normalize == i, "%s: %s",
                   texts[i], slam_error());
             hubert_free(h);
@@ -425,14 +465,54 @@ static void test_config(slam_ops *ops) {
     free(path);
 }
 
+/* A model of one sample per frame, so that 2^19 samples are as many frames, too many for a batch. */
+static void test_too_long(slam_ops *ops) {
+    enum { TOO_LONG = 1 << 19 };
+    uint32_t head[11] = {0x46464952,  36 + 2 * TOO_LONG, 0x45564157,   0x20746d66, 16,          1 | 1 << 16,
+                         SAMPLE_RATE, 2 * SAMPLE_RATE,   2 | 16 << 16, 0x61746164, 2 * TOO_LONG};
+    const slam_unit_config config =
+        config_of(changed("older_spelling", "config.json", "\"conv_stride\": [\n    5,\n    2,\n    2\n",
+                          "\"conv_stride\": [ 1, 1, 1 "),
+                  1);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, ops);
+    const char *paths[2];
+    slam_inputs in = ZERO;
+    const slam_item *item;
+    const char *skipped;
+    if (!CHECK(t, "%s", slam_error())) return;
+    char *bytes = (char *)calloc(1, sizeof head + 2 * TOO_LONG), *long_path;
+    memcpy(bytes, head, sizeof head);
+    paths[0] = long_path = string_copy(check_file("long.wav", bytes, sizeof head + 2 * TOO_LONG));
+    head[1] = 36 + 512, head[10] = 512;
+    memcpy(bytes, head, sizeof head);
+    paths[1] = check_file("short.wav", bytes, sizeof head + 512);
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, paths, 2), "%s", slam_error());
+    slam_reader *r = slam_reader_open(&in, t, 0);
+    int more = 1;
+    for (int i = 0; i < 2; i++) {
+        do more = slam_reader_next(r, &item, &skipped);
+        while (more > 0 && !item);
+        if (!CHECK(more > 0, "%s", slam_error())) break;
+        if (i) CHECK(!skipped, "%s", skipped);
+        else CHECK(skipped && strstr(skipped, "long.wav: 524288 samples, expected fewer than 524288"), "%s", skipped);
+    }
+    slam_reader_close(r);
+    slam_inputs_free(&in);
+    slam_tokenizer_free(t);
+    free(bytes);
+    free(long_path);
+}
+
 int main(void) {
     slam_ops *ops = slam_cpu(2);
     for (int k = 0; k < MODELS; k++)
         if (TEST("hubert: %s", models[k])) test_model(ops, models[k]);
     for (int k = 0; k < MODELS; k++)
         if (TEST("hubert: batches, %s", models[k])) test_batches(ops, models[k]);
+    for (int k = 0; k < MODELS; k += 5)
+        if (TEST("hubert: other padding, %s", models[k])) test_padding(ops, models[k]);
     if (TEST("hubert: frames")) {
-        slam_hubert *h = hubert_load(ops, "test/fixtures/hubert/mhubert", 0);
+        slam_hubert *h = hubert_load(ops, "test/fixtures/hubert/mhubert", 0, 40);
         if (CHECK(h, "%s", slam_error())) { // of two LibriSpeech utterances, in mHuBERT-25Hz
             CHECK(frames_of(h, 225360) == 352 && frames_of(h, 255120) == 398, "%zu and %zu frames, expected 352, 398",
                   frames_of(h, 225360), frames_of(h, 255120));
@@ -443,6 +523,7 @@ int main(void) {
     if (TEST("hubert: models that are errors")) test_errors(ops);
     test_units(ops);
     test_config(ops);
+    if (TEST("hubert: a file with too many frames is skipped")) test_too_long(ops);
     slam_ops_free(ops);
     return check_end();
 }

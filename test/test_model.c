@@ -518,15 +518,26 @@ static void test_configs(void) {
         {"\"hidden_act\": \"gelu\"", "hidden_act is 'gelu'"},
         {"\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "rope_scaling has rope_type 'linear'"},
         {"\"rope_scaling\": {\"rope_type\": \"llama3\", \"type\": \"default\"}", "rope_type 'llama3'"},
-        {"\"rope_scaling\": 2", "rope_scaling has rope_type ''"},
+        {"\"rope_scaling\": 2", "rope_scaling is 2, expected an object"},
+        {"\"rope_scaling\": [1]", "rope_scaling is an array"},
         {"\"rope_parameters\": {\"rope_type\": \"yarn\"}", "rope_parameters has rope_type 'yarn'"},
-        {"\"rope_parameters\": {\"rope_type\": 3}", "rope_type"},
-        {"\"rope_parameters\": {\"full_attention\": {\"rope_theta\": 5}}", "expected 'default' for all layers"},
+        {"\"rope_parameters\": {\"rope_type\": 3}", "rope_parameters has rope_type '3'"},
+        {"\"rope_parameters\": {\"rope_type\": null, \"type\": \"default\"}", "rope_type 'null'"},
+        {"\"rope_parameters\": {\"type\": null}", "rope_type 'null'"},
+        {"\"rope_parameters\": {\"full_attention\": {\"rope_theta\": 5}}", "settings for 'full_attention'"},
+        {"\"rope_scaling\": {\"sliding_attention\": {}, \"rope_theta\": 5}", "settings for 'sliding_attention'"},
         {"\"rope_parameters\": {\"rope_theta\": \"many\"}", "rope_theta"},
+        {"\"rope_theta\": null", "rope_theta is null"},
+        {"\"rope_theta\": 5, \"rope_parameters\": {\"rope_theta\": null}", "rope_theta is null"},
         {"\"rope_parameters\": {\"partial_rotary_factor\": 0.5}", "partial_rotary_factor"},
         {"\"partial_rotary_factor\": 0.5", "partial_rotary_factor"},
-        {"\"use_sliding_window\": true", "use_sliding_window"},
+        {"\"use_sliding_window\": true, \"max_window_layers\": 0", "use_sliding_window is true"},
+        {"\"use_sliding_window\": true, \"max_window_layers\": 0, \"sliding_window\": 9", "max_window_layers 0"},
         {"\"layer_types\": [\"sliding_attention\"]", "full_attention"},
+        {"\"layer_types\": \"sliding_attention\"", "layer_types"},
+        {"\"layer_types\": []", "layer_types"},
+        {"\"hidden_act\": null", "hidden_act"},
+        {"\"hidden_act\": 3", "hidden_act"},
         {"\"attention_bias\": true", "attention_bias"},
         {"\"mlp_bias\": true", "mlp_bias"},
         {"\"vocab_size\": 0", "vocab_size"},
@@ -560,7 +571,16 @@ static void test_configs(void) {
         {"\"rope_scaling\": {\"type\": \"default\"}, \"rope_parameters\": {\"rope_theta\": 9}",
          10000}, // the former replaces the latter
         {"\"rope_parameters\": {\"partial_rotary_factor\": 1.0}", 10000},
+        {"\"rope_theta\": null, \"rope_parameters\": {\"rope_theta\": 9}", 9},
+        {"\"rope_parameters\": {\"rope_type\": \"default\", \"type\": \"linear\", \"factor\": 4, \"rope_theta\": 9}",
+         9},
+        {"\"rope_scaling\": {\"type\": \"default\"}, \"rope_parameters\": {\"rope_theta\": 9}, \"rope_theta\": 8", 8},
+        // no window slides in any layer
         {"\"use_sliding_window\": true, \"layer_types\": [\"full_attention\"]", 10000},
+        {"\"use_sliding_window\": true", 10000},
+        {"\"use_sliding_window\": true, \"max_window_layers\": 1", 10000},
+        {"\"use_sliding_window\": true, \"max_window_layers\": 0, \"sliding_window\": null", 10000},
+        {"\"use_sliding_window\": false, \"max_window_layers\": 0, \"sliding_window\": 4", 10000},
     };
     slam_config c;
     if (TEST("config.json: unsupported, absurd or missing settings are errors that name them"))
@@ -572,11 +592,22 @@ static void test_configs(void) {
                 check_near(good[k].member, c.rope_theta, good[k].rope_theta, 0);
     if (TEST("config.json: SlamKit's, with its own vocabulary; files that are none")) {
         const char nested[] =
-            "{\"vocab_size\": 7, \"rope_theta\": 3, \"base_config\": {\"model_type\": \"llama\", \"vocab_size\": 10, "
-            "\"hidden_size\": 8, \"intermediate_size\": 12, \"num_hidden_layers\": 1, \"num_attention_heads\": 2}}";
-        CHECK(slam_config_load(&c, check_file("nested.json", nested, strlen(nested))), "%s", slam_error());
-        CHECK(c.V == 7 && c.KVH == 2 && c.HS == 4 && c.T == 2048 && !c.tied && !c.qkv_bias && c.rope_theta == 10000,
-              "V %d, KVH %d", c.V, c.KVH);
+            "{\"vocab_size\": 7, \"base_config\": {\"model_type\": \"llama\", \"vocab_size\": 10, "
+            "\"hidden_size\": 8, \"intermediate_size\": 12, \"num_hidden_layers\": 1, \"num_attention_heads\": 2}, "
+            "\"rope_theta\": %s}";
+        static const char *const thetas[] = {"10000", "3", "null"};
+        char text[512];
+        for (int k = 0; k < 3; k++) {
+            snprintf(text, sizeof text, nested, thetas[k]);
+            const char *path = check_file("nested.json", text, strlen(text));
+            if (k) {
+                check_fails(slam_config_load(&c, path), "rope_theta is ");
+                continue;
+            }
+            CHECK(slam_config_load(&c, path), "%s", slam_error());
+            CHECK(c.V == 7 && c.KVH == 2 && c.HS == 4 && c.T == 2048 && !c.tied && !c.qkv_bias && c.rope_theta == 10000,
+                  "V %d, KVH %d", c.V, c.KVH);
+        }
         check_fails(slam_config_load(&c, check_path("no-such/config.json")), "no-such/config.json");
         check_fails(slam_config_load(&c, check_file("broken.json", "{\"vocab_size\": ", 15)), "broken.json");
         check_fails(slam_config_load(&c, check_file("list.json", "[1]", 3)), "list.json");
@@ -624,6 +655,57 @@ static void test_damaged_weights(slam_ops *ops) {
     unlink(path);
     check_fails(slam_model_load(ops, folder), "model.safetensors");
     slam_model_free(m);
+}
+
+/* A tensor of a file that the model does not use is an error, unless it says nothing new. */
+static void test_unused_tensors(slam_ops *ops) {
+    static const struct {
+        const char *name, *error; // NULL: it loads
+        int format;
+        double rope_theta; // of the frequencies
+        int bits;          // that they were rounded to
+    } extra[] = {
+        {"model.layers.0.self_attn.o_proj.bias", "o_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
+        {"model.layers.0.mlp.down_proj.bias", "down_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
+        {"model.layers.0.self_attn.q_norm.weight", "q_norm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
+        {"model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
+        {"model.norm.weight", "'model.norm.weight' is not part", SLAM_FORMAT_SLAMKIT, 0, 0},
+        {"head.lm_head.weight", "'head.lm_head.weight' is not part", SLAM_FORMAT_HF, 0, 0},
+        {"model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 23},
+        {"model.layers.0.self_attn.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 10},
+        {"lm.model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_SLAMKIT, 5000, 7},
+        {"model.rotary_emb.inv_freq", "inv_freq' is not that of rope_theta 5000", SLAM_FORMAT_HF, 10000, 23},
+        {"model.rotary_emb.inv_freq", "inv_freq' has shape (8), expected (4)", SLAM_FORMAT_HF, 0, 0},
+    };
+    slam_config c = make_config(11, 8, 1, 2, 1, 8, 12, 1, 1);
+    if (!TEST("model.safetensors: tensors that the model does not use")) return;
+    c.rope_theta = 5000;
+    const char *folder = check_path("unused");
+    char path[1200];
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    for (size_t k = 0; k < sizeof extra / sizeof *extra; k++) {
+        float x[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+        slam_model *m = slam_model_new(ops, &c, 1);
+        CHECK(folder_create(folder) && slam_model_save(m, folder, extra[k].format), "%s", slam_error());
+        slam_model_free(m);
+        tensors *file = tensors_open(path);
+        tensor *list = list_tensors(file), *added = &list[file->n];
+        for (int i = 0; i < 4 && extra[k].bits; i++) {
+            int exponent;
+            const double fraction = frexp(pow(extra[k].rope_theta, -2.0 * i / 8), &exponent),
+                         scale = 2 << extra[k].bits;
+            x[i] = (float)ldexp(rint(fraction * scale) / scale, exponent);
+        }
+        added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = extra[k].bits ? 4 : 8;
+        added->data = x;
+        CHECK(tensors_write(path, list, file->n + 1, NULL), "%s", slam_error());
+        tensors_close(file);
+        if (extra[k].error) check_fails(slam_model_load(ops, folder), extra[k].error);
+        else CHECK((m = slam_model_load(ops, folder)) != NULL, "%s", slam_error());
+        if (!extra[k].error) slam_model_free(m);
+        free(list);
+        remove_tree(folder);
+    }
 }
 
 /* As Transformers 5: a tied model's file may hold the head as well. If it differs from the embedding, the model is not tied. */
@@ -777,8 +859,7 @@ static void test_resume_after_skip(slam_ops *ops) {
           "%ld updates; trainer.json: step %ld, %ld skipped", oa.updates, loaded.step, loaded.skipped);
     update(a, &oa, 200, 0), update(b, &ob, 200, 0);
     CHECK(same_floats(a->master, b->master, a->n_weights), "the resumed run's next update is another one");
-    char *path = path_join(folder, "optimizer.safetensors");
-    tensors *file = tensors_open(path);
+    tensors *file = tensors_open(path_join(folder, "optimizer.safetensors").at);
     size_t n = 0, negative[2] = {0, 0};
     for (int k = 0; CHECK(file, "%s", slam_error()) && k < 2; k++) {
         float *x = floats(file, k ? "model.layers.0.mlp.up_proj.weight.v" : "model.layers.0.mlp.up_proj.weight.m", &n);
@@ -800,7 +881,7 @@ static void test_resume_after_skip(slam_ops *ops) {
     slam_adamw_free(&oa), slam_adamw_free(&ob);
     slam_model_free(a), slam_model_free(b);
     remove_tree(run);
-    free(path), free(folder);
+    free(folder);
 }
 
 /* Weight decay concerns matrices alone: without a gradient they shrink, norms and biases stay. */
@@ -1038,6 +1119,7 @@ int main(void) {
     test_save_and_load(ops);
     test_configs();
     test_damaged_weights(ops);
+    test_unused_tensors(ops);
     test_tied_head(ops);
     test_hash(ops);
     test_bad_batches(ops);

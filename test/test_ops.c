@@ -49,7 +49,7 @@ static void test_exp(void) {
 
 /* Pair c of position t has the angle t theta^(-2c / HS); the table is computed in float. */
 static void test_rope_table(int T, int HS, double theta) {
-    float *table = rope_table(T, HS, theta);
+    float *table = rope_table(T, HS / 2, theta);
     for (int t = 0; t < T; t++)
         for (int c = 0; c < HS / 2; c++) {
             const double angle = t * pow(theta, -2.0 * c / HS), tolerance = 1e-7 + 5e-7 * angle;
@@ -60,7 +60,7 @@ static void test_rope_table(int T, int HS, double theta) {
 }
 
 /* A few documents per row. Optionally with a masked span in the last document of each row, with doc_end (queries see their whole
-   document), without rotation. */
+   document), without rotation (unrotated 1) or with only the first half of each head rotated (2). */
 typedef struct shape {
     int B, T, NH, KVH, HS, masked, bidirectional, unrotated;
 } shape;
@@ -86,7 +86,8 @@ static slam_mask mask_new(shape s) {
     else free(end);
     if (s.masked) m.mask_start = mask_start, m.mask_end = mask_end;
     else free(mask_start), free(mask_end);
-    if (!s.unrotated) m.rope = rope_table(s.T, s.HS, 10000);
+    m.pairs = s.unrotated == 1 ? 0 : s.HS / (s.unrotated ? 4 : 2);
+    m.rope = rope_table(s.T, m.pairs, 10000);
     return m;
 }
 
@@ -97,12 +98,13 @@ static void mask_free(slam_mask m) {
 
 /* out (HS) = x (HS), rotated by the position of row i of (B T) */
 static void rotate_in_double(double *out, const float *x, const slam_mask *m, int i) {
-    const int half = m->HS / 2,
-              p = i % m->T - m->doc_start[i] - (m->mask_start ? m->mask_end[i] - m->mask_start[i] : 0);
-    for (int c = 0; c < half; c++) {
-        const double cosine = m->rope ? m->rope[p * m->HS + c] : 1, sine = m->rope ? m->rope[p * m->HS + half + c] : 0;
-        out[c] = x[c] * cosine - x[c + half] * sine;
-        out[c + half] = x[c + half] * cosine + x[c] * sine;
+    const int pairs = m->pairs;
+    const int p = i % m->T - m->doc_start[i] - (m->mask_start ? m->mask_end[i] - m->mask_start[i] : 0);
+    for (int c = 0; c < m->HS; c++) out[c] = x[c];
+    for (int c = 0; c < pairs; c++) {
+        const double cosine = m->rope[2 * p * pairs + c], sine = m->rope[(2 * p + 1) * pairs + c];
+        out[c] = x[c] * cosine - x[c + pairs] * sine;
+        out[c + pairs] = x[c + pairs] * cosine + x[c] * sine;
     }
 }
 
@@ -262,8 +264,7 @@ static void check_gradient(const char *what, problem *p, int k, const float *gra
 
 /* in: x, w, delta or NULL */
 static void rmsnorm_run(problem *p) {
-    p->ops->rmsnorm_forward(p->ops, act(p->s), act(p->out), p->rstd, act(p->in[0]), act(p->in[2]), act(p->in[1]), 1e-6f,
-                            p->N, 1, p->C, p->C);
+    rmsnorm_forward(p->ops, p->s, p->out, p->rstd, p->in[0], p->in[2], p->in[1], p->N, 1, p->C, p->C);
 }
 
 static void test_rmsnorm(slam_ops *ops, int N, int C, int with_delta) {
@@ -287,8 +288,7 @@ static void test_rmsnorm(slam_ops *ops, int N, int C, int with_delta) {
     check_close("rmsnorm forward", p.out, expected, n, 1e-6);
     memcpy(before, ds, n * sizeof *ds);
     memcpy(before + n, dw, C * sizeof *dw);
-    ops->rmsnorm_backward(ops, act(ds), dw, act(p.dout), act(with_delta ? p.s : p.in[0]), act(p.in[1]), p.rstd, N, 1, C,
-                          C);
+    rmsnorm_backward(ops, ds, dw, p.dout, with_delta ? p.s : p.in[0], p.in[1], p.rstd, N, 1, C, C);
     for (size_t i = 0; i < n; i++) ds[i] -= before[i]; // both gradients add
     for (int c = 0; c < C; c++) dw[c] -= before[n + c];
     check_gradient("dx", &p, 0, ds, 1e-2);
@@ -329,17 +329,17 @@ static void test_rmsnorm_groups(slam_ops *ops, int N, int G, int C, int gap, int
     float *ds1 = gather(ds, N, width, stride), *y1 = zeros(rows * C), *s1 = zeros(rows * C), *w = normals(C, 1);
     float *rstd = zeros(rows), *rstd1 = zeros(rows), *dw = zeros(C), *dw1 = zeros(C);
     const slam_act *d = with_delta ? act(delta) : NULL, *d1 = with_delta ? act(delta1) : NULL;
-    ops->rmsnorm_forward(ops, act(s1), act(y1), rstd1, act(x1), d1, act(w), 1e-6f, N * G, 1, C, C);
-    ops->rmsnorm_backward(ops, act(ds1), dw1, act(dy1), act(d ? s1 : x1), act(w), rstd1, N * G, 1, C, C);
-    ops->rmsnorm_forward(ops, act(s), act(y), rstd, act(x), d, act(w), 1e-6f, N, G, C, stride);
-    ops->rmsnorm_backward(ops, act(ds), dw, act(dy), act(d ? s : x), act(w), rstd, N, G, C, stride);
+    rmsnorm_forward(ops, s1, y1, rstd1, x1, d1, w, N * G, 1, C, C);
+    rmsnorm_backward(ops, ds1, dw1, dy1, d ? s1 : x1, w, rstd1, N * G, 1, C, C);
+    rmsnorm_forward(ops, s, y, rstd, x, d, w, N, G, C, stride);
+    rmsnorm_backward(ops, ds, dw, dy, d ? s : x, w, rstd, N, G, C, stride);
     CHECK(memcmp(rstd, rstd1, rows * sizeof *rstd) == 0, "rstd differs");
     CHECK(misplaced(y, before[1], y1, N, width, stride) == 0, "y differs");
     if (d) CHECK(misplaced(s, before[2], s1, N, width, stride) == 0, "s differs");
     else CHECK(memcmp(s, before[2], n * sizeof *s) == 0, "s is written without delta");
     CHECK(misplaced(ds, before[3], ds1, N, width, stride) == 0, "ds differs");
     check_close("dw", dw, dw1, C, 1e-6);
-    ops->rmsnorm_forward(ops, act(s), act(x), rstd, act(x), d, act(w), 1e-6f, N, G, C, stride);
+    rmsnorm_forward(ops, s, x, rstd, x, d, w, N, G, C, stride);
     CHECK(misplaced(x, before[0], y1, N, width, stride) == 0, "y in place of x differs");
     for (int k = 0; k < 4; k++) free(before[k]);
     free(x), free(delta), free(dy), free(y), free(s), free(ds), free(x1), free(delta1), free(dy1), free(ds1), free(y1),
@@ -348,9 +348,7 @@ static void test_rmsnorm_groups(slam_ops *ops, int N, int G, int C, int gap, int
 }
 
 /* in: x, w, b or NULL */
-static void matmul_run(problem *p) {
-    p->ops->matmul_forward(p->ops, act(p->out), act(p->in[0]), act(p->in[1]), act(p->in[2]), p->N, p->C, p->OC);
-}
+static void matmul_run(problem *p) { matmul_forward(p->ops, p->out, p->in[0], p->in[1], p->in[2], p->N, p->C, p->OC); }
 
 static void test_matmul(slam_ops *ops, int N, int C, int OC, int bias) {
     problem p = ZERO;
@@ -370,13 +368,13 @@ static void test_matmul(slam_ops *ops, int N, int C, int OC, int bias) {
         }
     check_close("matmul forward", p.out, expected, p.n_out, 1e-6);
     for (size_t i = 0; i < p.n_in[0]; i++) dx[i] = NAN;
-    ops->matmul_backward_input(ops, act(dx), act(p.dout), act(p.in[1]), N, C, OC);
-    ops->matmul_backward_weight(ops, dw, bias ? db : NULL, act(p.dout), act(p.in[0]), N, C, OC);
+    matmul_backward_input(ops, dx, p.dout, p.in[1], N, C, OC);
+    matmul_backward_weight(ops, dw, bias ? db : NULL, p.dout, p.in[0], N, C, OC);
     check_gradient("dx", &p, 0, dx, 1e-1);
     check_gradient("dw", &p, 1, dw, 1e-1);
     if (bias) check_gradient("db", &p, 2, db, 1e-1);
     memcpy(twice, dw, p.n_in[1] * sizeof *dw);
-    ops->matmul_backward_weight(ops, twice, NULL, act(p.dout), act(p.in[0]), N, C, OC);
+    matmul_backward_weight(ops, twice, NULL, p.dout, p.in[0], N, C, OC);
     for (size_t i = 0; i < p.n_in[1]; i++) dw[i] *= 2;
     check_close("dw adds", twice, dw, p.n_in[1], 1e-6);
     problem_free(&p);
@@ -536,18 +534,33 @@ static void test_gelu(slam_ops *ops) {
     free(x), free(y);
 }
 
+static void test_leaky_relu(slam_ops *ops) {
+    enum { N = 1003 };
+    float *x = normals(N, 1), *y = zeros(N);
+    x[5] = NAN, x[6] = -INFINITY, x[7] = 0;
+    ops->leaky_relu(ops, act(y), act(x), 0.1f, N);
+    for (int i = 0; i < N; i++)
+        if (i != 5) CHECK(y[i] == (x[i] > 0 ? x[i] : 0.1f * x[i]), "leaky ReLU of %g is %g", x[i], y[i]);
+    CHECK(isnan(y[5]), "leaky ReLU of NaN is %g", y[5]);
+    ops->leaky_relu(ops, act(x), act(x), 0.1f, N);
+    CHECK(!memcmp(x + 6, y + 6, (N - 6) * sizeof *x), "in place differs");
+    free(x), free(y);
+}
+
 /* x has space for what is read past the end of a row. */
 static void test_conv1d(slam_ops *ops, slam_conv c, int bias) {
-    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K) * c.C, nw = (size_t)c.G * c.OC * c.K * c.C;
+    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K * c.dilation) * c.C,
+                 nw = (size_t)c.G * c.OC * c.K * c.C;
     const size_t no = (size_t)c.B * c.TO * c.G * c.OC;
     float *x = normals(nx, 1), *w = normals(nw, 0.5), *b = normals((size_t)c.G * c.OC, 1), *out = normals(no, 9);
     float *expected = zeros(no);
     for (size_t i = 0; i < no; i++) {
         const int o = (int)(i % (c.G * c.OC)), t = (int)(i / (c.G * c.OC) % c.TO), r = (int)(i / (c.G * c.OC) / c.TO);
         double sum = bias ? b[o] : 0;
-        for (int k = 0; k < c.K * c.C; k++)
-            sum +=
-                (double)x[((size_t)(r * c.G + o / c.OC) * c.T + t * c.stride) * c.C + k] * w[(size_t)o * c.K * c.C + k];
+        for (int k = 0; k < c.K * c.C; k++) {
+            const int frame = (r * c.G + o / c.OC) * c.T + t * c.stride + k / c.C * c.dilation;
+            sum += (double)x[(size_t)frame * c.C + k % c.C] * w[(size_t)o * c.K * c.C + k];
+        }
         expected[i] = (float)(c.gelu ? gelu_in_double(sum) : sum);
     }
     ops->conv1d(ops, act(out), act(x), act(w), bias ? act(b) : NULL, &c);
@@ -595,14 +608,13 @@ static void test_layernorm(slam_ops *ops, int N, int C, int gelu) {
                 expected[(size_t)i * C + c] = (float)(gelu ? gelu_in_double(out) : out);
             }
         }
-        ops->layernorm(ops, with ? act(s) : NULL, act(y), act(x), with ? act(delta) : NULL, act(w), act(b), 1e-5f, gelu,
-                       N, C);
+        layernorm(ops, with ? s : NULL, y, x, with ? delta : NULL, w, b, gelu, N, C);
         check_close("layernorm", y, expected, n, 1e-6);
         if (with) CHECK(memcmp(s, sum, n * sizeof *s) == 0, "s is not the sum");
     }
-    ops->layernorm(ops, act(y), NULL, act(x), act(delta), NULL, NULL, 0, 0, N, C);
+    layernorm(ops, y, NULL, x, delta, NULL, NULL, 0, N, C);
     CHECK(memcmp(y, sum, n * sizeof *s) == 0, "s alone is not the sum");
-    ops->layernorm(ops, NULL, act(x), act(x), act(delta), act(w), act(b), 1e-5f, gelu, N, C);
+    layernorm(ops, NULL, x, x, delta, w, b, gelu, N, C);
     check_close("layernorm in place", x, expected, n, 1e-6);
     free(x), free(delta), free(w), free(b), free(s), free(y), free(expected), free(sum);
 }
@@ -664,7 +676,7 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
 static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
-    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1};
+    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 1};
     const slam_xent x4 = xent(N, V, V, 1, NULL);
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
@@ -682,10 +694,10 @@ static void test_threads(void) {
         int tokens[N], nearest[N];
         for (int i = 0; i < N; i++) tokens[i] = random_int(V);
         for (int k = 0; k < PARTS; k++) r[k] = normals(sizes[k], 1);
-        ops->matmul_forward(ops, act(r[0]), act(x), act(w), NULL, N, C, F);
-        ops->matmul_backward_weight(ops, r[1], r[2], act(wide), act(x), N, C, F);
-        ops->rmsnorm_forward(ops, act(r[3]), act(r[4]), rstd, act(x), act(x), act(w), 1e-6f, N, 1, C, C);
-        ops->rmsnorm_backward(ops, act(r[5]), r[6], act(r[4]), act(x), act(w), rstd, N, 1, C, C);
+        matmul_forward(ops, r[0], x, w, NULL, N, C, F);
+        matmul_backward_weight(ops, r[1], r[2], wide, x, N, C, F);
+        rmsnorm_forward(ops, r[3], r[4], rstd, x, x, w, N, 1, C, C);
+        rmsnorm_backward(ops, r[5], r[6], r[4], x, w, rstd, N, 1, C, C);
         ops->attention_forward(ops, act(r[7]), lse, act(qkv), &m);
         ops->attention_backward(ops, act(r[8]), D, act(x), act(r[7]), lse, act(qkv), &m);
         ops->crossentropy(ops, losses, act(r[9]), tokens, &x4);
@@ -713,19 +725,22 @@ int main(void) {
     if (TEST("exp")) test_exp();
     if (TEST("rotary table"))
         test_rope_table(2048, 64, 1e4), test_rope_table(300, 128, 1e6), test_rope_table(100, 12, 500);
-    const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},    {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
-                            {3, 65, 3, 3, 12, 1, 0, 0},  {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
-                            {1, 1, 2, 1, 4, 0, 1, 1},    {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},
-                            {1, 65, 12, 12, 64, 0, 1, 0}};
+    const shape shapes[] = {{1, 1, 1, 1, 2, 0, 0, 0},     {2, 70, 4, 2, 8, 0, 0, 0},    {1, 200, 7, 1, 16, 1, 0, 0},
+                            {3, 65, 3, 3, 12, 1, 0, 0},   {2, 129, 14, 2, 64, 1, 0, 0}, {1, 64, 6, 3, 6, 0, 0, 0},
+                            {1, 1, 2, 1, 4, 0, 1, 1},     {2, 150, 4, 4, 16, 0, 1, 1},  {3, 100, 6, 2, 8, 1, 1, 0},
+                            {1, 65, 12, 12, 64, 0, 1, 0}, {2, 70, 4, 2, 12, 1, 0, 2}};
+    const char *const rotations[] = {"", ", without rotation", ", the first half of a head rotated"};
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         const shape s = shapes[k];
         if (TEST("attention B %d T %d NH %d KVH %d HS %d%s%s%s", s.B, s.T, s.NH, s.KVH, s.HS,
-                 s.masked ? ", masked spans" : "", s.bidirectional ? ", bidirectional" : "",
-                 s.unrotated ? ", without rotation" : ""))
+                 s.masked ? ", masked spans" : "", s.bidirectional ? ", bidirectional" : "", rotations[s.unrotated]))
             test_attention(ops, s);
     }
-    const shape decoded[] = {
-        {1, 1, 1, 1, 2, 0, 0, 0}, {3, 70, 4, 2, 8, 0, 0, 0}, {2, 129, 14, 2, 64, 0, 0, 0}, {5, 33, 6, 3, 6, 0, 0, 1}};
+    const shape decoded[] = {{1, 1, 1, 1, 2, 0, 0, 0},
+                             {3, 70, 4, 2, 8, 0, 0, 0},
+                             {2, 129, 14, 2, 64, 0, 0, 0},
+                             {5, 33, 6, 3, 6, 0, 0, 1},
+                             {2, 40, 4, 2, 8, 0, 0, 2}};
     for (size_t k = 0; k < sizeof decoded / sizeof *decoded; k++) {
         const shape s = decoded[k];
         if (TEST("attention decode B %d T %d NH %d KVH %d HS %d", s.B, s.T, s.NH, s.KVH, s.HS)) test_decode(ops, s);
@@ -746,17 +761,20 @@ int main(void) {
     if (TEST("rmsnorm of heads: 70 groups of 14 x 64")) test_rmsnorm_groups(ops, 70, 14, 64, 256, 0);
     if (TEST("sums")) test_sums(ops);
     if (TEST("AdamW")) test_adamw(ops);
-    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1},
-                               {3, 1, 80, 32, 40, 48, 3, 2, 1},    {3, 1, 41, 8, 20, 5, 2, 2, 0},
-                               {2, 3, 90, 6, 83, 6, 8, 1, 1},      {1, 2, 21, 4, 15, 4, 7, 1, 0},
-                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0},         {2, 1, 400, 1, 80, 32, 10, 5, 1, 1},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},     {3, 1, 41, 8, 20, 5, 2, 2, 1, 0},
+                               {2, 3, 90, 6, 83, 6, 8, 1, 1, 1},       {1, 2, 21, 4, 15, 4, 7, 1, 1, 0},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1}, {1, 1, 60, 8, 50, 8, 3, 1, 5, 0},
+                               {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},       {2, 1, 24, 6, 12, 3, 2, 2, 12, 0},
+                               {1, 1, 3000, 16, 2950, 16, 11, 1, 5, 0}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
-        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d%s", c.B, c.G, c.T, c.C, c.TO, c.OC, c.K,
-                 c.stride, c.gelu ? ", gelu" : ""))
+        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d%s", c.B, c.G, c.T, c.C, c.TO,
+                 c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
             test_conv1d(ops, c, 0), test_conv1d(ops, c, 1);
     }
     if (TEST("gelu")) test_gelu(ops);
+    if (TEST("leaky relu")) test_leaky_relu(ops);
     if (TEST("group_frames, mask_frames")) test_group_frames(ops);
     const int encoder[][2] = {{3, 5}, {7, 33}, {65, 128}, {13, 768}};
     for (int k = 0; k < 4; k++) {

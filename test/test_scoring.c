@@ -187,7 +187,7 @@ static void test_written(void) {
               "of all");
         check_near("upper end", json_get(root, "high")->number, 0.75 + 1.96 * sqrt(0.125) / sqrt(2), 1e-12);
         CHECK(types && types->n == 2 && !json_get(types->first, "std") && !json_get(types->first, "low") &&
-                  !strcmp(json_string(types->first, "type", ""), "x\\ \xef\xbf\xbd"),
+                  !strcmp(json_string(types->first, "type", ""), "x\\ \xff"),
               "by type");
         CHECK(pairs && pairs->n == 2 && !strcmp(json_string(pairs->first, "right", ""), "a\"\nb") &&
                   json_get(pairs->first, "score")->number == 0.5,
@@ -198,6 +198,20 @@ static void test_written(void) {
     check_fails(slam_testset_submission(s, check_path("blanks.txt")), "has spaces or quotes");
     check_fails(slam_testset_write(s, "sblimp", 1, check_path("no/such/results.json")), "cannot be written");
     slam_testset_free(s);
+}
+
+static void test_metrics_written(void) {
+    static const char expected[] =
+        "{\"task\": \"ppl\", \"n\": 19, \"nll\": 0.1, \"perplexity\": null, \"x\": null, \"y\": null}\n";
+    const slam_metric metrics[] = {{"n", 19}, {"nll", 0.1}, {"perplexity", exp(800)}, {"x", NAN}, {"y", -INFINITY}};
+    file_map map = ZERO;
+    if (!TEST("metrics as JSON: neither inf nor nan")) return;
+    CHECK(slam_metrics_write("ppl", metrics, 5, check_path("metrics.json")), "%s", slam_error());
+    CHECK(file_map_open(&map, check_path("metrics.json")) && map.size == sizeof expected - 1 &&
+              !memcmp(map.data, expected, map.size),
+          "%.*s", (int)map.size, (const char *)map.data);
+    file_map_close(&map);
+    check_fails(slam_metrics_write("ppl", metrics, 5, check_path("no/such.json")), "cannot be written: No such file");
 }
 
 static void test_gold_words(void) {
@@ -432,6 +446,8 @@ static void test_output_check(void) {
     const char *path = check_file("there.json", "x", 1);
     check_fails(slam_output_check(check_path("no/such/folder.jsonl")), "cannot be written");
     check_fails(slam_output_check("test"), "is a folder");
+    check_fails(slam_output_check("README.md/x.json"), "cannot be written: README.md/: Not a directory");
+    if (path_exists("/dev/full")) check_fails(slam_output_check("/dev/full"), "/dev/full: cannot be written: No space");
     CHECK(slam_output_check(path) && path_is_file(path), "%s", slam_error());
     CHECK(slam_output_check(check_path("new.json")) && !path_is_file(check_path("new.json")), "%s", slam_error());
     CHECK(slam_output_check("/dev/null"), "%s", slam_error());
@@ -521,6 +537,7 @@ int main(void) {
     test_official();
     test_gold();
     test_written();
+    test_metrics_written();
     test_gold_words();
     test_files();
     test_units();

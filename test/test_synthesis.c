@@ -114,7 +114,7 @@ static void test_spectrum(int rate) {
     enum { FRAMES = 100, EDGE = 5 };
     if (!TEST("synthesis: the spectrum of a unit, %d frames per second", rate)) return;
     slam_tokenizer *t = bundled(rate, 0);
-    slam_vocoder *v = slam_vocoder_open(NULL, t, NULL);
+    slam_vocoder *v = slam_vocoder_open(NULL, 0, 0, t, NULL);
     double square[13] = ZERO;
     for (int k = 0; v && k < t->K; k++) {
         const int duration = FRAMES;
@@ -171,7 +171,7 @@ static void check_frames(slam_vocoder *v, const int *unit, const int *duration, 
 static void test_durations(void) {
     static const int unit[] = {0, 1, 2, 3, 0}, given[] = {2, 0, 0, 3, 1};
     slam_tokenizer *t = bundled(25, 1), *plain = bundled(25, 0);
-    slam_vocoder *v = slam_vocoder_open(NULL, t, NULL), *each = slam_vocoder_open(NULL, plain, NULL);
+    slam_vocoder *v = slam_vocoder_open(NULL, 0, 0, t, NULL), *each = slam_vocoder_open(NULL, 0, 0, plain, NULL);
     free(t->durations);
     t->durations = NULL;
     if (TEST("synthesis: units whose durations nobody knows last 1.4 frames")) {
@@ -206,8 +206,8 @@ static void test_errors(slam_vocoder *v) {
     if (TEST("synthesis: no vocoder without centroids of MFCC")) {
         slam_unit_config c = slam_unit_config_default();
         slam_tokenizer *t = slam_tokenizer_load(NULL, &c, NULL);
-        check_fails(slam_vocoder_open(NULL, t, NULL), "needs a vocoder");
-        check_fails(slam_vocoder_open(NULL, NULL, NULL), "needs a vocoder");
+        check_fails(slam_vocoder_open(NULL, 0, 0, t, NULL), "needs a vocoder");
+        check_fails(slam_vocoder_open(NULL, 0, 0, NULL, NULL), "needs a vocoder");
         slam_tokenizer_free(t);
     }
 }
@@ -278,7 +278,7 @@ static void test_memory(slam_vocoder *v) {
 
 int main(void) {
     slam_tokenizer *t = bundled(25, 1);
-    slam_vocoder *v = slam_vocoder_open(NULL, t, NULL);
+    slam_vocoder *v = slam_vocoder_open(NULL, 0, 0, t, NULL);
     if (v) {
         test_memory(v); // before others, which need more
         test_sentences(v);

@@ -188,9 +188,165 @@ static void test_lists(slam_inputs *in) {
     free(name);
 }
 
+/* Opens a list with this text; `expected` are the paths, each followed by a newline. */
+static void check_list(const char *text, size_t n, const char *expected, const char *note) {
+    char *name = string_print("@%s", check_file("list.txt", text, n));
+    const char *argument = name;
+    slam_inputs in = ZERO;
+    strbuf got = ZERO;
+    if (CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, &argument, 1), "%s", slam_error()))
+        for (size_t i = 0; i < in.n; i++) strbuf_add(&got, "%s\n", in.paths.at[i]);
+    CHECK(got.n && !strcmp(got.at, expected), "%s, expected %s", got.at, expected);
+    CHECK(note ? in.notes.n == 1 && strstr(in.notes.at[0], note) != NULL : in.notes.n == 0, "%zu notes: %s", in.notes.n,
+          in.notes.n ? in.notes.at[0] : "");
+    strbuf_free(&got);
+    slam_inputs_free(&in);
+    free(name);
+}
+
+static void test_list_formats(void) {
+    if (TEST("lists: byte order mark, CRLF, comments, blank lines")) {
+        static const char marked[] = "\xef\xbb\xbf# speech\r\na b.wav\r\n\r\n#c.wav\r\n  d#e.flac  \r\n./#f.wav";
+        check_list(marked, sizeof marked - 1, "a b.wav\nd#e.flac\n./#f.wav\n", NULL);
+        check_list("\xef\xbb\xbf"
+                   "a.wav",
+                   8, "a.wav\n", NULL);
+        char *name = string_print("@%s", check_file("list.txt",
+                                                    "\xff\xfe"
+                                                    "a\0.\0w\0",
+                                                    8)); // UTF-16 of Windows
+        const char *argument = name;
+        slam_inputs in = ZERO;
+        check_fails(slam_inputs_open(&in, SLAM_INPUT_AUDIO, &argument, 1), "list.txt:1: contains a zero byte");
+        slam_inputs_free(&in);
+        check_file("list.txt", "# nothing\n", 10);
+        check_fails(slam_inputs_open(&in, SLAM_INPUT_AUDIO, &argument, 1), "has no lines");
+        slam_inputs_free(&in);
+        free(name);
+    }
+    if (TEST("lists: manifests of fairseq")) {
+        static const char *const texts[][2] = {
+            {"/data/a b\nx.wav\t32000\nc/y.flac\t16000\n", "/data/a b/x.wav\n/data/a b/c/y.flac\n"},
+            {"\xef\xbb\xbf/data/\r\nx.wav\t32000\r\n", "/data//x.wav\n"},
+            {"# of\nroot\n# comments\nx.wav\t1\n/y.wav\t2\n", "root/x.wav\n/y.wav\n"},
+            {".\nx\ty.wav\t7\n", "./x\ty.wav\n"},
+            {"x.wav\t32000\ny.wav\t1\n", "x.wav\ny.wav\n"},    // its root is missing
+            {"id\tpath\nx.wav\t32000\n", "id\tpath\nx.wav\n"}, // no root is a header
+            {"x.wav\ny 1.wav\nz.wav\t12a\n", "x.wav\ny 1.wav\nz.wav\t12a\n"}};
+        for (int i = 0; i < 7; i++) check_list(texts[i][0], strlen(texts[i][0]), texts[i][1], NULL);
+        // the root is a folder with more files, which are not inputs
+        char *root = string_copy(check_path("root")), *text = string_print("%s\nlisted.wav\t2\n", root);
+        char *all = string_print("a.wav\n%s\n", root), *one = string_print("%s/listed.wav\n", root);
+        char *expected = string_print("a.wav\n%s/listed.wav\n%s/other.wav\n", root, root);
+        mkdir(root, 0777);
+        check_file("root/listed.wav", "x", 1);
+        check_file("root/other.wav", "x", 1);
+        check_list(text, strlen(text), one, NULL);
+        check_list(all, strlen(all), expected, "list.txt:2: is a folder; all audio files in it are inputs");
+        free(root), free(text), free(all), free(one), free(expected);
+    }
+    if (TEST("folders: audio that is passed over is counted by extension")) {
+        static const char *const names[] = {"a.m4a", "b.M4A", "c.webm", "sub/d.wma", "e.txt", "f.sph"};
+        char *folder = string_copy(check_path("mixed"));
+        const char *argument = folder;
+        char name[32];
+        slam_inputs in = ZERO;
+        mkdir(folder, 0777);
+        mkdir(check_path("mixed/sub"), 0777);
+        for (int i = 0; i < 5; i++) {
+            snprintf(name, sizeof name, "mixed/%s", names[i]);
+            check_file(name, "x", 1);
+        }
+        check_fails(slam_inputs_open(&in, SLAM_INPUT_AUDIO, &argument, 1),
+                    "or below it; 2 .m4a, 1 .webm, 1 .wma: not read");
+        slam_inputs_free(&in);
+        check_file("mixed/f.sph", "x", 1);
+        CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, &argument, 1) && in.n == 1 && in.notes.n == 1 &&
+                  !strncmp(in.notes.at[0], "2 .m4a, 1 .webm, 1 .wma: not read; convert them", 47),
+              "%s", in.notes.n ? in.notes.at[0] : slam_error());
+        slam_inputs_free(&in);
+        free(folder);
+    }
+}
+
+/* Names of Latin-1 are not UTF-8: JSON has them as Python writes them, .failed as they are. */
+static void test_names(const slam_tokenizer *t) {
+    if (!TEST("names that are not UTF-8 survive in units, their copies, and .failed")) return;
+    const char *paths[] = {NULL, NULL};
+    slam_inputs in = ZERO;
+    slam_writer w;
+    char *good = string_copy(make_wav("caf\xe9.wav", 5000, 16000, 3)), *bad = string_copy(check_path("na\xefve.wav"));
+    paths[0] = good, paths[1] = bad;
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, paths, 2), "%s", slam_error());
+    CHECK(tokenize(t, &in, check_path("names.jsonl"), 0, SIZE_MAX, &w) && w.failed == 1, "%s", slam_error());
+    slam_inputs_free(&in);
+    in = lines_of(SLAM_INPUT_UNITS, check_path("names.jsonl"));
+    CHECK(tokenize(t, &in, check_path("names2.jsonl"), 0, SIZE_MAX, &w) && w.documents == 1, "%s", slam_error());
+    slam_inputs_free(&in);
+    check_same_file(check_path("names.jsonl"), check_path("names2.jsonl"));
+    strbuf line = read_file(check_path("names.jsonl"));
+    CHECK(line.n && strstr(line.at, "/caf\\udce9.wav\""), "%s", line.at);
+    char *failed = string_print("%s\n", bad);
+    check_text(check_path("names.jsonl.failed"), failed, 0);
+    strbuf_free(&line);
+    free(failed), free(good), free(bad);
+}
+
 static int count_skipped(void *context, const slam_progress *p) {
     *(size_t *)context += p->skipped != NULL && strstr(p->reason, p->skipped) != NULL;
     return 1;
+}
+
+/* Two channels of a file are the two speakers; a file with one has no second. */
+static void test_channel(slam_tokenizer *t) {
+    if (!TEST("tokenize: a channel of stereo, not of mono; another channel does not resume")) return;
+    enum { N = 30000 };
+    static int16_t frames[N][2];
+    slam_units of[3] = {ZERO, ZERO, ZERO}, mono[3] = {ZERO, ZERO, ZERO};
+    slam_strings paths = ZERO, alone = ZERO;
+    slam_inputs in = ZERO;
+    slam_writer w;
+    size_t skipped = 0;
+    slam_strings_add(&alone, make_wav("left.wav", N, 16000, 7));
+    slam_strings_add(&alone, make_wav("right.wav", N, 16000, 8));
+    strbuf left = read_file(alone.at[0]), right = read_file(alone.at[1]);
+    for (int i = 0; i < N; i++)
+        for (int c = 0; c < 2; c++) memcpy(&frames[i][c], (c ? right.at : left.at) + 44 + 2 * i, 2);
+    const uint32_t size = sizeof frames, rest = size + 36, rate = 64000;
+    memcpy(left.at + 4, &rest, 4);
+    left.at[22] = 2;
+    memcpy(left.at + 28, &rate, 4);
+    left.at[32] = 4;
+    memcpy(left.at + 40, &size, 4);
+    left.n = 44;
+    strbuf_add_bytes(&left, frames, sizeof frames);
+    slam_strings_add(&paths, check_file("stereo.wav", left.at, left.n));
+    CHECK(slam_audio_units(t, NULL, &alone, mono, NULL, NULL), "%s", slam_error());
+    for (t->config.channel = 1; t->config.channel <= 2; t->config.channel++) {
+        const int c = t->config.channel;
+        CHECK(slam_audio_units(t, NULL, &paths, &of[c], NULL, NULL), "%s", slam_error());
+        CHECK(of[c].n == mono[c - 1].n && !memcmp(of[c].unit, mono[c - 1].unit, of[c].n * sizeof(int)), "channel %d",
+              c);
+    }
+    t->config.channel = 2;
+    slam_units none[2];
+    CHECK(slam_audio_units(t, NULL, &alone, none, count_skipped, &skipped) && skipped == 2, "%zu skipped", skipped);
+    for (int i = 0; i < 2; i++) slam_units_free(&none[i]);
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)alone.at, 2), "%s", slam_error());
+    check_fails(tokenize(t, &in, check_path("second.bin"), 0, SIZE_MAX, &w), "none of the 2 files");
+    slam_inputs_free(&in);
+    slam_strings_add(&paths, alone.at[0]);
+    CHECK(slam_inputs_open(&in, SLAM_INPUT_AUDIO, (const char *const *)paths.at, 2), "%s", slam_error());
+    CHECK(tokenize(t, &in, check_path("both.bin"), 0, 1, &w), "%s", slam_error());
+    t->config.channel = 1;
+    check_fails(tokenize(t, &in, check_path("both.bin"), 0, 5, &w), "other files or settings");
+    t->config.channel = 0;
+    slam_inputs_free(&in);
+    for (int i = 0; i < 3; i++) slam_units_free(&of[i]), slam_units_free(&mono[i]);
+    strbuf_free(&left);
+    strbuf_free(&right);
+    slam_strings_free(&paths);
+    slam_strings_free(&alone);
 }
 
 static int cancel(void *context, const slam_progress *p) { return !context && p->done < 3; }
@@ -605,6 +761,9 @@ int main(void) {
     make_folder(&folder);
     slam_units *units_of = NEW(slam_units, folder.n + 8);
     test_lists(&folder);
+    test_list_formats();
+    test_names(t);
+    test_channel(t);
     test_audio(t, &folder, units_of);
     for (int i = 0; i < 8; i++) {
         snprintf(name, sizeof name, "s%d.wav", i);
