@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 enum { PPL, SWUGGY, SBLIMP, STORYCLOZE, SALMON, GENERATE, RESYNTHESIZE, TASKS };
 static const char *const task_names[TASKS] = {"ppl",    "swuggy",   "sblimp",      "storycloze",
@@ -47,8 +46,8 @@ typedef struct program {
     slam_units *set_units; /* (set->items.n) */
     slam_prompts prompts;
     slam_vocoder *vocoder;
-    slam_strings wavs; /* (prompts.n) the names of the WAV files, without .wav */
-    size_t n_wavs;     /* written so far */
+    slam_strings wavs; /* (prompts.n) the names of their WAV files, without .wav */
+    size_t n_spoken;   /* prompts that are synthesised so far */
     slam_bar bar;
     size_t skipped; /* audio files that cannot be decoded */
 } program;
@@ -79,8 +78,8 @@ static int show_progress(void *context, const slam_progress *progress) {
         slam_bar_clear(&p->bar);
         fprintf(stderr, "eval: skipped: %s\n", progress->reason);
     } else if (!strcmp(progress->stage, "synthesize")) {
-        snprintf(text, sizeof text, "synthesize %zu/%zu files", p->n_wavs, p->prompts.n);
-        slam_bar_show(&p->bar, (double)p->n_wavs + progress->done / progress->total, (double)p->prompts.n, text);
+        snprintf(text, sizeof text, "synthesize %zu/%zu", p->n_spoken, p->prompts.n);
+        slam_bar_show(&p->bar, (double)p->n_spoken + progress->done / progress->total, (double)p->prompts.n, text);
     } else if (!strcmp(progress->stage, "tokenize")) {
         snprintf(text, sizeof text, "tokenize %.0f/%.0f files", progress->done, progress->total);
         slam_bar_show(&p->bar, progress->done, progress->total, text);
@@ -206,53 +205,45 @@ static int write_continuations(const program *p, double seconds, int stopped) {
 
 /* ---- audio ---- */
 
-/* Writes units as DIR/NAME.wav and returns their seconds, 0 if it failed. */
-static double write_wav(program *p, const char *folder, const char *name, const int *units, const int *durations,
-                        int n) {
-    char path[4400];
-    snprintf(path, sizeof path, "%s%s/%s.wav", p->wav, folder, name);
-    if (!slam_vocoder_start(p->vocoder, units, durations, (size_t)n))
-        return slam_set_error("%s: %s", name, slam_error());
-    const double seconds = (double)p->vocoder->samples / 16000;
-    return slam_vocoder_write(p->vocoder, path, show_progress, p) ? seconds : 0;
-}
-
-/* Writes prompts with their continuations, and the prompts alone if --wav-prompt. The ranks share the files. */
+/* DIR/NAME.wav of each prompt with its continuation and, if --wav-prompt, DIR/prompt/NAME.wav of the prompt alone. The
+   ranks share the files. */
 static int synthesize(program *p) {
-    const slam_prompts *all = &p->prompts;
-    char a[32], b[32];
-    double sums[3] = {0, 0, 0}; /* files, seconds of audio, files without units */
+    char a[32], b[32], path[4400];
+    double sums[3] = {0, 0, 0}; /* files, seconds of audio, prompts without units */
     int ok = 1;
     slam_bar_begin(&p->bar);
-    for (size_t i = (size_t)p->comm->rank; ok && i < all->n && !slam_stop_requested(); i += (size_t)p->comm->size) {
-        const slam_prompt *q = &all->at[i];
-        const int n_prompt = q->n - 1, n = n_prompt + q->length;
-        int *units = (int *)calloc((size_t)n + 1, sizeof *units),
-            *durations = (int *)calloc((size_t)n + 1, sizeof *units);
-        for (int t = 0; t < n; t++) {
-            units[t] = (t < n_prompt ? q->tokens[t + 1] : q->continuation[t - n_prompt]) - 2;
-            durations[t] = t < n_prompt ? q->durations[t + 1] : 0;
+    for (size_t i = (size_t)p->comm->rank; ok && i < p->prompts.n; i += (size_t)p->comm->size) {
+        const slam_prompt *q = &p->prompts.at[i];
+        const size_t most = (size_t)(q->n + q->length), n_prompt = (size_t)q->n - 1;
+        int *units = (int *)calloc(most, sizeof *units), *durations = (int *)calloc(most, sizeof *units);
+        size_t n = 0;
+        for (int t = 1; t < (int)most; t++) {
+            const int token = t < q->n ? q->tokens[t] : q->continuation[t - q->n];
+            durations[n] = t < q->n ? q->durations[t] : 0;
+            units[n] = token - 2;
+            n += token != 0; /* padding, which the model may have drawn */
         }
-        double seconds = 0;
-        if (n) ok = (seconds = write_wav(p, "", p->wavs.at[i], units, durations, n)) > 0;
-        if (ok && p->wav_prompt && n_prompt)
-            ok = write_wav(p, "/prompt", p->wavs.at[i], units, durations, n_prompt) > 0;
-        sums[0] += ok && n;
-        sums[1] += seconds;
-        sums[2] += n == 0;
+        for (int k = 0; n && ok && k <= (p->wav_prompt && n_prompt); k++) {
+            snprintf(path, sizeof path, "%s/%s%s.wav", p->wav, k ? "prompt/" : "", p->wavs.at[i]);
+            if (!slam_vocoder_start(p->vocoder, units, durations, k ? n_prompt : n))
+                ok = slam_set_error("%s: %s", q->name, slam_error());
+            ok = ok && slam_vocoder_write(p->vocoder, path, show_progress, p);
+            sums[0] += ok;
+            sums[1] += ok * (double)p->vocoder->samples / 16000;
+        }
         if (!n) fprintf(stderr, "eval: skipped: %s: has no units\n", q->name);
+        sums[2] += !n;
         free(units);
         free(durations);
-        p->n_wavs += (size_t)p->comm->size;
+        p->n_spoken += (size_t)p->comm->size;
     }
     slam_bar_clear(&p->bar);
     const int stopped = slam_comm_max(p->comm, slam_stop_requested()) > 0;
     if (!slam_all_ok(p->comm, ok || stopped)) return 0;
     slam_comm_sum(p->comm, sums, 3);
     p->skipped += (size_t)sums[2];
-    printf("wrote    %.0f files into %s: %s of audio in %s\n", sums[0], p->wav, slam_format_time(a, sums[1]),
-           slam_format_time(b, slam_clock() - p->bar.began));
-    if (stopped) printf("stopped  after %.0f of %zu files; the same command starts again\n", sums[0], all->n);
+    printf("wrote    %.0f files into %s: %s of audio in %s%s\n", sums[0], p->wav, slam_format_time(a, sums[1]),
+           slam_format_time(b, slam_clock() - p->bar.began), stopped ? "; stopped before the end" : "");
     return 1;
 }
 
@@ -362,8 +353,8 @@ static void set_flags(program *p) {
         "storycloze, salmon: how often the correct one of two sequences is more likely. PATH: a folder of "
         "ZeroSpeech 2021 (gold.csv), of SlamKit's pairs of files, or of SALMon's parts, as audio or with units; "
         "without PATH a bundled set. generate: continues PROMPTS: audio, unit files or token shards; without "
-        "PROMPTS the bundled validation data. resynthesize: writes them, as a whole, as audio. Defaults stand in brackets; where there are two, the second is for "
-        "generate.";
+        "PROMPTS the bundled validation data. resynthesize: writes all of them as audio. Defaults stand in brackets; "
+        "where there are two, the second is for generate.";
 }
 
 static int task_of(const char *word) {
@@ -384,7 +375,8 @@ static int read_arguments(program *p) {
     for (size_t i = at + 1; i < rest->n; i++) slam_strings_add(&p->data, rest->at[i]);
     if (p->task > PPL && p->task < GENERATE && p->data.n > 1)
         return slam_set_error("%s: one test set at a time, after %s", p->data.at[1], p->data.at[0]);
-    if (p->task == RESYNTHESIZE && !p->wav) return slam_set_error("resynthesize: expected --wav DIR");
+    if (p->task == RESYNTHESIZE && (!p->wav || p->path))
+        return slam_set_error(p->path ? "resynthesize: expected no model" : "resynthesize: expected --wav DIR");
     if (p->wav_prompt && !p->wav) return slam_set_error("--wav-prompt: expected --wav DIR as well");
     if (p->vocoder_folder && !p->wav) return slam_set_error("--vocoder: expected --wav DIR as well");
     if (!p->greedy && slam_flags_given(&p->flags, "temperature") && p->temperature < 1e-6)
@@ -514,48 +506,43 @@ static int open_vocoder(program *p, const char *argv0) {
     return (p->vocoder = slam_vocoder_open(NULL, 0, 0, p->tokenizer, p->ops)) != NULL;
 }
 
+static int ends_in(const char *path, const char *end) {
+    const size_t n = strlen(path), m = strlen(end);
+    return n > m && !strcmp(path + n - m, end);
+}
+
 static int compare_names(const void *a, const void *b) {
-    char **const x = *(char **const *)a, **const y = *(char **const *)b;
-    const int order = strcmp(*x, *y);
-    return order ? order : (x > y) - (x < y);
+    char **const x = *(char **const *)a, **const y = *(char **const *)b; /* of equal ones the first in order */
+    return strcmp(*x, *y) ? strcmp(*x, *y) : (x > y) - (x < y);
 }
 
-/* The name of a WAV file: what is behind the last slash of a prompt's name, without .wav or the like, with _ instead of
-   whatever may mean something to a shell or a file system. */
-static void add_wav_name(slam_strings *names, const char *name) {
-    static const char *const audio[] = {".wav", ".flac", ".ogg", ".mp3", ".opus", NULL};
-    const char *slash = strrchr(name, '/');
-    char safe[200];
-    snprintf(safe, sizeof safe, "%s", slash && slash[1] ? slash + 1 : *name ? name : "_");
-    char *dot = strrchr(safe, '.');
-    for (int i = 0; dot && dot > safe && audio[i]; i++)
-        if (!strcasecmp(dot, audio[i])) *dot = 0;
-    for (char *c = safe; *c; c++)
-        if (!isalnum((unsigned char)*c) && (unsigned char)*c < 128 && (c == safe || *c != '.') && !strchr("-_+,=@", *c))
-            *c = '_';
-    slam_strings_add(names, safe);
-}
-
-/* Prompts of the same name become NAME, NAME~2, NAME~3. */
+/* Names of the WAV files: what is behind the last slash of a prompt's name, without .wav or the like, with _ instead of
+   whatever may mean something to a shell or a file system. Equal ones become NAME, NAME~2, NAME~3. */
 static int name_wavs(program *p) {
+    static const char *const audio[] = {".wav", ".flac", ".ogg", ".mp3", ".opus"};
     const size_t n = p->prompts.n;
-    char ***sorted = (char ***)calloc(n, sizeof *sorted), path[4400];
+    char ***sorted = (char ***)calloc(n, sizeof *sorted), path[4400], safe[200];
     int ok = 1;
-    for (size_t i = 0; i < n; i++) add_wav_name(&p->wavs, p->prompts.at[i].name);
+    for (size_t i = 0; i < n; i++) {
+        const char *name = p->prompts.at[i].name, *slash = strrchr(name, '/');
+        snprintf(safe, sizeof safe, "%s", slash && slash[1] ? slash + 1 : *name ? name : "_");
+        for (int k = 0; k < 5; k++)
+            if (ends_in(safe, audio[k])) safe[strlen(safe) - strlen(audio[k])] = 0;
+        for (unsigned char *c = (unsigned char *)safe; *c; c++)
+            if (*c < 128 && !isalnum(*c) && !strchr(c == (unsigned char *)safe ? "_=" : "_=-+,@.", *c)) *c = '_';
+        slam_strings_add(&p->wavs, safe);
+    }
     for (size_t i = 0; i < n; i++) sorted[i] = &p->wavs.at[i];
     qsort(sorted, n, sizeof *sorted, compare_names);
-    for (size_t i = 1, first = 0; i < n; i++) {
+    for (size_t i = 0, first = 0; ok && i < n; i++) {
         if (strcmp(*sorted[i], *sorted[first])) first = i;
-        if (i == first) continue;
-        snprintf(path, sizeof path, "%s~%zu", *sorted[i], i - first + 1);
+        snprintf(path, sizeof path, i > first ? "%s~%zu" : "%s", *sorted[i], i - first + 1);
         free(*sorted[i]);
         *sorted[i] = strdup(path);
-    }
-    free(sorted);
-    for (size_t i = 0; ok && i < n; i++) {
-        snprintf(path, sizeof path, "%s/%s.wav", p->wav, p->wavs.at[i]);
+        snprintf(path, sizeof path, "%s/%s.wav", p->wav, *sorted[i]);
         ok = slam_output_check(path);
     }
+    free(sorted);
     return ok;
 }
 
@@ -582,11 +569,6 @@ static int open_set(program *p, const char *argv0) {
     if (open_tokenizer(p) && slam_testset_audio(p->set, &paths)) p->set_units = tokenize(p, &paths);
     slam_strings_free(&paths);
     return p->set_units && (!p->skipped || slam_set_error("%zu of the set's files cannot be decoded", p->skipped));
-}
-
-static int ends_in(const char *path, const char *end) {
-    const size_t n = strlen(path), m = strlen(end);
-    return n > m && !strcmp(path + n - m, end);
 }
 
 /* Prompts of recordings, tokenized whole, so that their units are those of the recording. */
@@ -643,10 +625,8 @@ static int evaluate(program *p, const char *argv0) {
     char **files[] = {&p->json, &p->submission, &p->out}, folder[4200];
     int ok = 1;
     if (p->task == GENERATE && p->transcripts) return score_transcripts(p->transcripts);
-    for (int i = 0; is_root(p) && p->wav && ok && i <= p->wav_prompt; i++) {
-        snprintf(folder, sizeof folder, "%s/%s", p->wav, i ? "prompt/" : "");
-        ok = slam_output_check(folder);
-    }
+    snprintf(folder, sizeof folder, "%s/%s", p->wav ? p->wav : "", p->wav_prompt ? "prompt/" : "");
+    ok = !p->wav || !is_root(p) || slam_output_check(folder);
     for (int i = 0; i < 3; i++) {
         if (!is_root(p)) free(*files[i]), *files[i] = NULL; /* rank 0 writes them */
         ok = ok && (!*files[i] || slam_output_check(*files[i]));

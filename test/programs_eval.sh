@@ -108,6 +108,49 @@ kill -INT $halted
 check 'generate: a signal ends it with status 0' 'status' wait $halted
 check 'generate: what was done by then is in another file' 'files' sh -c 'grep -q "^stopped  after [0-9]* of 200" halted.out && test -f halted.jsonl.partial -a ! -e halted.jsonl'
 
+# ---- audio ----
+
+bundled=$programs/test/corpus
+check 'generate --wav: prompt and continuation, and the prompt alone' 'files' sh -c "'$eval' one generate v.jsonl --prompt-units 4 --max-new 30 --kmeans '$bundled/km.npy' --wav said/new --wav-prompt -o said.jsonl | grep -q '^wrote    40 files into said/new: 0:' &&
+    cmp alone.jsonl said.jsonl && test \$(ls said/new/*.wav | wc -l) = 20 -a \$(ls said/new/prompt/*.wav | wc -l) = 20 -a \$(wc -c <said/new/0.wav) -gt \$(wc -c <said/new/prompt/0.wav)"
+check 'generate --wav: again, over the files that are there' 'differ' sh -c "cp -r said/new before && '$eval' one generate v.jsonl --prompt-units 4 --max-new 30 --kmeans '$bundled/km.npy' --wav said/new && diff -r before said/new"
+printf '%s\n' '{"units": [45, 7], "duration": [1, 1], "file_name": "../../x/../e\u0007 .flac"}' '{"units": [5, 6], "file_name": ".."}' '{"units": [7], "file_name": "/a/s.wav"}' \
+    '{"units": [8], "file_name": "b/s.ogg"}' '{"audio_repr": "<Un9><Un8>", "file_name": "s"}' '{"units": [3]}' >names.jsonl
+check 'resynthesize: names that stay in the folder and differ' 'names' sh -c "'$eval' resynthesize names.jsonl --wav names && test \"\$(cd names && echo *)\" = '_..wav e__.wav names.jsonl_6.wav s.wav s~2.wav s~3.wav' &&
+    test \$(wc -c <names/e__.wav) = \$((44 + 2 * (1024 + 640)))" # of 16 bits: a frame of 1024 samples, and another 640 later
+check 'resynthesize: token shards, whole documents' 'files' sh -c "'$eval' resynthesize '$bundled/val.bin' --wav whole --threads 1 --json whole.json && test \$(ls whole | wc -l) = 84 && test \$(du -sk whole | cut -f 1) -gt 30000"
+check 'resynthesize: audio, and its units again' 'few of them' sh -c "'$eval' resynthesize speech --wav again && '$tokenize' speech --kmeans '$bundled/km.npy' -o first.jsonl && '$tokenize' again --kmeans '$bundled/km.npy' -o second.jsonl && test \$(wc -l <second.jsonl) = 24"
+echo '{"units": [], "file_name": "empty"}' | cat - names.jsonl >holes.jsonl
+check 'resynthesize: a line without units is skipped, with status 3' 'status or message' sh -c "'$eval' resynthesize holes.jsonl --wav holes 2>skipped.err; test \$? = 3 && grep -q '^eval: skipped: empty: has no units' skipped.err && test \$(ls holes | wc -l) = 6"
+sed 's/, "durations": \[[^]]*\]//' "$bundled/km.json" >old.json && cp "$bundled/km.npy" old.npy
+check 'resynthesize: centroids without durations' 'not said' sh -c "'$eval' resynthesize names.jsonl --kmeans old.npy --wav old | grep -q 'old.npy has no durations.*1.4 frames'"
+mkdir -p taken/s.wav
+echo '{"units": [3, 200], "file_name": "y"}' >beyond.jsonl
+refuse_all <<EOT
+resynthesize: units beyond the centroids|1|y: unit 2 is 200, expected 0 to 99|resynthesize beyond.jsonl --wav beyond
+resynthesize: a folder in the way of a file, before anything is written|1|taken/s.wav: is a folder|resynthesize names.jsonl --wav taken
+resynthesize: a file in the way of the folder|1|a.jsonl/*: cannot create this folder|resynthesize names.jsonl --wav a.jsonl
+resynthesize: nowhere to write to|2|expected --wav DIR|resynthesize names.jsonl
+resynthesize: a model|2|expected no model|one resynthesize names.jsonl --wav names
+generate --wav: a model of other units than the bundled ones|1|the model was trained on units of|spoken generate speech.bin --wav names
+generate --wav: fewer units than the model has|1|the model has 100 units|one generate v.jsonl --kmeans km.npy --wav names
+EOT
+check 'resynthesize: nothing was written where a file was in the way' 'files' test "$(ls taken)" = s.wav
+mkdir small
+if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=64k tmpfs small 2>/dev/null; then
+    mounted="$mounted $folder/small"
+    refuses 'resynthesize: a full disk' 1 'No space left' "$eval" resynthesize a.jsonl --wav small
+    check 'resynthesize: a full disk leaves no part of a file' 'files' sh -c '! ls small/*.part'
+else
+    skip 'resynthesize: a full disk' 'no small file system can be mounted here'
+fi
+"$eval" resynthesize "$bundled/val.bin" "$bundled/train.bin" --wav halted_wav --threads 1 >halted.out 2>&1 &
+halted=$!
+while [ ! -e halted_wav/val.bin_1.wav ] && kill -0 $halted 2>/dev/null; do :; done
+kill -INT $halted
+check 'resynthesize: a signal ends it with status 0' 'status' wait $halted
+check 'resynthesize: whole files only after a signal' 'files' sh -c 'grep -q "; stopped before the end" halted.out && ! ls halted_wav/*.part'
+
 # ---- test sets ----
 
 mkdir -p zero/lexical/dev pairset/one pairset/two salmon/bg_alignment salmon/speaker_consistency empty_set
