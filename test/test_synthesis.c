@@ -168,6 +168,42 @@ static void check_frames(slam_vocoder *v, const int *unit, const int *duration, 
     CHECK(v->samples == 1024 + (m - 1) * 640, "%zu samples", v->samples);
 }
 
+/* durations: the end of a km.json beside the bundled centroids. */
+static slam_tokenizer *with_durations(const char *durations) {
+    strbuf s = ZERO;
+    file_map npy;
+    slam_unit_config c = slam_unit_config_default();
+    CHECK(file_map_open(&npy, "test/corpus/km.npy"), "%s", slam_error());
+    const char *path = check_file("km.npy", npy.data, npy.size);
+    strbuf_add(&s, "{\"features\": \"mfcc\", \"rate\": 25, \"fingerprint\": 182614299%s}", durations);
+    check_file("km.json", s.at, s.n);
+    slam_tokenizer *t = slam_unit_config_load(&c, path) ? slam_tokenizer_load(path, &c, NULL) : NULL;
+    file_map_close(&npy);
+    strbuf_free(&s);
+    return t;
+}
+
+static void test_stored_durations(void) {
+    strbuf s = ZERO;
+    strbuf_add(&s, ", \"durations\": [1000");
+    for (int k = 1; k < 99; k++) strbuf_add(&s, ", %d", 10 * k);
+    if (TEST("synthesis: durations in km.json")) {
+        strbuf all = ZERO;
+        strbuf_add(&all, "%s, 7]", s.at);
+        slam_tokenizer *t = with_durations(all.at), *without = with_durations("");
+        CHECK(t && t->durations && t->durations[0] == 1000 && t->durations[42] == 420 && t->durations[99] == 7, "%s",
+              slam_error());
+        CHECK(without && !without->durations, "durations from nowhere: %s", slam_error());
+        slam_tokenizer_free(t);
+        slam_tokenizer_free(without);
+        strbuf_free(&all);
+    }
+    strbuf_add(&s, "]");
+    if (TEST("synthesis: durations in km.json, one too few"))
+        check_fails(with_durations(s.at), "has 99 durations, expected 100");
+    strbuf_free(&s);
+}
+
 static void test_durations(void) {
     static const int unit[] = {0, 1, 2, 3, 0}, given[] = {2, 0, 0, 3, 1};
     slam_tokenizer *t = bundled(25, 1), *plain = bundled(25, 0);
@@ -288,6 +324,7 @@ int main(void) {
     }
     test_spectrum(25);
     test_spectrum(50);
+    test_stored_durations();
     test_durations();
     slam_vocoder_free(v);
     slam_tokenizer_free(t);
