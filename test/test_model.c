@@ -255,6 +255,21 @@ static void test_sizes(void) {
 }
 
 /* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
+/* The head's weight gradient sums over rows of logits: split sums over a number of rows that is no multiple of 64 have
+   been wrong in cuBLASLt 13.1 (compute capability 9.0). */
+static void test_head_rows(void) {
+    static const int V[] = {502, 32000, 49152};
+    slam_config c;
+    if (!TEST("memory: slices of logits are multiples of 64 rows")) return;
+    CHECK(slam_config_load(&c, "slam"), "%s", slam_error());
+    for (int i = 0; i < 6; i++) {
+        const int bytes = i < 3 ? 2 : 4;
+        c.V = V[i % 3];
+        const double rows = slam_config_memory(&c, bytes, 78, 1024, SLAM_TRAIN, 1).logits / (round_up(c.V, 8) * bytes);
+        CHECK(rows >= 64 && rows < 78 * 1024 && fmod(rows, 64) == 0, "%g rows of %d", rows, c.V);
+    }
+}
+
 static void test_memory(slam_ops *ops) {
     if (!TEST("memory: as planned")) return;
     const slam_config c = small();
@@ -1109,6 +1124,7 @@ int main(void) {
     test_schedules();
     test_adamw(ops);
     test_sizes();
+    test_head_rows();
     test_memory(ops);
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
