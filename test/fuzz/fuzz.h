@@ -44,4 +44,25 @@ static inline const char *fuzz_file(const void *bytes, size_t size) {
     MUST(fd >= 0 && ftruncate(fd, 0) == 0 && pwrite(fd, bytes, size, 0) == (ssize_t)size);
     return path;
 }
+
+static inline void fuzz_write(const char *folder, const char *name, const uint8_t *bytes, size_t n) {
+    char path[100];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "wb");
+    MUST(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0);
+}
+
+/* A model's folder of the bytes: the length of config.json in four of them, it, and model.safetensors. NULL: too few. */
+static inline const char *fuzz_folder(const uint8_t *bytes, size_t size) {
+    static char folder[] = "/tmp/fuzz.XXXXXX";
+    static int made;
+    uint32_t n;
+    if (size < 4) return NULL;
+    memcpy(&n, bytes, 4);
+    if (n > size - 4) return NULL;
+    if (!made++) MUST(mkdtemp(folder));
+    fuzz_write(folder, "config.json", bytes + 4, n);
+    fuzz_write(folder, "model.safetensors", bytes + 4 + n, size - 4 - n);
+    return folder;
+}
 #endif

@@ -1,26 +1,13 @@
-/* A HuBERT model's folder: four bytes with the length of config.json, it, and model.safetensors. A model that loads computes
-   features of noise, as many as it says, within its own memory. */
+/* A HuBERT model's folder. A model that loads computes features of noise, as many as it says, within its own memory. */
 #include "fuzz.h"
 
-static void write_file(const char *folder, const char *name, const uint8_t *bytes, size_t n) {
-    char path[100];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    FILE *f = fopen(path, "wb");
-    MUST(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0);
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
-    static char folder[] = "/tmp/fuzz_hubert.XXXXXX";
     static slam_ops *ops;
     float samples[3000];
-    uint32_t n;
     slam_unit_config config = slam_unit_config_default();
-    if (size < 4) return 0;
-    memcpy(&n, bytes, 4);
-    if (n > size - 4) return 0;
-    if (!ops) MUST((ops = slam_cpu(1)) != NULL && mkdtemp(folder));
-    write_file(folder, "config.json", bytes + 4, n);
-    write_file(folder, "model.safetensors", bytes + 4 + n, size - 4 - n);
+    const char *folder = fuzz_folder(bytes, size);
+    if (!folder) return 0;
+    if (!ops) MUST((ops = slam_cpu(1)) != NULL);
     config.features = SLAM_HUBERT;
     config.rate = 0;
     config.layer = 1;

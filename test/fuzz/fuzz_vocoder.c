@@ -1,25 +1,12 @@
-/* A vocoder's folder: four bytes with the length of config.json, it, and model.safetensors. A vocoder that loads synthesises units,
-   as many samples as it says. */
+/* A vocoder's folder. A vocoder that loads synthesises units, as many samples as it says. */
 #include "fuzz.h"
 
-static void write_file(const char *folder, const char *name, const uint8_t *bytes, size_t n) {
-    char path[100];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    FILE *f = fopen(path, "wb");
-    MUST(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0);
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
-    static char folder[] = "/tmp/fuzz_vocoder.XXXXXX";
     static slam_ops *ops;
     int units[5], durations[5] = {1, 2, 1, 3, 0};
-    uint32_t n;
-    if (size < 4) return 0;
-    memcpy(&n, bytes, 4);
-    if (n > size - 4) return 0;
-    if (!ops) MUST((ops = slam_cpu(1)) != NULL && mkdtemp(folder));
-    write_file(folder, "config.json", bytes + 4, n);
-    write_file(folder, "model.safetensors", bytes + 4 + n, size - 4 - n);
+    const char *folder = fuzz_folder(bytes, size);
+    if (!folder) return 0;
+    if (!ops) MUST((ops = slam_cpu(1)) != NULL);
     slam_vocoder *v = slam_vocoder_open(folder, 0, 0, NULL, ops);
     if (!v) return 0;
     MUST(v->K > 0 && v->step > 0 && v->gan->step > 0);
