@@ -1293,9 +1293,12 @@ static int remove_tree(const char *path) {
    copy. What some tools leave in the place of a file that was not downloaded is an error. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
     static const char *const not_it[][3] = {
-        {"version https://git-lfs.github.com/spec/", "a git-lfs pointer", "run `git lfs pull` in its folder"},
-        {"/annex/objects/", "a git-annex pointer", "run `git annex get .` in its folder"},
-        {"<!DOCTYPE html", "a web page", "download the file itself (on Hugging Face /resolve/, not /blob/)"}};
+        {"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself",
+         "run `git lfs pull` in its folder"},
+        {"/annex/objects/", "a git-annex pointer, not the file itself", "run `git annex get .` in its folder"},
+        {"<!DOCTYPE html", "a web page, not the file itself", "on Hugging Face its address has /resolve/, not /blob/"},
+        {"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"},
+        {"\xff\xfe{", "UTF-16", "save it as UTF-8"}};
     char start[64] = "";
     FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
     struct stat s;
@@ -1312,9 +1315,9 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
     if (ok && pread(fileno(f), start, sizeof start - 1, 0) < 0) *start = 0;
-    for (int i = 0; ok && i < 3; i++)
+    for (int i = 0; ok && i < 5; i++)
         if (!strncasecmp(start, not_it[i][0], strlen(not_it[i][0])))
-            ok = set_error("%s: is %s, not the file itself; %s", name, not_it[i][1], not_it[i][2]);
+            ok = set_error("%s: is %s; %s", name, not_it[i][1], not_it[i][2]);
     *size = ok ? (size_t)s.st_size : 0;
     if (ok) return f;
     if (f) fclose(f);
@@ -1346,11 +1349,14 @@ static void file_map_close(file_map *map) {
     memset(map, 0, sizeof *map);
 }
 
+/* Pipes cannot be synced, nor folders, or anything, on some network file systems. */
+static int fd_sync(int fd) { return fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP || errno == ENOSYS; }
+
 /* Syncs a folder: only then are renames and new files in it on the disk. */
 static int folder_sync(const char *path) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return set_error("%s: %s", path, strerror(errno));
-    const int ok = fsync(fd) == 0 || errno == EINVAL; // some file systems cannot sync folders
+    const int ok = fd_sync(fd);
     close(fd);
     return ok || set_error("%s: cannot be synced: %s", path, strerror(errno));
 }
@@ -1375,7 +1381,7 @@ static int file_write_parts(const char *path, const bytes *parts, size_t n) {
     FILE *f = fopen(part, "wb");
     int ok = f != NULL;
     for (const bytes *p = parts; ok && p < parts + n; p++) ok = p->n == 0 || fwrite(p->at, p->n, 1, f) == 1;
-    ok = ok && fflush(f) == 0 && (direct || fsync(fileno(f)) == 0);
+    ok = ok && fflush(f) == 0 && fd_sync(fileno(f));
     if (f && fclose(f) != 0) ok = 0;
     ok = ok && (direct || rename(part, path) == 0);
     if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
@@ -1566,8 +1572,8 @@ static int json_parse_value(json_parser *p, json *j) {
 
 static void json_free(json *root) { free(root); }
 
-/* The value of n bytes of text, to be freed with json_free; NULL and an error that starts with `what`. Strict, and
-   without \u0000, so that strings are C strings. */
+/* The value of n bytes of text, to be freed with json_free; NULL and an error that starts with `what`. Strict, but for
+   a byte order mark, and without \u0000, so that strings are C strings. */
 static json *json_parse(const char *text, size_t n, const char *what) {
     json_parser p = ZERO;
     size_t nodes = 1;
@@ -1582,6 +1588,7 @@ static json *json_parse(const char *text, size_t n, const char *what) {
     p.at = p.text = (char *)(root + nodes) + 1;
     p.end = p.at + n;
     if (n) memcpy(p.at, text, n);
+    if (!strncmp(p.at, "\xef\xbb\xbf", 3)) p.at += 3;
     if (json_parse_value(&p, root)) {
         json_peek(&p);
         if (p.at == p.end) return root;
@@ -1795,7 +1802,8 @@ static int tensor_parse(tensor *t, const json *entry, const unsigned char *data,
     if (!json_sizes(shape, t->shape, 8))
         return set_error("%s: tensor '%s' has no valid shape, expected up to 8 whole numbers", path, name);
     if (!json_sizes(offsets, place, 2) || offsets->n != 2 || place[0] > place[1] || place[1] > size)
-        return set_error("%s: tensor '%s' has no valid data_offsets, expected two up to %zu", path, name, size);
+        return set_error("%s: tensor '%s' has no valid data_offsets, expected two up to %zu, or the file is truncated",
+                         path, name, size);
     t->rank = (int)shape->n;
     for (int k = 0; k < t->rank; k++) count *= (double)t->shape[k];
     size = place[1] - place[0];
@@ -1814,6 +1822,15 @@ static int compare_tensor_places(const void *a, const void *b) {
 
 static int compare_tensors(const void *a, const void *b) {
     return strcmp(((const tensor *)a)->name, ((const tensor *)b)->name);
+}
+
+/* Sorts the tensors from `first` on by name. Two of a name are an error. */
+static int tensors_sort(tensors *t, size_t first) {
+    qsort(t->at + first, t->n - first, sizeof *t->at, compare_tensors);
+    for (const tensor *x = t->at + first + 1; x < t->at + t->n; x++)
+        if (!strcmp(x[-1].name, x->name))
+            return set_error("%s: found a second tensor '%s', after that in %s", x->file, x->name, x[-1].file);
+    return 1;
 }
 
 /* Adds the tensors of a file. Takes over its bytes, on failure too. */
@@ -1837,15 +1854,12 @@ static int tensors_add(tensors *t, const char *path, const file_map *map) {
     GROW(tensor, t->at, t->capacity, t->n + file->header->n + 1);
     for (const json *j = file->header->first; j; j = j->next)
         if (strcmp(j->key, "__metadata__") && !tensor_parse(&t->at[t->n++], j, data, bytes, file->path)) return 0;
+    if (!tensors_sort(t, first)) return 0;
     qsort(t->at + first, t->n - first, sizeof *t->at, compare_tensor_places);
     for (const tensor *x = t->at + first; x < t->at + t->n; at += x->count * dtype_bytes[x->dtype], x++)
         if (x->data != data + at) return set_error("%s: there is a gap or overlap before tensor '%s'", path, x->name);
     if (at != bytes) return set_error("%s: found %zu bytes of data, expected tensors of %zu", path, bytes, at);
-    qsort(t->at, t->n, sizeof *t->at, compare_tensors);
-    for (const tensor *x = t->at + 1; x < t->at + t->n; x++)
-        if (!strcmp(x[-1].name, x->name))
-            return set_error("%s: tensor '%s' is also in %s", x->file, x->name, x[-1].file);
-    return 1;
+    return tensors_sort(t, 0);
 }
 
 static const tensor *tensors_find(const tensors *t, const char *name) {
@@ -2136,7 +2150,9 @@ static int append_write(append_file *a, const void *data, size_t n) {
 }
 
 /* Then all `bytes` are on the disk. */
-static int append_sync(append_file *a) { return append_ok(a, fflush(a->f) == 0 && fsync(fileno(a->f)) == 0); }
+static int append_sync(append_file *a) {
+    return append_ok(a, fflush(a->f) == 0 && !ferror(a->f) && fd_sync(fileno(a->f)));
+}
 
 static int append_close(append_file *a) {
     const int ok = !a->f || append_sync(a);
@@ -6306,7 +6322,8 @@ static int weights_read(slam_model *m, const slam_config *c, const tensors *file
         const tensor *f = tensors_find(file, name);
         const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
         ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
-               : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
+               : set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
+                           file->n ? file->at[0].name : "none");
         if (!ok || !m) continue;
         float *host = NEW(float, n);
         ok = tensor_floats(f, host, 0, n);
@@ -7251,16 +7268,27 @@ static int data_add_file(slam_data *d, const char *path) {
     return 1;
 }
 
-/* Adds the files that a pattern matches, in byte order, or the file of that name. */
+/* Adds the files that a pattern matches, in byte order. Its longest beginning that exists, a folder or the whole, is a
+   name, not a pattern. */
 static int path_glob(const char *pattern, slam_strings *list) {
     glob_t found;
-    const int is_file = path_is_file(pattern);                                 // its name may look like a pattern
-    const int status = is_file ? 0 : glob(pattern, GLOB_NOSORT, NULL, &found); // its order would depend on the locale
+    strbuf escaped = ZERO;
+    char *name = string_copy(pattern);
+    size_t exists = strlen(name);
+    while (exists > 0 && access(name, F_OK) != 0) {
+        do exists--;
+        while (exists > 0 && name[exists] != '/');
+        name[exists] = 0;
+    }
+    free(name);
+    for (size_t i = 0; pattern[i]; i++)
+        strbuf_add(&escaped, "%s%c", i < exists && strchr("*?[\\", pattern[i]) ? "\\" : "", pattern[i]);
+    const int status = glob(escaped.n ? escaped.at : "", GLOB_NOSORT, NULL, &found); // its order depends on the locale
+    strbuf_free(&escaped);
     if (status == GLOB_NOMATCH) return set_error("%s: no such file", pattern);
     if (status != 0) return set_error("%s: cannot be searched: %s", pattern, strerror(errno));
-    if (is_file) slam_strings_add(list, pattern);
-    for (size_t i = 0; !is_file && i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
-    if (!is_file) globfree(&found);
+    for (size_t i = 0; i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
+    globfree(&found);
     qsort(list->at, list->n, sizeof *list->at, compare_strings);
     return 1;
 }
@@ -11188,7 +11216,7 @@ int slam_metrics_write(const char *task, const slam_metric *m, int n, const char
 static int path_writable(const char *path) {
     const int n = (int)(path_name(path) - path);
     char *folder = string_print("%.*s", n ? n : 1, n ? path : "."), *other = string_print("%s/.slam-XXXXXX", folder);
-    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fsync(fd) == 0;
+    const int fd = mkstemp(other), ok = fd >= 0 && write(fd, "", 1) == 1 && fd_sync(fd);
     if (!ok) set_error("%s: cannot be written: %s: %s", path, folder, strerror(errno));
     if (fd >= 0) unlink(other);
     if (fd >= 0) close(fd);
@@ -11703,14 +11731,18 @@ static int checkpoint_find(const char *run, char **folder) {
     return steps != NULL;
 }
 
-/* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time. */
+/* Points run/NAME at the checkpoint of a step, if that is there. NAME exists at any time, unless the file system has no
+   links (exFAT, some network drives): nothing here needs it. */
 static int checkpoint_link(const char *run, const char *name, long step) {
     const slam_path part = path_join(run, ".link.part"), path = path_join(run, name), to = checkpoint_path(run, step);
-    int ok = remove_tree(part.at);
-    if (ok && path_is_folder(to.at) && (symlink(path_name(to.at), part.at) != 0 || rename(part.at, path.at) != 0))
-        ok = set_error("%s: cannot be made a link to %s: %s%s", path.at, path_name(to.at), strerror(errno),
-                       path_is_folder(path.at) ? "; remove it (a copy of a link?)" : "");
-    return ok && folder_sync(run);
+    if (!remove_tree(part.at)) return 0;
+    if (!path_is_folder(to.at)) return 1;
+    if (symlink(path_name(to.at), part.at) == 0 ? rename(part.at, path.at) == 0
+                                                : errno == EPERM || errno == ENOTSUP || errno == ENOSYS)
+        return folder_sync(run);
+    const char *why = strerror(errno);
+    return set_error("%s: cannot be made a link to %s: %s%s", path.at, path_name(to.at), why,
+                     path_is_folder(path.at) ? "; remove it (a copy of a link?)" : "");
 }
 
 static int checkpoint_links(const char *run, const slam_trainer *t) {
@@ -12769,7 +12801,7 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
 int slam_run_save(slam_run *r) {
     const int format = strcmp(r->o.format, "hf") ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
     FILE *log = (FILE *)r->log;
-    if (log && fsync(fileno(log)) != 0)
+    if (log && !fd_sync(fileno(log)))
         return set_error("%s/log.jsonl: cannot be written: %s", r->folder, strerror(errno));
     if (log) r->trainer.log_bytes = (uint64_t)ftell(log);
     r->trainer.seconds = run_seconds(r);

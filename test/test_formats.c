@@ -1,6 +1,18 @@
 /* The file formats: what is written is read back, what others write is read correctly, and whatever a file holds, its reader
    returns a value or an error. Damaged files are in memory of exactly their size, so that under `make test SANITIZE=1` a step
    beyond it is seen. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <unistd.h>
+
+/* A file system that does not sync or has no links: errno of these calls; 0: they work. */
+static int sync_error, link_error;
+static int sync_or_fail(int fd) { return sync_error ? (errno = sync_error, -1) : fsync(fd); }
+static int link_or_fail(const char *to, const char *path) {
+    return link_error ? (errno = link_error, -1) : symlink(to, path);
+}
+#define fsync   sync_or_fail
+#define symlink link_or_fail
 #define SLAM_IMPLEMENTATION
 #include "../slam.h"
 #include "check.h"
@@ -27,6 +39,78 @@ static void test_folders(void) {
 }
 
 static const char *text_file(const char *name, const char *text) { return check_file(name, text, strlen(text)); }
+
+static void test_file_systems(void) {
+    static const int unsupported[] = {EINVAL, ENOTSUP, ENOSYS};
+    const char *path = check_path("synced");
+    append_file f;
+    if (TEST("files: a file system that cannot sync is written to; an error of the disk is one")) {
+        for (size_t i = 0; i < COUNT(unsupported); i++) {
+            sync_error = unsupported[i];
+            CHECK(file_write(path, "abc", 3) && folder_sync(check_path("")) && path_writable(path), "%s", slam_error());
+            CHECK(append_open(&f, path) && append_resume(&f, 0) && append_write(&f, "abcd", 4) && append_close(&f),
+                  "%s", slam_error());
+        }
+        sync_error = EIO;
+        check_fails(file_write(path, "abc", 3), "synced: cannot be written: Input/output error");
+        check_fails(folder_sync(check_path("")), "cannot be synced: Input/output error");
+        check_fails(path_writable(path), "Input/output error");
+        CHECK(append_open(&f, path) && append_resume(&f, 0), "%s", slam_error());
+        check_fails(append_close(&f), "synced: cannot be written: Input/output error");
+        sync_error = 0;
+    }
+    if (!TEST("checkpoints: without links on a file system that has none")) return;
+    char run[1024];
+    snprintf(run, sizeof run, "%s", check_path("run"));
+    CHECK(remove_tree(run) && folder_create(check_path("run/step_000007")), "%s", slam_error());
+    static const int none[] = {EPERM, ENOTSUP, ENOSYS};
+    for (size_t i = 0; i < COUNT(none); i++) {
+        link_error = none[i];
+        CHECK(checkpoint_link(run, "latest", 7) && !path_is_folder(check_path("run/latest")), "%s", slam_error());
+    }
+    link_error = ENOSPC;
+    check_fails(checkpoint_link(run, "latest", 7), "latest: cannot be made a link to step_000007: No space left");
+    link_error = 0;
+    CHECK(checkpoint_link(run, "latest", 7) && path_is_folder(check_path("run/latest")), "%s", slam_error());
+    CHECK(checkpoint_link(run, "best", 3) && !path_is_folder(check_path("run/best")), "%s", slam_error());
+    CHECK(folder_create(check_path("run/best/x")), "%s", slam_error());
+    check_fails(checkpoint_link(run, "best", 7), "remove it (a copy of a link?)");
+}
+
+static void test_patterns(void) {
+    static const struct {
+        const char *pattern, *found[3];
+    } cases[] = {{"[1] *?/a[2].bin", {"[1] *?/a[2].bin", NULL, NULL}},
+                 {"[1] *?/*.bin", {"[1] *?/a[2].bin", "[1] *?/b.bin", NULL}},
+                 {"[1] *?/[a-b].bin", {"[1] *?/b.bin", NULL, NULL}},
+                 {"[[]1] *[?]/b?bin", {"[1] *?/b.bin", NULL, NULL}},
+                 {"[1] *?/sub\\dir/*", {"[1] *?/sub\\dir/c.bin", NULL, NULL}},
+                 {"*", {"1", "[1] *?", NULL}}};
+    if (!TEST("patterns: a folder or file of that name is no pattern")) return;
+    char folder[1024], pattern[1200];
+    snprintf(folder, sizeof folder, "%s", check_path("p[x]"));
+    CHECK(remove_tree(folder) && folder_create(check_path("p[x]/[1] *?/sub\\dir")) &&
+              folder_create(check_path("p[x]/1")),
+          "%s", slam_error());
+    text_file("p[x]/[1] *?/a[2].bin", "");
+    text_file("p[x]/[1] *?/b.bin", "");
+    text_file("p[x]/[1] *?/sub\\dir/c.bin", "");
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        slam_strings list = ZERO;
+        size_t n = 0;
+        snprintf(pattern, sizeof pattern, "%s/%s", folder, cases[i].pattern);
+        if (CHECK(path_glob(pattern, &list), "%s", slam_error()))
+            for (; n < 3 && cases[i].found[n]; n++)
+                CHECK(n < list.n && !strcmp(list.at[n] + strlen(folder) + 1, cases[i].found[n]), "%s: number %zu",
+                      cases[i].pattern, n);
+        CHECK(list.n == n, "%s: %zu files", cases[i].pattern, list.n);
+        slam_strings_free(&list);
+    }
+    slam_strings list = ZERO;
+    snprintf(pattern, sizeof pattern, "%s/[2]/*", folder);
+    check_fails(path_glob(pattern, &list), "p[x]/[2]/*: no such file");
+    check_fails(path_glob("", &list), ": no such file");
+}
 
 /* ---- JSON ---- */
 
@@ -56,6 +140,9 @@ static void test_json_values(void) {
     CHECK(!strcmp(json_string(root, "s", "-"), s->string) && !strcmp(json_string(root, "a", "-"), "-"), "json_string");
     json_free(root);
     json_free(NULL);
+    root = json_load(text_file("mark.json", "\xef\xbb\xbf{\"a\": \"\xef\xbb\xbf\"}"));
+    CHECK(root && !strcmp(json_string(root, "a", ""), "\xef\xbb\xbf"), "a byte order mark: %s", slam_error());
+    json_free(root);
 }
 
 static void test_json_invalid(void) {
@@ -110,7 +197,8 @@ static void test_json_invalid(void) {
         {"\"\xed\xa0\x80\"", "UTF-8"},
         {"\"\xf4\x90\x80\x80\"", "UTF-8"},
         {"\"\xe2\x82\"", "found byte 0xe2, expected UTF-8"},
-        {"\xef\xbb\xbf{}", "found byte 0xef"},
+        {"{}\xef\xbb\xbf", "found byte 0xef"},
+        {"\xef\xbb{}", "found byte 0xef"},
         {"/* no */ 1", "found '/'"},
         {"\n\n[1,\n  x]", "x.json: byte 9: found 'x'"},
         {"[1, x]", "x.json: byte 5: found 'x', expected a value"},
@@ -448,7 +536,7 @@ static void test_tensors_damaged(void) {
         size_t data;
         const char *header, *error;
     } bad[] = {
-        {23, "{" A "}", "tensor 'a' has no valid data_offsets, expected two up to 23"},
+        {23, "{" A "}", "tensor 'a' has no valid data_offsets, expected two up to 23, or the file is truncated"},
         {25, "{" A "}", "found 25 bytes of data, expected tensors of 24"},
         {24, "{" A "," ENTRY("b", "F32", "[1]", "[20,24]") "}", "a gap or overlap before tensor 'b'"},
         {32, "{" A "," ENTRY("b", "F32", "[1]", "[28,32]") "}", "a gap or overlap before tensor 'b'"},
@@ -475,7 +563,8 @@ static void test_tensors_damaged(void) {
          "has 0 bytes, expected 79228162514264337593"},
         {0, "{" ENTRY("b", "U8", "[4294967296,4294967296]", "[0,0]") "}",
          "has 0 bytes, expected 18446744073709551616 numbers"},
-        {24, "{" A "," A "}", "a gap or overlap before tensor 'a'"},
+        {24, "{" A "," A "}", "bad.safetensors: found a second tensor 'a', after that in "},
+        {24, "{" A "," ENTRY("b", "F32", "[3]", "[0,12]") "}", "a gap or overlap before tensor '"},
         {28, "{" A "," ENTRY("b", "F32", "[1]", "[20,24]") "}",
          "a gap or overlap before tensor 'b'"}, // the sum is right
         {24, "{" A, "found the end"},
@@ -554,7 +643,7 @@ static void test_tensors_folders(void) {
     }
     CHECK(tensors_write(check_path("model/m-2.safetensors"), both, 2, NULL), "%s", slam_error());
     text_file(index, "{\"weight_map\": {\"a\": \"m-1.safetensors\", \"b\": \"m-2.safetensors\"}}");
-    check_fails(tensors_open(folder), "tensor 'a' is also in");
+    check_fails(tensors_open(folder), "m-2.safetensors: found a second tensor 'a', after that in ");
     CHECK(tensors_write(check_path("model/model.safetensors"), both, 2, NULL), "%s", slam_error());
     t = tensors_open(folder);
     CHECK(t && t->n == 2 && strstr(t->at[0].file, "model/model.safetensors"), "%s", slam_error());
@@ -796,7 +885,7 @@ static void test_units(void) {
                      {"", 1, 7, {9, 0, 0}, 0, 0, 0},
                      {"", 1, 8, {INT_MAX, 0, 0}, 0, 0, 0}};
         const char *text =
-            "{\"units\": [3, 49, 7], \"duration\": [1, 2, 1], \"file_name\": \"a b.wav\"}\r\n\n \t\r\n"
+            "\xef\xbb\xbf{\"units\": [3, 49, 7], \"duration\": [1, 2, 1], \"file_name\": \"a b.wav\"}\r\n\n \t\r\n"
             "{\"file_name\": \"\\u00e9.wav\", \"audio_repr\": \"<Un3><Un0><Un499>\", \"more\": {}}\n"
             "{\"units\": []}\n{\"start\": 60.5, \"audio_repr\": \"<Un9>\", \"end\": 118.25}\n"
             "{\"start\": 1, \"audio_repr\": \"<Un9>\", \"end\": \"no number\"}\n{\"units\": [2147483647], \"duration\": null}";
@@ -874,6 +963,8 @@ static void test_units(void) {
     units_close(&r);
     unlink(endless);
     check_fails(units_open(&r, check_path("absent.jsonl")), "cannot be opened");
+    check_fails(units_open(&r, text_file("u.jsonl.gz", "\x1f\x8b\x08")), "gzip; decompress it with gunzip");
+    check_fails(units_open(&r, check_file("u.jsonl", "\xff\xfe{\0\"\0", 6)), "is UTF-16");
     check_fails(units_open(&r, check_path("")), "is a folder, expected a file");
     units_free(&u);
 }
@@ -995,6 +1086,8 @@ static void test_damage(void) {
 
 int main(void) {
     test_folders();
+    test_file_systems();
+    test_patterns();
     test_json_values();
     test_json_invalid();
     test_json_many_keys();
