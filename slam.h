@@ -1002,7 +1002,7 @@ static int omp_get_thread_num(void) { return 0; }
 static void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
-/* A loop whose iterations write to different places. Each thread takes a contiguous range of them. */
+/* A loop whose iterations write to different places; a thread takes a contiguous range of them. */
 #define PARALLEL_FOR SLAM_PRAGMA(omp parallel for schedule(static))
 
 #ifdef __cplusplus
@@ -1046,9 +1046,7 @@ int PRINTF_LIKE(1, 2) slam_set_error(const char *format, ...) {
     return 0;
 }
 
-/* ---- memory ----
-   Host allocations do not fail: see SLAM_OUT_OF_MEMORY. A size that comes from a file is checked against the size of
-   the file before memory is allocated for it. */
+/* ---- memory: a size that comes from a file is checked against the file before it is allocated ---- */
 
 #ifndef SLAM_OUT_OF_MEMORY
 #define SLAM_OUT_OF_MEMORY(bytes)                                                                                      \
@@ -1065,8 +1063,7 @@ static void *mem_new(size_t n, size_t size) {
     return p;
 }
 
-/* p, an array of *capacity elements, with space for at least `need`. It grows by half, so that appending costs constant
-   time. */
+/* p, an array of *capacity elements, with space for at least `need`. It grows by half: appending takes constant time. */
 static void *mem_grow(void *p, size_t *capacity, size_t need, size_t size) {
     if (need <= *capacity) return p;
     size_t n = *capacity + *capacity / 2 + 16;
@@ -1169,8 +1166,7 @@ double slam_clock(void) {
 
 /* ---- random numbers ---- */
 
-/* SplitMix64 (Steele, Lea and Flood 2014). The state is a counter, so a stream can be named by hashing numbers into it
-   and never depends on what was drawn before. */
+/* SplitMix64 (Steele, Lea and Flood 2014). The state is a counter: hashing numbers into it gives a stream of its own. */
 static uint64_t rng_next(uint64_t *state) {
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -1186,7 +1182,7 @@ static uint64_t rng_stream(uint64_t seed, uint64_t a, uint64_t b) {
     return rng_next(&s);
 }
 
-/* Uniform in [0, n), without bias: values beyond the last whole multiple of n are drawn again. */
+/* Uniform in [0, n): values beyond the last whole multiple of n are drawn again. */
 static uint64_t rng_below(uint64_t *state, uint64_t n) {
     const uint64_t limit = (uint64_t)-1 - (uint64_t)-1 % n;
     uint64_t x;
@@ -1241,15 +1237,14 @@ static const char *path_name(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-static int path_is_file(const char *path) {
+/* S_IFREG, S_IFDIR, ...; 0: there is nothing. */
+static int path_type(const char *path) {
     struct stat s;
-    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+    return stat(path, &s) == 0 ? s.st_mode & S_IFMT : 0;
 }
 
-static int path_is_folder(const char *path) {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
-}
+static int path_is_file(const char *path) { return path_type(path) == S_IFREG; }
+static int path_is_folder(const char *path) { return path_type(path) == S_IFDIR; }
 
 /* Creates the folder and its parents; an existing folder is fine. */
 static int folder_create(const char *path) {
@@ -1289,8 +1284,8 @@ static int remove_tree(const char *path) {
     return status <= 0;
 }
 
-/* Opens a file for reading; errors call it `name`. A pipe, which can be read only once, is replaced by a temporary
-   copy. What some tools leave in the place of a file that was not downloaded is an error. */
+/* Opens a file for reading; errors call it `name`. A pipe is replaced by a temporary copy, which can be read twice. What
+   some tools leave in the place of a file is an error. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
     static const char *const not_it[][3] = {
         {"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself",
@@ -1299,18 +1294,16 @@ static FILE *file_open(const char *path, const char *name, size_t *size) {
         {"<!DOCTYPE html", "a web page, not the file itself", "on Hugging Face its address has /resolve/, not /blob/"},
         {"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"},
         {"\xff\xfe{", "UTF-16", "save it as UTF-8"}};
-    char start[64] = "";
-    FILE *f = fopen(path, "rbe"); // e: not inherited by programs that are started
+    char start[64] = "", block[65536];
+    FILE *f = fopen(path, "rbe"), *pipe = f; // e: not inherited by programs that are started
     struct stat s;
     int ok = f && fstat(fileno(f), &s) == 0;
     if (ok && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode)) {
-        char block[65536];
-        FILE *copy = tmpfile();
-        for (size_t n = 1; copy && n > 0; fwrite(block, 1, n, copy)) n = fread(block, 1, sizeof block, f);
-        ok = copy && !ferror(f) && fflush(copy) == 0 && !ferror(copy) && fstat(fileno(copy), &s) == 0;
-        if (copy) rewind(copy);
-        fclose(f);
-        f = copy;
+        f = tmpfile();
+        for (size_t n = 1; f && n > 0; fwrite(block, 1, n, f)) n = fread(block, 1, sizeof block, pipe);
+        ok = f && !ferror(pipe) && fflush(f) == 0 && !ferror(f) && fstat(fileno(f), &s) == 0;
+        if (f) rewind(f);
+        fclose(pipe);
     }
     if (!ok) set_error("%s: cannot be opened: %s", name, strerror(errno));
     else if (S_ISDIR(s.st_mode)) ok = set_error("%s: is a folder, expected a file", name);
@@ -1354,11 +1347,10 @@ static int fd_sync(int fd) { return fsync(fd) == 0 || errno == EINVAL || errno =
 
 /* Syncs a folder: only then are renames and new files in it on the disk. */
 static int folder_sync(const char *path) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return set_error("%s: %s", path, strerror(errno));
-    const int ok = fd_sync(fd);
-    close(fd);
-    return ok || set_error("%s: cannot be synced: %s", path, strerror(errno));
+    const int fd = open(path, O_RDONLY | O_CLOEXEC), ok = fd >= 0 && fd_sync(fd);
+    if (!ok) set_error("%s: cannot be synced: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
 }
 
 typedef struct bytes {
@@ -1368,13 +1360,13 @@ typedef struct bytes {
 
 /* Whether a path is a pipe, a device or a name of an open file, which no other file may replace. */
 static int path_is_direct(const char *path) {
-    struct stat s;
+    const int type = path_type(path);
     return !strncmp(path, "/dev/std", 8) || !strncmp(path, "/dev/fd/", 8) ||
-           (stat(path, &s) == 0 && !S_ISREG(s.st_mode) && !S_ISDIR(s.st_mode));
+           (type && type != S_IFREG && type != S_IFDIR);
 }
 
-/* Writes n parts to PATH.part, syncs it and renames it to PATH, so that PATH is never half written; or to PATH itself
-   if path_is_direct. */
+/* Writes n parts to PATH.part, syncs it and renames it to PATH, which is never half written; or, path_is_direct, to PATH
+   itself. */
 static int file_write_parts(const char *path, const bytes *parts, size_t n) {
     const int direct = path_is_direct(path);
     char *part = string_print("%s%s", path, direct ? "" : ".part");
@@ -1397,8 +1389,7 @@ static int file_write(const char *path, const void *data, size_t n) {
 
 /* ==========================================================================================
    SECTION 2. FORMATS   JSON, safetensors, npy, token shards, CSV, unit lines
-   A reader returns what the file says, or an error: every length is checked against the bytes that are there before it
-   is used. Files are little-endian, as are the machines.
+   A reader returns what the file says, or an error. Files are little-endian, as are the machines.
    ========================================================================================== */
 #include <locale.h>
 
@@ -1606,10 +1597,12 @@ static json *json_load(const char *path) {
     return root;
 }
 
+static int json_is(const json *j, int type) { return j && j->type == type; }
+
 /* The member of that name, of several the last; NULL if there is none, or if `object` is no object. */
 static const json *json_find(const json *object, const char *key) {
     const json *found = NULL;
-    for (const json *j = object && object->type == JSON_OBJECT ? object->first : NULL; j; j = j->next)
+    for (const json *j = json_is(object, JSON_OBJECT) ? object->first : NULL; j; j = j->next)
         if (strcmp(j->key, key) == 0) found = j;
     return found;
 }
@@ -1617,34 +1610,32 @@ static const json *json_find(const json *object, const char *key) {
 /* The same; NULL also if it is null. */
 static const json *json_get(const json *object, const char *key) {
     const json *found = json_find(object, key);
-    return found && found->type != JSON_NULL ? found : NULL;
+    return json_is(found, JSON_NULL) ? NULL : found;
 }
 
 static const char *json_string(const json *object, const char *key, const char *fallback) {
     const json *j = json_get(object, key);
-    return j && j->type == JSON_STRING ? j->string : fallback;
+    return json_is(j, JSON_STRING) ? j->string : fallback;
 }
 
 /* A whole number that a double holds exactly. */
 static int json_whole(const json *j) {
-    return j && j->type == JSON_NUMBER && fabs(j->number) <= 0x1p53 && j->number == floor(j->number);
+    return json_is(j, JSON_NUMBER) && fabs(j->number) <= 0x1p53 && j->number == floor(j->number);
 }
 
 /* For error messages: what was found. */
 static const char *json_describe(const json *j) {
     static const char *const names[] = {"null", "false", "true", "", "a string", "an array", "an object"};
-    return !j ? "missing" : j->type == JSON_NUMBER ? j->string : names[j->type];
+    return !j ? "missing" : json_is(j, JSON_NUMBER) ? j->string : names[j->type];
 }
 
-/* A string in quotes, escaped. Bytes that are not UTF-8 (file names may contain any) become \udc80 to \udcff, as in
-   Python. */
+/* A string in quotes, escaped. Bytes that are not UTF-8 (file names) become \udc80 to \udcff, as in Python. */
 static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
     for (size_t n; *utf8; utf8 += n ? n : 1) {
         n = utf8_length(utf8);
         if (*utf8 == '"' || *utf8 == '\\') strbuf_add(out, "\\%c", *utf8);
-        else if (*utf8 == '\n') strbuf_add(out, "\\n");
-        else if (*utf8 == '\t') strbuf_add(out, "\\t");
+        else if (*utf8 == '\n' || *utf8 == '\t') strbuf_add(out, *utf8 == '\n' ? "\\n" : "\\t");
         else if (n == 1 && *utf8 < ' ') strbuf_add(out, "\\u%04x", (unsigned)*utf8);
         else if (n) strbuf_add_bytes(out, utf8, n);
         else strbuf_add(out, "\\udc%02x", (unsigned char)*utf8);
@@ -1679,13 +1670,13 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
     for (const field *end = f + n; f < end; f++) {
         const json *j = json_get(object, f->name);
         const int type = j ? j->type : JSON_NULL, whole = f->type != FIELD_REAL;
+        const char *digits = type == JSON_STRING ? j->string : "";
         void *at = (char *)to + f->offset;
         char expected[80] = "true or false";
         if (!j && !f->required) continue;
         int ok = type == JSON_TRUE || type == JSON_FALSE;
         if (f->type == FIELD_HEX) {
-            const size_t digits = type == JSON_STRING ? strspn(j->string, HEX_DIGITS) : 0;
-            ok = digits >= 1 && digits <= 16 && !j->string[digits];
+            ok = *digits && strlen(digits) <= 16 && !digits[strspn(digits, HEX_DIGITS)];
             snprintf(expected, sizeof expected, "hexadecimal digits in quotes");
         } else if (f->type != FIELD_BOOL) {
             ok = type == JSON_NUMBER && j->number >= f->min && j->number <= f->max && (!whole || json_whole(j));
@@ -1698,13 +1689,13 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
         if (f->type == FIELD_U64) *(uint64_t *)at = (uint64_t)j->number;
         if (f->type == FIELD_REAL) *(double *)at = j->number;
         if (f->type == FIELD_BOOL) *(int *)at = type == JSON_TRUE;
-        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(j->string, NULL, 16);
+        if (f->type == FIELD_HEX) *(uint64_t *)at = strtoull(digits, NULL, 16);
     }
     return 1;
 }
 
-/* The array of that name in out (LIST_MOST): 1 to LIST_MOST whole numbers from 1 to LIST_LIMIT, `expected` of them (0:
-   any number), as many as `like`. Returns how many; n if there is no array, 0 on error. */
+/* Reads 1 to LIST_MOST whole numbers from 1 to LIST_LIMIT, `expected` of them (0: any number), as many as `like`. Returns
+   how many; n if there is no list, 0 on error. */
 enum { LIST_MOST = 16, LIST_LIMIT = 1 << 14 };
 static int json_list(const json *list, const char *key, int *out, int n, int expected, const char *like,
                      const char *what) {
@@ -1780,7 +1771,7 @@ static void tensors_close(tensors *t) {
 
 /* Whole numbers from 0 on; 0 if it is not an array of at most `max` of them. */
 static int json_sizes(const json *array, size_t *out, size_t max) {
-    if (!array || array->type != JSON_ARRAY || array->n > max) return 0;
+    if (!json_is(array, JSON_ARRAY) || array->n > max) return 0;
     for (const json *j = array->first; j; j = j->next) {
         if (!json_whole(j) || j->number < 0) return 0;
         *out++ = (size_t)j->number;
@@ -1862,6 +1853,11 @@ static int tensors_add(tensors *t, const char *path, const file_map *map) {
     return tensors_sort(t, 0);
 }
 
+static int tensors_add_file(tensors *t, const char *path) {
+    file_map map;
+    return file_map_open(&map, path) && tensors_add(t, path, &map);
+}
+
 static const tensor *tensors_find(const tensors *t, const char *name) {
     tensor key = ZERO;
     key.name = name;
@@ -1877,18 +1873,17 @@ static const char *tensors_metadata(const tensors *t, const char *key) {
 static int tensors_add_index(tensors *t, const char *folder, const char *index) {
     json *root = json_load(index);
     const json *map = json_get(root, "weight_map");
-    int ok = root != NULL;
-    if (ok && (!map || map->type != JSON_OBJECT))
-        ok = set_error("%s: 'weight_map' is %.60s, expected an object of file names", index, json_describe(map));
+    int ok =
+        root && (json_is(map, JSON_OBJECT) ||
+                 set_error("%s: 'weight_map' is %.60s, expected an object of file names", index, json_describe(map)));
     for (const json *j = ok ? map->first : NULL; ok && j; j = j->next) {
-        const char *name = j->type == JSON_STRING ? j->string : "";
+        const char *name = json_is(j, JSON_STRING) ? j->string : "";
         const slam_path p = path_join(folder, name);
-        file_map file;
         size_t i = 0;
         while (i < t->files && strcmp(path_name(t->file[i].path), name)) i++;
         if (!*name || strchr(name, '/') || !path_is_file(p.at))
             ok = set_error("%s: tensor '%s' is in '%s', expected a file in the same folder", index, j->key, name);
-        else if (i == t->files) ok = file_map_open(&file, p.at) && tensors_add(t, p.at, &file);
+        else if (i == t->files) ok = tensors_add_file(t, p.at);
     }
     json_free(root);
     return ok;
@@ -1896,24 +1891,23 @@ static int tensors_add_index(tensors *t, const char *folder, const char *index) 
 
 /* The tensors of a .safetensors file or of a model's folder; NULL and an error if anything in them is wrong. */
 static tensors *tensors_open(const char *path) {
-    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"};
     tensors *t = NEW(tensors, 1);
-    const int is_folder = path_is_folder(path);
-    file_map map;
-    int kind = 0, ok = 0;
-    while (is_folder && kind < 3 && !path_is_file(path_join(path, names[kind]).at)) kind++;
-    const slam_path in = path_join(path, names[kind < 3 ? kind : 0]);
-    const char *file = is_folder ? in.at : path;
-    if (kind == 0) ok = file_map_open(&map, file) && tensors_add(t, file, &map);
-    else if (kind == 1) ok = tensors_add_index(t, path, file);
-    else if (kind == 3) set_error("%s: found no model in this folder, expected %s or %s", path, names[0], names[1]);
-    else
+    const slam_path model = path_join(path, "model.safetensors"),
+                    index = path_join(path, "model.safetensors.index.json");
+    int ok = 0;
+    if (!path_is_folder(path)) ok = tensors_add_file(t, path);
+    else if (path_is_file(model.at)) ok = tensors_add_file(t, model.at);
+    else if (path_is_file(index.at)) ok = tensors_add_index(t, path, index.at);
+    else if (path_is_file(path_join(path, "pytorch_model.bin").at))
         set_error(
             "%s: found only pytorch_model.bin, which can contain programs and is not read, expected "
             "model.safetensors; convert it, in this folder, with python3 -c \"import torch, safetensors.torch as s; "
             "s.save_file({k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', map_location='cpu', "
             "weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\"",
             path);
+    else
+        set_error("%s: found no model in this folder, expected %s or %s", path, path_name(model.at),
+                  path_name(index.at));
     if (ok) return t;
     tensors_close(t);
     return NULL;
@@ -1949,25 +1943,22 @@ static float float_from_f16(uint16_t h) {
     return float_from_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
 }
 
-/* Numbers first .. first + n - 1 as floats. bfloat16 is the upper half of a float; a double beyond the range becomes
-   infinite. */
+/* Numbers first .. first + n - 1 as floats. bfloat16 is the upper half of a float. */
 static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
-    const char *dtype = dtype_names[t->dtype];
-    uint16_t half;
-    double wide;
-    if (t->dtype > DTYPE_F64)
-        return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype);
+    const int dtype = t->dtype;
+    uint16_t half = 0;
+    double wide = 0;
+    if (dtype > DTYPE_F64)
+        return set_error("%s: tensor '%s' is %s, expected F32, F16, BF16 or F64", t->file, t->name, dtype_names[dtype]);
     if (first > t->count || n > t->count - first)
         return set_error("%s: tensor '%s' has %zu numbers, expected %zu + %zu", t->file, t->name, t->count, first, n);
-    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[t->dtype];
-    if (t->dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
-    for (size_t i = 0; t->dtype == DTYPE_F64 && i < n; i++) {
-        memcpy(&wide, from + 8 * i, 8);
-        out[i] = (float)wide;
-    }
-    for (size_t i = 0; dtype_bytes[t->dtype] == 2 && i < n; i++) {
-        memcpy(&half, from + 2 * i, 2);
-        out[i] = t->dtype == DTYPE_F16 ? float_from_f16(half) : float_from_bits((uint32_t)half << 16);
+    const unsigned char *from = (const unsigned char *)t->data + first * dtype_bytes[dtype];
+    if (dtype == DTYPE_F32 && n) memcpy(out, from, n * sizeof *out);
+    for (size_t i = 0; dtype != DTYPE_F32 && i < n; i++) {
+        if (dtype == DTYPE_F64) memcpy(&wide, from + 8 * i, 8);
+        else memcpy(&half, from + 2 * i, 2);
+        if (dtype == DTYPE_F64) out[i] = (float)wide;
+        else out[i] = dtype == DTYPE_F16 ? float_from_f16(half) : float_from_bits((uint32_t)half << 16);
     }
     return 1;
 }
@@ -1985,23 +1976,19 @@ static int tensors_write(const char *path, const tensor *list, size_t n, const c
     }
     strbuf_add(&header, "}");
     for (size_t i = 0; i < n; i++) {
-        const tensor *t = &list[i];
-        const size_t size = t->count * dtype_bytes[t->dtype];
+        const bytes data = {list[i].data, list[i].count * dtype_bytes[list[i].dtype]};
         strbuf_add(&header, ",");
-        strbuf_add_json(&header, t->name);
-        strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
-        strbuf_add_shape(&header, t->rank, t->shape);
-        strbuf_add(&header, "],\"data_offsets\":[%zu,%zu]}", begin, begin + size);
-        parts[2 + i].at = t->data;
-        parts[2 + i].n = size;
-        begin += size;
+        strbuf_add_json(&header, list[i].name);
+        strbuf_add(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[list[i].dtype]);
+        strbuf_add_shape(&header, list[i].rank, list[i].shape);
+        strbuf_add(&header, "],\"data_offsets\":[%zu,%zu]}", begin, begin + data.n);
+        parts[2 + i] = data;
+        begin += data.n;
     }
     strbuf_add(&header, "}%*s", (int)(7 - header.n % 8), ""); // the data start at a multiple of 8
     const uint64_t length = header.n;
-    parts[0].at = &length;
-    parts[0].n = 8;
-    parts[1].at = header.at;
-    parts[1].n = header.n;
+    const bytes start[2] = {{&length, 8}, {header.at, header.n}};
+    memcpy(parts, start, sizeof start);
     const int ok = file_write_parts(path, parts, n + 2);
     strbuf_free(&header);
     free(parts);
@@ -2269,7 +2256,7 @@ static void units_free(units *u) {
 
 static int units_parse_list(const json *list, const char *what, int **out) {
     const char *key = list->key;
-    if (list->type != JSON_ARRAY)
+    if (!json_is(list, JSON_ARRAY))
         return set_error("%s: '%s' is %.60s, expected an array", what, key, json_describe(list));
     int *x = *out = NEW(int, list->n);
     for (const json *j = list->first; j; *x++ = (int)j->number, j = j->next)
@@ -2280,15 +2267,13 @@ static int units_parse_list(const json *list, const char *what, int **out) {
 
 /* "<Un3><Un49>" */
 static int units_parse_repr(const json *repr, const char *what, units *u) {
-    const char *p = repr->type == JSON_STRING ? repr->string : json_describe(repr);
+    const char *p = json_is(repr, JSON_STRING) ? repr->string : json_describe(repr);
     u->unit = NEW(int, strlen(p) / 5); // "<Un3>" is the shortest
-    for (int digits, unit; *p; p += digits + 4) {
-        const int known = strncmp(p, "<Un", 3) == 0;
-        for (digits = unit = 0; known && digits < 9 && isdigit((unsigned char)p[3 + digits]); digits++)
-            unit = 10 * unit + (p[3 + digits] - '0');
-        if (digits == 0 || p[3 + digits] != '>')
+    for (char *end; *p; p = end + 1) {
+        const long unit = !strncmp(p, "<Un", 3) && isdigit((unsigned char)p[3]) ? strtol(p + 3, &end, 10) : -1;
+        if (unit < 0 || unit > INT_MAX || *end != '>')
             return set_error("%s: unit %zu is '%.20s', expected <Un and a number and >", what, u->n + 1, p);
-        u->unit[u->n++] = unit;
+        u->unit[u->n++] = (int)unit;
     }
     return 1;
 }
@@ -2296,21 +2281,20 @@ static int units_parse_repr(const json *repr, const char *what, units *u) {
 /* Replaces *u by the units of an object of either kind, or of a string "<Un3><Un49>". Errors start with `what`. */
 static int units_from_json(const json *value, const char *what, units *u) {
     const json *list = json_get(value, "units"), *duration = json_get(value, "duration");
-    const json *repr = value->type == JSON_STRING ? value : json_get(value, "audio_repr");
+    const json *repr = json_is(value, JSON_STRING) ? value : json_get(value, "audio_repr");
     const json *start = json_get(value, "start"), *end = json_get(value, "end");
     units_free(u);
     u->name = string_copy(json_string(value, "file_name", ""));
-    if (start && end && start->type == JSON_NUMBER && end->type == JSON_NUMBER) { // else they mean something else
+    if (json_is(start, JSON_NUMBER) && json_is(end, JSON_NUMBER)) { // else they mean something else
         u->start = start->number;
         u->end = end->number;
     }
     if (!list && repr) return units_parse_repr(repr, what, u);
     if (!list) return set_error("%s: found %s, expected 'units' or 'audio_repr'", what, json_describe(value));
-    if (!units_parse_list(list, what, &u->unit)) return 0;
     u->n = list->n;
-    if (!duration) return 1;
-    if (!units_parse_list(duration, what, &u->duration)) return 0;
-    return duration->n == u->n || set_error("%s: has %zu durations, expected %zu", what, duration->n, u->n);
+    return units_parse_list(list, what, &u->unit) && (!duration || units_parse_list(duration, what, &u->duration)) &&
+           (!duration || duration->n == u->n ||
+            set_error("%s: has %zu durations, expected %zu", what, duration->n, u->n));
 }
 
 typedef struct units_reader {
@@ -2354,17 +2338,8 @@ static int units_next(units_reader *r, units *u) {
     return r->root && (!u || units_from_json(r->root, r->what, u)) ? 1 : -1;
 }
 
-/* Numbers from 0 on and what is between them. Millions are written, which printf would slow down. */
 static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *between) {
-    for (size_t i = 0; i < n; i++) {
-        char digits[16];
-        size_t at = sizeof digits;
-        int rest = x[i];
-        do digits[--at] = (char)('0' + rest % 10);
-        while (rest /= 10);
-        if (i) strbuf_add_bytes(out, between, strlen(between));
-        strbuf_add_bytes(out, digits + at, sizeof digits - at);
-    }
+    for (size_t i = 0; i < n; i++) strbuf_add(out, "%s%d", i ? between : "", x[i]);
 }
 
 /* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
@@ -2386,11 +2361,9 @@ static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
         strbuf_add_ints(out, u->unit, u->n, "><Un");
         strbuf_add(out, u->n ? ">\"" : "\"");
     }
-    if (u->end > 0) {
-        strbuf_add(out, ", \"start\": ");
-        strbuf_add_number(out, u->start);
-        strbuf_add(out, ", \"end\": ");
-        strbuf_add_number(out, u->end);
+    for (int k = 0; k < 2 && u->end > 0; k++) {
+        strbuf_add(out, k ? ", \"end\": " : ", \"start\": ");
+        strbuf_add_number(out, k ? u->end : u->start);
     }
     strbuf_add(out, "}");
 }
@@ -7706,8 +7679,8 @@ slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
 enum { SAMPLE_RATE = 16000 };
 #define PI 3.14159265358979323846
 
-/* Disables FMA contraction (a * b + c rounded once), so that MFCC and k-means have the same bits in every build. gcc
-   has an attribute of functions for this, clang a pragma, which holds to the end of the file. */
+/* Without FMA contraction (a * b + c rounded once) MFCC and k-means have the same bits in every build. gcc has an
+   attribute of functions for this, clang a pragma, which holds to the end of the file. */
 #if defined __GNUC__ && !defined __clang__
 #define UNFUSED __attribute__((optimize("fp-contract=off")))
 #else
@@ -7818,8 +7791,8 @@ float *slam_resample(const float *in, size_t n, int rate, size_t *n_out) {
 }
 
 /* ---- audio files ----
-   Frames (one sample per channel; not the frames of features) are read in blocks, so memory holds one segment, not the
-   file. WAV with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
+   Frames (one sample per channel; not those of features) are read in blocks: memory holds a segment, not the file. WAV
+   with PCM or float samples is read here, the same in every build; everything else by libsndfile. */
 
 #ifdef SLAM_SNDFILE
 #include <sndfile.h>
@@ -7861,8 +7834,8 @@ static int audio_open_codec(audio *a) {
     lseek(fileno(a->f), 0, SEEK_SET);                        // on some systems it shares the file offset
     a->codec = sf_open(path, SFM_READ, &info);
     if (!a->codec) return set_error("%s: %s, and libsndfile cannot read it: %s", a->name, a->kind, sf_strerror(NULL));
-    const int is_mpeg = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // SF_FORMAT_MPEG: the length is an estimate
-    a->frames = is_mpeg || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
+    const int estimate = (info.format & SF_FORMAT_TYPEMASK) == 0x230000; // SF_FORMAT_MPEG
+    a->frames = estimate || info.frames == SF_COUNT_MAX ? 0 : (uint64_t)info.frames;
     a->rate = info.samplerate;
     a->channels = info.channels;
     a->bytes = sizeof(float);
@@ -7903,22 +7876,23 @@ static int wav_read_format(audio *a, size_t n) {
     return 1;
 }
 
-/* Moves past the ID3v2 tags at the start of a file and returns their size: each has a header, 28 bits of length in four
-   bytes of it, and perhaps a footer. */
+/* Moves past the ID3v2 tags at the start of a file and returns their size: a header with 28 bits of length in its last
+   four bytes, and perhaps a footer. */
 static uint64_t skip_tags(FILE *f) {
     unsigned char h[10];
     uint64_t end = 0;
-    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET))
-        end +=
-            (h[5] & 16 ? 20u : 10u) + ((h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u));
+    for (; fread(h, sizeof h, 1, f) == 1 && !memcmp(h, "ID3", 3); fseeko(f, (off_t)end, SEEK_SET)) {
+        const unsigned length = (h[6] & 127u) << 21 | (h[7] & 127u) << 14 | (h[8] & 127u) << 7 | (h[9] & 127u);
+        end += length + (h[5] & 16 ? 20 : 10);
+    }
     fseeko(f, (off_t)end, SEEK_SET);
     return end;
 }
 
-/* Finds 'fmt ' and 'data' among the chunks (4-byte name, size, data, padding to an even size). Streamed files have 0 as
-   the size of 'data', or 0x7ffff000 or more, beyond the end of the file: the data are all that follows. But 0 is an
-   empty recording if the size after "RIFF" is known and counts more than the header. RF64 (EBU Tech 3306) has both
-   sizes as 64 bits in chunk 'ds64'. Returns as wav_read_format. */
+/* Finds 'fmt ' and 'data' among the chunks (4-byte name, size, data, padding to an even size). In streamed files the size
+   of 'data' is 0, or 0x7ffff000 or more, beyond the end of the file: the data are all that follows. But 0 is an empty
+   recording if the size after "RIFF" is known and counts more than the header. RF64 (EBU Tech 3306) has both sizes as
+   64 bits in chunk 'ds64'. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
     struct {
