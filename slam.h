@@ -1284,10 +1284,10 @@ static int remove_tree(const char *path) {
     return status <= 0;
 }
 
-/* Opens a file for reading; errors call it `name`. A pipe is replaced by a temporary copy, which can be read twice. What
-   some tools leave in the place of a file is an error. */
+/* Opens a file for reading; errors call it `name`. A pipe is replaced by a temporary copy, which can be read twice. */
 static FILE *file_open(const char *path, const char *name, size_t *size) {
     static const char *const not_it[][3] = {
+        // first bytes of what is found in its place, what it is, what to do
         {"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file itself",
          "run `git lfs pull` in its folder"},
         {"/annex/objects/", "a git-annex pointer, not the file itself", "run `git annex get .` in its folder"},
@@ -1365,8 +1365,7 @@ static int path_is_direct(const char *path) {
            (type && type != S_IFREG && type != S_IFDIR);
 }
 
-/* Writes n parts to PATH.part, syncs it and renames it to PATH, which is never half written; or, path_is_direct, to PATH
-   itself. */
+/* Writes n parts to PATH.part and renames it, so that PATH is never half written; if path_is_direct, to PATH itself. */
 static int file_write_parts(const char *path, const bytes *parts, size_t n) {
     const int direct = path_is_direct(path);
     char *part = string_print("%s%s", path, direct ? "" : ".part");
@@ -1477,16 +1476,15 @@ static int json_parse_escape(json_parser *p, char **out) {
 static int json_parse_string(json_parser *p, const char **string) {
     char *out = ++p->at;
     *string = out;
-    for (;;) {
-        while ((signed char)*p->at >= ' ' && *p->at != '"' && *p->at != '\\') *out++ = *p->at++; // ASCII
-        if (*p->at == '"') break;
+    while (*p->at != '"') {
+        size_t length = utf8_length(p->at);
         if (*p->at == '\\') {
             if (!json_parse_escape(p, &out)) return 0;
             continue;
         }
-        size_t length = utf8_length(p->at);
         if (length == 0) return json_expected(p, "UTF-8");
-        if (length == 1) return json_expected(p, "a closing quote, or an escape sequence for a control character");
+        if ((unsigned char)*p->at < ' ')
+            return json_expected(p, "a closing quote, or an escape sequence for a control character");
         while (length-- > 0) *out++ = *p->at++;
     }
     *out = 0;
@@ -1563,8 +1561,8 @@ static int json_parse_value(json_parser *p, json *j) {
 
 static void json_free(json *root) { free(root); }
 
-/* The value of n bytes of text, to be freed with json_free; NULL and an error that starts with `what`. Strict, but for
-   a byte order mark, and without \u0000, so that strings are C strings. */
+/* The value of n bytes of text; NULL and an error that starts with `what`. Strict, but for a byte order mark; no \u0000.
+ */
 static json *json_parse(const char *text, size_t n, const char *what) {
     json_parser p = ZERO;
     size_t nodes = 1;
@@ -1629,6 +1627,8 @@ static const char *json_describe(const json *j) {
     return !j ? "missing" : json_is(j, JSON_NUMBER) ? j->string : names[j->type];
 }
 
+static const char *json_text(const json *j) { return json_is(j, JSON_STRING) ? j->string : json_describe(j); }
+
 /* A string in quotes, escaped. Bytes that are not UTF-8 (file names) become \udc80 to \udcff, as in Python. */
 static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
@@ -1643,8 +1643,7 @@ static void strbuf_add_json(strbuf *out, const char *utf8) {
     strbuf_add(out, "\"");
 }
 
-/* The shortest text of at least 15 digits, without trailing zeros, that reads back as the same double; null if it is
-   not finite. */
+/* The shortest text of at least 15 digits that reads back as the same double; null if it is not finite. */
 static void strbuf_add_number(strbuf *out, double x) {
     char text[40];
     int digits = 14;
@@ -1694,8 +1693,7 @@ static int fields_read(const json *object, const field *f, size_t n, void *to, c
     return 1;
 }
 
-/* Reads 1 to LIST_MOST whole numbers from 1 to LIST_LIMIT, `expected` of them (0: any number), as many as `like`. Returns
-   how many; n if there is no list, 0 on error. */
+/* Reads whole numbers from 1 on, `expected` (0: any number), as many as `like`. How many; n without a list; 0: error. */
 enum { LIST_MOST = 16, LIST_LIMIT = 1 << 14 };
 static int json_list(const json *list, const char *key, int *out, int n, int expected, const char *like,
                      const char *what) {
@@ -1725,8 +1723,7 @@ static void fields_write(strbuf *out, const field *f, size_t n, const void *from
 
 /* ---- safetensors ----
    8 bytes: n, the length of the header. n bytes: the header, a JSON object that may end in spaces:
-       {"__metadata__": {"format": "pt", ...}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]},
-       ...}
+       {"__metadata__": {"format": "pt"}, "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin, end]}, ...}
    Then the data in row order. Offsets count from its first byte. Tensors neither overlap nor leave gaps.
    A large model is several such files and model.safetensors.index.json: {"weight_map": {"NAME": "FILE", ...}}. */
 
@@ -1807,8 +1804,7 @@ static int tensor_parse(tensor *t, const json *entry, const unsigned char *data,
 
 static int compare_tensor_places(const void *a, const void *b) {
     const tensor *x = (const tensor *)a, *y = (const tensor *)b;
-    if (x->data != y->data) return x->data < y->data ? -1 : 1;
-    return (x->count > 0) - (y->count > 0); // empty ones first
+    return x->data == y->data ? (x->count > 0) - (y->count > 0) : x->data < y->data ? -1 : 1; // empty ones first
 }
 
 static int compare_tensors(const void *a, const void *b) {
@@ -1963,8 +1959,7 @@ static int tensor_floats(const tensor *t, float *out, size_t first, size_t n) {
     return 1;
 }
 
-/* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL. "format": "pt", which Hugging Face
-   expects, is always added. */
+/* Writes n tensors in the given order. metadata: key, value, ..., NULL, or NULL; "format": "pt" is added. */
 static int tensors_write(const char *path, const tensor *list, size_t n, const char *const *metadata) {
     strbuf header = ZERO;
     size_t begin = 0;
@@ -1996,9 +1991,8 @@ static int tensors_write(const char *path, const tensor *list, size_t n, const c
 }
 
 /* ---- npy (NumPy's format, version 1) ----
-   "\x93NUMPY", 1, 0, the length of the header (16 bits), the header, a Python dictionary as numpy.save writes it:
-       {'descr': '<f4', 'fortran_order': False, 'shape': (100, 39), }
-   filled with spaces and ended by a newline so that the data, in row order, start at a multiple of 64. */
+   "\x93NUMPY", 1, 0, the length of the header (16 bits), the header {'descr': '<f4', 'fortran_order': False, 'shape':
+   (100, 39), }, filled with spaces and a newline so that the data, in row order, start at a multiple of 64. */
 
 static int npy_parse(const file_map *map, const char *path, float **data, size_t *rows, size_t *cols) {
     char header[256] = "";
@@ -2149,8 +2143,7 @@ static int append_close(append_file *a) {
     return ok;
 }
 
-/* Writes the header of a shard for the tokens so far: into an empty file to reserve its place, and again when all are
-   there. */
+/* Writes the header for the tokens so far: into an empty file to reserve its place, and again when all are there. */
 static int shard_write_header(append_file *a, int V, uint32_t fingerprint) {
     if (a->bytes < SHARD_HEADER) a->bytes = SHARD_HEADER;
     const uint64_t tokens = (a->bytes - SHARD_HEADER) / 2;
@@ -2267,7 +2260,7 @@ static int units_parse_list(const json *list, const char *what, int **out) {
 
 /* "<Un3><Un49>" */
 static int units_parse_repr(const json *repr, const char *what, units *u) {
-    const char *p = json_is(repr, JSON_STRING) ? repr->string : json_describe(repr);
+    const char *p = json_text(repr);
     u->unit = NEW(int, strlen(p) / 5); // "<Un3>" is the shortest
     for (char *end; *p; p = end + 1) {
         const long unit = !strncmp(p, "<Un", 3) && isdigit((unsigned char)p[3]) ? strtol(p + 3, &end, 10) : -1;
@@ -2321,8 +2314,7 @@ static void units_close(units_reader *r) {
     memset(r, 0, sizeof *r);
 }
 
-/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
-   error that starts with file:line. */
+/* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1: error. */
 static int units_next(units_reader *r, units *u) {
     const char *line;
     size_t n, blank;
@@ -5832,20 +5824,19 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     const field *theta = &config_fields[CONFIG_FIELDS - 1];
     static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     const json *scaling = json_get(c, "rope_scaling");
-    const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
+    const char *key = scaling && (scaling->n || !json_is(scaling, JSON_OBJECT)) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_find(rope, "rope_type"), *base = json_find(rope, theta->name);
     double rotary = 1;
-    if (rope && rope->type != JSON_OBJECT)
+    if (rope && !json_is(rope, JSON_OBJECT))
         return set_error("%s: %s is %.60s, expected an object", path, key, json_describe(rope));
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
-        if (j->type == JSON_OBJECT)
+        if (json_is(j, JSON_OBJECT))
             return set_error("%s: %s has settings for '%s', expected those of all layers", path, key, j->key);
     if (!type) type = json_find(rope, "type");
-    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key,
-                         type->type == JSON_STRING ? type->string : json_describe(type));
-    if (!base) base = json_find(c, theta->name);
-    if (base && base->type == JSON_NULL) return set_error("%s: %s is null, expected a number", path, theta->name);
+    if (type && strcmp(json_text(type), "default"))
+        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key, json_text(type));
+    if (json_is(base ? base : json_find(c, theta->name), JSON_NULL))
+        return set_error("%s: %s is null, expected a number", path, theta->name);
     return fields_read(c, theta, 1, config, path) && fields_read(rope, theta, 1, config, path) &&
            fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
            (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
@@ -7846,38 +7837,31 @@ static int audio_open_codec(audio *a) {
 #endif
 }
 
-/* The fmt chunk of a WAV file. PCM: up to 8 bits are unsigned, up to 32 signed, left-aligned in their bytes. */
-typedef struct wav_format {
-    uint16_t type, channels; // 1: PCM, 3: float, 0xfffe: see subtype
-    uint32_t rate, bytes_per_second;
-    uint16_t frame, bits, extra, valid_bits, speakers[2], subtype, guid[7]; // bytes per frame, bits per sample
-} wav_format;
-
-/* Reads a fmt chunk of n bytes. Returns 1, 0 on error, -1 if the format is left to libsndfile. */
+/* Reads a fmt chunk of n bytes: type (1: PCM, 3: float, 0xfffe: see subtype), channels, rate (32 bits), bytes per second
+   (32), bytes per frame, bits per sample, 4 more, subtype. Returns 1, 0 on error, -1: it is left to libsndfile. */
 static int wav_read_format(audio *a, size_t n) {
     static const unsigned types[] = {2, 6, 7, 17, 49, 64, 80, 85, 255};
     static const char *const names[] = {"Microsoft ADPCM", "A-law", "mu-law", "IMA ADPCM", "GSM 6.10",
                                         "G.721",           "MPEG",  "MP3",    "AAC"};
-    wav_format w = ZERO;
-    if (fread(&w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
-    const unsigned type = w.type == 0xfffe ? w.subtype : w.type, bits = w.bits;
+    uint16_t w[13] = {0};
+    if (fread(w, n < sizeof w ? n : sizeof w, 1, a->f) != 1) return set_error("%s: an empty fmt chunk", a->name);
+    const unsigned type = w[0] == 0xfffe ? w[12] : w[0], channels = w[1], frame = w[6], bits = w[7];
     snprintf(a->kind, sizeof a->kind, "a WAV file of codec %u", type);
     for (int i = 0; i < 9; i++)
         if (type == types[i]) snprintf(a->kind, sizeof a->kind, "a WAV file of codec %s", names[i]);
     if (type != 1 && type != 3) return -1;
-    a->rate = w.rate < INT_MAX ? (int)w.rate : INT_MAX;
-    a->channels = w.channels;
+    a->rate = w[3] < 0x8000 ? w[2] | w[3] << 16 : INT_MAX;
+    a->channels = (int)channels;
     a->bytes = (int)(bits + 7) / 8;
     a->is_float = type == 3;
-    if (w.channels < 1 || w.channels > AUDIO_BLOCK || (int)w.frame != a->channels * a->bytes ||
+    if (channels < 1 || channels > AUDIO_BLOCK || (int)frame != a->channels * a->bytes ||
         (a->is_float ? bits != 32 && bits != 64 : bits < 1 || bits > 32))
         return set_error("%s: %u channels of %u bits in %u bytes, expected PCM of 1 to 32 bits, or float of 32 or 64",
-                         a->name, w.channels, bits, w.frame);
+                         a->name, channels, bits, frame);
     return 1;
 }
 
-/* Moves past the ID3v2 tags at the start of a file and returns their size: a header with 28 bits of length in its last
-   four bytes, and perhaps a footer. */
+/* Moves past ID3v2 tags (a header that ends in 28 bits of length, a footer if h[5] & 16) and returns their size. */
 static uint64_t skip_tags(FILE *f) {
     unsigned char h[10];
     uint64_t end = 0;
@@ -7936,7 +7920,7 @@ static int audio_open(audio *a, const char *path, const char *name) {
     return wav < 0 ? audio_open_codec(a) : wav;
 }
 
-/* One sample; PCM is scaled to -1..1. */
+/* One sample. PCM: up to 8 bits are unsigned, more signed, left-aligned in their bytes; scaled to -1..1. */
 static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     double wide;
     float single;
@@ -7948,8 +7932,7 @@ static double wav_sample(const unsigned char *p, int is_float, int bytes) {
     return (int32_t)bits / 2147483648.0;
 }
 
-/* Reads up to n frames, of each a channel or the mean of all. Returns how many, 0 at the end, -1 on error. A file
-   without frames is an error. */
+/* Reads up to n frames, of each a channel or the mean of all. How many, 0 at the end, -1 on error: also of no frames. */
 static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
     size_t done = 0;
     for (size_t got = 1; got && done < n; done += got, a->at += got) {
@@ -12417,12 +12400,16 @@ int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
     char min_lr[32];
     if (!run_find(r)) return 0;
+    if (r->fresh && o->resume && !r->flags.rest.n)
+        return set_error("%s: there is no run to resume, nor data to begin one", o->out ? o->out : "--resume");
     for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
         if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
     if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
+    if (r->fresh && !strcmp(o->schedule, "cosine") && r->schedule.min_lr > r->schedule.lr)
+        return set_error("--min-lr %g: is above --lr %g, where cosine begins", r->schedule.min_lr, r->schedule.lr);
     run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
     const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);

@@ -100,6 +100,8 @@ refuses 'resume with a lower limit' 1 'steps 10.*20.*grow' "$train" --resume --o
 cp a.jsonl moved.jsonl
 "$train" $few moved.jsonl --steps 2 --out changed >/dev/null 2>&1
 cat b.jsonl >>moved.jsonl
+refuses 'resume of a run that is not there' 1 'mistyped: there is no run to resume' "$train" --resume --out mistyped --steps 4
+refuses 'a cosine that rises' 1 'min-lr 0.006: is above --lr 0.005' "$train" $few a.jsonl --min-lr 6e-3 --steps 1
 refuses 'resume on data that have changed' 1 'moved.jsonl' "$train" --resume --out changed --steps 4
 
 cp -rL one copied
