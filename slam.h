@@ -10967,8 +10967,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
 }
 
 static int testset_read_files(slam_testset *s, const char *path) {
-    static const char *const expected[] = {"NUMBER_...", "NUMBER+...", "NUMBER_...",
-                                           "sample_NUMBER_0 or sample_NUMBER_1"};
+    static const char *const expected[] = {"NUMBER_..., or gold.csv with it", "NUMBER+..., or gold.csv with it",
+                                           "NUMBER_...", "sample_NUMBER_0 or sample_NUMBER_1"};
     slam_strings folders = ZERO;
     int ok = testset_list_files(s, path);
     test_row *rows = NEW(test_row, s->items.n);

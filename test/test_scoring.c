@@ -299,7 +299,7 @@ static void test_files(void) {
         {SLAM_STORYCLOZE, "0_a.wav 0_a.flac 1_b.wav 1_b.flac", "two sequences have the name '"},
         {SLAM_STORYCLOZE, "0_a.wav 1_b.wav 3_c.wav 4_d.wav", "'3_c.wav' has no partner"}, // 2 and 5 are missing
         {SLAM_STORYCLOZE, "x_a.wav 0_a.wav", "expected a name NUMBER_"},
-        {SLAM_SBLIMP, "0_a.wav 1_a.wav", "expected a name NUMBER+"},
+        {SLAM_SBLIMP, "0_a.wav 1_a.wav", "expected a name NUMBER+..., or gold.csv with it"},
         {SLAM_SALMON, "p/sample_0_0.wav p/sample_1_1.wav", "has no partner"},
         {SLAM_SALMON, "p/sample_0_0.wav p/sample_0_2.wav", "sample_NUMBER_0"},
     };
