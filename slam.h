@@ -1005,25 +1005,20 @@ static void omp_set_num_threads(int threads) { (void)threads; }
 /* A loop whose iterations write to different places; a thread takes a contiguous range of them. */
 #define PARALLEL_FOR SLAM_PRAGMA(omp parallel for schedule(static))
 
+// clang-format off
 #ifdef __cplusplus
 #define THREAD_LOCAL thread_local
+#define ZERO {} // initialiser of a struct: `strbuf s = ZERO;` (C and C++ each warn about the other's spelling)
 #else
 #define THREAD_LOCAL _Thread_local
+#define ZERO {0}
 #endif
+// clang-format on
 #ifdef __GNUC__
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #else
 #define PRINTF_LIKE(text, first)
 #endif
-
-/* Zero initialiser of a struct: `strbuf s = ZERO;` (C and C++ each warn about the other's spelling). */
-// clang-format off
-#ifdef __cplusplus
-#define ZERO {}
-#else
-#define ZERO {0}
-#endif
-// clang-format on
 
 /* ---- errors ---- */
 
@@ -7802,14 +7797,12 @@ typedef struct audio {
     uint64_t first;    // waiting[0] is this frame of the file
     double start, end; // of the segment that was read last, in seconds
     int last;          // it ends the file
-#ifdef SLAM_SNDFILE
-    SNDFILE *codec; // NULL: WAV, read here
-#endif
+    void *codec;       // SNDFILE *; NULL: WAV, read here
 } audio;
 
 static void audio_close(audio *a) {
 #ifdef SLAM_SNDFILE
-    if (a->codec) sf_close(a->codec);
+    if (a->codec) sf_close((SNDFILE *)a->codec);
 #endif
     if (a->f) fclose(a->f);
     free(a->name);
@@ -7879,26 +7872,22 @@ static uint64_t skip_tags(FILE *f) {
    64 bits in chunk 'ds64'. Returns as wav_read_format. */
 static int wav_open(audio *a, uint64_t size) {
     enum { UNKNOWN = 0x7ffff000 };
-    struct {
-        char name[4];
-        uint32_t size;
-        char type[4];
-    } riff, chunk;
+    uint32_t riff[3], chunk[2]; // name, size, type
     const uint64_t start = skip_tags(a->f);
-    if (fread(&riff, 12, 1, a->f) != 1 || memcmp(riff.type, "WAVE", 4)) return -1;
-    if (memcmp(riff.name, "RIFF", 4) && memcmp(riff.name, "RF64", 4) && memcmp(riff.name, "BW64", 4)) return -1;
-    uint64_t sizes[2] = {riff.size, UINT32_MAX}; // of all that follows it, of the data
-    for (uint64_t at = start + 12, n; fread(&chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
+    if (fread(riff, 12, 1, a->f) != 1 || memcmp(&riff[2], "WAVE", 4)) return -1;
+    if (memcmp(riff, "RIFF", 4) && memcmp(riff, "RF64", 4) && memcmp(riff, "BW64", 4)) return -1;
+    uint64_t sizes[2] = {riff[1], UINT32_MAX}; // of all that follows it, of the data
+    for (uint64_t at = start + 12, n; fread(chunk, 8, 1, a->f) == 1; fseeko(a->f, (off_t)at, SEEK_SET)) {
         at += 8;
         const uint64_t rest = size - at;
-        const int is_data = !memcmp(chunk.name, "data", 4), is_format = !memcmp(chunk.name, "fmt ", 4) && !a->channels;
-        if (!memcmp(chunk.name, "ds64", 4) && fread(sizes, sizeof sizes, 1, a->f) != 1)
+        const int is_data = !memcmp(chunk, "data", 4), is_format = !memcmp(chunk, "fmt ", 4) && !a->channels;
+        if (!memcmp(chunk, "ds64", 4) && fread(sizes, sizeof sizes, 1, a->f) != 1)
             return set_error("%s: chunk 'ds64' is longer than the rest of the file", a->name);
-        n = is_data && chunk.size == UINT32_MAX ? sizes[1] : chunk.size;
+        n = is_data && chunk[1] == UINT32_MAX ? sizes[1] : chunk[1];
         const int empty = n == 0 && sizes[0] && sizes[0] < UNKNOWN && start + 8 + sizes[0] > at;
         const int to_end = is_data && (n == 0 ? !empty : n >= UNKNOWN && n > rest);
         if (n > rest && !to_end)
-            return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, chunk.name);
+            return set_error("%s: chunk '%.4s' is longer than the rest of the file", a->name, (const char *)chunk);
         if (is_data && !a->channels) return set_error("%s: chunk 'data' comes before chunk 'fmt '", a->name);
         const int format = is_format ? wav_read_format(a, n) : 1;
         if (format != 1) return format;
@@ -7943,8 +7932,8 @@ static ptrdiff_t audio_read(audio *a, float *out, size_t n) {
         int error = 0;
 #ifdef SLAM_SNDFILE
         if (a->codec) {
-            got = (size_t)sf_readf_float(a->codec, (float *)block, (sf_count_t)most);
-            error = sf_error(a->codec);
+            got = (size_t)sf_readf_float((SNDFILE *)a->codec, (float *)block, (sf_count_t)most);
+            error = sf_error((SNDFILE *)a->codec);
         } else
 #endif
             got = fread(block, (size_t)(a->channels * a->bytes), most < rest ? most : (size_t)rest, a->f);
