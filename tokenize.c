@@ -67,7 +67,7 @@ static void print_end(const program *p, const slam_writer *w) {
     if (w->failed)
         printf("skipped  %llu %s%s, listed in %s.failed\n", (unsigned long long)w->failed, input_word(p),
                plural(w->failed), p->out_path);
-    if (w->pairs) return;
+    if (p->inputs.pairs_out) return;
     if (w->shards || p->parts > 1) printf("next     ./train '%.*s*%s'\n", stem, p->out, p->out + stem);
     else printf("next     ./train %s\n", p->out);
 }
