@@ -9616,20 +9616,21 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
-/* Finds t->durations in some recordings: in 50 frames for each unit, if there are as many. */
-static int durations_fit(slam_tokenizer *t, const slam_inputs *in) {
-    int *frames = t->durations = NEW(int, t->K), *times = NEW(int, t->K), more = 1;
-    slam_progress p = ZERO;
+/* Reads recordings until they have `most` frames: without centroids for the sample, else for t->durations. */
+static int fit_read(slam_tokenizer *t, const slam_inputs *in, size_t most, reservoir *sample,
+                    slam_progress_fn *progress, void *context) {
+    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(in, t, 0);
     const slam_item *item;
-    size_t seen = 0;
-    while (seen < 50 * (size_t)t->K && (more = reader_item(reader, &item, &p, NULL, NULL)) > 0)
+    int *frames = t->durations = t->K ? NEW(int, t->K) : NULL, *times = NEW(int, t->K), more = 1;
+    for (size_t seen = 0; seen < most && (more = reader_item(reader, &item, &p, progress, context)) > 0;)
         for (size_t i = 0; !item->error && i < item->n; i++) {
-            const slam_units *u = &item->segments[i].units;
-            seen += u->frames;
-            for (size_t j = 0; j < u->n; j++) {
-                frames[u->unit[j]] += u->duration[j];
-                times[u->unit[j]]++;
+            const slam_recording *r = &item->segments[i];
+            seen += r->units.frames;
+            if (!t->K) reservoir_add(sample, r->features, r->units.frames);
+            for (size_t j = 0; j < r->units.n; j++) {
+                frames[r->units.unit[j]] += r->units.duration[j];
+                times[r->units.unit[j]]++;
             }
         }
     for (int k = 0; k < t->K; k++) frames[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
@@ -9645,9 +9646,7 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
     const slam_path km_json = unit_config_path(km_npy);
     slam_unit_config config = *c, stored = *c;
-    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_inputs shuffled = *in;
-    const slam_item *item;
     const int exists = path_exists(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
@@ -9664,16 +9663,11 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
         shuffled.paths.at[i] = shuffled.paths.at[j];
         shuffled.paths.at[j] = in->paths.at[i];
     }
-    int more = 1;
-    slam_reader *reader = slam_reader_open(&shuffled, t, 0);
-    while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
-        for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].features, item->segments[i].units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
-    const int ok =
-        more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
-        tokenizer_complete(t, km_npy, K, sample.D) && durations_fit(t, &shuffled) && tokenizer_save(t, km_npy, report);
-    slam_reader_close(reader);
+    const int ok = fit_read(t, &shuffled, 8 * frames, &sample, progress, context) &&
+                   kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
+                   tokenizer_complete(t, km_npy, K, sample.D) &&
+                   fit_read(t, &shuffled, 50 * (size_t)K, NULL, NULL, NULL) && tokenizer_save(t, km_npy, report);
     free(sample.frames);
     free(shuffled.paths.at);
     if (ok) return t;
