@@ -590,16 +590,16 @@ int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 enum { SLAM_INPUT_AUDIO, SLAM_INPUT_UNITS, SLAM_INPUT_PAIRS, SLAM_INPUT_TEXT };
 /* Audio files, or lines of files. An input that cannot be used is skipped. */
 typedef struct slam_inputs {
-    int kind, pairs_out;   /* pairs_out: the output is preference pairs */
-    slam_strings paths;    /* the audio files, or the files of the lines */
-    size_t n, first, end;  /* inputs; those to process are first <= i < end */
+    int kind, pairs_out;            /* pairs_out: the output is preference pairs */
+    slam_strings paths;             /* the audio files, or the files of the lines */
+    size_t n, capacity, first, end; /* inputs; those to process are first <= i < end */
     double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
     slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
-    size_t not_read[20]; /* files in folders, by extension, that are audio in other formats */
+    size_t passed_over[39]; /* files in folders that are not inputs, by extension */
 } slam_inputs;
 /* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
@@ -612,8 +612,8 @@ void slam_inputs_free(slam_inputs *);
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
-/* Returns 1, 0 at the end, -1 on error. With 1, *item is the next input (valid until the next call; *skipped: why it
-   cannot be used, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
+/* Returns 1, 0 at the end, -1 on error. *item: the next input, valid until the next call; *skipped: why it cannot be
+   used, or NULL. Where the next input has to be decoded first, one chunk is, and *item is NULL: call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
@@ -624,14 +624,14 @@ typedef struct slam_writer {
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
     uint64_t earlier;                       /* inputs already done when resumed */
     uint64_t identity, bytes, failed_bytes; /* in the journal; identity: hash of settings and inputs */
-    const char *out;
-    const slam_inputs *in;
-    const slam_tokenizer *tokenizer; /* NULL: of the inputs, unknown */
     int binary, audio_repr;
     uint64_t shard_tokens;
+    const char *out;
+    const slam_inputs *in;
+    const slam_tokenizer *tokenizer;
     slam_path partial, journal;
     struct append_file *data, *failures; /* OUT.partial; OUT.failed, locked while the writer is open */
-    double committed;                    /* time of the last update of the journal */
+    double committed;                    /* when the journal was written */
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
@@ -8683,8 +8683,8 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames per pass over the centroids
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* unit[i]: the nearest of centroids (K,D), the first of ties, to frame order[i], or i if order is NULL; n of them.
-   distance[i], unless distance is NULL: squared, to that centroid */
+/* For n frames, frame order[i] or, without order, frame i: unit[i] is the nearest of centroids (K,D), of equal ones the
+   first; distance[i], unless NULL, the squared distance. */
 UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
                                       int K, int D, int *unit, float *distance) {
     float *packed = NEW(float, (size_t)(K + CENTROID_LANES) * D);
@@ -8729,12 +8729,13 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 /* ---- k-means ---- */
 
 /* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
-   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
+   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The result does not depend on
+   the number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
     const size_t candidates = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
-    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; 1: the reservoir, 2: order of files
+    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; slam_tokenizer_fit has streams 1 and 2
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
@@ -8745,7 +8746,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
     uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
     int *unit = NEW(int, n), more = 1;                         // nearest centroids
-    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid that was drawn last
     size_t *count = NEW(size_t, K);                            // frames per centroid
     double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
@@ -9016,10 +9017,10 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 /* ---- voices: shell commands that synthesise speech ---- */
 
 /* Opens the audio that a voice synthesises. Returns 1, 0 if it fails for this text, -1 if the command cannot be run.
-   {text} becomes ${text}, a variable, which the shell does not parse; `set -f; IFS=`: nor split without quotes. */
+   {text} becomes ${text}: the shell does not parse a variable's value and, after `set -f; IFS=`, does not split it. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
-    char line[390], last[400] = "", path[32]; // last: line on stderr
+    char line[390], last[400] = "", path[32]; // last: the last line on stderr
     strbuf s = ZERO;
     strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
     strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // else a text that starts with - would be a flag
@@ -9060,7 +9061,7 @@ void slam_inputs_free(slam_inputs *in) {
     memset(in, 0, sizeof *in);
 }
 
-/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
+/* In a folder, files with the first READ_EXTENSIONS of these are inputs (in every build); others are counted. */
 enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
 static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
     "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
@@ -9091,7 +9092,7 @@ static int inputs_add_audio(slam_inputs *in, const char *path, const folder_chai
     if (!exists || !S_ISDIR(s.st_mode)) {
         const int i = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
         if (!above || i < READ_EXTENSIONS) slam_strings_add(&in->paths, path);
-        else if (i < AUDIO_EXTENSIONS) in->not_read[i - READ_EXTENSIONS]++;
+        else in->passed_over[i]++;
         return 1;
     }
     for (const folder_chain *f = above; f; f = f->above)
@@ -9107,7 +9108,7 @@ static int inputs_add_audio(slam_inputs *in, const char *path, const folder_chai
 
 /* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. In a
    list of audio files, lines that begin with # are comments. */
-static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
+static int inputs_add_lines(slam_inputs *in, const char *path) {
     file_map *map = &in->files[in->paths.n];
     if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
@@ -9119,10 +9120,10 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
         if (!l.n || (in->kind == SLAM_INPUT_AUDIO && *l.text == '#')) continue;
-        GROW(struct slam_line, in->lines, *capacity, in->n + 1);
+        GROW(struct slam_line, in->lines, in->capacity, in->n + 1);
         in->lines[in->n++] = l;
     }
-    return in->n > 0 || set_error("%s: has no lines", path);
+    return 1;
 }
 
 /* Length of the path in a line of a list; in a manifest a tab and a number of samples follow it. */
@@ -9132,14 +9133,13 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
-   a number of samples. */
+/* Adds the audio files of a list, or of fairseq's manifest: a root (without a tab), then path, tab, samples. */
 static int inputs_add_list(slam_inputs *in, const char *path) {
     slam_inputs list = ZERO;
     char name[PATH_MAX];
-    size_t capacity = 0, folder = 0; // folder: line of the first one
+    size_t folder = 0; // line of the first one
     list.files = NEW(file_map, 1);
-    int ok = inputs_add_lines(&list, path, &capacity);
+    int ok = inputs_add_lines(&list, path) && (list.n > 0 || set_error("%s: has no lines", path));
     const struct slam_line *l = list.lines;
     const int manifest = list.n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
     for (size_t i = manifest; ok && i < list.n; i++) {
@@ -9159,19 +9159,18 @@ static int inputs_add_list(slam_inputs *in, const char *path) {
 
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
     strbuf note = ZERO;
-    size_t capacity = 0;
-    int ok = n > 0 || set_error("no file: has no lines");
+    int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
         const int is_list = *paths[i] == '@';
-        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
+        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i]);
         else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, paths[i] + is_list);
         else ok = inputs_add_audio(in, paths[i], NULL);
     }
     for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
-        if (in->not_read[i - READ_EXTENSIONS])
-            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", in->not_read[i - READ_EXTENSIONS], audio_extensions[i]);
+        if (in->passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", in->passed_over[i], audio_extensions[i]);
     if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
     if (note.n && ok) slam_strings_add(&in->notes, note.at);
     else if (note.n) set_error("%s; %s", slam_error(), note.at);
@@ -9180,24 +9179,26 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
     in->end = in->n;
     in->pairs_out = kind == SLAM_INPUT_PAIRS ||
                     (kind == SLAM_INPUT_TEXT && in->n && memchr(in->lines->text, '\t', in->lines->n) != NULL);
-    return ok;
+    return ok && (in->n > 0 || set_error("%s: has no lines", n ? paths[0] : "no file"));
 }
 
 /* Hash of settings, names of inputs and sizes of files of lines; contents are not read. */
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
-    const slam_strings *const lists[] = {&in->paths, &in->voices};
     hash = hash_bytes(hash, numbers, sizeof numbers);
-    for (size_t i = 0; in->files && i < in->paths.n; i++)
-        hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
-    for (int k = 0; k < 2; k++)
-        for (size_t i = 0; i < lists[k]->n; i++) hash = hash_bytes(hash, lists[k]->at[i], strlen(lists[k]->at[i]) + 1);
+    for (size_t i = 0; i < in->paths.n; i++) {
+        hash = hash_bytes(hash, in->paths.at[i], strlen(in->paths.at[i]) + 1);
+        if (in->files) hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
+    }
+    for (size_t i = 0; i < in->voices.n; i++) hash = hash_bytes(hash, in->voices.at[i], strlen(in->voices.at[i]) + 1);
     return hash;
 }
 
 /* ---- reading: inputs -> segments -> units ----
-   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair. */
+   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair.
+   The segments of a chunk are decoded in parallel and encoded together. It ends after `limit` samples, to bound memory,
+   or at `deadline`, to react to signals; the next chunk continues in the middle of a file. */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
 
@@ -9206,21 +9207,21 @@ struct slam_item {
     char *members;            // pairs: members that are copied to the output, as JSON: `"id": 7, `
     slam_recording *segments; // (n) samples, until they are encoded; then units, or features for a fit
     size_t n, capacity;
-    slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
+    slam_strings sources; // audio files, or texts to synthesise; none: a line of units, or a repetitive pair
     size_t input, source; // source: index of the current one
-    audio file;
-    int done;    // 1; -1: failed, as every other input will
-    char *error; // why it is skipped, or NULL
+    audio file;           // the current source, while it is open
+    char *error;          // why the input is skipped, or NULL
+    int done;             // 1: nothing is left to decode; -1: the voice cannot be run, for any input
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer; // during a fit without centroids; may be NULL for units
-    slam_item *items[READER_ITEMS]; // (n) in input order; `taken` (0 or 1) of them are the caller's until its next call
-    size_t n, taken, next;          // next: index of the next input to start
-    double audio_seconds, deadline; // decoded so far; a chunk ends then, to react to signals
-    int64_t samples, limit;         // decoded in this chunk; it ends at limit, to bound memory
+    const slam_tokenizer *tokenizer; // without centroids during a fit; NULL: of units, unknown
+    slam_item *items[READER_ITEMS];  // (n) in input order
+    size_t n, taken, next;           // taken: 1 if the caller has items[0]; next: index of the next input to start
+    double audio_seconds, deadline;  // decoded in all
+    int64_t samples, limit;          // decoded in this chunk
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9320,7 +9321,7 @@ static int item_parse(slam_item *item, const slam_inputs *in, const struct slam_
     return ok;
 }
 
-/* Decodes the next segment of the current source, which it opens first. Returns as voice_open. */
+/* Decodes the next segment of the current source. Returns 1, 0 on error, -1 if the voice cannot be run. */
 static int item_decode(slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // in turn, by line number
     const slam_hubert *hubert = r->tokenizer->hubert;
@@ -9356,7 +9357,7 @@ static int item_decode(slam_reader *r, slam_item *item, const struct slam_line *
     return 1;
 }
 
-/* Parses the input, and decodes its sources until all are done or the chunk ends; then the next call continues. */
+/* Parses the input and decodes its sources until all are done or the chunk ends; the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
     const slam_inputs *in = r->inputs;
     const struct slam_line *l = in->lines ? &in->lines[item->input] : NULL;
@@ -9496,6 +9497,21 @@ static int writer_close_data(slam_writer *w, const char *path) {
     return writer_header(w) && append_close(w->data) && file_rename(w->partial.at, path);
 }
 
+/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
+static int writer_read_journal(slam_writer *w, uint64_t identity) {
+    char path[PATH_MAX];
+    json *root = json_load(w->journal.at);
+    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, w->journal.at);
+    json_free(root);
+    w->earlier = w->inputs;
+    if (!ok) return 0;
+    if (w->identity != identity || w->inputs > w->in->end - w->in->first)
+        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
+                         w->journal.at);
+    if (w->binary && path_exists(shard_path(path, w->out, w->shards + 1))) return file_rename(path, w->partial.at);
+    return path_exists(w->partial.at) || !path_exists(w->out) || file_rename(w->out, w->partial.at);
+}
+
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
                      uint64_t shard_tokens) {
     char path[PATH_MAX];
@@ -9511,24 +9527,12 @@ int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, con
     snprintf(w->partial.at, sizeof w->partial.at, "%s.partial", out);
     snprintf(w->journal.at, sizeof w->journal.at, "%s.journal", out);
     snprintf(path, sizeof path, "%s.failed", out);
-    const uint64_t numbers[] = {(uint64_t)w->binary,    (uint64_t)audio_repr,   shard_tokens,
-                                t ? (uint64_t)t->K : 0, t ? t->fingerprint : 0, t ? (uint64_t)t->config.channel : 0};
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, t ? t->fingerprint : 0,
+                                t ? (uint64_t)t->config.channel : 0};
     const uint64_t identity = w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
     int ok = append_open(w->failures, path);
-    if (ok && path_exists(w->journal.at)) {
-        json *root = json_load(w->journal.at);
-        ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, w->journal.at);
-        json_free(root);
-        w->earlier = w->inputs;
-        if (ok && (w->identity != identity || w->inputs > in->end - in->first))
-            ok =
-                set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
-                          w->journal.at);
-        const char *data = w->binary && path_exists(shard_path(path, out, w->shards + 1)) ? path // completed later
-                           : path_exists(w->partial.at)                                   ? w->partial.at
-                                                                                          : out;
-        ok = ok && (!path_exists(data) || file_rename(data, w->partial.at));
-    } else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(path, out, 1)));
+    if (ok && path_exists(w->journal.at)) ok = writer_read_journal(w, identity);
+    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(path, out, 1)));
     if (ok && append_resume(w->failures, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
@@ -9545,7 +9549,7 @@ static int writer_append(slam_writer *w, const strbuf *document) {
 }
 
 int slam_writer_add(slam_writer *w, const slam_item *item) {
-    const size_t n = item->error ? 0 : item->n; // 0 without an error: max_repetition, or only short segments
+    const size_t n = item->error ? 0 : item->n; // 0 without an error: a repetitive pair, or no segment has a frame
     const int pairs = w->in->pairs_out;
     strbuf s = ZERO;
     int ok = 1;
@@ -9681,11 +9685,11 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
     const slam_inputs in = {
-        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL, ZERO};
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, 0, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL, ZERO};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
+    strbuf s = ZERO; // for each file: its slam_units (pointers are ignored), unit (n), duration (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
