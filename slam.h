@@ -9263,9 +9263,9 @@ static int item_parse_pair(slam_item *item, const json *line, const char *file, 
         snprintf(key, sizeof key, "%s_path", pair_sides[side]);
         const char *name = json_string(line, key, "");
         if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, key);
-        char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
-        slam_strings_add(&item->sources, path);
-        free(path);
+        slam_path path;
+        snprintf(path.at, sizeof path.at, "%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
+        slam_strings_add(&item->sources, path.at);
     }
     for (const json *j = line->first; j; j = j->next) {
         int copied = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
@@ -9555,11 +9555,8 @@ int slam_writer_add(slam_writer *w, const slam_item *item) {
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
         slam_units u = item->segments[i].units;
-        if (!u.name) u.name = item->name;
-        if (pairs) {
-            u.name = NULL;
-            strbuf_add(&s, "%s%s\"%s\": ", i ? ", " : "{", i ? "" : item->members, pair_sides[i]);
-        }
+        u.name = pairs ? NULL : u.name ? u.name : item->name;
+        if (pairs) strbuf_add(&s, "%s%s\"%s\": ", i ? ", " : "{", i ? "" : item->members, pair_sides[i]);
         for (size_t k = 0; w->binary && k < u.n + 2; k++) {
             uint16_t token = DOCUMENT_TOKEN;
             if (k > 0 && k <= u.n) token = (uint16_t)(u.unit[k - 1] + FIRST_UNIT);
