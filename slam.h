@@ -1565,7 +1565,7 @@ static int json_parse_value(json_parser *p, json *j) {
 
 static void json_free(json *root) { free(root); }
 
-/* The value of n bytes of text; NULL and an error that starts with `what`. A byte order mark is skipped, \u0000 refused. */
+/* The value of n bytes of text, NULL on error (which starts with `what`). A byte order mark is skipped, no \u0000. */
 static json *json_parse(const char *text, size_t n, const char *what) {
     json_parser p = ZERO;
     size_t nodes = 1;
