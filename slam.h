@@ -413,7 +413,7 @@ void slam_decoder_free(slam_decoder *);
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
+int slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -5431,12 +5431,12 @@ slam_ops *slam_cuda(int device, int act_bytes) {
 
 /* ==========================================================================================
    SECTION 6. COMM       several processes: MPI and NCCL
-   Data parallelism: rank k computes the gradient g_k of its rows, an update needs their sum G.
+   Data parallelism: rank k computes the gradient of its rows; an update needs the sum G over the n ranks.
      reduce-scatter   each rank gets the sum of its part of G         (n - 1) / n |G| sent by each
      update           of that part's weights, whose moments it alone keeps (ZeRO-1)
      all-gather       each rank gets the new weights of all parts     (n - 1) / n |W| sent by each
-   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI
-   starts the processes and carries host memory, NCCL the memory of GPUs.
+   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI starts the processes and
+   exchanges host memory, NCCL the memory of GPUs.
    ========================================================================================== */
 #ifdef SLAM_MPI
 #define OMPI_SKIP_MPICXX
@@ -5451,8 +5451,7 @@ struct slam_comm_state {
     slam_ops *ops;
     int started; // MPI_Init was called here, so MPI_Finalize is as well
     int lost;    // an exchange failed here. The others may be inside it, so this rank takes no further part
-    /* the reduce-scatter under way */
-    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
+    float *x;    // (n) array of the reduce-scatter under way; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
 #ifdef SLAM_MPI
@@ -5476,8 +5475,8 @@ static range comm_share(const slam_comm *c, size_t n) {
     return r;
 }
 
-/* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
-   256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
+/* The part of n numbers that a rank reduces and updates: n / size rounded down to 64, because NCCL needs equal parts
+   and kernels an alignment of 256 bytes. The last rank's part includes the rest. */
 static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
     const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
@@ -5489,8 +5488,7 @@ static int comm_launched(void) {
     return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK") || getenv("PMI_SIZE");
 }
 
-/* Processes that do not see each other would each train the whole run, in the same folder. Inside an srun step
-   mpirun's number counts. */
+/* Processes that do not see each other would each train the whole run in the same folder. mpirun may run inside srun. */
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
@@ -5607,7 +5605,7 @@ int slam_all_ok(slam_comm *c, int ok) {
     char text[sizeof error_text];
     if (!c || c->size == 1) return ok;
     if (c->failed || !takes_part(c)) return 0;
-    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank);
+    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank); // the lowest rank that failed
     if (first == c->size) return 1;
     memcpy(text, error_text, sizeof text);
     ranks_broadcast(text, sizeof text, first);
@@ -5631,36 +5629,32 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     free(all);
 }
 
-/* From rank 0; fewer than 2^31 bytes. */
-static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
-    if (takes_part(c)) ranks_broadcast(x, bytes, 0);
+/* x of rank `from`; fewer than 2^31 bytes. */
+static void comm_broadcast(slam_comm *c, void *x, size_t bytes, int from) {
+    if (takes_part(c)) ranks_broadcast(x, bytes, from);
 }
 
-/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
-static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
-    const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
-    uint64_t own = bytes, *sizes = NEW(uint64_t, size);
-    sizes[0] = own;
-    if (part) ranks_gather(c, sizes, &own, sizeof own);
-    *total = 0;
-    for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
-    char *all = NEW(char, *total), *at = all;
-    for (int k = 0; k < size; at += sizes[k++]) {
-        if (k == rank && bytes) memcpy(at, x, bytes);
-        if (part) ranks_broadcast(at, sizes[k], k); // sizes may exceed an int in sum
+/* Every rank's bytes (fewer than 2^31 each), in rank order. */
+static strbuf comm_all_gather(slam_comm *c, const strbuf *own) {
+    strbuf all = ZERO;
+    for (int k = 0; k < (takes_part(c) ? c->size : 1); k++) {
+        size_t n = own->n;
+        comm_broadcast(c, &n, sizeof n, k);
+        GROW(char, all.at, all.capacity, all.n + n);
+        if (n && (!c || c->rank == k)) memcpy(all.at + all.n, own->at, n);
+        comm_broadcast(c, all.at + all.n, n, k);
+        all.n += n;
     }
-    free(sizes);
     return all;
 }
 
 /* ---- what the devices exchange ----
-   comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
-   done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
+   comm_reduce_scatter and comm_gather_parts return at once; device work that is queued after comm_wait follows them.
+   x has n numbers on every rank, of which comm_part is rank k's. NULL comm: nothing to do.
 
-   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
-   another order if a message has another size, and the same numbers must give the same bits however they are divided
-   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
-   an error of NCCL loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order. MPI_Reduce_scatter may add in an
+   order that depends on the message size, and the bits must not. An error of MPI ends all processes
+   (MPI_ERRORS_ARE_FATAL, the default); after an error of NCCL this rank is lost. */
 
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
@@ -5691,7 +5685,7 @@ static int comm_connect(slam_comm *c) {
     if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
-    comm_broadcast(c, &id, sizeof id);
+    comm_broadcast(c, &id, sizeof id, 0);
     return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
@@ -5764,31 +5758,13 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     return 1;
 }
 
-/* x (n) on the device = the sum over ranks, the same bits on every rank. */
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
-    if (!c) return 1;
-    slam_ops *ops = c->state->ops;
-#ifdef SLAM_NCCL
-    struct CUstream_st *stream = nccl_begin(c);
-    if (stream) {
-        const ncclResult_t result = ncclAllReduce(x, x, n, ncclDouble, ncclSum, c->state->nccl, stream);
-        ops->comm_end(ops);
-        return nccl_ok(c, result, "an all-reduce");
-    }
-#endif
-    if (!ops->finish(ops)) return comm_lost(c);
-    slam_comm_sum(c, x, n);
-    return 1;
-}
-
 static void comm_wait(slam_comm *c) {
     if (!c) return;
     if (c->state->ops->comm_stream) c->state->ops->comm_end(c->state->ops);
     reduction_end(c);
 }
 
-/* Before the host waits for the device: waits for NCCL here, because an exchange never ends if the network or a rank
-   of another machine is gone. */
+/* Called before the host waits for the device, which would never end if the network or another machine is gone. */
 static int comm_finish(slam_comm *c) {
 #ifdef SLAM_NCCL
     struct slam_comm_state *s = c ? c->state : NULL;
@@ -5972,9 +5948,10 @@ enum { MATRIX, NORM, BIAS }; // initialised from normal(0, init_std), to 1, to 0
 /* A tensor of the file: a param, or some rows of one. */
 typedef struct model_tensor {
     char name[80];
-    int kind, layer;   // layer -1: outside the layers
+    int kind;
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
+    int layer;         // -1: outside the layers
     size_t at;         // first number in the array of weights
 } model_tensor;
 
@@ -5992,52 +5969,51 @@ static size_t tensor_size(const model_tensor *t) { return (t->rows ? t->rows : 1
 
 /* The tensors of a model; free() the list. */
 static model_tensors tensors_of(const slam_config *c) {
-    const size_t V = c->V, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
-    const int bias = c->qkv_bias;
-#define MODEL(name) offsetof(model_weights, name), 0
-#define LAYER(name) offsetof(layer_weights, name), 0
-    const model_tensor table[] = {
-        // name, kind, layer (0: in each), rows, cols (0: not in this model), param
-        {"model.embed_tokens.weight", MATRIX, -1, V, C, MODEL(embed)},
-        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, C, LAYER(attn_norm)},
-        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, O, C, LAYER(qkv)},
-        {"model.layers.%d.self_attn.k_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
-        {"model.layers.%d.self_attn.v_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
-        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? O : 0, LAYER(qkv_bias)},
-        {"model.layers.%d.self_attn.k_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
-        {"model.layers.%d.self_attn.v_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
-        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, O, LAYER(out)},
-        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, LAYER(mlp_norm)},
-        {"model.layers.%d.mlp.gate_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
-        {"model.layers.%d.mlp.up_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
-        {"model.layers.%d.mlp.down_proj.weight", MATRIX, 0, C, F, LAYER(down)},
-        {"model.norm.weight", NORM, -1, 0, C, MODEL(norm)},
-        {"lm_head.weight", MATRIX, -1, V, c->tied ? 0 : C, MODEL(head)},
+    const size_t V = c->V, C = c->C, F = c->F, Q = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
+    const size_t bias = c->qkv_bias;
+#define MODEL(name) offsetof(model_weights, name), 0, 0
+#define LAYER(name) offsetof(layer_weights, name), 0, 0
+    enum { FIRST = 1, LAST = 13, ROWS = 15 }; // rows FIRST to LAST - 1 are in each layer
+    const model_tensor table[ROWS] = {
+        // name, kind, rows, cols (0: not in this model), param
+        {"model.embed_tokens.weight", MATRIX, V, C, MODEL(embed)},
+        {"input_layernorm.weight", NORM, 0, C, LAYER(attn_norm)},
+        {"self_attn.q_proj.weight", MATRIX, Q, C, LAYER(qkv)},
+        {"self_attn.k_proj.weight", MATRIX, K, C, LAYER(qkv)},
+        {"self_attn.v_proj.weight", MATRIX, K, C, LAYER(qkv)},
+        {"self_attn.q_proj.bias", BIAS, 0, bias * Q, LAYER(qkv_bias)},
+        {"self_attn.k_proj.bias", BIAS, 0, bias * K, LAYER(qkv_bias)},
+        {"self_attn.v_proj.bias", BIAS, 0, bias * K, LAYER(qkv_bias)},
+        {"self_attn.o_proj.weight", MATRIX, C, Q, LAYER(out)},
+        {"post_attention_layernorm.weight", NORM, 0, C, LAYER(mlp_norm)},
+        {"mlp.gate_proj.weight", MATRIX, F, C, LAYER(gate_up)},
+        {"mlp.up_proj.weight", MATRIX, F, C, LAYER(gate_up)},
+        {"mlp.down_proj.weight", MATRIX, C, F, LAYER(down)},
+        {"model.norm.weight", NORM, 0, C, MODEL(norm)},
+        {"lm_head.weight", MATRIX, V, c->tied ? 0 : C, MODEL(head)},
     };
 #undef MODEL
 #undef LAYER
-    enum { ROWS = sizeof table / sizeof *table };
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int i = 0, l = 0; i < ROWS; i++) {
-        const model_tensor *r = &table[i];
-        size_t *at = &end[r->kind != MATRIX];
-        if (i == 0 || r->param != r[-1].param || r->layer != r[-1].layer) *at = round_up(*at, 256);
-        if (r->cols) {
+    for (int l = -1; l <= c->L; l++) {
+        const int in_layer = l >= 0 && l < c->L, first = l < 0 ? 0 : in_layer ? FIRST : LAST;
+        if (l == 0) m.first_layer = round_up(end[0], 256);
+        if (l == c->L) m.layers_end = round_up(end[0], 256);
+        for (int i = first; i < (l < 0 ? FIRST : in_layer ? LAST : ROWS); i++) {
+            const model_tensor *row = &table[i];
+            size_t *at = &end[row->kind != MATRIX];
+            if (row->cols == 0) continue;
+            if (i == first || row->param != row[-1].param) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
-            *t = *r;
-            snprintf(t->name, sizeof t->name, r->name, l);
-            t->layer += r->layer < 0 ? 0 : l;
+            *t = *row;
+            if (in_layer) snprintf(t->name, sizeof t->name, "model.layers.%d.%s", l, row->name);
+            t->layer = in_layer ? l : -1;
             t->at = *at;
-            *at += r->rows == V && r->layer < 0 ? padded_vocabulary(c) * C : tensor_size(t);
+            *at += !in_layer && t->rows ? padded_vocabulary(c) * C : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (r->kind == MATRIX && r->layer == 0) m.products += tensor_size(t);
-        }
-        if (r->layer < 0 && l == 0) m.first_layer = round_up(end[0], 256);
-        if (r->layer == 0 && r[1].layer < 0) {
-            m.layers_end = round_up(end[0], 256);
-            if (++l < c->L) i = 0; // i++ makes it 1, the first row of a layer
+            if (in_layer && t->rows) m.products += tensor_size(t);
         }
     }
     m.products += V * C; // the head; looking up the embedding is no product
@@ -6073,7 +6049,7 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *D; // D: of attention_backward
+    float *head_rstd, *losses, *rope, *loss_weights, *attn_scratch;
     int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
 } model_acts;
 
@@ -6104,7 +6080,7 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
 /* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. Without a
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
-    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
+    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, Q = c->NH * HS, QKV = Q + 2 * c->KVH * HS;
     const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
@@ -6117,8 +6093,8 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
         if (l == 0 || train) {
             a->x = ACTS(N * C); // residual stream before attention
             a->attn_rstd = FLOATS(N);
-            a->qkv = ACTS(N * W); // q and k rotated
-            a->attn = ACTS(N * O);
+            a->qkv = ACTS(N * QKV); // q and k rotated
+            a->attn = ACTS(N * Q);
             a->lse = FLOATS(N * c->NH); // (B,NH,T)
             a->x_mid = ACTS(N * C);     // residual stream before the MLP
             a->mlp_rstd = FLOATS(N);
@@ -6150,9 +6126,9 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
         a->dnorm = ACTS(N * C);                            // of the output of a norm
-        a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
-        a->dqkv = ACTS(N * W);
-        a->D = FLOATS(N * c->NH);
+        a->dattn = a->dswiglu = ACTS(N * (F > Q ? F : Q)); // never needed at once
+        a->dqkv = ACTS(N * QKV);
+        a->attn_scratch = FLOATS(N * c->NH);
     }
 #undef ACTS
 #undef FLOATS
@@ -6231,15 +6207,12 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* The weights (n_weights) to the host; if the float weights are sharded, the rounded ones, as floats. */
+/* Copies the weights (n_weights) to the host. */
 static int weights_download(slam_model *m, float *host) {
-    slam_ops *ops = m->ops;
-    float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->n_weights * sizeof *rounded);
-    if (!m->master && !rounded) return 0;
-    if (rounded) ops->to_float(ops, rounded, m->weights, m->n_weights);
-    ops->download(ops, host, m->master ? m->master : rounded, m->n_weights * sizeof *host);
-    ops->release(ops, rounded);
-    return ops->finish(ops);
+    if (!m->master)
+        return set_error("the float weights are sharded over the ranks, expected them whole (slam_checkpoint_save)");
+    m->ops->download(m->ops, host, m->master, m->n_weights * sizeof *host);
+    return m->ops->finish(m->ops);
 }
 
 static void weights_changed(slam_model *m) {
@@ -6280,52 +6253,44 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
-/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
-static int rope_check(const slam_config *c, const tensor *t) {
-    float x[2048]; // head_dim is at most 4096
-    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
-    for (int i = 0; i < c->HS / 2; i++) {
-        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
-        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
-            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
-                             c->rope_theta);
-    }
-    return 1;
+/* PREFIX NAME SUFFIX in a file, which has to have the shape of t; NULL on failure. twist: the vocabulary may be larger. */
+static const tensor *weights_find(const tensors *file, const char *prefix, const model_tensor *t, const char *suffix,
+                                  int twist) {
+    char name[100];
+    snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffix);
+    const tensor *found = tensors_find(file, name);
+    if (!found) set_error("%s: tensor '%s' is missing", file->file[0].path, name);
+    if (!found) return NULL;
+    const size_t rows = t->rows ? t->rows : t->cols;
+    const int larger = twist && t->layer < 0 && t->rows && found->rank == 2 && found->shape[0] > rows;
+    return tensor_has_shape(found, t->rows ? 2 : 1, larger ? found->shape[0] : rows, t->cols) ? found : NULL;
 }
 
-/* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
-   allocated. twist: the file's vocabulary may have more rows. */
-static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
+/* Its first n numbers, all of them finite; free() them. NULL on failure, and of NULL. */
+static float *weights_read(const tensor *t, size_t n) {
+    if (!t) return NULL;
+    float *x = NEW(float, n);
+    int ok = tensor_floats(t, x, 0, n);
+    for (size_t i = 0; ok && i < n; i++)
+        if (!isfinite(x[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, t->name);
+    if (ok) return x;
+    free(x);
+    return NULL;
+}
+
+/* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
+static int weights_check(const slam_config *c, const tensors *file, const char *prefix, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < list.n; k++) {
-        const model_tensor *t = &list.list[k];
-        const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        const tensor *f = tensors_find(file, name);
-        const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
-        ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
-               : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        if (!ok || !m) continue;
-        float *host = NEW(float, n);
-        ok = tensor_floats(f, host, 0, n);
-        for (size_t i = 0; ok && i < n; i++)
-            if (!isfinite(host[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", f->file, f->name);
-        if (ok) m->ops->upload(m->ops, m->master + t->at, host, n * sizeof *host);
-        free(host);
-    }
-    for (size_t k = 0; ok && k < file->n; k++) {
-        const tensor *f = &file->at[k];
-        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
+    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, prefix, &list.list[k], "", twist) != NULL;
+    for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
+        const char *name = strncmp(t->name, prefix, strlen(prefix)) ? "" : t->name + strlen(prefix);
         size_t i = 0;
         while (i < list.n && strcmp(list.list[i].name, name)) i++;
-        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
-        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
-            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        const int ignored = string_ends(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
+        if (i == list.n && !ignored) ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
-    if (ok && m) weights_changed(m);
     return ok;
 }
 
@@ -6345,20 +6310,38 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
-    ok = m && weights_read(m, &c, file, prefix, V != 0);
-    if (!ok) slam_model_free(m);
+    if (weights_check(&c, file, prefix, V != 0)) m = model_empty(ops, &c);
+    ok = m != NULL;
+    for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
+        const model_tensor *t = &m->layout->tensors.list[k];
+        float *host = weights_read(weights_find(file, prefix, t, "", V != 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        free(host);
+    }
     tensors_close(file);
-    return ok ? m : NULL;
+    if (ok) weights_changed(m);
+    if (ok) return m;
+    slam_model_free(m);
+    return NULL;
 }
 
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const size_t first = t->rows ? t->rows : t->cols;
-    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
-    return out;
+/* Weights or moments (n_weights) as tensors to write, PREFIX NAME SUFFIX, in out[0], out[stride], ...; names owns the
+   names. */
+static void weights_list(const model_tensors *tensors, const char *prefix, const char *suffix, const float *weights,
+                         tensor *out, size_t stride, slam_strings *names) {
+    for (const model_tensor *t = tensors->list; t < tensors->list + tensors->n; t++, out += stride) {
+        char name[100];
+        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffix);
+        slam_strings_add(names, name);
+        const size_t first = t->rows ? t->rows : t->cols;
+        const tensor x = {names->at[names->n - 1], DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at,
+                          tensor_size(t),          NULL};
+        *out = x;
+    }
 }
 
 /* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
@@ -6382,13 +6365,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
     tensor *out = NEW(tensor, n);
-    for (size_t k = 0; k < n; k++) {
-        const model_tensor *t = &m->layout->tensors.list[k];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", slamkit ? "lm." : "", t->name);
-        slam_strings_add(&names, name);
-        out[k] = tensor_to_write(t, names.at[k], host);
-    }
+    weights_list(&m->layout->tensors, slamkit ? "lm." : "", "", host, out, 1, &names);
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
                    tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
@@ -6505,35 +6482,31 @@ struct slam_decoder_state {
     slam_batch batch;  // of a prefill
 };
 
-static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *decoder) {
-    slam_ops *ops = m->ops;
-    const layer_acts *a = &m->layout->layers[l].a;
-    const model_acts *shared = &m->layout->a;
-    slam_act *kv = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
-    const int decode = decoder && !decoder->prefill, fill = decoder && decoder->prefill;
-    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
-    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
-}
-
 /* One transformer layer, pre-norm:
        x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
    Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
-   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
-   the queries, W of q, k and v. */
+   x_prev + delta_prev, and the next layer's adds x_mid and delta. x_prev, delta_prev (N,C), NULL: x = x_prev. Q, QKV:
+   width of the queries, of queries, keys and values. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
                           const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const model_acts *shared = &m->layout->a;
+    const int C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
+    const int decode = decoder && !decoder->prefill;
     const float eps = (float)c->eps;
-    slam_act *delta = m->layout->a.delta;
+    slam_act *delta = shared->delta, *cache = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
+
     ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
-    attend(m, l, mask, decoder);
-    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, O, C);
+    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, QKV);
+    if (decode) ops->attention_decode(ops, a->attn, cache, a->qkv, shared->lengths, mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
+    if (decoder && !decode)
+        ops->attention_fill(ops, cache, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
+    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, Q, C);
+
     ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, w->mlp_norm.data, eps, N, 1, C, C);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
     ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
@@ -6546,15 +6519,22 @@ static void forward(slam_model *m, int N, const slam_mask *mask, const struct sl
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
     const model_layer *layers = m->layout->layers;
-    const int C = m->config.C, L = m->config.L;
+    const int C = m->config.C;
     slam_act *x = layers[0].a.x;
     ops->embedding_forward(ops, x, a->tokens, w->embed.data, N, C);
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < m->config.L; l++) {
         layer_forward(m, l, x, l ? a->delta : NULL, N, mask, decoder);
         x = layers[l].a.x_mid;
     }
     ops->rmsnorm_forward(ops, a->x_end, a->head_in, a->head_rstd, x, a->delta, w->norm.data, (float)m->config.eps, N, 1,
                          C, C);
+}
+
+static int forward_batch(slam_model *m, const slam_batch *b, int with_targets,
+                         const struct slam_decoder_state *decoder) {
+    if (!batch_upload(m, b, with_targets)) return 0;
+    forward(m, b->B * b->T, &m->layout->mask, decoder);
+    return 1;
 }
 
 /* The first n rows of logits, (n,P) on the device, as (n,V) on the host. */
@@ -6571,9 +6551,9 @@ static void logits_download(slam_model *m, float *logits, int n) {
     free(host);
 }
 
-/* Losses from head_in, head_rows rows of logits at a time. scale not 0: also the gradients of scale * sum_i weights_i
-   losses_i (weights (N), NULL: 1), of the head and, in dnorm, of head_in. With logits (N,V) on the host: only copies
-   the logits there. */
+/* The head, over head_rows rows of head_in at a time. Computes logits (N,V) on the host, or if that is NULL the losses
+   and, unless scale is 0, the gradients of scale * sum_i weights_i loss_i: that of head_in, in dnorm, and adds that of
+   the head's weight. weights (N), NULL: 1. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6606,7 +6586,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *g = &m->layout->a;
-    const int N = mask->B * mask->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const int N = mask->B * mask->T, C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
     const int recompute = m->mode == SLAM_TRAIN_RECOMPUTE;
     const float eps = (float)c->eps;
     slam_act *dx = g->dx, *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
@@ -6621,13 +6601,13 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     ops->matmul_backward_input(ops, g->dnorm, dgate_up, w->gate_up.data, N, C, 2 * F);
     ops->rmsnorm_backward(ops, dx, w->mlp_norm.grad, g->dnorm, a->x_mid, w->mlp_norm.data, a->mlp_rstd, N, 1, C, C);
 
-    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, O, C);
-    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, O, C);
-    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, mask);
+    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, Q, C);
+    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, Q, C);
+    ops->attention_backward(ops, g->dqkv, g->attn_scratch, g->dattn, a->attn, a->lse, a->qkv, mask);
     if (recompute)
         ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, a->x, NULL, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, W);
-    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, W);
+    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, QKV);
+    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, QKV);
     ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
 }
 
@@ -6653,14 +6633,12 @@ static void backward(slam_model *m) {
 /* ---- passes over a batch ---- */
 
 int slam_forward(slam_model *m, slam_batch *b) {
-    slam_ops *ops = m->ops;
     const int N = b->B * b->T;
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, 0, NULL, NULL);
-    ops->download(ops, b->losses, m->layout->a.losses, N * sizeof(float));
+    m->ops->download(m->ops, b->losses, m->layout->a.losses, N * sizeof(float));
     m->layout->valid = m->mode != SLAM_INFERENCE;
-    return ops->finish(ops);
+    return m->ops->finish(m->ops);
 }
 
 /* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
@@ -6682,8 +6660,7 @@ int slam_backward(slam_model *m, const float *weights, double loss) {
 int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
     const int N = b->B * b->T;
     if (!m->grads || m->mode == SLAM_INFERENCE) return set_error("the model is not planned for training");
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, scale, NULL, NULL);
     m->ops->sum(m->ops, m->stats, m->layout->a.losses, N);
     backward(m);
@@ -6691,15 +6668,14 @@ int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
 }
 
 int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
-    if (!batch_upload(m, b, 0)) return 0;
-    forward(m, b->B * b->T, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 0, NULL)) return 0;
     head(m, b->B * b->T, 0, NULL, logits);
     return m->ops->finish(m->ops);
 }
 
 /* ---- decoding ----
-   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
-   needs no logits. */
+   The step that predicts the next token appends the last token of a sequence to the cache, so a prefill stores all but
+   the last and needs no logits. */
 
 /* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
    the same order whatever the longest sequence is. */
@@ -6743,58 +6719,50 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
 
 int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *const *tokens, const int *lengths) {
     slam_model *m = d->model;
-    slam_ops *ops = m->ops;
-    slam_batch *b = &d->state->batch;
+    struct slam_decoder_state *s = d->state;
+    slam_batch *b = &s->batch;
     int longest = 1;
     for (int i = 0; i < n; i++) {
         if (slots[i] < 0 || slots[i] >= d->slots)
             return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
         if (lengths[i] < 1 || lengths[i] > d->T)
             return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        if (tokens[i][lengths[i] - 1] < 0 || tokens[i][lengths[i] - 1] >= m->config.V) // prefill checks the others
-            return set_error("token %d at the end, expected 0 to %d", tokens[i][lengths[i] - 1], m->config.V - 1);
         d->length[slots[i]] = lengths[i];
         d->last[slots[i]] = tokens[i][lengths[i] - 1];
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
-    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->capacity / T : n;
-    d->state->prefill = 1;
-    for (int first = 0; T && first < n; first += rows) {
-        int *cached = NEW(int, rows); // tokens of a row in the cache: all but the last, then comes padding
+    const int T = (int)round_up(longest, PREFILL_TILE), rows = b->capacity * s->capacity / T;
+    int *cached = NEW(int, rows);
+    int ok = 1;
+    s->prefill = 1;
+    for (int first = 0; ok && first < n; first += rows) {
         b->B = n - first < rows ? n - first : rows;
         b->T = T;
-        for (int i = 0; i < b->B * T; i++) {
-            const int k = first + i / T, t = i % T, in = t < lengths[k] - 1;
+        for (int i = 0; i < b->B * T; i++) { // padding follows each sequence
+            const int k = first + i / T, t = i % T, in = t < lengths[k];
             b->tokens[i] = in ? tokens[k][t] : 0;
             b->doc_start[i] = in ? 0 : t;
-            cached[i / T] += in;
         }
-        const int ok = batch_upload(m, b, 0);
-        ops->upload(ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
-        ops->upload(ops, m->layout->a.lengths, cached, b->B * sizeof(int));
-        free(cached);
-        if (!ok) return 0;
-        forward(m, b->B * T, &m->layout->mask, d->state);
+        for (int i = 0; i < b->B; i++) cached[i] = lengths[first + i] - 1;
+        m->ops->upload(m->ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
+        m->ops->upload(m->ops, m->layout->a.lengths, cached, b->B * sizeof(int));
+        ok = forward_batch(m, b, 0, s);
     }
-    return ops->finish(ops);
+    free(cached);
+    return ok && m->ops->finish(m->ops);
 }
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const model_acts *a = &m->layout->a;
-    int n = 0; // rows up to the last sequence; free slots among them compute token 0
-    for (int i = 0; i < d->slots; i++) {
-        if (d->length[i] > d->T)
-            return set_error("the sequence in slot %d has %d tokens, expected at most %d", i, d->length[i], d->T);
-        if (d->length[i]) n = i + 1;
-    }
+    int n = d->slots; // without the free slots at the end; others compute token 0
+    while (n && !d->length[n - 1]) n--;
     if (!decoder_plan(d)) return 0;
     if (n == 0) return 1;
     int *cached = NEW(int, n);
     for (int i = 0; i < n; i++) cached[i] = d->length[i] ? d->length[i] - 1 : 0;
-    m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
-    m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.lengths, cached, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.tokens, d->last, n * sizeof(int));
     free(cached);
     const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
@@ -6804,9 +6772,16 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     return m->ops->finish(m->ops);
 }
 
-void slam_decoder_append(slam_decoder *d, int slot, int token) {
+int slam_decoder_append(slam_decoder *d, int slot, int token) {
+    const int V = d->model->config.V;
+    if (slot < 0 || slot >= d->slots || token >= V)
+        return set_error("token %d for slot %d of a decoder, expected one below %d for 0 to %d", token, slot, V,
+                         d->slots - 1);
+    if (token >= 0 && d->length[slot] == d->T)
+        return set_error("the sequence in slot %d has %d tokens, expected at most %d with this one", slot, d->T, d->T);
     d->last[slot] = token < 0 ? 0 : token;
     d->length[slot] = token < 0 ? 0 : d->length[slot] + 1;
+    return 1;
 }
 
 /* ---- sampling ----
@@ -6869,8 +6844,8 @@ int slam_sample(float *logits, int V, const unsigned char *seen, const slam_samp
 
 /* ==========================================================================================
    SECTION 8. OPTIMISER  AdamW, schedules, gradient clipping, ZeRO-1
-   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by
-   bucket, and each updates its part of every bucket.
+   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by bucket, and each updates its
+   part of every bucket.
    ========================================================================================== */
 
 /* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ... of
@@ -6889,7 +6864,7 @@ double slam_learning_rate(const slam_schedule *s, long step) {
 /* ---- buckets ----
    Ranges of the array of weights, in the order in which the backward pass completes their gradients: an untied head,
    the layers from last to first, the embedding, then norms and biases. A bucket is as many layers as make a message
-   worth sending, or a part of something large. A single process has one bucket of everything. */
+   worth sending, or a part of something large. */
 
 enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; PyTorch takes 25 MB
 
@@ -6908,26 +6883,22 @@ typedef struct slam_buckets {
     int failed;      // one of these failed
     int sharded;     // ZeRO-1
     size_t moments;  // numbers of m and v
-    size_t largest;  // numbers of the largest bucket
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
 static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
-    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1,
-                 each = n ? round_up((n + parts - 1) / parts, 256) : 0;
-    for (size_t i = 0; i < n; i += each) {
-        bucket k = ZERO;
-        k.first = first + i;
-        k.n = n - i < each ? n - i : each;
-        k.after = after;
-        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
-        k.part = k.first + part.first;
-        k.part_n = part.end - part.first;
-        k.update = b->sharded ? k.part : k.first;
-        k.update_n = b->sharded ? k.part_n : k.n;
-        k.at = b->sharded ? b->moments : k.first;
+    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1;
+    const size_t each = n ? round_up((n + parts - 1) / parts, 256) : 0;
+    for (size_t end = first + n; first < end; first += each) {
+        const size_t size = end - first < each ? end - first : each;
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, size);
+        bucket k = {first, size, after, first + part.first, part.end - part.first, first, size, first};
+        if (b->sharded) {
+            k.update = k.part;
+            k.update_n = k.part_n;
+            k.at = b->moments;
+        }
         b->moments += k.update_n;
-        if (k.n > b->largest) b->largest = k.n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
         b->list[b->n++] = k;
     }
@@ -6937,10 +6908,6 @@ static void buckets_plan(slam_buckets *b, const slam_model *m) {
     const model_tensors *t = &m->layout->tensors;
     const int L = m->config.L;
     const size_t layer = (t->layers_end - t->first_layer) / L;
-    if (!b->comm) {
-        bucket_add(b, 0, m->n_weights, -1);
-        return;
-    }
     bucket_add(b, t->layers_end, m->n_matrices - t->layers_end, L);
     for (int end = L, l = L - 1; l >= 0; l--) {
         if (l && (end - l) * layer < BUCKET_MIN) continue;
@@ -6964,56 +6931,46 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
-/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m, o->v or o->master, as far as this rank
-   keeps them. */
-static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+/* Copies numbers first .. first + n - 1 of a whole moment to o->m or o->v, as far as this rank keeps them. */
+static void moment_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
-        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
-        const size_t end = kept_end < first + n ? kept_end : first + n;
-        if (from < end)
-            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
+        const size_t begin = k->update > first ? k->update : first;
+        const size_t end = k->update + k->update_n < first + n ? k->update + k->update_n : first + n;
+        if (begin < end)
+            ops->upload(ops, to + k->at + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
     }
 }
 
-/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
-static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
-    slam_ops *ops = o->model->ops;
-    slam_buckets *b = o->buckets;
-    if (!b->sharded) {
-        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
-        return ops->finish(ops);
-    }
-    float *whole = (float *)ops->alloc(ops, b->largest * sizeof *whole);
-    int ok = slam_all_ok(b->comm, whole != NULL);
-    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
-        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
-        comm_wait(b->comm);
-        ok = ok && comm_finish(b->comm);
-        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
-    }
-    ops->release(ops, whole);
-    return ok && ops->finish(ops);
+/* Copies o->m, o->v or the float weights (o->master, or the model's if it has them) of all ranks to host (n_weights),
+   which is NULL on ranks other than 0. Between two steps: shards are gathered in the array of gradients. Collective. */
+static int adamw_download(slam_adamw *o, const float *from, float *host) {
+    slam_model *m = o->model;
+    const slam_buckets *b = o->buckets;
+    const int sharded = b->sharded && from != m->master;
+    int ok = 1;
+    for (const bucket *k = b->list; ok && sharded && k < b->list + b->n; k++)
+        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->at, k->n, sizeof *from);
+    comm_wait(b->comm);
+    ok = ok && comm_finish(b->comm);
+    if (ok && host) m->ops->download(m->ops, host, sharded ? m->grads : from, m->n_weights * sizeof *host);
+    if (sharded) m->ops->zero(m->ops, m->grads, m->n_weights * sizeof *m->grads);
+    return ok && m->ops->finish(m->ops);
 }
 
-/* The float weights, likewise. */
-static int master_download(slam_adamw *o, float *host) {
-    if (o->master) return adamw_state_download(o, o->master, host);
-    return !host || weights_download(o->model, host);
-}
-
-/* Keeps this rank's parts of the float weights and frees the model's. */
+/* Keeps this rank's shard of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    float *host = NEW(float, m->n_weights);
-    o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *o->master);
-    const int ok = o->master && weights_download(m, host);
-    if (ok) adamw_state_upload(o, o->master, host, 0, m->n_weights);
+    const slam_buckets *b = o->buckets;
+    float *host = NEW(float, b->moments);
+    for (const bucket *k = b->list; k < b->list + b->n; k++)
+        m->ops->download(m->ops, host + k->at, m->master + k->update, k->update_n * sizeof *host);
+    o->master = (float *)m->ops->alloc(m->ops, b->moments * sizeof *host);
+    if (o->master) m->ops->upload(m->ops, o->master, host, b->moments * sizeof *host);
     free(host);
-    if (!ok) return 0;
     m->ops->release(m->ops, m->master);
     m->master = NULL;
-    return 1;
+    return o->master != NULL;
 }
 
 int slam_adamw_init(slam_adamw *o, slam_model *m) {
@@ -7025,7 +6982,8 @@ int slam_adamw_init(slam_adamw *o, slam_model *m) {
     o->updates = 0;
     o->m = o->v = o->master = NULL;
     buckets_plan(b, m);
-    int ok = m->master || set_error("the float weights of this model are sharded by another optimiser");
+    int ok = m->grads || set_error("the model is not planned for training");
+    if (ok && !m->master) ok = set_error("the float weights of this model are sharded by another optimiser");
     ok = ok && comm_connect(b->comm) && (!b->sharded || ops->act_bytes == 4 || master_shard(o));
     if (ok) o->m = (float *)ops->alloc(ops, b->moments * sizeof(float));
     if (o->m) o->v = (float *)ops->alloc(ops, b->moments * sizeof(float));
@@ -7045,7 +7003,7 @@ void slam_adamw_reset(slam_adamw *o) {
 
 /* Starts the reduction of the buckets that are complete after layer l. */
 static void reduce_ready(void *context, int l) {
-    slam_adamw *o = (slam_adamw *)context;
+    const slam_adamw *o = (const slam_adamw *)context;
     slam_buckets *b = o->buckets;
     comm_progress(b->comm);
     for (; b->reduced < b->n && b->list[b->reduced].after >= l; b->reduced++) {
@@ -7060,47 +7018,39 @@ void slam_adamw_overlap(slam_adamw *o) {
     o->model->grads_context = o;
 }
 
-/* Updates weights first .. first + n - 1, whose moments are at `at`. Matrices decay, as in Hugging Face's Trainer. */
-static void adamw_range(slam_adamw *o, slam_adamw_params h, size_t first, size_t n, size_t at) {
-    slam_model *m = o->model;
-    if (first < m->n_matrices && first + n > m->n_matrices) { // some of both
-        const size_t matrices = m->n_matrices - first;
-        adamw_range(o, h, first, matrices, at);
-        adamw_range(o, h, m->n_matrices, n - matrices, at + matrices);
-        return;
-    }
-    if (first >= m->n_matrices) h.weight_decay = 0;
-    float *master = o->master ? o->master + at : m->master + first;
-    m->ops->adamw(m->ops, act_at(m->ops, m->weights, first), master, o->m + at, o->v + at, m->grads + first, m->stats,
-                  &h, n);
-}
-
 int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     slam_buckets *b = o->buckets;
     const bucket *end = b->list + b->n;
-    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
+    slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     double stats[2];
-    if (!m->grads) return set_error("the model is not planned for training");
-    reduce_ready(o, -1);
-    comm_wait(b->comm);
-    b->reduced = 0;
-    for (const bucket *k = b->list; k < end; k++)
-        if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
-    int ok = !b->failed && comm_all_reduce(b->comm, m->stats, 2);
-    for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
-        ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
-    comm_wait(b->comm);
+    int ok = 1;
+    if (b->comm) {
+        reduce_ready(o, -1);
+        comm_wait(b->comm);
+        b->reduced = 0;
+        for (const bucket *k = b->list; k < end; k++)
+            if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
+        if (b->failed || !comm_finish(b->comm)) return 0;
+        ops->download(ops, stats, m->stats, sizeof stats);
+        slam_comm_sum(b->comm, stats, 2);
+        ops->upload(ops, m->stats, stats, sizeof stats);
+        for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
+            ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
+        comm_wait(b->comm);
+    } else ops->sum_squares(ops, m->stats + 1, m->grads, m->n_weights);
     for (const bucket *k = b->list; ok && k < end; k++) {
-        slam_act *w = act_at(ops, m->weights, k->first), *part = act_at(ops, m->weights, k->part);
-        if (k->update_n) adamw_range(o, h, k->update, k->update_n, k->at);
-        if (b->sharded) ok = comm_gather_parts(b->comm, w, part, k->n, ops->act_bytes);
+        slam_act *w = act_at(ops, m->weights, k->update);
+        float *master = o->master ? o->master + k->at : m->master + k->update;
+        h.weight_decay = k->first < m->n_matrices ? o->weight_decay : 0; // as in Hugging Face's Trainer
+        if (k->update_n)
+            ops->adamw(ops, w, master, o->m + k->at, o->v + k->at, m->grads + k->update, m->stats, &h, k->update_n);
+        if (b->sharded) ok = comm_gather_parts(b->comm, act_at(ops, m->weights, k->first), w, k->n, ops->act_bytes);
     }
     comm_wait(b->comm);
-    if (!ok) return 0;
     ops->zero(ops, m->grads, m->n_weights * sizeof(float));
-    if (!comm_finish(b->comm)) return 0;
+    if (!ok || !comm_finish(b->comm)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -9757,7 +9707,6 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
     strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
-    size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
         const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
@@ -9768,15 +9717,17 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
-    for (slam_units *u = units; all && u < units + paths->n; u++) {
+    strbuf all = ZERO;
+    if (ok) all = comm_all_gather(comm, &s);
+    const char *at = all.at;
+    for (slam_units *u = units; ok && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
         u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
         u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
         at += sizeof *u + 2 * bytes;
     }
-    free(all);
+    strbuf_free(&all);
     strbuf_free(&s);
     return ok;
 }
@@ -11602,35 +11553,26 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
-    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
-    return name;
-}
-
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
     const model_tensors *tensors = &opt->model->layout->tensors;
     const size_t total = opt->model->n_weights, n = 2 * tensors->n;
-    float *host = is_root(comm) ? NEW(float, 2 * total) : NULL;
-    int ok = slam_all_ok(comm, adamw_state_download(opt, opt->m, host)) &&
-             slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
-    if (ok && host) {
+    float *m = is_root(comm) ? NEW(float, 2 * total) : NULL, *v = m ? m + total : NULL;
+    int ok = slam_all_ok(comm, adamw_download(opt, opt->m, m)) && slam_all_ok(comm, adamw_download(opt, opt->v, v));
+    if (ok && m) {
         slam_strings names = ZERO;
         tensor *out = NEW(tensor, n);
-        char updates[32], name[96];
+        char updates[32];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
-        for (size_t k = 0; k < n; k++) {
-            const model_tensor *t = &tensors->list[k / 2];
-            slam_strings_add(&names, moment_name(t, k, name));
-            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
-        }
+        weights_list(tensors, "", ".m", m, out, 2, &names);
+        weights_list(tensors, "", ".v", v, out + 1, 2, &names);
         ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
         slam_strings_free(&names);
         free(out);
     }
-    free(host);
+    free(m);
     return ok;
 }
 
@@ -11639,20 +11581,13 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
     const model_tensors *moments = &opt->model->layout->tensors;
     const slam_path path = path_join(folder, "optimizer.safetensors");
-    char name[96];
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n)
-        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
-        const tensor *found = tensors_find(file, moment_name(t, k, name));
-        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path.at, name);
-        if (!ok) break;
-        float *host = NEW(float, found->count);
-        ok = tensor_floats(found, host, 0, found->count);
-        if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
+        float *host = weights_read(weights_find(file, "", t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) moment_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
@@ -11738,7 +11673,8 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
-             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host) &&
+                                   (!root || model_write(model, host, part, format)));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
@@ -12549,7 +12485,7 @@ int slam_run_tune(slam_run *r) {
     if (is_root(r->comm)) products_restore(r);
     const int restored = p->measured;
     if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
-    comm_broadcast(r->comm, p, sizeof *p);
+    comm_broadcast(r->comm, p, sizeof *p, 0);
     products_save(r);
     if (p->measured > restored)
         printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
@@ -12597,7 +12533,7 @@ static int run_name(slam_run *r) {
         *path = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    comm_broadcast(r->comm, path, sizeof path);
+    comm_broadcast(r->comm, path, sizeof path, 0);
     free(r->folder);
     r->folder = string_copy(path);
     return 1;

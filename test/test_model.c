@@ -358,11 +358,12 @@ static void test_padded_vocabulary(slam_ops *ops) {
     slam_batch b = random_batch(2, 13, c.V, 9, 0);
     float whole[26 * 27], parts[26 * 27];
     slam_step step;
-    slam_adamw o = adamw_new(m, 0.999, 0.1, 0.5);
+    slam_adamw o = ZERO;
+    check_fails(slam_adamw_init(&o, m), "not planned for training");
+    CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    o = adamw_new(m, 0.999, 0.1, 0.5);
     for (int k = 0; k < 3; k++)
-        CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN) && slam_forward_backward(m, &b, 1) &&
-                  slam_adamw_step(&o, 1e-2, &step),
-              "%s", slam_error());
+        CHECK(slam_forward_backward(m, &b, 1) && slam_adamw_step(&o, 1e-2, &step), "%s", slam_error());
     const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->at;
     const float *head = m->master + tensor_named(m, "lm_head.weight")->at;
     for (int i = 27 * 24; i < 32 * 24; i++) CHECK(embed[i] == 0 && head[i] == 0, "row %d is not zero", i / 24);
@@ -677,24 +678,19 @@ static void test_unused_tensors(slam_ops *ops) {
     static const struct {
         const char *name, *error; // NULL: it loads
         int format;
-        double rope_theta; // of the frequencies
-        int bits;          // that they were rounded to
     } extra[] = {
-        {"model.layers.0.self_attn.o_proj.bias", "o_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.0.mlp.down_proj.bias", "down_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.0.self_attn.q_norm.weight", "q_norm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.norm.weight", "'model.norm.weight' is not part", SLAM_FORMAT_SLAMKIT, 0, 0},
-        {"head.lm_head.weight", "'head.lm_head.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 23},
-        {"model.layers.0.self_attn.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 10},
-        {"lm.model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_SLAMKIT, 5000, 7},
-        {"model.rotary_emb.inv_freq", "inv_freq' is not that of rope_theta 5000", SLAM_FORMAT_HF, 10000, 23},
-        {"model.rotary_emb.inv_freq", "inv_freq' has shape (8), expected (4)", SLAM_FORMAT_HF, 0, 0},
+        {"model.layers.0.self_attn.o_proj.bias", "o_proj.bias' is not part", SLAM_FORMAT_HF},
+        {"model.layers.0.mlp.down_proj.bias", "down_proj.bias' is not part", SLAM_FORMAT_HF},
+        {"model.layers.0.self_attn.q_norm.weight", "q_norm.weight' is not part", SLAM_FORMAT_HF},
+        {"model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight' is not part", SLAM_FORMAT_HF},
+        {"model.norm.weight", "'model.norm.weight' is not part", SLAM_FORMAT_SLAMKIT},
+        {"head.lm_head.weight", "'head.lm_head.weight' is not part", SLAM_FORMAT_HF},
+        {"model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF}, // of old Transformers; new ones ignore it
+        {"model.layers.0.self_attn.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF},
+        {"lm.model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_SLAMKIT},
     };
-    slam_config c = make_config(11, 8, 1, 2, 1, 8, 12, 1, 1);
+    const slam_config c = make_config(11, 8, 1, 2, 1, 8, 12, 1, 1);
     if (!TEST("model.safetensors: tensors that the model does not use")) return;
-    c.rope_theta = 5000;
     const char *folder = check_path("unused");
     char path[1200];
     snprintf(path, sizeof path, "%s/model.safetensors", folder);
@@ -705,13 +701,7 @@ static void test_unused_tensors(slam_ops *ops) {
         slam_model_free(m);
         tensors *file = tensors_open(path);
         tensor *list = list_tensors(file), *added = &list[file->n];
-        for (int i = 0; i < 4 && extra[k].bits; i++) {
-            int exponent;
-            const double fraction = frexp(pow(extra[k].rope_theta, -2.0 * i / 8), &exponent),
-                         scale = 2 << extra[k].bits;
-            x[i] = (float)ldexp(rint(fraction * scale) / scale, exponent);
-        }
-        added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = extra[k].bits ? 4 : 8;
+        added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = 8;
         added->data = x;
         CHECK(tensors_write(path, list, file->n + 1, NULL), "%s", slam_error());
         tensors_close(file);
@@ -1011,12 +1001,15 @@ static void test_decoder_limits(slam_model *m) {
     tokens[1] = m->config.V, length = 3, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 1");
     tokens[1] = 2, CHECK(slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
-    slam_decoder_append(d, 0, 4);
+    check_fails(slam_decoder_append(d, 0, m->config.V), "for slot 0 of a decoder, expected one below");
+    check_fails(slam_decoder_append(d, 1, 4), "token 4 for slot 1");
+    check_fails(slam_decoder_append(d, -1, -1), "slot -1");
+    CHECK(d->length[0] == 3 && slam_decoder_append(d, 0, 4), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits) && d->length[0] == 4, "%s", slam_error());
-    slam_decoder_append(d, 0, 5);
-    check_fails(slam_decoder_logits(d, logits), "has 5 tokens");
-    slam_decoder_append(d, 0, -1);
+    check_fails(slam_decoder_append(d, 0, 5), "has 4 tokens");
+    CHECK(slam_decoder_append(d, 0, -1), "%s", slam_error());
     CHECK(d->length[0] == 0 && slam_decoder_logits(d, logits), "%s", slam_error());
+    tokens[0] = m->config.V, length = 1, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 0");
     free(logits);
     slam_decoder_free(d);
 }
