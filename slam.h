@@ -5894,7 +5894,6 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
         return 1;
     }
     c.eps = 1e-6; // Hugging Face's defaults
-
     c.init_std = 0.02;
     c.rope_theta = 10000;
     json *root = json_load(name_or_path);
@@ -6049,8 +6048,8 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *attn_scratch;
-    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
+    float *head_rstd, *losses, *rope, *loss_weights, *D;                         // D: of attention_backward
+    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths; // the last two are of the decoder
 } model_acts;
 
 typedef struct model_layer {
@@ -6080,21 +6079,20 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
 /* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. Without a
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
-    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, Q = c->NH * HS, QKV = Q + 2 * c->KVH * HS;
+    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
     const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
 #define FLOATS(n) (float *)take(k->arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(k->arena, &end, (n) * sizeof(int))
     for (int l = 0; l < c->L; l++) {
         layer_acts *a = &k->layers[l].a;
         *a = k->layers[0].a;
         if (l == 0 || train) {
             a->x = ACTS(N * C); // residual stream before attention
             a->attn_rstd = FLOATS(N);
-            a->qkv = ACTS(N * QKV); // q and k rotated
-            a->attn = ACTS(N * Q);
+            a->qkv = ACTS(N * W); // q and k rotated
+            a->attn = ACTS(N * O);
             a->lse = FLOATS(N * c->NH); // (B,NH,T)
             a->x_mid = ACTS(N * C);     // residual stream before the MLP
             a->mlp_rstd = FLOATS(N);
@@ -6114,25 +6112,19 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->head_rstd = FLOATS(N);
     a->losses = FLOATS(N);
     a->logits = ACTS(k->head_rows * P);
-    a->tokens = INTS(N);
-    a->targets = INTS(N);
-    a->doc_start = INTS(N);
-    a->mask_start = INTS(N);
-    a->mask_end = INTS(N);
-    a->slots = INTS(N); // of the decoder
-    a->lengths = INTS(N);
+    int **ints[] = {&a->tokens, &a->targets, &a->doc_start, &a->mask_start, &a->mask_end, &a->slots, &a->lengths};
+    for (int i = 0; i < 7; i++) *ints[i] = (int *)take(k->arena, &end, N * sizeof(int));
     a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
         a->dnorm = ACTS(N * C);                            // of the output of a norm
-        a->dattn = a->dswiglu = ACTS(N * (F > Q ? F : Q)); // never needed at once
-        a->dqkv = ACTS(N * QKV);
-        a->attn_scratch = FLOATS(N * c->NH);
+        a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
+        a->dqkv = ACTS(N * W);
+        a->D = FLOATS(N * c->NH);
     }
 #undef ACTS
 #undef FLOATS
-#undef INTS
     return end;
 }
 
@@ -6253,11 +6245,10 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
-/* PREFIX NAME SUFFIX in a file, which has to have the shape of t; NULL on failure. twist: the vocabulary may be larger. */
-static const tensor *weights_find(const tensors *file, const char *prefix, const model_tensor *t, const char *suffix,
-                                  int twist) {
+/* NAME SUFFIX in a file; NULL if it is missing or has not the shape of t. twist: the vocabulary may be larger. */
+static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
     char name[100];
-    snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffix);
+    snprintf(name, sizeof name, "%s%s", t->name, suffix);
     const tensor *found = tensors_find(file, name);
     if (!found) set_error("%s: tensor '%s' is missing", file->file[0].path, name);
     if (!found) return NULL;
@@ -6279,16 +6270,16 @@ static float *weights_read(const tensor *t, size_t n) {
 }
 
 /* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
-static int weights_check(const slam_config *c, const tensors *file, const char *prefix, int twist) {
+static int weights_check(const slam_config *c, const tensors *file, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, prefix, &list.list[k], "", twist) != NULL;
+    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, &list.list[k], "", twist) != NULL;
     for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
-        const char *name = strncmp(t->name, prefix, strlen(prefix)) ? "" : t->name + strlen(prefix);
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, name)) i++;
-        const int ignored = string_ends(name, "rotary_emb.inv_freq") || (c->tied && !strcmp(name, "lm_head.weight"));
-        if (i == list.n && !ignored) ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
+        while (i < list.n && strcmp(list.list[i].name, t->name)) i++;
+        const int copy = c->tied && !strcmp(t->name, "lm_head.weight");           // of the embedding
+        if (i == list.n && !copy && !string_ends(t->name, "rotary_emb.inv_freq")) // Transformers ignores those, too
+            ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
     return ok;
@@ -6303,18 +6294,20 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
-    const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
-    const tensor *embed = tensors_find(file, *prefix ? "lm.model.embed_tokens.weight" : "model.embed_tokens.weight");
-    const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
+    const int slamkit = tensors_find(file, "lm.model.embed_tokens.weight") != NULL;
+    for (tensor *t = file->at; slamkit && t < file->at + file->n; t++)
+        if (!strncmp(t->name, "lm.", 3)) t->name += 3;
+        else ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
+    const tensor *embed = tensors_find(file, "model.embed_tokens.weight"), *head = tensors_find(file, "lm_head.weight");
     if (c.tied && embed && head) // Transformers 5 unties a stored head that differs
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (weights_check(&c, file, prefix, V != 0)) m = model_empty(ops, &c);
+    if (ok && weights_check(&c, file, V != 0)) m = model_empty(ops, &c);
     ok = m != NULL;
     for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        float *host = weights_read(weights_find(file, prefix, t, "", V != 0), tensor_size(t));
+        float *host = weights_read(weights_find(file, t, "", V != 0), tensor_size(t));
         ok = host != NULL;
         if (ok) ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
         free(host);
@@ -6482,31 +6475,35 @@ struct slam_decoder_state {
     slam_batch batch;  // of a prefill
 };
 
+static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *decoder) {
+    slam_ops *ops = m->ops;
+    const layer_acts *a = &m->layout->layers[l].a;
+    const model_acts *shared = &m->layout->a;
+    slam_act *kv = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
+    const int decode = decoder && !decoder->prefill, fill = decoder && decoder->prefill;
+    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
+    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
+}
+
 /* One transformer layer, pre-norm:
        x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
    Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
-   x_prev + delta_prev, and the next layer's adds x_mid and delta. x_prev, delta_prev (N,C), NULL: x = x_prev. Q, QKV:
-   width of the queries, of queries, keys and values. */
+   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
+   the queries, W of q, k and v. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
                           const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
-    const model_acts *shared = &m->layout->a;
-    const int C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
-    const int decode = decoder && !decoder->prefill;
+    const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
     const float eps = (float)c->eps;
-    slam_act *delta = shared->delta, *cache = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
-
+    slam_act *delta = m->layout->a.delta;
     ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, QKV);
-    if (decode) ops->attention_decode(ops, a->attn, cache, a->qkv, shared->lengths, mask);
-    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (decoder && !decode)
-        ops->attention_fill(ops, cache, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
-    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, Q, C);
-
+    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
+    attend(m, l, mask, decoder);
+    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, O, C);
     ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, w->mlp_norm.data, eps, N, 1, C, C);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
     ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
@@ -6586,7 +6583,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *g = &m->layout->a;
-    const int N = mask->B * mask->T, C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
+    const int N = mask->B * mask->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
     const int recompute = m->mode == SLAM_TRAIN_RECOMPUTE;
     const float eps = (float)c->eps;
     slam_act *dx = g->dx, *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
@@ -6601,13 +6598,13 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     ops->matmul_backward_input(ops, g->dnorm, dgate_up, w->gate_up.data, N, C, 2 * F);
     ops->rmsnorm_backward(ops, dx, w->mlp_norm.grad, g->dnorm, a->x_mid, w->mlp_norm.data, a->mlp_rstd, N, 1, C, C);
 
-    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, Q, C);
-    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, Q, C);
-    ops->attention_backward(ops, g->dqkv, g->attn_scratch, g->dattn, a->attn, a->lse, a->qkv, mask);
+    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, O, C);
+    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, O, C);
+    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, mask);
     if (recompute)
         ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, a->x, NULL, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, QKV);
-    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, QKV);
+    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, W);
+    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, W);
     ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
 }
 
@@ -6786,7 +6783,7 @@ int slam_decoder_append(slam_decoder *d, int slot, int token) {
 
 /* ---- sampling ----
    In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
-   ranking of the logits, so that top-k and top-p together are one threshold. */
+   ranking of the tokens, so top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
     if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
@@ -6798,48 +6795,47 @@ static int sampling_check(const slam_sampling *s) {
 }
 
 static int compare_larger_first(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
+    const double x = *(const double *)a, y = *(const double *)b;
     return (x < y) - (x > y);
 }
 
-/* The smallest of n logits that is kept. */
-static float sampling_threshold(const float *logits, int n, const slam_sampling *s) {
+/* The smallest of n probabilities p, each divided by that of the first choice, that top-k and top-p keep. */
+static double sampling_threshold(const double *p, int n, const slam_sampling *s) {
     int kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
-    double total = 0, sum = 0;
-    float *z = NEW(float, n);
-    memcpy(z, logits, n * sizeof *z);
-    qsort(z, n, sizeof *z, compare_larger_first);
-    while (kept < n && z[kept] == z[kept - 1]) kept++;
-    for (int i = 0; i < kept; i++) total += exp((double)(z[i] - z[0]) / s->temperature);
-    for (int i = 0; s->top_p < 1 && i < kept; i++) {
-        sum += exp((double)(z[i] - z[0]) / s->temperature);
-        if (sum >= s->top_p * total) kept = i + 1;
-    }
-    const float threshold = z[kept - 1];
-    free(z);
+    double total = 0, sum = 0, *sorted = NEW(double, n);
+    memcpy(sorted, p, n * sizeof *p);
+    qsort(sorted, n, sizeof *sorted, compare_larger_first);
+    while (kept < n && sorted[kept] == sorted[kept - 1]) kept++;
+    for (int i = 0; i < kept; i++) total += sorted[i];
+    for (int i = 0; s->top_p < 1 && i < kept; i++)
+        if ((sum += sorted[i]) >= s->top_p * total) kept = i + 1;
+    const double threshold = sorted[kept - 1];
+    free(sorted);
     return threshold;
 }
 
 int slam_sample(float *logits, int V, const unsigned char *seen, const slam_sampling *s, double uniform) {
     const float penalty = (float)s->repetition_penalty;
-    double total = 0, sum = 0;
-    int best = 1;
+    double total = 0, sum = 0, threshold = 0;
+    int drawn = 1;
     if (!sampling_check(s)) return -1;
     for (int v = 1; v < V; v++) {
         float *z = &logits[v];
         if (isnan(*z)) *z = -HUGE_VALF;
         if (seen && seen[v]) *z = *z < 0 ? *z * penalty : *z / penalty;
-        if (*z > logits[best]) best = v;
+        if (*z > logits[drawn]) drawn = v;
     }
-    if (s->temperature == 0) return best;
-    const float threshold = s->top_k > 0 || s->top_p < 1 ? sampling_threshold(logits + 1, V - 1, s) : -HUGE_VALF;
-    const float max = logits[best];
-    for (int v = 1; v < V; v++) total += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-    for (int v = 1; v < V; v++) {
-        sum += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-        if (sum > uniform * total) return v;
+    if (s->temperature == 0) return drawn;
+    double *p = NEW(double, V); // not normalised
+    for (int v = 1; v < V; v++) p[v] = exp((double)(logits[v] - logits[drawn]) / s->temperature);
+    if (s->top_k > 0 || s->top_p < 1) threshold = sampling_threshold(p + 1, V - 1, s);
+    for (int v = 1; v < V; v++) total += p[v] >= threshold ? p[v] : 0;
+    for (int v = 1; v < V && sum <= uniform * total; v++) {
+        sum += p[v] >= threshold ? p[v] : 0;
+        if (sum > uniform * total) drawn = v;
     }
-    return best;
+    free(p);
+    return drawn;
 }
 
 /* ==========================================================================================
@@ -11585,7 +11581,7 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     int ok = file != NULL;
     for (size_t k = 0; ok && k < 2 * moments->n; k++) {
         const model_tensor *t = &moments->list[k / 2];
-        float *host = weights_read(weights_find(file, "", t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
+        float *host = weights_read(weights_find(file, t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
         ok = host != NULL;
         if (ok) moment_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, tensor_size(t));
         free(host);
@@ -11673,8 +11669,8 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
-             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host) &&
-                                   (!root || model_write(model, host, part, format)));
+             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host)) &&
+             slam_all_ok(comm, !root || model_write(model, host, part, format));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
@@ -11702,15 +11698,11 @@ static char *run_newest(const char *program) {
         char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
-                    (checkpoint || program);
-        if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
-            const char *of = slam_trainer_setting(&t, "program", 0);
-            found = of && !strcmp(of, program);
-        }
-        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-        if (time > newest_time) {
+        if (stat(path_join(run.at, "log.jsonl").at, &s) != 0 || !checkpoint_find(run.at, &checkpoint)) continue;
+        if (program) slam_trainer_load(&t, checkpoint ? checkpoint : run.at); // empty on failure
+        const char *of = slam_trainer_setting(&t, "program", 0);
+        const double time = (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec;
+        if ((program ? of && !strcmp(of, program) : checkpoint != NULL) && time > newest_time) {
             newest = run;
             newest_time = time;
         }
