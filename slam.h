@@ -366,7 +366,7 @@ typedef struct slam_model {
     slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
     size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
     slam_act *weights;
-    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
+    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
@@ -382,11 +382,10 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
-   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
+/* Writes config.json, generation_config.json and model.safetensors (F32) into a folder. Fails if master is NULL. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
-int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
+int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and float weights; fails if master is NULL */
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
@@ -409,11 +408,12 @@ typedef struct slam_decoder {
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
 void slam_decoder_free(slam_decoder *);
-/* Starts n sequences in the given slots: tokens[i] (lengths[i] >= 1). */
+/* Starts n sequences in the given slots: tokens[i] (lengths[i]), with lengths 1 to T. */
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-int slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
+/* Appends a token to a sequence; token < 0 frees the slot. 0 and slam_error() for a token >= V or beyond T tokens. */
+int slam_decoder_append(slam_decoder *, int slot, int token);
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -445,7 +445,7 @@ typedef struct slam_adamw {
     float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
-/* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
+/* Allocates the state for a model planned for training; the caller sets the hyperparameters. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
 /* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
@@ -825,7 +825,8 @@ void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *va
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
-   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Call it right
+   after an update, because shards are gathered in the array of gradients. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
 /* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
    this program (NULL: any program). free() it. */
@@ -5510,13 +5511,13 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-/* x may be this rank's place in `all`. */
+/* all (size,bytes): every rank's x. x may be this rank's part of it. */
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
     const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
     MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+/* Starts to send each rank its part of s->x and to receive this rank's part of every rank's. */
 static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     const range own = comm_part(c, c->rank, s->n);
@@ -5615,17 +5616,16 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-/* 1 if x is the same on every rank. */
+/* 1 if x is the same on every rank: the minimum, ~max(~x), is the maximum. */
 static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
     ranks_gather(c, all, x, n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = all[i];
-        for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
-    }
+    memcpy(x, all, n * sizeof *x);
+    for (int k = 1; k < c->size; k++)
+        for (size_t i = 0; i < n; i++) x[i] += all[k * n + i];
     free(all);
 }
 
@@ -5695,7 +5695,7 @@ static int comm_connect(slam_comm *c) {
 #endif
 }
 
-/* Waits for the reduce-scatter under way and sums what was received, in rank order. */
+/* Completes the reduce-scatter under way over MPI: sums this rank's part over the ranks, in their order. */
 static void reduction_end(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     if (!s->x) return;
@@ -5734,12 +5734,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     return 1;
 }
 
-/* x (n elements of `bytes` bytes) = the parts of all ranks. This rank's is at `part`, which may lie in x. */
+/* x (n elements of `bytes` bytes): the parts of all ranks. This rank's part is read from `part`, which may be in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
     const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-    char *tail = (char *)x + even; // of the last rank's part
+    char *tail = (char *)x + even; // the rest, which belongs to the last rank's part
     const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
@@ -5786,10 +5786,9 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
-   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
-   layer_backward. All else follows from them: files, counts of parameters and
-   FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and the
+   table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
+   counts of parameters and FLOPs, memory, initialisation and ZeRO's buckets follow from these.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5923,11 +5922,11 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
 }
 
 /* ---- weights ----
-   All weights are one array, so that the optimiser is a loop over it: first the matrices, with weight decay, then norms
-   and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
+   All weights are one array, over which the optimiser loops: first the matrices, with weight decay, then norms and
+   biases. Some tensors of a file are rows of one param, so that one matrix product computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. The padding is not in files; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5951,7 +5950,7 @@ typedef struct model_tensor {
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
     int layer;         // -1: outside the layers
-    size_t at;         // first number in the array of weights
+    size_t at;         // where it begins in the array of weights
 } model_tensor;
 
 typedef struct model_tensors {
@@ -5959,7 +5958,8 @@ typedef struct model_tensors {
     size_t n;
     size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
+    size_t parameters;              // without padding
+    size_t matmul_parameters;       // those that a token is multiplied with, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -5972,8 +5972,7 @@ static model_tensors tensors_of(const slam_config *c) {
     const size_t bias = c->qkv_bias;
 #define MODEL(name) offsetof(model_weights, name), 0, 0
 #define LAYER(name) offsetof(layer_weights, name), 0, 0
-    enum { FIRST = 1, LAST = 13, ROWS = 15 }; // rows FIRST to LAST - 1 are in each layer
-    const model_tensor table[ROWS] = {
+    const model_tensor table[] = {
         // name, kind, rows, cols (0: not in this model), param
         {"model.embed_tokens.weight", MATRIX, V, C, MODEL(embed)},
         {"input_layernorm.weight", NORM, 0, C, LAYER(attn_norm)},
@@ -5993,18 +5992,20 @@ static model_tensors tensors_of(const slam_config *c) {
     };
 #undef MODEL
 #undef LAYER
+    enum { ROWS = sizeof table / sizeof *table };
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int l = -1; l <= c->L; l++) {
-        const int in_layer = l >= 0 && l < c->L, first = l < 0 ? 0 : in_layer ? FIRST : LAST;
+    for (int l = -1; l <= c->L; l++) { // the embedding, the layers, then norm and head
+        const int in_layer = l >= 0 && l < c->L;
+        const model_tensor *first = table + (l < 0 ? 0 : in_layer ? 1 : ROWS - 2);
+        const model_tensor *last = table + (l < 0 ? 0 : in_layer ? ROWS - 3 : ROWS - 1);
         if (l == 0) m.first_layer = round_up(end[0], 256);
         if (l == c->L) m.layers_end = round_up(end[0], 256);
-        for (int i = first; i < (l < 0 ? FIRST : in_layer ? LAST : ROWS); i++) {
-            const model_tensor *row = &table[i];
+        for (const model_tensor *row = first; row <= last; row++) {
             size_t *at = &end[row->kind != MATRIX];
             if (row->cols == 0) continue;
-            if (i == first || row->param != row[-1].param) *at = round_up(*at, 256);
+            if (row == first || row->param != row[-1].param) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
             *t = *row;
             if (in_layer) snprintf(t->name, sizeof t->name, "model.layers.%d.%s", l, row->name);
@@ -6012,28 +6013,29 @@ static model_tensors tensors_of(const slam_config *c) {
             t->at = *at;
             *at += !in_layer && t->rows ? padded_vocabulary(c) * C : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (in_layer && t->rows) m.products += tensor_size(t);
+            if (in_layer && t->rows) m.matmul_parameters += tensor_size(t);
         }
     }
-    m.products += V * C; // the head; looking up the embedding is no product
+    m.matmul_parameters += V * C; // the head; looking up the embedding is no product
     m.n_matrices = round_up(end[0], 256);
     m.n_weights = m.n_matrices + round_up(end[1], 256);
     for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
     return m;
 }
 
-size_t slam_config_parameters(const slam_config *c) {
-    const model_tensors m = tensors_of(c);
+/* Without the list. */
+static model_tensors tensors_count(const slam_config *c) {
+    model_tensors m = tensors_of(c);
     free(m.list);
-    return m.parameters;
+    m.list = NULL;
+    return m;
 }
 
-/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
-   that. */
+size_t slam_config_parameters(const slam_config *c) { return tensors_count(c).parameters; }
+
+/* Forward: 2 per matmul parameter, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice that. */
 double slam_config_flops(const slam_config *c, int T) {
-    const model_tensors m = tensors_of(c);
-    free(m.list);
-    return 6.0 * (double)m.products + 6.0 * c->L * T * c->NH * c->HS;
+    return 6.0 * (double)tensors_count(c).matmul_parameters + 6.0 * c->L * T * c->NH * c->HS;
 }
 
 /* ---- activations ---- */
@@ -6069,7 +6071,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* Takes `bytes` from the arena, of which *end are taken already. */
+/* The next `bytes` of the arena, behind the first *end, which are in use. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -6129,8 +6131,7 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
 }
 
 slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T, int mode, int shards) {
-    const model_tensors t = tensors_of(c);
-    const double n = (double)t.n_weights;
+    const double n = (double)tensors_count(c).n_weights;
     const int train = mode != SLAM_INFERENCE;
     slam_memory m;
     slam_layout k = ZERO;
@@ -6142,7 +6143,6 @@ slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T
     m.logits = (double)k.head_rows * padded_vocabulary(c) * act_bytes;
     m.activations = activations - m.logits;
     m.total = m.weights + m.grads + m.optimiser + activations;
-    free(t.list);
     free(k.layers);
     return m;
 }
@@ -6178,8 +6178,8 @@ void slam_model_free(slam_model *m) {
     free(m);
 }
 
-/* A model whose weights are all zero. */
-static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
+/* Its weights are zero. */
+static slam_model *model_alloc(slam_ops *ops, const slam_config *c) {
     slam_model *m = NEW(slam_model, 1);
     m->ops = ops;
     m->config = *c;
@@ -6199,21 +6199,27 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* Copies the weights (n_weights) to the host. */
-static int weights_download(slam_model *m, float *host) {
-    if (!m->master)
-        return set_error("the float weights are sharded over the ranks, expected them whole (slam_checkpoint_save)");
+/* The weights (n_weights) on the host; free() them. NULL on failure. */
+static float *weights_download(slam_model *m) {
+    if (!m->master) {
+        set_error("the float weights are sharded over the ranks: slam_checkpoint_save collects them");
+        return NULL;
+    }
+    float *host = NEW(float, m->n_weights);
     m->ops->download(m->ops, host, m->master, m->n_weights * sizeof *host);
-    return m->ops->finish(m->ops);
+    if (m->ops->finish(m->ops)) return host;
+    free(host);
+    return NULL;
 }
 
-static void weights_changed(slam_model *m) {
+/* Converts the float weights to those that the ops read. */
+static void weights_to_act(slam_model *m) {
     if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->n_weights);
 }
 
-/* Each row has a random stream of its own (seed, tensor, row), so that the number of threads does not matter. */
+/* Each row has its own random stream, so the result does not depend on the number of threads. */
 slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t seed) {
-    slam_model *m = model_empty(ops, config);
+    slam_model *m = model_alloc(ops, config);
     for (size_t k = 0; m && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         float *host = NEW(float, tensor_size(t));
@@ -6228,24 +6234,24 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
         ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
         free(host);
     }
-    if (m) weights_changed(m);
+    if (m) weights_to_act(m);
     return m;
 }
 
 int slam_model_hash(slam_model *m, uint64_t *hash) {
     strbuf config = ZERO;
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host);
+    float *host = weights_download(m);
+    if (!host) return 0;
     config_write(&config, &m->config, "");
     *hash = hash_bytes(hash_bytes(HASH_START, config.at, config.n), host, m->n_weights * sizeof *host);
     strbuf_free(&config);
     free(host);
-    return ok;
+    return 1;
 }
 
 /* ---- files ---- */
 
-/* NAME SUFFIX in a file; NULL if it is missing or has not the shape of t. twist: the vocabulary may be larger. */
+/* NAME SUFFIX of a file, in the shape of t; NULL if it is missing or has another. twist: with a larger vocabulary. */
 static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
     char name[100];
     snprintf(name, sizeof name, "%s%s", t->name, suffix);
@@ -6303,7 +6309,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (ok && weights_check(&c, file, V != 0)) m = model_empty(ops, &c);
+    if (ok && weights_check(&c, file, V != 0)) m = model_alloc(ops, &c);
     ok = m != NULL;
     for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
@@ -6313,7 +6319,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
         free(host);
     }
     tensors_close(file);
-    if (ok) weights_changed(m);
+    if (ok) weights_to_act(m);
     if (ok) return m;
     slam_model_free(m);
     return NULL;
@@ -6322,18 +6328,19 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
 slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
 slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
 
-/* Weights or moments (n_weights) as tensors to write, PREFIX NAME SUFFIX, in out[0], out[stride], ...; names owns the
-   names. */
+/* Weights or moments (n_weights) as tensors to write: PREFIX NAME SUFFIX, in out[0], out[stride], ... */
 static void weights_list(const model_tensors *tensors, const char *prefix, const char *suffix, const float *weights,
                          tensor *out, size_t stride, slam_strings *names) {
     for (const model_tensor *t = tensors->list; t < tensors->list + tensors->n; t++, out += stride) {
         char name[100];
         snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffix);
-        slam_strings_add(names, name);
-        const size_t first = t->rows ? t->rows : t->cols;
-        const tensor x = {names->at[names->n - 1], DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at,
-                          tensor_size(t),          NULL};
-        *out = x;
+        slam_strings_add(names, name); // owns it
+        out->name = names->at[names->n - 1];
+        out->rank = t->rows ? 2 : 1;
+        out->shape[0] = t->rows ? t->rows : t->cols;
+        out->shape[1] = t->cols;
+        out->data = weights + t->at;
+        out->count = tensor_size(t);
     }
 }
 
@@ -6341,8 +6348,8 @@ static void weights_list(const model_tensors *tensors, const char *prefix, const
    of base_model_name. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
+    const model_tensors *tensors = &m->layout->tensors;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
-    const size_t n = m->layout->tensors.n;
     static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
     slam_strings names = ZERO;
@@ -6357,11 +6364,11 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, n);
-    weights_list(&m->layout->tensors, slamkit ? "lm." : "", "", host, out, 1, &names);
+    tensor *out = NEW(tensor, tensors->n);
+    weights_list(tensors, slamkit ? "lm." : "", "", host, out, 1, &names);
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
-                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
+                   tensors_write(path_join(folder, "model.safetensors").at, out, tensors->n, NULL);
     free(out);
     slam_strings_free(&names);
     strbuf_free(&config);
@@ -6369,8 +6376,8 @@ static int model_write(const slam_model *m, const float *host, const char *folde
 }
 
 int slam_model_save(slam_model *m, const char *folder, int format) {
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host) && model_write(m, host, folder, format);
+    float *host = weights_download(m);
+    const int ok = host && model_write(m, host, folder, format);
     free(host);
     return ok;
 }
@@ -6510,7 +6517,7 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     ops->matmul_forward(ops, delta, a->swiglu, w->down.data, NULL, N, F, C);
 }
 
-/* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
+/* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
 static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
@@ -6608,7 +6615,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
 }
 
-/* From dnorm, the gradient of head_in, to the gradients of all weights; the head's are there already. */
+/* From dnorm, the gradient of head_in, to the gradients of all weights but the head's. */
 static void backward(slam_model *m) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6638,7 +6645,7 @@ int slam_forward(slam_model *m, slam_batch *b) {
     return m->ops->finish(m->ops);
 }
 
-/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
+/* Computes the logits again: slam_forward keeps head_rows rows of them only. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6674,8 +6681,8 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
    The step that predicts the next token appends the last token of a sequence to the cache, so a prefill stores all but
    the last and needs no logits. */
 
-/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
-   the same order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
+   order that does not depend on the longest sequence. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6786,12 +6793,11 @@ int slam_decoder_append(slam_decoder *d, int slot, int token) {
    ranking of the tokens, so top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
-    if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
-        return set_error("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
-    if (s->top_k < 0) return set_error("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
-    if (!(s->top_p >= 0 && s->top_p <= 1)) return set_error("top-p of %g, expected 0 to 1", s->top_p);
-    return (s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
-           set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
+    return (s->temperature >= 0 && s->temperature < HUGE_VAL && s->top_k >= 0 && s->top_p >= 0 && s->top_p <= 1 &&
+            s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
+           set_error("a temperature of %g, top-k of %d, top-p of %g, repetition penalty of %g, expected >= 0, >= 0, "
+                     "0 to 1, > 0",
+                     s->temperature, s->top_k, s->top_p, s->repetition_penalty);
 }
 
 static int compare_larger_first(const void *a, const void *b) {
@@ -6799,7 +6805,7 @@ static int compare_larger_first(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* The smallest of n probabilities p, each divided by that of the first choice, that top-k and top-p keep. */
+/* The smallest of n probabilities, which need not be normalised, that top-k and top-p keep. */
 static double sampling_threshold(const double *p, int n, const slam_sampling *s) {
     int kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
     double total = 0, sum = 0, *sorted = NEW(double, n);
@@ -6867,18 +6873,18 @@ enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; Py
 typedef struct bucket {
     size_t first, n;         // in the array of weights
     int after;               // its gradients are complete after this layer (as grads_ready counts)
-    size_t part, part_n;     // the part that this rank reduces,
-    size_t update, update_n; // that it updates (the same with ZeRO-1, else all),
-    size_t at;               // and where their moments are
+    size_t part, part_n;     // the range that this rank reduces
+    size_t update, update_n; // the range that it updates: the same with ZeRO-1, else all
+    size_t at;               // index in m, v and master of the first number that it updates
 } bucket;
 
 typedef struct slam_buckets {
     bucket *list;
     size_t n, capacity;
-    size_t reduced;  // buckets whose reduction was started since the last update
-    int failed;      // one of these failed
+    size_t reduced;  // buckets whose reduction has begun since the last update
+    int failed;      // the reduction of one has failed
     int sharded;     // ZeRO-1
-    size_t moments;  // numbers of m and v
+    size_t moments;  // numbers of m, of v
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
@@ -6927,8 +6933,8 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
-/* Copies numbers first .. first + n - 1 of a whole moment to o->m or o->v, as far as this rank keeps them. */
-static void moment_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+/* Copies weights or moments first .. first + n - 1 to o->m, o->v or o->master, as far as this rank keeps them. */
+static void adamw_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
         const size_t begin = k->update > first ? k->update : first;
@@ -6957,12 +6963,9 @@ static int adamw_download(slam_adamw *o, const float *from, float *host) {
 /* Keeps this rank's shard of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    const slam_buckets *b = o->buckets;
-    float *host = NEW(float, b->moments);
-    for (const bucket *k = b->list; k < b->list + b->n; k++)
-        m->ops->download(m->ops, host + k->at, m->master + k->update, k->update_n * sizeof *host);
-    o->master = (float *)m->ops->alloc(m->ops, b->moments * sizeof *host);
-    if (o->master) m->ops->upload(m->ops, o->master, host, b->moments * sizeof *host);
+    float *host = weights_download(m);
+    if (host) o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *host);
+    if (o->master) adamw_upload(o, o->master, host, 0, m->n_weights);
     free(host);
     m->ops->release(m->ops, m->master);
     m->master = NULL;
@@ -6979,7 +6982,7 @@ int slam_adamw_init(slam_adamw *o, slam_model *m) {
     o->m = o->v = o->master = NULL;
     buckets_plan(b, m);
     int ok = m->grads || set_error("the model is not planned for training");
-    if (ok && !m->master) ok = set_error("the float weights of this model are sharded by another optimiser");
+    ok = ok && (m->master || set_error("the float weights of this model are sharded by another optimiser"));
     ok = ok && comm_connect(b->comm) && (!b->sharded || ops->act_bytes == 4 || master_shard(o));
     if (ok) o->m = (float *)ops->alloc(ops, b->moments * sizeof(float));
     if (o->m) o->v = (float *)ops->alloc(ops, b->moments * sizeof(float));
@@ -6997,7 +7000,7 @@ void slam_adamw_reset(slam_adamw *o) {
 
 /* ---- a step ---- */
 
-/* Starts the reduction of the buckets that are complete after layer l. */
+/* grads_ready: begins the reduction of the buckets that are complete after layer l. */
 static void reduce_ready(void *context, int l) {
     const slam_adamw *o = (const slam_adamw *)context;
     slam_buckets *b = o->buckets;
@@ -11583,7 +11586,7 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
         const model_tensor *t = &moments->list[k / 2];
         float *host = weights_read(weights_find(file, t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
         ok = host != NULL;
-        if (ok) moment_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, tensor_size(t));
+        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;

@@ -274,8 +274,8 @@ static void test_state(void) {
     float *host = NEW(float, m->n_weights), *whole = NEW(float, m->n_weights);
     for (size_t i = 0; i < m->n_weights; i++) host[i] = number(0, i);
     for (size_t k = 0; k < t->n; k++) { // as a checkpoint does: tensor by tensor
-        moment_upload(&o, o.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
-        moment_upload(&q, q.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
+        adamw_upload(&o, o.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
+        adamw_upload(&q, q.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
     }
     CHECK(adamw_download(&o, o.m, comm->rank ? NULL : whole), "%s", slam_error());
     for (size_t k = 0; comm->rank == 0 && k < t->n; k++)
