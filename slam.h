@@ -5893,6 +5893,7 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
         return 1;
     }
     c.eps = 1e-6; // Hugging Face's defaults
+
     c.init_std = 0.02;
     c.rope_theta = 10000;
     json *root = json_load(name_or_path);
@@ -5946,10 +5947,9 @@ enum { MATRIX, NORM, BIAS }; // initialised from normal(0, init_std), to 1, to 0
 /* A tensor of the file: a param, or some rows of one. */
 typedef struct model_tensor {
     char name[80];
-    int kind;
+    int kind, layer;   // layer -1: outside the layers
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
-    int layer;         // -1: outside the layers
     size_t at;         // where it begins in the array of weights
 } model_tensor;
 
@@ -5968,57 +5968,55 @@ static size_t tensor_size(const model_tensor *t) { return (t->rows ? t->rows : 1
 
 /* The tensors of a model; free() the list. */
 static model_tensors tensors_of(const slam_config *c) {
-    const size_t V = c->V, C = c->C, F = c->F, Q = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
-    const size_t bias = c->qkv_bias;
-#define MODEL(name) offsetof(model_weights, name), 0, 0
-#define LAYER(name) offsetof(layer_weights, name), 0, 0
+    const size_t V = c->V, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
+    const int bias = c->qkv_bias;
+#define MODEL(name) offsetof(model_weights, name), 0
+#define LAYER(name) offsetof(layer_weights, name), 0
     const model_tensor table[] = {
-        // name, kind, rows, cols (0: not in this model), param
-        {"model.embed_tokens.weight", MATRIX, V, C, MODEL(embed)},
-        {"input_layernorm.weight", NORM, 0, C, LAYER(attn_norm)},
-        {"self_attn.q_proj.weight", MATRIX, Q, C, LAYER(qkv)},
-        {"self_attn.k_proj.weight", MATRIX, K, C, LAYER(qkv)},
-        {"self_attn.v_proj.weight", MATRIX, K, C, LAYER(qkv)},
-        {"self_attn.q_proj.bias", BIAS, 0, bias * Q, LAYER(qkv_bias)},
-        {"self_attn.k_proj.bias", BIAS, 0, bias * K, LAYER(qkv_bias)},
-        {"self_attn.v_proj.bias", BIAS, 0, bias * K, LAYER(qkv_bias)},
-        {"self_attn.o_proj.weight", MATRIX, C, Q, LAYER(out)},
-        {"post_attention_layernorm.weight", NORM, 0, C, LAYER(mlp_norm)},
-        {"mlp.gate_proj.weight", MATRIX, F, C, LAYER(gate_up)},
-        {"mlp.up_proj.weight", MATRIX, F, C, LAYER(gate_up)},
-        {"mlp.down_proj.weight", MATRIX, C, F, LAYER(down)},
-        {"model.norm.weight", NORM, 0, C, MODEL(norm)},
-        {"lm_head.weight", MATRIX, V, c->tied ? 0 : C, MODEL(head)},
+        // name, kind, layer (0: in each), rows, cols (0: not in this model), param
+        {"model.embed_tokens.weight", MATRIX, -1, V, C, MODEL(embed)},
+        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, C, LAYER(attn_norm)},
+        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, O, C, LAYER(qkv)},
+        {"model.layers.%d.self_attn.k_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
+        {"model.layers.%d.self_attn.v_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
+        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? O : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.k_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.v_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, O, LAYER(out)},
+        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, LAYER(mlp_norm)},
+        {"model.layers.%d.mlp.gate_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
+        {"model.layers.%d.mlp.up_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
+        {"model.layers.%d.mlp.down_proj.weight", MATRIX, 0, C, F, LAYER(down)},
+        {"model.norm.weight", NORM, -1, 0, C, MODEL(norm)},
+        {"lm_head.weight", MATRIX, -1, V, c->tied ? 0 : C, MODEL(head)},
     };
 #undef MODEL
 #undef LAYER
     enum { ROWS = sizeof table / sizeof *table };
+    const size_t padded = padded_vocabulary(c) * C;
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int l = -1; l <= c->L; l++) { // the embedding, the layers, then norm and head
-        const int in_layer = l >= 0 && l < c->L;
-        const model_tensor *first = table + (l < 0 ? 0 : in_layer ? 1 : ROWS - 2);
-        const model_tensor *last = table + (l < 0 ? 0 : in_layer ? ROWS - 3 : ROWS - 1);
-        if (l == 0) m.first_layer = round_up(end[0], 256);
-        if (l == c->L) m.layers_end = round_up(end[0], 256);
-        for (const model_tensor *row = first; row <= last; row++) {
+    for (int l = 0; l < c->L; l++)
+        for (const model_tensor *row = table; row < table + ROWS; row++) {
+            const int outside = row->layer < 0; // before the first layer, or after the last
             size_t *at = &end[row->kind != MATRIX];
-            if (row->cols == 0) continue;
-            if (row == first || row->param != row[-1].param) *at = round_up(*at, 256);
+            if (row->cols == 0 || (outside && l != (row == table ? 0 : c->L - 1))) continue;
+            if (row == table || row->param != row[-1].param || row->layer != row[-1].layer) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
             *t = *row;
-            if (in_layer) snprintf(t->name, sizeof t->name, "model.layers.%d.%s", l, row->name);
-            t->layer = in_layer ? l : -1;
+            snprintf(t->name, sizeof t->name, row->name, l);
+            t->layer = outside ? -1 : l;
             t->at = *at;
-            *at += !in_layer && t->rows ? padded_vocabulary(c) * C : tensor_size(t);
+            *at += outside && t->rows ? padded : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (in_layer && t->rows) m.matmul_parameters += tensor_size(t);
+            if (!outside && t->rows) m.matmul_parameters += tensor_size(t);
         }
-    }
-    m.matmul_parameters += V * C; // the head; looking up the embedding is no product
+    m.matmul_parameters += V * C; // of the head; looking up the embedding is no product
     m.n_matrices = round_up(end[0], 256);
     m.n_weights = m.n_matrices + round_up(end[1], 256);
+    m.first_layer = round_up(padded, 256);
+    m.layers_end = m.n_matrices - (c->tied ? 0 : m.first_layer);
     for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
     return m;
 }
