@@ -6254,7 +6254,9 @@ static const tensor *weights_find(const tensors *file, const model_tensor *t, co
     char name[100];
     snprintf(name, sizeof name, "%s%s", t->name, suffix);
     const tensor *found = tensors_find(file, name);
-    if (!found) set_error("%s: tensor '%s' is missing", file->file[0].path, name);
+    if (!found)
+        set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
+                  file->n ? file->at[0].name : "none");
     if (!found) return NULL;
     const size_t rows = t->rows ? t->rows : t->cols;
     const int larger = twist && t->layer < 0 && t->rows && found->rank == 2 && found->shape[0] > rows;
@@ -6676,8 +6678,8 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
 }
 
 /* ---- decoding ----
-   The step that predicts the next token appends the last token of a sequence to the cache, so a prefill stores all but
-   the last and needs no logits. */
+   The step that predicts the next token stores the last one's keys and values in the cache (again, after a prefill). So
+   a prefill needs no logits. */
 
 /* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
    order that does not depend on the longest sequence. */
@@ -6729,16 +6731,12 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
             return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
         if (lengths[i] < 1 || lengths[i] > d->T)
             return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        d->length[slots[i]] = lengths[i];
-        d->last[slots[i]] = tokens[i][lengths[i] - 1];
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
     const int T = (int)round_up(longest, PREFILL_TILE), rows = b->capacity * s->capacity / T;
-    int *cached = NEW(int, rows);
-    int ok = 1;
     s->prefill = 1;
-    for (int first = 0; ok && first < n; first += rows) {
+    for (int first = 0; first < n; first += rows) {
         b->B = n - first < rows ? n - first : rows;
         b->T = T;
         for (int i = 0; i < b->B * T; i++) { // padding follows each sequence
@@ -6746,13 +6744,15 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
             b->tokens[i] = in ? tokens[k][t] : 0;
             b->doc_start[i] = in ? 0 : t;
         }
-        for (int i = 0; i < b->B; i++) cached[i] = lengths[first + i] - 1;
         m->ops->upload(m->ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
-        m->ops->upload(m->ops, m->layout->a.lengths, cached, b->B * sizeof(int));
-        ok = forward_batch(m, b, 0, s);
+        m->ops->upload(m->ops, m->layout->a.lengths, lengths + first, b->B * sizeof(int));
+        if (!forward_batch(m, b, 0, s)) return 0;
     }
-    free(cached);
-    return ok && m->ops->finish(m->ops);
+    for (int i = 0; i < n; i++) {
+        d->length[slots[i]] = lengths[i];
+        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+    }
+    return m->ops->finish(m->ops);
 }
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
@@ -6777,10 +6777,9 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
 int slam_decoder_append(slam_decoder *d, int slot, int token) {
     const int V = d->model->config.V;
     if (slot < 0 || slot >= d->slots || token >= V)
-        return set_error("token %d for slot %d of a decoder, expected one below %d for 0 to %d", token, slot, V,
-                         d->slots - 1);
+        return set_error("token %d for slot %d, expected below %d and slots 0 to %d", token, slot, V, d->slots - 1);
     if (token >= 0 && d->length[slot] == d->T)
-        return set_error("the sequence in slot %d has %d tokens, expected at most %d with this one", slot, d->T, d->T);
+        return set_error("the sequence in slot %d has %d tokens, the most that it can have", slot, d->T);
     d->last[slot] = token < 0 ? 0 : token;
     d->length[slot] = token < 0 ? 0 : d->length[slot] + 1;
     return 1;

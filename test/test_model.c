@@ -1001,7 +1001,7 @@ static void test_decoder_limits(slam_model *m) {
     tokens[1] = m->config.V, length = 3, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 1");
     tokens[1] = 2, CHECK(slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
-    check_fails(slam_decoder_append(d, 0, m->config.V), "for slot 0 of a decoder, expected one below");
+    check_fails(slam_decoder_append(d, 0, m->config.V), "for slot 0, expected below");
     check_fails(slam_decoder_append(d, 1, 4), "token 4 for slot 1");
     check_fails(slam_decoder_append(d, -1, -1), "slot -1");
     CHECK(d->length[0] == 3 && slam_decoder_append(d, 0, 4), "%s", slam_error());
@@ -1010,6 +1010,7 @@ static void test_decoder_limits(slam_model *m) {
     CHECK(slam_decoder_append(d, 0, -1), "%s", slam_error());
     CHECK(d->length[0] == 0 && slam_decoder_logits(d, logits), "%s", slam_error());
     tokens[0] = m->config.V, length = 1, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 0");
+    CHECK(d->length[0] == 0, "a sequence that failed to start has %d tokens", d->length[0]);
     free(logits);
     slam_decoder_free(d);
 }
