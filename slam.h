@@ -159,7 +159,7 @@ struct slam_ops {
     int threads;             /* CPU threads of parallel loops */
     size_t memory;           /* total bytes of the device */
     int asynchronous;        /* the device computes while the host continues */
-    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    int batch_invariant;     /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;         /* the processes that train together; NULL: one process */
     slam_products *products; /* NULL: there is nothing to choose */
 
@@ -363,8 +363,8 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
-    size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
+    slam_config config;          /* rope_theta may be changed before the first slam_model_plan */
+    size_t n_weights, n_decayed; /* elements of the arrays below; of the matrices, which come first: they decay */
     slam_act *weights;
     float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
@@ -396,8 +396,8 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
-   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on the
+   other sequences (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its
    plan is large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
@@ -3319,7 +3319,7 @@ slam_ops *slam_cpu(int threads) {
     ops->act_bytes = sizeof(float);
     ops->threads = threads;
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    ops->same_rows = GEMM_IS_OURS;
+    ops->batch_invariant = GEMM_IS_OURS;
     ops->upload = cpu_copy;
     ops->download = cpu_copy;
 #define CPU_OP(name) ops->name = cpu_##name
@@ -5950,13 +5950,13 @@ typedef struct model_tensor {
     int kind, layer;   // layer -1: outside the layers
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
-    size_t at;         // where it begins in the array of weights
+    size_t offset;     // where it begins in the array of weights
 } model_tensor;
 
 typedef struct model_tensors {
     model_tensor *list; // in the order of the file and of the random streams that initialise them
     size_t n;
-    size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
+    size_t n_decayed, n_weights;    // elements of the matrices (they have weight decay), of the array; with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
     size_t parameters;              // without padding
     size_t matmul_parameters;       // those that a token is multiplied with, for FLOPs
@@ -6007,17 +6007,17 @@ static model_tensors tensors_of(const slam_config *c) {
             *t = *row;
             snprintf(t->name, sizeof t->name, row->name, l);
             t->layer = outside ? -1 : l;
-            t->at = *at;
+            t->offset = *at;
             *at += outside && t->rows ? padded : tensor_size(t);
             m.parameters += tensor_size(t);
             if (!outside && t->rows) m.matmul_parameters += tensor_size(t);
         }
     m.matmul_parameters += V * C; // of the head; looking up the embedding is no product
-    m.n_matrices = round_up(end[0], 256);
-    m.n_weights = m.n_matrices + round_up(end[1], 256);
+    m.n_decayed = round_up(end[0], 256);
+    m.n_weights = m.n_decayed + round_up(end[1], 256);
     m.first_layer = round_up(padded, 256);
-    m.layers_end = m.n_matrices - (c->tied ? 0 : m.first_layer);
-    for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
+    m.layers_end = m.n_decayed - (c->tied ? 0 : m.first_layer);
+    for (size_t i = 0; i < m.n; i++) m.list[i].offset += m.list[i].kind == MATRIX ? 0 : m.n_decayed;
     return m;
 }
 
@@ -6157,8 +6157,8 @@ static void params_place(slam_model *m) {
     for (size_t i = k->tensors.n; i-- > 0;) { // backwards: a param begins at its first tensor
         const model_tensor *t = &k->tensors.list[i];
         param *p = (param *)((t->layer < 0 ? (char *)&k->w : (char *)&k->layers[t->layer].w) + t->param);
-        p->data = act_at(m->ops, m->weights, t->at);
-        p->grad = m->grads ? m->grads + t->at : NULL;
+        p->data = act_at(m->ops, m->weights, t->offset);
+        p->grad = m->grads ? m->grads + t->offset : NULL;
     }
     if (m->config.tied) k->w.head = k->w.embed;
 }
@@ -6184,7 +6184,7 @@ static slam_model *model_alloc(slam_ops *ops, const slam_config *c) {
     m->layout = NEW(slam_layout, 1);
     m->layout->layers = NEW(model_layer, c->L);
     m->layout->tensors = tensors_of(c);
-    m->n_matrices = m->layout->tensors.n_matrices;
+    m->n_decayed = m->layout->tensors.n_decayed;
     m->n_weights = m->layout->tensors.n_weights;
     m->weights = (slam_act *)ops->alloc(ops, m->n_weights * ops->act_bytes);
     m->master = ops->act_bytes == 4 ? (float *)m->weights : (float *)ops->alloc(ops, m->n_weights * sizeof(float));
@@ -6229,7 +6229,7 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
             for (size_t c = 0; c < t->cols; c++)
                 host[i * t->cols + c] = (float)(config->init_std * rng_normal(&stream));
         }
-        ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
         free(host);
     }
     if (m) weights_to_act(m);
@@ -6315,7 +6315,7 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
         const model_tensor *t = &m->layout->tensors.list[k];
         float *host = weights_read(weights_find(file, t, "", V != 0), tensor_size(t));
         ok = host != NULL;
-        if (ok) ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        if (ok) ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
         free(host);
     }
     tensors_close(file);
@@ -6339,7 +6339,7 @@ static void weights_list(const model_tensors *tensors, const char *prefix, const
         out->rank = t->rows ? 2 : 1;
         out->shape[0] = t->rows ? t->rows : t->cols;
         out->shape[1] = t->cols;
-        out->data = weights + t->at;
+        out->data = weights + t->offset;
         out->count = tensor_size(t);
     }
 }
@@ -6872,7 +6872,7 @@ typedef struct bucket {
     int after;               // its gradients are complete after this layer (as grads_ready counts)
     size_t part, part_n;     // the range that this rank reduces
     size_t update, update_n; // the range that it updates: the same with ZeRO-1, else all
-    size_t at;               // index in m, v and master of the first number that it updates
+    size_t state;            // where the moments and the float weights of that range begin in m, v and master
 } bucket;
 
 typedef struct slam_buckets {
@@ -6895,7 +6895,7 @@ static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
         if (b->sharded) {
             k.update = k.part;
             k.update_n = k.part_n;
-            k.at = b->moments;
+            k.state = b->moments;
         }
         b->moments += k.update_n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
@@ -6907,14 +6907,14 @@ static void buckets_plan(slam_buckets *b, const slam_model *m) {
     const model_tensors *t = &m->layout->tensors;
     const int L = m->config.L;
     const size_t layer = (t->layers_end - t->first_layer) / L;
-    bucket_add(b, t->layers_end, m->n_matrices - t->layers_end, L);
+    bucket_add(b, t->layers_end, m->n_decayed - t->layers_end, L);
     for (int end = L, l = L - 1; l >= 0; l--) {
         if (l && (end - l) * layer < BUCKET_MIN) continue;
         bucket_add(b, t->first_layer + l * layer, (end - l) * layer, l);
         end = l;
     }
     bucket_add(b, 0, t->first_layer, -1);
-    bucket_add(b, m->n_matrices, m->n_weights - m->n_matrices, -1);
+    bucket_add(b, m->n_decayed, m->n_weights - m->n_decayed, -1);
 }
 
 /* ---- state ---- */
@@ -6937,7 +6937,7 @@ static void adamw_upload(slam_adamw *o, float *to, const float *host, size_t fir
         const size_t begin = k->update > first ? k->update : first;
         const size_t end = k->update + k->update_n < first + n ? k->update + k->update_n : first + n;
         if (begin < end)
-            ops->upload(ops, to + k->at + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
+            ops->upload(ops, to + k->state + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
     }
 }
 
@@ -6949,7 +6949,7 @@ static int adamw_download(slam_adamw *o, const float *from, float *host) {
     const int sharded = b->sharded && from != m->master;
     int ok = 1;
     for (const bucket *k = b->list; ok && sharded && k < b->list + b->n; k++)
-        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->at, k->n, sizeof *from);
+        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->state, k->n, sizeof *from);
     comm_wait(b->comm);
     ok = ok && comm_finish(b->comm);
     if (ok && host) m->ops->download(m->ops, host, sharded ? m->grads : from, m->n_weights * sizeof *host);
@@ -7038,10 +7038,11 @@ int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     } else ops->sum_squares(ops, m->stats + 1, m->grads, m->n_weights);
     for (const bucket *k = b->list; ok && k < end; k++) {
         slam_act *w = act_at(ops, m->weights, k->update);
-        float *master = o->master ? o->master + k->at : m->master + k->update;
-        h.weight_decay = k->first < m->n_matrices ? o->weight_decay : 0; // as in Hugging Face's Trainer
+        float *master = o->master ? o->master + k->state : m->master + k->update;
+        h.weight_decay = k->first < m->n_decayed ? o->weight_decay : 0; // as in Hugging Face's Trainer
         if (k->update_n)
-            ops->adamw(ops, w, master, o->m + k->at, o->v + k->at, m->grads + k->update, m->stats, &h, k->update_n);
+            ops->adamw(ops, w, master, o->m + k->state, o->v + k->state, m->grads + k->update, m->stats, &h,
+                       k->update_n);
         if (b->sharded) ok = comm_gather_parts(b->comm, act_at(ops, m->weights, k->first), w, k->n, ops->act_bytes);
     }
     comm_wait(b->comm);
@@ -8448,8 +8449,8 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
    The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
    a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
    over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
-   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
-   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
+   of a product may depend on the other rows (batch_invariant 0), the shape of a batch depends on the length of one
+   recording alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
 enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
@@ -8606,7 +8607,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
-        if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
+        if (ops->batch_invariant) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
         hubert_place(h, &b, K > C ? K : C, h->net.arena);
@@ -11583,7 +11584,7 @@ static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
         const model_tensor *t = &moments->list[k / 2];
         float *host = weights_read(weights_find(file, t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
         ok = host != NULL;
-        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, tensor_size(t));
+        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->offset, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;

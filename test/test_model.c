@@ -132,7 +132,7 @@ static void check_training(slam_model *m, fixture *f) {
         char name[128];
         snprintf(name, sizeof name, "grad.%s", t->name);
         float *expected = floats(f->file, name, NULL);
-        check_close(name, m->grads + t->at, expected, tensor_size(t), 1e-4);
+        check_close(name, m->grads + t->offset, expected, tensor_size(t), 1e-4);
         free(expected);
     }
     zero_grads(m);
@@ -322,7 +322,7 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     slam_batch b = random_batch(3, 21, c.V, 5, masked);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->at + i] += (float)(0.2 * rng_normal(&seed));
+        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->offset + i] += (float)(0.2 * rng_normal(&seed));
     }
     CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN) && slam_forward_backward(m, &b, 1), "%s", slam_error());
     const double loss = m->stats[0];
@@ -330,8 +330,8 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     float *original = copy_of(m->master, m->n_weights);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        const float *g = m->grads + t->at;
-        float *w = m->master + t->at;
+        const float *g = m->grads + t->offset;
+        float *w = m->master + t->offset;
         double norm = 0, side[2];
         for (size_t i = 0; i < tensor_size(t); i++) norm += (double)g[i] * g[i];
         norm = sqrt(norm);
@@ -339,10 +339,10 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
         /* along the gradient itself the slope is its norm; keys' biases are the exception: softmax does not see them without rotation */
         for (int s = 0; s < 2; s++) {
             for (size_t i = 0; i < tensor_size(t); i++)
-                w[i] = original[t->at + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
+                w[i] = original[t->offset + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
             side[s] = sum_of_losses(m, &b);
         }
-        memcpy(w, original + t->at, tensor_size(t) * sizeof *w);
+        memcpy(w, original + t->offset, tensor_size(t) * sizeof *w);
         check_near(t->name, (side[1] - side[0]) / 6e-3 / norm, 1, 5e-3 + 2e-2 / norm);
     }
     free(original);
@@ -364,8 +364,8 @@ static void test_padded_vocabulary(slam_ops *ops) {
     o = adamw_new(m, 0.999, 0.1, 0.5);
     for (int k = 0; k < 3; k++)
         CHECK(slam_forward_backward(m, &b, 1) && slam_adamw_step(&o, 1e-2, &step), "%s", slam_error());
-    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->at;
-    const float *head = m->master + tensor_named(m, "lm_head.weight")->at;
+    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->offset;
+    const float *head = m->master + tensor_named(m, "lm_head.weight")->offset;
     for (int i = 27 * 24; i < 32 * 24; i++) CHECK(embed[i] == 0 && head[i] == 0, "row %d is not zero", i / 24);
     CHECK(embed[26 * 24] != 0 && head[26 * 24] != 0, "the last row is zero");
     CHECK(slam_logits(m, &b, whole) && slam_forward_backward(m, &b, 1), "%s", slam_error());
@@ -504,7 +504,7 @@ static void test_save_and_load(slam_ops *ops) {
             for (size_t i = 0; i < t->layout->tensors.n;
                  i++) { // the first 20 rows of embedding and head, all of the others
                 const model_tensor *of = &t->layout->tensors.list[i], *from = &a->layout->tensors.list[i];
-                CHECK(same_floats(t->master + of->at, a->master + from->at, tensor_size(of)), "%s is not kept",
+                CHECK(same_floats(t->master + of->offset, a->master + from->offset, tensor_size(of)), "%s is not kept",
                       of->name);
             }
         }
@@ -736,7 +736,7 @@ static void test_tied_head(slam_ops *ops) {
             CHECK(loaded->config.tied == !differs, "head %s, tied %d", differs ? "differs" : "is the embedding",
                   loaded->config.tied);
             if (differs)
-                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->at, head, 88),
+                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->offset, head, 88),
                       "another head");
         }
         slam_model_free(loaded);
@@ -754,7 +754,7 @@ static void test_hash(slam_ops *ops) {
     other.rope_theta = 20000;
     for (int k = 0; k < 4; k++) {
         slam_model *m = slam_model_new(ops, k == 3 ? &other : &c, 1);
-        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->at + 23] += 1e-6f;
+        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->offset + 23] += 1e-6f;
         CHECK(slam_model_hash(m, &h[k]), "%s", slam_error());
         slam_model_free(m);
     }
@@ -903,7 +903,7 @@ static void test_decay(slam_ops *ops) {
         const model_tensor *t = &m->layout->tensors.list[k];
         const int matrix = strstr(t->name, "_proj.weight") || strstr(t->name, "embed") || strstr(t->name, "lm_head");
         for (size_t i = 0; i < tensor_size(t); i++)
-            if (!check_near(t->name, m->master[t->at + i], matrix ? 0.95 : 1, 1e-6)) break;
+            if (!check_near(t->name, m->master[t->offset + i], matrix ? 0.95 : 1, 1e-6)) break;
     }
     slam_adamw_free(&o);
     slam_model_free(m);

@@ -274,16 +274,16 @@ static void test_state(void) {
     float *host = NEW(float, m->n_weights), *whole = NEW(float, m->n_weights);
     for (size_t i = 0; i < m->n_weights; i++) host[i] = number(0, i);
     for (size_t k = 0; k < t->n; k++) { // as a checkpoint does: tensor by tensor
-        adamw_upload(&o, o.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
-        adamw_upload(&q, q.m, host + t->list[k].at, t->list[k].at, tensor_size(&t->list[k]));
+        adamw_upload(&o, o.m, host + t->list[k].offset, t->list[k].offset, tensor_size(&t->list[k]));
+        adamw_upload(&q, q.m, host + t->list[k].offset, t->list[k].offset, tensor_size(&t->list[k]));
     }
     CHECK(adamw_download(&o, o.m, comm->rank ? NULL : whole), "%s", slam_error());
     for (size_t k = 0; comm->rank == 0 && k < t->n; k++)
-        CHECK(!memcmp(whole + t->list[k].at, host + t->list[k].at, tensor_size(&t->list[k]) * sizeof(float)), "%s",
-              t->list[k].name);
+        CHECK(!memcmp(whole + t->list[k].offset, host + t->list[k].offset, tensor_size(&t->list[k]) * sizeof(float)),
+              "%s", t->list[k].name);
     CHECK(adamw_download(&q, q.m, host), "%s", slam_error());
     for (const bucket *k = o.buckets->list; k < o.buckets->list + o.buckets->n; k++) {
-        ops->download(ops, whole, o.m + k->at, k->update_n * sizeof(float));
+        ops->download(ops, whole, o.m + k->state, k->update_n * sizeof(float));
         CHECK(!memcmp(whole, host + k->update, k->update_n * sizeof(float)), "this rank's part of a bucket");
     }
     free(host), free(whole);
