@@ -396,9 +396,9 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on the
-   other sequences (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its
-   plan is large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. The logits of one do not depend on the
+   others (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its plan is
+   large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
@@ -5489,7 +5489,7 @@ static int comm_launched(void) {
     return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK") || getenv("PMI_SIZE");
 }
 
-/* Processes that do not see each other would each train the whole run in the same folder. mpirun may run inside srun. */
+/* Processes that do not see each other would each train the whole run in the same folder. mpirun may be in an srun. */
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
@@ -5532,7 +5532,21 @@ static void ranks_send_parts(slam_comm *c) {
     }
 }
 
-static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+/* Completes the reduce-scatter under way: sums this rank's part over the ranks, in their order. */
+static void reduction_end(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
+    if (!s->x) return;
+    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
+    const range part = comm_part(c, c->rank, s->n);
+    const size_t n = part.end - part.first;
+    PARALLEL_FOR
+    for (size_t i = 0; i < n; i++) {
+        float sum = s->received[i];
+        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
+        s->x[part.first + i] = sum;
+    }
+    s->x = NULL;
+}
 
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
@@ -5546,7 +5560,7 @@ static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
 static void ranks_send_parts(slam_comm *c) { (void)c; }
-static void ranks_wait(slam_comm *c) { (void)c; }
+static void reduction_end(slam_comm *c) { (void)c; }
 static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
@@ -5629,20 +5643,21 @@ void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     free(all);
 }
 
-/* x of rank `from`; fewer than 2^31 bytes. */
-static void comm_broadcast(slam_comm *c, void *x, size_t bytes, int from) {
-    if (takes_part(c)) ranks_broadcast(x, bytes, from);
+/* From rank 0; fewer than 2^31 bytes. */
+static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
+    if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
 /* Every rank's bytes (fewer than 2^31 each), in rank order. */
 static strbuf comm_all_gather(slam_comm *c, const strbuf *own) {
+    const int several = takes_part(c);
     strbuf all = ZERO;
-    for (int k = 0; k < (takes_part(c) ? c->size : 1); k++) {
+    for (int k = 0; k < (several ? c->size : 1); k++) {
         size_t n = own->n;
-        comm_broadcast(c, &n, sizeof n, k);
+        if (several) ranks_broadcast(&n, sizeof n, k);
         GROW(char, all.at, all.capacity, all.n + n);
-        if (n && (!c || c->rank == k)) memcpy(all.at + all.n, own->at, n);
-        comm_broadcast(c, all.at + all.n, n, k);
+        if (n && (!several || c->rank == k)) memcpy(all.at + all.n, own->at, n);
+        if (several) ranks_broadcast(all.at + all.n, n, k);
         all.n += n;
     }
     return all;
@@ -5685,7 +5700,7 @@ static int comm_connect(slam_comm *c) {
     if (c->state->nccl) return 1;
     memset(&id, 0, sizeof id);
     if (c->rank == 0 && !nccl_ok(c, ncclGetUniqueId(&id), "ncclGetUniqueId")) return 0;
-    comm_broadcast(c, &id, sizeof id, 0);
+    comm_broadcast(c, &id, sizeof id);
     return nccl_ok(c, ncclCommInitRank(&c->state->nccl, c->size, id, c->rank),
                    "ncclCommInitRank (two ranks on one GPU? NCCL_DEBUG=WARN shows more)");
 #else
@@ -5693,22 +5708,6 @@ static int comm_connect(slam_comm *c) {
         "%d ranks on GPUs, but this build has no NCCL: install libnccl-dev (or Python's nvidia-nccl), then make",
         c->size);
 #endif
-}
-
-/* Completes the reduce-scatter under way over MPI: sums this rank's part over the ranks, in their order. */
-static void reduction_end(slam_comm *c) {
-    struct slam_comm_state *s = c->state;
-    if (!s->x) return;
-    ranks_wait(c);
-    const range part = comm_part(c, c->rank, s->n);
-    const size_t n = part.end - part.first;
-    PARALLEL_FOR
-    for (size_t i = 0; i < n; i++) {
-        float sum = s->received[i];
-        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
-        s->x[part.first + i] = sum;
-    }
-    s->x = NULL;
 }
 
 /* This rank's part of x becomes the sum over ranks; the other parts become undefined. n at most 2^28. */
@@ -5734,7 +5733,7 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     return 1;
 }
 
-/* x (n elements of `bytes` bytes): the parts of all ranks. This rank's part is read from `part`, which may be in x. */
+/* Sets x (n elements of `bytes` bytes) to the parts of all ranks. This rank's is at `part`, which may be in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
@@ -5786,8 +5785,8 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and the
-   table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
+   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and
+   the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
    counts of parameters and FLOPs, memory, initialisation and ZeRO's buckets follow from these.
    ========================================================================================== */
 
@@ -5924,7 +5923,7 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
 
 /* ---- weights ----
    All weights are one array, over which the optimiser loops: first the matrices, with weight decay, then norms and
-   biases. Some tensors of a file are rows of one param, so that one matrix product computes q, k and v (or gate and up).
+   biases. Some tensors of a file are rows of one param: one matrix product computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
    logits that are aligned to 16 bytes. The padding is not in files; its gradients are zero, so it stays zero. */
@@ -12478,7 +12477,7 @@ int slam_run_tune(slam_run *r) {
     if (is_root(r->comm)) products_restore(r);
     const int restored = p->measured;
     if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
-    comm_broadcast(r->comm, p, sizeof *p, 0);
+    comm_broadcast(r->comm, p, sizeof *p);
     products_save(r);
     if (p->measured > restored)
         printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
@@ -12526,7 +12525,7 @@ static int run_name(slam_run *r) {
         *path = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    comm_broadcast(r->comm, path, sizeof path, 0);
+    comm_broadcast(r->comm, path, sizeof path);
     free(r->folder);
     r->folder = string_copy(path);
     return 1;
