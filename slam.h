@@ -11605,22 +11605,17 @@ static slam_path checkpoint_path(const char *run, long step) {
     return path_join(run, name);
 }
 
-static int compare_steps(const void *a, const void *b) {
-    const long x = *(const long *)a, y = *(const long *)b;
-    return (x > y) - (x < y);
-}
-
 /* The steps of the checkpoints in ascending order; free() them. NULL on failure. */
-static long *checkpoint_steps(const char *run, size_t *n) {
+static uint64_t *checkpoint_steps(const char *run, size_t *n) {
     slam_strings list = ZERO;
-    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL;
+    uint64_t *steps = folder_list(run, &list) ? NEW(uint64_t, list.n + 1) : NULL;
     *n = 0;
     for (size_t i = 0; steps && i < list.n; i++) {
         const char *number = list.at[i] + strlen("step_");
         if (!strncmp(list.at[i], "step_", 5) && *number && !number[strspn(number, "0123456789")])
-            steps[(*n)++] = atol(number);
+            steps[(*n)++] = strtoull(number, NULL, 10);
     }
-    if (steps) qsort(steps, *n, sizeof *steps, compare_steps);
+    if (steps) qsort(steps, *n, sizeof *steps, compare_u64);
     slam_strings_free(&list);
     return steps;
 }
@@ -11628,8 +11623,8 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 /* *folder: the newest checkpoint; NULL: there is none. */
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
-    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
+    uint64_t *steps = checkpoint_steps(run, &n);
+    *folder = n ? string_copy(checkpoint_path(run, (long)steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
@@ -11652,11 +11647,13 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
    for a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
+    uint64_t *steps = checkpoint_steps(run, &n);
     const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
-        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        const long step = (long)steps[i];
+        if (step != best) ok = file_rename(checkpoint_path(run, step).at, part.at) && remove_tree(part.at);
+    }
     free(steps);
     return ok;
 }
@@ -11676,9 +11673,8 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
                                      file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
-    ok = ok &&
-         slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    return ok;
+    return ok && slam_all_ok(
+                     comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
 }
 
 /* ---- runs/ ---- */
