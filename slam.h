@@ -6248,7 +6248,7 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
-/* NAME SUFFIX of a file, in the shape of t; NULL if it is missing or has another. twist: with a larger vocabulary. */
+/* Tensor NAME SUFFIX of a file; NULL if it is missing or its shape is not t's. twist: the vocabulary may be larger. */
 static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
     char name[100];
     snprintf(name, sizeof name, "%s%s", t->name, suffix);
@@ -6290,8 +6290,8 @@ static int weights_check(const slam_config *c, const tensors *file, int twist) {
     return ok;
 }
 
-/* V 0: the whole vocabulary, else its first V rows. */
-static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
+/* V 0: keeps the whole vocabulary. */
+slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
     const slam_path path = path_join(folder, "config.json");
@@ -6324,34 +6324,39 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     return NULL;
 }
 
-slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
-slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
+slam_model *slam_model_load(slam_ops *ops, const char *folder) { return slam_model_twist(ops, folder, 0); }
 
-/* Weights or moments (n_weights) as tensors to write: PREFIX NAME SUFFIX, in out[0], out[stride], ... */
-static void weights_list(const model_tensors *tensors, const char *prefix, const char *suffix, const float *weights,
-                         tensor *out, size_t stride, slam_strings *names) {
-    for (const model_tensor *t = tensors->list; t < tensors->list + tensors->n; t++, out += stride) {
+/* Writes n arrays of weights or moments x (n,n_weights): for each tensor PREFIX NAME SUFFIX of each array. */
+static int weights_write(const char *path, const model_tensors *list, const char *prefix, const char *const *suffixes,
+                         size_t n, const float *x, const char *const *metadata) {
+    tensor *out = NEW(tensor, n * list->n);
+    slam_strings names = ZERO;
+    for (size_t k = 0; k < n * list->n; k++) {
+        const model_tensor *t = &list->list[k / n];
         char name[100];
-        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffix);
-        slam_strings_add(names, name); // owns it
-        out->name = names->at[names->n - 1];
-        out->rank = t->rows ? 2 : 1;
-        out->shape[0] = t->rows ? t->rows : t->cols;
-        out->shape[1] = t->cols;
-        out->data = weights + t->offset;
-        out->count = tensor_size(t);
+        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffixes[k % n]);
+        slam_strings_add(&names, name);
+        out[k].name = names.at[k];
+        out[k].rank = t->rows ? 2 : 1;
+        out[k].shape[0] = t->rows ? t->rows : t->cols;
+        out[k].shape[1] = t->cols;
+        out[k].data = x + k % n * list->n_weights + t->offset;
+        out[k].count = tensor_size(t);
     }
+    const int ok = tensors_write(path, out, n * list->n, metadata);
+    slam_strings_free(&names);
+    free(out);
+    return ok;
 }
 
 /* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
    of base_model_name. */
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
-    const model_tensors *tensors = &m->layout->tensors;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
+    static const char *const suffix = "";
     static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
-    slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
     if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
@@ -6363,13 +6368,10 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, tensors->n);
-    weights_list(tensors, slamkit ? "lm." : "", "", host, out, 1, &names);
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
-                   tensors_write(path_join(folder, "model.safetensors").at, out, tensors->n, NULL);
-    free(out);
-    slam_strings_free(&names);
+                   weights_write(path_join(folder, "model.safetensors").at, &m->layout->tensors, slamkit ? "lm." : "",
+                                 &suffix, 1, host, NULL);
     strbuf_free(&config);
     return ok;
 }
@@ -11549,24 +11551,20 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
+static const char *const moment_suffixes[] = {".m", ".v"};
+
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
-    const model_tensors *tensors = &opt->model->layout->tensors;
-    const size_t total = opt->model->n_weights, n = 2 * tensors->n;
-    float *m = is_root(comm) ? NEW(float, 2 * total) : NULL, *v = m ? m + total : NULL;
+    const size_t n = opt->model->n_weights;
+    float *m = is_root(comm) ? NEW(float, 2 * n) : NULL, *v = m ? m + n : NULL;
     int ok = slam_all_ok(comm, adamw_download(opt, opt->m, m)) && slam_all_ok(comm, adamw_download(opt, opt->v, v));
     if (ok && m) {
-        slam_strings names = ZERO;
-        tensor *out = NEW(tensor, n);
         char updates[32];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
-        weights_list(tensors, "", ".m", m, out, 2, &names);
-        weights_list(tensors, "", ".v", v, out + 1, 2, &names);
-        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
-        slam_strings_free(&names);
-        free(out);
+        ok = weights_write(path_join(folder, "optimizer.safetensors").at, &opt->model->layout->tensors, "",
+                           moment_suffixes, 2, m, metadata);
     }
     free(m);
     return ok;
@@ -11575,13 +11573,13 @@ static int optimiser_save(slam_adamw *opt, const char *folder) {
 /* Collective. `step`: that of trainer.json, the expected number of updates. */
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
-    const model_tensors *moments = &opt->model->layout->tensors;
+    const model_tensors *list = &opt->model->layout->tensors;
     const slam_path path = path_join(folder, "optimizer.safetensors");
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    for (size_t k = 0; ok && k < 2 * moments->n; k++) {
-        const model_tensor *t = &moments->list[k / 2];
-        float *host = weights_read(weights_find(file, t, k % 2 ? ".v" : ".m", 0), tensor_size(t));
+    for (size_t k = 0; ok && k < 2 * list->n; k++) {
+        const model_tensor *t = &list->list[k / 2];
+        float *host = weights_read(weights_find(file, t, moment_suffixes[k % 2], 0), tensor_size(t));
         ok = host != NULL;
         if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->offset, tensor_size(t));
         free(host);
