@@ -6535,9 +6535,8 @@ static void forward(slam_model *m, int N, const slam_mask *mask, const struct sl
                          C, C);
 }
 
-static int forward_batch(slam_model *m, const slam_batch *b, int with_targets,
-                         const struct slam_decoder_state *decoder) {
-    if (!batch_upload(m, b, with_targets)) return 0;
+static int forward_batch(slam_model *m, const slam_batch *b, int targets, const struct slam_decoder_state *decoder) {
+    if (!batch_upload(m, b, targets)) return 0;
     forward(m, b->B * b->T, &m->layout->mask, decoder);
     return 1;
 }
@@ -6728,10 +6727,9 @@ int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *cons
     slam_batch *b = &s->batch;
     int longest = 1;
     for (int i = 0; i < n; i++) {
-        if (slots[i] < 0 || slots[i] >= d->slots)
-            return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
-        if (lengths[i] < 1 || lengths[i] > d->T)
-            return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
+        if (slots[i] < 0 || slots[i] >= d->slots || lengths[i] < 1 || lengths[i] > d->T)
+            return set_error("a sequence of %d tokens for slot %d, expected 1 to %d tokens and slots 0 to %d",
+                             lengths[i], slots[i], d->T, d->slots - 1);
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
