@@ -254,7 +254,6 @@ static void test_sizes(void) {
           "tiny has %zu parameters, slam %zu", slam_config_parameters(&tiny), slam_config_parameters(&slam));
 }
 
-/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 /* The head's weight gradient sums over rows of logits: split sums over a number of rows that is no multiple of 64 have
    been wrong in cuBLASLt 13.1 (compute capability 9.0). */
 static void test_head_rows(void) {
@@ -270,6 +269,7 @@ static void test_head_rows(void) {
     }
 }
 
+/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 static void test_memory(slam_ops *ops) {
     if (!TEST("memory: as planned")) return;
     const slam_config c = small();

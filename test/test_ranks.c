@@ -270,6 +270,7 @@ static void test_state(void) {
     slam_model *m = slam_model_new(ops, &c, 5), *l = slam_model_new(alone, &c, 5);
     CHECK(slam_model_plan(m, 1, 1, SLAM_TRAIN) && slam_model_plan(l, 1, 1, SLAM_TRAIN), "%s", slam_error());
     slam_adamw o = adamw_new(m), q = adamw_new(l);
+    if (!m->master) check_fails(slam_model_save(m, ".", SLAM_FORMAT_HF), "slam_checkpoint_save collects them");
     const model_tensors *t = &m->layout->tensors;
     float *host = NEW(float, m->n_weights), *whole = NEW(float, m->n_weights);
     for (size_t i = 0; i < m->n_weights; i++) host[i] = number(0, i);
