@@ -159,7 +159,7 @@ struct slam_ops {
     int threads;             /* CPU threads of parallel loops */
     size_t memory;           /* total bytes of the device */
     int asynchronous;        /* the device computes while the host continues */
-    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    int batch_invariant;     /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;         /* the processes that train together; NULL: one process */
     slam_products *products; /* NULL: there is nothing to choose */
 
@@ -363,10 +363,10 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
-    size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
+    slam_config config;          /* rope_theta may be changed before the first slam_model_plan */
+    size_t n_weights, n_decayed; /* elements of the arrays below; of the matrices, which come first: they decay */
     slam_act *weights;
-    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
+    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
@@ -382,11 +382,10 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
-   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
+/* Writes config.json, generation_config.json and model.safetensors (F32) into a folder. Fails if master is NULL. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
-int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
+int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and float weights; fails if master is NULL */
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
@@ -397,9 +396,9 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
-   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
-   plan is large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. The logits of one do not depend on the
+   others (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its plan is
+   large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
@@ -409,11 +408,12 @@ typedef struct slam_decoder {
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
 void slam_decoder_free(slam_decoder *);
-/* Starts n sequences in the given slots: tokens[i] (lengths[i] >= 1). */
+/* Starts n sequences in the given slots: tokens[i] (lengths[i]), with lengths 1 to T. */
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
+/* Appends a token to a sequence; token < 0 frees the slot. 0 and slam_error() for a token >= V or beyond T tokens. */
+int slam_decoder_append(slam_decoder *, int slot, int token);
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -445,7 +445,7 @@ typedef struct slam_adamw {
     float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
-/* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
+/* Allocates the state for a model planned for training; the caller sets the hyperparameters. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
 /* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
@@ -834,7 +834,8 @@ void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *va
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
-   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Call it right
+   after an update, because shards are gathered in the array of gradients. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
 /* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
    this program (NULL: any program). free() it. */
@@ -3294,7 +3295,7 @@ slam_ops *slam_cpu(int threads) {
     ops->act_bytes = sizeof(float);
     ops->threads = threads;
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    ops->same_rows = GEMM_IS_OURS;
+    ops->batch_invariant = GEMM_IS_OURS;
     ops->upload = cpu_copy;
     ops->download = cpu_copy;
 #define CPU_OP(name) ops->name = cpu_##name
@@ -5407,12 +5408,12 @@ slam_ops *slam_cuda(int device, int act_bytes) {
 
 /* ==========================================================================================
    SECTION 6. COMM       several processes: MPI and NCCL
-   Data parallelism: rank k computes the gradient g_k of its rows, an update needs their sum G.
+   Data parallelism: rank k computes the gradient of its rows; an update needs the sum G over the n ranks.
      reduce-scatter   each rank gets the sum of its part of G         (n - 1) / n |G| sent by each
      update           of that part's weights, whose moments it alone keeps (ZeRO-1)
      all-gather       each rank gets the new weights of all parts     (n - 1) / n |W| sent by each
-   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI
-   starts the processes and carries host memory, NCCL the memory of GPUs.
+   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI starts the processes and
+   exchanges host memory, NCCL the memory of GPUs.
    ========================================================================================== */
 #ifdef SLAM_MPI
 #define OMPI_SKIP_MPICXX
@@ -5427,8 +5428,7 @@ struct slam_comm_state {
     slam_ops *ops;
     int started; // MPI_Init was called here, so MPI_Finalize is as well
     int lost;    // an exchange failed here. The others may be inside it, so this rank takes no further part
-    /* the reduce-scatter under way */
-    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
+    float *x;    // (n) array of the reduce-scatter under way; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
 #ifdef SLAM_MPI
@@ -5452,8 +5452,8 @@ static range comm_share(const slam_comm *c, size_t n) {
     return r;
 }
 
-/* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
-   256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
+/* The part of n numbers that a rank reduces and updates: n / size rounded down to 64, because NCCL needs equal parts
+   and kernels an alignment of 256 bytes. The last rank's part includes the rest. */
 static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
     const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
@@ -5465,8 +5465,7 @@ static int comm_launched(void) {
     return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK") || getenv("PMI_SIZE");
 }
 
-/* Processes that do not see each other would each train the whole run, in the same folder. Inside an srun step
-   mpirun's number counts. */
+/* Processes that do not see each other would each train the whole run in the same folder. mpirun may be in an srun. */
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
@@ -5488,13 +5487,13 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-/* x may be this rank's place in `all`. */
+/* all (size,bytes): every rank's x. x may be this rank's part of it. */
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
     const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
     MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+/* Starts to send each rank its part of s->x and to receive this rank's part of every rank's. */
 static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     const range own = comm_part(c, c->rank, s->n);
@@ -5509,7 +5508,21 @@ static void ranks_send_parts(slam_comm *c) {
     }
 }
 
-static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+/* Completes the reduce-scatter under way: sums this rank's part over the ranks, in their order. */
+static void reduction_end(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
+    if (!s->x) return;
+    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
+    const range part = comm_part(c, c->rank, s->n);
+    const size_t n = part.end - part.first;
+    PARALLEL_FOR
+    for (size_t i = 0; i < n; i++) {
+        float sum = s->received[i];
+        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
+        s->x[part.first + i] = sum;
+    }
+    s->x = NULL;
+}
 
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
@@ -5523,7 +5536,7 @@ static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
 static void ranks_send_parts(slam_comm *c) { (void)c; }
-static void ranks_wait(slam_comm *c) { (void)c; }
+static void reduction_end(slam_comm *c) { (void)c; }
 static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
@@ -5583,7 +5596,7 @@ int slam_all_ok(slam_comm *c, int ok) {
     char text[sizeof error_text];
     if (!c || c->size == 1) return ok;
     if (c->failed || !takes_part(c)) return 0;
-    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank);
+    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank); // the lowest rank that failed
     if (first == c->size) return 1;
     memcpy(text, error_text, sizeof text);
     ranks_broadcast(text, sizeof text, first);
@@ -5593,17 +5606,16 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-/* 1 if x is the same on every rank. */
+/* 1 if x is the same on every rank: the minimum, ~max(~x), is the maximum. */
 static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
     ranks_gather(c, all, x, n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = all[i];
-        for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
-    }
+    memcpy(x, all, n * sizeof *x);
+    for (int k = 1; k < c->size; k++)
+        for (size_t i = 0; i < n; i++) x[i] += all[k * n + i];
     free(all);
 }
 
@@ -5612,31 +5624,28 @@ static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
-static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
-    const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
-    uint64_t own = bytes, *sizes = NEW(uint64_t, size);
-    sizes[0] = own;
-    if (part) ranks_gather(c, sizes, &own, sizeof own);
-    *total = 0;
-    for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
-    char *all = NEW(char, *total), *at = all;
-    for (int k = 0; k < size; at += sizes[k++]) {
-        if (k == rank && bytes) memcpy(at, x, bytes);
-        if (part) ranks_broadcast(at, sizes[k], k); // sizes may exceed an int in sum
+/* Every rank's bytes (fewer than 2^31 each), in rank order. */
+static strbuf comm_all_gather(slam_comm *c, const strbuf *own) {
+    const int several = takes_part(c);
+    strbuf all = ZERO;
+    for (int k = 0; k < (several ? c->size : 1); k++) {
+        size_t n = own->n;
+        if (several) ranks_broadcast(&n, sizeof n, k);
+        GROW(char, all.at, all.capacity, all.n + n);
+        if (n && (!several || c->rank == k)) memcpy(all.at + all.n, own->at, n);
+        if (several) ranks_broadcast(all.at + all.n, n, k);
+        all.n += n;
     }
-    free(sizes);
     return all;
 }
 
 /* ---- what the devices exchange ----
-   comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
-   done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
+   comm_reduce_scatter and comm_gather_parts return at once; device work that is queued after comm_wait follows them.
+   x has n numbers on every rank, of which comm_part is rank k's. NULL comm: nothing to do.
 
-   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
-   another order if a message has another size, and the same numbers must give the same bits however they are divided
-   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
-   an error of NCCL loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order. MPI_Reduce_scatter may add in an
+   order that depends on the message size, and the bits must not. An error of MPI ends all processes
+   (MPI_ERRORS_ARE_FATAL, the default); after an error of NCCL this rank is lost. */
 
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
@@ -5677,22 +5686,6 @@ static int comm_connect(slam_comm *c) {
 #endif
 }
 
-/* Waits for the reduce-scatter under way and sums what was received, in rank order. */
-static void reduction_end(slam_comm *c) {
-    struct slam_comm_state *s = c->state;
-    if (!s->x) return;
-    ranks_wait(c);
-    const range part = comm_part(c, c->rank, s->n);
-    const size_t n = part.end - part.first;
-    PARALLEL_FOR
-    for (size_t i = 0; i < n; i++) {
-        float sum = s->received[i];
-        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
-        s->x[part.first + i] = sum;
-    }
-    s->x = NULL;
-}
-
 /* This rank's part of x becomes the sum over ranks; the other parts become undefined. n at most 2^28. */
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
@@ -5716,12 +5709,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     return 1;
 }
 
-/* x (n elements of `bytes` bytes) = the parts of all ranks. This rank's is at `part`, which may lie in x. */
+/* Sets x (n elements of `bytes` bytes) to the parts of all ranks. This rank's is at `part`, which may be in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
     const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-    char *tail = (char *)x + even; // of the last rank's part
+    char *tail = (char *)x + even; // the rest, which belongs to the last rank's part
     const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
@@ -5740,31 +5733,13 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     return 1;
 }
 
-/* x (n) on the device = the sum over ranks, the same bits on every rank. */
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
-    if (!c) return 1;
-    slam_ops *ops = c->state->ops;
-#ifdef SLAM_NCCL
-    struct CUstream_st *stream = nccl_begin(c);
-    if (stream) {
-        const ncclResult_t result = ncclAllReduce(x, x, n, ncclDouble, ncclSum, c->state->nccl, stream);
-        ops->comm_end(ops);
-        return nccl_ok(c, result, "an all-reduce");
-    }
-#endif
-    if (!ops->finish(ops)) return comm_lost(c);
-    slam_comm_sum(c, x, n);
-    return 1;
-}
-
 static void comm_wait(slam_comm *c) {
     if (!c) return;
     if (c->state->ops->comm_stream) c->state->ops->comm_end(c->state->ops);
     reduction_end(c);
 }
 
-/* Before the host waits for the device: waits for NCCL here, because an exchange never ends if the network or a rank
-   of another machine is gone. */
+/* Called before the host waits for the device, which would never end if the network or another machine is gone. */
 static int comm_finish(slam_comm *c) {
 #ifdef SLAM_NCCL
     struct slam_comm_state *s = c ? c->state : NULL;
@@ -5786,10 +5761,9 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
-   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
-   layer_backward. All else follows from them: files, counts of parameters and
-   FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and
+   the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
+   counts of parameters and FLOPs, memory, initialisation and ZeRO's buckets follow from these.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5923,11 +5897,11 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
 }
 
 /* ---- weights ----
-   All weights are one array, so that the optimiser is a loop over it: first the matrices, with weight decay, then norms
-   and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
+   All weights are one array, over which the optimiser loops: first the matrices, with weight decay, then norms and
+   biases. Some tensors of a file are rows of one param: one matrix product computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. The padding is not in files; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5950,15 +5924,16 @@ typedef struct model_tensor {
     int kind, layer;   // layer -1: outside the layers
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
-    size_t at;         // first number in the array of weights
+    size_t offset;     // where it begins in the array of weights
 } model_tensor;
 
 typedef struct model_tensors {
     model_tensor *list; // in the order of the file and of the random streams that initialise them
     size_t n;
-    size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
+    size_t n_decayed, n_weights;    // elements of the matrices (they have weight decay), of the array; with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
+    size_t parameters;              // without padding
+    size_t matmul_parameters;       // those that a token is multiplied with, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -5992,48 +5967,47 @@ static model_tensors tensors_of(const slam_config *c) {
 #undef MODEL
 #undef LAYER
     enum { ROWS = sizeof table / sizeof *table };
+    const size_t padded = padded_vocabulary(c) * C;
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int i = 0, l = 0; i < ROWS; i++) {
-        const model_tensor *r = &table[i];
-        size_t *at = &end[r->kind != MATRIX];
-        if (i == 0 || r->param != r[-1].param || r->layer != r[-1].layer) *at = round_up(*at, 256);
-        if (r->cols) {
+    for (int l = 0; l < c->L; l++)
+        for (const model_tensor *row = table; row < table + ROWS; row++) {
+            const int outside = row->layer < 0; // before the first layer, or after the last
+            size_t *at = &end[row->kind != MATRIX];
+            if (row->cols == 0 || (outside && l != (row == table ? 0 : c->L - 1))) continue;
+            if (row == table || row->param != row[-1].param || row->layer != row[-1].layer) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
-            *t = *r;
-            snprintf(t->name, sizeof t->name, r->name, l);
-            t->layer += r->layer < 0 ? 0 : l;
-            t->at = *at;
-            *at += r->rows == V && r->layer < 0 ? padded_vocabulary(c) * C : tensor_size(t);
+            *t = *row;
+            snprintf(t->name, sizeof t->name, row->name, l);
+            t->layer = outside ? -1 : l;
+            t->offset = *at;
+            *at += outside && t->rows ? padded : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (r->kind == MATRIX && r->layer == 0) m.products += tensor_size(t);
+            if (!outside && t->rows) m.matmul_parameters += tensor_size(t);
         }
-        if (r->layer < 0 && l == 0) m.first_layer = round_up(end[0], 256);
-        if (r->layer == 0 && r[1].layer < 0) {
-            m.layers_end = round_up(end[0], 256);
-            if (++l < c->L) i = 0; // i++ makes it 1, the first row of a layer
-        }
-    }
-    m.products += V * C; // the head; looking up the embedding is no product
-    m.n_matrices = round_up(end[0], 256);
-    m.n_weights = m.n_matrices + round_up(end[1], 256);
-    for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
+    m.matmul_parameters += V * C; // of the head; looking up the embedding is no product
+    m.n_decayed = round_up(end[0], 256);
+    m.n_weights = m.n_decayed + round_up(end[1], 256);
+    m.first_layer = round_up(padded, 256);
+    m.layers_end = m.n_decayed - (c->tied ? 0 : m.first_layer);
+    for (size_t i = 0; i < m.n; i++) m.list[i].offset += m.list[i].kind == MATRIX ? 0 : m.n_decayed;
     return m;
 }
 
-size_t slam_config_parameters(const slam_config *c) {
-    const model_tensors m = tensors_of(c);
+/* Without the list. */
+static model_tensors tensors_count(const slam_config *c) {
+    model_tensors m = tensors_of(c);
     free(m.list);
-    return m.parameters;
+    m.list = NULL;
+    return m;
 }
 
-/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
-   that. */
+size_t slam_config_parameters(const slam_config *c) { return tensors_count(c).parameters; }
+
+/* Forward: 2 per matmul parameter, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice that. */
 double slam_config_flops(const slam_config *c, int T) {
-    const model_tensors m = tensors_of(c);
-    free(m.list);
-    return 6.0 * (double)m.products + 6.0 * c->L * T * c->NH * c->HS;
+    return 6.0 * (double)tensors_count(c).matmul_parameters + 6.0 * c->L * T * c->NH * c->HS;
 }
 
 /* ---- activations ---- */
@@ -6048,8 +6022,8 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *D; // D: of attention_backward
-    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
+    float *head_rstd, *losses, *rope, *loss_weights, *D;                         // D: of attention_backward
+    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths; // the last two are of the decoder
 } model_acts;
 
 typedef struct model_layer {
@@ -6069,7 +6043,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* Takes `bytes` from the arena, of which *end are taken already. */
+/* The next `bytes` of the arena, behind the first *end, which are in use. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -6085,7 +6059,6 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
 #define FLOATS(n) (float *)take(k->arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(k->arena, &end, (n) * sizeof(int))
     for (int l = 0; l < c->L; l++) {
         layer_acts *a = &k->layers[l].a;
         *a = k->layers[0].a;
@@ -6113,13 +6086,8 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->head_rstd = FLOATS(N);
     a->losses = FLOATS(N);
     a->logits = ACTS(k->head_rows * P);
-    a->tokens = INTS(N);
-    a->targets = INTS(N);
-    a->doc_start = INTS(N);
-    a->mask_start = INTS(N);
-    a->mask_end = INTS(N);
-    a->slots = INTS(N); // of the decoder
-    a->lengths = INTS(N);
+    int **ints[] = {&a->tokens, &a->targets, &a->doc_start, &a->mask_start, &a->mask_end, &a->slots, &a->lengths};
+    for (int i = 0; i < 7; i++) *ints[i] = (int *)take(k->arena, &end, N * sizeof(int));
     a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
@@ -6131,13 +6099,11 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     }
 #undef ACTS
 #undef FLOATS
-#undef INTS
     return end;
 }
 
 slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T, int mode, int shards) {
-    const model_tensors t = tensors_of(c);
-    const double n = (double)t.n_weights;
+    const double n = (double)tensors_count(c).n_weights;
     const int train = mode != SLAM_INFERENCE;
     slam_memory m;
     slam_layout k = ZERO;
@@ -6149,7 +6115,6 @@ slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T
     m.logits = (double)k.head_rows * padded_vocabulary(c) * act_bytes;
     m.activations = activations - m.logits;
     m.total = m.weights + m.grads + m.optimiser + activations;
-    free(t.list);
     free(k.layers);
     return m;
 }
@@ -6166,8 +6131,8 @@ static void params_place(slam_model *m) {
     for (size_t i = k->tensors.n; i-- > 0;) { // backwards: a param begins at its first tensor
         const model_tensor *t = &k->tensors.list[i];
         param *p = (param *)((t->layer < 0 ? (char *)&k->w : (char *)&k->layers[t->layer].w) + t->param);
-        p->data = act_at(m->ops, m->weights, t->at);
-        p->grad = m->grads ? m->grads + t->at : NULL;
+        p->data = act_at(m->ops, m->weights, t->offset);
+        p->grad = m->grads ? m->grads + t->offset : NULL;
     }
     if (m->config.tied) k->w.head = k->w.embed;
 }
@@ -6185,15 +6150,15 @@ void slam_model_free(slam_model *m) {
     free(m);
 }
 
-/* A model whose weights are all zero. */
-static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
+/* Its weights are zero. */
+static slam_model *model_alloc(slam_ops *ops, const slam_config *c) {
     slam_model *m = NEW(slam_model, 1);
     m->ops = ops;
     m->config = *c;
     m->layout = NEW(slam_layout, 1);
     m->layout->layers = NEW(model_layer, c->L);
     m->layout->tensors = tensors_of(c);
-    m->n_matrices = m->layout->tensors.n_matrices;
+    m->n_decayed = m->layout->tensors.n_decayed;
     m->n_weights = m->layout->tensors.n_weights;
     m->weights = (slam_act *)ops->alloc(ops, m->n_weights * ops->act_bytes);
     m->master = ops->act_bytes == 4 ? (float *)m->weights : (float *)ops->alloc(ops, m->n_weights * sizeof(float));
@@ -6206,24 +6171,27 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* The weights (n_weights) to the host; if the float weights are sharded, the rounded ones, as floats. */
-static int weights_download(slam_model *m, float *host) {
-    slam_ops *ops = m->ops;
-    float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->n_weights * sizeof *rounded);
-    if (!m->master && !rounded) return 0;
-    if (rounded) ops->to_float(ops, rounded, m->weights, m->n_weights);
-    ops->download(ops, host, m->master ? m->master : rounded, m->n_weights * sizeof *host);
-    ops->release(ops, rounded);
-    return ops->finish(ops);
+/* The weights (n_weights) on the host; free() them. NULL on failure. */
+static float *weights_download(slam_model *m) {
+    if (!m->master) {
+        set_error("the float weights are sharded over the ranks: slam_checkpoint_save collects them");
+        return NULL;
+    }
+    float *host = NEW(float, m->n_weights);
+    m->ops->download(m->ops, host, m->master, m->n_weights * sizeof *host);
+    if (m->ops->finish(m->ops)) return host;
+    free(host);
+    return NULL;
 }
 
-static void weights_changed(slam_model *m) {
+/* Converts the float weights to those that the ops read. */
+static void weights_to_act(slam_model *m) {
     if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->n_weights);
 }
 
-/* Each row has a random stream of its own (seed, tensor, row), so that the number of threads does not matter. */
+/* Each row has its own random stream, so the result does not depend on the number of threads. */
 slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t seed) {
-    slam_model *m = model_empty(ops, config);
+    slam_model *m = model_alloc(ops, config);
     for (size_t k = 0; m && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         float *host = NEW(float, tensor_size(t));
@@ -6235,78 +6203,70 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
             for (size_t c = 0; c < t->cols; c++)
                 host[i * t->cols + c] = (float)(config->init_std * rng_normal(&stream));
         }
-        ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
         free(host);
     }
-    if (m) weights_changed(m);
+    if (m) weights_to_act(m);
     return m;
 }
 
 int slam_model_hash(slam_model *m, uint64_t *hash) {
     strbuf config = ZERO;
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host);
+    float *host = weights_download(m);
+    if (!host) return 0;
     config_write(&config, &m->config, "");
     *hash = hash_bytes(hash_bytes(HASH_START, config.at, config.n), host, m->n_weights * sizeof *host);
     strbuf_free(&config);
     free(host);
-    return ok;
+    return 1;
 }
 
 /* ---- files ---- */
 
-/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
-static int rope_check(const slam_config *c, const tensor *t) {
-    float x[2048]; // head_dim is at most 4096
-    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
-    for (int i = 0; i < c->HS / 2; i++) {
-        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
-        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
-            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
-                             c->rope_theta);
-    }
-    return 1;
+/* Tensor NAME SUFFIX of a file; NULL if it is missing or its shape is not t's. twist: the vocabulary may be larger. */
+static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
+    char name[100];
+    snprintf(name, sizeof name, "%s%s", t->name, suffix);
+    const tensor *found = tensors_find(file, name);
+    if (!found)
+        set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
+                  file->n ? file->at[0].name : "none");
+    if (!found) return NULL;
+    const size_t rows = t->rows ? t->rows : t->cols;
+    const int larger = twist && t->layer < 0 && t->rows && found->rank == 2 && found->shape[0] > rows;
+    return tensor_has_shape(found, t->rows ? 2 : 1, larger ? found->shape[0] : rows, t->cols) ? found : NULL;
 }
 
-/* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
-   allocated. twist: the file's vocabulary may have more rows. */
-static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
+/* Its first n numbers, all of them finite; free() them. NULL on failure, and of NULL. */
+static float *weights_read(const tensor *t, size_t n) {
+    if (!t) return NULL;
+    float *x = NEW(float, n);
+    int ok = tensor_floats(t, x, 0, n);
+    for (size_t i = 0; ok && i < n; i++)
+        if (!isfinite(x[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, t->name);
+    if (ok) return x;
+    free(x);
+    return NULL;
+}
+
+/* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
+static int weights_check(const slam_config *c, const tensors *file, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < list.n; k++) {
-        const model_tensor *t = &list.list[k];
-        const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        const tensor *f = tensors_find(file, name);
-        const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
-        ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
-               : set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
-                           file->n ? file->at[0].name : "none");
-        if (!ok || !m) continue;
-        float *host = NEW(float, n);
-        ok = tensor_floats(f, host, 0, n);
-        for (size_t i = 0; ok && i < n; i++)
-            if (!isfinite(host[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", f->file, f->name);
-        if (ok) m->ops->upload(m->ops, m->master + t->at, host, n * sizeof *host);
-        free(host);
-    }
-    for (size_t k = 0; ok && k < file->n; k++) {
-        const tensor *f = &file->at[k];
-        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
+    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, &list.list[k], "", twist) != NULL;
+    for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, name)) i++;
-        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
-        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
-            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        while (i < list.n && strcmp(list.list[i].name, t->name)) i++;
+        const int copy = c->tied && !strcmp(t->name, "lm_head.weight");           // of the embedding
+        if (i == list.n && !copy && !string_ends(t->name, "rotary_emb.inv_freq")) // Transformers ignores those, too
+            ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
-    if (ok && m) weights_changed(m);
     return ok;
 }
 
-/* V 0: the whole vocabulary, else its first V rows. */
-static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
+/* V 0: keeps the whole vocabulary. */
+slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
     const slam_path path = path_join(folder, "config.json");
@@ -6314,27 +6274,54 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
-    const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
-    const tensor *embed = tensors_find(file, *prefix ? "lm.model.embed_tokens.weight" : "model.embed_tokens.weight");
-    const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
+    const int slamkit = tensors_find(file, "lm.model.embed_tokens.weight") != NULL;
+    for (tensor *t = file->at; slamkit && t < file->at + file->n; t++)
+        if (!strncmp(t->name, "lm.", 3)) t->name += 3;
+        else ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
+    const tensor *embed = tensors_find(file, "model.embed_tokens.weight"), *head = tensors_find(file, "lm_head.weight");
     if (c.tied && embed && head) // Transformers 5 unties a stored head that differs
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
-    ok = m && weights_read(m, &c, file, prefix, V != 0);
-    if (!ok) slam_model_free(m);
+    if (ok && weights_check(&c, file, V != 0)) m = model_alloc(ops, &c);
+    ok = m != NULL;
+    for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
+        const model_tensor *t = &m->layout->tensors.list[k];
+        float *host = weights_read(weights_find(file, t, "", V != 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
+        free(host);
+    }
     tensors_close(file);
-    return ok ? m : NULL;
+    if (ok) weights_to_act(m);
+    if (ok) return m;
+    slam_model_free(m);
+    return NULL;
 }
 
-slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
-slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
+slam_model *slam_model_load(slam_ops *ops, const char *folder) { return slam_model_twist(ops, folder, 0); }
 
-static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const size_t first = t->rows ? t->rows : t->cols;
-    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
-    return out;
+/* Writes n arrays of weights or moments x (n,n_weights): for each tensor PREFIX NAME SUFFIX of each array. */
+static int weights_write(const char *path, const model_tensors *list, const char *prefix, const char *const *suffixes,
+                         size_t n, const float *x, const char *const *metadata) {
+    tensor *out = NEW(tensor, n * list->n);
+    slam_strings names = ZERO;
+    for (size_t k = 0; k < n * list->n; k++) {
+        const model_tensor *t = &list->list[k / n];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffixes[k % n]);
+        slam_strings_add(&names, name);
+        out[k].name = names.at[k];
+        out[k].rank = t->rows ? 2 : 1;
+        out[k].shape[0] = t->rows ? t->rows : t->cols;
+        out[k].shape[1] = t->cols;
+        out[k].data = x + k % n * list->n_weights + t->offset;
+        out[k].count = tensor_size(t);
+    }
+    const int ok = tensors_write(path, out, n * list->n, metadata);
+    slam_strings_free(&names);
+    free(out);
+    return ok;
 }
 
 /* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
@@ -6342,10 +6329,9 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
-    const size_t n = m->layout->tensors.n;
+    static const char *const suffix = "";
     static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
-    slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
     if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
@@ -6357,26 +6343,17 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, n);
-    for (size_t k = 0; k < n; k++) {
-        const model_tensor *t = &m->layout->tensors.list[k];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", slamkit ? "lm." : "", t->name);
-        slam_strings_add(&names, name);
-        out[k] = tensor_to_write(t, names.at[k], host);
-    }
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
-                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
-    free(out);
-    slam_strings_free(&names);
+                   weights_write(path_join(folder, "model.safetensors").at, &m->layout->tensors, slamkit ? "lm." : "",
+                                 &suffix, 1, host, NULL);
     strbuf_free(&config);
     return ok;
 }
 
 int slam_model_save(slam_model *m, const char *folder, int format) {
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host) && model_write(m, host, folder, format);
+    float *host = weights_download(m);
+    const int ok = host && model_write(m, host, folder, format);
     free(host);
     return ok;
 }
@@ -6516,21 +6493,27 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     ops->matmul_forward(ops, delta, a->swiglu, w->down.data, NULL, N, F, C);
 }
 
-/* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
+/* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
 static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
     const model_layer *layers = m->layout->layers;
-    const int C = m->config.C, L = m->config.L;
+    const int C = m->config.C;
     slam_act *x = layers[0].a.x;
     ops->embedding_forward(ops, x, a->tokens, w->embed.data, N, C);
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < m->config.L; l++) {
         layer_forward(m, l, x, l ? a->delta : NULL, N, mask, decoder);
         x = layers[l].a.x_mid;
     }
     ops->rmsnorm_forward(ops, a->x_end, a->head_in, a->head_rstd, x, a->delta, w->norm.data, (float)m->config.eps, N, 1,
                          C, C);
+}
+
+static int forward_batch(slam_model *m, const slam_batch *b, int targets, const struct slam_decoder_state *decoder) {
+    if (!batch_upload(m, b, targets)) return 0;
+    forward(m, b->B * b->T, &m->layout->mask, decoder);
+    return 1;
 }
 
 /* The first n rows of logits, (n,P) on the device, as (n,V) on the host. */
@@ -6547,9 +6530,9 @@ static void logits_download(slam_model *m, float *logits, int n) {
     free(host);
 }
 
-/* Losses from head_in, head_rows rows of logits at a time. scale not 0: also the gradients of scale * sum_i weights_i
-   losses_i (weights (N), NULL: 1), of the head and, in dnorm, of head_in. With logits (N,V) on the host: only copies
-   the logits there. */
+/* The head, over head_rows rows of head_in at a time. Computes logits (N,V) on the host, or if that is NULL the losses
+   and, unless scale is 0, the gradients of scale * sum_i weights_i loss_i: that of head_in, in dnorm, and adds that of
+   the head's weight. weights (N), NULL: 1. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6607,7 +6590,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
 }
 
-/* From dnorm, the gradient of head_in, to the gradients of all weights; the head's are there already. */
+/* From dnorm, the gradient of head_in, to the gradients of all weights but the head's. */
 static void backward(slam_model *m) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6629,17 +6612,15 @@ static void backward(slam_model *m) {
 /* ---- passes over a batch ---- */
 
 int slam_forward(slam_model *m, slam_batch *b) {
-    slam_ops *ops = m->ops;
     const int N = b->B * b->T;
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, 0, NULL, NULL);
-    ops->download(ops, b->losses, m->layout->a.losses, N * sizeof(float));
+    m->ops->download(m->ops, b->losses, m->layout->a.losses, N * sizeof(float));
     m->layout->valid = m->mode != SLAM_INFERENCE;
-    return ops->finish(ops);
+    return m->ops->finish(m->ops);
 }
 
-/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
+/* Computes the logits again: slam_forward keeps head_rows rows of them only. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6658,8 +6639,7 @@ int slam_backward(slam_model *m, const float *weights, double loss) {
 int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
     const int N = b->B * b->T;
     if (!m->grads || m->mode == SLAM_INFERENCE) return set_error("the model is not planned for training");
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, scale, NULL, NULL);
     m->ops->sum(m->ops, m->stats, m->layout->a.losses, N);
     backward(m);
@@ -6667,18 +6647,17 @@ int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
 }
 
 int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
-    if (!batch_upload(m, b, 0)) return 0;
-    forward(m, b->B * b->T, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 0, NULL)) return 0;
     head(m, b->B * b->T, 0, NULL, logits);
     return m->ops->finish(m->ops);
 }
 
 /* ---- decoding ----
-   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
-   needs no logits. */
+   The step that predicts the next token stores the last one's keys and values in the cache (again, after a prefill). So
+   a prefill needs no logits. */
 
-/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
-   the same order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
+   order that does not depend on the longest sequence. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6719,58 +6698,47 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
 
 int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *const *tokens, const int *lengths) {
     slam_model *m = d->model;
-    slam_ops *ops = m->ops;
-    slam_batch *b = &d->state->batch;
+    struct slam_decoder_state *s = d->state;
+    slam_batch *b = &s->batch;
     int longest = 1;
     for (int i = 0; i < n; i++) {
-        if (slots[i] < 0 || slots[i] >= d->slots)
-            return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
-        if (lengths[i] < 1 || lengths[i] > d->T)
-            return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        if (tokens[i][lengths[i] - 1] < 0 || tokens[i][lengths[i] - 1] >= m->config.V) // prefill checks the others
-            return set_error("token %d at the end, expected 0 to %d", tokens[i][lengths[i] - 1], m->config.V - 1);
-        d->length[slots[i]] = lengths[i];
-        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+        if (slots[i] < 0 || slots[i] >= d->slots || lengths[i] < 1 || lengths[i] > d->T)
+            return set_error("a sequence of %d tokens for slot %d, expected 1 to %d tokens and slots 0 to %d",
+                             lengths[i], slots[i], d->T, d->slots - 1);
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
-    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->capacity / T : n;
-    d->state->prefill = 1;
-    for (int first = 0; T && first < n; first += rows) {
-        int *cached = NEW(int, rows); // tokens of a row in the cache: all but the last, then comes padding
+    const int T = (int)round_up(longest, PREFILL_TILE), rows = b->capacity * s->capacity / T;
+    s->prefill = 1;
+    for (int first = 0; first < n; first += rows) {
         b->B = n - first < rows ? n - first : rows;
         b->T = T;
-        for (int i = 0; i < b->B * T; i++) {
-            const int k = first + i / T, t = i % T, in = t < lengths[k] - 1;
+        for (int i = 0; i < b->B * T; i++) { // padding follows each sequence
+            const int k = first + i / T, t = i % T, in = t < lengths[k];
             b->tokens[i] = in ? tokens[k][t] : 0;
             b->doc_start[i] = in ? 0 : t;
-            cached[i / T] += in;
         }
-        const int ok = batch_upload(m, b, 0);
-        ops->upload(ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
-        ops->upload(ops, m->layout->a.lengths, cached, b->B * sizeof(int));
-        free(cached);
-        if (!ok) return 0;
-        forward(m, b->B * T, &m->layout->mask, d->state);
+        m->ops->upload(m->ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
+        m->ops->upload(m->ops, m->layout->a.lengths, lengths + first, b->B * sizeof(int));
+        if (!forward_batch(m, b, 0, s)) return 0;
     }
-    return ops->finish(ops);
+    for (int i = 0; i < n; i++) {
+        d->length[slots[i]] = lengths[i];
+        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+    }
+    return m->ops->finish(m->ops);
 }
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const model_acts *a = &m->layout->a;
-    int n = 0; // rows up to the last sequence; free slots among them compute token 0
-    for (int i = 0; i < d->slots; i++) {
-        if (d->length[i] > d->T)
-            return set_error("the sequence in slot %d has %d tokens, expected at most %d", i, d->length[i], d->T);
-        if (d->length[i]) n = i + 1;
-    }
+    int n = d->slots; // without the free slots at the end; others compute token 0
+    while (n && !d->length[n - 1]) n--;
     if (!decoder_plan(d)) return 0;
     if (n == 0) return 1;
     int *cached = NEW(int, n);
     for (int i = 0; i < n; i++) cached[i] = d->length[i] ? d->length[i] - 1 : 0;
-    m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
-    m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.lengths, cached, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.tokens, d->last, n * sizeof(int));
     free(cached);
     const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
@@ -6780,73 +6748,77 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     return m->ops->finish(m->ops);
 }
 
-void slam_decoder_append(slam_decoder *d, int slot, int token) {
+int slam_decoder_append(slam_decoder *d, int slot, int token) {
+    const int V = d->model->config.V;
+    if (slot < 0 || slot >= d->slots || token >= V)
+        return set_error("token %d for slot %d, expected below %d and slots 0 to %d", token, slot, V, d->slots - 1);
+    if (token >= 0 && d->length[slot] == d->T)
+        return set_error("the sequence in slot %d has %d tokens, the most that it can have", slot, d->T);
     d->last[slot] = token < 0 ? 0 : token;
     d->length[slot] = token < 0 ? 0 : d->length[slot] + 1;
+    return 1;
 }
 
 /* ---- sampling ----
    In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
-   ranking of the logits, so that top-k and top-p together are one threshold. */
+   ranking of the tokens, so top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
-    if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
-        return set_error("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
-    if (s->top_k < 0) return set_error("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
-    if (!(s->top_p >= 0 && s->top_p <= 1)) return set_error("top-p of %g, expected 0 to 1", s->top_p);
-    return (s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
-           set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
+    return (s->temperature >= 0 && s->temperature < HUGE_VAL && s->top_k >= 0 && s->top_p >= 0 && s->top_p <= 1 &&
+            s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
+           set_error("a temperature of %g, top-k of %d, top-p of %g, repetition penalty of %g, expected >= 0, >= 0, "
+                     "0 to 1, > 0",
+                     s->temperature, s->top_k, s->top_p, s->repetition_penalty);
 }
 
 static int compare_larger_first(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
+    const double x = *(const double *)a, y = *(const double *)b;
     return (x < y) - (x > y);
 }
 
-/* The smallest of n logits that is kept. */
-static float sampling_threshold(const float *logits, int n, const slam_sampling *s) {
+/* The smallest of n probabilities, which need not be normalised, that top-k and top-p keep. */
+static double sampling_threshold(const double *p, int n, const slam_sampling *s) {
     int kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
-    double total = 0, sum = 0;
-    float *z = NEW(float, n);
-    memcpy(z, logits, n * sizeof *z);
-    qsort(z, n, sizeof *z, compare_larger_first);
-    while (kept < n && z[kept] == z[kept - 1]) kept++;
-    for (int i = 0; i < kept; i++) total += exp((double)(z[i] - z[0]) / s->temperature);
-    for (int i = 0; s->top_p < 1 && i < kept; i++) {
-        sum += exp((double)(z[i] - z[0]) / s->temperature);
-        if (sum >= s->top_p * total) kept = i + 1;
-    }
-    const float threshold = z[kept - 1];
-    free(z);
+    double total = 0, sum = 0, *sorted = NEW(double, n);
+    memcpy(sorted, p, n * sizeof *p);
+    qsort(sorted, n, sizeof *sorted, compare_larger_first);
+    while (kept < n && sorted[kept] == sorted[kept - 1]) kept++;
+    for (int i = 0; i < kept; i++) total += sorted[i];
+    for (int i = 0; s->top_p < 1 && i < kept; i++)
+        if ((sum += sorted[i]) >= s->top_p * total) kept = i + 1;
+    const double threshold = sorted[kept - 1];
+    free(sorted);
     return threshold;
 }
 
 int slam_sample(float *logits, int V, const unsigned char *seen, const slam_sampling *s, double uniform) {
     const float penalty = (float)s->repetition_penalty;
-    double total = 0, sum = 0;
-    int best = 1;
+    double total = 0, sum = 0, threshold = 0;
+    int drawn = 1;
     if (!sampling_check(s)) return -1;
     for (int v = 1; v < V; v++) {
         float *z = &logits[v];
         if (isnan(*z)) *z = -HUGE_VALF;
         if (seen && seen[v]) *z = *z < 0 ? *z * penalty : *z / penalty;
-        if (*z > logits[best]) best = v;
+        if (*z > logits[drawn]) drawn = v;
     }
-    if (s->temperature == 0) return best;
-    const float threshold = s->top_k > 0 || s->top_p < 1 ? sampling_threshold(logits + 1, V - 1, s) : -HUGE_VALF;
-    const float max = logits[best];
-    for (int v = 1; v < V; v++) total += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-    for (int v = 1; v < V; v++) {
-        sum += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-        if (sum > uniform * total) return v;
+    if (s->temperature == 0) return drawn;
+    double *p = NEW(double, V); // not normalised
+    for (int v = 1; v < V; v++) p[v] = exp((double)(logits[v] - logits[drawn]) / s->temperature);
+    if (s->top_k > 0 || s->top_p < 1) threshold = sampling_threshold(p + 1, V - 1, s);
+    for (int v = 1; v < V; v++) total += p[v] >= threshold ? p[v] : 0;
+    for (int v = 1; v < V && sum <= uniform * total; v++) {
+        sum += p[v] >= threshold ? p[v] : 0;
+        if (sum > uniform * total) drawn = v;
     }
-    return best;
+    free(p);
+    return drawn;
 }
 
 /* ==========================================================================================
    SECTION 8. OPTIMISER  AdamW, schedules, gradient clipping, ZeRO-1
-   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by
-   bucket, and each updates its part of every bucket.
+   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by bucket, and each updates its
+   part of every bucket.
    ========================================================================================== */
 
 /* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ... of
@@ -6865,45 +6837,41 @@ double slam_learning_rate(const slam_schedule *s, long step) {
 /* ---- buckets ----
    Ranges of the array of weights, in the order in which the backward pass completes their gradients: an untied head,
    the layers from last to first, the embedding, then norms and biases. A bucket is as many layers as make a message
-   worth sending, or a part of something large. A single process has one bucket of everything. */
+   worth sending, or a part of something large. */
 
 enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; PyTorch takes 25 MB
 
 typedef struct bucket {
     size_t first, n;         // in the array of weights
     int after;               // its gradients are complete after this layer (as grads_ready counts)
-    size_t part, part_n;     // the part that this rank reduces,
-    size_t update, update_n; // that it updates (the same with ZeRO-1, else all),
-    size_t at;               // and where their moments are
+    size_t part, part_n;     // the range that this rank reduces
+    size_t update, update_n; // the range that it updates: the same with ZeRO-1, else all
+    size_t state;            // where the moments and the float weights of that range begin in m, v and master
 } bucket;
 
 typedef struct slam_buckets {
     bucket *list;
     size_t n, capacity;
-    size_t reduced;  // buckets whose reduction was started since the last update
-    int failed;      // one of these failed
+    size_t reduced;  // buckets whose reduction has begun since the last update
+    int failed;      // the reduction of one has failed
     int sharded;     // ZeRO-1
-    size_t moments;  // numbers of m and v
-    size_t largest;  // numbers of the largest bucket
+    size_t moments;  // numbers of m, of v
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
 static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
-    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1,
-                 each = n ? round_up((n + parts - 1) / parts, 256) : 0;
-    for (size_t i = 0; i < n; i += each) {
-        bucket k = ZERO;
-        k.first = first + i;
-        k.n = n - i < each ? n - i : each;
-        k.after = after;
-        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
-        k.part = k.first + part.first;
-        k.part_n = part.end - part.first;
-        k.update = b->sharded ? k.part : k.first;
-        k.update_n = b->sharded ? k.part_n : k.n;
-        k.at = b->sharded ? b->moments : k.first;
+    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1;
+    const size_t each = n ? round_up((n + parts - 1) / parts, 256) : 0;
+    for (size_t end = first + n; first < end; first += each) {
+        const size_t size = end - first < each ? end - first : each;
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, size);
+        bucket k = {first, size, after, first + part.first, part.end - part.first, first, size, first};
+        if (b->sharded) {
+            k.update = k.part;
+            k.update_n = k.part_n;
+            k.state = b->moments;
+        }
         b->moments += k.update_n;
-        if (k.n > b->largest) b->largest = k.n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
         b->list[b->n++] = k;
     }
@@ -6913,18 +6881,14 @@ static void buckets_plan(slam_buckets *b, const slam_model *m) {
     const model_tensors *t = &m->layout->tensors;
     const int L = m->config.L;
     const size_t layer = (t->layers_end - t->first_layer) / L;
-    if (!b->comm) {
-        bucket_add(b, 0, m->n_weights, -1);
-        return;
-    }
-    bucket_add(b, t->layers_end, m->n_matrices - t->layers_end, L);
+    bucket_add(b, t->layers_end, m->n_decayed - t->layers_end, L);
     for (int end = L, l = L - 1; l >= 0; l--) {
         if (l && (end - l) * layer < BUCKET_MIN) continue;
         bucket_add(b, t->first_layer + l * layer, (end - l) * layer, l);
         end = l;
     }
     bucket_add(b, 0, t->first_layer, -1);
-    bucket_add(b, m->n_matrices, m->n_weights - m->n_matrices, -1);
+    bucket_add(b, m->n_decayed, m->n_weights - m->n_decayed, -1);
 }
 
 /* ---- state ---- */
@@ -6940,56 +6904,43 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
-/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m, o->v or o->master, as far as this rank
-   keeps them. */
-static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+/* Copies weights or moments first .. first + n - 1 to o->m, o->v or o->master, as far as this rank keeps them. */
+static void adamw_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
-        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
-        const size_t end = kept_end < first + n ? kept_end : first + n;
-        if (from < end)
-            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
+        const size_t begin = k->update > first ? k->update : first;
+        const size_t end = k->update + k->update_n < first + n ? k->update + k->update_n : first + n;
+        if (begin < end)
+            ops->upload(ops, to + k->state + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
     }
 }
 
-/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
-static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
-    slam_ops *ops = o->model->ops;
-    slam_buckets *b = o->buckets;
-    if (!b->sharded) {
-        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
-        return ops->finish(ops);
-    }
-    float *whole = (float *)ops->alloc(ops, b->largest * sizeof *whole);
-    int ok = slam_all_ok(b->comm, whole != NULL);
-    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
-        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
-        comm_wait(b->comm);
-        ok = ok && comm_finish(b->comm);
-        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
-    }
-    ops->release(ops, whole);
-    return ok && ops->finish(ops);
+/* Copies o->m, o->v or the float weights (o->master, or the model's if it has them) of all ranks to host (n_weights),
+   which is NULL on ranks other than 0. Between two steps: shards are gathered in the array of gradients. Collective. */
+static int adamw_download(slam_adamw *o, const float *from, float *host) {
+    slam_model *m = o->model;
+    const slam_buckets *b = o->buckets;
+    const int sharded = b->sharded && from != m->master;
+    int ok = 1;
+    for (const bucket *k = b->list; ok && sharded && k < b->list + b->n; k++)
+        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->state, k->n, sizeof *from);
+    comm_wait(b->comm);
+    ok = ok && comm_finish(b->comm);
+    if (ok && host) m->ops->download(m->ops, host, sharded ? m->grads : from, m->n_weights * sizeof *host);
+    if (sharded) m->ops->zero(m->ops, m->grads, m->n_weights * sizeof *m->grads);
+    return ok && m->ops->finish(m->ops);
 }
 
-/* The float weights, likewise. */
-static int master_download(slam_adamw *o, float *host) {
-    if (o->master) return adamw_state_download(o, o->master, host);
-    return !host || weights_download(o->model, host);
-}
-
-/* Keeps this rank's parts of the float weights and frees the model's. */
+/* Keeps this rank's shard of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    float *host = NEW(float, m->n_weights);
-    o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *o->master);
-    const int ok = o->master && weights_download(m, host);
-    if (ok) adamw_state_upload(o, o->master, host, 0, m->n_weights);
+    float *host = weights_download(m);
+    if (host) o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *host);
+    if (o->master) adamw_upload(o, o->master, host, 0, m->n_weights);
     free(host);
-    if (!ok) return 0;
     m->ops->release(m->ops, m->master);
     m->master = NULL;
-    return 1;
+    return o->master != NULL;
 }
 
 int slam_adamw_init(slam_adamw *o, slam_model *m) {
@@ -7001,7 +6952,8 @@ int slam_adamw_init(slam_adamw *o, slam_model *m) {
     o->updates = 0;
     o->m = o->v = o->master = NULL;
     buckets_plan(b, m);
-    int ok = m->master || set_error("the float weights of this model are sharded by another optimiser");
+    int ok = m->grads || set_error("the model is not planned for training");
+    ok = ok && (m->master || set_error("the float weights of this model are sharded by another optimiser"));
     ok = ok && comm_connect(b->comm) && (!b->sharded || ops->act_bytes == 4 || master_shard(o));
     if (ok) o->m = (float *)ops->alloc(ops, b->moments * sizeof(float));
     if (o->m) o->v = (float *)ops->alloc(ops, b->moments * sizeof(float));
@@ -7019,9 +6971,9 @@ void slam_adamw_reset(slam_adamw *o) {
 
 /* ---- a step ---- */
 
-/* Starts the reduction of the buckets that are complete after layer l. */
+/* grads_ready: begins the reduction of the buckets that are complete after layer l. */
 static void reduce_ready(void *context, int l) {
-    slam_adamw *o = (slam_adamw *)context;
+    const slam_adamw *o = (const slam_adamw *)context;
     slam_buckets *b = o->buckets;
     comm_progress(b->comm);
     for (; b->reduced < b->n && b->list[b->reduced].after >= l; b->reduced++) {
@@ -7036,47 +6988,40 @@ void slam_adamw_overlap(slam_adamw *o) {
     o->model->grads_context = o;
 }
 
-/* Updates weights first .. first + n - 1, whose moments are at `at`. Matrices decay, as in Hugging Face's Trainer. */
-static void adamw_range(slam_adamw *o, slam_adamw_params h, size_t first, size_t n, size_t at) {
-    slam_model *m = o->model;
-    if (first < m->n_matrices && first + n > m->n_matrices) { // some of both
-        const size_t matrices = m->n_matrices - first;
-        adamw_range(o, h, first, matrices, at);
-        adamw_range(o, h, m->n_matrices, n - matrices, at + matrices);
-        return;
-    }
-    if (first >= m->n_matrices) h.weight_decay = 0;
-    float *master = o->master ? o->master + at : m->master + first;
-    m->ops->adamw(m->ops, act_at(m->ops, m->weights, first), master, o->m + at, o->v + at, m->grads + first, m->stats,
-                  &h, n);
-}
-
 int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     slam_buckets *b = o->buckets;
     const bucket *end = b->list + b->n;
-    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
+    slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     double stats[2];
-    if (!m->grads) return set_error("the model is not planned for training");
-    reduce_ready(o, -1);
-    comm_wait(b->comm);
-    b->reduced = 0;
-    for (const bucket *k = b->list; k < end; k++)
-        if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
-    int ok = !b->failed && comm_all_reduce(b->comm, m->stats, 2);
-    for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
-        ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
-    comm_wait(b->comm);
+    int ok = 1;
+    if (b->comm) {
+        reduce_ready(o, -1);
+        comm_wait(b->comm);
+        b->reduced = 0;
+        for (const bucket *k = b->list; k < end; k++)
+            if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
+        if (b->failed || !comm_finish(b->comm)) return 0;
+        ops->download(ops, stats, m->stats, sizeof stats);
+        slam_comm_sum(b->comm, stats, 2);
+        ops->upload(ops, m->stats, stats, sizeof stats);
+        for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
+            ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
+        comm_wait(b->comm);
+    } else ops->sum_squares(ops, m->stats + 1, m->grads, m->n_weights);
     for (const bucket *k = b->list; ok && k < end; k++) {
-        slam_act *w = act_at(ops, m->weights, k->first), *part = act_at(ops, m->weights, k->part);
-        if (k->update_n) adamw_range(o, h, k->update, k->update_n, k->at);
-        if (b->sharded) ok = comm_gather_parts(b->comm, w, part, k->n, ops->act_bytes);
+        slam_act *w = act_at(ops, m->weights, k->update);
+        float *master = o->master ? o->master + k->state : m->master + k->update;
+        h.weight_decay = k->first < m->n_decayed ? o->weight_decay : 0; // as in Hugging Face's Trainer
+        if (k->update_n)
+            ops->adamw(ops, w, master, o->m + k->state, o->v + k->state, m->grads + k->update, m->stats, &h,
+                       k->update_n);
+        if (b->sharded) ok = comm_gather_parts(b->comm, act_at(ops, m->weights, k->first), w, k->n, ops->act_bytes);
     }
     comm_wait(b->comm);
-    if (!ok) return 0;
     ops->zero(ops, m->grads, m->n_weights * sizeof(float));
-    if (!comm_finish(b->comm)) return 0;
+    if (!ok || !comm_finish(b->comm)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -8476,8 +8421,8 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
    The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
    a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
    over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
-   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
-   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
+   of a product may depend on the other rows (batch_invariant 0), the shape of a batch depends on the length of one
+   recording alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
 enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
@@ -8634,7 +8579,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
-        if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
+        if (ops->batch_invariant) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
         hubert_place(h, &b, K > C ? K : C, h->net.arena);
@@ -9660,7 +9605,6 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
     strbuf s = ZERO; // for each file: its slam_units (pointers are ignored), unit (n), duration (n)
-    size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
         const slam_units none = ZERO, *u = item->error ? &none : &item->segments->units;
@@ -9671,15 +9615,17 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
-    for (slam_units *u = units; all && u < units + paths->n; u++) {
+    strbuf all = ZERO;
+    if (ok) all = comm_all_gather(comm, &s);
+    const char *at = all.at;
+    for (slam_units *u = units; ok && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
         u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
         u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
         at += sizeof *u + 2 * bytes;
     }
-    free(all);
+    strbuf_free(&all);
     strbuf_free(&s);
     return ok;
 }
@@ -11507,57 +11453,37 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
-    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
-    return name;
-}
+static const char *const moment_suffixes[] = {".m", ".v"};
 
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
-    const model_tensors *tensors = &opt->model->layout->tensors;
-    const size_t total = opt->model->n_weights, n = 2 * tensors->n;
-    float *host = is_root(comm) ? NEW(float, 2 * total) : NULL;
-    int ok = slam_all_ok(comm, adamw_state_download(opt, opt->m, host)) &&
-             slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
-    if (ok && host) {
-        slam_strings names = ZERO;
-        tensor *out = NEW(tensor, n);
-        char updates[32], name[96];
+    const size_t n = opt->model->n_weights;
+    float *m = is_root(comm) ? NEW(float, 2 * n) : NULL, *v = m ? m + n : NULL;
+    int ok = slam_all_ok(comm, adamw_download(opt, opt->m, m)) && slam_all_ok(comm, adamw_download(opt, opt->v, v));
+    if (ok && m) {
+        char updates[32];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
-        for (size_t k = 0; k < n; k++) {
-            const model_tensor *t = &tensors->list[k / 2];
-            slam_strings_add(&names, moment_name(t, k, name));
-            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
-        }
-        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
-        slam_strings_free(&names);
-        free(out);
+        ok = weights_write(path_join(folder, "optimizer.safetensors").at, &opt->model->layout->tensors, "",
+                           moment_suffixes, 2, m, metadata);
     }
-    free(host);
+    free(m);
     return ok;
 }
 
 /* Collective. `step`: that of trainer.json, the expected number of updates. */
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
-    const model_tensors *moments = &opt->model->layout->tensors;
+    const model_tensors *list = &opt->model->layout->tensors;
     const slam_path path = path_join(folder, "optimizer.safetensors");
-    char name[96];
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n)
-        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
-    for (size_t k = 0; ok && k < 2 * moments->n; k++) {
-        const model_tensor *t = &moments->list[k / 2];
-        const tensor *found = tensors_find(file, moment_name(t, k, name));
-        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path.at, name);
-        if (!ok) break;
-        float *host = NEW(float, found->count);
-        ok = tensor_floats(found, host, 0, found->count);
-        if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
+    for (size_t k = 0; ok && k < 2 * list->n; k++) {
+        const model_tensor *t = &list->list[k / 2];
+        float *host = weights_read(weights_find(file, t, moment_suffixes[k % 2], 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->offset, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
@@ -11579,22 +11505,17 @@ static slam_path checkpoint_path(const char *run, long step) {
     return path_join(run, name);
 }
 
-static int compare_steps(const void *a, const void *b) {
-    const long x = *(const long *)a, y = *(const long *)b;
-    return (x > y) - (x < y);
-}
-
 /* The steps of the checkpoints in ascending order; free() them. NULL on failure. */
-static long *checkpoint_steps(const char *run, size_t *n) {
+static uint64_t *checkpoint_steps(const char *run, size_t *n) {
     slam_strings list = ZERO;
-    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL;
+    uint64_t *steps = folder_list(run, &list) ? NEW(uint64_t, list.n + 1) : NULL;
     *n = 0;
     for (size_t i = 0; steps && i < list.n; i++) {
         const char *number = list.at[i] + strlen("step_");
         if (!strncmp(list.at[i], "step_", 5) && *number && !number[strspn(number, "0123456789")])
-            steps[(*n)++] = atol(number);
+            steps[(*n)++] = strtoull(number, NULL, 10);
     }
-    if (steps) qsort(steps, *n, sizeof *steps, compare_steps);
+    if (steps) qsort(steps, *n, sizeof *steps, compare_u64);
     slam_strings_free(&list);
     return steps;
 }
@@ -11602,8 +11523,8 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 /* *folder: the newest checkpoint; NULL: there is none. */
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
-    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
+    uint64_t *steps = checkpoint_steps(run, &n);
+    *folder = n ? string_copy(checkpoint_path(run, (long)steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
@@ -11630,11 +11551,13 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
    for a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
+    uint64_t *steps = checkpoint_steps(run, &n);
     const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
-        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        const long step = (long)steps[i];
+        if (step != best) ok = file_rename(checkpoint_path(run, step).at, part.at) && remove_tree(part.at);
+    }
     free(steps);
     return ok;
 }
@@ -11647,15 +11570,15 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
-             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host)) &&
+             slam_all_ok(comm, !root || model_write(model, host, part, format));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
                                      file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
-    ok = ok &&
-         slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    return ok;
+    return ok && slam_all_ok(
+                     comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
 }
 
 /* ---- runs/ ---- */
@@ -11675,15 +11598,11 @@ static char *run_newest(const char *program) {
         char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
-                    (checkpoint || program);
-        if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
-            const char *of = slam_trainer_setting(&t, "program", 0);
-            found = of && !strcmp(of, program);
-        }
-        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-        if (time > newest_time) {
+        if (stat(path_join(run.at, "log.jsonl").at, &s) != 0 || !checkpoint_find(run.at, &checkpoint)) continue;
+        if (program) slam_trainer_load(&t, checkpoint ? checkpoint : run.at); // empty on failure
+        const char *of = slam_trainer_setting(&t, "program", 0);
+        const double time = (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec;
+        if ((program ? of && !strcmp(of, program) : checkpoint != NULL) && time > newest_time) {
             newest = run;
             newest_time = time;
         }
