@@ -2799,10 +2799,10 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
                                  const slam_act *w_, const float *rstd, int N, int G, int C, int stride) {
     const float *w = (const float *)w_;
     const int parts = (N + NORM_GROUPS - 1) / NORM_GROUPS;
-    float *sums = cpu_scratch(ops, (size_t)parts * C);
+    float *sums = cpu_scratch(ops, (size_t)parts * 2 * C);
     PARALLEL_FOR
     for (int part = 0; part < parts; part++) {
-        float *sum = sums + (size_t)part * C;
+        float *sum = sums + (size_t)part * C, *copy = sums + (size_t)(parts + part) * C;
         const int first = part * NORM_GROUPS, end = min_int(first + NORM_GROUPS, N);
         memset(sum, 0, (size_t)C * sizeof(float));
         for (int i = first; i < end; i++)
@@ -2810,11 +2810,14 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
                 const float *dy = row(dy_, i, stride) + g * C, *s = row(s_, i, stride) + g * C;
                 float *ds = row(ds_, i, stride) + g * C;
                 const float r = rstd[(size_t)i * G + g], mean = dot3(dy, s, w, C) * r * r / (float)C;
-                const int adds = ds != dy;
+                if (ds == dy) {
+                    dy = (const float *)memcpy(copy, dy, (size_t)C * sizeof(float));
+                    memset(ds, 0, (size_t)C * sizeof(float));
+                }
                 VECTORISE
                 for (int c = 0; c < C; c++) {
                     sum[c] += dy[c] * r * s[c];
-                    ds[c] = (adds ? ds[c] : 0) + r * (w[c] * dy[c] - s[c] * mean);
+                    ds[c] += r * (w[c] * dy[c] - s[c] * mean);
                 }
             }
     }
