@@ -165,6 +165,26 @@ static void check_training(slam_model *m, fixture *f) {
     free(losses), free(norms), free(lrs), free(s);
 }
 
+/* Tokens after the first seven of the batch, one at a time. */
+static void check_greedy(slam_model *m, fixture *f) {
+    const tensor *t = need(f->file, "greedy");
+    const slam_sampling greedy = {0, 0, 1, 1};
+    const int slot = 0, length = 7, *at = f->batch.tokens;
+    float *logits = NEW(float, m->config.V);
+    slam_decoder *d = slam_decoder_new(m, 1, length + (int)t->count);
+    if (!CHECK(d && slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error())) return;
+    for (size_t i = 0; i < t->count; i++) {
+        int expected;
+        memcpy(&expected, (const char *)t->data + i * sizeof expected, sizeof expected);
+        CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
+        const int token = slam_sample(logits, m->config.V, NULL, &greedy, 0);
+        if (!CHECK(token == expected, "token %zu is %d, expected %d", i, token, expected)) break;
+        slam_decoder_append(d, 0, token);
+    }
+    free(logits);
+    slam_decoder_free(d);
+}
+
 /* twist: a text model cut to the units' vocabulary, 102 rows here. */
 static void test_fixture(slam_ops *ops, const char *folder, int twist) {
     fixture f;
@@ -176,6 +196,7 @@ static void test_fixture(slam_ops *ops, const char *folder, int twist) {
     snprintf(path, sizeof path, FIXTURES "%s/%s.safetensors", folder, twist ? "twist" : "case");
     if (!fixture_open(&f, path)) return;
     check_logits(m, &f, 2e-5);
+    if (tensors_find(f.file, "greedy")) check_greedy(m, &f);
     if (tensors_find(f.file, "loss")) check_training(m, &f);
     fixture_close(&f);
     slam_model_free(m);
@@ -193,7 +214,7 @@ static void test_fixtures(slam_ops *ops) {
             test_fixture(ops, list.at[i], twist);
             found++;
         }
-    CHECK(found >= 14, "%d fixtures, expected 14", found);
+    CHECK(found >= 24, "%d fixtures, expected 24", found);
     slam_strings_free(&list);
 }
 
