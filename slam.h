@@ -6011,6 +6011,8 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
         *config = *name_or_path == 't' ? tiny : slam;
         return 1;
     }
+    if (strstr(name_or_path, ".gguf/"))
+        return set_error("%s: GGUF files cannot be read, expected a folder of Hugging Face", name_or_path);
     json *root = json_load(name_or_path);
     const int ok = root && config_read(&c, root, name_or_path);
     if (ok) *config = c;

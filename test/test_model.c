@@ -345,7 +345,7 @@ static double sum_of_losses(slam_model *m, slam_batch *b) {
 
 static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     uint64_t seed = 6;
-    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s%s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F, c.V,
+    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s %s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F, c.V,
               c.tied ? " tied" : "", families[c.family].type, masked ? " masked spans" : ""))
         return;
     slam_model *m = slam_model_new(ops, &c, 3);
@@ -686,6 +686,7 @@ static void test_configs(void) {
         check_fails(slam_config_load(&c, check_path("no-such/config.json")), "no-such/config.json");
         check_fails(slam_config_load(&c, check_file("broken.json", "{\"vocab_size\": ", 15)), "broken.json");
         check_fails(slam_config_load(&c, check_file("list.json", "[1]", 3)), "list.json");
+        check_fails(slam_config_load(&c, "model-q4.gguf/config.json"), "GGUF");
     }
 }
 
