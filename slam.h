@@ -168,6 +168,7 @@ struct slam_ops {
     void (*release)(slam_ops *, void *p);
     void (*upload)(slam_ops *, void *to, const void *host, size_t bytes);     /* `host` may be reused at once */
     void (*download)(slam_ops *, void *host, const void *from, size_t bytes); /* waits for the work queued before */
+    void (*copy)(slam_ops *, void *to, const void *from, size_t bytes);       /* within the device's memory */
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
@@ -195,7 +196,7 @@ struct slam_ops {
        s, y, x, delta and their gradients hold N groups of G rows of C elements; groups begin `stride` elements apart.
        A matrix: G = 1, stride = C. QK-norm of query heads: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
        delta NULL: s is x, not written. y may be x. On entry ds holds the gradient that reaches s by other paths (0 if
-       none), on return that of x and delta. dy may not be ds. */
+       none), on return that of x and delta. dy may be ds: then no other path reaches s. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int G, int C, int stride);
     void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s,
@@ -323,15 +324,19 @@ int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the 
 long slam_comm_max(slam_comm *, long x);
 void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
 
-/* ---- 7. MODEL: Qwen2 and Llama-type transformers, forward and backward ---- */
+/* ---- 7. MODEL: transformers of the types of Llama and Qwen, forward and backward ---- */
 
+enum { SLAM_LLAMA, SLAM_QWEN2, SLAM_MISTRAL, SLAM_QWEN3, SLAM_OLMO2, SLAM_SMOLLM3 }; /* model_type of config.json */
 typedef struct slam_config {
     int V, C, L, NH, KVH, HS, F; /* vocabulary, channels, layers, heads, key/value heads, head size, MLP width */
     int T;                       /* max_position_embeddings */
-    int tied, qkv_bias;          /* lm_head is the embedding; q, k and v have biases (Qwen2) */
+    int tied, family;            /* lm_head is the embedding; SLAM_LLAMA, ...: biases and norms of a layer */
     double eps, init_std, rope_theta;
+    /* Rotary frequencies divided by rope_factor (0: none are): all, or with rope_high > 0 those of long waves (Llama 3) */
+    double rope_factor, rope_low, rope_high, rope_original;
+    uint64_t no_rope; /* bit l: layer l has no rotary positions */
 } slam_config;
-/* "tiny", "slam" (the shape of Qwen2.5-0.5B) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). */
+/* "tiny", "slam" (the shape of Qwen2.5-0.5B) or the path of a config.json (of Hugging Face or SlamKit). */
 int slam_config_load(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 double slam_config_flops(const slam_config *, int T); /* per token, forward and backward, causal attention over T */
@@ -2796,10 +2801,10 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
                                  const slam_act *w_, const float *rstd, int N, int G, int C, int stride) {
     const float *w = (const float *)w_;
     const int parts = (N + NORM_GROUPS - 1) / NORM_GROUPS;
-    float *sums = cpu_scratch(ops, (size_t)parts * C);
+    float *sums = cpu_scratch(ops, (size_t)parts * 2 * C);
     PARALLEL_FOR
     for (int part = 0; part < parts; part++) {
-        float *sum = sums + (size_t)part * C;
+        float *sum = sums + (size_t)part * C, *copy = sums + (size_t)(parts + part) * C;
         const int first = part * NORM_GROUPS, end = min_int(first + NORM_GROUPS, N);
         memset(sum, 0, (size_t)C * sizeof(float));
         for (int i = first; i < end; i++)
@@ -2807,6 +2812,10 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
                 const float *dy = row(dy_, i, stride) + g * C, *s = row(s_, i, stride) + g * C;
                 float *ds = row(ds_, i, stride) + g * C;
                 const float r = rstd[(size_t)i * G + g], mean = dot3(dy, s, w, C) * r * r / (float)C;
+                if (ds == dy) {
+                    dy = (const float *)memcpy(copy, dy, (size_t)C * sizeof(float));
+                    memset(ds, 0, (size_t)C * sizeof(float));
+                }
                 VECTORISE
                 for (int c = 0; c < C; c++) {
                     sum[c] += dy[c] * r * s[c];
@@ -2889,15 +2898,25 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* The rotary table (T,2 pairs): position t rotates pair c by the angle t theta^(-c / pairs). A row holds the cosines of
-   all pairs, then their sines; `rotate` reads it here, rotate_pairs in section 5. In the float arithmetic of
-   Transformers, so that the angles are the same. free() it. */
-static float *rope_table(int T, int pairs, double theta) {
+/* Position t rotates pair i by the angle t f_i, f_i = theta^(-i / pairs), or scaled (see slam_config). In the float
+   arithmetic of Transformers, so that the angles are the same. */
+static float rope_frequency(const slam_config *c, int i, int pairs) {
+    const float f = 1 / powf((float)c->rope_theta, (float)(2 * i) / (float)(2 * pairs)), factor = (float)c->rope_factor;
+    const float waves = (float)c->rope_original / (6.2831853f / f); // within the original context
+    const float low = (float)c->rope_low, high = (float)c->rope_high, share = (waves - low) / (high - low);
+    if (factor == 0 || (high > 0 && waves > high)) return f;
+    if (high == 0 || waves < low) return f / factor;
+    return (1 - share) * f / factor + share * f;
+}
+
+/* The rotary table (T,2 pairs). A row holds the cosines of all pairs, then their sines; `rotate` reads it here,
+   rotate_pairs in section 5. free() it. */
+static float *rope_table(int T, int pairs, const slam_config *c) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
-    for (int c = 0; c < pairs; c++) {
-        const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
+    for (int i = 0; i < pairs; i++) {
+        const float frequency = rope_frequency(c, i, pairs);
         for (int t = 0; t < T; t++) {
-            float *cosine = table + 2 * (size_t)t * pairs + c;
+            float *cosine = table + 2 * (size_t)t * pairs + i;
             cosine[0] = cosf((float)t * frequency);
             cosine[pairs] = sinf((float)t * frequency);
         }
@@ -3321,7 +3340,7 @@ slam_ops *slam_cpu(int threads) {
     ops->threads = threads;
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
     ops->batch_invariant = GEMM_IS_OURS;
-    ops->upload = cpu_copy;
+    ops->upload = ops->copy = cpu_copy;
     ops->download = cpu_copy;
 #define CPU_OP(name) ops->name = cpu_##name
     CPU_OP(alloc), CPU_OP(release), CPU_OP(zero), CPU_OP(finish), CPU_OP(close), CPU_OP(to_act), CPU_OP(to_float);
@@ -3555,6 +3574,10 @@ static void cuda_upload(slam_ops *ops, void *to, const void *host, size_t bytes)
     const cudaStream_t stream = cuda_of(ops)->stream;
     cuda_check(ops, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream), "upload");
     cuda_check(ops, cudaStreamSynchronize(stream), "upload"); // `host` may be reused now
+}
+
+static void cuda_copy(slam_ops *ops, void *to, const void *from, size_t bytes) {
+    cuda_check(ops, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_of(ops)->stream), "copy");
 }
 
 /* After a failure `host` holds zeros. */
@@ -4082,7 +4105,7 @@ rmsnorm_backward_kernel(T *ds, float *partial, const T *dy, const T *s, const T 
             stay_packed(&a[m]), stay_packed(&b[m]);
             for (int k = 0; k < P; k++) {
                 const float g = (float)W.at[k] * (float)a[m].at[k] - (float)b[m].at[k] * mean;
-                d[m].at[k] = (T)((float)d[m].at[k] + r * g);
+                d[m].at[k] = (T)((ds == dy ? 0 : (float)d[m].at[k]) + r * g);
             }
             packed<P>(ds + row + m * STEP) = d[m];
         }
@@ -5382,8 +5405,8 @@ static int cuda_open(cuda_ops *cuda) {
 template <typename T> static void cuda_fill_ops(slam_ops *ops) {
 #define CUDA_OP(name)  ops->name = cuda_##name
 #define TYPED_OP(name) ops->name = cuda_##name<T>
-    CUDA_OP(alloc), CUDA_OP(release), CUDA_OP(upload), CUDA_OP(download), CUDA_OP(zero), CUDA_OP(finish);
-    CUDA_OP(close), CUDA_OP(comm_begin), CUDA_OP(comm_end), CUDA_OP(comm_done);
+    CUDA_OP(alloc), CUDA_OP(release), CUDA_OP(upload), CUDA_OP(download), CUDA_OP(copy), CUDA_OP(zero);
+    CUDA_OP(finish), CUDA_OP(close), CUDA_OP(comm_begin), CUDA_OP(comm_end), CUDA_OP(comm_done);
     TYPED_OP(to_act), TYPED_OP(to_float), TYPED_OP(embedding_forward), TYPED_OP(embedding_backward);
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
@@ -5812,38 +5835,100 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: read from rope_scaling if it is not empty, else from rope_parameters; a
-   value there overrides the one at the top level. Only the rotation of whole heads without scaling is implemented. */
+/* What config.json leaves to the family, with the defaults of Transformers. */
+typedef struct family {
+    const char *type, *architecture, *text_model; // text_model: of SlamKit's config.json
+    const char *members;                          // further ones that are written
+    int bias, qk_norm, post_norm;  // q, k and v have biases; norms of q and k; of outputs of sub-layers, not of inputs
+    int HS, KVH, T, tied, no_rope; // head_dim 0: C / NH; KVH 0: NH; every no_rope-th layer has no positions
+    double eps, rope_theta;
+} family;
+enum { NORM_PER_HEAD = 1, NORM_ALL_HEADS };
+static const family families[] = {
+    {"llama", "LlamaForCausalLM", "HuggingFaceTB/SmolLM2-135M", "\"attention_bias\": false, \"mlp_bias\": false", 0, 0,
+     0, 0, 0, 2048, 0, 0, 1e-6, 1e4},
+    {"qwen2", "Qwen2ForCausalLM", "Qwen/Qwen2.5-0.5B", "\"use_sliding_window\": false", 1, 0, 0, 0, 32, 32768, 0, 0,
+     1e-6, 1e4},
+    {"mistral", "MistralForCausalLM", "mistralai/Mistral-7B-v0.3", "\"sliding_window\": null", 0, 0, 0, 0, 8, 131072, 0,
+     0, 1e-6, 1e4},
+    {"qwen3", "Qwen3ForCausalLM", "Qwen/Qwen3-0.6B-Base", "\"attention_bias\": false, \"use_sliding_window\": false", 0,
+     NORM_PER_HEAD, 0, 128, 32, 32768, 0, 0, 1e-6, 1e4},
+    {"olmo2", "Olmo2ForCausalLM", "allenai/OLMo-2-0425-1B", "\"attention_bias\": false", 0, NORM_ALL_HEADS, 1, 0, 0,
+     2048, 0, 0, 1e-5, 1e4},
+    {"smollm3", "SmolLM3ForCausalLM", "HuggingFaceTB/SmolLM3-3B-Base",
+     "\"attention_bias\": false, \"mlp_bias\": false, \"use_sliding_window\": false", 0, 0, 0, 0, 4, 32768, 1, 4, 1e-6,
+     2e6},
+};
+enum { FAMILIES = sizeof families / sizeof *families };
+
+#define AT(name) offsetof(slam_config, name)
+static const field rope_fields[] = {
+    {"factor", FIELD_REAL, AT(rope_factor), 1e-3, 1e6, 1},
+    {"low_freq_factor", FIELD_REAL, AT(rope_low), 1e-3, 1e6, 1},
+    {"high_freq_factor", FIELD_REAL, AT(rope_high), 1e-3, 1e6, 1},
+    {"original_max_position_embeddings", FIELD_REAL, AT(rope_original), 1, 1 << 28, 0},
+};
+#undef AT
+
+/* Rotary base and scaling as Transformers 5 finds them: read from rope_scaling if it is not empty, else from
+   rope_parameters; a base there overrides the one at the top level. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
     const field *theta = &config_fields[CONFIG_FIELDS - 1];
-    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
+    static const field rotated = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_find(rope, "rope_type"), *base = json_find(rope, theta->name);
-    double rotary = 1;
+    double share = 1;
     if (rope && rope->type != JSON_OBJECT)
         return set_error("%s: %s is %.60s, expected an object", path, key, json_describe(rope));
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
         if (j->type == JSON_OBJECT)
             return set_error("%s: %s has settings for '%s', expected those of all layers", path, key, j->key);
     if (!type) type = json_find(rope, "type");
-    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key,
-                         type->type == JSON_STRING ? type->string : json_describe(type));
+    const char *name = !type ? "default" : type->type == JSON_STRING ? type->string : json_describe(type);
+    const int n = !strcmp(name, "default") ? 0 : !strcmp(name, "linear") ? 1 : !strcmp(name, "llama3") ? 4 : -1;
+    if (n < 0) return set_error("%s: %s has rope_type '%.60s', expected default, linear or llama3", path, key, name);
+    config->rope_original = n == 4 ? config->T : 0;
     if (!base) base = json_find(c, theta->name);
     if (base && base->type == JSON_NULL) return set_error("%s: %s is null, expected a number", path, theta->name);
-    return fields_read(c, theta, 1, config, path) && fields_read(rope, theta, 1, config, path) &&
-           fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
-           (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
+    if (!fields_read(c, theta, 1, config, path) || !fields_read(rope, theta, 1, config, path) ||
+        !fields_read(rope, rope_fields, n, config, path) || !fields_read(c, &rotated, 1, &share, path) ||
+        !fields_read(rope, &rotated, 1, &share, path))
+        return 0;
+    if (n == 4 && config->rope_high <= config->rope_low)
+        return set_error("%s: high_freq_factor is %g, expected more than low_freq_factor %g", path, config->rope_high,
+                         config->rope_low);
+    return share == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, share);
 }
 
-/* A window slides in the layers that layer_types names or, without it, in those from max_window_layers on. */
+/* The layers without rotary positions (SmolLM3): where no_rope_layers has a 0 or, without it, every fourth. */
+static int config_read_no_rope(slam_config *c, const json *from, const char *path) {
+    const json *list = json_get(from, "no_rope_layers"), *every = json_get(from, "no_rope_layer_interval");
+    const int interval = every && every->number >= 1 ? (int)every->number : families[c->family].no_rope;
+    if (!families[c->family].no_rope) return 1;
+    if (c->L > 64 || (list && list->n < (size_t)c->L))
+        return set_error("%s: no_rope_layers: expected an entry for each of the %d layers, of which 64 at most", path,
+                         c->L);
+    const json *rotary = list ? list->first : NULL;
+    for (int l = 0; l < c->L; l++, rotary = list ? rotary->next : NULL)
+        if (list ? rotary->number == 0 : (l + 1) % interval == 0) c->no_rope |= (uint64_t)1 << l;
+    return 1;
+}
+
+/* No window may slide. Mistral: in all layers, if it is shorter than the context. Others: where use_sliding_window is
+   set, in the layers that layer_types names or, without it, in those from max_window_layers on (SmolLM3: in some). */
 static int config_read_window(const slam_config *config, const json *c, const char *path) {
     const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
     const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
+    const int is_null = window && window->type == JSON_NULL, from = config->family == SLAM_SMOLLM3 ? 0 : 28;
     size_t full = 0;
-    if (!layers && slides && slides->type != JSON_FALSE && !(window && window->type == JSON_NULL) &&
-        (first ? first->number : 28) < config->L)
+    if (config->family == SLAM_MISTRAL) {
+        const double length = window ? window->number : 4096;
+        return is_null || length >= config->T ||
+               set_error("%s: sliding_window is %g, expected null or at least the %d positions", path, length,
+                         config->T);
+    }
+    if (!layers && slides && slides->type != JSON_FALSE && !is_null && (first ? first->number : from) < config->L)
         return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
                          json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
@@ -5857,18 +5942,27 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     const char *type = json_string(from, "model_type", "");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
-    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
-        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    while (c->family < FAMILIES && strcmp(type, families[c->family].type)) c->family++;
+    if (c->family == FAMILIES)
+        return set_error("%s: model_type is '%s', expected llama, qwen2, mistral, qwen3, olmo2 or smollm3", path, type);
+    if (json_get(from, "quantization_config"))
+        return set_error("%s: quantization_config: expected weights that are not quantised", path);
     for (int i = 0; i < 3; i++) {
         const json *j = json_find(from, fixed[i][0]);
         const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
         if (j && strcmp(is, fixed[i][1]))
             return set_error("%s: %s is '%.60s', expected '%s'", path, fixed[i][0], is, fixed[i][1]);
     }
-    c->qkv_bias = strcmp(type, "qwen2") == 0;
-    c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
+    const family *f = &families[c->family];
+    c->HS = f->HS;
+    c->KVH = f->KVH;
+    c->T = f->T;
+    c->tied = f->tied;
+    c->eps = f->eps;
+    c->init_std = 0.02;
+    c->rope_theta = f->rope_theta;
     if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
-        !config_read_window(c, from, path))
+        !config_read_no_rope(c, from, path) || !config_read_window(c, from, path))
         return 0;
     slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
     if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
@@ -5885,17 +5979,15 @@ static int config_read(slam_config *c, const json *root, const char *path) {
 }
 
 int slam_config_load(slam_config *config, const char *name_or_path) {
-    static const slam_config tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000};
-    static const slam_config slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000};
+    static const slam_config tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000, 0, 0, 0, 0, 0};
+    static const slam_config slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000, 0, 0, 0, 0, 0};
     slam_config c = ZERO;
     if (!strcmp(name_or_path, "tiny") || !strcmp(name_or_path, "slam")) {
         *config = *name_or_path == 't' ? tiny : slam;
         return 1;
     }
-    c.eps = 1e-6; // Hugging Face's defaults
-
-    c.init_std = 0.02;
-    c.rope_theta = 10000;
+    if (strstr(name_or_path, ".gguf/"))
+        return set_error("%s: GGUF files cannot be read, expected a folder of Hugging Face", name_or_path);
     json *root = json_load(name_or_path);
     const int ok = root && config_read(&c, root, name_or_path);
     if (ok) *config = c;
@@ -5903,22 +5995,32 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
     return ok;
 }
 
-/* The members of a config.json for Transformers 4 and 5, in which rotary base and dtype have different names. members:
-   of Llama, of Qwen2 (NULL: the same). */
+static int has_rope(const slam_config *c, int l) { return l >= 64 || !(c->no_rope >> l & 1); }
+
+/* The members of a config.json for Transformers 4 and 5, in which rotary base and dtype have different names. */
 static void config_write(strbuf *s, const slam_config *c, const char *indent) {
-    static const char *const members[][2] = {
-        {"\"architectures\": [\"LlamaForCausalLM\"]", "\"architectures\": [\"Qwen2ForCausalLM\"]"},
-        {"\"model_type\": \"llama\"", "\"model_type\": \"qwen2\""},
-        {"\"attention_bias\": false, \"mlp_bias\": false", "\"use_sliding_window\": false"},
-        {"\"hidden_act\": \"silu\", \"attention_dropout\": 0.0", NULL},
-        {"\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0", NULL},
-        {"\"dtype\": \"float32\", \"torch_dtype\": \"float32\", \"use_cache\": true", NULL},
+    const family *f = &families[c->family];
+    static const char *const members[] = {
+        "\"hidden_act\": \"silu\", \"attention_dropout\": 0.0",
+        "\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0",
+        "\"dtype\": \"float32\", \"torch_dtype\": \"float32\", \"use_cache\": true",
     };
-    for (size_t i = 0; i < sizeof members / sizeof *members; i++)
-        strbuf_add(s, "%s%s,\n", indent, members[i][c->qkv_bias && members[i][1]]);
-    strbuf_add(s, "%s\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ", indent);
+    strbuf_add(s, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n%s%s,\n", indent, f->architecture, indent,
+               f->type, indent, f->members);
+    for (int i = 0; i < 3; i++) strbuf_add(s, "%s%s,\n", indent, members[i]);
+    strbuf_add(s, "%s\"rope_parameters\": {\"rope_type\": \"%s\", \"rope_theta\": ", indent,
+               c->rope_high > 0     ? "llama3"
+               : c->rope_factor > 0 ? "linear"
+                                    : "default");
     strbuf_add_number(s, c->rope_theta);
+    for (int i = 0; i < (c->rope_high > 0 ? 4 : c->rope_factor > 0); i++) {
+        strbuf_add(s, ", \"%s\": ", rope_fields[i].name);
+        strbuf_add_number(s, *(const double *)((const char *)c + rope_fields[i].offset));
+    }
     strbuf_add(s, "},\n");
+    for (int l = 0; f->no_rope && l < c->L; l++)
+        strbuf_add(s, "%s%s%d%s", l ? "" : indent, l ? "" : "\"no_rope_layers\": [", has_rope(c, l),
+                   l + 1 < c->L ? ", " : "],\n");
     fields_write(s, config_fields, CONFIG_FIELDS, c, indent);
 }
 
@@ -5935,7 +6037,7 @@ typedef struct param {
 } param;
 
 typedef struct layer_weights {
-    param attn_norm, qkv, qkv_bias, out, mlp_norm, gate_up, down; // shapes: tensors_of
+    param attn_norm, qkv, qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down; // shapes: tensors_of
 } layer_weights;
 
 typedef struct model_weights {
@@ -5969,21 +6071,27 @@ static size_t tensor_size(const model_tensor *t) { return (t->rows ? t->rows : 1
 /* The tensors of a model; free() the list. */
 static model_tensors tensors_of(const slam_config *c) {
     const size_t V = c->V, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
-    const int bias = c->qkv_bias;
+    const family *f = &families[c->family];
+    const size_t each = f->qk_norm == NORM_PER_HEAD ? c->HS : 0; // norms of q and k
+    const int bias = f->bias, all = f->qk_norm == NORM_ALL_HEADS, post = f->post_norm;
 #define MODEL(name) offsetof(model_weights, name), 0
 #define LAYER(name) offsetof(layer_weights, name), 0
+    const size_t after_attention = post ? offsetof(layer_weights, attn_norm) : offsetof(layer_weights, mlp_norm);
     const model_tensor table[] = {
         // name, kind, layer (0: in each), rows, cols (0: not in this model), param
         {"model.embed_tokens.weight", MATRIX, -1, V, C, MODEL(embed)},
-        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, C, LAYER(attn_norm)},
+        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, post ? 0 : C, LAYER(attn_norm)},
         {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, O, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.k_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.v_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? O : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.k_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.v_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.q_norm.weight", NORM, 0, 0, all ? O : each, LAYER(q_norm)},
+        {"model.layers.%d.self_attn.k_norm.weight", NORM, 0, 0, all ? K : each, LAYER(k_norm)},
         {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, O, LAYER(out)},
-        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, LAYER(mlp_norm)},
+        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, after_attention, 0},
+        {"model.layers.%d.post_feedforward_layernorm.weight", NORM, 0, 0, post ? C : 0, LAYER(mlp_norm)},
         {"model.layers.%d.mlp.gate_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
         {"model.layers.%d.mlp.up_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
         {"model.layers.%d.mlp.down_proj.weight", MATRIX, 0, C, F, LAYER(down)},
@@ -6042,8 +6150,8 @@ double slam_config_flops(const slam_config *c, int T) {
 static int rope_pairs(const slam_config *c) { return c->HS / 2; }
 
 typedef struct layer_acts { // shapes: acts_place
-    slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
-    float *attn_rstd, *lse, *mlp_rstd;
+    slam_act *x, *attn_in, *qkv, *qkv_raw, *attn, *attn_out, *x_mid, *mlp_in, *gate_up, *swiglu, *mlp_out;
+    float *attn_rstd, *q_rstd, *k_rstd, *lse, *mlp_rstd;
 } layer_acts;
 
 typedef struct model_acts {
@@ -6081,7 +6189,8 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
     const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
     const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
-    const int train = mode != SLAM_INFERENCE;
+    const int train = mode != SLAM_INFERENCE, qk_norm = families[c->family].qk_norm,
+              post = families[c->family].post_norm;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
 #define FLOATS(n) (float *)take(k->arena, &end, (n) * sizeof(float))
@@ -6091,18 +6200,24 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
         if (l == 0 || train) {
             a->x = ACTS(N * C); // residual stream before attention
             a->attn_rstd = FLOATS(N);
-            a->qkv = ACTS(N * W); // q and k rotated
+            a->qkv = ACTS(N * W); // q and k normed and rotated
+            a->qkv_raw = train && qk_norm ? ACTS(N * W) : NULL;
+            a->q_rstd = qk_norm ? FLOATS(N * c->NH) : NULL;
+            a->k_rstd = qk_norm ? FLOATS(N * c->KVH) : NULL;
             a->attn = ACTS(N * O);
-            a->lse = FLOATS(N * c->NH); // (B,NH,T)
-            a->x_mid = ACTS(N * C);     // residual stream before the MLP
+            a->attn_out = post ? ACTS(N * C) : NULL; // before its norm
+            a->lse = FLOATS(N * c->NH);              // (B,NH,T)
+            a->x_mid = ACTS(N * C);                  // residual stream before the MLP
             a->mlp_rstd = FLOATS(N);
             a->gate_up = ACTS(N * 2 * F);
+            a->mlp_out = post ? ACTS(N * C) : NULL;
         }
         if (l == 0 || mode == SLAM_TRAIN) {
-            a->attn_in = ACTS(N * C); // norm of x
-            a->mlp_in = ACTS(N * C);  // norm of x_mid
+            a->attn_in = post ? NULL : ACTS(N * C); // norm of x
+            a->mlp_in = post ? NULL : ACTS(N * C);  // norm of x_mid
             a->swiglu = ACTS(N * F);
         }
+        if (post) a->attn_in = a->x, a->mlp_in = a->x_mid;
     }
     model_acts *a = &k->a;
     k->head_rows = (int)(rows < 1 ? 1 : rows < N ? rows : N);
@@ -6249,6 +6364,19 @@ int slam_model_hash(slam_model *m, uint64_t *hash) {
 
 /* ---- files ---- */
 
+/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
+static int rope_check(const slam_config *c, const tensor *t) {
+    float x[2048]; // head_dim is at most 4096
+    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
+    for (int i = 0; i < c->HS / 2; i++) {
+        const double frequency = rope_frequency(c, i, c->HS / 2);
+        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
+            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
+                             c->rope_theta);
+    }
+    return 1;
+}
+
 /* Tensor NAME SUFFIX of a file; NULL if it is missing or its shape is not t's. twist: the vocabulary may be larger. */
 static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
     char name[100];
@@ -6283,8 +6411,8 @@ static int weights_check(const slam_config *c, const tensors *file, int twist) {
     for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
         size_t i = 0;
         while (i < list.n && strcmp(list.list[i].name, t->name)) i++;
-        const int copy = c->tied && !strcmp(t->name, "lm_head.weight");           // of the embedding
-        if (i == list.n && !copy && !string_ends(t->name, "rotary_emb.inv_freq")) // Transformers ignores those, too
+        if (string_ends(t->name, "rotary_emb.inv_freq")) ok = rope_check(c, t);
+        else if (i == list.n && !(c->tied && !strcmp(t->name, "lm_head.weight"))) // a copy of the embedding
             ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
@@ -6362,7 +6490,7 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
         strbuf_add(&config, "  \"base_model_name\": \"%s\",\n  \"twist_init\": true,\n  \"vocab_size\": %d,\n",
-                   c->qkv_bias ? "Qwen/Qwen2.5-0.5B" : "HuggingFaceTB/SmolLM2-135M", c->V);
+                   families[c->family].text_model, c->V);
         strbuf_add(&config, "  \"max_position_embeddings\": %d,\n  \"rope_theta\": ", c->T);
         strbuf_add_number(&config, c->rope_theta);
         strbuf_add(&config, ",\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true,\n  \"base_config\": {\n");
@@ -6424,7 +6552,7 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
     const int pairs = rope_pairs(&m->config);
-    float *rope = rope_table(T, pairs, m->config.rope_theta);
+    float *rope = rope_table(T, pairs, &m->config);
     ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
     m->B = B;
@@ -6484,19 +6612,66 @@ struct slam_decoder_state {
     slam_batch batch;  // of a prefill
 };
 
-static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *decoder) {
+/* The mask of layer l, with or without rotary positions. */
+static slam_mask layer_mask(const slam_model *m, int l, const slam_mask *mask) {
+    slam_mask own = *mask;
+    if (!has_rope(&m->config, l)) own.pairs = 0;
+    return own;
+}
+
+static void attend(slam_model *m, int l, const slam_mask *shared_mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *shared = &m->layout->a;
+    const slam_mask mask = layer_mask(m, l, shared_mask);
     slam_act *kv = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
     const int decode = decoder && !decoder->prefill, fill = decoder && decoder->prefill;
-    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
-    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
+    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, &mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, &mask);
+    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, &mask);
 }
 
-/* One transformer layer, pre-norm:
+/* Norms of q and k, in place, each head by itself or all at once; the backward pass takes the gradient in dqkv through
+   them. The values before stay in qkv_raw. */
+static void norm_qk(slam_model *m, int l, int N, slam_act *dqkv) {
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const layer_weights *w = &m->layout->layers[l].w;
+    const layer_acts *a = &m->layout->layers[l].a;
+    const int W = (c->NH + 2 * c->KVH) * c->HS, per_head = families[c->family].qk_norm == NORM_PER_HEAD;
+    if (!w->q_norm.data) return;
+    if (!dqkv && a->qkv_raw) ops->copy(ops, a->qkv_raw, a->qkv, (size_t)N * W * ops->act_bytes);
+    for (int k = 0; k < 2; k++) {
+        const param *norm = k ? &w->k_norm : &w->q_norm;
+        float *rstd = k ? a->k_rstd : a->q_rstd;
+        const int heads = k ? c->KVH : c->NH, G = per_head ? heads : 1, C = heads * c->HS / G;
+        const size_t first = k ? (size_t)c->NH * c->HS : 0;
+        slam_act *x = act_at(ops, dqkv ? dqkv : a->qkv, first);
+        if (!dqkv) ops->rmsnorm_forward(ops, NULL, x, rstd, x, NULL, norm->data, (float)c->eps, N, G, C, W);
+        else ops->rmsnorm_backward(ops, x, norm->grad, x, act_at(ops, a->qkv_raw, first), norm->data, rstd, N, G, C, W);
+    }
+}
+
+/* x = x_prev + delta, and the input of a sub-layer: the norm of x or, where norms come after sub-layers, x. */
+static void norm_input(slam_model *m, slam_act *x, slam_act *in, float *rstd, const slam_act *x_prev,
+                       const slam_act *delta, const param *norm, int N) {
+    slam_ops *ops = m->ops;
+    const int C = m->config.C;
+    if (in != x) ops->rmsnorm_forward(ops, x, in, rstd, x_prev, delta, norm->data, (float)m->config.eps, N, 1, C, C);
+    else if (delta) ops->layernorm(ops, x, NULL, x_prev, delta, NULL, NULL, 0, 0, N, C);
+}
+
+/* The norm of a sub-layer's output, or the output itself. */
+static void norm_output(slam_model *m, slam_act *delta, const slam_act *out, float *rstd, const param *norm, int N) {
+    const int C = m->config.C;
+    if (out == delta) return;
+    m->ops->rmsnorm_forward(m->ops, NULL, delta, rstd, out, NULL, norm->data, (float)m->config.eps, N, 1, C, C);
+}
+
+/* One transformer layer:
        x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
+   or, in OLMo 2,
+       x_mid = x + norm(out(attention(qkv(x))))      x_next = x_mid + norm(down(swiglu(gate_up(x_mid))))
    Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
    x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
    the queries, W of q, k and v. */
@@ -6507,16 +6682,19 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
     const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
-    const float eps = (float)c->eps;
     slam_act *delta = m->layout->a.delta;
-    ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, w->attn_norm.data, eps, N, 1, C, C);
+    slam_act *attn_out = a->attn_out ? a->attn_out : delta, *mlp_out = a->mlp_out ? a->mlp_out : delta;
+    norm_input(m, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, &w->attn_norm, N);
     ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
+    norm_qk(m, l, N, NULL);
     attend(m, l, mask, decoder);
-    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, O, C);
-    ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, w->mlp_norm.data, eps, N, 1, C, C);
+    ops->matmul_forward(ops, attn_out, a->attn, w->out.data, NULL, N, O, C);
+    norm_output(m, delta, attn_out, a->attn_rstd, &w->attn_norm, N);
+    norm_input(m, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, &w->mlp_norm, N);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
     ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
-    ops->matmul_forward(ops, delta, a->swiglu, w->down.data, NULL, N, F, C);
+    ops->matmul_forward(ops, mlp_out, a->swiglu, w->down.data, NULL, N, F, C);
+    norm_output(m, delta, mlp_out, a->mlp_rstd, &w->mlp_norm, N);
 }
 
 /* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
@@ -6583,37 +6761,60 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
 
 /* ---- backward ---- */
 
+/* The gradient of a sub-layer's output: that of the residual stream, dx (N,C), or through the norm, in dnorm. */
+static const slam_act *norm_output_backward(slam_model *m, const slam_act *out, const float *rstd, const param *norm,
+                                            int N) {
+    slam_ops *ops = m->ops;
+    const model_acts *g = &m->layout->a;
+    const int C = m->config.C;
+    if (!out) return g->dx;
+    ops->zero(ops, g->dnorm, (size_t)N * C * ops->act_bytes);
+    ops->rmsnorm_backward(ops, g->dnorm, norm->grad, g->dx, out, norm->data, rstd, N, 1, C, C);
+    return g->dnorm;
+}
+
+/* Adds to dx the gradient that comes through a sub-layer, in dnorm, and the norm of its input x, if it has one. */
+static void norm_input_backward(slam_model *m, const slam_act *x, const slam_act *in, const float *rstd,
+                                const param *norm, int N) {
+    slam_ops *ops = m->ops;
+    const model_acts *g = &m->layout->a;
+    const int C = m->config.C;
+    if (in != x) ops->rmsnorm_backward(ops, g->dx, norm->grad, g->dnorm, x, norm->data, rstd, N, 1, C, C);
+    else ops->layernorm(ops, g->dx, NULL, g->dx, g->dnorm, NULL, NULL, 0, 0, N, C);
+}
+
 /* One layer, from its end to its beginning. dx (N,C) is the gradient of the residual stream: after the layer on
-   entry, before it on return. rmsnorm_backward adds the gradient that comes through the sub-layer. */
-static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
+   entry, before it on return. */
+static void layer_backward(slam_model *m, int l, const slam_mask *shared_mask) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *g = &m->layout->a;
-    const int N = mask->B * mask->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const slam_mask mask = layer_mask(m, l, shared_mask);
+    const int N = mask.B * mask.T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
     const int recompute = m->mode == SLAM_TRAIN_RECOMPUTE;
-    const float eps = (float)c->eps;
-    slam_act *dx = g->dx, *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
+    slam_act *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
 
+    const slam_act *dout = norm_output_backward(m, a->mlp_out, a->mlp_rstd, &w->mlp_norm, N);
     if (recompute) ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
-    ops->matmul_backward_weight(ops, w->down.grad, NULL, dx, a->swiglu, N, F, C);
-    ops->matmul_backward_input(ops, g->dswiglu, dx, w->down.data, N, F, C);
+    ops->matmul_backward_weight(ops, w->down.grad, NULL, dout, a->swiglu, N, F, C);
+    ops->matmul_backward_input(ops, g->dswiglu, dout, w->down.data, N, F, C);
     ops->swiglu_backward(ops, dgate_up, g->dswiglu, a->gate_up, N, F);
-    if (recompute)
-        ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x_mid, NULL, w->mlp_norm.data, eps, N, 1, C, C);
+    if (recompute) norm_input(m, a->x_mid, a->mlp_in, a->mlp_rstd, a->x_mid, NULL, &w->mlp_norm, N);
     ops->matmul_backward_weight(ops, w->gate_up.grad, NULL, dgate_up, a->mlp_in, N, C, 2 * F);
     ops->matmul_backward_input(ops, g->dnorm, dgate_up, w->gate_up.data, N, C, 2 * F);
-    ops->rmsnorm_backward(ops, dx, w->mlp_norm.grad, g->dnorm, a->x_mid, w->mlp_norm.data, a->mlp_rstd, N, 1, C, C);
+    norm_input_backward(m, a->x_mid, a->mlp_in, a->mlp_rstd, &w->mlp_norm, N);
 
-    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, O, C);
-    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, O, C);
-    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, mask);
-    if (recompute)
-        ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, a->x, NULL, w->attn_norm.data, eps, N, 1, C, C);
+    dout = norm_output_backward(m, a->attn_out, a->attn_rstd, &w->attn_norm, N);
+    ops->matmul_backward_weight(ops, w->out.grad, NULL, dout, a->attn, N, O, C);
+    ops->matmul_backward_input(ops, g->dattn, dout, w->out.data, N, O, C);
+    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, &mask);
+    norm_qk(m, l, N, g->dqkv);
+    if (recompute) norm_input(m, a->x, a->attn_in, a->attn_rstd, a->x, NULL, &w->attn_norm, N);
     ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, W);
     ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, W);
-    ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
+    norm_input_backward(m, a->x, a->attn_in, a->attn_rstd, &w->attn_norm, N);
 }
 
 /* From dnorm, the gradient of head_in, to the gradients of all weights but the head's. */

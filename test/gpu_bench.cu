@@ -489,7 +489,7 @@ static void attention_rows(bench *b, int T, int whole) {
             const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = rope_table(T, HS / 2, c->rope_theta);
+    float *rope = rope_table(T, HS / 2, c);
     tensors_clear(b);
     slam_mask mask = ZERO;
     mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS, mask.pairs = HS / 2;

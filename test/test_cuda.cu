@@ -183,6 +183,13 @@ static void test_rmsnorm(int N, int G, int C, int stride, int at) {
                         for (int k = 0; k < 4; k++) x[k] = (slam_act *)((char *)p[k] + at * ops->act_bytes);
                         rmsnorm_backward(ops, x[0], F(1), x[2], x[3], A(4), F(5), N, G, C, stride);
                     });
+    check_operation("rmsnorm backward in place",
+                    {numbers(ACT, n, 1, 1), numbers(FLOAT, C, 1, 1), numbers(ACT, n, 1), numbers(ACT, C, 1), rstd},
+                    [=](slam_ops *ops, void **p) {
+                        slam_act *x[3];
+                        for (int k = 0; k < 3; k++) x[k] = (slam_act *)((char *)p[k] + at * ops->act_bytes);
+                        rmsnorm_backward(ops, x[0], F(1), x[0], x[2], A(3), F(4), N, G, C, stride);
+                    });
 }
 
 static void test_matmul(int N, int C, int OC) {
@@ -310,7 +317,9 @@ static mask_of make_mask(const shape &s) {
                 w.mask_start.ints()[b * s.T + t] = first, w.mask_end.ints()[b * s.T + t] = past;
         }
     }
-    float *rope = rope_table(s.T, s.HS / 2, 10000);
+    slam_config c = ZERO;
+    c.rope_theta = 10000;
+    float *rope = rope_table(s.T, s.HS / 2, &c);
     memcpy(w.rope.floats(), rope, w.rope.host.size());
     free(rope);
     return w;
@@ -933,11 +942,12 @@ static void test_vocoder(const char *name) {
 
 /* ---- whole models ---- */
 
-static slam_config small_config(void) {
+static slam_config small_config(int family = SLAM_QWEN2) {
     slam_config c = ZERO;
     c.V = 30, c.C = 64, c.L = 2, c.NH = 4, c.KVH = 2, c.HS = 32, c.F = 96, c.T = 256;
-    c.tied = c.qkv_bias = 1;
+    c.tied = 1, c.family = family;
     c.eps = 1e-6, c.init_std = 0.1, c.rope_theta = 10000;
+    c.no_rope = family == SLAM_SMOLLM3 ? 1 : 0;
     return c;
 }
 
@@ -961,8 +971,8 @@ static int count_targets(const slam_batch &b) {
     return n;
 }
 
-static void test_gradients(int masked) {
-    const slam_config config = small_config();
+static void test_gradients(int family, int masked) {
+    const slam_config config = small_config(family);
     slam_batch b = random_batch(2, 100, config.V, masked);
     std::vector<float> g[2];
     double stats[2][2];
@@ -1054,10 +1064,10 @@ static void test_memory(void) {
 }
 
 /* Prompts of several lengths, continued on one of both; the first step's logits of all as well. */
-static std::vector<int> generate_on(slam_ops *ops, const slam_sampling &sampling, int batch,
+static std::vector<int> generate_on(slam_ops *ops, int family, const slam_sampling &sampling, int batch,
                                     std::vector<float> *logits) {
     const int lengths[] = {65, 1, 2, 40}, slots[] = {2, 0, 3, 1};
-    slam_config config = small_config();
+    slam_config config = small_config(family);
     slam_prompts p = ZERO;
     std::vector<int> all;
     config.init_std = 0.3; // no two tokens are about as likely
@@ -1087,20 +1097,23 @@ static std::vector<int> generate_on(slam_ops *ops, const slam_sampling &sampling
     return all;
 }
 
-static void test_generation(void) {
+static void test_generation(int family) {
     const slam_sampling greedy = {0, 0, 1, 1}, penalty = {0, 0, 1, 1.3}, usual = {0.8, 25, 0.95, 1.1};
     std::vector<float> expected, got;
-    const std::vector<int> tokens = generate_on(cpu, greedy, 4, &expected), same = generate_on(gpu, greedy, 4, &got);
+    const std::vector<int> tokens = generate_on(cpu, family, greedy, 4, &expected),
+                           same = generate_on(gpu, family, greedy, 4, &got);
     check_close("logits", got.data(), expected.data(), expected.size(), gpu->act_bytes == 2 ? 3e-2 : 1e-5);
     if (gpu->act_bytes == 4) {
         CHECK(same == tokens, "other tokens than the CPU's");
-        CHECK(generate_on(gpu, greedy, 3, NULL) == tokens, "other tokens than the CPU's, three at once");
-        CHECK(generate_on(gpu, penalty, 2, NULL) == generate_on(cpu, penalty, 2, NULL), "with a penalty other tokens");
-        CHECK(generate_on(gpu, usual, 4, NULL) == generate_on(cpu, usual, 4, NULL), "sampled: other tokens");
+        CHECK(generate_on(gpu, family, greedy, 3, NULL) == tokens, "other tokens than the CPU's, three at once");
+        CHECK(generate_on(gpu, family, penalty, 2, NULL) == generate_on(cpu, family, penalty, 2, NULL),
+              "with a penalty other tokens");
+        CHECK(generate_on(gpu, family, usual, 4, NULL) == generate_on(cpu, family, usual, 4, NULL),
+              "sampled: other tokens");
     }
     emulator_seed(77);
     emulator_lazy(1);
-    CHECK(generate_on(gpu, greedy, 4, NULL) == same, "another order of threads draws other tokens");
+    CHECK(generate_on(gpu, family, greedy, 4, NULL) == same, "another order of threads draws other tokens");
     emulator_lazy(0);
 }
 
@@ -1112,11 +1125,14 @@ static void test_models(const char *dtype) {
     const char *const vocoders[] = {"plain_weights", "speakers", "styles", "uneven_kernels", "given_durations"};
     for (const char *name : vocoders)
         if (TEST("vocoder: %s %s", name, dtype)) test_vocoder(name);
-    if (TEST("model: gradients %s", dtype)) test_gradients(0);
-    if (TEST("model: gradients with masked spans %s", dtype)) test_gradients(1);
+    if (TEST("model: gradients %s", dtype)) test_gradients(SLAM_QWEN2, 0);
+    if (TEST("model: gradients with masked spans %s", dtype)) test_gradients(SLAM_QWEN2, 1);
+    for (int family : {SLAM_QWEN3, SLAM_OLMO2, SLAM_SMOLLM3})
+        if (TEST("model: gradients of %s %s", families[family].type, dtype)) test_gradients(family, 0);
     if (TEST("model: 20 steps %s", dtype)) test_training();
     if (TEST("model: the same bits every time %s", dtype)) test_determinism();
-    if (TEST("model: generation %s", dtype)) test_generation();
+    for (int family : {SLAM_QWEN2, SLAM_QWEN3, SLAM_OLMO2, SLAM_SMOLLM3})
+        if (TEST("model: generation of %s %s", families[family].type, dtype)) test_generation(family);
     if (TEST("model: out of memory %s", dtype)) test_memory();
 }
 #endif

@@ -40,7 +40,7 @@ static const char *random_pairs(const char *name, int n, int V, const int most[3
     return path;
 }
 
-static const slam_config small = {27, 24, 2, 3, 1, 8, 40, 256, 1, 1, 1e-6, 0.3, 10000};
+static const slam_config small = {27, 24, 2, 3, 1, 8, 40, 256, 1, 1, 1e-6, 0.3, 10000, 0, 0, 0, 0, 0};
 
 /* ---- the loop over batches, as in dpo.c ---- */
 
