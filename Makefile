@@ -134,7 +134,8 @@ RUNS ?= runs/*
 ifdef WAV
 plot: # the files become the channels of one, each of which gets a panel
 	@command -v sox >/dev/null || { echo 'plot: sox not found: apt install sox (macOS: brew install sox)' >&2; exit 1; }
-	@for file in $(WAV:=/*.wav); do [ -f "$$file" ] || { echo "plot: $$file: no such file" >&2; exit 1; }; set -- "$$@" "|sox '$$file' -r 16k -c 1 -p"; names="$$names $$(basename "$$file")"; done; \
+	@for file in $(WAV:=/*.wav); do [ -f "$$file" ] || { echo "plot: $$file: no such file" >&2; exit 1; }; \
+	set -- "$$@" "|sox '$$file' -r 16k -c 1 -p"; names="$$names $$(basename "$$file")"; done; \
 	sox $$([ $$# = 1 ] || echo -M) "$$@" -n spectrogram -y 257 -t "$$names" -o '$(or $(PLOT),spectrograms.png)' && \
 		echo 'plot: $(or $(PLOT),spectrograms.png)'
 else

@@ -332,18 +332,19 @@ static int add_audio_prompts(program *p, const slam_strings *arguments) {
     const char *const *paths = (const char *const *)arguments->at;
     slam_inputs in;
     memset(&in, 0, sizeof in);
-    const int ok = open_tokenizer(p) && slam_inputs_open(&in, SLAM_INPUT_AUDIO, paths, arguments->n);
+    int ok = open_tokenizer(p) && slam_inputs_open(&in, SLAM_INPUT_AUDIO, paths, arguments->n);
     slam_units *units = ok ? tokenize(p, &in.paths) : NULL;
+    ok = units != NULL;
     for (size_t i = 0; is_root(p) && i < in.notes.n; i++) fprintf(stderr, "eval: note: %s\n", in.notes.at[i]);
-    if (units) p->prompts.rate = p->tokenizer->config.rate;
-    for (size_t i = 0; units && i < in.paths.n; i++) {
+    if (ok) p->prompts.rate = p->tokenizer->config.rate;
+    for (size_t i = 0; ok && i < in.paths.n; i++) {
         const slam_units *u = &units[i];
         if (u->samples) slam_prompts_add(&p->prompts, in.paths.at[i], u->unit, u->duration, u->n);
         slam_units_free(&units[i]);
     }
     slam_inputs_free(&in);
     free(units);
-    return units != NULL;
+    return ok;
 }
 
 /* PROMPTS, or the beginnings of the bundled validation data. */
