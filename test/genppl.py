@@ -30,10 +30,13 @@ WORDS = rf"[{PUNCTUATION}]|[^\s{PUNCTUATION}]+"  # of ./eval
 
 
 def read(path):
-    with wave.open(path) as f:
-        if f.getparams()[:3] != (1, 2, 16000):
-            sys.exit(f"{path}: expected 16 kHz, 16 bits, one channel, as ./eval writes")
-        return numpy.frombuffer(f.readframes(f.getnframes()), "<i2").astype(numpy.float32) / 32768
+    try:
+        with wave.open(path) as f:
+            if f.getparams()[:3] == (1, 2, 16000):
+                return numpy.frombuffer(f.readframes(f.getnframes()), "<i2").astype(numpy.float32) / 32768
+    except (wave.Error, EOFError):
+        pass
+    sys.exit(f"{path}: expected WAV of 16 kHz, 16 bits and one channel, as ./eval writes")
 
 
 def transcribe(paths, model):
