@@ -528,8 +528,7 @@ static void set_flags(program *p) {
         SLAM_FLAG("sum", SLAM_SWITCH, &p->sum, NULL, NULL, "compare sums of log-probabilities, not means"),
         SLAM_FLAG("submission", SLAM_TEXT, &p->submission, "FILE", NULL, "write `filename score` lines for ZeroSpeech"),
         SLAM_HEADING("Generation"),
-        SLAM_FLAG("out", SLAM_TEXT, &p->out, "FILE", NULL,
-                  "FILE.jsonl: file_name, prompt and units of each continuation. Also -o"),
+        SLAM_FLAG("out", SLAM_TEXT, &p->out, "FILE", NULL, "FILE.jsonl: file_name, prompt, units of each. Also -o"),
         SLAM_NUMBER("prompt-seconds", SLAM_REAL, &p->prompt_seconds, "S", "3", 0, 1e6, "length of a prompt; 0: all"),
         SLAM_NUMBER("prompt-units", SLAM_INT, &p->prompt_units, "N", "0", 0, 1 << 28, "or its first N units"),
         SLAM_NUMBER("rate", SLAM_INT, &p->rate, "25|50", "25", 1, 1000, "frames/s of durations in PROMPTS.jsonl"),
@@ -550,8 +549,7 @@ static void set_flags(program *p) {
                   "of --wav: a unit HiFi-GAN, config.json and model.safetensors, instead of the centroids"),
         SLAM_NUMBER("speaker", SLAM_INT, &p->speaker, "N", "0", 0, 1 << 30, "of --vocoder"),
         SLAM_NUMBER("style", SLAM_INT, &p->style, "N", "0", 0, 1 << 30, "of --vocoder"),
-        SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL,
-                  "print auto-BLEU-2 of texts, one line per continuation, and generate nothing"),
+        SLAM_FLAG("transcripts", SLAM_TEXT, &p->transcripts, "FILE", NULL, "print auto-BLEU-2 of its lines only"),
     };
     memcpy(p->table, table, sizeof table);
     p->flags.at = p->table;
@@ -623,7 +621,7 @@ int main(int argc, char **argv) {
     if (!parsed || !read_arguments(&p) || !slam_flags_defaults(&p.flags, p.task >= GENERATE))
         return slam_program_end(&p.flags, p.comm, 2);
 
-    int ok;
+    int ok; /* slam_all_ok is an all-reduce: if it failed on one rank, all end */
     if (p.task == GENERATE && p.transcripts) ok = score_transcripts(p.transcripts);
     else {
         ok = slam_all_ok(p.comm, check_outputs(&p)) && open_model(&p);
