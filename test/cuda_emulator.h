@@ -18,7 +18,7 @@
    - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what
      others have yet to read;
    - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was requested, which
-     AddressSanitizer watches (-fsanitize=address);
+     AddressSanitizer watches (-fsanitize=address); without it writes just behind shared memory;
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX functions: the run
      ends with a message that names kernel, block and thread, and where the others wait. -fsanitize=alignment shows other
      misaligned accesses;
@@ -31,10 +31,10 @@
      CUDA_LAUNCH_BLOCKING in the environment its launch does.
 
    cuBLASLt is emulated from the documentation of the calls that slam.h makes: column-major layouts, transposes, leading
-   dimensions, the bias, workspace, alignment. Its products are a loop; an algorithm is refused for a problem other than
-   it was proposed for, and a split sum over K loses its last K % 64 terms, as in cuBLASLt 13.1 on Hopper. It proposes
-   several, which differ in their bits and in the time that events show, by emulator_products_state.times or
-   EMULATOR_TIMES="3 1 2" in the environment.
+   dimensions, the bias, workspace, alignment. Its products are a loop. An algorithm must not be used for a problem
+   other than it was proposed for, is refused for pointers that are less aligned, and a split sum over K loses its last
+   K % 64 terms, as in cuBLASLt 13.1 on Hopper. It proposes several, which differ in their bits and in the time that
+   events show, by emulator_products_state.times or EMULATOR_TIMES="3 1 2" in the environment.
 
    It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one),
    bank conflicts, registers, or speed.
@@ -143,7 +143,6 @@ struct emulator_copy { // of cp.async
     void *to;
     const void *from;
     int bytes;
-    long group;
 };
 
 enum emulator_kind {
@@ -177,7 +176,6 @@ struct emulator_fiber {
     const void *row;
     int transposed;
     std::vector<emulator_copy> copies;
-    long groups; // committed so far
     emulator_fiber();
     ~emulator_fiber();
 };
@@ -244,7 +242,9 @@ extern "C" void __sanitizer_start_switch_fiber(void **fake, const void *bottom, 
 extern "C" void __sanitizer_finish_switch_fiber(void *fake, const void **bottom, size_t *size);
 #define EMULATOR_LEAVE(fake, bottom, size)  __sanitizer_start_switch_fiber(fake, bottom, size)
 #define EMULATOR_ARRIVE(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
+enum { EMULATOR_GUARD = 0 }; // AddressSanitizer watches what is behind a block's shared memory
 #else
+enum { EMULATOR_GUARD = 256 };
 #define EMULATOR_LEAVE(fake, bottom, size)  (void)0
 #define EMULATOR_ARRIVE(fake, bottom, size) (void)0
 #endif
@@ -340,15 +340,11 @@ static void emulator_start(void) {
     EMULATOR_ARRIVE(emulator.fake, NULL, NULL);
 }
 
-static void emulator_deliver(emulator_fiber *f, long up_to) {
-    size_t kept = 0;
-    for (size_t i = 0; i < f->copies.size(); i++) {
-        const emulator_copy c = f->copies[i];
-        if (c.group > up_to) f->copies[kept++] = c;
-        else if (c.bytes) memcpy(c.to, c.from, 16);
+static void emulator_deliver(emulator_fiber *f) {
+    for (const emulator_copy &c : f->copies)
+        if (c.bytes) memcpy(c.to, c.from, 16);
         else memset(c.to, 0, 16);
-    }
-    f->copies.resize(kept);
+    f->copies.clear();
 }
 
 static void emulator_check_barrier(void);
@@ -359,8 +355,7 @@ static void emulator_main(void) {
     else EMULATOR_ARRIVE(NULL, NULL, NULL);
     (*emulator.body)();
     emulator_fiber *f = emulator.now;
-    f->groups++;
-    emulator_deliver(f, f->groups);
+    emulator_deliver(f);
     f->done = 1;
     emulator.live--;
     emulator.lanes[f->index / 32] &= ~(1u << f->index % 32);
@@ -467,8 +462,7 @@ static void emulator_collect(emulator_kind kind, unsigned mask) {
     f->mask = mask;
     if (kind == EMULATOR_BARRIER) emulator.at_barrier++;
     else emulator.at_warp[f->index / 32]++;
-    if (!f->copies.empty() && emulator_draw(4) == 0)
-        emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
+    if (!f->copies.empty() && emulator_draw(4) == 0) emulator_deliver(f);
     if (kind == EMULATOR_BARRIER) emulator_check_barrier();
     else {
         if (!(mask >> f->index % 32 & 1))
@@ -549,16 +543,14 @@ static inline void emulator_aligned(const void *p, const char *what) {
     if ((uintptr_t)p % 16) emulator_fail("%s at %p, which is not a multiple of 16 bytes", what, p);
 }
 
-static inline void emulator_ldmatrix(uint32_t *out, const void *row, int transposed) {
+template <int TRANSPOSED> static inline void ldmatrix(uint32_t *out, const void *row) {
     emulator_fiber *f = emulator.now;
     emulator_aligned(row, "ldmatrix");
     f->row = row;
     f->out = out;
-    f->transposed = transposed;
+    f->transposed = TRANSPOSED;
     emulator_collect(EMULATOR_LDMATRIX, 0xffffffffu);
 }
-static inline void ldmatrix(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 0); }
-static inline void ldmatrix_transposed(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 1); }
 
 static inline void copy_async(void *to, const void *from, int valid) {
     emulator_fiber *f = emulator.now;
@@ -566,13 +558,9 @@ static inline void copy_async(void *to, const void *from, int valid) {
     emulator_aligned(to, "cp.async to");
     if (valid) emulator_aligned(from, "cp.async from"), memcpy(now, from, 16); // a wrong address shows here
     memset(to, 0xff, 16);
-    const emulator_copy c = {to, from, valid ? 16 : 0, f->groups};
-    f->copies.push_back(c);
+    f->copies.push_back({to, from, valid ? 16 : 0});
 }
-static inline void copy_async_commit(void) { emulator.now->groups++; }
-template <int n> static inline void copy_async_wait(void) {
-    emulator_deliver(emulator.now, emulator.now->groups - n - 1);
-}
+static inline void copy_async_wait(void) { emulator_deliver(emulator.now); }
 
 /* ---- launches ---- */
 
@@ -593,9 +581,9 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
     e.index.z = (unsigned)(at / grid.x / grid.y);
     e.random = seed + at * 0x9e3779b97f4a7c15u;
     void *memory = NULL;
-    if (posix_memalign(&memory, 128, shared ? shared : 1) != 0)
+    if (posix_memalign(&memory, 128, shared + EMULATOR_GUARD + 1) != 0)
         emulator_fail("no memory for %zu bytes of shared memory", shared);
-    memset(memory, 0xff, shared);
+    memset(memory, 0xff, shared + EMULATOR_GUARD);
     e.shared = (char *)memory;
     e.threads = e.live = (int)threads;
     e.n_ready = e.at_barrier = 0;
@@ -618,7 +606,6 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         f->done = 0;
         f->kind = EMULATOR_NONE;
         f->fake = NULL;
-        f->groups = 0;
         f->copies.clear();
         f->top = emulator_first(f->stack);
         e.fibers[i] = f;
@@ -636,6 +623,8 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         }
         emulator_fail("%d of its %zu threads wait for others that do not come", e.live, threads);
     }
+    for (int i = 0; i < EMULATOR_GUARD; i++)
+        if (e.shared[shared + i] != (char)0xff) emulator_fail("it wrote behind its %zu bytes of shared memory", shared);
     free(e.shared);
     e.shared = NULL;
     e.kernel = NULL;
@@ -707,6 +696,7 @@ static struct {
     std::set<cudaStream_t> open;             // streams
     const char *fault;                       // a kernel with this in its name fails
     int refuse;                              // 1: the next launch is refused, 2: that after it, ...
+    int dry;                                 // launches and products are checked, but not run
     cudaError_t broken;                      // it has failed: what every call returns
     double clock;                            // milliseconds that products have taken
     std::map<cudaStream_t, uint64_t> seen;   // how much of the first stream's work a stream has waited for
@@ -758,7 +748,11 @@ template <typename T> static inline void emulator_check_argument(const char *ker
     if (p && !emulator_on_device(p, 1)) emulator_fail("an argument of %s is %p: no device memory", kernel, (void *)p);
 }
 
-static void emulator_ask(std::function<void()> work) {
+static void emulator_ask_later(cudaStream_t, std::function<void()>);
+
+/* slam.h opens two streams for a device: work that is put into the second waits there, as NCCL's does. */
+static void emulator_ask(cudaStream_t stream, std::function<void()> work) {
+    if ((uintptr_t)stream % 2 == 0) return emulator_ask_later(stream, std::move(work));
     emulator_device.asked++;
     emulator_device.queue.push_back(std::move(work));
     if (!emulator_device.lazy) emulator_drain(emulator_device.asked);
@@ -783,7 +777,8 @@ static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, d
     }
     emulator_check_stream(stream, name);
     (emulator_check_argument(name, args), ...);
-    emulator_ask([=] {
+    if (emulator_device.dry) return;
+    emulator_ask(stream, [=] {
         if (emulator_device.fault && strstr(name, emulator_device.fault)) {
             emulator_device.broken = cudaErrorIllegalAddress;
             return;
@@ -857,16 +852,16 @@ static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t byt
     if (emulator_on_device(to, to_device ? bytes : 1) != to_device ||
         emulator_on_device(from, from_device ? bytes : 1) != from_device)
         return emulator_return(cudaErrorInvalidValue);
-    emulator_ask([=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
+    emulator_ask(stream, [=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
     return emulator_return(cudaSuccess);
 }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
     emulator_check_stream(stream, "cudaMemsetAsync");
     if (bytes && !emulator_on_device(p, bytes)) return emulator_return(cudaErrorInvalidValue);
-    emulator_ask([=] { memset(p, value, bytes); });
+    emulator_ask(stream, [=] { memset(p, value, bytes); });
     return emulator_return(cudaSuccess);
 }
-/* A stream is known by its number; the first one's work, and all that is not NCCL's, is in the device's queue. */
+/* A stream is known by its number; the work of odd ones is in the device's queue. */
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = (cudaStream_t)(uintptr_t)++emulator_device.streams;
     emulator_device.open.insert(*s);
@@ -877,7 +872,7 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     emulator_device.open.erase(s);
     return emulator_return(cudaSuccess);
 }
-static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
+static void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
     const uint64_t seen = emulator_device.seen[stream];
     if (!emulator_device.stuck) emulator_device.later[stream].push_back([=] { emulator_drain(seen), work(); });
 }
@@ -1144,35 +1139,55 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDe
                                             const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
                                             cudaStream_t stream) {
     cublasLtMatmulAlgo_t s;
-    const void *pointers[4] = {A_, B_, C_, D_};
+    const void *const pointers[4] = {A_, B_, C_, D_};
+    const cublasLtMatrixLayoutOpaque_t *const layouts[4] = {A, B, C, D};
     emulator_check_stream(stream, "cublasLtMatmul");
     if (!emulator_problem(d, A, B, C, D, &s) || *alpha != 1 || C_ != D_ || algo->valid != s.valid)
         return CUBLAS_STATUS_INVALID_VALUE;
-    for (const void *p : pointers) emulator_check_argument("cublasLtMatmul", p);
-    emulator_check_argument("cublasLtMatmul", d->bias);
+    for (int i = 0; i < 4 && !emulator_device.dry; i++) {
+        const size_t numbers = layouts[i]->cols ? (layouts[i]->cols - 1) * layouts[i]->ld + layouts[i]->rows : 0;
+        const size_t bytes = numbers * (layouts[i]->type == CUDA_R_16BF ? 2 : 4);
+        if (!emulator_on_device(pointers[i], bytes))
+            emulator_fail("cublasLtMatmul: %p has no %zu bytes of device memory, operand %c", pointers[i], bytes,
+                          "ABCD"[i]);
+    }
+    const size_t bias_bytes = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? s.m * (D->type == CUDA_R_16BF ? 2 : 4) : 0;
+    if (bias_bytes && !emulator_device.dry && !emulator_on_device(d->bias, bias_bytes))
+        emulator_fail("cublasLtMatmul: %p has no %zu bytes of device memory, bias", d->bias, bias_bytes);
     if ((uintptr_t)workspace % 256 || !emulator_on_device(workspace, workspace_bytes))
         emulator_fail("cublasLtMatmul: %p has no %zu bytes of workspace, aligned to 256", workspace, workspace_bytes);
-    int refused = s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue;
+    if (s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue)
+        emulator_fail("cublasLtMatmul: %u x %u x %u by an algorithm for %u x %u x %u or another epilogue", s.m, s.n,
+                      s.k, algo->m, algo->n, algo->k);
+    int refused = 0;
     for (int i = 0; i < 4; i++) refused |= emulator_alignment(pointers[i]) < algo->align[i];
     refused |= algo->align_bias && emulator_alignment(d->bias) < algo->align_bias;
     if (refused || emulator_products_state.refuse > 0) {
         emulator_products_state.refuse -= !refused;
         emulator_products_state.refusals++;
-        return CUBLAS_STATUS_NOT_SUPPORTED;
+        return emulator_return(cudaErrorInvalidValue), CUBLAS_STATUS_NOT_SUPPORTED; // it may leave an error behind
     }
-    if (algo->workspace > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
-    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (algo->workspace > workspace_bytes)
+        emulator_fail("cublasLtMatmul: the algorithm uses %zu bytes of workspace, there are %zu",
+                      (size_t)algo->workspace, workspace_bytes);
+    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit)
+        return emulator_return(cudaErrorMemoryAllocation), CUBLAS_STATUS_ALLOC_FAILED;
     if (!h->loaded) emulator_device.used += h->loaded = 16 << 20;
+    if (emulator_device.dry) return CUBLAS_STATUS_SUCCESS;
     const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
     const cublasLtMatmulDescOpaque_t desc = *d;
     const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;
     const float add = *beta;
     const int splits = algo->splits, way = algo->way;
+    const size_t bytes = algo->workspace;
     double *times = emulator_products_state.times;
     if (getenv("EMULATOR_TIMES")) sscanf(getenv("EMULATOR_TIMES"), "%lf %lf %lf", &times[0], &times[1], &times[2]);
     emulator_device.clock += times[way] > 0 ? times[way] : 1;
-    emulator_ask([=] {
-        if (splits > 1) memset(workspace, 0xff, 2 * m * n * sizeof(float));
+    emulator_ask(stream, [=] {
+        if (splits > 1) { // it may write all of its workspace: the sums and the end
+            memset(workspace, 0xff, 2 * m * n * sizeof(float));
+            memset((char *)workspace + bytes - 4096, 0xff, 4096);
+        }
         std::vector<float> a((size_t)k_end * m);
         for (uint64_t k = 0; k < k_end; k++)
             for (uint64_t i = 0; i < m; i++)
