@@ -4801,17 +4801,19 @@ DEVICE void for_key_tiles(const slam_mask &mask, int b, int i, const bf16 *key, 
         if (keys[k].y > 0) first = min(first, keys[k].x), end = max(end, keys[k].y);
     first = (int)-warp_max(-(float)first) / KEYS, end = ((int)warp_max((float)end) + KEYS - 1) / KEYS;
     keys += threadIdx.x / 32 * 16 * M;
-    for (int tile = first - 1; tile < end; tile++) {
-        const int stage = (tile & 1) * 2 * TILE, next = 2 * TILE - stage, j = tile * KEYS;
+    const auto start = [&](int tile) {
+        const int stage = (tile & 1) * 2 * TILE, j = tile * KEYS;
+        const bf16 *from = key + (ptrdiff_t)j * W;
+        tile_load<HS, KEYS, 128>(stage, from, W, mask.T - j, threadIdx.x);
+        tile_load<HS, KEYS, 128>(stage + TILE, from + mask.KVH * HS, W, mask.T - j, threadIdx.x);
+    };
+    if (first < end) start(first);
+    for (int tile = first; tile < end; tile++) {
         copy_async_wait();
         __syncthreads(); // the tiles are there, and no warp reads those before them
-        if (tile + 1 < end) {
-            const bf16 *from = key + (ptrdiff_t)(j + KEYS) * W;
-            tile_load<HS, KEYS, 128>(next, from, W, mask.T - j - KEYS, threadIdx.x);
-            tile_load<HS, KEYS, 128>(next + TILE, from + mask.KVH * HS, W, mask.T - j - KEYS, threadIdx.x);
-        }
-        const int seen = tile < first ? 0 : seen_of<16 * M>(keys, j, j + KEYS);
-        if (seen) f(stage, j, seen, keys);
+        if (tile + 1 < end) start(tile + 1);
+        const int seen = seen_of<16 * M>(keys, tile * KEYS, (tile + 1) * KEYS);
+        if (seen) f((tile & 1) * 2 * TILE, tile * KEYS, seen, keys);
     }
     __syncthreads();
 }

@@ -159,8 +159,9 @@ static const char *const emulator_kinds[] = {"nothing", "__syncthreads", "__sync
 
 struct emulator_fiber {
     void *top;   // its stack pointer while it does not run
-    char *stack; // EMULATOR_STACK bytes
-    void *fake;  // AddressSanitizer's
+    char *stack; // EMULATOR_STACK bytes in `memory`
+    void *memory;
+    void *fake; // AddressSanitizer's
     struct {
         unsigned x, y, z;
     } thread;
@@ -180,13 +181,16 @@ struct emulator_fiber {
     ~emulator_fiber();
 };
 
-enum { EMULATOR_STACK = 256 << 10, EMULATOR_THREADS = 1024 };
+enum { EMULATOR_STACK = 256 << 10, EMULATOR_STAGGER = 64 << 10, EMULATOR_THREADS = 1024 };
 
+/* Stacks begin at different offsets to 64 kB: otherwise their tops would share a few sets of the caches. */
 emulator_fiber::emulator_fiber() {
-    stack = (char *)mmap(NULL, EMULATOR_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stack == (char *)MAP_FAILED) abort();
+    static thread_local unsigned number;
+    memory = mmap(NULL, EMULATOR_STACK + EMULATOR_STAGGER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    stack = (char *)memory + number++ * 832 % EMULATOR_STAGGER;
 }
-emulator_fiber::~emulator_fiber() { munmap(stack, EMULATOR_STACK); }
+emulator_fiber::~emulator_fiber() { munmap(memory, EMULATOR_STACK + EMULATOR_STAGGER); }
 
 struct emulator_state {
     const char *kernel;
@@ -389,30 +393,27 @@ static void emulator_check_barrier(void) {
 
 /* The warp's product of mma_bf16, with the fragments' places as its comment in slam.h has them. */
 static void emulator_complete_mma(emulator_fiber *const lane[32]) {
-    float A[16][16], B[16][8];
+    typedef float row_of_8 __attribute__((vector_size(32)));
+    float A[16][16];
+    row_of_8 B[16], C[16];
     for (int l = 0; l < 32; l++) {
         const int g = l / 4, t = l % 4;
+        const uint32_t *a = lane[l]->a, *b = lane[l]->b;
         for (int half = 0; half < 2; half++) {
-            const int shift = 16 * half;
-            const uint32_t *a = lane[l]->a, *b = lane[l]->b;
-            A[g][2 * t + half] = emulator_bits<float>((a[0] >> shift & 0xffff) << 16);
-            A[g + 8][2 * t + half] = emulator_bits<float>((a[1] >> shift & 0xffff) << 16);
-            A[g][2 * t + 8 + half] = emulator_bits<float>((a[2] >> shift & 0xffff) << 16);
-            A[g + 8][2 * t + 8 + half] = emulator_bits<float>((a[3] >> shift & 0xffff) << 16);
-            B[2 * t + half][g] = emulator_bits<float>((b[0] >> shift & 0xffff) << 16);
-            B[2 * t + 8 + half][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
+            const int shift = 16 * half, k = 2 * t + half;
+            A[g][k] = emulator_bits<float>((a[0] >> shift & 0xffff) << 16);
+            A[g + 8][k] = emulator_bits<float>((a[1] >> shift & 0xffff) << 16);
+            A[g][k + 8] = emulator_bits<float>((a[2] >> shift & 0xffff) << 16);
+            A[g + 8][k + 8] = emulator_bits<float>((a[3] >> shift & 0xffff) << 16);
+            B[k][g] = emulator_bits<float>((b[0] >> shift & 0xffff) << 16);
+            B[k + 8][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
+            C[g][k] = lane[l]->c[half], C[g + 8][k] = lane[l]->c[2 + half];
         }
     }
-    for (int l = 0; l < 32; l++) {
-        const int g = l / 4, column = l % 4 * 2;
-        float *c = lane[l]->c;
-        for (int k = 0; k < 16; k++) { // four sums side by side
-            c[0] += A[g][k] * B[k][column];
-            c[1] += A[g][k] * B[k][column + 1];
-            c[2] += A[g + 8][k] * B[k][column];
-            c[3] += A[g + 8][k] * B[k][column + 1];
-        }
-    }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++) C[i] += A[i][k] * B[k];
+    for (int l = 0; l < 32; l++)
+        for (int e = 0; e < 4; e++) lane[l]->c[e] = C[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
 }
 
 static void emulator_complete_ldmatrix(emulator_fiber *const lane[32]) {
@@ -442,17 +443,16 @@ static void emulator_check_warp(emulator_kind kind, int warp, unsigned mask) {
         if (lane[l]->kind != kind || lane[l]->mask != mask) return;
         votes |= (lane[l]->value != 0 ? (uint64_t)1 : 0) << l;
     }
+    if (kind == EMULATOR_MMA) emulator_complete_mma(lane);
+    if (kind == EMULATOR_LDMATRIX) emulator_complete_ldmatrix(lane);
     for (int l = 0; l < 32; l++) {
         if (!lane[l]) continue;
         if (kind == EMULATOR_VOTE) lane[l]->result = votes;
         if (kind == EMULATOR_SHUFFLE && !lane[lane[l]->source])
             emulator_fail("a shuffle with mask %08x reads lane %d", mask, lane[l]->source);
         if (kind == EMULATOR_SHUFFLE) lane[l]->result = lane[lane[l]->source]->value;
+        emulator_release(lane[l]);
     }
-    if (kind == EMULATOR_MMA) emulator_complete_mma(lane);
-    if (kind == EMULATOR_LDMATRIX) emulator_complete_ldmatrix(lane);
-    for (int l = 0; l < 32; l++)
-        if (lane[l]) emulator_release(lane[l]);
 }
 
 /* Waits, after its contribution was put into emulator.now, until the collective is complete. */
@@ -1037,7 +1037,7 @@ static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOp
 static inline cublasStatus_t cublasLtMatrixLayoutInit(cublasLtMatrixLayoutOpaque_t *l, cudaDataType type, uint64_t rows,
                                                       uint64_t cols, int64_t ld) {
     *l = {type, rows, cols, ld};
-    return ld >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+    return ld >= (int64_t)rows && rows > 0 && cols > 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 static inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreferenceOpaque_t *p) {
     *p = {0, 7, {256, 256, 256, 256}};

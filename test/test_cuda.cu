@@ -468,6 +468,8 @@ static void test_limits(void) {
     CHECK(gpu->finish(gpu), "an error is reported once: %s", slam_error());
     gpu->swiglu_forward(gpu, (slam_act *)p, (slam_act *)p, 1 << 17, 1 << 18);
     check_fails(gpu->finish(gpu), "elements");
+    matmul_forward(gpu, (slam_act *)p, (slam_act *)p, (slam_act *)p, NULL, 0, 8, 8);
+    CHECK(gpu->finish(gpu), "no rows: %s", slam_error());
     gpu->release(gpu, p);
 }
 
