@@ -3225,28 +3225,49 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C)  w, b (C)  lengths (B). A task is COLUMNS channels of a row: mean, variance, output. */
-static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w, const slam_act *b, const int *lengths,
+/* x (B,T,C)  w, b (C)  lengths (B). A block of n frames, in the cache, gets its sum and its sum of squared deviations from
+   its own mean, in float: sums (B,blocks,2,C). Then, in double: length variance = sum over blocks of squares +
+   n (sum / n - mean)^2. */
+enum { NORM_FRAMES = 128 };
+static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
-    const int parts = (C + COLUMNS - 1) / COLUMNS;
+    const float *w = (const float *)w_, *bias = (const float *)b_;
+    const int blocks = (T + NORM_FRAMES - 1) / NORM_FRAMES;
+    float *sums = cpu_scratch(ops, (size_t)B * (blocks + 1) * 2 * C), *statistics = sums + (size_t)B * blocks * 2 * C;
     PARALLEL_FOR
-    for (int task = 0; task < B * parts; task++) {
-        const int length = lengths[task / parts], first = task % parts * COLUMNS, n = min_int(COLUMNS, C - first);
-        const float *scale = row(w, 0, 0) + first, *bias = row(b, 0, 0) + first;
-        float *x = row(x_, task / parts * T, C) + first, center[COLUMNS], r[COLUMNS];
-        double mean[COLUMNS] = {0}, squares[COLUMNS] = {0};
-        for (int t = 0; t < length; t++)
-            for (int c = 0; c < n; c++) mean[c] += x[(size_t)t * C + c];
-        for (int c = 0; c < n; c++) center[c] = (float)(mean[c] /= length);
-        for (int t = 0; t < length; t++)
-            for (int c = 0; c < n; c++)
-                squares[c] += (x[(size_t)t * C + c] - mean[c]) * (x[(size_t)t * C + c] - mean[c]);
-        for (int c = 0; c < n; c++) r[c] = (float)(1 / sqrt(squares[c] / length + eps));
-        for (int t = 0; t < T; t++, x += C) {
-            if (t >= length) memset(x, 0, (size_t)n * sizeof(float));
-            else
-                for (int c = 0; c < n; c++) x[c] = gelu_float(scale[c] * ((x[c] - center[c]) * r[c]) + bias[c]);
+    for (int i = 0; i < B * blocks; i++) {
+        const int b = i / blocks, first = i % blocks * NORM_FRAMES, n = min_int(NORM_FRAMES, lengths[b] - first);
+        const float *x = row(x_, b * T + first, C);
+        float *sum = sums + (size_t)i * 2 * C, *squares = sum + C;
+        memset(sum, 0, 2 * (size_t)C * sizeof(float));
+        for (int t = 0; t < n; t++)
+            for (int c = 0; c < C; c++) sum[c] += x[(size_t)t * C + c];
+        for (int t = 0; t < n; t++)
+            for (int c = 0; c < C; c++) {
+                const float d = x[(size_t)t * C + c] - sum[c] / (float)n;
+                squares[c] += d * d;
+            }
+    }
+    PARALLEL_FOR
+    for (int i = 0; i < B * C; i++) {
+        const int b = i / C, c = i % C;
+        const float *sum = sums + (size_t)b * blocks * 2 * C + c;
+        double mean = 0, squares = 0;
+        for (int k = 0; k < blocks; k++) mean += sum[(size_t)k * 2 * C] / (double)lengths[b];
+        for (int first = 0, k = 0; first < lengths[b]; first += NORM_FRAMES, k++) {
+            const double n = min_int(NORM_FRAMES, lengths[b] - first), d = sum[(size_t)k * 2 * C] / n - mean;
+            squares += sum[(size_t)k * 2 * C + C] + n * d * d;
         }
+        statistics[(size_t)b * 2 * C + c] = (float)mean;
+        statistics[(size_t)b * 2 * C + C + c] = (float)(1 / sqrt(squares / lengths[b] + eps));
+    }
+    PARALLEL_FOR
+    for (int i = 0; i < B * T; i++) {
+        const float *mean = statistics + (size_t)(i / T) * 2 * C, *r = mean + C;
+        float *x = row(x_, i, C);
+        if (i % T >= lengths[i / T]) memset(x, 0, (size_t)C * sizeof(float));
+        else
+            for (int c = 0; c < C; c++) x[c] = gelu_float(w[c] * ((x[c] - mean[c]) * r[c]) + bias[c]);
     }
 }
 
