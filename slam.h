@@ -3225,9 +3225,9 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C)  w, b (C)  lengths (B). A block of n frames, in the cache, gets its sum and its sum of squared deviations from
-   its own mean, in float: sums (B,blocks,2,C). Then, in double: length variance = sum over blocks of squares +
-   n (sum / n - mean)^2. */
+/* x (B,T,C)  w, b (C)  lengths (B). A block of n frames, in the cache, gets its sum and its sum of squared deviations
+   from its own mean, in float: sums (B,blocks,2,C). Then, in double: length variance = sum over blocks of squares + n
+   (sum / n - mean)^2. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -4808,9 +4808,9 @@ template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
     return some ? 1 + all : 0;
 }
 
-/* Calls f(stage, j, seen, keys) for the tiles of KEYS keys, j and the next, that a warp of the 64 M queries of a block of
-   128 threads, i and the next, sees. keys: what its 16 M queries see. `stage`: the offset of one of two stages, each a
-   tile of keys and one of values; the next tile arrives meanwhile. In the end all warps have read the last tiles. */
+/* Calls f(stage, j, seen, keys) for the tiles of KEYS keys, j and the next, that a warp sees. A block of 128 threads
+   has 64 M queries, i and the next; keys: what the 16 M of this warp see. stage: where the tile of keys lies, before
+   that of values; the next ones arrive meanwhile. In the end all warps have read the last tiles. */
 template <int HS, int M, int KEYS, typename F>
 DEVICE void for_key_tiles(const slam_mask &mask, int b, int i, const bf16 *key, int W, const F &f) {
     constexpr int TILE = KEYS * HS * 2;

@@ -366,7 +366,7 @@ static void test_unseen_tile(int HS) {
     mask_of w = make_mask(s);
     for (int t = 0; t < s.T; t++) w.start.ints()[t] = 64, w.end.ints()[t] = s.T;
     for (int t = 0; t < 64; t++) w.start.ints()[t] = 64; // their rotary positions are negative, so there is no rotation
-    test_attention(s, w, 0, RUNS == 3 ? 40 : RUNS);
+    test_attention(s, w, 0, RUNS == 3 && gpu->act_bytes == 2 ? 40 : RUNS); // kernels for float copy nothing
 }
 
 static void test_decode(const shape &s) {
@@ -445,7 +445,8 @@ static void test_operations(const char *dtype) {
         const shape s = k < CORNERS ? corners[k] : random_shape();
         if (TEST("op: attention %s B %d T %d NH %d KVH %d HS %d, %d documents%s%s", dtype, s.B, s.T, s.NH, s.KVH, s.HS,
                  s.documents, s.masked ? ", masked spans" : "", s.both_ways ? ", both ways" : ""))
-            test_attention(s, make_mask(s), 0), test_attention(s, make_mask(s), 1), test_attention(s, make_mask(s), 2);
+            test_attention(s, make_mask(s), 0, 1), test_attention(s, make_mask(s), 1),
+                test_attention(s, make_mask(s), 2);
         if (k % 2 == 0 && TEST("op: decode %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
             test_decode(s);
         if (k % 2 == 0 && TEST("op: cache %s B %d T %d NH %d KVH %d HS %d", dtype, s.B, s.T, s.NH, s.KVH, s.HS))
@@ -466,8 +467,6 @@ static void test_limits(void) {
     rmsnorm_forward(gpu, NULL, (slam_act *)p, p, (slam_act *)p, NULL, (slam_act *)p, 1, 1, 10000, 10000);
     check_fails(gpu->finish(gpu), "8192 channels");
     CHECK(gpu->finish(gpu), "an error is reported once: %s", slam_error());
-    gpu->swiglu_forward(gpu, (slam_act *)p, (slam_act *)p, 1 << 17, 1 << 18);
-    check_fails(gpu->finish(gpu), "elements");
     matmul_forward(gpu, (slam_act *)p, (slam_act *)p, (slam_act *)p, NULL, 0, 8, 8);
     CHECK(gpu->finish(gpu), "no rows: %s", slam_error());
     gpu->release(gpu, p);
@@ -683,8 +682,10 @@ static void test_large(void) {
     gpu->mask_frames(gpu, a, i, B, T, C);
     gpu->conv1d(gpu, a, a, a, a, &c);
     gpu->nearest(gpu, i, p, a, a, p, N, 768, 500);
-    emulator_device.dry = 0;
     CHECK(gpu->finish(gpu), "%s", slam_error());
+    gpu->swiglu_forward(gpu, a, a, 1 << 17, 1 << 18);
+    check_fails(gpu->finish(gpu), "elements");
+    emulator_device.dry = 0;
     gpu->release(gpu, p);
 }
 
@@ -832,16 +833,18 @@ static void test_launch(void) {
     gpu->release(gpu, out);
 }
 
-static void test_conv1d(const slam_conv &c) {
+static void test_conv1d(const slam_conv &c, int runs = RUNS) {
     const size_t x = (size_t)(c.B * c.G * c.T + c.K * c.dilation) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
                  out = (size_t)c.B * c.TO * c.G * c.OC;
-    check_operation("conv1d",
-                    {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
-                     unwritten(ACT, out), unwritten(ACT, out)},
-                    [=](slam_ops *ops, void **p) {
-                        ops->conv1d(ops, A(3), A(0), A(1), A(2), &c);
-                        ops->conv1d(ops, A(4), A(0), A(1), NULL, &c);
-                    });
+    check_operation(
+        "conv1d",
+        {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
+         unwritten(ACT, out), unwritten(ACT, out)},
+        [=](slam_ops *ops, void **p) {
+            ops->conv1d(ops, A(3), A(0), A(1), A(2), &c);
+            ops->conv1d(ops, A(4), A(0), A(1), NULL, &c);
+        },
+        runs);
 }
 
 /* Centroids far enough apart that rounding changes no unit; some are there twice. */
@@ -901,7 +904,7 @@ static void test_speech_operations(const char *dtype) {
     /* more frames than are unfolded at once; 100 of them in the second, overlapping part */
     const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
     if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
-        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0});
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0}, 1);
 }
 
 #ifndef OPS_ONLY
