@@ -4461,7 +4461,6 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
     const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
-    __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
