@@ -4728,7 +4728,6 @@ template <int HS, int M>
 DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS / 8][4], int at) {
     char *tile = shared_memory() + at;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    __syncwarp(); // other lanes may still read the tile
     for (int m = 0; m < M; m++)
         for (int n = 0; n < HS / 8; n++)
             for (int r = 0; r < 2; r++) {

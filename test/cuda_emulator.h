@@ -248,7 +248,7 @@ extern "C" void __sanitizer_finish_switch_fiber(void *fake, const void **bottom,
 #define EMULATOR_ARRIVE(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
 enum { EMULATOR_GUARD = 0 }; // AddressSanitizer watches what is behind a block's shared memory
 #else
-enum { EMULATOR_GUARD = 256 };
+enum { EMULATOR_GUARD = 4096 };
 #define EMULATOR_LEAVE(fake, bottom, size)  (void)0
 #define EMULATOR_ARRIVE(fake, bottom, size) (void)0
 #endif
@@ -623,8 +623,9 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         }
         emulator_fail("%d of its %zu threads wait for others that do not come", e.live, threads);
     }
-    for (int i = 0; i < EMULATOR_GUARD; i++)
-        if (e.shared[shared + i] != (char)0xff) emulator_fail("it wrote behind its %zu bytes of shared memory", shared);
+    const char *guard = e.shared + shared;
+    if (EMULATOR_GUARD > 0 && (guard[0] != (char)0xff || memcmp(guard, guard + 1, EMULATOR_GUARD - 1) != 0))
+        emulator_fail("it wrote behind its %zu bytes of shared memory", shared);
     free(e.shared);
     e.shared = NULL;
     e.kernel = NULL;
