@@ -2389,9 +2389,8 @@ static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
 /* ==========================================================================================
    SECTION 4. OPS ON THE CPU      the reference implementation; at a first reading skip the matrix product
 
-   Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
-   belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
-   aside).
+   Every op of section 3 in float, in its order; the mathematics is there. In a parallel loop every output belongs to
+   one thread and sums have a fixed order: results do not depend on the number of threads (SLAM_BLAS aside).
    ========================================================================================== */
 
 #pragma GCC diagnostic push
@@ -2399,15 +2398,12 @@ static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
 
 /* ---- matrix products ----
    C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and are bound by memory. Here
-   a number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
-     registers  a tile of C, TILE_ROWS x TILE_COLUMNS, accumulates while k advances. Each k loads TILE_ROWS +
-                TILE_COLUMNS numbers for TILE_ROWS x TILE_COLUMNS multiplications
+   a loaded number is used many times, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
+     registers  a tile of C, TILE_ROWS x TILE_COLUMNS; each k loads TILE_ROWS + TILE_COLUMNS numbers
      L1 cache   a panel of A, TILE_ROWS x BLOCK_K (16 kB with AVX-512), serves all tiles side by side
      L2 cache   a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB with AVX-512), serves all panels of A
-   Panel and block are copied ("packed") into the order in which a tile reads them, transposed where necessary.
-
-   Each element of C is summed in order of k, in blocks of k that depend on K alone. Neither the number of threads nor
-   the place of the element in a tile changes its bits. */
+   Panel and block are packed: copied into the order in which a tile reads them, transposed where necessary. An element
+   of C is summed in order of k, in blocks that depend on K alone: threads and tiles do not change its bits. */
 
 /* First item of part i when n items are split as evenly as possible into `parts` parts, in multiples of `unit`. */
 static int part_start(int n, int unit, int parts, int i) {
@@ -2432,8 +2428,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                 (int)lda, B, (int)ldb, beta, C, (int)ldc);
 }
 #else
-/* Floats of a vector register, and rows of the tile that fills the registers: two vectors for each row of C, two of B,
-   one of A. AVX-512 and AArch64 have 32 registers (gcc for AArch64 uses several of them for A), others 16. */
+/* Floats of a vector register, and rows of the tile that fills the registers, 32 with AVX-512 and AArch64 (gcc uses
+   several of those for A), else 16: two for each row of C, two for B, one for A. */
 #if defined __AVX512F__
 enum { VECTOR = 16, TILE_ROWS = 14 };
 #elif defined __aarch64__
@@ -2462,9 +2458,9 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
-   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
-   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
+/* C (rows,TILE_COLUMNS) = a^T b + beta C      a (K,rows), rows `step` apart  b (K,TILE_COLUMNS)
+   The halves of a row accumulate in variables p0 q0 p1 q1 ...: compilers keep an array in memory. `rows` is a constant
+   wherever this is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
                                    float *C, size_t ldc) {
@@ -2557,8 +2553,8 @@ static void gemm_pack(float *out, int stride, const float *in, size_t ld, int tr
         }
 }
 
-/* C (M,N) = op(A) (M,K) op(B) (K,N) + beta C on the calling thread; beta is 0 (C is not read) or 1. As in BLAS, op
-   transposes a matrix whose `trans` is set, and rows in memory are lda, ldb, ldc apart. Rows of A may overlap. */
+/* C (M,N) = op(A) (M,K) op(B) (K,N) + beta C on the calling thread, as in BLAS; beta is 0 (C is not read) or 1, and
+   rows of A may overlap. */
 static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb,
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -2582,8 +2578,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
 }
 #endif
 
-/* The same on several threads: each has a rectangle of C, all of K. The grid, r by threads / r, is the one whose
-   largest rectangle costs least; packing a number counts as 16 multiplications. */
+/* The same on several threads, each with a rectangle of C. Of the grids r by threads / r it takes the one whose largest
+   rectangle costs least; packing a number counts as 16 multiplications. */
 static void gemm_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda,
                           const float *B, size_t ldb, float beta, float *C, size_t ldc) {
     int rows = 1, columns = 1;
@@ -2613,8 +2609,7 @@ typedef struct cpu_ops {
     size_t scratch_n;
 } cpu_ops;
 
-/* Large blocks are aligned to 2 MB and use huge pages: with 4 kB pages a training step spends several per cent of its
-   time in the page table. The pointer that calloc returned is stored in front of the block. */
+/* Large blocks use huge pages, which save a training step several per cent. calloc's pointer is stored in front. */
 static void *cpu_alloc(slam_ops *ops, size_t bytes) {
     const size_t align = bytes >= (4u << 20) ? 2u << 20 : 256;
     char *raw = bytes < SIZE_MAX / 2 ? (char *)calloc(bytes + align + sizeof(void *), 1) : NULL;
@@ -2666,9 +2661,8 @@ static inline float *row(const slam_act *x, int i, int stride) {
 /* Asserts that the iterations of the next loop are independent, also where an op works in place (y is x). */
 #define VECTORISE SLAM_PRAGMA(omp simd)
 
-/* Compilers may not reorder a sum of floats, so a plain loop adds one number at a time. ROW_SUM defines a function that
-   adds `term` over c = 0 .. n - 1 in a fixed order that vector instructions can follow: lane k adds the terms k, k +
-   LANES, ..., and in the end the lanes are added in pairs. */
+/* Compilers may not reorder a sum of floats. ROW_SUM defines a function that adds `term` over c = 0 .. n - 1 in a fixed
+   order for vector instructions: lane k adds the terms k, k + LANES, ...; then lanes are added in pairs. */
 enum { LANES = 16 };
 #define ROW_SUM(type, name, parameters, term) ROW_FOLD(type, name, parameters, 0, PLUS, term)
 #define ROW_FOLD(type, name, parameters, initial, op, term)                                                            \
@@ -2689,8 +2683,7 @@ enum { LANES = 16 };
 #define PLUS(a, b)   ((a) + (b))
 #define LARGER(a, b) ((b) > (a) ? (b) : (a))
 
-/* condition ? a : b on the bits, without a branch. Compilers make a branch of ?: here and then do not vectorise the
-   loop around it. */
+/* condition ? a : b without a branch, which would keep the loop around it from being vectorised. */
 static inline float choose(int condition, float a, float b) {
     const uint32_t mask = 0 - (uint32_t)condition;
     uint32_t i, j;
@@ -2700,9 +2693,9 @@ static inline float choose(int condition, float a, float b) {
     return b;
 }
 
-/* e^x within 2 units in the last place for x in [-87, 88], clamped outside; NaN stays NaN. Unlike expf, compilers can
-   vectorise it. x = n log 2 + r with |r| <= log(2)/2, so e^x = 2^n e^r; e^r is the polynomial of Cephes' expf (Moshier
-   1989). Adding 1.5 2^23 rounds to an integer, which the low bits of t then hold. */
+/* e^x within 2 units in the last place for x in [-87, 88], clamped outside; NaN stays NaN. Can be vectorised, unlike
+   expf. x = n log 2 + r with |r| <= log(2)/2, so e^x = 2^n e^r; e^r is the polynomial of Cephes' expf (Moshier 1989).
+   Adding 1.5 2^23 rounds to an integer, held by the low bits of t. */
 static inline float exp_float(float x) {
     x = choose(x < -87.0f, -87.0f, x);
     x = choose(x > 88.0f, 88.0f, x);
@@ -2794,8 +2787,8 @@ static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float
         }
 }
 
-/* ds, dy, s: N groups, `stride` apart, of (G,C)  w, dw (C)  rstd (N,G). A task is NORM_GROUPS groups with its own sum
-   for dw. These sums, (parts,C), are added in order afterwards. */
+/* ds, dy, s: N groups, `stride` apart, of (G,C)  w, dw (C)  rstd (N,G). A task is NORM_GROUPS groups with a sum for dw
+   of its own; these, (parts,C), are added in order. */
 enum { NORM_GROUPS = 64 };
 static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_,
                                  const slam_act *w_, const float *rstd, int N, int G, int C, int stride) {
@@ -2859,22 +2852,6 @@ typedef struct query_tile {
     int first, keys; // keys first .. first + keys - 1 of the same row
 } query_tile;
 
-static query_tile tile_of(const slam_mask *mask, int b, int index) {
-    const int *doc_start = mask->doc_start + (size_t)b * mask->T;
-    const int *doc_end = mask->doc_end ? mask->doc_end + (size_t)b * mask->T : NULL;
-    query_tile t;
-    t.i = index * QUERIES;
-    t.n = min_int(QUERIES, mask->T - t.i);
-    t.first = t.i;
-    int end = doc_end ? 0 : t.i + t.n;
-    for (int i = t.i; i < t.i + t.n; i++) {
-        t.first = min_int(t.first, doc_start[i]);
-        if (doc_end && doc_end[i] > end) end = doc_end[i];
-    }
-    t.keys = end - t.first;
-    return t;
-}
-
 /* The keys that query i of row b sees: [a,b) and [c,d), before and after its masked span. Each may be empty. */
 typedef struct key_ranges {
     int a, b, c, d;
@@ -2886,6 +2863,18 @@ static key_ranges visible_keys(const slam_mask *mask, int b, int i) {
     const int span = mask->mask_start && mask->mask_start[at] < mask->mask_end[at];
     const key_ranges see = {start, span ? mask->mask_start[at] : start, span ? mask->mask_end[at] : start, end};
     return see;
+}
+
+static query_tile tile_of(const slam_mask *mask, int b, int index) {
+    query_tile t = {index * QUERIES, min_int(QUERIES, mask->T - index * QUERIES), mask->T, 0};
+    int end = 0;
+    for (int i = t.i; i < t.i + t.n; i++) {
+        const key_ranges see = visible_keys(mask, b, i);
+        t.first = min_int(t.first, see.a);
+        if (see.d > end) end = see.d;
+    }
+    t.keys = end - t.first;
+    return t;
 }
 
 /* x_j = exp(scale x_j - shift) for visible keys, else 0; j = t.first .. t.first + t.keys - 1. Returns the sum. */
@@ -2909,8 +2898,7 @@ static float rope_frequency(const slam_config *c, int i, int pairs) {
     return (1 - share) * f / factor + share * f;
 }
 
-/* The rotary table (T,2 pairs). A row holds the cosines of all pairs, then their sines; `rotate` reads it here,
-   rotate_pairs in section 5. free() it. */
+/* The rotary table (T,2 pairs). A row holds the cosines of all pairs, then their sines. free() it. */
 static float *rope_table(int T, int pairs, const slam_config *c) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
     for (int i = 0; i < pairs; i++) {
@@ -2976,8 +2964,8 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     }
 }
 
-/* dqkv, qkv (B,T,(NH + 2 KVH) HS)  D, lse (B,NH,T)  dout, out (B,T,NH HS). A task is one query head of one row, tile by
-   tile. Each query head has its own dk and dv, (B,NH,2,T,HS); those of a group are added in order afterwards. */
+/* dqkv, qkv (B,T,(NH + 2 KVH) HS)  D, lse (B,NH,T)  dout, out (B,T,NH HS). A task is a query head of a row. Each has
+   its own dk and dv, (B,NH,2,T,HS); those of a group are added in order afterwards. */
 static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                    const float *lse, const slam_act *qkv, const slam_mask *mask) {
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS;
@@ -3155,8 +3143,8 @@ static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float 
 
 /* ---- convolution ---- */
 
-/* x Phi(x), Phi(-z) = exp(-z^2/2) P(t) with t = 1 / (1 + 0.26 z), z = |x|. The polynomial P is fitted to the scaled
-   erfc with a relative error of 2e-8, so the relative error stays below 5e-6 down to x = -12. */
+/* x Phi(x), Phi(-z) = exp(-z^2/2) P(t) with t = 1 / (1 + 0.26 z), z = |x|. P is fitted to the scaled erfc within 2e-8:
+   the relative error stays below 5e-6 down to x = -12. */
 static inline float gelu_float(float x) {
     const float z = fabsf(x), t = 1 / (1 + 0.26f * z);
     float p = 0.0308966339f;
@@ -3177,10 +3165,9 @@ static void row_gelu(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = gelu_float(x[i]);
 }
 
-/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
-   neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. With dilation it is one product per tap. With G = 1 and T =
-   stride TO the rows of a batch are one long row. */
+/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. An output frame reads K C neighbouring numbers, the
+   next one those stride C further: a matrix product whose left side is x with overlapping rows. With dilation it is one
+   product per tap. With G = 1 and T = stride TO the rows of a batch are one long row. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
@@ -3259,9 +3246,9 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squared deviations from its own
-   mean, in float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2),
-   / length. */
+/* x (B,T,C)  w, b (C)  lengths (B). A block of n frames, in the cache, gets its sum and its sum of squared deviations
+   from its own mean, in float: sums (B,blocks,2,C). Then, in double: length variance = sum over blocks of squares + n
+   (sum / n - mean)^2. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -3360,13 +3347,11 @@ void slam_ops_free(slam_ops *ops) {
 
 /* ==========================================================================================
    SECTION 5. OPS ON CUDA      the same operations as kernels
-   The mathematics is in struct slam_ops, the loops are in section 4. A kernel's comment says how threads map to data
-   and what bounds it: bytes or arithmetic. T is the type of activations, float or bf16, and P the number of neighbours
-   that one access moves: 16 bytes where rows and pointers allow it, else 1. All work is in one stream, so a kernel sees
-   the results of those before it. Sums have a fixed order and there are no atomics: every run gives the same bits.
+   A kernel's comment says how threads map to data and what bounds it, bytes or arithmetic. T is the type of
+   activations, float or bf16, P the neighbours that one access moves: 16 bytes where rows and pointers allow it, else 1
+   number. All work is in one stream. Sums have a fixed order and there are no atomics: every run gives the same bits.
 
-   nvcc compiles this section, or a C++17 compiler with -DSLAM_EMULATOR -include test/cuda_emulator.h, which runs the
-   kernels on the CPU.
+   nvcc compiles this section, or a C++17 compiler with -DSLAM_EMULATOR -include test/cuda_emulator.h, for the CPU.
    ========================================================================================== */
 #if !defined(__CUDACC__) && !defined(SLAM_EMULATOR)
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -3391,7 +3376,7 @@ int slam_cuda_count(void) { return 0; }
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
-/* PTX that needs compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() fails in such a build. */
+/* PTX of compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() fails in such a build. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define PTX(statement)
 #else
@@ -3420,15 +3405,14 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
-/* Keeps *p, a multiple of 4 bytes, in its packed form: the compiler would keep the numbers converted to float from one
-   use to the next, in twice the registers. */
+/* Keeps *p, a multiple of 4 bytes, packed: the compiler would keep its numbers as floats, in twice the registers. */
 template <typename R> DEVICE void stay_packed(R *p) {
     uint32_t *word = (uint32_t *)p;
     for (int k = 0; k < (int)sizeof *p / 4; k++) asm volatile("" : "+r"(word[k]));
 }
 
-/* Product of a warp: C (16,8) += A (16,16) B (16,8) in bf16, sums in float (mma.sync.m16n8k16). With g = lane / 4 and t
-   = lane % 4 a lane holds, in pairs of neighbours (the first in the lower half of a register):
+/* Product of a warp: C (16,8) += A (16,16) B (16,8) in bf16, sums in float. With g = lane / 4 and t = lane % 4 a lane
+   holds, in pairs of neighbours (the first in the lower half of a register):
        a[0]: row g,     columns 2t, 2t+1      a[2]: row g,     columns 2t+8, 2t+9
        a[1]: row g + 8, columns 2t, 2t+1      a[3]: row g + 8, columns 2t+8, 2t+9
        b0:   rows 2t, 2t+1, column g          b1:   rows 2t+8, 2t+9, column g
@@ -3441,32 +3425,25 @@ DEVICE void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) 
 }
 
 /* Four 8x8 matrices of bf16 from shared memory. Lane l passes the address of row l % 8 of matrix l / 8 (16 bytes,
-   aligned); r[m] receives row lane / 4, columns 2 (lane % 4) and the next, of matrix m. */
-DEVICE void ldmatrix(uint32_t r[4], const void *row) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"((uint32_t)__cvta_generic_to_shared(row))
-                     : "memory"));
+   aligned); r[m] receives row lane / 4, columns 2 (lane % 4) and the next, of matrix m, or of its transpose. */
+#define LDMATRIX(trans)                                                                                                \
+    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];"                          \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                                  \
+                     : "r"((uint32_t)__cvta_generic_to_shared(row))                                                    \
+                     : "memory"))
+template <int TRANSPOSED> DEVICE void ldmatrix(uint32_t r[4], const void *row) {
+    if constexpr (TRANSPOSED) LDMATRIX(".trans");
+    else LDMATRIX("");
 }
 
-/* The same with each matrix transposed: r[m] receives rows 2 (lane % 4) and the next, column lane / 4. */
-DEVICE void ldmatrix_transposed(uint32_t r[4], const void *row) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"((uint32_t)__cvta_generic_to_shared(row))
-                     : "memory"));
-}
-
-/* Starts a copy of 16 bytes from global to shared memory (cp.async); if not `valid`, writes zeros and reads nothing.
-   commit closes a group of copies; wait<n> waits until at most n of this thread's groups are in flight. Other threads
-   see the copies after a barrier. */
+/* Starts a copy of 16 bytes from global to shared memory (cp.async), of zeros if not `valid`; copy_async_wait waits for
+   this thread's. Other threads see them after a barrier. */
 DEVICE void copy_async(void *shared, const void *global, int valid) {
     PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
                      "l"(global), "r"(valid ? 16 : 0)
                      : "memory"));
 }
-DEVICE void copy_async_commit(void) { PTX(asm volatile("cp.async.commit_group;" ::: "memory")); }
-template <int n> DEVICE void copy_async_wait(void) { PTX(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")); }
+DEVICE void copy_async_wait(void) { PTX(asm volatile("cp.async.wait_all;" ::: "memory")); }
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -3516,7 +3493,7 @@ static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
 /* The numbers of T in 16 bytes. */
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
 
-/* Executes a statement with P, the numbers of one access: 16 bytes of T where `wide`, else 1. */
+/* Executes a statement with P, the numbers of one access, and TEAM. WITH_P: 16 bytes of T where `wide`, else 1. */
 #define WITH(P_, TEAM_, ...)                                                                                           \
     {                                                                                                                  \
         [[maybe_unused]] constexpr int P = P_, TEAM = TEAM_;                                                           \
@@ -3534,7 +3511,7 @@ template <typename... R> static int aligned16(const R *...p) { return (((uintptr
 
 /* ---- memory ---- */
 
-/* Selects the device for the calling thread: CUDA's default is the first. */
+/* Selects the device for the calling thread. */
 static cuda_ops *cuda_of(slam_ops *ops) {
     cuda_ops *cuda = (cuda_ops *)ops;
     cuda_check(ops, cudaSetDevice(cuda->device), "cudaSetDevice");
@@ -3672,8 +3649,7 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* Combines x of all warps, in order. `shared`: a number for each warp. Barriers on both sides: after it, what other
-   threads have written before it can be read. */
+/* Combines x of all warps, in order, with barriers on both sides. `shared`: a number for each warp. */
 template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
@@ -3696,8 +3672,8 @@ template <typename T> DEVICE float sigmoid_of(float x) {
 }
 DEVICE float gelu_of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
 
-/* Second half of sums over rows: out (n) += sum of the rows of partial (parts,n). A block has 32 columns; a warp adds
-   every 32nd row of them, then the 32 sums of a column are added in order. Bound by latency: partial is in L2. */
+/* Second half of sums over rows: out (n) += sum of the rows of partial (parts,n). A block has 32 columns, of which a
+   warp adds every 32nd row; then the 32 sums of a column are added in order. Bound by latency: partial is in L2. */
 KERNEL(1024) add_partial_kernel(float *out, const float *partial, int parts, int n) {
     float *sums = (float *)shared_memory(), sum = 0; // (32,32)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
@@ -3718,8 +3694,8 @@ static void add_partial(slam_ops *ops, const char *operation, float *out, int pa
 }
 
 /* ---- element-wise kernels ----
-   An element-wise op is a struct with its arguments and a function run<P>(row, column), which computes P neighbours.
-   All are bound by memory. */
+   An op is a struct with its arguments and a function run<P>(row, column), which computes P neighbours. All are bound
+   by memory; a comment says how many bytes. */
 
 template <int P, typename Op> KERNEL(256) each_kernel(Op op, unsigned packs, unsigned n) {
     const unsigned i = blockIdx.x * 256 + threadIdx.x;
@@ -3927,10 +3903,9 @@ static void cuda_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens
     each<WIDE<T>>(ops, __func__, N, C, embedding_op<T>{(T *)x, tokens, (const T *)table, C}, x, table);
 }
 
-/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It looks through all tokens, 8 in a
-   lane at a time, and adds the rows of dx of those in its rows, in registers as long as the token stays the same: each
-   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. Each warp also
-   reads all tokens, 4 N bytes from the caches. */
+/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It goes through all tokens, 8 in a
+   lane at a time, and adds the rows of dx that belong to its rows, in registers while the token stays the same: each
+   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. */
 template <typename T, int P>
 KERNEL(256)
 embedding_backward_kernel(float *dtable, const T *__restrict__ dx, const int *tokens, int N, int C, int V, int rows) {
@@ -3966,9 +3941,8 @@ static void cuda_embedding_backward(slam_ops *ops, float *dtable, const slam_act
 }
 
 /* ---- norms ----
-   A team of threads has a row of C numbers, up to ROW_NUMBERS of them in the registers of each, so that it is read
-   once: 8 threads for up to 256 numbers (the heads of qkv), a warp for up to 1024, a block of 256 threads for up to
-   8192. */
+   A team of threads has a row in registers, up to ROW_NUMBERS numbers in each, so that it is read once: 8 threads for
+   up to 256 numbers (the heads of qkv), a warp for up to 1024, a block of 256 threads for up to 8192. */
 
 enum { ROW_NUMBERS = 32 };
 
@@ -4066,9 +4040,8 @@ static void cuda_layernorm(slam_ops *ops, slam_act *s, slam_act *y, const slam_a
                      (float *)NULL, (const T *)x, (const T *)delta, (const T *)w, (const T *)b, eps, gelu, rows));
 }
 
-/* Teams take rows in turn and keep their part of dw in registers; at the end the teams of a block add theirs, in order,
-   through shared memory, so that each block leaves a row of partial (blocks,C). Bound by memory: dy, s and ds are read,
-   ds written, 4 N C sizeof(T) bytes. */
+/* Teams take rows in turn with their part of dw in registers; at the end those of a block add theirs, in order, to a
+   row of partial (blocks,C). Bound by memory: dy, s and ds are read, ds written, 4 N C sizeof(T) bytes. */
 template <typename T, int P, int TEAM>
 KERNEL(256, sizeof(T) == 2 && P > 1 ? 2 : 1)
 rmsnorm_backward_kernel(T *ds, float *partial, const T *dy, const T *s, const T *w, const float *rstd,
@@ -4140,8 +4113,8 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
 }
 
 /* ---- matrix products: cuBLASLt ----
-   It counts columns first. A row-major matrix read that way is its transpose, so it computes C^T = op(B)^T op(A)^T: the
-   operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
+   It is column-major. A row-major matrix read that way is its transpose, so it computes C^T = op(B)^T op(A)^T: the
+   operands change places. Sums are float, without tf32. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
 
@@ -4175,9 +4148,9 @@ static cublasStatus_t product_describe(product_plan *p, const product_shape *s, 
     return status;
 }
 
-/* The algorithms that cuBLASLt proposes, the best guess first; always the same for the same shape. A sum that is split
-   over K is added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split
-   sums on Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
+/* The algorithms that cuBLASLt proposes, the best guess first, always the same for the same shape. Sums that are split
+   over K are added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some on
+   Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
 static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
                                       product_plan *p, const product_shape *s) {
     cublasLtMatmulPreferenceOpaque_t preference;
@@ -4203,8 +4176,8 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
-/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
-   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
+/* Moves the fastest of n proposed algorithms to the front: the best of three times after one that loads its kernels. A
+   later algorithm must be 2 % faster. */
 template <typename F>
 static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
@@ -4229,9 +4202,8 @@ static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *foun
     for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
 }
 
-/* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
-   by arithmetic: 2 M N K. */
+/* C (M,N) = op(A) (M,K) op(B) (K,N) + bias (N) or, with ADD, C += op(A) op(B), rows of C ldc numbers apart. By the
+   algorithm known for the shape, else the first proposed or the fastest. Bound by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
     cuda_ops *cuda = (cuda_ops *)ops;
@@ -4280,8 +4252,8 @@ static void cuda_matmul_backward_input(slam_ops *ops, slam_act *dx, const slam_a
     product(ops, __func__, 0, N, C, OC, dout, w, NULL, dx, C);
 }
 
-/* Sums over rows: partial (gridDim.y,OC). A lane has P columns; the 8 warps of a block and the blocks of a column take
-   rows in turn, and the sums of the warps meet in shared memory. Bound by memory: dout once, N OC sizeof(T) bytes. */
+/* Sums over rows: partial (gridDim.y,OC). A lane has P columns; warps and blocks take rows in turn, and the sums of a
+   block's warps meet in shared memory. Bound by memory: dout once, N OC sizeof(T) bytes. */
 template <typename T, int P> KERNEL(256) column_sums_kernel(float *partial, const T *dout, int N, int OC) {
     float *sums = (float *)shared_memory(), sum[P] = {0}, d[P]; // sums: (8, 32 P)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * 32 * P, c = first + lane * P;
@@ -4316,10 +4288,9 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
 
 /* ---- cross-entropy ---- */
 
-/* A team has a row: a warp up to 1024 numbers, else a block of 512 threads. Two passes: the first for the largest logit
-   and the sum, which is rescaled when a larger logit appears (Milakov and Gimelshein 2018), the second for the
-   gradient. Bound by memory: 2 N V sizeof(T) bytes, half of that without a gradient; the second pass reads from the
-   caches. */
+/* A row has a warp up to 1024 numbers, else a block of 512 threads. One pass for the largest logit and the sum, which
+   is rescaled when a larger logit appears (Milakov and Gimelshein 2018), and one, from the caches, for the gradient.
+   Bound by memory: 2 N V sizeof(T) bytes, half of that without a gradient. */
 template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
 crossentropy_kernel(float *loss, T *logits, const int *targets, slam_xent a) {
@@ -4369,51 +4340,41 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-/* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
-   memory: 4 n bytes. */
-template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
+/* out (gridDim.x) = sums of X, or += if `add`. A thread adds four numbers in X, all else in double, which is slow on
+   most GPUs. Bound by memory: 4 n bytes. */
+template <typename X, int SQUARES> KERNEL(256) sum_kernel(double *out, const X *x, size_t n, int add) {
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * 1024 + threadIdx.x; i < n; i += (size_t)gridDim.x * 1024) {
-        float four = 0;
+        X four = 0;
         for (int k = 0; k < 4; k++) {
-            const float a = i + 256 * k < n ? x[i + 256 * k] : 0;
+            const X a = i + 256 * k < n ? x[i + 256 * k] : 0;
             four += SQUARES ? a * a : a;
         }
         sum += four;
     }
     sum = block_sum(sum, (double *)shared_memory());
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-/* out[0] += sum of partial (n), by one block. */
-KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
-    double sum = 0;
-    for (int i = threadIdx.x; i < n; i += 256) sum += partial[i];
-    sum = block_sum(sum, (double *)shared_memory());
-    if (threadIdx.x == 0) out[0] += sum;
+    if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
 template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
     const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
-    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
+    const size_t parts = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
-    LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
-    LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
+    LAUNCH_FOR(operation, ops, (sum_kernel<float, SQUARES>), parts, 256, 8 * sizeof(double), partial, x, n, 0);
+    LAUNCH_FOR(operation, ops, (sum_kernel<double, 0>), 1, 256, 8 * sizeof(double), out, (const double *)partial, parts,
+               1);
 }
 
 /* ---- attention ----
-   The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
-   head sizes 32, 64 and 128 with all products on tensor cores.
+   Plain kernels serve float, all head sizes up to 256, and decoding; read these first. Fast ones serve bf16 and head
+   sizes 32, 64 and 128 with all products on tensor cores.
 
-   None holds a (T,T) matrix. The softmax of a query is taken over one run of keys after the other (Milakov and
-   Gimelshein 2018): with m the maximum so far, l = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j, a run with
-   maximum m' first scales l and o by exp(m - max(m, m')), then adds its own. In the end out = o / l and lse = m + log
-   l. The backward pass computes s again, which costs less than to store it, and has lse, so that p_ij = exp(s_ij -
-   lse_i) (Dao 2023).
-
-   dq is summed by kernels that own queries, dk and dv by kernels that own keys. Both compute s and p, seven products
-   instead of five, but no block adds to what another has written. */
+   None holds a (T,T) matrix. A softmax goes over one run of keys after the other (Milakov and Gimelshein 2018): with m
+   the maximum so far, l = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j, a run with maximum m' first scales l and o
+   by exp(m - max(m, m')), then adds its own. In the end out = o / l and lse = m + log l. The backward pass computes s
+   again, and p_ij = exp(s_ij - lse_i) (Dao 2023). Kernels that own queries sum dq, kernels that own keys dk and dv:
+   seven products instead of five, but no block adds to what another has written. */
 
 /* The keys that query i of row b sees: x <= j < y and not z <= j < w. None if i >= T. */
 DEVICE int4 keys_of(const slam_mask &mask, int b, int i) {
@@ -4461,7 +4422,7 @@ DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pa
 
 /* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
    head of a token; column c is the pair (c, c + pairs) or, behind the pairs, number c + pairs. 2 N (NH + KVH) HS
-   sizeof(T) bytes; the table stays in the caches. */
+   sizeof(T) bytes. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
@@ -4497,8 +4458,8 @@ static void rotate_heads(slam_ops *ops, const char *operation, T *qkv, T *cache,
 }
 
 /* ---- attention: plain kernels ----
-   Lanes have channels lane, lane + 32, ... of a head in registers. Keys and values come from the caches, where the next
-   query finds them again; bound by arithmetic, 4 HS FLOP for a pair of query and key, without tensor cores. */
+   Lanes have channels lane, lane + 32, ... of a head in registers; keys and values come from the caches. Bound by
+   arithmetic, 4 HS FLOP for a pair of query and key, without tensor cores. */
 
 enum { PLAIN_CHANNELS = 256 / 32, PLAIN_WARPS = 2, DECODE_WARPS = 8 };
 
@@ -4525,7 +4486,6 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
     const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
-    __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
@@ -4539,10 +4499,9 @@ DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head
 }
 
 /* A block has a query, or a new token if `lengths` is not NULL; its warps take runs of 32 keys in turn. For the scores
-   a lane has a key, for the values its channels of all 32 keys. In the end the sums of the warps are joined as those of
-   two runs. q: the first query head, rows W numbers apart; key: the first key head, rows K numbers apart. Decoding is
-   bound by memory: the cache, 2 KVH HS sizeof(T) bytes a token, from which L2 serves all but the first head of a
-   group. */
+   a lane has a key, for the values its channels of all 32 keys. In the end the warps' sums are joined as those of runs.
+   q: the first query head, rows W numbers apart; key: the first key head, rows K numbers apart. Decoding is bound by
+   memory: the cache, 2 KVH HS sizeof(T) bytes a token. */
 template <typename T, int P>
 KERNEL(32 * DECODE_WARPS)
 attention_forward_plain(T *out, float *lse, const T *q, const T *key, int W, int K, const int *lengths,
@@ -4673,9 +4632,9 @@ static void attention_plain(slam_ops *ops, const char *operation, T *out, float 
 }
 
 /* ---- attention: what the fast kernels are made of ----
-   Tiles of rows of HS numbers lie in shared memory in chunks of 16 bytes. ldmatrix reads a chunk of each of 8 rows at a
-   time, which must lie in different banks: chunk c of row r is stored where chunk c ^ r would be. A tile is named by
-   its offset in shared memory, a multiple of 128 bytes. */
+   Tiles of rows of HS numbers lie in shared memory in chunks of 16 bytes. ldmatrix reads a chunk of each of 8 rows at
+   once, from different banks: chunk c of row r is stored where chunk c ^ r would be. A tile is named by its offset, a
+   multiple of 128 bytes. */
 
 #define LOG2_E 1.44269504f // exp(s) = 2^(s log2 e)
 
@@ -4694,9 +4653,8 @@ DEVICE void tile_load(int tile, const bf16 *from, int stride, int valid, int thr
     for (int k = 0; k < ROWS; k += STEP, from += STEP * stride) copy_async(to + k * HS * 2, from, row + k < valid);
 }
 
-/* Where this lane reads the first 16 x 16 of a tile, as A operand (or, transposed, as B), and as B operand. Other 16 x
-   16 at row and column, multiples of 16, are row * HS * 2 further, and an exclusive or with column * 2 leads to their
-   chunk. */
+/* Where this lane reads the first 16 x 16 of a tile, as A operand (or, transposed, as B), and as B operand. tile_part:
+   those at row and column, multiples of 16. */
 template <int HS> DEVICE int tile_a(int tile) {
     const int lane = threadIdx.x % 32;
     return tile + tile_at<HS>(lane % 16, lane / 16);
@@ -4722,34 +4680,33 @@ template <int M, int N> DEVICE void sums_scale(float (&c)[M][N][4], const float 
             for (int k = 0; k < 4; k++) c[m][n][k] *= factor[m][k / 2];
 }
 
+/* c (16 M,8 N) += a (16 M,16) times rows 16 k .. of a tile or, if not ROWS, columns 16 k .. of its 8 N rows. */
+template <int HS, int ROWS, int M, int N>
+DEVICE void product_step(float (&c)[M][N][4], const uint32_t (&a)[M][4], int tile, int k) {
+    for (int n = 0; n < N / 2; n++) {
+        uint32_t b[4];
+        ldmatrix<ROWS>(b, ROWS ? tile_part<HS>(tile, 16 * k, 16 * n) : tile_part<HS>(tile, 16 * n, 16 * k));
+        for (int m = 0; m < M; m++) {
+            mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
+            mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+    }
+}
+
 /* c (16 M,8 N) += a (16 M,HS) tile^T, a tile of 8 N rows; a in registers, as A operands. */
 template <int HS, int M, int N>
-DEVICE void product_rows(float (&c)[M][N][4], const uint32_t (&a)[M][HS / 16][4], int tile) {
+DEVICE void product_rows(float (&c)[M][N][4], const uint32_t (&a)[HS / 16][M][4], int tile) {
     tile = tile_b<HS>(tile);
-    for (int k = 0; k < HS / 16; k++)
-        for (int n = 0; n < N / 2; n++) {
-            uint32_t b[4];
-            ldmatrix(b, tile_part<HS>(tile, 16 * n, 16 * k));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m][k], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m][k], b[2], b[3]);
-            }
-        }
+    for (int k = 0; k < HS / 16; k++) product_step<HS, 0>(c, a[k], tile, k);
 }
 
 /* The same with a, 16 M rows, in a tile. */
 template <int HS, int M, int N> DEVICE void product_tiles(float (&c)[M][N][4], int tile_of_a, int tile) {
     tile_of_a = tile_a<HS>(tile_of_a), tile = tile_b<HS>(tile);
     for (int k = 0; k < HS / 16; k++) {
-        uint32_t a[M][4], b[4];
-        for (int m = 0; m < M; m++) ldmatrix(a[m], tile_part<HS>(tile_of_a, 16 * m, 16 * k));
-        for (int n = 0; n < N / 2; n++) {
-            ldmatrix(b, tile_part<HS>(tile, 16 * n, 16 * k));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
+        uint32_t a[M][4];
+        for (int m = 0; m < M; m++) ldmatrix<0>(a[m], tile_part<HS>(tile_of_a, 16 * m, 16 * k));
+        product_step<HS, 0>(c, a, tile, k);
     }
 }
 
@@ -4759,39 +4716,34 @@ template <int HS, int M, int N>
 DEVICE void product_columns(float (&c)[M][HS / 8][4], const float (&p)[M][N][4], int tile) {
     tile = tile_a<HS>(tile);
     for (int k = 0; k < N / 2; k++) {
-        uint32_t a[M][4], b[4];
+        uint32_t a[M][4];
         for (int m = 0; m < M; m++)
             for (int e = 0; e < 4; e++)
                 a[m][e] = pack_bf16(p[m][2 * k + e / 2][e % 2 * 2], p[m][2 * k + e / 2][e % 2 * 2 + 1]);
-        for (int n = 0; n < HS / 16; n++) {
-            ldmatrix_transposed(b, tile_part<HS>(tile, 16 * k, 16 * n));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
+        product_step<HS, 1>(c, a, tile, k);
     }
 }
 
 /* A operands of 16 M rows from global memory; rows from `valid` on are 0. */
-template <int HS, int M> DEVICE void rows_load(uint32_t (&a)[M][HS / 16][4], const bf16 *from, int stride, int valid) {
+template <int HS, int M> DEVICE void rows_load(uint32_t (&a)[HS / 16][M][4], const bf16 *from, int stride, int valid) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int m = 0; m < M; m++)
         for (int k = 0; k < HS / 16; k++)
             for (int e = 0; e < 4; e++) {
                 const int row = 16 * m + g + e % 2 * 8;
                 const bf16 *at = from + (ptrdiff_t)row * stride + k * 16 + e / 2 * 8 + 2 * t;
-                a[m][k][e] = row < valid ? *(const uint32_t *)at : 0;
+                a[k][m][e] = row < valid ? *(const uint32_t *)at : 0;
             }
 }
 
-/* Dot product of rows 8 r + lane / 4 of two operands; the four lanes that share it all get it. */
-template <int K> DEVICE float rows_dot(const uint32_t (&a)[K][4], const uint32_t (&b)[K][4], int r) {
+/* Dot product of rows 16 m + 8 r + lane / 4 of two operands; the four lanes that share it all get it. */
+template <int K, int M>
+DEVICE float rows_dot(const uint32_t (&a)[K][M][4], const uint32_t (&b)[K][M][4], int m, int r) {
     float sum = 0;
     for (int k = 0; k < K; k++)
         for (int e = r; e < 4; e += 2) {
-            sum += __uint_as_float(a[k][e] << 16) * __uint_as_float(b[k][e] << 16);
-            sum += __uint_as_float(a[k][e] & 0xffff0000u) * __uint_as_float(b[k][e] & 0xffff0000u);
+            sum += __uint_as_float(a[k][m][e] << 16) * __uint_as_float(b[k][m][e] << 16);
+            sum += __uint_as_float(a[k][m][e] & 0xffff0000u) * __uint_as_float(b[k][m][e] & 0xffff0000u);
         }
     return warp_sum<4>(sum);
 }
@@ -4801,7 +4753,6 @@ template <int HS, int M>
 DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS / 8][4], int at) {
     char *tile = shared_memory() + at;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    __syncwarp(); // other lanes may still read the tile
     for (int m = 0; m < M; m++)
         for (int n = 0; n < HS / 8; n++)
             for (int r = 0; r < 2; r++) {
@@ -4841,8 +4792,7 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
 }
 
-/* Adds the sums of GROUPS groups of THREADS threads, pairwise, into those of group 0; `shared` has space for half of
-   them. */
+/* Adds the sums of GROUPS groups of THREADS threads, pairwise, into those of group 0; half of them fit `shared`. */
 template <int GROUPS, int THREADS, int M, int N> DEVICE void groups_add(float (&c)[M][N][4], float *shared) {
     const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
     for (int half = GROUPS / 2; half > 0; half /= 2) {
@@ -4855,8 +4805,8 @@ template <int GROUPS, int THREADS, int M, int N> DEVICE void groups_add(float (&
     }
 }
 
-/* Scores of 16 M queries and KEYS keys from j on become -INFINITY where the query does not see the key. keys: of these
-   queries. Each lane computes the bits of one query. */
+/* Scores of 16 M queries and KEYS keys from j on become -INFINITY where the query does not see the key. Each lane
+   computes the bits of one query. */
 template <int KEYS, int M> DEVICE void scores_mask(float (&s)[M][KEYS / 8][4], const int4 *keys, int j) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int4 of_lane = keys[lane % (16 * M)];
@@ -4872,8 +4822,8 @@ template <int KEYS, int M> DEVICE void scores_mask(float (&s)[M][KEYS / 8][4], c
     }
 }
 
-/* What some queries, one or two for each lane of a warp, see of the keys j to end - 1. 0: nothing; 1: some of them, so
-   the scores are masked; 2: each query sees all of them. keys (QUERIES): what the queries see */
+/* What a warp's queries see of the keys j to end - 1. 0: nothing; 1: some, so the scores are masked; 2: all see all.
+   keys (QUERIES): what the queries see */
 template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
     const int4 of_lane = keys[threadIdx.x % QUERIES];
     const int some = __any_sync(0xffffffffu, sees_any(of_lane, j, end));
@@ -4881,46 +4831,44 @@ template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
     return some ? 1 + all : 0;
 }
 
-/* The tiles of KEYS keys that the 64 M queries of a block of 128 threads, from i on, see: from x to y - 1. keys (64 M)
-   receives what they see. */
-template <int M, int KEYS> DEVICE int2 tiles_of_queries(int4 *keys, const slam_mask &mask, int b, int i) {
+/* Calls f(stage, j, seen, keys) for the tiles of KEYS keys, j and the next, that a warp sees. A block of 128 threads
+   has 64 M queries, i and the next; keys: what the 16 M of this warp see. stage: where the tile of keys lies, before
+   that of values; the next ones arrive meanwhile. In the end all warps have read the last tiles. */
+template <int HS, int M, int KEYS, typename F>
+DEVICE void for_key_tiles(const slam_mask &mask, int b, int i, const bf16 *key, int W, const F &f) {
+    constexpr int TILE = KEYS * HS * 2;
+    int4 *keys = (int4 *)(shared_memory() + 4 * TILE);
     int first = mask.T, end = 0;
     for (int k = threadIdx.x; k < 64 * M; k += 128) keys[k] = keys_of(mask, b, i + k);
     __syncthreads();
     for (int k = threadIdx.x % 32; k < 64 * M; k += 32)
         if (keys[k].y > 0) first = min(first, keys[k].x), end = max(end, keys[k].y);
-    for (int offset = 16; offset > 0; offset /= 2) {
-        first = min(first, __shfl_xor_sync(0xffffffffu, first, offset));
-        end = max(end, __shfl_xor_sync(0xffffffffu, end, offset));
+    first = (int)-warp_max(-(float)first) / KEYS, end = ((int)warp_max((float)end) + KEYS - 1) / KEYS;
+    keys += threadIdx.x / 32 * 16 * M;
+    const auto start = [&](int tile) {
+        const int stage = (tile & 1) * 2 * TILE, j = tile * KEYS;
+        const bf16 *from = key + (ptrdiff_t)j * W;
+        tile_load<HS, KEYS, 128>(stage, from, W, mask.T - j, threadIdx.x);
+        tile_load<HS, KEYS, 128>(stage + TILE, from + mask.KVH * HS, W, mask.T - j, threadIdx.x);
+    };
+    if (first < end) start(first);
+    for (int tile = first; tile < end; tile++) {
+        copy_async_wait();
+        __syncthreads(); // the tiles are there, and no warp reads those before them
+        if (tile + 1 < end) start(tile + 1);
+        const int seen = seen_of<16 * M>(keys, tile * KEYS, (tile + 1) * KEYS);
+        if (seen) f((tile & 1) * 2 * TILE, tile * KEYS, seen, keys);
     }
-    return int2{first / KEYS, (end + KEYS - 1) / KEYS};
-}
-
-/* A pipeline of two stages, each a tile of keys and one of values: waits until those of number `tile` have arrived,
-   then starts the copies for the next, if that is below `end`. Returns the stage of this tile. */
-template <int HS, int KEYS> DEVICE int next_keys(int tile, int end, const bf16 *key, int W, const slam_mask &mask) {
-    constexpr int TILE = KEYS * HS * 2;
-    copy_async_wait<0>();
-    __syncthreads(); // the tiles are there, and no warp reads those before them
-    if (tile + 1 < end) {
-        const int j = (tile + 1) * KEYS, stage = (tile + 1) % 2 * 2 * TILE;
-        key += (ptrdiff_t)j * W;
-        tile_load<HS, KEYS, 128>(stage, key, W, mask.T - j, threadIdx.x);
-        tile_load<HS, KEYS, 128>(stage + TILE, key + mask.KVH * HS, W, mask.T - j, threadIdx.x);
-    }
-    copy_async_commit();
-    return (tile & 1) * 2 * TILE;
+    __syncthreads();
 }
 
 /* ---- attention: fast kernels ---- */
 
 /* Forward. A block has 64 M queries of a head: 4 warps, 16 M queries each, whose q and o stay in registers. It goes
-   through tiles of KEYS keys, and the next arrive meanwhile; a warp skips those that it does not see. With M = 2 each
-   fragment of k and v that is read from shared memory serves two products; with 1 the reads, 128 bytes a clock, would
-   take longer than the products. Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16
-   a clock, for each pair of query and key. At the peak of the tensor cores, which mma.sync does not reach on Hopper,
-   both would take equally long for HS = 64. Blocks start in the order of their numbers, so those with late queries,
-   which see the most keys, get low ones. */
+   through tiles of KEYS keys; a warp skips those that it does not see. With M = 2 each fragment of k and v that is read
+   from shared memory serves two products; with 1 the reads, 128 bytes a clock, would take longer than the products.
+   Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16 a clock, for a pair of query
+   and key. Late queries, which see the most keys, start first. */
 template <int HS, int M, int KEYS>
 KERNEL(128, HS == 128 ? 1 : 2)
 attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask mask) {
@@ -4929,26 +4877,20 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
     const int h = blockIdx.x % mask.NH, b = blockIdx.x / mask.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS, i = i0 + warp * 16 * M; // i: first query of the warp
     const bf16 *row = qkv + (size_t)b * mask.T * W, *key = row + (mask.NH + h * mask.KVH / mask.NH) * HS;
-    int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
 
-    uint32_t q[M][HS / 16][4];
+    uint32_t q[HS / 16][M][4];
     rows_load<HS, M>(q, row + (ptrdiff_t)i * W + h * HS, W, mask.T - i);
-    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
 
     float o[M][HS / 8][4], maximum[M][2], sum[M][2];
     sums_fill(o, 0);
     for (int m = 0; m < M; m++)
         for (int r = 0; r < 2; r++) maximum[m][r] = -INFINITY, sum[m][r] = 0;
     const float scale = rsqrtf((float)HS) * LOG2_E;
-    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
-    for (int tile = tiles.x; tile < tiles.y; tile++) {
-        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
-        if (seen == 0) continue;
+    for_key_tiles<HS, M, KEYS>(mask, b, i0, key, W, [&](int stage, int j, int seen, const int4 *keys) {
         float s[M][KEYS / 8][4];
         sums_fill(s, 0);
         product_rows<HS>(s, q, stage);
-        if (seen == 1) scores_mask<KEYS>(s, keys + warp * 16 * M, j);
+        if (seen == 1) scores_mask<KEYS>(s, keys, j);
         float larger[M][2], rise = 0;
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 2; r++) {
@@ -4980,7 +4922,7 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
                     }
             }
         product_columns<HS>(o, s, stage + TILE);
-    }
+    });
 
     float inverse[M][2];
     for (int m = 0; m < M; m++)
@@ -4992,12 +4934,10 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
             inverse[m][r] = 1 / total;
         }
     sums_scale(o, inverse);
-    __syncthreads(); // all have read the last tiles, which the output overwrites on its way
     rows_store<HS, M>(out + ((size_t)b * mask.T + i) * O + h * HS, O, mask.T - i, o, warp * 16 * M * HS * 2);
 }
 
-/* dq and D: a block has 64 M queries of a head, as in the forward pass; q and dout stay in registers. Bound by
-   arithmetic: three products for each tile, 6 HS FLOP a pair. */
+/* dq and D, as in the forward pass; q and dout stay in registers. Bound by arithmetic: 6 HS FLOP a pair. */
 template <int HS, int M, int KEYS>
 KERNEL(128, HS == 128 ? 1 : 2)
 attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const bf16 *out, const float *lse,
@@ -5008,9 +4948,8 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
     const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS, i = i0 + warp * 16 * M; // i: first query of the warp
     const size_t first = (size_t)b * mask.T;
     const bf16 *key = qkv + first * W + (mask.NH + h * mask.KVH / mask.NH) * HS;
-    int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
 
-    uint32_t q[M][HS / 16][4], d[M][HS / 16][4];
+    uint32_t q[HS / 16][M][4], d[HS / 16][M][4];
     float shift[M][2], Di[M][2]; // lse log2 e, D
     rows_load<HS, M>(q, out + (first + i) * O + h * HS, O, mask.T - i);
     rows_load<HS, M>(d, dout + (first + i) * O + h * HS, O, mask.T - i);
@@ -5018,26 +4957,21 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
         for (int r = 0; r < 2; r++) {
             const int at = i + 16 * m + 8 * r + g;
             const size_t query = (size_t)blockIdx.x * mask.T + at;
-            Di[m][r] = rows_dot(q[m], d[m], r);
+            Di[m][r] = rows_dot(q, d, m, r);
             shift[m][r] = at < mask.T ? lse[query] * LOG2_E : 0;
             if (at < mask.T && t == 0) D[query] = Di[m][r];
         }
     rows_load<HS, M>(q, qkv + (first + i) * W + h * HS, W, mask.T - i);
-    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
 
     float dq[M][HS / 8][4];
     sums_fill(dq, 0);
     const float scale = rsqrtf((float)HS);
-    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
-    for (int tile = tiles.x; tile < tiles.y; tile++) {
-        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
-        if (seen == 0) continue;
+    for_key_tiles<HS, M, KEYS>(mask, b, i0, key, W, [&](int stage, int j, int seen, const int4 *keys) {
         float p[M][KEYS / 8][4], ds[M][KEYS / 8][4];
         sums_fill(p, 0), sums_fill(ds, 0);
         product_rows<HS>(p, q, stage);
         product_rows<HS>(ds, d, stage + TILE);
-        if (seen == 1) scores_mask<KEYS>(p, keys + warp * 16 * M, j);
+        if (seen == 1) scores_mask<KEYS>(p, keys, j);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < KEYS / 8; n++)
                 for (int k = 0; k < 4; k++) {
@@ -5045,18 +4979,15 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
                     ds[m][n][k] = p[m][n][k] * (ds[m][n][k] - Di[m][k / 2]);
                 }
         product_columns<HS>(dq, ds, stage);
-    }
-
-    __syncthreads(); // all have read the last tiles, which dq overwrites on its way
+    });
     rows_store_rotated<HS, M>(dqkv + (first + i) * W + h * HS, W, dq, warp * 16 * M * HS * 2, mask, b, i);
 }
 
 /* dk and dv: a block has 16 M KW keys of a key/value head. Its warps form GROUPS groups of KW, to which the pairs of a
-   head that reads this one and a tile of QUERIES queries are dealt in turn; in the end the sums of the groups are added
-   pairwise. So a block has many warps and yet few keys: there are enough blocks for all multiprocessors even where
-   heads share keys. A warp has 16 M keys, whose dk and dv stay in registers. s and dp are computed transposed, keys by
-   queries, so that p and ds come out of their sums as the products with dout and q need them. Bound by arithmetic: four
-   products for each pair of tiles, 8 HS FLOP a pair of query and key. */
+   head that reads this one and a tile of QUERIES queries are dealt in turn; in the end the groups' sums are added. So a
+   block has many warps and yet few keys: there are enough blocks even where heads share keys. A warp has 16 M keys,
+   whose dk and dv stay in registers. s and dp are computed transposed, keys by queries, so that p and ds come out as
+   the products with dout and q need them. Bound by arithmetic: four products, 8 HS FLOP a pair of query and key. */
 template <int HS, int M, int KW, int GROUPS, int QUERIES>
 KERNEL(32 * KW * GROUPS, 1)
 attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, const float *lse, const bf16 *qkv,
@@ -5069,15 +5000,14 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
     const int kv = blockIdx.x % mask.KVH, b = blockIdx.x / mask.KVH, j0 = blockIdx.y * KEYS, j = j0 + warp * 16 * M;
     const int heads = mask.NH / mask.KVH, W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS;
     const size_t first = (size_t)b * mask.T;
-    // Shared memory: tiles of k and v; for each group two stages of a tile of q and one of dout; for the queries of
-    // each stage the keys that they see, lse log2 e and -D.
+    // Shared memory: tiles of k and v; for each group two stages of q and dout; for the queries of a stage the keys
+    // that they see, lse log2 e and -D.
     int4 *keys = (int4 *)(shared_memory() + STAGES + GROUPS * 4 * TILE);
     float *statistics = (float *)(keys + GROUPS * 2 * QUERIES);
     float *range = statistics + GROUPS * 4 * QUERIES; // (warps)
     const bf16 *key = qkv + (first + j0) * W + (mask.NH + kv) * HS;
     tile_load<HS, KEYS, THREADS * GROUPS>(0, key, W, mask.T - j0, threadIdx.x);
     tile_load<HS, KEYS, THREADS * GROUPS>(V, key + mask.KVH * HS, W, mask.T - j0, threadIdx.x);
-    copy_async_commit();
     int begin = mask.T, end = 0; // the queries that see a key here
     for (int i = (mask.doc_end ? 0 : j0) + threadIdx.x; i < mask.T; i += THREADS * GROUPS)
         if (sees_any(keys_of(mask, b, i), j0, j0 + KEYS)) begin = min(begin, i), end = i + 1;
@@ -5089,7 +5019,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
     const float scale = rsqrtf((float)HS);
     int next_head = group / max(tiles, 1), next = group % max(tiles, 1), arrived = 0; // the group's next head and tile
     for (int round = -1; tiles > 0 && round * GROUPS < heads * tiles; round++) {
-        copy_async_wait<0>();
+        copy_async_wait();
         __syncthreads();            // the tiles are there, and no warp reads those of the round before
         int4 queued = {0, 0, 0, 0}; // for a query of the next tiles: its keys, or lse log2 e and -D
         const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
@@ -5105,7 +5035,6 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
                 queued.y = __float_as_int(-D[query]);
             }
         }
-        copy_async_commit();
         const int stage = (round & 1) + 2 * group;
         const int seen = arrived ? seen_of<QUERIES>(keys + stage * QUERIES, j, j + 16 * M) : 0;
         if (seen) {
@@ -5146,7 +5075,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
         for (next += GROUPS; next >= tiles; next -= tiles) next_head++;
     }
 
-    copy_async_wait<0>();
+    copy_async_wait();
     __syncthreads(); // without tiles k and v are still arriving, and below they are overwritten
     groups_add<GROUPS, THREADS>(dk, (float *)(shared_memory() + STAGES));
     groups_add<GROUPS, THREADS>(dv, (float *)(shared_memory() + STAGES));
@@ -5260,8 +5189,7 @@ static void cuda_attention_fill(slam_ops *ops, slam_act *cache, const slam_act *
 /* ---- speech encoders ---- */
 
 /* Unfolds frames first, first + 1, ... of group g, counted through the batch, to rows of a matrix (frames,K C), so that
-   a convolution is a product. A row is a tap of a frame. n K C sizeof(T) bytes written; what is read comes mostly from
-   the caches, where the neighbours have left it. */
+   a convolution is a product. A row is a tap of a frame. n K C sizeof(T) bytes written; most reads hit the caches. */
 template <typename T> struct unfold_op {
     T *columns;
     const T *x;
@@ -5275,9 +5203,8 @@ template <typename T> struct unfold_op {
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product, some of the last computed twice so that all
-   products have the same number of rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by
-   memory. */
+/* As many frames at a time as fit behind the workspace of the product, some computed twice so that all products have
+   the same shape. Bound by arithmetic; the first convolution of an encoder, from one channel, by memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
@@ -5381,25 +5308,13 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     if (p->major < 8)
         return set_error("cuda:%d: %s has compute capability %d.%d, expected 8.0 or higher (Ampere, 2020)", device,
                          p->name, p->major, p->minor);
-    error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
+    error = cudaFuncGetAttributes(&attributes, add_partial_kernel);
     cudaGetLastError();
     if (error || attributes.ptxVersion < 80) // older PTX would be compiled for any newer GPU, but without these kernels
         return set_error("cuda:%d: this build has no code for %s (%d.%d): use nvcc -arch=native "
                          "(make CUDA_ARCH=native)",
                          device, p->name, p->major, p->minor);
     return 1;
-}
-
-/* Allocates what ops need besides their arguments. */
-static int cuda_open(cuda_ops *cuda) {
-    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
-    if (!error) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
-    if (!error) error = cudaEventCreateWithFlags(&cuda->order, cudaEventDisableTiming);
-    if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
-    cudaGetLastError();
-    if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
-    const cublasStatus_t status = cublasLtCreate(&cuda->lt);
-    return !status || set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
 }
 
 template <typename T> static void cuda_fill_ops(slam_ops *ops) {
@@ -5438,8 +5353,16 @@ slam_ops *slam_cuda(int device, int act_bytes) {
              p.name, act_bytes == 2 ? "bf16" : "f32");
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
-    if (cuda_open(cuda)) {
-        ops->comm_stream = cuda->comm;
+    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (!error) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
+    if (!error) error = cudaEventCreateWithFlags(&cuda->order, cudaEventDisableTiming);
+    if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
+    cudaGetLastError();
+    ops->comm_stream = cuda->comm;
+    const cublasStatus_t status = error ? CUBLAS_STATUS_SUCCESS : cublasLtCreate(&cuda->lt);
+    if (error) set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
+    else if (status) set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
+    else {
         // cuBLASLt loads its kernels with its first products: now, before a model takes the rest of the memory
         enum { N = 256 };
         slam_act *x = (slam_act *)(cuda->workspace + PRODUCT_WORKSPACE),

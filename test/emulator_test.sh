@@ -9,14 +9,15 @@ CXX=${CXX:-g++}
 printf '#include <vector>\nint main() { return (int)std::vector<int>().size(); }\n' >"$folder/try.cc"
 $CXX -std=c++17 "$folder/try.cc" -o "$folder/try" 2>/dev/null || { skip emulator "$CXX makes no C++17 program"; end; }
 
+# Each mistake is in the one copy of slam.h, and made where PLANTED is its number.
 cat >"$folder/planted.cc" <<'C'
+#include <stdlib.h>
+static const int planted = getenv("PLANTED") ? atoi(getenv("PLANTED")) : 0;
 #define SLAM_IMPLEMENTATION
 #include "slam.h"
 /* A norm and its gradients on both backends, under three orders of threads; status 1 where they differ. */
-#ifndef PLANTED_C
-#define PLANTED_C 64
-#endif
-enum { N = 70, C = PLANTED_C };
+enum { N = 70, MOST = 1025 };
+static const int C = planted == 2 ? MOST : 64; // 1025: a block a row, whose sums go through the same shared memory in turn
 static void *given(slam_ops *ops, const float *x, size_t n) {
     void *p = ops->alloc(ops, n * sizeof *x);
     ops->upload(ops, p, x, n * sizeof *x);
@@ -36,7 +37,7 @@ static void run(slam_ops *ops, const float *x, float *out) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ops->release(ops, all[i]);
 }
 int main() {
-    static float x[N * C + 50], out[2][2 * N * C + C];
+    static float x[N * MOST + 50], out[2][2 * N * MOST + MOST];
     uint64_t seed = 3;
     for (size_t i = 0; i < sizeof x / sizeof *x; i++) x[i] = (float)rng_normal(&seed);
     slam_ops *cpu = slam_cpu(1), *gpu = slam_cuda(0, 4);
@@ -56,36 +57,34 @@ int main() {
     return 0;
 }
 C
-plant() { # plant NAME KERNEL SCRIPT FLAGS...: the program with a copy of slam.h whose function KERNEL sed's SCRIPT has changed
-    name=$1 kernel=$2 script=$3
-    shift 3
-    mkdir -p "$folder/$name"
-    cp "$folder/planted.cc" "$folder/$name"
-    sed "/$kernel(/,/^}/{$script
-}" slam.h >"$folder/$name/slam.h"
-    if [ "$script" ] && cmp -s slam.h "$folder/$name/slam.h"; then fail "$name" "nothing could be planted into $kernel"; return 1; fi
-    $CXX -std=c++17 -O0 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/$name/planted.cc" -o "$folder/$name/planted" \
-        -lm 2>"$folder/$name/log" || { fail "$name" "$(head -n 1 "$folder/$name/log")"; return 1; }
-    "$folder/$name/planted" >"$folder/$name/log" 2>&1
-    status=$?
+sed -e '/rmsnorm_backward_kernel(/,/^}/s/__syncthreads();/if (planted != 1) &/' \
+    -e '/block_combine(/,/^}/{/x = shared/,/return/s/__syncthreads();/if (planted != 2) &/
+}' \
+    -e '/warp_sum(/,/^}/s/0xffffffffu/planted == 3 ? 0x0000ffffu : &/' \
+    -e '/ norm_kernel(\|^norm_kernel(/,/^}/s/STEP < C) a/STEP < C + (planted == 4)) a/' slam.h >"$folder/slam.h"
+make_planted() { # make_planted NAME FLAGS...
+    name=$1
+    shift
+    $CXX -std=c++17 -O0 -w "$@" -DSLAM_EMULATOR -include test/cuda_emulator.h "$folder/planted.cc" -o "$folder/$name" -lm 2>"$folder/log" ||
+        fail "$name" "$(head -n 1 "$folder/log")"
 }
-shows() { # shows NAME PATTERN: the planted program ended badly, and said so
-    if [ $status -eq 0 ]; then fail "$1" 'nothing showed'
-    elif grep -q "$2" "$folder/$name/log"; then ok "$1: $(grep -m 1 -o "$2.*" "$folder/$name/log")"
-    else fail "$1" "status $status, $(head -n 1 "$folder/$name/log")"; fi
+shows() { # shows PROGRAM NUMBER NAME PATTERN: with the mistake it ends badly, and says so
+    grep -q "planted [!=]= $2" "$folder/slam.h" || fail "$3" 'nothing could be planted'
+    PLANTED=$2 "$folder/$1" >"$folder/log" 2>&1
+    status=$?
+    if [ $status -eq 0 ]; then fail "$3" 'nothing showed'
+    elif grep -q "$4" "$folder/log"; then ok "$3: $(grep -m 1 -o "$4.*" "$folder/log")"
+    else fail "$3" "status $status, $(head -n 1 "$folder/log")"; fi
 }
 
-if plant none warp_sum ''; then
-    if [ $status -eq 0 ]; then ok 'kernels without a mistake'; else fail 'kernels without a mistake' "$(head -n 1 "$folder/none/log")"; fi
-fi
-plant barrier rmsnorm_backward_kernel 's/__syncthreads();//' && shows 'a missing barrier' 'number .* is -*nan'
-# C = 1025: a block a row, whose sums go through the same shared memory one after the other
-plant trailing block_combine '/x = shared/,/return/s/__syncthreads();//' -DPLANTED_C=1025 &&
-    shows 'a missing barrier after a sum' 'number .* order 2'
-plant mask warp_sum 's/0xffffffffu/0x0000ffffu/' && shows 'a wrong mask' 'emulator: .*mask 0000ffff'
+make_planted planted
+if "$folder/planted" >"$folder/log" 2>&1; then ok 'kernels without a mistake'; else fail 'kernels without a mistake' "$(head -n 1 "$folder/log")"; fi
+shows planted 1 'a missing barrier' 'number .* is -*nan'
+shows planted 2 'a missing barrier after a sum' 'number .* order 2'
+shows planted 3 'a wrong mask' 'emulator: .*mask 0000ffff'
 if $CXX -fsanitize=address "$folder/try.cc" -o "$folder/try" 2>/dev/null; then
-    plant bounds norm_kernel 's/STEP < C) a/STEP <= C) a/' -fsanitize=address &&
-        shows 'a read out of bounds' 'AddressSanitizer: heap-buffer-overflow'
+    make_planted watched -fsanitize=address
+    shows watched 4 'a read out of bounds' 'AddressSanitizer: heap-buffer-overflow'
 else
     skip 'a read out of bounds' "$CXX has no AddressSanitizer"
 fi
