@@ -49,16 +49,16 @@ static int train(program *p) {
     slam_step step;
     int ok = 1;
 
-    while (ok && !slam_run_over(r)) {
+    while (ok && slam_run_continues(r)) {
         ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step);
         if (!ok) break;
         t->epoch = l->epoch;
         t->row = l->row;
-        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
+        ok = slam_run_finish_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
 
         if (ok && p->val && slam_run_eval_due(r))
             ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets) &&
-                 slam_run_log_eval(r, losses, n_sources, NULL, 0);
+                 slam_run_finish_eval(r, losses, n_sources, NULL, 0);
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }

@@ -107,12 +107,11 @@ static void see_row(const slam_batch *b, int i, const slam_data *d, const slam_s
 static int see_batch(slam_loader *l, int rows, int capacity, const slam_comm *comm, seen *s) {
     const int n = slam_loader_begin(l, rows, comm), share = l->rows_left;
     int left = share, got;
-    slam_batch b = slam_batch_new(capacity, l->packer->data->context, 0);
+    slam_batch b = slam_batch_new(capacity, l->T, 0);
     while ((got = slam_loader_next(l, &b)) > 0) {
         const slam_sequence *sequence = b.sequences;
-        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->packer->data->context,
-              "%d rows of %d", got, left);
-        for (int i = 0; i < got; i++) see_row(&b, i, l->packer->data, &sequence, s);
+        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->T, "%d rows of %d", got, left);
+        for (int i = 0; i < got; i++) see_row(&b, i, (const slam_data *)l->packer->context, &sequence, s);
         CHECK(sequence == b.sequences + b.n_sequences, "%zu sequences", b.n_sequences);
         left -= got;
         CHECK(l->rows_left == left, "%d rows left, expected %d", l->rows_left, left);
