@@ -20,9 +20,8 @@ typedef struct program {
     slam_path reference;     /* folder of the model that training starts from */
     uint64_t reference_hash; /* of that model */
     slam_pairs pairs;
-    double tokens; /* of an epoch, without padding; its positions with padding; rows of the largest batch */
-    double positions;
-    int most_rows;
+    double tokens, positions; /* of an epoch, without and with padding */
+    int most_rows;            /* of a global batch */
     slam_loader *loader, *val_loader;
     slam_batch batch;
     float *weights; /* (B,T) gradient of the loss with respect to each token's loss */

@@ -628,7 +628,7 @@ static int evaluate(program *p, const char *argv0) {
     snprintf(folder, sizeof folder, "%s/%s", p->wav ? p->wav : "", p->wav_prompt ? "prompt/" : "");
     ok = !p->wav || !is_root(p) || slam_output_check(folder);
     for (int i = 0; i < 3; i++) {
-        if (!is_root(p)) free(*files[i]), *files[i] = NULL; /* rank 0 writes them */
+        if (!is_root(p)) *files[i] = NULL; /* rank 0 writes them */
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
     if (!slam_all_ok(p->comm, ok)) return 0;

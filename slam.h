@@ -502,9 +502,9 @@ slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
     uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
-    int n, rows;               /* of the global batch: rows (or pairs), and packed rows */
+    int n;                     /* size of the global batch: rows of the epoch, or pairs */
+    int rows, T;               /* packed rows of the global batch, tokens per row */
     uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
-    int T;                     /* tokens per row */
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
@@ -680,7 +680,7 @@ typedef struct slam_pair {
     uint16_t *tokens; /* prompt, chosen, rejected, one after the other */
     uint32_t n_prompt, n_chosen, n_rejected;
 } slam_pair;
-/* Why a pair is skipped: its text repeats itself, a completion has no units, both are equal, one exceeds the context. */
+/* Why a pair is skipped: its text repeats itself, a completion has no units, both are equal, one is too long. */
 enum { SLAM_REPETITIVE, SLAM_EMPTY, SLAM_IDENTICAL, SLAM_TOO_LONG, SLAM_SKIPS };
 typedef struct slam_pairs {
     int V, context;        /* vocabulary; most tokens of prompt and completion */
@@ -743,8 +743,9 @@ typedef struct slam_accuracy {
 typedef struct slam_testset {
     int kind;
     slam_strings items;        /* the sequences: names in gold.csv, or files */
-    char *folder, *units;      /* of gold.csv, with a / at its end, or ""; the file of units, or NULL: audio */
-    double *scores;            /* (items.n) and accuracies, after slam_testset_score */
+    char *folder;              /* of gold.csv, with a / at its end; "" if there is none */
+    char *units;               /* the file of units; NULL: the items are audio */
+    double *scores;            /* (items.n) after slam_testset_score, as are the accuracies */
     slam_accuracy *accuracies; /* (n_accuracies) */
     struct slam_test_pair *pairs;
     struct slam_test_member *members;
@@ -766,10 +767,11 @@ int slam_testset_submission(const slam_testset *, const char *path); /* a line `
 
 typedef struct slam_prompt {
     char *name;
-    int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
-    int *durations;                   /* (n) in frames, 0: unknown */
-    int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
-    uint64_t rng;                     /* its random stream */
+    int *tokens, *durations, n; /* (n) the first token is 1; frames, 0: unknown */
+    int truncated;              /* tokens removed from the beginning to fit the context */
+    int *continuation, length;  /* (length) without the closing 1; NULL: missing */
+    int ended;                  /* the continuation was closed by a 1, not by max_new */
+    uint64_t rng;               /* random stream of the continuation */
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
@@ -786,8 +788,9 @@ int slam_prompts_write(const slam_prompts *, const char *path); /* lines {"file_
 void slam_prompts_free(slam_prompts *);
 typedef struct slam_generation {
     slam_sampling sampling;
-    int max_new, context; /* most new tokens; most tokens of prompt and continuation */
-    int batch;            /* sequences at once, per rank */
+    int max_new; /* most tokens of a continuation */
+    int context; /* most tokens of prompt and continuation */
+    int batch;   /* sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
 /* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
@@ -848,13 +851,14 @@ typedef struct slam_flag {
     const char *fallback; /* default; "a | b": a or b, see slam_flags_defaults; "-": none */
     const char *help;
     double min, max; /* equal: any */
-    int given, set;  /* on the command line; has a value */
+    int given;       /* on the command line */
+    char *text;      /* the value, numbers in their shortest spelling; NULL: none yet, or a list */
 } slam_flag;
 /* clang-format off */
-#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, 0}
-#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, 0}
+#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, NULL}
+#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, NULL}
 #define SLAM_NUMBER(name, type, to, argument, fallback, min, max, help) \
-    {name, type, to, argument, fallback, help, min, max, 0, 0}
+    {name, type, to, argument, fallback, help, min, max, 0, NULL}
 /* clang-format on */
 typedef struct slam_flags {
     const char *program, *usage, *about;
@@ -871,8 +875,9 @@ void slam_flags_free(slam_flags *);
 
 /* A progress bar: one line that is rewritten on a terminal, plain lines ten seconds apart elsewhere. */
 typedef struct slam_bar {
-    double began, shown, first;
-    int terminal;
+    double began, shown; /* slam_clock() at the beginning and when it was last shown */
+    double first;        /* `done` of the first call, -1: none yet */
+    int terminal;        /* stdout is one */
 } slam_bar;
 void slam_bar_begin(slam_bar *);
 void slam_bar_show(slam_bar *, double done, double total, const char *text); /* rate limited; total 0: unknown */
@@ -929,19 +934,25 @@ typedef struct slam_run {
     slam_trainer trainer;
     char *folder, *checkpoint; /* of the run; to resume from, or NULL */
     const char *argv0;
-    int fresh, grows;     /* a new run; new, or a limit is larger than before */
-    int bundled, limited; /* without DATA; a limit is given */
+    int fresh;   /* not resumed */
+    int grows;   /* fresh, or a limit is larger than before */
+    int limited; /* a limit was given, on the command line or when the run began */
+    int bundled; /* DATA is the bundled data */
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
-    long saved_step, eval_step; /* of the last checkpoint and evaluation */
-    double began, lap;          /* slam_clock() at the start, minus earlier training time; at the last run_lap */
-    double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
-    double peak_flops;                               /* FLOP/s of all ranks at most */
-    int state, skipped_in_a_row, lock;               /* RUN_ON, or why it ends; updates; descriptor of the folder */
-    void *log;                                       /* FILE * of log.jsonl, rank 0 */
+    long saved_step, eval_step; /* steps of the last checkpoint and of the last evaluation */
+    double began;               /* slam_clock() at the start, less the training time of the calls before */
+    double lap;                 /* slam_clock() when what is timed now began; 0: before the first step */
+    double slowest_step, eval_seconds, save_seconds;
+    double peak_flops;    /* FLOP/s that all ranks reach at most; 0: unknown */
+    int state;            /* RUN_ON, or why the run ends */
+    int skipped_in_a_row; /* updates that were not finite */
+    int lock;             /* descriptor of the locked folder */
+    void *log;            /* rank 0: FILE * of log.jsonl */
     slam_bar bar;
 } slam_run;
-/* The table: the program's own flags, then the common ones, whose default and help presets replace (NULL: keeps). */
+/* Makes the table of the program's own flags and the common ones. presets: {flag, default, help} of common flags, NULL:
+   as it is. */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
 /* Resolves flags (command line, else resumed run, else slam_flags_set, else defaults) and data; opens the device. */
@@ -7171,9 +7182,9 @@ typedef struct token_file {
     const uint16_t *tokens;
     size_t n;
     shard mapped;
-    uint16_t *memory; // of a .jsonl file
-    int largest;      // of a .jsonl file: the largest unit and the first line that has it
-    size_t largest_line;
+    uint16_t *memory;    // of a .jsonl file
+    int largest;         // of a .jsonl file: the largest unit
+    size_t largest_line; // and the first line that has it, 0: none
 } token_file;
 
 slam_data *slam_data_new(int context) {
@@ -7290,8 +7301,8 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
-   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. The
+   hash h becomes h P + t mod 2^64 with each token t; P is odd, so that another token makes another hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
@@ -7324,7 +7335,7 @@ static int scan_file(const token_file *f, uint32_t file, int V, document_list *l
 /* ---- documents -> chunks ---- */
 
 /* Streams of random numbers: (seed, source or epoch, one of these). */
-enum { STREAM_HELD_OUT, STREAM_TURNS, STREAM_ORDER };
+enum { STREAM_HELD_OUT, STREAM_EXTRAS, STREAM_ORDER };
 
 /* Splits a source's documents into chunks; a last chunk of one token has nothing to predict and is dropped. n_held
    documents, chosen by selection sampling (Knuth, The Art of Computer Programming 2, algorithm 3.4.2 S), go to
@@ -7395,13 +7406,14 @@ int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed) {
 /* ---- packing: lengths -> rows ---- */
 
 typedef struct packed_row {
-    uint32_t first, n, length; // items first .. first + n - 1 of the list; the sum of their lengths
+    uint32_t first, n; // items first .. first + n - 1 of the list
+    uint32_t length;   // the sum of their lengths
 } packed_row;
 
-/* Rows of items (indices of chunks, pairs, ...) side by side. */
+/* Rows of items (indices of chunks, pairs, ...), one after the other. */
 typedef struct packed_rows {
-    uint32_t *items;
-    packed_row *at;
+    uint32_t *items; // (n_items) of all rows
+    packed_row *at;  // (n)
     size_t n_items, n, item_capacity, capacity;
 } packed_rows;
 
@@ -7512,7 +7524,7 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 
 struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
-    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
+    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes an item, returns its end
     uint32_t *lengths;                                                    // of all items
     const slam_data *data; // its sources decide how often an epoch has a chunk; NULL: items first .. end - 1, once
     size_t first, end;
@@ -7536,7 +7548,7 @@ static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_
     for (size_t k = 0; k < times * n; k++) p->order[p->n_order++] = (uint32_t)(s->first_chunk + k % n);
     if (first == end) return;
     uint32_t *permutation = NEW(uint32_t, n);
-    uint64_t rng = rng_stream(l->seed, source, STREAM_TURNS);
+    uint64_t rng = rng_stream(l->seed, source, STREAM_EXTRAS);
     for (size_t k = 0; k < n; k++) permutation[k] = (uint32_t)(s->first_chunk + k);
     rng_shuffle(&rng, permutation, n);
     for (uint64_t k = first; k < end; k++) p->order[p->n_order++] = permutation[k % n];
@@ -11276,12 +11288,13 @@ typedef struct generator {
     const slam_generation *how;
     slam_decoder *decoder;
     slam_prompt **prompts; // (n) without a continuation
-    size_t n, next, size;  // this rank starts `next` and every size-th after it
+    size_t n, next, size;  // this rank's prompts: `next` is the one to start, then every size-th
     slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
-    float *logits;            // (n_slots,V)
-    unsigned char *seen;      // (n_slots,V) for slam_sample
-    double n_drawn, n_unused; // tokens so far; tokens that were not needed, as sequences ended before max_new
+    float *logits;       // (n_slots,V)
+    unsigned char *seen; // (n_slots,V) for slam_sample
+    double n_drawn;      // tokens so far
+    double n_unused;     // tokens that sequences would have had if they had not ended before max_new
 } generator;
 
 static int compare_prompts(const void *a, const void *b) {
@@ -11300,29 +11313,25 @@ static int generation_check(const slam_generation *how, const slam_config *c) {
     return sampling_check(&how->sampling);
 }
 
-/* Checks a prompt's units and removes its beginning if it is longer than `most` tokens. */
-static int prompt_truncate(slam_prompt *q, int most, int V) {
-    const int cut = q->n > most ? q->n - most : 0;
-    for (int t = 1; t < q->n; t++)
-        if (q->tokens[t] < FIRST_UNIT || q->tokens[t] >= V)
-            return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", q->name, t,
-                             (int)((unsigned)q->tokens[t] - FIRST_UNIT), V - FIRST_UNIT, V);
-    q->n -= cut;
-    q->truncated += cut;
-    memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1) * sizeof *q->tokens);
-    memmove(q->durations + 1, q->durations + 1 + cut, (size_t)(q->n - 1) * sizeof *q->durations);
-    return 1;
-}
-
-/* Sorts the prompts, chooses their random streams and lists those without a continuation. */
+/* Truncates the prompts to the context, sorts them, chooses their random streams and lists those without a
+   continuation. */
 static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
     const slam_comm *comm = m->ops->comm;
+    const int most = g->how->context - g->how->max_new;
     uint64_t hash = 0, equal = 0;
     g->V = m->config.V;
     g->prompts = NEW(slam_prompt *, p->n);
     for (size_t i = 0; i < p->n; i++) {
-        g->prompts[i] = &p->at[i];
-        if (!prompt_truncate(&p->at[i], g->how->context - g->how->max_new, g->V)) return 0;
+        slam_prompt *q = g->prompts[i] = &p->at[i];
+        const int cut = q->n > most ? q->n - most : 0;
+        for (int t = 1; t < q->n; t++)
+            if (q->tokens[t] < FIRST_UNIT || q->tokens[t] >= g->V)
+                return set_error("%s: unit %d is %d, expected below %d (the model's vocabulary is %d)", q->name, t,
+                                 (int)((unsigned)q->tokens[t] - FIRST_UNIT), g->V - FIRST_UNIT, g->V);
+        q->n -= cut;
+        q->truncated += cut;
+        memmove(q->tokens + 1, q->tokens + 1 + cut, (size_t)(q->n - 1) * sizeof *q->tokens);
+        memmove(q->durations + 1, q->durations + 1 + cut, (size_t)(q->n - 1) * sizeof *q->durations);
     }
     if (p->n) qsort(g->prompts, p->n, sizeof *g->prompts, compare_prompts);
     for (size_t i = 0; i < p->n; i++) {
@@ -11777,14 +11786,13 @@ char *slam_run_model(const char *path, const char *program) {
 
 static volatile sig_atomic_t stop_requested, interrupts;
 
-/* A terminal that closes sends SIGHUP, some shells once more: what is done by then is still saved. */
+/* A closing terminal sends SIGHUP, some shells send it again: that never exits at once, so that the run is saved. */
 static void on_signal(int number) {
     if (number != SIGHUP && interrupts++) _exit(128 + number);
     stop_requested = 1;
 }
 
-/* Only the output is lost. A program that is started gets the default action again, which it would not if SIGPIPE were
-   ignored. */
+/* Writing to a closed pipe then fails and loses only the output. SIG_IGN would be inherited by child processes. */
 static void on_closed_pipe(int number) { (void)number; }
 
 void slam_signals_catch(void) {
@@ -11825,7 +11833,8 @@ slam_comm *slam_program_begin(const char *program) {
                 program, missing);
         return NULL;
     }
-    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
+    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;)
+        fd = open("/dev/null", O_RDWR); // if one is closed, a file would get its number
     signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
@@ -11866,7 +11875,7 @@ static int is_choice(const char *words, const char *value) {
     return 0;
 }
 
-static int flag_set_number(slam_flag *f, const char *value) {
+static int flag_set_number(const slam_flag *f, const char *value, strbuf *text) {
     const int type = flag_type(f);
     char *end;
     double x = strtod(value, &end);
@@ -11880,39 +11889,30 @@ static int flag_set_number(slam_flag *f, const char *value) {
     if (type < SLAM_LONG) *(int *)f->to = (int)x;
     else if (type == SLAM_LONG) *(long *)f->to = (long)x;
     else *(double *)f->to = x;
+    strbuf_add_number(text, x);
     return 1;
 }
 
 static int flag_set(slam_flag *f, const char *value) {
     const int type = flag_type(f);
+    strbuf text = ZERO;
     int gpu, end = 0;
     if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
-    f->set = 1;
-    if (type < SLAM_TEXT) return flag_set_number(f, value);
+    if (type < SLAM_TEXT && !flag_set_number(f, value, &text)) return 0;
     if (type == SLAM_CHOICE && !is_choice(f->argument, value))
         return set_error("--%s %s: expected %s", f->name, value, f->argument);
     if (type == SLAM_DEVICE && !is_choice("auto|cpu|cuda", value) &&
         (sscanf(value, "cuda:%4d%n", &gpu, &end) != 1 || value[end] || gpu < 0))
         return set_error("--%s %s: expected auto, cpu, cuda or cuda:N", f->name, value);
-    if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
-    else {
-        free(*(char **)f->to);
-        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    if (type == SLAM_LIST) {
+        slam_strings_add((slam_strings *)f->to, value);
+        return 1;
     }
+    if (type >= SLAM_TEXT) strbuf_add(&text, "%s", type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    free(f->text);
+    f->text = text.at;
+    if (type >= SLAM_TEXT) *(char **)f->to = f->text;
     return 1;
-}
-
-static double flag_number(const slam_flag *f) {
-    const int type = flag_type(f);
-    return type < SLAM_LONG ? *(int *)f->to : type == SLAM_LONG ? (double)*(long *)f->to : *(double *)f->to;
-}
-
-/* The value as the command line spells it, free() it; not of lists. "": none. */
-static char *flag_text(const slam_flag *f) {
-    strbuf s = ZERO;
-    if (flag_type(f) < SLAM_TEXT) strbuf_add_number(&s, flag_number(f));
-    else strbuf_add(&s, "%s", *(char **)f->to ? *(char **)f->to : "");
-    return s.at;
 }
 
 /* Words in lines of up to 79 columns. `column`: where the first line stands; `margin`: where the others begin. */
@@ -11977,7 +11977,7 @@ int slam_flags_parse(slam_flags *f, int argc, char **argv) {
 
 int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        if (!a->name || a->set || !a->fallback) continue;
+        if (!a->name || a->text || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
         char value[64];
         snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
@@ -11997,9 +11997,8 @@ int slam_flags_set(slam_flags *f, const char *name, const char *value) {
 
 void slam_flags_free(slam_flags *f) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        const int type = flag_type(a);
-        if (type == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
-        else if (type >= SLAM_TEXT) free(*(char **)a->to);
+        if (flag_type(a) == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
+        free(a->text);
     }
     slam_strings_free(&f->rest);
 }
@@ -12291,14 +12290,10 @@ static int settings_restore(slam_run *r) {
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
         if (!f->given && stored && !flag_set(f, stored)) return 0;
         if (!f->given || (f->type & SLAM_FREE)) continue;
-        char *given = flag_text(f);
-        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(given, stored);
-        const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
-        if (!ok)
-            set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
-                      limit ? ", and a limit may only grow" : "");
-        free(given);
-        if (!ok) return 0;
+        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(f->text, stored);
+        if (!same && (!limit || (stored && strtod(stored, NULL) >= strtod(f->text, NULL))))
+            return set_error("--%s %s: the resumed run has %s%s", f->name, f->text, stored ? stored : "none",
+                             limit ? ", and a limit may only grow" : "");
         r->grows |= !same;
     }
     return 1;
@@ -12306,11 +12301,8 @@ static int settings_restore(slam_run *r) {
 
 static void settings_save(slam_run *r) {
     for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!is_setting(f) || !f->set) continue;
-        if ((f->type & SLAM_LIMIT) && !r->limited) continue; // a default; another may be given later
-        char *value = flag_text(f);
-        slam_trainer_set(&r->trainer, f->name, 0, value);
-        free(value);
+        const int is_default = (f->type & SLAM_LIMIT) && !r->limited; // another limit may be given later
+        if (is_setting(f) && f->text && !is_default) slam_trainer_set(&r->trainer, f->name, 0, f->text);
     }
 }
 
@@ -12378,16 +12370,17 @@ int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
     char min_lr[32];
     if (!run_find(r)) return 0;
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->text;
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
         if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
     if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
     run_data(r);
-    const int imagined = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4); // a GPU, planned for
-    if (!(r->ops = slam_device(r->comm, o->device, imagined ? "auto" : o->dtype, o->threads))) return 0;
-    if (imagined) r->ops->act_bytes = 2;
+    /* --dry-run --dtype bf16 plans for a GPU where there is none */
+    const int no_gpu = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
+    if (!(r->ops = slam_device(r->comm, o->device, no_gpu ? "auto" : o->dtype, o->threads))) return 0;
+    if (no_gpu) r->ops->act_bytes = 2;
     const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
@@ -12468,7 +12461,8 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
     return 1;
 }
 
-/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+/* ---- a training run: algorithms of matrix products ----
+   The setting "products": library|list, nine numbers in hexadecimal for each shape that was measured. */
 
 static void products_restore(const slam_run *r) {
     slam_products *p = r->ops->products;
@@ -12481,16 +12475,6 @@ static void products_restore(const slam_run *r) {
     }
     for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
         for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
-}
-
-static void products_save(slam_run *r) {
-    const slam_products *p = r->ops->products;
-    strbuf s = ZERO;
-    strbuf_add(&s, "%s", p->library);
-    for (int i = 0; i < 9 * p->measured; i++)
-        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
-    slam_trainer_set(&r->trainer, "products", 0, s.at);
-    strbuf_free(&s);
 }
 
 /* Forward and backward over a full micro-batch; the gradients are discarded. */
@@ -12511,12 +12495,17 @@ static int products_measure(const slam_run *r) {
 int slam_run_tune(slam_run *r) {
     slam_products *p = r->ops->products;
     const double began = slam_clock();
+    strbuf s = ZERO;
     if (!p || strcmp(r->o.tune, "on")) return 1;
     if (is_root(r->comm)) products_restore(r);
     const int restored = p->measured;
     if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
     comm_broadcast(r->comm, p, sizeof *p);
-    products_save(r);
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
     if (p->measured > restored)
         printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
@@ -12536,9 +12525,9 @@ static double run_lap(slam_run *r) {
     return seconds;
 }
 
-/* Whether another step begins. There must be time left for an evaluation and a checkpoint now and after it. At the same
-   step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so all ranks take
-   the largest state. */
+/* Whether another step begins. There must be time left for an evaluation and a checkpoint before and after it. If a
+   limit and a signal come together, the limit counts: nothing is left to resume. Clocks and signals differ between
+   ranks, so all take the largest state. */
 static void run_update_state(slam_run *r) {
     const slam_trainer *t = &r->trainer;
     const double end = run_seconds(r) + r->slowest_step + 2 * (r->eval_seconds + r->save_seconds);
@@ -12597,11 +12586,11 @@ static int run_open_folder(slam_run *r) {
 int slam_run_begin(slam_run *r, uint64_t data) {
     slam_trainer *t = &r->trainer;
     const uint64_t seen[] = {data, (uint64_t)t->step, (uint64_t)t->steps};
-    int ok = r->fresh || data == t->data ||
-             set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
-    if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
-         set_error("the ranks see different data or checkpoints: expected files that all machines share");
+    const int equal = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen));
+    const int ok =
+        (r->fresh || data == t->data ||
+         set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0])) &&
+        (equal || set_error("the ranks see different data or checkpoints: expected files that all machines share"));
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
     fflush(stdout);
@@ -12761,7 +12750,7 @@ void slam_run_print_end(slam_run *r, const char *validation) {
     slam_print_path(r->folder);
     if (!stopped && !r->limited) printf(" --steps %ld", 2 * t->steps);
     for (const slam_flag *f = r->table; !stopped && r->limited && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && f->set) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+        if ((f->type & SLAM_LIMIT) && f->text) printf(" --%s %.15g", f->name, 2 * strtod(f->text, NULL));
     printf("\n          %s\n", stopped ? "resumes it" : "trains for as long again");
 }
 
