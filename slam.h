@@ -490,18 +490,12 @@ int slam_data_add(slam_data *, const char *pattern, double weight);
    documents) of each source, at least one if it has two, chosen by seed, to held_out (0: none). */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed);
 void slam_data_free(slam_data *);
-typedef struct slam_data_size {
-    uint64_t documents, chunks, tokens, targets, rows; /* of one epoch */
-    double fill;                                       /* share of positions that are not padding */
-} slam_data_size;
-/* Packs epoch 0 without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
-
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
     uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
+    uint64_t epoch_rows;       /* rows (or pairs) of the current epoch */
     int n;                     /* size of the global batch: rows of the epoch, or pairs */
     int rows, T;               /* packed rows of the global batch, tokens per row */
     uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
@@ -932,7 +926,8 @@ typedef struct slam_run {
     slam_flag table[64];
     slam_flags flags; /* flags.rest: DATA */
     slam_trainer trainer;
-    char *folder, *checkpoint; /* of the run; to resume from, or NULL */
+    char folder[4096]; /* of the run, "" until it has one */
+    char *checkpoint;  /* to resume from, or NULL */
     const char *argv0;
     int fresh;   /* not resumed */
     int grows;   /* fresh, or a limit is larger than before */
@@ -7567,8 +7562,9 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
     for (size_t i = 0; p->longest_row && i < p->n_order; i++)
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
+    if (!p->longest_row) pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
+    l->epoch_rows = p->epoch.n;
     if (p->longest_row) return;
-    pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
     for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // pack has sorted them by length
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
@@ -7619,9 +7615,9 @@ void slam_loader_free(slam_loader *l) {
 
 int slam_loader_seek(slam_loader *l, uint64_t epoch, uint64_t row) {
     if (epoch != l->epoch) loader_begin_epoch(l, epoch);
-    if (row > l->packer->epoch.n)
-        return set_error("row %llu of epoch %llu, but the epoch has %zu rows: this is other data",
-                         (unsigned long long)row, (unsigned long long)epoch, l->packer->epoch.n);
+    if (row > l->epoch_rows)
+        return set_error("row %llu of epoch %llu, but the epoch has %llu rows: this is other data",
+                         (unsigned long long)row, (unsigned long long)epoch, (unsigned long long)l->epoch_rows);
     l->row = row;
     return 1;
 }
@@ -7631,8 +7627,8 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     packed_rows *b = &p->batch;
     b->n = b->n_items = l->tokens = l->targets = 0;
     for (l->n = 0; l->n < n; l->n++, l->row++) {
-        if (l->row >= p->epoch.n && !l->shuffle) break;
-        if (l->row >= p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
+        if (l->row >= l->epoch_rows && !l->shuffle) break;
+        if (l->row >= l->epoch_rows) loader_begin_epoch(l, l->epoch + 1);
         const packed_row *row = &p->epoch.at[l->row];
         packed_rows_add(b, p->epoch.items + row->first, row->n, row->length);
         l->tokens += row->length;
@@ -7666,19 +7662,6 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
-    slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, seed, 1);
-    if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
-    size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
-    size.chunks = l->packer->batch.n_items;
-    size.tokens = l->tokens;
-    size.targets = l->targets;
-    size.fill = (double)size.tokens / ((double)size.rows * d->context);
-    slam_loader_free(l);
-    return size;
-}
 /* ==========================================================================================
    SECTION 10. AUDIO      resampler, audio files, segmenter
    ========================================================================================== */
@@ -10592,7 +10575,7 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
     for (size_t i = 0; i < n_windows; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
     l->packer->end = n_windows;
     loader_begin_epoch(l, 0);
-    slam_batch b = slam_batch_new((size_t)B < l->packer->epoch.n ? B : (int)l->packer->epoch.n, T, 0);
+    slam_batch b = slam_batch_new((uint64_t)B < l->epoch_rows ? B : (int)l->epoch_rows, T, 0);
     int ok = slam_all_ok(m->ops->comm, !n || slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
              loader_logps(l, m, &b, logp, n_windows, "score", (double)(t - tokens), progress, context);
     for (size_t i = 0; i < n; i++) scores[i] = 0;
@@ -12306,24 +12289,9 @@ static void settings_save(slam_run *r) {
     }
 }
 
-/* Replaces the paths of the command line by the run's; the command line must have the same, or none. */
-static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
-    slam_strings given = *list;
-    int ok = 1;
-    memset(list, 0, sizeof *list);
-    slam_trainer_paths(&r->trainer, name, list);
-    for (size_t i = 0; ok && given.n && (i < given.n || i < list->n); i++) {
-        const char *a = i < given.n ? given.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
-            ok = set_error("%s %s: the resumed run has %s", name, a, b);
-    }
-    slam_strings_free(&given);
-    return ok;
-}
-
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
-    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    slam_path path = path_join(*r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
     for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
         *slash = 0;
         if (path_exists(folder.at)) break;
@@ -12334,10 +12302,12 @@ static int run_writable(const slam_run *r) {
 /* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
+    char *newest = o->out || !o->resume ? NULL : run_newest(r->flags.program);
     r->fresh = r->grows = 1;
-    r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
+    snprintf(r->folder, sizeof r->folder, "%s", o->out ? o->out : newest ? newest : "");
+    free(newest);
     if (!o->dry_run && is_root(r->comm) && !run_writable(r)) return 0;
-    if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
+    if (!path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
     if (!r->checkpoint && !path_is_file(path_join(r->folder, "trainer.json").at)) return 1;
     if (!o->resume)
@@ -12347,36 +12317,46 @@ static int run_find(slam_run *r) {
     r->fresh = r->grows = 0;
     if (!slam_trainer_load(&r->trainer, r->checkpoint ? r->checkpoint : r->folder)) return 0;
     r->began -= r->trainer.seconds;
-    return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
+    return settings_restore(r);
 }
 
-/* Saves the names of the data as they are given, and the folder that they are relative to. The bundled data's path is
-   not saved, because it moves with the program. */
-static void run_data(slam_run *r) {
+/* DATA and --val. A new run saves their names as they are given, and the folder that they are relative to. A resumed
+   run has its own; the command line must have the same, or none. The bundled data's path is not saved, because it moves
+   with the program. */
+static int run_data(slam_run *r) {
     slam_strings *lists[] = {&r->flags.rest, &r->o.val};
     const char *const names[] = {r->data_name, "val"};
-    r->bundled = r->flags.rest.n == 0;
+    int ok = 1;
     if (r->fresh) slam_trainer_set(&r->trainer, "program", 0, r->flags.program);
     if (r->fresh) slam_trainer_set(&r->trainer, "folder", 0, slam_path_absolute(".").at);
-    for (int k = 0; k < 2; k++) {
-        for (size_t i = 0; r->fresh && i < lists[k]->n; i++)
-            slam_trainer_set(&r->trainer, names[k], i, lists[k]->at[i]);
-        if (r->bundled && !lists[k]->n && (k == 0 || r->o.val_fraction <= 0))
-            slam_strings_add(lists[k], slam_path_beside(r->argv0, r->bundled_data[k]).at);
+    for (int k = 0; ok && k < 2; k++) {
+        slam_strings given = *lists[k], saved = ZERO, *list = lists[k];
+        for (size_t i = 0; r->fresh && i < given.n; i++) slam_trainer_set(&r->trainer, names[k], i, given.at[i]);
+        if (!r->fresh) slam_trainer_paths(&r->trainer, names[k], &saved);
+        for (size_t i = 0; ok && !r->fresh && given.n && (i < given.n || i < saved.n); i++) {
+            const char *a = i < given.n ? given.at[i] : "none", *b = i < saved.n ? saved.at[i] : "none";
+            if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+                ok = set_error("%s %s: the resumed run has %s", names[k], a, b);
+        }
+        if (!r->fresh) *list = saved;
+        if (!r->fresh) slam_strings_free(&given);
+        if (k == 0) r->bundled = list->n == 0;
+        if (r->bundled && !list->n && (k == 0 || r->o.val_fraction <= 0))
+            slam_strings_add(list, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
+    return ok;
 }
 
 int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
     char min_lr[32];
-    if (!run_find(r)) return 0;
+    if (!run_find(r) || !run_data(r)) return 0;
     for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->text;
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
         if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
-    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
+    if (!slam_flags_defaults(&r->flags, r->bundled)) return 0;
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
-    run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
     const int no_gpu = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
     if (!(r->ops = slam_device(r->comm, o->device, no_gpu ? "auto" : o->dtype, o->threads))) return 0;
@@ -12540,21 +12520,17 @@ static void run_update_state(slam_run *r) {
 
 /* ---- a training run: folder and log ---- */
 
-/* Names the folder: --out, or the first of runs/NAME, runs/NAME-2, ... that is free. Rank 0 sends it to the others. */
+/* Names the folder, if it has no name yet, by the first of runs/NAME, runs/NAME-2, ... that is free. */
 static int run_name(slam_run *r) {
-    char path[4096] = "";
-    int ok = r->folder || !is_root(r->comm) || folder_create("runs");
-    if (r->folder) snprintf(path, sizeof path, "%s", r->folder);
-    for (int n = 1; ok && is_root(r->comm) && !*path; n++) {
-        snprintf(path, sizeof path, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
-        if (mkdir(path, 0777) == 0) break;
-        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", path, strerror(errno));
-        *path = 0;
+    int ok = *r->folder || !is_root(r->comm) || folder_create("runs");
+    for (int n = 1; ok && is_root(r->comm) && !*r->folder; n++) {
+        snprintf(r->folder, sizeof r->folder, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
+        if (mkdir(r->folder, 0777) == 0) break;
+        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", r->folder, strerror(errno));
+        *r->folder = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    comm_broadcast(r->comm, path, sizeof path);
-    free(r->folder);
-    r->folder = string_copy(path);
+    comm_broadcast(r->comm, r->folder, sizeof r->folder);
     return 1;
 }
 
@@ -12770,7 +12746,6 @@ int slam_run_end(slam_run *r, int status) {
     slam_flags_free(&r->flags);
     if (r->log) fclose((FILE *)r->log);
     if (r->lock > 0) close(r->lock);
-    free(r->folder);
     free(r->checkpoint);
     return status;
 }
