@@ -10448,8 +10448,8 @@ static int batch_put_pair(slam_batch *b, int at, const void *context, uint32_t p
 
 slam_loader *slam_loader_new_pairs(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
     const size_t first = validation > 0 ? p->n_train : 0, end = validation ? p->n : p->n_train;
-    if (first == end) {
-        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
+    if (first == end || !p->T) {
+        set_error("a loader of no prepared pairs: there are %zu for training and %zu in all", p->n_train, p->n);
         return NULL;
     }
     slam_loader *l = loader_new(p, batch_put_pair, p->n, 0, seed, shuffle);
@@ -10809,7 +10809,7 @@ static long whole_number(const char *text) {
 }
 
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
-   wrong one. Both are errors here if that makes a difference. */
+   wrong one, whatever they are. Here both are errors where they would change a result. */
 static int testset_read_gold(slam_testset *s, const char *path) {
     const int sblimp = s->kind == SLAM_SBLIMP;
     const char *const *names = gold_names[sblimp], *cell[N_GOLD];
@@ -10839,16 +10839,11 @@ static int testset_read_gold(slam_testset *s, const char *path) {
         }
         if (!ok) break;
         const int correct = (int)number[CORRECT];
-        slam_strings_add(&s->items, cell[FILENAME]);
-        const test_row word = {
-            {"", "", cell[ID], cell[VOICE]}, cell[FILENAME], i - 1, correct, 0, number[FREQUENCY], number[LENGTH]};
-        const test_row phrase = {{cell[TYPE], cell[SUBTYPE], cell[ID], cell[VOICE]},
-                                 cell[FILENAME],
-                                 i - 1,
-                                 correct,
-                                 order[correct]++,
-                                 -1,
-                                 -1};
+        const char *file = cell[FILENAME], *id = cell[ID], *voice = cell[VOICE];
+        const test_row word = {{"", "", id, voice}, file, i - 1, correct, 0, number[FREQUENCY], number[LENGTH]};
+        const test_row phrase = {
+            {cell[TYPE], cell[SUBTYPE], id, voice}, file, i - 1, correct, order[correct]++, -1, -1};
+        slam_strings_add(&s->items, file);
         rows[i - 1] = sblimp ? phrase : word;
     }
     ok = ok && testset_pair(s, path, rows, 1);
@@ -10891,7 +10886,8 @@ static int testset_list_files(slam_testset *s, const char *path) {
     return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
 
-/* The pairs of sorted files NUMBER_name: in each folder either two files of each number, or all numbers in a row. */
+/* Sets `correct` and the number of the pair in sorted rows of files NUMBER_name. A folder has either two files of each
+   number or one of each, without a gap. */
 static void number_pairs(test_row *rows, size_t n) {
     long first = 0;
     int twins = 0;
@@ -10956,7 +10952,7 @@ static struct slam_test_name item_name(const char *path, size_t depth, size_t it
     return name;
 }
 
-/* Sorts the items by as many of the last names in their paths as tell them apart. */
+/* Sorts the items by the last `depth` names of their paths, the fewest by which all differ. */
 static int testset_sort_names(slam_testset *s, const char *path) {
     const char *twice = "";
     s->names = NEW(struct slam_test_name, s->items.n);
@@ -11779,12 +11775,9 @@ static void on_signal(int number) {
 static void on_closed_pipe(int number) { (void)number; }
 
 void slam_signals_catch(void) {
-    struct sigaction before, action = ZERO;
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN); // nohup
 }
 
 int slam_stop_requested(void) { return stop_requested != 0; }
@@ -12282,13 +12275,6 @@ static int settings_restore(slam_run *r) {
     return 1;
 }
 
-static void settings_save(slam_run *r) {
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        const int is_default = (f->type & SLAM_LIMIT) && !r->limited; // another limit may be given later
-        if (is_setting(f) && f->text && !is_default) slam_trainer_set(&r->trainer, f->name, 0, f->text);
-    }
-}
-
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
     slam_path path = path_join(*r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
@@ -12299,7 +12285,8 @@ static int run_writable(const slam_run *r) {
     return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
-/* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
+/* Finds the run to resume and its newest checkpoint; --resume where there is none begins one. Without --resume, --out
+   must not hold a run. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
     char *newest = o->out || !o->resume ? NULL : run_newest(r->flags.program);
@@ -12378,7 +12365,7 @@ static int auto_micro_batch(const slam_run *r, int rows, int shards) {
     int micro = rows < most ? rows : most;
     while (micro > 1 && slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, shards).total > space)
         micro--;
-    const int passes = (rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
+    const int passes = (rows + micro - 1) / micro; // as many with equal micro-batches, which need less memory
     return (rows + passes - 1) / passes;
 }
 
@@ -12571,7 +12558,10 @@ int slam_run_begin(slam_run *r, uint64_t data) {
     printf("run      %s\n", r->folder);
     fflush(stdout);
     t->data = data;
-    settings_save(r);
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
+        const int is_default = (f->type & SLAM_LIMIT) && !r->limited; // another limit may be given later
+        if (is_setting(f) && f->text && !is_default) slam_trainer_set(t, f->name, 0, f->text);
+    }
     r->schedule.warmup = warmup_steps(r->o.warmup, t->steps);
     r->schedule.steps = t->steps;
     r->saved_step = r->eval_step = t->step;

@@ -368,7 +368,7 @@ static void test_lines(void) {
     CHECK(slam_pairs_add(&p, check_file("empty.jsonl", "", 0), 0), "%s", slam_error());
     check_fails(slam_pairs_prepare(&p, 0, 0),
                 "no pairs left to train on: 0 are held out for validation; skipped: none");
-    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no prepared pairs");
     slam_pairs_free(&p);
     p = pairs_new(20, 3, 1, 0);
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "context of 3");
@@ -380,8 +380,9 @@ static void test_lines(void) {
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 0), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_file("same.jsonl", same, sizeof same - 1), 1),
                 "same.jsonl: contains no pairs to validate on; skipped: 1 with identical completions");
+    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no prepared pairs");
     CHECK(slam_pairs_prepare(&p, 0, 0), "%s", slam_error());
-    check_fails(slam_loader_new_pairs(&p, 1, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 1, 0, 1), "a loader of no prepared pairs");
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 1), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "add pairs for training before validation");
     slam_pairs_free(&p);
