@@ -10244,7 +10244,7 @@ static int units_check(const int *unit, size_t n, int V, const char *what) {
     return 1;
 }
 
-/* Forward passes over all rows of a loader: logp[item] of every sequence, n in all. The ranks share the work: each logp
+/* Forward passes over all rows of a loader. Sets logp[item] of every sequence (n). The ranks share the work: each logp
    is 0 on all but one, so that the sums have the bits of a single process. */
 static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *logp, size_t n, const char *stage,
                         double total, slam_progress_fn *progress, void *context) {
@@ -10291,8 +10291,8 @@ int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *
 
 /* ---- preference pairs ---- */
 
-/* A pair's positions in a row: `1 u..` but the last token, then for each completion that last token, which predicts
-   its first one, and all but its closing 1, which is only a target. */
+/* A pair's positions in a row: the prompt without its last token, once if shared; and for each completion the prompt's
+   last token, which predicts its first one, and its own tokens without the closing 1, which is only a target. */
 static uint32_t pair_length(const slam_pair *q, int shared) {
     return (q->n_prompt - 1) * (shared ? 1 : 2) + q->n_chosen + q->n_rejected;
 }
@@ -12077,7 +12077,7 @@ int slam_threads(const slam_comm *comm, int threads) {
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
     const int ranks = comm ? comm->size : 1, cpu = !strcmp(device, "cpu"), act_bytes = strcmp(dtype, "f32") ? 2 : 4;
     int gpu = ranks == 1 || cpu || slam_cuda_count() == 1 ? 0 : comm->local_rank; // Slurm may show a rank only its own
-    char why[256] = "";                                                           // there is no GPU
+    char why[256] = ""; // ": " and the reason why the GPU is not used
     slam_ops *ops = NULL;
     int ok = 1;
     if (sscanf(device, "cuda:%d", &gpu) == 1 && ranks > 1)
