@@ -12317,16 +12317,18 @@ static int run_data(slam_run *r) {
     if (r->fresh) slam_trainer_set(&r->trainer, "program", 0, r->flags.program);
     if (r->fresh) slam_trainer_set(&r->trainer, "folder", 0, slam_path_absolute(".").at);
     for (int k = 0; ok && k < 2; k++) {
-        slam_strings given = *lists[k], saved = ZERO, *list = lists[k];
+        slam_strings *list = lists[k], given = *list;
         for (size_t i = 0; r->fresh && i < given.n; i++) slam_trainer_set(&r->trainer, names[k], i, given.at[i]);
-        if (!r->fresh) slam_trainer_paths(&r->trainer, names[k], &saved);
-        for (size_t i = 0; ok && !r->fresh && given.n && (i < given.n || i < saved.n); i++) {
-            const char *a = i < given.n ? given.at[i] : "none", *b = i < saved.n ? saved.at[i] : "none";
-            if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
-                ok = set_error("%s %s: the resumed run has %s", names[k], a, b);
+        if (!r->fresh) {
+            memset(list, 0, sizeof *list);
+            slam_trainer_paths(&r->trainer, names[k], list);
+            for (size_t i = 0; ok && given.n && (i < given.n || i < list->n); i++) {
+                const char *a = i < given.n ? given.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
+                if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+                    ok = set_error("%s %s: the resumed run has %s", names[k], a, b);
+            }
+            slam_strings_free(&given);
         }
-        if (!r->fresh) *list = saved;
-        if (!r->fresh) slam_strings_free(&given);
         if (k == 0) r->bundled = list->n == 0;
         if (r->bundled && !list->n && (k == 0 || r->o.val_fraction <= 0))
             slam_strings_add(list, slam_path_beside(r->argv0, r->bundled_data[k]).at);
