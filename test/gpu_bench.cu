@@ -447,6 +447,7 @@ static int documents_pack(bench_rows *p, const char *path, int V) {
          slam_loader_next(loader, &p->rows) == p->rows.capacity;
     if (ok) {
         p->fill = (double)loader->tokens / ((double)p->rows.B * p->rows.T);
+        p->chunk = 0;
         for (size_t i = 0; i < data->n_chunks; i++) p->chunk += data->chunks[i].n / (double)data->n_chunks;
     }
     slam_loader_free(loader);
