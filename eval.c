@@ -605,7 +605,7 @@ static int check_outputs(program *p) {
     snprintf(folder, sizeof folder, "%s/%s", p->wav ? p->wav : "", p->wav_prompt ? "prompt/" : "");
     if (p->wav && is_root(p)) ok = slam_output_check(folder);
     for (int i = 0; i < 3; i++) {
-        if (!is_root(p)) free(*files[i]), *files[i] = NULL;
+        if (!is_root(p)) *files[i] = NULL;
         ok = ok && (!*files[i] || slam_output_check(*files[i]));
     }
     return ok;

@@ -495,21 +495,15 @@ int slam_data_add(slam_data *, const char *pattern, double weight);
    documents) of each source, at least one if it has two, chosen by seed, to held_out (0: none). */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed);
 void slam_data_free(slam_data *);
-typedef struct slam_data_size {
-    uint64_t documents, chunks, tokens, targets, rows; /* of one epoch */
-    double fill;                                       /* share of positions that are not padding */
-} slam_data_size;
-/* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
-
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
     uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
-    int n, rows;               /* of the global batch: rows (or pairs), and packed rows */
+    uint64_t epoch_rows;       /* rows (or pairs) of the current epoch */
+    int n;                     /* size of the global batch: rows of the epoch, or pairs */
+    int rows, T;               /* packed rows of the global batch, tokens per row */
     uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
-    int T;                     /* tokens per row */
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
@@ -694,6 +688,8 @@ typedef struct slam_pair {
     uint16_t *tokens; /* prompt, chosen, rejected, one after the other */
     uint32_t n_prompt, n_chosen, n_rejected;
 } slam_pair;
+/* Why a pair is skipped: its text repeats itself, a completion has no units, both are equal, one is too long. */
+enum { SLAM_REPETITIVE, SLAM_EMPTY, SLAM_IDENTICAL, SLAM_TOO_LONG, SLAM_SKIPS };
 typedef struct slam_pairs {
     int V, context;        /* vocabulary; most tokens of prompt and completion */
     int share;             /* both completions attend to one copy of the prompt */
@@ -701,24 +697,22 @@ typedef struct slam_pairs {
     slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
     double *reference; /* (n,2) the reference model's log-probabilities of chosen and rejected; NULL: not computed */
-    /* skipped: the text repeats itself; a completion has no units; both are the same; longer than the context */
-    uint64_t repetitive, empty, identical, too_long;
-    /* pairs kept: the prompt was truncated at its beginning; too long to share the prompt */
-    uint64_t truncated, unshared;
-    uint64_t hash; /* of all pairs, after slam_pairs_prepare */
+    size_t skipped[SLAM_SKIPS]; /* pairs that cannot be used */
+    size_t truncated;           /* pairs whose prompt lost its beginning to fit the context */
+    size_t unshared;            /* pairs that are too long to share their prompt */
+    int T;                      /* after slam_pairs_prepare: longest row, 2 x context in steps of 16, at least 1024 */
+    uint64_t hash;              /* after slam_pairs_prepare: of all pairs */
 } slam_pairs;
 /* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
    V, context, share and max_repetition. */
 int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
 /* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
-/* "8 too long, ...", the pairs skipped since `before` (NULL: all); "none". */
-const char *slam_pairs_skipped(const slam_pairs *, const slam_pairs *before, char text[200]);
-void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
-int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
+const char *slam_pairs_skipped(const slam_pairs *, char text[200]); /* "8 too long, ..." or "none" */
+void slam_pairs_free(slam_pairs *);                                 /* what is in the struct, not the struct */
 
-/* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for T =
-   slam_pairs_row, with masks if pairs are shared. */
+/* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for pairs->T
+   tokens, with masks if pairs are shared. */
 slam_loader *slam_loader_new_pairs(const slam_pairs *, int validation, uint64_t seed, int shuffle);
 
 /* After slam_forward: the log-probability of a sequence, the sum over its targets. */
@@ -727,8 +721,8 @@ double slam_sequence_logp(const slam_batch *, const slam_sequence *);
        margin D = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))
        loss = -(1 - e) log s(b D) - e log s(-b D)      dloss/dD = -b ((1 - e) s(-b D) - e s(b D)) */
 double slam_dpo_loss(double beta, double label_smoothing, double margin, double *dloss);
-/* Computes pairs->reference with a model planned for batch->capacity rows of slam_pairs_row; the ranks share the work.
-   0 also if cancelled by the callback. */
+/* Computes pairs->reference with a model planned for batch->capacity rows of pairs->T; the ranks share the work. 0
+   also if cancelled by the callback. */
 int slam_pairs_reference(slam_pairs *, slam_model *reference, slam_batch *, slam_progress_fn *, void *context);
 /* As a safetensors file with the hashes of pairs and model. Load: without a file, reference stays NULL. */
 int slam_pairs_save_reference(const slam_pairs *, const char *path, uint64_t model_hash);
@@ -757,8 +751,9 @@ typedef struct slam_accuracy {
 typedef struct slam_testset {
     int kind;
     slam_strings items;        /* the sequences: names in gold.csv, or files */
-    char *folder, *units;      /* of gold.csv, with a / at its end, or ""; the file of units, or NULL: audio */
-    double *scores;            /* (items.n) and accuracies, after slam_testset_score */
+    char *folder;              /* of gold.csv, with a / at its end; "" if there is none */
+    char *units;               /* the file of units; NULL: the items are audio */
+    double *scores;            /* (items.n) after slam_testset_score, as are the accuracies */
     slam_accuracy *accuracies; /* (n_accuracies) */
     struct slam_test_pair *pairs;
     struct slam_test_member *members;
@@ -780,10 +775,11 @@ int slam_testset_submission(const slam_testset *, const char *path); /* a line `
 
 typedef struct slam_prompt {
     char *name;
-    int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
-    int *durations;                   /* (n) in frames, 0: unknown */
-    int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
-    uint64_t rng;                     /* its random stream */
+    int *tokens, *durations, n; /* (n) the first token is 1; frames, 0: unknown */
+    int truncated;              /* tokens removed from the beginning to fit the context */
+    int *continuation, length;  /* (length) without the closing 1; NULL: missing */
+    int ended;                  /* the continuation was closed by a 1, not by max_new */
+    uint64_t rng;               /* random stream of the continuation */
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
@@ -800,8 +796,9 @@ int slam_prompts_write(const slam_prompts *, const char *path); /* lines {"file_
 void slam_prompts_free(slam_prompts *);
 typedef struct slam_generation {
     slam_sampling sampling;
-    int max_new, context; /* most new tokens; most tokens of prompt and continuation */
-    int batch;            /* sequences at once, per rank */
+    int max_new; /* most tokens of a continuation */
+    int context; /* most tokens of prompt and continuation */
+    int batch;   /* sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
 /* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
@@ -863,13 +860,14 @@ typedef struct slam_flag {
     const char *fallback; /* default; "a | b": a or b, see slam_flags_defaults; "-": none */
     const char *help;
     double min, max; /* equal: any */
-    int given, set;  /* on the command line; has a value */
+    int given;       /* on the command line */
+    char *text;      /* the value, numbers in their shortest spelling; NULL: none yet, or a list */
 } slam_flag;
 /* clang-format off */
-#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, 0}
-#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, 0}
+#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, NULL}
+#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, NULL}
 #define SLAM_NUMBER(name, type, to, argument, fallback, min, max, help) \
-    {name, type, to, argument, fallback, help, min, max, 0, 0}
+    {name, type, to, argument, fallback, help, min, max, 0, NULL}
 /* clang-format on */
 typedef struct slam_flags {
     const char *program, *usage, *about;
@@ -886,8 +884,9 @@ void slam_flags_free(slam_flags *);
 
 /* A progress bar: one line that is rewritten on a terminal, plain lines ten seconds apart elsewhere. */
 typedef struct slam_bar {
-    double began, shown, first;
-    int terminal;
+    double began, shown; /* slam_clock() at the beginning and when it was last shown */
+    double first;        /* `done` of the first call, -1: none yet */
+    int terminal;        /* stdout is one */
 } slam_bar;
 void slam_bar_begin(slam_bar *);
 void slam_bar_show(slam_bar *, double done, double total, const char *text); /* rate limited; total 0: unknown */
@@ -942,21 +941,28 @@ typedef struct slam_run {
     slam_flag table[64];
     slam_flags flags; /* flags.rest: DATA */
     slam_trainer trainer;
-    char *folder, *checkpoint; /* of the run; to resume from, or NULL */
+    char folder[4096]; /* of the run, "" until it has one */
+    char *checkpoint;  /* to resume from, or NULL */
     const char *argv0;
-    int fresh, grows;     /* a new run; new, or a limit is larger than before */
-    int bundled, limited; /* without DATA; a limit is given */
+    int fresh;   /* not resumed */
+    int grows;   /* fresh, or a limit is larger than before */
+    int limited; /* a limit was given, on the command line or when the run began */
+    int bundled; /* DATA is the bundled data */
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
-    long saved_step, eval_step; /* of the last checkpoint and evaluation */
-    double began, lap;          /* slam_clock() at the start, minus earlier training time; at the last run_lap */
-    double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
-    double peak_flops;                               /* FLOP/s of all ranks at most */
-    int state, skipped_in_a_row, lock;               /* RUN_ON, or why it ends; updates; descriptor of the folder */
-    void *log;                                       /* FILE * of log.jsonl, rank 0 */
+    long saved_step, eval_step; /* steps of the last checkpoint and of the last evaluation */
+    double began;               /* slam_clock() at the start, less the training time of the calls before */
+    double lap;                 /* slam_clock() when what is timed now began; 0: before the first step */
+    double slowest_step, eval_seconds, save_seconds;
+    double peak_flops;    /* FLOP/s that all ranks reach at most; 0: unknown */
+    int state;            /* RUN_ON, or why the run ends */
+    int skipped_in_a_row; /* updates that were not finite */
+    int lock;             /* descriptor of the locked folder */
+    void *log;            /* rank 0: FILE * of log.jsonl */
     slam_bar bar;
 } slam_run;
-/* The table: the program's own flags, then the common ones, whose default and help presets replace (NULL: keeps). */
+/* Makes the table of the program's own flags and the common ones. presets: {flag, default, help} of common flags, NULL:
+   as it is. */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
 /* Resolves flags (command line, else resumed run, else slam_flags_set, else defaults) and data; opens the device. */
@@ -970,13 +976,14 @@ int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);           /* 1: a limit or signal has ended the run; 0: starts the clock of a step */
+int slam_run_continues(slam_run *);      /* 0: a limit or signal has ended the run; 1: starts the clock of a step */
 int slam_run_eval_due(const slam_run *); /* every eval_every steps (0: never), and the end unless it was a signal */
 int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
-int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
-/* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
-int slam_run_log_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
+int slam_run_finish_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
+/* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss, logs and shows
+   it. */
+int slam_run_finish_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
 int slam_run_save(slam_run *);
 void slam_run_print_end(slam_run *, const char *validation); /* the result, and how to resume */
 int slam_run_end(slam_run *, int status);                    /* slam_program_end, and frees what is in the struct */
@@ -7241,9 +7248,9 @@ typedef struct token_file {
     const uint16_t *tokens;
     size_t n;
     shard mapped;
-    uint16_t *memory; // of a .jsonl file
-    int largest;      // of a .jsonl file: the largest unit and the first line that has it
-    size_t largest_line;
+    uint16_t *memory;    // of a .jsonl file
+    int largest;         // of a .jsonl file: the largest unit
+    size_t largest_line; // and the first line that has it, 0: none
 } token_file;
 
 slam_data *slam_data_new(int context) {
@@ -7322,17 +7329,16 @@ static int data_add_file(slam_data *d, const char *path) {
     return 1;
 }
 
-/* Adds the files that a pattern matches, in byte order, or the file of that name. */
+/* Adds the file of that name, which may look like a pattern, or those that the pattern matches, in byte order. */
 static int path_glob(const char *pattern, slam_strings *list) {
     glob_t found;
-    const int is_file = path_is_file(pattern);                                 // its name may look like a pattern
-    const int status = is_file ? 0 : glob(pattern, GLOB_NOSORT, NULL, &found); // its order would depend on the locale
-    if (status == GLOB_NOMATCH) return set_error("%s: no such file", pattern);
-    if (status != 0) return set_error("%s: cannot be searched: %s", pattern, strerror(errno));
+    const int is_file = path_is_file(pattern);
     if (is_file) slam_strings_add(list, pattern);
-    for (size_t i = 0; !is_file && i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
-    if (!is_file) globfree(&found);
-    qsort(list->at, list->n, sizeof *list->at, compare_strings);
+    if (is_file) return 1;
+    if (glob(pattern, GLOB_NOSORT, NULL, &found) != 0) return set_error("%s: no such file", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
+    globfree(&found);
+    qsort(list->at, list->n, sizeof *list->at, compare_strings); // glob's order depends on the locale
     return 1;
 }
 
@@ -7361,8 +7367,8 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
-   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. The
+   hash h becomes h P + t mod 2^64 with each token t; P is odd, so that another token makes another hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
@@ -7395,24 +7401,13 @@ static int scan_file(const token_file *f, uint32_t file, int V, document_list *l
 /* ---- documents -> chunks ---- */
 
 /* Streams of random numbers: (seed, source or epoch, one of these). */
-enum { STREAM_HELD_OUT, STREAM_TURNS, STREAM_ORDER };
+enum { STREAM_HELD_OUT, STREAM_EXTRAS, STREAM_ORDER };
 
-/* A last chunk of one token has nothing to predict and is dropped. */
-static void data_add_chunks(slam_data *d, slam_chunk document) {
-    const uint32_t context = (uint32_t)d->context;
-    GROW(slam_chunk, d->chunks, d->chunk_capacity, d->n_chunks + document.n / context + 1);
-    while (document.n >= 2) {
-        slam_chunk *c = &d->chunks[d->n_chunks++];
-        *c = document;
-        if (c->n > context) c->n = context;
-        document.first += c->n;
-        document.n -= c->n;
-    }
-}
-
-/* Splits a source's documents into chunks. n_held documents, chosen by selection sampling (Knuth, The Art of Computer
-   Programming 2, algorithm 3.4.2 S), go to held_out. */
+/* Splits a source's documents into chunks; a last chunk of one token has nothing to predict and is dropped. n_held
+   documents, chosen by selection sampling (Knuth, The Art of Computer Programming 2, algorithm 3.4.2 S), go to
+   held_out. */
 static void split_source(slam_data *d, size_t source, const document_list *list, uint64_t n_held, uint64_t seed) {
+    const uint32_t context = (uint32_t)d->context;
     uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT), left = n_held;
     for (slam_data *part = d; part; part = part->held_out) {
         part->sources[source].documents = part == d ? list->n - (size_t)n_held : (size_t)n_held;
@@ -7420,8 +7415,16 @@ static void split_source(slam_data *d, size_t source, const document_list *list,
     }
     for (size_t i = 0; i < list->n; i++) {
         const int held = left && rng_below(&rng, list->n - i) < left;
+        slam_data *part = held ? d->held_out : d;
         left -= (uint64_t)held;
-        data_add_chunks(held ? d->held_out : d, list->at[i]);
+        for (slam_chunk rest = list->at[i]; rest.n >= 2;) {
+            GROW(slam_chunk, part->chunks, part->chunk_capacity, part->n_chunks + 1);
+            slam_chunk *c = &part->chunks[part->n_chunks++];
+            *c = rest;
+            if (c->n > context) c->n = context;
+            rest.first += c->n;
+            rest.n -= c->n;
+        }
     }
     for (slam_data *part = d; part; part = part->held_out) part->sources[source].end_chunk = part->n_chunks;
 }
@@ -7469,13 +7472,14 @@ int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed) {
 /* ---- packing: lengths -> rows ---- */
 
 typedef struct packed_row {
-    uint32_t first, n, length; // items first .. first + n - 1 of the list; the sum of their lengths
+    uint32_t first, n; // items first .. first + n - 1 of the list
+    uint32_t length;   // the sum of their lengths
 } packed_row;
 
-/* Rows of items (indices of chunks, pairs, ...) side by side. */
+/* Rows of items (indices of chunks, pairs, ...), one after the other. */
 typedef struct packed_rows {
-    uint32_t *items;
-    packed_row *at;
+    uint32_t *items; // (n_items) of all rows
+    packed_row *at;  // (n)
     size_t n_items, n, item_capacity, capacity;
 } packed_rows;
 
@@ -7586,31 +7590,31 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 
 struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
-    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
+    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes an item, returns its end
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int longest_row;       // 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch has a chunk; NULL: items first .. end - 1, once
     size_t first, end;
+    int longest_row; // 0: epochs are packed
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
     packed_rows epoch, batch;    // rows of the epoch, of the global batch
     const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds an epoch's draws of a source of weight w, if shuffled: each of its n chunks floor(w) times, and on average (w -
-   floor(w)) n extra ones, taken cyclically from a fixed random permutation, where the last epoch stopped. So no chunk
-   is an extra twice in an epoch, and all come equally often in the long run. */
+/* Adds the chunks that an epoch has of a source of weight w: each of n floor(w) times, and on average (w - floor(w)) n
+   extra ones, taken cyclically from a fixed random permutation, from where the last epoch stopped. So no chunk is an
+   extra twice in an epoch, and all come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
-    const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
-    double extra = l->shuffle ? (s->weight - (double)times) * (double)n : 0;
+    const size_t n = s->end_chunk - s->first_chunk, times = (size_t)s->weight;
+    double extra = (s->weight - (double)times) * (double)n;
     if (fabs(extra - floor(extra + 0.5)) < 1e-6) extra = floor(extra + 0.5); // 2.3 - 2 is not quite 0.3
     const uint64_t first = (uint64_t)((double)epoch * extra), end = (uint64_t)((double)(epoch + 1) * extra);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + times * n + (size_t)(end - first));
     for (size_t k = 0; k < times * n; k++) p->order[p->n_order++] = (uint32_t)(s->first_chunk + k % n);
     if (first == end) return;
     uint32_t *permutation = NEW(uint32_t, n);
-    uint64_t rng = rng_stream(l->seed, source, STREAM_TURNS);
+    uint64_t rng = rng_stream(l->seed, source, STREAM_EXTRAS);
     for (size_t k = 0; k < n; k++) permutation[k] = (uint32_t)(s->first_chunk + k);
     rng_shuffle(&rng, permutation, n);
     for (uint64_t k = first; k < end; k++) p->order[p->n_order++] = permutation[k % n];
@@ -7629,8 +7633,9 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
     for (size_t i = 0; p->longest_row && i < p->n_order; i++)
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
+    if (!p->longest_row) pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
+    l->epoch_rows = p->epoch.n;
     if (p->longest_row) return;
-    pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
     for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // pack has sorted them by length
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
@@ -7660,7 +7665,8 @@ slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
-    l->packer->data = d;
+    if (shuffle) l->packer->data = d;
+    else l->packer->end = d->n_chunks;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
     set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
@@ -7680,9 +7686,9 @@ void slam_loader_free(slam_loader *l) {
 
 int slam_loader_seek(slam_loader *l, uint64_t epoch, uint64_t row) {
     if (epoch != l->epoch) loader_begin_epoch(l, epoch);
-    if (row > l->packer->epoch.n)
-        return set_error("row %llu of epoch %llu, but the epoch has %zu rows: this is other data",
-                         (unsigned long long)row, (unsigned long long)epoch, l->packer->epoch.n);
+    if (row > l->epoch_rows)
+        return set_error("row %llu of epoch %llu, but the epoch has %llu rows: this is other data",
+                         (unsigned long long)row, (unsigned long long)epoch, (unsigned long long)l->epoch_rows);
     l->row = row;
     return 1;
 }
@@ -7692,8 +7698,8 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     packed_rows *b = &p->batch;
     b->n = b->n_items = l->tokens = l->targets = 0;
     for (l->n = 0; l->n < n; l->n++, l->row++) {
-        if (l->row >= p->epoch.n && !l->shuffle) break;
-        if (l->row >= p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
+        if (l->row >= l->epoch_rows && !l->shuffle) break;
+        if (l->row >= l->epoch_rows) loader_begin_epoch(l, l->epoch + 1);
         const packed_row *row = &p->epoch.at[l->row];
         packed_rows_add(b, p->epoch.items + row->first, row->n, row->length);
         l->tokens += row->length;
@@ -7727,19 +7733,6 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
-    slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, seed, 1);
-    if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
-    size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
-    size.chunks = l->packer->batch.n_items;
-    size.tokens = l->tokens;
-    size.targets = l->targets;
-    size.fill = (double)size.tokens / ((double)size.rows * d->context);
-    slam_loader_free(l);
-    return size;
-}
 /* ==========================================================================================
    SECTION 10. AUDIO      resampler, audio files, segmenter
    ========================================================================================== */
@@ -10252,7 +10245,7 @@ static int units_check(const int *unit, size_t n, int V, const char *what) {
     return 1;
 }
 
-/* Forward passes over all rows of a loader: logp[item] of every sequence, n in all. The ranks share the work: each logp
+/* Forward passes over all rows of a loader. Sets logp[item] of every sequence (n). The ranks share the work: each logp
    is 0 on all but one, so that the sums have the bits of a single process. */
 static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *logp, size_t n, const char *stage,
                         double total, slam_progress_fn *progress, void *context) {
@@ -10299,8 +10292,8 @@ int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *
 
 /* ---- preference pairs ---- */
 
-/* A pair's positions in a row: `1 u..` but the last token, then for each completion that last token, which predicts
-   its first one, and all but its closing 1, which is only a target. */
+/* A pair's positions in a row: the prompt without its last token, once if shared; and for each completion the prompt's
+   last token, which predicts its first one, and its own tokens without the closing 1, which is only a target. */
 static uint32_t pair_length(const slam_pair *q, int shared) {
     return (q->n_prompt - 1) * (shared ? 1 : 2) + q->n_chosen + q->n_rejected;
 }
@@ -10309,21 +10302,17 @@ static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
     return p->share && pair_length(q, 1) <= (uint32_t)p->context;
 }
 
-const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, char text[200]) {
-    static const slam_pairs none = ZERO;
-    const slam_pairs *b = before ? before : &none;
-    const size_t counts[] = {p->repetitive - b->repetitive, p->empty - b->empty, p->identical - b->identical,
-                             p->too_long - b->too_long};
+const char *slam_pairs_skipped(const slam_pairs *p, char text[200]) {
     static const char *const why[] = {"repetitive", "with an empty completion", "with identical completions",
                                       "too long"};
     size_t n = 0;
     snprintf(text, 200, "none");
-    for (int k = 0; k < 4; k++)
-        if (counts[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", counts[k], why[k]);
+    for (int k = 0; k < SLAM_SKIPS; k++)
+        if (p->skipped[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", p->skipped[k], why[k]);
     return text;
 }
 
-/* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
+/* Adds the pair of a line, or counts why it is skipped. u: buffers of the caller. */
 static int pairs_add_line(slam_pairs *p, const json *root, const char *what, slam_units u[3]) {
     static const char *const names[] = {"prompt", "chosen", "rejected"};
     int ok = 1;
@@ -10337,15 +10326,12 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, sla
     if (!ok) return 0;
     const char *prompt = json_string(root, "prompt_text", NULL), *chosen = json_string(root, "chosen_text", NULL);
     const size_t longer = u[1].n > u[2].n ? u[1].n : u[2].n, most = (size_t)p->context - 2;
-    uint64_t *skipped = NULL;
-    if (prompt && chosen && pair_repeats(prompt, chosen, p->max_repetition)) skipped = &p->repetitive;
-    else if (!u[1].n || !u[2].n) skipped = &p->empty;
-    else if (u[1].n == u[2].n && !memcmp(u[1].unit, u[2].unit, u[1].n * sizeof(int))) skipped = &p->identical;
-    else if (longer > most) skipped = &p->too_long;
-    if (skipped) {
-        ++*skipped;
-        return 1;
-    }
+    int skip = SLAM_SKIPS;
+    if (prompt && chosen && pair_repeats(prompt, chosen, p->max_repetition)) skip = SLAM_REPETITIVE;
+    else if (!u[1].n || !u[2].n) skip = SLAM_EMPTY;
+    else if (u[1].n == u[2].n && !memcmp(u[1].unit, u[2].unit, u[1].n * sizeof(int))) skip = SLAM_IDENTICAL;
+    else if (longer > most) skip = SLAM_TOO_LONG;
+    if (skip < SLAM_SKIPS) return ++p->skipped[skip] > 0;
     const size_t cut = u[0].n + longer > most ? u[0].n + longer - most : 0; // the completion continues the prompt's end
     GROW(slam_pair, p->at, p->capacity, p->n + 1);
     slam_pair *q = &p->at[p->n++];
@@ -10387,9 +10373,10 @@ int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     if (!validation && p->n > p->n_train) return set_error("%s: add pairs for training before validation", pattern);
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
-    if (ok && validation && p->n == before.n)
-        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern,
-                       slam_pairs_skipped(p, &before, skipped));
+    if (ok && validation && p->n == before.n) {
+        for (int k = 0; k < SLAM_SKIPS; k++) p->skipped[k] -= before.skipped[k]; // of this call only
+        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern, slam_pairs_skipped(p, skipped));
+    }
     if (!validation) p->n_train = p->n;
     slam_strings_free(&list);
     return ok;
@@ -10403,7 +10390,7 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     char skipped[200];
     if (n <= held)
         return set_error("no pairs left to train on: %zu are held out for validation; skipped: %s", n,
-                         slam_pairs_skipped(p, NULL, skipped));
+                         slam_pairs_skipped(p, skipped));
     slam_pair *sorted = NEW(slam_pair, p->n);
     size_t train = 0, validation = p->n_train = n - (size_t)held;
     for (size_t i = 0; i < p->n; i++) {
@@ -10414,6 +10401,7 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     free(p->at);
     p->at = sorted;
     p->capacity = p->n;
+    p->T = p->context < 512 ? 1024 : (int)round_up(2 * p->context, 16);
     const uint64_t numbers[] = {(uint64_t)p->V, (uint64_t)p->context, p->n, p->n_train};
     p->hash = hash_bytes(HASH_START, numbers, sizeof numbers);
     for (size_t i = 0; i < p->n; i++) {
@@ -10431,8 +10419,6 @@ void slam_pairs_free(slam_pairs *p) {
     free(p->reference);
     memset(p, 0, sizeof *p);
 }
-
-int slam_pairs_row(const slam_pairs *p) { return p->context < 512 ? 1024 : (2 * p->context + 15) / 16 * 16; }
 
 /* ---- pairs -> rows -> batches ---- */
 
@@ -10463,13 +10449,13 @@ static int batch_put_pair(slam_batch *b, int at, const void *context, uint32_t p
 
 slam_loader *slam_loader_new_pairs(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
     const size_t first = validation > 0 ? p->n_train : 0, end = validation ? p->n : p->n_train;
-    if (first == end) {
-        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
+    if (first == end || !p->T) {
+        set_error("a loader of no prepared pairs: there are %zu for training and %zu in all", p->n_train, p->n);
         return NULL;
     }
     slam_loader *l = loader_new(p, batch_put_pair, p->n, 0, seed, shuffle);
     for (size_t i = 0; i < p->n; i++) l->packer->lengths[i] = pair_length(&p->at[i], pair_is_shared(p, &p->at[i]));
-    l->packer->longest_row = slam_pairs_row(p);
+    l->packer->longest_row = p->T;
     l->packer->first = first;
     l->packer->end = end;
     loader_begin_epoch(l, 0);
@@ -10486,17 +10472,21 @@ double slam_dpo_loss(double beta, double label_smoothing, double margin, double 
     return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x);
 }
 
+static int reference_is_finite(const slam_pairs *p, const char *of) {
+    for (size_t i = 0; i < 2 * p->n; i++)
+        if (!isfinite(p->reference[i]))
+            return set_error("%s: the log-probability of pair %zu is not finite", of, i / 2 + 1);
+    return 1;
+}
+
 int slam_pairs_reference(slam_pairs *p, slam_model *m, slam_batch *b, slam_progress_fn *progress, void *context) {
     slam_loader *l = slam_loader_new_pairs(p, -1, 0, 0);
     if (!l) return 0;
-    double *logp = NEW(double, 2 * p->n);
-    int ok = loader_logps(l, m, b, logp, 2 * p->n, "reference", (double)p->n, progress, context);
-    for (size_t i = 0; ok && i < 2 * p->n; i++)
-        if (!isfinite(logp[i])) ok = set_error("the reference's log-probability of pair %zu is not finite", i / 2 + 1);
-    slam_loader_free(l);
     free(p->reference);
-    p->reference = logp;
-    return slam_all_ok(m->ops->comm, ok);
+    p->reference = NEW(double, 2 * p->n);
+    const int ok = loader_logps(l, m, b, p->reference, 2 * p->n, "reference", (double)p->n, progress, context);
+    slam_loader_free(l);
+    return slam_all_ok(m->ops->comm, ok && reference_is_finite(p, "the reference model"));
 }
 
 int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t model_hash) {
@@ -10523,20 +10513,17 @@ int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_ha
         p->reference = (double *)memcpy(NEW(double, 2 * p->n), t->data, 2 * p->n * sizeof(double));
     }
     tensors_close(file);
-    for (size_t i = 0; ok && i < 2 * p->n; i++)
-        if (!isfinite(p->reference[i]))
-            ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
-    return ok;
+    return ok && reference_is_finite(p, path);
 }
 
 /* ---- scores of sequences of units ----
    A sequence `1 u.. 1` of n units has n + 1 tokens to predict. One that is longer than a row is scored in windows of T
-   tokens: the first predicts after all of them, each later one after its second half. */
+   tokens: in the first, the token after each of them is scored, in later ones after each of its second half. */
 
 typedef struct score_window {
     size_t sequence;
-    const uint16_t *tokens; // (n + 1) the first n are read, and what follows the first `skip` of them is not scored
-    int n, skip;
+    const uint16_t *tokens; // (n + 1) n tokens and the one after them
+    int n, skip;            // the tokens after the first `skip` are not scored
 } score_window;
 
 static int compare_sequences(const void *a, const void *b) {
@@ -10549,22 +10536,6 @@ static int batch_put_window(slam_batch *b, int at, const void *context, uint32_t
     const score_window *w = &((const score_window *)context)[item];
     batch_add_sequence(b, item, at + w->skip, at + w->n);
     return batch_put(b, at, w->tokens, w->n, w->tokens[w->n], w->skip, at % b->T);
-}
-
-/* The log-probability of each of n windows. */
-static int score_windows(slam_model *m, const score_window *list, size_t n, int B, int T, double *logp, double tokens,
-                         slam_progress_fn *progress, void *context) {
-    slam_loader *l = loader_new(list, batch_put_window, n, T, 0, 0);
-    for (size_t i = 0; i < n; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
-    l->packer->end = n;
-    loader_begin_epoch(l, 0);
-    const size_t rows = l->packer->epoch.n;
-    slam_batch b = slam_batch_new((size_t)B < rows ? B : (int)rows, T, 0);
-    const int ok = slam_all_ok(m->ops->comm, slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
-                   loader_logps(l, m, &b, logp, n, "score", tokens, progress, context);
-    slam_batch_free(&b);
-    slam_loader_free(l);
-    return ok;
 }
 
 int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, int sum, double *scores,
@@ -10601,7 +10572,13 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
     }
     if (t - tokens < T) T = (int)(t - tokens); // all in one row
     double *logp = NEW(double, n_windows);
-    int ok = !n || score_windows(m, list, n_windows, B, T, logp, (double)(t - tokens), progress, context);
+    slam_loader *l = loader_new(list, batch_put_window, n_windows, T, 0, 0);
+    for (size_t i = 0; i < n_windows; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
+    l->packer->end = n_windows;
+    loader_begin_epoch(l, 0);
+    slam_batch b = slam_batch_new((uint64_t)B < l->epoch_rows ? B : (int)l->epoch_rows, T, 0);
+    int ok = slam_all_ok(m->ops->comm, !n || slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
+             loader_logps(l, m, &b, logp, n_windows, "score", (double)(t - tokens), progress, context);
     for (size_t i = 0; i < n; i++) scores[i] = 0;
     for (size_t i = 0; i < n_windows; i++) scores[list[i].sequence] += logp[i];
     for (size_t i = 0; ok && i < n; i++) {
@@ -10611,6 +10588,8 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
         if (!isfinite(*score))
             ok = set_error("sequence %zu: the log-probability is not finite", (size_t)(sorted[i] - units) + 1);
     }
+    slam_batch_free(&b);
+    slam_loader_free(l);
     free(logp);
     free(list);
     free(tokens);
@@ -10718,10 +10697,16 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
     return *targets > 0 || set_error("the test data has no token to predict");
 }
 
-/* ---- test sets: items and pairs ---- */
+/* ---- test sets: rows -> pairs ----
+   A set comes from gold.csv or from the names of files. Either gives rows, and rows 2k and 2k + 1 in sorted order are a
+   pair. */
 
 enum { ALL_PAIRS, BY_VOCABULARY, BY_FREQUENCY, BY_LENGTH, BY_TYPE, BY_PART };
 static const char *const group_names[] = {"", "vocabulary", "frequency", "length", "type", "part"};
+enum { BANDS = 5 }; // of frequencies
+static const char *const band_names[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+static const long band_starts[BANDS] = {0, 1, 5, 20, 100};
+#define NONE ((size_t)-1)
 
 struct slam_test_pair {
     size_t correct, wrong; // items
@@ -10729,70 +10714,20 @@ struct slam_test_pair {
     double score;
 };
 
-/* A cell in the mean of an accuracy. Members are sorted by their key: group, a number in 16 digits, name. */
+/* A cell that counts for an accuracy, whose group, order in the group and name are the key: "%d%016ld%s". */
 struct slam_test_member {
     char *key;
     size_t cell; // NONE: the accuracy is listed even if it has no cell
 };
-#define NONE ((size_t)-1)
 enum { MEMBER_NAME = 17 }; // where the name begins in the key
 
-/* The last `depth` names of an item's path, without an extension. */
-struct slam_test_name {
-    const char *at;
-    size_t n, item;
-};
-
-void slam_testset_free(slam_testset *s) {
-    if (!s) return;
-    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
-    slam_strings_free(&s->items);
-    free(s->folder);
-    free(s->units);
-    free(s->scores);
-    free(s->accuracies);
-    free(s->pairs);
-    free(s->members);
-    free(s->names);
-    free(s);
-}
-
-static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
-    const char *last = path_name(path), *dot = strrchr(last, '.');
-    const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
-    while (at > path && (at[-1] != '/' || --depth > 0)) at--;
-    const struct slam_test_name name = {at, (size_t)(end - at), item};
-    return name;
-}
-
-static int compare_item_names(const void *a, const void *b) {
-    const struct slam_test_name *x = (const struct slam_test_name *)a, *y = (const struct slam_test_name *)b;
-    const int differ = memcmp(x->at, y->at, x->n < y->n ? x->n : y->n);
-    return differ ? differ : (x->n > y->n) - (x->n < y->n);
-}
-
-/* Sorts the items by as many of the last names in their paths as tell them apart. */
-static int testset_sort_names(slam_testset *s, const char *path) {
-    const char *twice = "";
-    s->names = NEW(struct slam_test_name, s->items.n);
-    while (twice && s->depth++ < 9) {
-        twice = NULL;
-        for (size_t i = 0; i < s->items.n; i++) s->names[i] = item_name(s->items.at[i], s->depth, i);
-        qsort(s->names, s->items.n, sizeof *s->names, compare_item_names);
-        for (size_t i = 1; i < s->items.n; i++)
-            if (!compare_item_names(&s->names[i - 1], &s->names[i])) twice = s->items.at[s->names[i].item];
-    }
-    return !twice || set_error("%s: two sequences have the name '%s'", path, twice);
-}
-
-/* An item by what it is paired by. */
 typedef struct test_row {
-    const char *key[4]; // gold.csv: type, subtype, id, voice; a file: its folder
+    const char *key[4]; // what both of a pair have: type, subtype, id, voice of gold.csv; the folder of a file
     const char *name;
-    int correct;
-    long number;            // of a file; sBLIMP: how many correct, or wrong, rows come before
-    long frequency, length; // of a word; -1: not known
     size_t item;
+    int correct;
+    long number;            // of the pair among those with its key
+    long frequency, length; // of a word, -1: unknown
 } test_row;
 
 static int compare_keys(const test_row *x, const test_row *y, int n) {
@@ -10809,69 +10744,46 @@ static int compare_test_rows(const void *a, const void *b) {
     return differ ? differ : strcmp(x->name, y->name);
 }
 
-/* The pairs of sorted files NUMBER_name: in each folder either two files of each number, or all numbers in a row. */
-static void number_pairs(test_row *rows, size_t n) {
-    long first = 0;
-    int twins = 0;
-    for (size_t i = 0; i < n; i++) {
-        test_row *x = &rows[i];
-        const int begins = i == 0 || compare_keys(x, x - 1, 1);
-        if (begins) {
-            first = x->number;
-            twins = i + 1 < n && !compare_keys(x, x + 1, 1) && x[1].number == first;
-        }
-        x->correct = twins ? begins || x->number != x[-1].number : (x->number - first) % 2 == 0;
-        if (!twins) x->number = (x->number - first) / 2;
-    }
-}
-
-static void testset_add_member(slam_testset *s, int group, long number, const char *name, size_t cell) {
-    const struct slam_test_member member = {string_print("%d%016ld%s", group, number, name), cell};
-    s->members[s->n_members++] = member;
-}
-
 static int compare_members(const void *a, const void *b) {
     const struct slam_test_member *x = (const struct slam_test_member *)a, *y = (const struct slam_test_member *)b;
     const int differ = strcmp(x->key, y->key);
     return differ ? differ : (x->cell > y->cell) - (x->cell < y->cell);
 }
 
-enum { BANDS = 5 };
-static const char *const frequency_bands[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+static void testset_add_member(slam_testset *s, int group, long order, const char *name, size_t cell) {
+    const struct slam_test_member member = {string_print("%d%016ld%s", group, order, name), cell};
+    s->members[s->n_members++] = member;
+}
 
 static void testset_add_word(slam_testset *s, const test_row *word, size_t cell) {
-    static const long least[BANDS] = {0, 1, 5, 20, 100};
     char length[32];
-    int band = 0;
-    while (band < BANDS && word->frequency >= least[band]) band++;
+    int band = -1;
+    while (band + 1 < BANDS && word->frequency >= band_starts[band + 1]) band++;
     snprintf(length, sizeof length, "%ld", word->length);
-    if (band > 0) testset_add_member(s, BY_FREQUENCY, band, frequency_bands[band - 1], cell);
-    if (band > 1) testset_add_member(s, BY_VOCABULARY, 0, "in", cell);
+    if (band >= 0) testset_add_member(s, BY_FREQUENCY, band, band_names[band], cell);
+    if (band > 0) testset_add_member(s, BY_VOCABULARY, 0, "in", cell);
     if (word->length >= 0) testset_add_member(s, BY_LENGTH, word->length, length, cell);
 }
 
-/* Rows 2k and 2k + 1 in sorted order are a pair. Those of gold.csv with the same type, subtype and id are a cell. A
-   word's frequency and length are those of its first correct row in the file. */
+/* Pairs of gold.csv with the same type, subtype and id are a cell. A word's frequency and length are those of its first
+   correct row in the file. */
 static int testset_pair(slam_testset *s, const char *path, test_row *rows, int is_gold) {
     const size_t n = s->items.n;
     int n_bands = 0;
     s->pairs = NEW(struct slam_test_pair, n / 2);
     s->members = NEW(struct slam_test_member, 2 * n + BANDS); // at most 4 for each cell
     if (n) qsort(rows, n, sizeof *rows, compare_test_rows);
-    if (!is_gold && s->kind != SLAM_SALMON) number_pairs(rows, n);
     for (size_t i = 0, end = 0; i < n; i = end, s->n_cells++) {
         const test_row *word = &rows[i];
-        while (end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3)))) {
+        for (; end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3))); end += 2) {
             const test_row *x = &rows[end], *y = x + 1;
             if (end + 1 == n || !x->correct || y->correct || x->number != y->number || compare_keys(x, y, 4))
-                return set_error(
-                    "%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ in "
-                    "nothing but one being correct",
-                    path, x->name, end + 1 < n ? y->name : "nothing");
+                return set_error("%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ "
+                                 "in nothing but one being correct",
+                                 path, x->name, end + 1 < n ? y->name : "nothing");
             const struct slam_test_pair pair = {x->item, y->item, s->n_cells, 0};
             s->pairs[s->n_pairs++] = pair;
             if (x->item < word->item) word = x;
-            end += 2;
         }
         testset_add_member(s, ALL_PAIRS, 0, "", s->n_cells);
         if (!is_gold) testset_add_member(s, BY_PART, 0, path_name(word->key[0]), s->n_cells);
@@ -10879,17 +10791,16 @@ static int testset_pair(slam_testset *s, const char *path, test_row *rows, int i
         else testset_add_word(s, word, s->n_cells);
         if (word->frequency >= 0) n_bands = BANDS;
     }
-    for (int band = 0; band < n_bands; band++)
-        testset_add_member(s, BY_FREQUENCY, band + 1, frequency_bands[band], NONE);
+    for (int band = 0; band < n_bands; band++) testset_add_member(s, BY_FREQUENCY, band, band_names[band], NONE);
     qsort(s->members, s->n_members, sizeof *s->members, compare_members);
     return 1;
 }
 
-/* ---- test sets: gold.csv ---- */
+/* ---- test sets: gold.csv -> rows ---- */
 
-enum { GOLD_VOICE, GOLD_CORRECT, GOLD_ID, GOLD_FILENAME, GOLD_TYPE, GOLD_SUBTYPE, GOLD_FREQUENCY, GOLD_LENGTH, N_GOLD };
-static const char *const gold_names[N_GOLD] = {"voice", "correct", "id",        "filename",
-                                               "type",  "subtype", "frequency", "length"};
+enum { FILENAME, CORRECT, ID, VOICE, TYPE, SUBTYPE, FREQUENCY = TYPE, LENGTH = SUBTYPE, N_GOLD };
+static const char *const gold_names[][N_GOLD] = {{"filename", "correct", "id", "voice", "frequency", "length"},
+                                                 {"filename", "correct", "id", "voice", "type", "subtype"}};
 
 /* A whole number, also spelled 12.0. -1: empty, -2: something else. */
 static long whole_number(const char *text) {
@@ -10899,48 +10810,42 @@ static long whole_number(const char *text) {
 }
 
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
-   wrong one. Both are errors here if that makes a difference. */
+   wrong one, whatever they are. Here both are errors where they would change a result. */
 static int testset_read_gold(slam_testset *s, const char *path) {
     const int sblimp = s->kind == SLAM_SBLIMP;
-    size_t column[N_GOLD]; // NONE: not in the file, or not for this kind
-    long order[2] = {0, 0};
+    const char *const *names = gold_names[sblimp], *cell[N_GOLD];
+    size_t column[N_GOLD];
+    long number[N_GOLD], order[2] = {0, 0};
     csv table;
     if (!csv_read(&table, path)) return 0;
     test_row *rows = NEW(test_row, table.rows);
     int ok = 1;
     for (int k = 0; ok && k < N_GOLD; k++) {
-        const int used = sblimp ? k < GOLD_FREQUENCY : k < GOLD_TYPE || k >= GOLD_FREQUENCY;
-        column[k] = used ? csv_column(&table, gold_names[k]) : NONE;
-        if (used && k < GOLD_FREQUENCY && column[k] == NONE)
-            ok = set_error("%s: has no column '%s'", path, gold_names[k]);
+        column[k] = csv_column(&table, names[k]);
+        if (column[k] == NONE && (sblimp || k < FREQUENCY)) ok = set_error("%s: has no column '%s'", path, names[k]);
     }
-    if (ok && !sblimp && column[GOLD_FREQUENCY] == column[GOLD_LENGTH] && csv_column(&table, "subtype") != NONE)
+    if (ok && column[FREQUENCY] == column[LENGTH] && csv_column(&table, "subtype") != NONE)
         ok = set_error("%s: has sBLIMP's columns 'type' and 'subtype', expected 'frequency', 'length'", path);
     for (size_t i = 1; ok && i < table.rows; i++) {
-        const char *cell[N_GOLD];
-        long number[N_GOLD];
         for (int k = 0; ok && k < N_GOLD; k++) {
             const char *expected = NULL;
             cell[k] = column[k] == NONE ? "" : table.cells[i * table.cols + column[k]];
             number[k] = whole_number(cell[k]);
-            if (k == GOLD_CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
-            if (k >= GOLD_ID && k < GOLD_FREQUENCY && column[k] != NONE && !*cell[k]) expected = "a name";
-            if (k >= GOLD_FREQUENCY && number[GOLD_CORRECT] && number[k] == -2) expected = "a whole number";
+            if (k == CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
+            if ((k < FREQUENCY ? k != VOICE : sblimp) && !*cell[k]) expected = "a name";
+            if (k >= FREQUENCY && !sblimp && number[CORRECT] && number[k] == -2) expected = "a whole number";
             if (expected)
-                ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], gold_names[k], cell[k],
+                ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], names[k], cell[k],
                                expected);
         }
         if (!ok) break;
-        const int correct = (int)number[GOLD_CORRECT];
-        const test_row row = {{cell[GOLD_TYPE], cell[GOLD_SUBTYPE], cell[GOLD_ID], cell[GOLD_VOICE]},
-                              cell[GOLD_FILENAME],
-                              correct,
-                              sblimp ? order[correct]++ : 0,
-                              number[GOLD_FREQUENCY],
-                              number[GOLD_LENGTH],
-                              i - 1};
-        rows[i - 1] = row;
-        slam_strings_add(&s->items, row.name);
+        const int correct = (int)number[CORRECT];
+        const char *file = cell[FILENAME], *id = cell[ID], *voice = cell[VOICE];
+        const test_row word = {{"", "", id, voice}, file, i - 1, correct, 0, number[FREQUENCY], number[LENGTH]};
+        const test_row phrase = {
+            {cell[TYPE], cell[SUBTYPE], id, voice}, file, i - 1, correct, order[correct]++, -1, -1};
+        slam_strings_add(&s->items, file);
+        rows[i - 1] = sblimp ? phrase : word;
     }
     ok = ok && testset_pair(s, path, rows, 1);
     csv_free(&table);
@@ -10961,7 +10866,7 @@ static char *find_gold(int kind, const char *path, const char *split) {
     return gold;
 }
 
-/* ---- test sets: folders of pairs of files ----
+/* ---- test sets: names of files -> rows ----
    SlamKit's NUMBER_name, of sBLIMP NUMBER+name: in each folder by number, the correct one first. SALMon's
    PART/sample_NUMBER_0 is correct, sample_NUMBER_1 wrong. */
 
@@ -10984,31 +10889,49 @@ static int testset_list_files(slam_testset *s, const char *path) {
     return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
 
+/* Sets `correct` and the number of the pair in sorted rows of files NUMBER_name. A folder has either two files of each
+   number or one of each, without a gap. */
+static void number_pairs(test_row *rows, size_t n) {
+    long first = 0;
+    int twins = 0;
+    for (test_row *x = rows; x < rows + n; x++) {
+        const int begins = x == rows || compare_keys(x, x - 1, 1);
+        if (begins) {
+            first = x->number;
+            twins = x + 1 < rows + n && !compare_keys(x, x + 1, 1) && x[1].number == first;
+        }
+        x->correct = twins ? begins || x->number != x[-1].number : (x->number - first) % 2 == 0;
+        if (!twins) x->number = (x->number - first) / 2;
+    }
+}
+
 static int testset_read_files(slam_testset *s, const char *path) {
-    static const char *const expected[] = {"NUMBER_...", "NUMBER+...", "NUMBER_...",
-                                           "sample_NUMBER_0 or sample_NUMBER_1"};
+    static const char *const names[][2] = {{"%9ld_%n", "NUMBER_..."},
+                                           {"%9ld+%n", "NUMBER+..."},
+                                           {"%9ld_%n", "NUMBER_..."},
+                                           {"sample_%9ld_%n", "sample_NUMBER_0 or sample_NUMBER_1"}};
+    const int salmon = s->kind == SLAM_SALMON;
     slam_strings folders = ZERO;
     int ok = testset_list_files(s, path);
-    test_row *rows = NEW(test_row, s->items.n);
-    for (size_t i = 0; ok && i < s->items.n; i++) {
+    const size_t n = s->items.n;
+    test_row *rows = NEW(test_row, n);
+    for (size_t i = 0; ok && i < n; i++) {
         const char *file = s->items.at[i], *name = path_name(file);
-        test_row *row = &rows[i];
-        char wrong[2] = "";
         int end = 0;
-        if (s->kind != SLAM_SALMON)
-            ok = sscanf(name, s->kind == SLAM_SBLIMP ? "%9ld+%n" : "%9ld_%n", &row->number, &end) == 1 && end > 0;
-        else
-            ok = sscanf(name, "sample_%9ld_%1[01]%n", &row->number, wrong, &end) == 2 &&
-                 (!name[end] || name[end] == '.');
-        if (!ok) set_error("%s: expected a name %s", file, expected[s->kind]);
         slam_strings_add(&folders, file);
         folders.at[i][name > file ? name - file - 1 : 0] = 0;
-        row->key[0] = folders.at[i];
-        row->key[1] = row->key[2] = row->key[3] = "";
-        row->name = file;
-        row->correct = *wrong != '1';
-        row->frequency = -1;
-        row->item = i;
+        const test_row row = {{folders.at[i], "", "", ""}, file, i, 1, 0, -1, -1};
+        rows[i] = row;
+        ok = sscanf(name, names[s->kind][0], &rows[i].number, &end) == 1 && end > 0;
+        if (salmon) {
+            ok = ok && (name[end] == '0' || name[end] == '1') && (!name[end + 1] || name[end + 1] == '.');
+            rows[i].correct = name[end] == '0';
+        }
+        if (!ok) set_error("%s: expected a name %s", file, names[s->kind][1]);
+    }
+    if (ok && !salmon) {
+        qsort(rows, n, sizeof *rows, compare_test_rows);
+        number_pairs(rows, n);
     }
     ok = ok && testset_pair(s, path ? path : s->units, rows, 0);
     slam_strings_free(&folders);
@@ -11017,6 +10940,48 @@ static int testset_read_files(slam_testset *s, const char *path) {
 }
 
 /* ---- test sets: opening, audio, units ---- */
+
+/* A hash of the last `depth` names of an item's path, without an extension. */
+struct slam_test_name {
+    uint64_t hash; // first, for compare_u64
+    size_t item;
+};
+
+static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
+    const char *last = path_name(path), *dot = strrchr(last, '.');
+    const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
+    while (at > path && (at[-1] != '/' || --depth > 0)) at--;
+    const struct slam_test_name name = {hash_bytes(HASH_START, at, (size_t)(end - at)), item};
+    return name;
+}
+
+/* Sorts the items by the last `depth` names of their paths, the fewest by which all differ. */
+static int testset_sort_names(slam_testset *s, const char *path) {
+    const char *twice = "";
+    s->names = NEW(struct slam_test_name, s->items.n);
+    while (twice && s->depth++ < 9) {
+        twice = NULL;
+        for (size_t i = 0; i < s->items.n; i++) s->names[i] = item_name(s->items.at[i], s->depth, i);
+        qsort(s->names, s->items.n, sizeof *s->names, compare_u64);
+        for (size_t i = 1; i < s->items.n; i++)
+            if (s->names[i].hash == s->names[i - 1].hash) twice = s->items.at[s->names[i].item];
+    }
+    return !twice || set_error("%s: two sequences have the name '%s'", path, twice);
+}
+
+void slam_testset_free(slam_testset *s) {
+    if (!s) return;
+    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
+    slam_strings_free(&s->items);
+    free(s->folder);
+    free(s->units);
+    free(s->scores);
+    free(s->accuracies);
+    free(s->pairs);
+    free(s->members);
+    free(s->names);
+    free(s);
+}
 
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int audio, const char *units) {
     slam_testset *s = NEW(slam_testset, 1);
@@ -11060,7 +11025,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
     while (ok && (status = units_next(&r, &u)) > 0) {
         const struct slam_test_name key = item_name(u.name, s->depth, 0);
         const struct slam_test_name *name =
-            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_item_names);
+            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_u64);
         if (!name) continue;
         slam_units *item = &list[name->item];
         if (item->unit) ok = set_error("%s: an earlier line has the name '%s'", r.what, u.name);
@@ -11081,7 +11046,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
 /* ---- test sets: accuracies ---- */
 
 void slam_testset_score(slam_testset *s, const double *scores) {
-    double *sum = NEW(double, s->n_cells), *n = NEW(double, s->n_cells);
+    double *mean = NEW(double, s->n_cells), *n = NEW(double, s->n_cells);
     char text[32];
     if (!s->scores) s->scores = NEW(double, s->items.n);
     if (!s->accuracies) s->accuracies = NEW(slam_accuracy, s->n_members);
@@ -11089,27 +11054,26 @@ void slam_testset_score(slam_testset *s, const double *scores) {
         snprintf(text, sizeof text, "%.9g", scores[i]);
         s->scores[i] = strtod(text, NULL);
     }
-    for (size_t i = 0; i < s->n_pairs; i++) {
-        struct slam_test_pair *p = &s->pairs[i];
+    for (struct slam_test_pair *p = s->pairs; p < s->pairs + s->n_pairs; p++) {
         const double correct = s->scores[p->correct], wrong = s->scores[p->wrong];
         p->score = correct > wrong ? 1 : correct == wrong ? 0.5 : 0;
-        sum[p->cell] += p->score;
+        mean[p->cell] += p->score;
         n[p->cell]++;
     }
+    for (size_t i = 0; i < s->n_cells; i++) mean[i] /= n[i];
     s->n_accuracies = 0;
-    for (size_t i = 0, end; i < s->n_members; i = end) {
+    for (size_t i = 0, end = 0; i < s->n_members; i = end) {
         const struct slam_test_member *m = &s->members[i];
-        const int group = *m->key - '0';
-        slam_accuracy a = {group_names[group], m->key + MEMBER_NAME, 0, 0, 0};
-        for (end = i; end < s->n_members && !strcmp(s->members[end].key, m->key); end++)
-            a.n += s->members[end].cell != NONE;
-        for (size_t k = 0; k < a.n; k++) a.mean += sum[m[k].cell] / n[m[k].cell];
+        slam_accuracy a = {group_names[*m->key - '0'], m->key + MEMBER_NAME, 0, 0, 0};
+        for (; end < s->n_members && !strcmp(s->members[end].key, m->key); end++) a.n += s->members[end].cell != NONE;
+        for (size_t k = 0; k < a.n; k++) a.mean += mean[m[k].cell];
         a.mean = a.n ? a.mean / (double)a.n : NAN;
-        for (size_t k = 0; k < a.n; k++) a.deviation += pow(sum[m[k].cell] / n[m[k].cell] - a.mean, 2);
+        for (size_t k = 0; k < a.n; k++) a.deviation += pow(mean[m[k].cell] - a.mean, 2);
         a.deviation = a.n > 1 ? sqrt(a.deviation / (double)(a.n - 1)) : NAN;
-        if (group != BY_PART || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
+        const int is_part = *m->key - '0' == BY_PART; // listed if there are several
+        if (!is_part || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
     }
-    free(sum);
+    free(mean);
     free(n);
 }
 
@@ -11141,33 +11105,37 @@ static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metri
     }
 }
 
+static void strbuf_add_accuracy(strbuf *out, const slam_accuracy *a) {
+    const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
+    const slam_metric m[] = {
+        {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
+    strbuf_add(out, ", \"n\": %zu", a->n);
+    strbuf_add_metrics(out, "", m, 4);
+}
+
 /* {"task", "of", accuracy, "by_GROUP": [{"GROUP": name, accuracy}, ...], "pairs": [...], "scores": [...]} */
 int slam_testset_write(const slam_testset *s, const char *task, int sum, const char *path) {
+    const slam_accuracy *a = s->accuracies;
     strbuf out = ZERO;
-    strbuf_add(&out, "{\"task\": \"%s\", \"of\": \"%s\", ", task, sum ? "sum" : "mean");
-    for (size_t i = 0; i < s->n_accuracies; i++) {
-        const slam_accuracy *a = &s->accuracies[i];
-        const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
-        const slam_metric m[] = {
-            {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
-        const int first = i && strcmp(a->group, a[-1].group);
-        const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
-        if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
-        if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
-        if (i) strbuf_add_name(&out, "", a->name);
-        strbuf_add(&out, "%s\"n\": %zu", i ? ", " : "", a->n);
-        strbuf_add_metrics(&out, "", m, 4);
-        strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
+    strbuf_add(&out, "{\"task\": \"%s\", \"of\": \"%s\"", task, sum ? "sum" : "mean");
+    strbuf_add_accuracy(&out, a);
+    for (size_t i = 1; i < s->n_accuracies; i++) {
+        if (!strcmp(a[i].group, a[i - 1].group)) strbuf_add(&out, ", {\"%s\": ", a[i].group);
+        else strbuf_add(&out, "%s, \"by_%s\": [{\"%s\": ", i > 1 ? "]" : "", a[i].group, a[i].group);
+        strbuf_add_json(&out, a[i].name);
+        strbuf_add_accuracy(&out, &a[i]);
+        strbuf_add(&out, "}");
     }
+    strbuf_add(&out, "%s, \"pairs\": [\n", s->n_accuracies > 1 ? "]" : "");
     for (size_t i = 0; i < s->n_pairs; i++) {
-        const struct slam_test_pair *p = &s->pairs[i];
-        strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
-        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
+        strbuf_add_name(&out, i ? ",\n{\"right\": " : "{\"right\": ", s->items.at[s->pairs[i].correct]);
+        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[s->pairs[i].wrong]);
         strbuf_add(&out, ", \"score\": ");
-        strbuf_add_number(&out, p->score);
+        strbuf_add_number(&out, s->pairs[i].score);
+        strbuf_add(&out, "}");
     }
     for (size_t i = 0; i < s->items.n; i++) {
-        strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
+        strbuf_add_name(&out, i ? "},\n{\"name\": " : "], \"scores\": [\n{\"name\": ", s->items.at[i]);
         strbuf_add(&out, ", \"score\": ");
         strbuf_add_number(&out, s->scores[i]);
     }
@@ -11200,18 +11168,11 @@ static int path_writable(const char *path) {
     return ok;
 }
 
-/* A line break is written to a device, which may be full; it is space in all that is written. */
 int slam_output_check(const char *path) {
-    struct stat s;
     if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_direct(path)) return path_writable(path);
-    const int device = stat(path, &s) == 0 && S_ISCHR(s.st_mode);
-    const int fd = device ? open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
-    const int ok = device ? fd >= 0 && (isatty(fd) || write(fd, "\n", 1) == 1) : access(path, W_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
-    return ok;
+    return access(path, W_OK) == 0 || set_error("%s: cannot be written: %s", path, strerror(errno));
 }
 
 /* ---- prompts ---- */
@@ -11303,18 +11264,19 @@ double slam_unit_auto_bleu(const int *units, size_t n, int order) {
 }
 
 /* ---- generation ----
-   Each sequence has a slot of the decoder, which it frees for the next prompt when it ends. */
+   A sequence has a slot of the decoder, which the next prompt gets when it ends. */
 
 typedef struct generator {
     const slam_generation *how;
     slam_decoder *decoder;
     slam_prompt **prompts; // (n) without a continuation
-    size_t n, next, size;  // this rank starts `next` and every size-th after it
+    size_t n, next, size;  // this rank's prompts: `next` is the one to start, then every size-th
     slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
-    float *logits;            // (n_slots,V)
-    unsigned char *seen;      // (n_slots,V) for slam_sample
-    double n_drawn, n_unused; // tokens so far; tokens that were not needed, as sequences ended before max_new
+    float *logits;       // (n_slots,V)
+    unsigned char *seen; // (n_slots,V) for slam_sample
+    double n_drawn;      // tokens so far
+    double n_unused;     // tokens that sequences would have had if they had not ended before max_new
 } generator;
 
 static int compare_prompts(const void *a, const void *b) {
@@ -11333,7 +11295,8 @@ static int generation_check(const slam_generation *how, const slam_config *c) {
     return sampling_check(&how->sampling);
 }
 
-/* Truncates the prompts to the context, chooses their random streams and sorts those without a continuation. */
+/* Truncates the prompts to the context, sorts them, chooses their random streams and lists those without a
+   continuation. */
 static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
     const slam_comm *comm = m->ops->comm;
     const int most = g->how->context - g->how->max_new;
@@ -11402,17 +11365,17 @@ static int generator_draw(const generator *g, int slot) {
     unsigned char *seen = g->seen + (size_t)slot * g->V;
     for (int v = 0; v < g->V; v++)
         if (!isfinite(logits[v])) return -1;
-    memset(seen, 0, penalty ? (size_t)g->V : 0);
-    for (int t = 0; penalty && t < q->n; t++) seen[q->tokens[t]] = 1;
-    for (int t = 0; penalty && t < q->length; t++) seen[q->continuation[t]] = 1;
+    memset(seen, 0, (size_t)g->V);
+    for (int t = 0; t < q->n; t++) seen[q->tokens[t]] = 1;
+    for (int t = 0; t < q->length; t++) seen[q->continuation[t]] = 1;
     return slam_sample(logits, g->V, penalty ? seen : NULL, &g->how->sampling, rng_uniform(&q->rng));
 }
 
 static int generator_busy(const generator *g) { return g->next < g->n || g->n_free < g->n_slots; }
 
-/* One more token for each sequence. */
+/* One more token for each sequence. Starting one sequence costs as much as a step of all, so that a few free slots are
+   waited for. */
 static int generator_step(generator *g) {
-    /* Starting one sequence costs as much as a step of all, so that a few free slots are waited for. */
     if (g->next < g->n && g->n_free > g->n_slots / 8 && !generator_start(g)) return 0;
     if (!slam_decoder_logits(g->decoder, g->logits)) return 0;
     PARALLEL_FOR
@@ -11438,21 +11401,22 @@ static int generator_step(generator *g) {
 
 /* Gives every rank the continuations of all: sums over the ranks, of which at most one has the continuation. */
 static int generator_exchange(const generator *g, slam_comm *comm) {
-    const size_t n = (size_t)g->how->max_new + 3;
-    double *sum = NEW(double, n); // 1, length, ended, tokens; zeros: there is no continuation
+    const int n = g->how->max_new + 2;
+    double *sum = NEW(double, n); // 1 + length, ended, tokens; zeros: there is no continuation
     for (size_t i = 0; g->size > 1 && i < g->n; i++) {
         slam_prompt *q = g->prompts[i];
-        memset(sum, 0, n * sizeof *sum);
-        sum[0] = q->continuation != NULL;
-        sum[1] = sum[0] * q->length;
-        sum[2] = sum[0] * q->ended;
-        for (int t = 0; t < (int)sum[1]; t++) sum[3 + t] = q->continuation[t];
-        slam_comm_sum(comm, sum, n);
-        if (sum[0] == 0 || q->continuation) continue;
-        q->continuation = NEW(int, g->how->max_new);
-        q->length = (int)sum[1];
-        q->ended = (int)sum[2];
-        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[3 + t];
+        memset(sum, 0, (size_t)n * sizeof *sum);
+        if (q->continuation) {
+            sum[0] = 1 + q->length;
+            sum[1] = q->ended;
+            for (int t = 0; t < q->length; t++) sum[2 + t] = q->continuation[t];
+        }
+        slam_comm_sum(comm, sum, (size_t)n);
+        if (sum[0] == 0) continue;
+        if (!q->continuation) q->continuation = NEW(int, g->how->max_new);
+        q->length = (int)sum[0] - 1;
+        q->ended = (int)sum[1];
+        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[2 + t];
     }
     free(sum);
     return slam_all_ok(comm, 1);
@@ -11464,18 +11428,14 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
     const int steps = comm && comm->size > 1 ? 16 : 1; // between reports, which the ranks make together
     generator g = ZERO;
     g.how = how;
-    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p));
-    double sums[3] = {(double)g.n, 0, 0}; // ranks at work, tokens drawn, tokens not needed
-    while (ok && sums[0] > 0) {
+    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p)), stop = g.n == 0;
+    while (ok && !stop) {
         for (int i = 0; ok && i < steps && generator_busy(&g); i++) ok = generator_step(&g);
         if (!(ok = slam_all_ok(comm, ok))) break;
-        sums[0] = generator_busy(&g);
-        sums[1] = g.n_drawn;
-        sums[2] = g.n_unused;
+        double sums[] = {(double)generator_busy(&g), g.n_drawn, g.n_unused};
         slam_comm_sum(comm, sums, 3);
-        const double most = (double)g.n * how->max_new - sums[2];
-        const int stop = !report_progress(progress, context, "generate", sums[1], most);
-        if (slam_comm_max(comm, stop) > 0) break; // a signal may have reached one rank only
+        stop = !report_progress(progress, context, "generate", sums[1], (double)g.n * how->max_new - sums[2]);
+        stop = sums[0] == 0 || slam_comm_max(comm, stop) > 0; // a signal may have reached one rank only
     }
     for (int i = 0; i < g.n_slots; i++) {
         if (!g.slots[i]) continue; // else it was stopped
@@ -11781,23 +11741,19 @@ char *slam_run_model(const char *path, const char *program) {
 
 static volatile sig_atomic_t stop_requested, interrupts;
 
-/* A terminal that closes sends SIGHUP, some shells once more: what is done by then is still saved. */
+/* A closing terminal sends SIGHUP, some shells send it again: that never exits at once, so that the run is saved. */
 static void on_signal(int number) {
     if (number != SIGHUP && interrupts++) _exit(128 + number);
     stop_requested = 1;
 }
 
-/* Only the output is lost. A program that is started gets the default action again, which it would not if SIGPIPE were
-   ignored. */
+/* Writing to a closed pipe then fails and loses only the output. SIG_IGN would be inherited by child processes. */
 static void on_closed_pipe(int number) { (void)number; }
 
 void slam_signals_catch(void) {
-    struct sigaction before, action = ZERO;
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN); // nohup
 }
 
 int slam_stop_requested(void) { return stop_requested != 0; }
@@ -11829,7 +11785,8 @@ slam_comm *slam_program_begin(const char *program) {
                 program, missing);
         return NULL;
     }
-    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
+    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;)
+        fd = open("/dev/null", O_RDWR); // if one is closed, a file would get its number
     signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
@@ -11870,7 +11827,7 @@ static int is_choice(const char *words, const char *value) {
     return 0;
 }
 
-static int flag_set_number(slam_flag *f, const char *value) {
+static int flag_set_number(const slam_flag *f, const char *value, strbuf *text) {
     const int type = flag_type(f);
     char *end;
     double x = strtod(value, &end);
@@ -11884,39 +11841,30 @@ static int flag_set_number(slam_flag *f, const char *value) {
     if (type < SLAM_LONG) *(int *)f->to = (int)x;
     else if (type == SLAM_LONG) *(long *)f->to = (long)x;
     else *(double *)f->to = x;
+    strbuf_add_number(text, x);
     return 1;
 }
 
 static int flag_set(slam_flag *f, const char *value) {
     const int type = flag_type(f);
+    strbuf text = ZERO;
     int gpu, end = 0;
     if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
-    f->set = 1;
-    if (type < SLAM_TEXT) return flag_set_number(f, value);
+    if (type < SLAM_TEXT && !flag_set_number(f, value, &text)) return 0;
     if (type == SLAM_CHOICE && !is_choice(f->argument, value))
         return set_error("--%s %s: expected %s", f->name, value, f->argument);
     if (type == SLAM_DEVICE && !is_choice("auto|cpu|cuda", value) &&
         (sscanf(value, "cuda:%4d%n", &gpu, &end) != 1 || value[end] || gpu < 0))
         return set_error("--%s %s: expected auto, cpu, cuda or cuda:N", f->name, value);
-    if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
-    else {
-        free(*(char **)f->to);
-        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    if (type == SLAM_LIST) {
+        slam_strings_add((slam_strings *)f->to, value);
+        return 1;
     }
+    if (type >= SLAM_TEXT) strbuf_add(&text, "%s", type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    free(f->text);
+    f->text = text.at;
+    if (type >= SLAM_TEXT) *(char **)f->to = f->text;
     return 1;
-}
-
-static double flag_number(const slam_flag *f) {
-    const int type = flag_type(f);
-    return type < SLAM_LONG ? *(int *)f->to : type == SLAM_LONG ? (double)*(long *)f->to : *(double *)f->to;
-}
-
-/* The value as the command line spells it, free() it; not of lists. "": none. */
-static char *flag_text(const slam_flag *f) {
-    strbuf s = ZERO;
-    if (flag_type(f) < SLAM_TEXT) strbuf_add_number(&s, flag_number(f));
-    else strbuf_add(&s, "%s", *(char **)f->to ? *(char **)f->to : "");
-    return s.at;
 }
 
 /* Words in lines of up to 79 columns. `column`: where the first line stands; `margin`: where the others begin. */
@@ -11981,7 +11929,7 @@ int slam_flags_parse(slam_flags *f, int argc, char **argv) {
 
 int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        if (!a->name || a->set || !a->fallback) continue;
+        if (!a->name || a->text || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
         char value[64];
         snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
@@ -12001,9 +11949,8 @@ int slam_flags_set(slam_flags *f, const char *name, const char *value) {
 
 void slam_flags_free(slam_flags *f) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        const int type = flag_type(a);
-        if (type == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
-        else if (type >= SLAM_TEXT) free(*(char **)a->to);
+        if (flag_type(a) == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
+        free(a->text);
     }
     slam_strings_free(&f->rest);
 }
@@ -12096,9 +12043,8 @@ slam_path slam_path_absolute(const char *path) {
 static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4); }
 
 int slam_threads(const slam_comm *comm, int threads) {
-    const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks,
-              bound = omp_get_max_threads(); // mpirun may bind a rank
+    const int ranks = comm ? comm->local_size : 1, cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks;
+    const int bound = omp_get_max_threads(); // fewer, if mpirun binds the rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
     if (threads > 0) omp_set_num_threads(threads);
     return omp_get_max_threads();
@@ -12107,7 +12053,7 @@ int slam_threads(const slam_comm *comm, int threads) {
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
     const int ranks = comm ? comm->size : 1, cpu = !strcmp(device, "cpu"), act_bytes = strcmp(dtype, "f32") ? 2 : 4;
     int gpu = ranks == 1 || cpu || slam_cuda_count() == 1 ? 0 : comm->local_rank; // Slurm may show a rank only its own
-    char why[256] = "";                                                           // there is no GPU
+    char why[256] = ""; // ": " and the reason why the GPU is not used
     slam_ops *ops = NULL;
     int ok = 1;
     if (sscanf(device, "cuda:%d", &gpu) == 1 && ranks > 1)
@@ -12117,12 +12063,9 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     if (ok && (cpu || (!ops && !strcmp(device, "auto")))) ops = slam_cpu(threads);
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
         ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
-    ok = slam_all_ok(comm, ok && ops);
-    if (ok && !comm_equal(comm, (uint64_t)is_cuda(ops))) {
-        set_error("--device auto: only some of the ranks have a GPU%s", why);
-        ok = slam_all_ok(comm, 0);
-    }
-    if (!ok) {
+    ok = slam_all_ok(comm, ok && ops) && (comm_equal(comm, (uint64_t)is_cuda(ops)) ||
+                                          set_error("--device auto: only some of the ranks have a GPU%s", why));
+    if (!slam_all_ok(comm, ok)) {
         slam_ops_free(ops);
         return NULL;
     }
@@ -12134,23 +12077,22 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     return ops;
 }
 
-/* FLOP/s of the model's largest product: the best of some calls; 0: not enough memory. Its inputs are weights, because
+/* FLOP/s of the model's largest product, the best of some calls; 0: no memory for it. Its inputs are weights, because
    products of zeros are faster. */
 static double measure_peak(const slam_model *m, int rows) {
     slam_ops *ops = m->ops;
     const int C = m->config.C, O = 2 * m->config.F; // gate and up
     const int most = rows < 8192 ? rows : 8192, N = m->n_weights / C < (size_t)most ? (int)(m->n_weights / C) : most;
     slam_act *out = (slam_act *)ops->alloc(ops, (size_t)N * O * ops->act_bytes);
-    double best = 0, began = slam_clock();
-    for (int i = 0; out && (i < 4 || (i < 100 && slam_clock() - began < 0.03)); i++) {
-        const double start = slam_clock();
+    double shortest = INFINITY;
+    for (double began = slam_clock(), start = began; out && start < began + 0.03;) {
         ops->matmul_forward(ops, out, m->weights, m->weights, NULL, N, C, O);
         if (!ops->finish(ops)) break;
-        const double speed = 2.0 * N * C * O / (slam_clock() - start);
-        if (speed > best) best = speed;
+        shortest = fmin(shortest, slam_clock() - start);
+        start = slam_clock();
     }
     ops->release(ops, out);
-    return best;
+    return 2.0 * N * C * O / shortest;
 }
 
 /* ---- flags of the unit tokenizer ---- */
@@ -12300,47 +12242,18 @@ static int settings_restore(slam_run *r) {
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
         if (!f->given && stored && !flag_set(f, stored)) return 0;
         if (!f->given || (f->type & SLAM_FREE)) continue;
-        char *given = flag_text(f);
-        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(given, stored);
-        const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
-        if (!ok)
-            set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
-                      limit ? ", and a limit may only grow" : "");
-        free(given);
-        if (!ok) return 0;
+        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(f->text, stored);
+        if (!same && (!limit || (stored && strtod(stored, NULL) >= strtod(f->text, NULL))))
+            return set_error("--%s %s: the resumed run has %s%s", f->name, f->text, stored ? stored : "none",
+                             limit ? ", and a limit may only grow" : "");
         r->grows |= !same;
     }
     return 1;
 }
 
-static void settings_save(slam_run *r) {
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!is_setting(f) || !f->set) continue;
-        if ((f->type & SLAM_LIMIT) && !r->limited) continue; // a default; another may be given later
-        char *value = flag_text(f);
-        slam_trainer_set(&r->trainer, f->name, 0, value);
-        free(value);
-    }
-}
-
-/* list: of the command line, which must be the run's, or empty; becomes the paths to open. */
-static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
-    slam_strings asked = *list;
-    int ok = 1;
-    memset(list, 0, sizeof *list);
-    slam_trainer_paths(&r->trainer, name, list);
-    for (size_t i = 0; ok && asked.n && (i < asked.n || i < list->n); i++) {
-        const char *a = i < asked.n ? asked.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
-            ok = set_error("%s %s: the resumed run has %s", name, a, b);
-    }
-    slam_strings_free(&asked);
-    return ok;
-}
-
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
-    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    slam_path path = path_join(*r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
     for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
         *slash = 0;
         if (path_exists(folder.at)) break;
@@ -12348,13 +12261,16 @@ static int run_writable(const slam_run *r) {
     return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
-/* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
+/* Finds the run to resume and its newest checkpoint; --resume where there is none begins one. Without --resume, --out
+   must not hold a run. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
+    char *newest = o->out || !o->resume ? NULL : run_newest(r->flags.program);
     r->fresh = r->grows = 1;
-    r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
+    snprintf(r->folder, sizeof r->folder, "%s", o->out ? o->out : newest ? newest : "");
+    free(newest);
     if (!o->dry_run && is_root(r->comm) && !run_writable(r)) return 0;
-    if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
+    if (!path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
     if (!r->checkpoint && !path_is_file(path_join(r->folder, "trainer.json").at)) return 1;
     if (!o->resume)
@@ -12364,40 +12280,52 @@ static int run_find(slam_run *r) {
     r->fresh = r->grows = 0;
     if (!slam_trainer_load(&r->trainer, r->checkpoint ? r->checkpoint : r->folder)) return 0;
     r->began -= r->trainer.seconds;
-    return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
+    return settings_restore(r);
 }
 
-/* Saves the names of the data as they are given and the folder that they are relative to. Without data, it is the
-   bundled data, whose path is not saved, because it moves with the program. */
-static void run_data(slam_run *r) {
-    slam_strings *data = &r->flags.rest, *val = &r->o.val;
-    slam_trainer *t = &r->trainer;
-    if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
-    if (r->fresh) slam_trainer_set(t, "folder", 0, slam_path_absolute(".").at);
-    for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
-    for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
-    r->bundled = data->n == 0;
-    for (int k = 0; r->bundled && k < 2; k++) {
-        if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
-        slam_strings_add(k ? val : data, slam_path_beside(r->argv0, r->bundled_data[k]).at);
+/* DATA and --val. A new run saves their names as they are given, and the folder that they are relative to. A resumed
+   run has its own; the command line must have the same, or none. The bundled data's path is not saved, because it moves
+   with the program. */
+static int run_data(slam_run *r) {
+    slam_strings *lists[] = {&r->flags.rest, &r->o.val};
+    const char *const names[] = {r->data_name, "val"};
+    int ok = 1;
+    if (r->fresh) slam_trainer_set(&r->trainer, "program", 0, r->flags.program);
+    if (r->fresh) slam_trainer_set(&r->trainer, "folder", 0, slam_path_absolute(".").at);
+    for (int k = 0; ok && k < 2; k++) {
+        slam_strings *list = lists[k], given = *list;
+        for (size_t i = 0; r->fresh && i < given.n; i++) slam_trainer_set(&r->trainer, names[k], i, given.at[i]);
+        if (!r->fresh) {
+            memset(list, 0, sizeof *list);
+            slam_trainer_paths(&r->trainer, names[k], list);
+            for (size_t i = 0; ok && given.n && (i < given.n || i < list->n); i++) {
+                const char *a = i < given.n ? given.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
+                if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+                    ok = set_error("%s %s: the resumed run has %s", names[k], a, b);
+            }
+            slam_strings_free(&given);
+        }
+        if (k == 0) r->bundled = list->n == 0;
+        if (r->bundled && !list->n && (k == 0 || r->o.val_fraction <= 0))
+            slam_strings_add(list, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
+    return ok;
 }
 
 int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
     char min_lr[32];
-    if (!run_find(r)) return 0;
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
+    if (!run_find(r) || !run_data(r)) return 0;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->text;
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
         if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
-    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
+    if (!slam_flags_defaults(&r->flags, r->bundled)) return 0;
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
-    run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
-    const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
-    if (!(r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads))) return 0;
-    if (planned) r->ops->act_bytes = 2;
+    const int no_gpu = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
+    if (!(r->ops = slam_device(r->comm, o->device, no_gpu ? "auto" : o->dtype, o->threads))) return 0;
+    if (no_gpu) r->ops->act_bytes = 2;
     const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
@@ -12415,7 +12343,7 @@ static int auto_micro_batch(const slam_run *r, int rows, int shards) {
     int micro = rows < most ? rows : most;
     while (micro > 1 && slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, shards).total > space)
         micro--;
-    const int passes = (rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
+    const int passes = (rows + micro - 1) / micro; // as many with equal micro-batches, which need less memory
     return (rows + passes - 1) / passes;
 }
 
@@ -12478,7 +12406,8 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
     return 1;
 }
 
-/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+/* ---- a training run: algorithms of matrix products ----
+   The setting "products": library|list, nine numbers in hexadecimal for each shape that was measured. */
 
 static void products_restore(const slam_run *r) {
     slam_products *p = r->ops->products;
@@ -12491,16 +12420,6 @@ static void products_restore(const slam_run *r) {
     }
     for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
         for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
-}
-
-static void products_save(slam_run *r) {
-    const slam_products *p = r->ops->products;
-    strbuf s = ZERO;
-    strbuf_add(&s, "%s", p->library);
-    for (int i = 0; i < 9 * p->measured; i++)
-        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
-    slam_trainer_set(&r->trainer, "products", 0, s.at);
-    strbuf_free(&s);
 }
 
 /* Forward and backward over a full micro-batch; the gradients are discarded. */
@@ -12521,12 +12440,17 @@ static int products_measure(const slam_run *r) {
 int slam_run_tune(slam_run *r) {
     slam_products *p = r->ops->products;
     const double began = slam_clock();
+    strbuf s = ZERO;
     if (!p || strcmp(r->o.tune, "on")) return 1;
     if (is_root(r->comm)) products_restore(r);
     const int restored = p->measured;
     if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
     comm_broadcast(r->comm, p, sizeof *p);
-    products_save(r);
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
     if (p->measured > restored)
         printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
@@ -12546,9 +12470,9 @@ static double run_lap(slam_run *r) {
     return seconds;
 }
 
-/* Whether another step begins. There must be time left for an evaluation and a checkpoint now and after it. At the same
-   step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so all ranks take
-   the largest state. */
+/* Whether another step begins. There must be time left for an evaluation and a checkpoint before and after it. If a
+   limit and a signal come together, the limit counts: nothing is left to resume. Clocks and signals differ between
+   ranks, so all take the largest state. */
 static void run_update_state(slam_run *r) {
     const slam_trainer *t = &r->trainer;
     const double end = run_seconds(r) + r->slowest_step + 2 * (r->eval_seconds + r->save_seconds);
@@ -12561,21 +12485,17 @@ static void run_update_state(slam_run *r) {
 
 /* ---- a training run: folder and log ---- */
 
-/* Names the folder: --out, or the first of runs/NAME, runs/NAME-2, ... that is free. Rank 0 sends it to the others. */
+/* Names the folder, if it has no name yet, by the first of runs/NAME, runs/NAME-2, ... that is free. */
 static int run_name(slam_run *r) {
-    char path[4096] = "";
-    int ok = r->folder || !is_root(r->comm) || folder_create("runs");
-    if (r->folder) snprintf(path, sizeof path, "%s", r->folder);
-    for (int n = 1; ok && is_root(r->comm) && !*path; n++) {
-        snprintf(path, sizeof path, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
-        if (mkdir(path, 0777) == 0) break;
-        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", path, strerror(errno));
-        *path = 0;
+    int ok = *r->folder || !is_root(r->comm) || folder_create("runs");
+    for (int n = 1; ok && is_root(r->comm) && !*r->folder; n++) {
+        snprintf(r->folder, sizeof r->folder, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
+        if (mkdir(r->folder, 0777) == 0) break;
+        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", r->folder, strerror(errno));
+        *r->folder = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    comm_broadcast(r->comm, path, sizeof path);
-    free(r->folder);
-    r->folder = string_copy(path);
+    comm_broadcast(r->comm, r->folder, sizeof r->folder);
     return 1;
 }
 
@@ -12607,16 +12527,19 @@ static int run_open_folder(slam_run *r) {
 int slam_run_begin(slam_run *r, uint64_t data) {
     slam_trainer *t = &r->trainer;
     const uint64_t seen[] = {data, (uint64_t)t->step, (uint64_t)t->steps};
-    int ok = r->fresh || data == t->data ||
-             set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
-    if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
-         set_error("the ranks see different data or checkpoints: expected files that all machines share");
+    const int equal = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen));
+    const int ok =
+        (r->fresh || data == t->data ||
+         set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0])) &&
+        (equal || set_error("the ranks see different data or checkpoints: expected files that all machines share"));
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
     fflush(stdout);
     t->data = data;
-    settings_save(r);
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
+        const int is_default = (f->type & SLAM_LIMIT) && !r->limited; // another limit may be given later
+        if (is_setting(f) && f->text && !is_default) slam_trainer_set(t, f->name, 0, f->text);
+    }
     r->schedule.warmup = warmup_steps(r->o.warmup, t->steps);
     r->schedule.steps = t->steps;
     r->saved_step = r->eval_step = t->step;
@@ -12629,9 +12552,9 @@ int slam_run_begin(slam_run *r, uint64_t data) {
 
 /* ---- a training run: the steps ---- */
 
-int slam_run_over(slam_run *r) {
+int slam_run_continues(slam_run *r) {
     run_lap(r);
-    return r->state != RUN_ON;
+    return r->state == RUN_ON;
 }
 
 /* A stopped run is evaluated when it is resumed, so that its log is the one of a run that was not stopped. */
@@ -12657,7 +12580,7 @@ static int log_write(slam_run *r, strbuf *s) {
     return ok;
 }
 
-static int log_skipped(slam_run *r, double loss, double grad_norm) {
+static int report_skipped(slam_run *r, double loss, double grad_norm) {
     const slam_trainer *t = &r->trainer;
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  loss (%g) or gradient norm (%g) is not finite: update skipped, %ld so far\n", t->step + 1,
@@ -12669,23 +12592,24 @@ static int log_skipped(slam_run *r, double loss, double grad_norm) {
     return slam_all_ok(r->comm, 0);
 }
 
-int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m, int n) {
+int slam_run_finish_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m,
+                         int n) {
     slam_trainer *t = &r->trainer;
     const double seconds = run_lap(r), rate = (double)tokens / seconds;
-    const double lr = slam_learning_rate(&r->schedule, t->step);
+    const double flops = slam_config_flops(&r->config, r->T) * rate, lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
-    const double flops = slam_config_flops(&r->config, r->T) * rate;
-    if (r->peak_flops > 0 && flops > r->peak_flops) r->peak_flops = flops; // measured while others used the machine
-    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
+    if (r->peak_flops > 0)
+        r->peak_flops = fmax(r->peak_flops, flops); // others may use the machine while it is measured
     r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
     t->step += !step->skipped;
     t->skipped += step->skipped;
     run_update_state(r);
-    if (step->skipped) return log_skipped(r, loss, step->grad_norm);
+    if (step->skipped) return report_skipped(r, loss, step->grad_norm);
     r->skipped_in_a_row = 0;
 
     strbuf line = ZERO;
+    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
     const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
     strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
@@ -12712,7 +12636,7 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     return 1;
 }
 
-int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const slam_metric *m, int n) {
+int slam_run_finish_eval(slam_run *r, const double *losses, size_t n_sources, const slam_metric *m, int n) {
     slam_trainer *t = &r->trainer;
     const char *sources = r->o.val_fraction > 0 ? r->data_name : "val"; // settings that have their names as given
     const slam_metric loss = {"loss", losses[0]};
@@ -12727,8 +12651,7 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     strbuf_add_metrics(&line, "val_", &loss, 1);
     strbuf_add_metrics(&line, "val_", m, n);
     for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
-        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
-        strbuf_add_json(&line, slam_trainer_setting(t, sources, s));
+        strbuf_add_name(&line, s ? ", " : ", \"val_loss_by_source\": {", slam_trainer_setting(t, sources, s));
         strbuf_add(&line, ": ");
         strbuf_add_number(&line, losses[1 + s]);
     }
@@ -12771,7 +12694,7 @@ void slam_run_print_end(slam_run *r, const char *validation) {
     slam_print_path(r->folder);
     if (!stopped && !r->limited) printf(" --steps %ld", 2 * t->steps);
     for (const slam_flag *f = r->table; !stopped && r->limited && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && f->set) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+        if ((f->type & SLAM_LIMIT) && f->text) printf(" --%s %.15g", f->name, 2 * strtod(f->text, NULL));
     printf("\n          %s\n", stopped ? "resumes it" : "trains for as long again");
 }
 
@@ -12791,7 +12714,6 @@ int slam_run_end(slam_run *r, int status) {
     slam_flags_free(&r->flags);
     if (r->log) fclose((FILE *)r->log);
     if (r->lock > 0) close(r->lock);
-    free(r->folder);
     free(r->checkpoint);
     return status;
 }
