@@ -48,7 +48,7 @@ same_runs() { same_logs "$1" "$2" && same_weights "$1" "$2"; }
 each_step() { grep '"loss"' "$1/log.jsonl" | awk -v n="$2" '{ gsub(",", ""); if ($2 != NR) bad = 1 } END { if (bad || NR != n) { print NR " steps"; exit 1 } }'; }
 # halt_at_step PROCESS RUN N: waits until the log has N steps, then halts the process; fails where it has ended before
 halt_at_step() {
-    while ! grep -q "\"step\": $3," "$2/log.jsonl" 2>/dev/null; do kill -0 "$1" 2>/dev/null || return 1; done
+    while ! grep -q "\"step\": $3," "$2/log.jsonl" 2>/dev/null; do kill -0 "$1" 2>/dev/null && sleep 0.01 || return 1; done
     kill -STOP "$1"
 }
 
