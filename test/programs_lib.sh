@@ -21,20 +21,6 @@ check() {
     shift 2
     if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$check_why; $(tail -n 1 check.out)"; fi
 }
-# refuses NAME STATUS PATTERN COMMAND...: the command ends with this status and one sentence on stderr that has the pattern
-refuses() {
-    refuse_name=$1 refuse_status=$2 refuse_pattern=$3
-    shift 3
-    "$@" >refuse.out 2>refuse.err </dev/null
-    refuse_got=$?
-    if [ $refuse_got -ne "$refuse_status" ]; then
-        fail "$refuse_name" "status $refuse_got, expected $refuse_status: $(head -n 1 refuse.err)"
-    elif ! head -n 1 refuse.err | grep -q "error: .*$refuse_pattern"; then
-        fail "$refuse_name" "expected '$refuse_pattern', got: $(head -n 1 refuse.err)"
-    else
-        ok "$refuse_name"
-    fi
-}
 # timeless LOG: a log without what a clock has to do with
 timeless() { sed 's/, "seconds".*//' "$1"; }
 same_logs() {
