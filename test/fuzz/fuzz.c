@@ -14,33 +14,28 @@
 #include "fuzz_units.c"
 #include "fuzz_vocoder.c"
 
-static const struct {
-    const char *name;
-    int (*run)(const uint8_t *bytes, size_t size);
-} targets[] = {
-    {"fuzz_audio", fuzz_audio},
-    {"fuzz_config", fuzz_config},
-    {"fuzz_csv", fuzz_csv},
-    {"fuzz_data", fuzz_data},
-    {"fuzz_gold", fuzz_gold},
-    {"fuzz_hubert", fuzz_hubert},
-    {"fuzz_index", fuzz_index},
-    {"fuzz_json", fuzz_json},
-    {"fuzz_npy", fuzz_npy},
-    {"fuzz_pairs", fuzz_pairs},
-    {"fuzz_safetensors", fuzz_safetensors},
-    {"fuzz_shard", fuzz_shard},
-    {"fuzz_units", fuzz_units},
-    {"fuzz_vocoder", fuzz_vocoder},
-};
 static int (*target)(const uint8_t *bytes, size_t size);
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
-    const char *slash = strrchr(**argv, '/'), *name = slash ? slash + 1 : **argv;
+    const char *name = strrchr(**argv, '_');
     (void)argc;
-    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++)
-        if (!strcmp(name, targets[i].name)) target = targets[i].run;
+#define TARGET(which)                                                                                                  \
+    if (name && !strcmp(name, "_" #which)) target = fuzz_##which;
+    TARGET(audio)
+    TARGET(config)
+    TARGET(csv)
+    TARGET(data)
+    TARGET(gold)
+    TARGET(hubert)
+    TARGET(index)
+    TARGET(json)
+    TARGET(npy)
+    TARGET(pairs)
+    TARGET(safetensors)
+    TARGET(shard)
+    TARGET(units)
+    TARGET(vocoder)
     MUST(target);
     return 0;
 }
