@@ -144,7 +144,7 @@ static void check_training(slam_model *m, fixture *f) {
     const slam_schedule schedule = {SLAM_COSINE, s[0], s[1], (long)s[2], (long)s[3]};
     slam_adamw o = adamw_new(m, 0.999, s[7], s[8]);
     for (size_t k = 0; k < n; k++) {
-        slam_step step = ZERO;
+        slam_step step;
         const double lr = slam_learning_rate(&schedule, (long)k);
         check_near("lr", lr, lrs[k], 1e-6 * s[0]);
         CHECK(backward_rows(m, &f->batch, 1 + (int)(k % 2), 1.0f / (float)targets) && slam_adamw_step(&o, lr, &step),
@@ -357,7 +357,7 @@ static void test_padded_vocabulary(slam_ops *ops) {
     slam_model *m = slam_model_new(ops, &c, 1);
     slam_batch b = random_batch(2, 13, c.V, 9, 0);
     float whole[26 * 27], parts[26 * 27];
-    slam_step step = ZERO;
+    slam_step step;
     slam_adamw o = adamw_new(m, 0.999, 0.1, 0.5);
     for (int k = 0; k < 3; k++)
         CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN) && slam_forward_backward(m, &b, 1) &&
@@ -904,7 +904,7 @@ static void test_decay(slam_ops *ops) {
     if (!TEST("weight decay: matrices only")) return;
     const slam_config c = small();
     slam_model *m = slam_model_new(ops, &c, 1);
-    slam_step step = ZERO;
+    slam_step step;
     CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN), "%s", slam_error());
     for (size_t i = 0; i < m->n_weights; i++) m->master[i] = 1;
     slam_adamw o = adamw_new(m, 0.99, 0.5, 0);

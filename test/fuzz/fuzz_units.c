@@ -1,7 +1,7 @@
 /* Unit lines: what is read survives being written and read again, in both formats. */
 #include "fuzz.h"
 
-static void check_units(const units *u, int tokens) {
+static void check(const units *u, int tokens) {
     units again = ZERO;
     strbuf t = ZERO;
     strbuf_add_units(&t, u, tokens);
@@ -22,10 +22,10 @@ static int fuzz_units(const uint8_t *bytes, size_t size) {
     units u = ZERO;
     if (!units_open(&r, fuzz_file(bytes, size))) return 0;
     while (units_next(&r, &u) > 0) {
-        check_units(&u, 0);
+        check(&u, 0);
         int small = 1; // audio_repr has at most 9 digits
         for (size_t i = 0; i < u.n; i++) small = small && u.unit[i] <= 999999999;
-        if (small) check_units(&u, 1);
+        if (small) check(&u, 1);
     }
     MUST(r.at <= r.end);
     units_close(&r);
