@@ -38,7 +38,7 @@ if ! try 'int main(void) { return 0; }'; then
     exit 1
 fi
 found=$($CC --version | head -n 1)
-whole=-fwhole-program # of gcc
+whole="-fwhole-program -Wno-maybe-uninitialized" # of gcc
 try 'int main(void) { return 0; }' $whole || whole=
 cplusplus=
 printf '#include <vector>\nint main() { return (int)std::vector<int>().size(); }\n' >"$B/try.cc"
