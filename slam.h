@@ -551,10 +551,12 @@ slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, de
 /* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
 int slam_unit_config_load(slam_unit_config *, const char *km_npy);
 
-/* Units of one recording or sequence. */
+/* Units of one recording, segment or sequence. */
 typedef struct slam_units {
-    int *unit, *duration;      /* (n) units, frames of each */
+    int *unit, *duration;      /* (n) units, frames of each; duration NULL: unknown */
     size_t n, frames, samples; /* samples at 16 kHz */
+    double start, end;         /* of a segment of a longer file, in seconds; end 0: the whole file */
+    char *name;                /* file_name of a line of units, or NULL */
 } slam_units;
 void slam_units_free(slam_units *);
 
@@ -588,15 +590,16 @@ int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 enum { SLAM_INPUT_AUDIO, SLAM_INPUT_UNITS, SLAM_INPUT_PAIRS, SLAM_INPUT_TEXT };
 /* Audio files, or lines of files. An input that cannot be used is skipped. */
 typedef struct slam_inputs {
-    int kind, pairs_out;   /* pairs_out: the output is preference pairs */
-    slam_strings paths;    /* the audio files, or the files of the lines */
-    size_t n, first, end;  /* inputs; those to process are first <= i < end */
+    int kind, pairs_out;            /* pairs_out: the output is preference pairs */
+    slam_strings paths;             /* the audio files, or the files of the lines */
+    size_t n, capacity, first, end; /* inputs; those to process are first <= i < end */
     double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
     slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
+    size_t passed_over[39]; /* files in folders that are not inputs, by extension */
 } slam_inputs;
 /* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
@@ -609,8 +612,8 @@ void slam_inputs_free(slam_inputs *);
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
-/* Returns 1, 0 at the end, -1 on error. With 1, *item is the next input (valid until the next call; *skipped: why it
-   cannot be used, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
+/* Returns 1, 0 at the end, -1 on error. *item: the next input, valid until the next call; *skipped: why it cannot be
+   used, or NULL. Where the next input has to be decoded first, one chunk is, and *item is NULL: call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
@@ -618,11 +621,17 @@ void slam_reader_close(slam_reader *);
    (SlamKit features or tokens, pairs). While writing, OUT.partial has the data, OUT.journal how many bytes of it are
    valid: after a kill, the same call resumes and produces the same bytes. OUT.failed lists inputs with errors. */
 typedef struct slam_writer {
-    int binary, pairs;
-    uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
+    uint64_t earlier;                       /* inputs already done when resumed */
     uint64_t identity, bytes, failed_bytes; /* in the journal; identity: hash of settings and inputs */
-    struct slam_writer_files *files;
+    int binary, audio_repr;
+    uint64_t shard_tokens;
+    const char *out;
+    const slam_inputs *in;
+    const slam_tokenizer *tokenizer;
+    slam_path partial, journal;
+    struct append_file *data, *failures; /* OUT.partial; OUT.failed, locked while the writer is open */
+    double committed;                    /* when the journal was written */
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
@@ -2236,15 +2245,7 @@ static size_t csv_column(const csv *c, const char *name) {
    tokens:     {"file_name": "a.wav", "audio_repr": "<Un3><Un49><Un7>"}
    and for a segment of a longer file, in either, "start": 60.5, "end": 118.25 (seconds) */
 
-typedef struct units {
-    char *name;    // file_name, "" if the line has none
-    int *unit;     // (n)
-    int *duration; // (n) in frames; NULL if the line has none
-    size_t n;
-    double start, end; // of a segment, in seconds; end 0: the whole file
-} units;
-
-static void units_free(units *u) {
+void slam_units_free(slam_units *u) {
     free(u->name);
     free(u->unit);
     free(u->duration);
@@ -2263,7 +2264,7 @@ static int units_parse_list(const json *list, const char *what, int **out) {
 }
 
 /* "<Un3><Un49>" */
-static int units_parse_repr(const json *repr, const char *what, units *u) {
+static int units_parse_repr(const json *repr, const char *what, slam_units *u) {
     const char *p = repr->type == JSON_STRING ? repr->string : json_describe(repr);
     u->unit = NEW(int, strlen(p) / 5); // "<Un3>" is the shortest
     for (int digits, unit; *p; p += digits + 4) {
@@ -2278,11 +2279,11 @@ static int units_parse_repr(const json *repr, const char *what, units *u) {
 }
 
 /* Replaces *u by the units of an object of either kind, or of a string "<Un3><Un49>". Errors start with `what`. */
-static int units_from_json(const json *value, const char *what, units *u) {
+static int units_from_json(const json *value, const char *what, slam_units *u) {
     const json *list = json_get(value, "units"), *duration = json_get(value, "duration");
     const json *repr = value->type == JSON_STRING ? value : json_get(value, "audio_repr");
     const json *start = json_get(value, "start"), *end = json_get(value, "end");
-    units_free(u);
+    slam_units_free(u);
     u->name = string_copy(json_string(value, "file_name", ""));
     if (start && end && start->type == JSON_NUMBER && end->type == JSON_NUMBER) { // else they mean something else
         u->start = start->number;
@@ -2323,7 +2324,7 @@ static void units_close(units_reader *r) {
 
 /* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
    error that starts with file:line. */
-static int units_next(units_reader *r, units *u) {
+static int units_next(units_reader *r, slam_units *u) {
     const char *line;
     size_t n, blank;
     do {
@@ -2352,7 +2353,7 @@ static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *bet
 }
 
 /* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
-static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
+static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
     strbuf_add(out, "{");
     if (!tokens) {
         strbuf_add(out, "\"units\": [");
@@ -7205,7 +7206,7 @@ void slam_data_free(slam_data *d) {
 /* Reads the lines of a .jsonl file as documents; lines without units are skipped. */
 static int token_file_read(token_file *f) {
     units_reader reader;
-    units u = ZERO;
+    slam_units u = ZERO;
     size_t capacity = 0;
     int status;
     if (!units_open(&reader, f->path)) return 0;
@@ -7219,7 +7220,7 @@ static int token_file_read(token_file *f) {
         }
         f->memory[f->n++] = DOCUMENT_TOKEN;
     }
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&reader);
     f->tokens = f->memory;
     if (status == 0 && f->n > UINT32_MAX)
@@ -8682,8 +8683,8 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames per pass over the centroids
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* unit[i]: the nearest of centroids (K,D), the first of ties, to frame order[i], or i if order is NULL; n of them.
-   distance[i], unless distance is NULL: squared, to that centroid */
+/* For n frames, frame order[i] or, without order, frame i: unit[i] is the nearest of centroids (K,D), of equal ones the
+   first; distance[i], unless NULL, the squared distance. */
 UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
                                       int K, int D, int *unit, float *distance) {
     float *packed = NEW(float, (size_t)(K + CENTROID_LANES) * D);
@@ -8728,12 +8729,13 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 /* ---- k-means ---- */
 
 /* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
-   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
+   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The result does not depend on
+   the number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
     const size_t candidates = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
-    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; 1: the reservoir, 2: order of files
+    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; slam_tokenizer_fit has streams 1 and 2
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
@@ -8744,7 +8746,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
     uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
     int *unit = NEW(int, n), more = 1;                         // nearest centroids
-    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid that was drawn last
     size_t *count = NEW(size_t, K);                            // frames per centroid
     double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
@@ -8843,31 +8845,31 @@ static const field unit_config_fields[] = {
 enum { N_UNIT_FIELDS = sizeof unit_config_fields / sizeof *unit_config_fields };
 
 /* km.npy -> km.json */
-static char *unit_config_path(const char *km_npy) {
-    return string_print("%.*s.json", (int)strlen(km_npy) - 4 * string_ends(km_npy, ".npy"), km_npy);
+static slam_path unit_config_path(const char *km_npy) {
+    slam_path path;
+    snprintf(path.at, sizeof path.at, "%.*s.json", (int)strlen(km_npy) - 4 * string_ends(km_npy, ".npy"), km_npy);
+    return path;
 }
 
 int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
+    const slam_path path = unit_config_path(km_npy);
     slam_unit_config c = *config;
-    char *path = unit_config_path(km_npy);
-    const int exists = path_is_file(path);
-    json *root = exists ? json_load(path) : NULL;
+    if (!path_is_file(path.at)) return 1;
+    json *root = json_load(path.at);
     const char *features = json_string(root, "features", "");
-    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path);
+    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path.at);
     c.features = !strcmp(features, "hubert");
     if (!*c.hubert) snprintf(c.hubert, sizeof c.hubert, "%s", json_string(root, "hubert", ""));
     if (ok && strcmp(features, feature_names[c.features]))
-        ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
+        ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path.at, features);
     if (ok) *config = c;
     json_free(root);
-    free(path);
-    return ok || !exists;
+    return ok;
 }
 
 /* Writes KM.json and then KM.npy: if KM.npy exists, both are complete. */
 static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
     slam_unit_config c = t->config;
-    char *path = unit_config_path(km_npy);
     strbuf s = ZERO;
     c.fingerprint = t->fingerprint;
     strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
@@ -8880,22 +8882,9 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     strbuf_add(&s, t->durations ? "],\n" : ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
-    const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
+    const int ok =
+        file_write(unit_config_path(km_npy).at, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
     strbuf_free(&s);
-    free(path);
-    return ok;
-}
-
-/* The mean durations in KM.json, if it has them. */
-static int durations_load(slam_tokenizer *t, const char *km_npy) {
-    char *path = unit_config_path(km_npy);
-    json *root = path_is_file(path) ? json_load(path) : NULL;
-    const json *list = json_get(root, "durations");
-    int ok = !list || units_parse_list(list, path, &t->durations);
-    if (ok && list && list->n != (size_t)t->K)
-        ok = set_error("%s: has %zu durations, expected %d", path, list->n, t->K);
-    json_free(root);
-    free(path);
     return ok;
 }
 
@@ -8923,6 +8912,23 @@ static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, s
     return !t->hubert || hubert_set_centroids(t->hubert, t->centroids, K);
 }
 
+/* Reads the centroids, and their units' mean durations from KM.json, if it has them. */
+static int tokenizer_read(slam_tokenizer *t, const char *km_npy) {
+    const slam_path path = unit_config_path(km_npy);
+    const uint64_t made = t->config.fingerprint;
+    size_t K, D;
+    if (!npy_read(km_npy, &t->centroids, &K, &D) || !tokenizer_complete(t, km_npy, K, D)) return 0;
+    if (made && made != t->fingerprint)
+        return set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
+                         km_npy, (unsigned long long)made, t->hubert ? " and model" : "", t->fingerprint);
+    json *root = path_is_file(path.at) ? json_load(path.at) : NULL;
+    const json *list = json_get(root, "durations");
+    int ok = !list || units_parse_list(list, path.at, &t->durations);
+    if (ok && list && list->n != K) ok = set_error("%s: has %zu durations, expected %zu", path.at, list->n, K);
+    json_free(root);
+    return ok;
+}
+
 void slam_tokenizer_free(slam_tokenizer *t) {
     if (!t) return;
     hubert_free(t->hubert);
@@ -8935,7 +8941,6 @@ void slam_tokenizer_free(slam_tokenizer *t) {
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *config, slam_ops *ops) {
     slam_tokenizer *t = NEW(slam_tokenizer, 1);
     slam_unit_config *c = &t->config;
-    size_t K = 0, D = 0;
     int ok = 1;
     *c = *config;
     if (c->features == SLAM_HUBERT) {
@@ -8952,22 +8957,12 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
         t->mfcc = mfcc_new(c->rate);
         t->width = MFCC_WIDTH;
     } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
-    if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
-    if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
-        ok = set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
-                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", t->fingerprint);
-    if (ok && (!km_npy || durations_load(t, km_npy))) return t;
+    if (ok && (!km_npy || tokenizer_read(t, km_npy))) return t;
     slam_tokenizer_free(t);
     return NULL;
 }
 
 /* ---- units ---- */
-
-void slam_units_free(slam_units *u) {
-    free(u->unit);
-    free(u->duration);
-    memset(u, 0, sizeof *u);
-}
 
 /* Run-length encodes unit (n) in place; without dedup all durations are 1. Returns how many remain. */
 static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
@@ -8987,39 +8982,32 @@ static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
-static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
-    int ok = 1;
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_recording **list = NEW(slam_recording *, n);
     for (int i = 0; i < n; i++) {
-        slam_recording *r = list[i];
-        const size_t frames = tokenizer_frames(t, r->n);
-        const slam_units u = {t->K ? NEW(int, frames) : NULL, t->K ? NEW(int, frames) : NULL, 0, frames, r->n};
-        r->units = u;
-        r->features = t->K && t->hubert ? NULL : NEW(float, frames *(size_t)t->width);
-    }
-    if (t->hubert) ok = hubert_compute(t, list, n);
-    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
-    for (int i = 0; i < (t->hubert ? 0 : n); i++) {
-        slam_recording *r = list[i];
-        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
-        if (t->K)
-            centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
-    }
-    for (int i = 0; i < n; i++) {
-        slam_recording *r = list[i];
+        slam_recording *r = list[i] = &recordings[i];
         slam_units *u = &r->units;
-        if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
+        u->samples = r->n;
+        u->frames = tokenizer_frames(t, r->n);
+        u->n = 0;
+        u->unit = t->K ? NEW(int, u->frames) : NULL;
+        u->duration = t->K ? NEW(int, u->frames) : NULL;
+        r->features = t->K && t->hubert ? NULL : NEW(float, u->frames *(size_t)t->width);
+    }
+    const int ok = !t->hubert || hubert_compute(t, list, n);
+    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = &recordings[i];
+        slam_units *u = &r->units;
+        if (t->mfcc) mfcc_compute(t->mfcc, t->config.normalize, r->features, u->frames, r->samples, r->n);
+        if (t->mfcc && t->K)
+            centroids_nearest(r->features, NULL, u->frames, t->centroids, t->K, t->width, u->unit, NULL);
+        if (t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
         if (ok && !t->K) continue;
         free(r->features);
         r->features = NULL;
         if (!ok) slam_units_free(u);
     }
-    return ok;
-}
-
-int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
-    slam_recording **list = NEW(slam_recording *, n);
-    for (int i = 0; i < n; i++) list[i] = &recordings[i];
-    const int ok = units_encode(t, list, n);
     free((void *)list);
     return ok;
 }
@@ -9029,22 +9017,16 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 /* ---- voices: shell commands that synthesise speech ---- */
 
 /* Opens the audio that a voice synthesises. Returns 1, 0 if it fails for this text, -1 if the command cannot be run.
-   {text} becomes ${text}, a variable, which the shell does not parse; `set -f; IFS=`: nor split without quotes. */
+   {text} becomes ${text}: the shell does not parse a variable's value and, after `set -f; IFS=`, does not split it. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
-    char line[390], last[400] = "", path[32]; // last: line on stderr
+    char line[390], last[400] = "", path[32]; // last: the last line on stderr
     strbuf s = ZERO;
     strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
     strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // else a text that starts with - would be a flag
-    for (const char *c = text; *c; c++) {
-        if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
-        strbuf_add_bytes(&s, c, 1);
-    }
+    for (; *text; text++) strbuf_add(&s, "%s%c", *text == '\'' ? "'\\'" : "", *text); // it's: 'it'\''s'
     strbuf_add(&s, "'; export text; %s{ ", strstr(voice, "{text}") ? "" : "printf '%s\\n' \"$text\" | ");
-    for (const char *c = voice; *c; c++) {
-        if (!strncmp(c, "{text}", 6)) strbuf_add(&s, "$");
-        strbuf_add_bytes(&s, c, 1);
-    }
+    for (; *voice; voice++) strbuf_add(&s, "%s%c", strncmp(voice, "{text}", 6) ? "" : "$", *voice);
     strbuf_add(&s, "\n}");
     FILE *out = log ? popen(s.at, "r") : NULL;
     strbuf_free(&s);
@@ -9079,17 +9061,12 @@ void slam_inputs_free(slam_inputs *in) {
     memset(in, 0, sizeof *in);
 }
 
-/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
+/* In a folder, files with the first READ_EXTENSIONS of these are inputs (in every build); others are counted. */
 enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
 static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
     "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
     "w64", "rf64", "sph", "nist", "voc",  "m4a", "m4b", "mp4", "aac",  "webm", "wma", "amr", "3gp",
     "mka", "mkv",  "mov", "avi",  "spx",  "ac3", "ape", "wv",  "tta",  "shn",  "pcm", "raw"};
-
-typedef struct audio_list {
-    slam_strings *paths;
-    size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
-} audio_list;
 
 /* Index of the name's extension in audio_extensions; AUDIO_EXTENSIONS: none. */
 static int audio_extension(const char *name) {
@@ -9099,42 +9076,39 @@ static int audio_extension(const char *name) {
     return i;
 }
 
-/* The folders above the one that is listed, to detect loops of symbolic links. */
-typedef struct parents {
+/* A folder and those above it, to detect loops of symbolic links. */
+typedef struct folder_chain {
     dev_t device;
     ino_t inode;
-    const struct parents *above;
-} parents;
+    const struct folder_chain *above;
+} folder_chain;
 
-/* Adds a path, or the audio files in a folder and below it. */
-static int list_audio(audio_list *list, const char *path, const parents *above) {
+/* Adds a path to in->paths, or the audio files in a folder and below it. */
+static int inputs_add_audio(slam_inputs *in, const char *path, const folder_chain *above) {
     struct stat s;
     const int exists = stat(path, &s) == 0; // a missing file is reported when it is opened
-    const size_t before = list->paths->n;
+    const size_t before = in->paths.n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
-        const int extension = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
-        if (!above || extension < READ_EXTENSIONS) slam_strings_add(list->paths, path);
-        else list->passed_over[extension]++;
+        const int i = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
+        if (!above || i < READ_EXTENSIONS) slam_strings_add(&in->paths, path);
+        else in->passed_over[i]++;
         return 1;
     }
-    for (const parents *p = above; p; p = p->above)
-        if (p->device == s.st_dev && p->inode == s.st_ino) return 1;
-    const parents here = {s.st_dev, s.st_ino, above};
+    for (const folder_chain *f = above; f; f = f->above)
+        if (f->device == s.st_dev && f->inode == s.st_ino) return 1;
+    const folder_chain here = {s.st_dev, s.st_ino, above};
     int ok = folder_list(path, &names);
-    for (size_t i = 0; ok && i < names.n; i++) {
-        char *below = string_print("%s%s%s", path, string_ends(path, "/") ? "" : "/", names.at[i]);
-        ok = list_audio(list, below, &here);
-        free(below);
-    }
+    for (size_t i = 0; ok && i < names.n; i++) ok = inputs_add_audio(in, path_join(path, names.at[i]).at, &here);
     slam_strings_free(&names);
-    if (ok && !above && list->paths->n == before)
+    if (ok && !above && in->paths.n == before)
         ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
     return ok;
 }
 
-/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. */
-static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
+/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. In a
+   list of audio files, lines that begin with # are comments. */
+static int inputs_add_lines(slam_inputs *in, const char *path) {
     file_map *map = &in->files[in->paths.n];
     if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
@@ -9145,8 +9119,8 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
-        if (!l.n) continue;
-        GROW(struct slam_line, in->lines, *capacity, in->n + 1);
+        if (!l.n || (in->kind == SLAM_INPUT_AUDIO && *l.text == '#')) continue;
+        GROW(struct slam_line, in->lines, in->capacity, in->n + 1);
         in->lines[in->n++] = l;
     }
     return 1;
@@ -9159,50 +9133,44 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
-   a number of samples. Lines that begin with # are comments. */
-static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
-    slam_inputs lines = ZERO;
+/* Adds the audio files of a list, or of fairseq's manifest: a root (without a tab), then path, tab, samples. */
+static int inputs_add_list(slam_inputs *in, const char *path) {
+    slam_inputs list = ZERO;
     char name[PATH_MAX];
-    size_t n = 0, folders = 0, number = 0;
-    int ok = slam_inputs_open(&lines, SLAM_INPUT_UNITS, &path, 1);
-    struct slam_line *l = lines.lines;
-    for (size_t i = 0; i < lines.n; i++)
-        if (*l[i].text != '#') l[n++] = l[i];
-    const int manifest = n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
-    for (size_t i = manifest; ok && i < n; i++) {
+    size_t folder = 0; // line of the first one
+    list.files = NEW(file_map, 1);
+    int ok = inputs_add_lines(&list, path) && (list.n > 0 || set_error("%s: has no lines", path));
+    const struct slam_line *l = list.lines;
+    const int manifest = list.n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
+    for (size_t i = manifest; ok && i < list.n; i++) {
         const int below_root = manifest && *l[i].text != '/';
         snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",
                  (int)line_path_length(&l[i]), l[i].text);
         if (memchr(l[i].text, 0, l[i].n))
-            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l[i].path, l[i].number);
-        else ok = list_audio(list, name, NULL);
-        if (ok && path_is_folder(name) && !folders++) number = l[i].number;
+            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l->path, l[i].number);
+        else ok = inputs_add_audio(in, name, NULL);
+        if (!folder && path_is_folder(name)) folder = l[i].number;
     }
-    if (ok && folders) {
-        snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", l->path, number);
-        slam_strings_add(&in->notes, name);
-    }
-    slam_inputs_free(&lines);
+    snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", path, folder);
+    if (folder) slam_strings_add(&in->notes, name);
+    slam_inputs_free(&list);
     return ok;
 }
 
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
-    audio_list list = {&in->paths, ZERO};
     strbuf note = ZERO;
-    size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
         const int is_list = *paths[i] == '@';
-        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
-        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
-        else ok = list_audio(&list, paths[i], NULL);
+        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i]);
+        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, paths[i] + is_list);
+        else ok = inputs_add_audio(in, paths[i], NULL);
     }
     for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
-        if (list.passed_over[i])
-            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+        if (in->passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", in->passed_over[i], audio_extensions[i]);
     if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
     if (note.n && ok) slam_strings_add(&in->notes, note.at);
     else if (note.n) set_error("%s; %s", slam_error(), note.at);
@@ -9218,48 +9186,42 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
-    const slam_strings *const lists[] = {&in->paths, &in->voices};
     hash = hash_bytes(hash, numbers, sizeof numbers);
-    for (size_t i = 0; in->files && i < in->paths.n; i++)
-        hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
-    for (int k = 0; k < 2; k++)
-        for (size_t i = 0; i < lists[k]->n; i++) hash = hash_bytes(hash, lists[k]->at[i], strlen(lists[k]->at[i]) + 1);
+    for (size_t i = 0; i < in->paths.n; i++) {
+        hash = hash_bytes(hash, in->paths.at[i], strlen(in->paths.at[i]) + 1);
+        if (in->files) hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
+    }
+    for (size_t i = 0; i < in->voices.n; i++) hash = hash_bytes(hash, in->voices.at[i], strlen(in->voices.at[i]) + 1);
     return hash;
 }
 
 /* ---- reading: inputs -> segments -> units ----
-   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair. */
+   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair.
+   The segments of a chunk are decoded in parallel and encoded together. It ends after `limit` samples, to bound memory,
+   or at `deadline`, to react to signals; the next chunk continues in the middle of a file. */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
-static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
-static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
-
-typedef struct segment {
-    slam_recording recording; // samples, until they are encoded; then units, or features for a fit
-    char *name;               // file_name of a line of units, or NULL
-    double start, end;        // seconds in the file; 0, 0: all of it
-} segment;
 
 struct slam_item {
-    char *name;    // "a.wav" or "stories.txt:12"
-    char *members; // pairs: members that are copied to the output, as JSON
-    segment *segments;
+    char *name;               // "a.wav" or "stories.txt:12"
+    char *members;            // pairs: members that are copied to the output, as JSON: `"id": 7, `
+    slam_recording *segments; // (n) samples, until they are encoded; then units, or features for a fit
     size_t n, capacity;
-    slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
+    slam_strings sources; // audio files, or texts to synthesise; none: a line of units, or a repetitive pair
     size_t input, source; // source: index of the current one
-    audio file;
-    int done;    // 1; -1: failed, as every other input will
-    char *error; // why it is skipped, or NULL
+    audio file;           // the current source, while it is open
+    char *error;          // why the input is skipped, or NULL
+    int done;             // 1: nothing is left to decode; -1: the voice cannot be run, for any input
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer;        // during a fit without centroids; may be NULL for units
-    slam_item *items[READER_ITEMS], *taken; // (n) in progress, in input order; returned last
-    size_t next, n;                         // next: index of the next input to start
-    double audio_seconds, deadline;         // decoded so far; a chunk ends then, to react to signals
-    int64_t samples, limit;                 // decoded in this chunk; it ends at limit, to bound memory
+    const slam_tokenizer *tokenizer; // without centroids during a fit; NULL: of units, unknown
+    slam_item *items[READER_ITEMS];  // (n) in input order
+    size_t n, taken, next;           // taken: 1 if the caller has items[0]; next: index of the next input to start
+    double audio_seconds, deadline;  // decoded in all
+    int64_t samples, limit;          // decoded in this chunk
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9271,12 +9233,10 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 }
 
 static void item_free(slam_item *item) {
-    if (!item) return;
-    for (segment *s = item->segments; s < item->segments + item->n; s++) {
-        free((void *)s->recording.samples);
-        free(s->recording.features);
-        slam_units_free(&s->recording.units);
-        free(s->name);
+    for (slam_recording *s = item->segments; s < item->segments + item->n; s++) {
+        free((void *)s->samples);
+        free(s->features);
+        slam_units_free(&s->units);
     }
     audio_close(&item->file);
     slam_strings_free(&item->sources);
@@ -9289,144 +9249,140 @@ static void item_free(slam_item *item) {
 
 void slam_reader_close(slam_reader *r) {
     for (size_t i = 0; i < r->n; i++) item_free(r->items[i]);
-    item_free(r->taken);
     free(r);
-}
-
-/* Parses a line of units; each must be less than K. */
-static int parse_units(slam_item *item, const json *line, int K) {
-    units u = ZERO;
-    int ok = units_from_json(line, item->name, &u);
-    const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item->segments = NEW(segment, 1);
-    item->segments[item->n++] = s;
-    for (size_t i = 0; ok && i < u.n; i++) {
-        item->segments->recording.units.frames += u.duration ? (size_t)u.duration[i] : 1;
-        if (u.unit[i] >= K)
-            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
-    }
-    return ok;
-}
-
-/* Appends a member to those that a pair's JSON object begins with. */
-static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
-    strbuf_add(members, members->n ? ", " : "");
-    strbuf_add_json(members, key);
-    strbuf_add(members, quoted ? ": " : ": %s", text);
-    if (quoted) strbuf_add_json(members, text);
 }
 
 /* Parses a line that names three audio files, relative to the file of lines. All its members except arrays, objects and
    those named as sides are copied to the output. */
-static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
+static int item_parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
     if (prompt && chosen && pair_repeats(prompt, chosen, max_repetition)) return 1;
     for (int side = 0; side < 3; side++) {
-        const char *name = json_string(line, pair_paths[side], "");
-        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, pair_paths[side]);
-        char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
-        slam_strings_add(&item->sources, path);
-        free(path);
+        char key[16];
+        snprintf(key, sizeof key, "%s_path", pair_sides[side]);
+        const char *name = json_string(line, key, "");
+        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, key);
+        slam_path path;
+        snprintf(path.at, sizeof path.at, "%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
+        slam_strings_add(&item->sources, path.at);
     }
     for (const json *j = line->first; j; j = j->next) {
         int copied = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
-        for (int i = 0; i < 3; i++) copied &= strcmp(j->key, pair_sides[i]) != 0;
-        const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
-        if (copied) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
+        for (int side = 0; side < 3; side++) copied &= strcmp(j->key, pair_sides[side]) != 0;
+        if (!copied) continue;
+        strbuf_add_json(&members, j->key);
+        strbuf_add(&members, ": ");
+        if (j->type == JSON_STRING) strbuf_add_json(&members, j->string);
+        else strbuf_add(&members, "%s", json_describe(j)); // a number's text, true, false or null
+        strbuf_add(&members, ", ");
     }
     item->members = members.at;
     return 1;
 }
 
 /* Parses a line of text, or of the texts of a pair, separated by tabs. */
-static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
+static int item_parse_text(slam_item *item, const struct slam_line *l, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
+    char *line = string_copy_n(l->text, l->n), *rest = line;
     strbuf members = ZERO;
-    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) { // "": all of it
-        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);   // more are an error below
-        slam_strings_add(texts, field);
-    }
-    item->members = members.at;
+    while (rest) slam_strings_add(texts, strsep(&rest, in->pairs_out ? "\t" : "")); // "": all of it
+    free(line);
+    if (memchr(l->text, 0, l->n)) return set_error("%s: contains a zero byte, expected text", item->name);
     if (!in->pairs_out) return 1;
     if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
+    for (int side = 0; side < 3; side++) {
+        strbuf_add(&members, "\"%s_text\": ", pair_sides[side]);
+        strbuf_add_json(&members, texts->at[side]);
+        strbuf_add(&members, ", ");
+    }
+    item->members = members.at;
     if (pair_repeats(texts->at[0], texts->at[1], in->max_repetition)) slam_strings_free(texts);
     return 1;
 }
 
-static int item_parse(const slam_reader *r, slam_item *item, const struct slam_line *l) {
-    const slam_inputs *in = r->inputs;
-    item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
-    if (!l) slam_strings_add(&item->sources, item->name);
-    if (!l) return 1;
-    if (in->kind == SLAM_INPUT_TEXT) {
-        char *text = string_copy_n(l->text, l->n);
-        const int ok = strlen(text) == l->n ? parse_text(item, text, in)
-                                            : set_error("%s: contains a zero byte, expected text", item->name);
-        free(text);
-        return ok;
-    }
+/* Parses the input's line: units, each less than K, or sources. */
+static int item_parse(slam_item *item, const slam_inputs *in, const struct slam_line *l, int K) {
+    if (in->kind == SLAM_INPUT_TEXT) return item_parse_text(item, l, in);
     json *line = json_parse(l->text, l->n, item->name);
     int ok = line != NULL;
-    if (ok && in->kind == SLAM_INPUT_UNITS) ok = parse_units(item, line, r->tokenizer ? r->tokenizer->K : 65534);
-    else if (ok) ok = parse_pair(item, line, l->path, in->max_repetition);
+    if (ok && in->kind == SLAM_INPUT_PAIRS) ok = item_parse_pair(item, line, l->path, in->max_repetition);
+    else if (ok) {
+        item->segments = NEW(slam_recording, item->n = 1);
+        slam_units *u = &item->segments->units;
+        ok = units_from_json(line, item->name, u);
+        for (size_t i = 0; ok && i < u->n; i++) {
+            u->frames += u->duration ? (size_t)u->duration[i] : 1;
+            if (u->unit[i] >= K)
+                ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u->unit[i], K);
+        }
+    }
     json_free(line);
     return ok;
 }
 
-/* Opens the current source. Returns as voice_open. */
-static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
+/* Decodes the next segment of the current source. Returns 1, 0 on error, -1 if the voice cannot be run. */
+static int item_decode(slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // in turn, by line number
+    const slam_hubert *hubert = r->tokenizer->hubert;
+    const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
     const char *source = item->sources.at[item->source];
     audio *a = &item->file;
-    char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
-    const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
-                             : audio_open(a, source, name);
-    free(name);
-    a->channel = r->tokenizer->config.channel;
-    if (ok <= 0 || a->channel <= a->channels) return ok;
-    return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
+    float *samples;
+    size_t n;
+    if (!a->name) {
+        char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
+        const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
+                                 : audio_open(a, source, name);
+        free(name);
+        if (ok <= 0) return ok;
+        a->channel = r->tokenizer->config.channel;
+        if (a->channel > a->channels)
+            return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
+    }
+    if (audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) <= 0) return 0;
+    SLAM_PRAGMA(omp atomic)
+    r->samples += (int64_t)n;
+    const int whole = a->start == 0 && a->last, any = tokenizer_frames(r->tokenizer, n) > 0;
+    const slam_recording s = {samples, n, NULL, {NULL, NULL, 0, 0, 0, whole ? 0 : a->start, whole ? 0 : a->end, NULL}};
+    GROW(slam_recording, item->segments, item->capacity, item->n + 1);
+    if (any && n < limit) item->segments[item->n++] = s;
+    else free(samples);
+    if (n >= limit) return set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
+    if (whole && !any) // a segment is dropped
+        return set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+    if (!a->last) return 1;
+    audio_close(a);
+    item->source++;
+    return 1;
 }
 
-/* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
+/* Parses the input and decodes its sources until all are done or the chunk ends; the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
-    const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
-    audio *a = &item->file;
-    int ok = item->name || item_parse(r, item, l);
+    const slam_inputs *in = r->inputs;
+    const struct slam_line *l = in->lines ? &in->lines[item->input] : NULL;
+    int ok = 1;
+    if (!item->name) {
+        item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
+        if (!l) slam_strings_add(&item->sources, item->name);
+        else ok = item_parse(item, in, l, r->tokenizer ? r->tokenizer->K : 65534);
+    }
     while (ok > 0 && item->source < item->sources.n) {
-        float *samples;
-        size_t n;
         int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
         decoded = r->samples;
         if (decoded >= r->limit || slam_clock() > r->deadline) return;
-        if (!a->name && (ok = item_open(r, item, l)) <= 0) break;
-        ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0;
-        if (!ok) break;
-        SLAM_PRAGMA(omp atomic)
-        r->samples += (int64_t)n;
-        const int whole = a->start == 0 && a->last;
-        const size_t frames = tokenizer_frames(r->tokenizer, n);
-        const slam_hubert *hubert = r->tokenizer->hubert;
-        const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
-        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
-        else if (whole && !frames) // as a segment it is dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        GROW(segment, item->segments, item->capacity, item->n + 1);
-        if (ok && frames) item->segments[item->n++] = s;
-        else free(samples);
-        if (!a->last) continue;
-        audio_close(a);
-        item->source++;
+        ok = item_decode(r, item, l);
     }
     item->done = ok < 0 ? -1 : 1;
     if (ok <= 0) item->error = string_copy(slam_error());
 }
 
-/* Decodes a chunk of segments, in parallel. */
-static void reader_decode(slam_reader *r) {
+/* Decodes a chunk of segments in parallel, and encodes them. */
+static int reader_chunk(slam_reader *r) {
     const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
+    slam_recording *chunk = NULL;
+    size_t n = 0, capacity = 0;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
         r->items[r->n] = NEW(slam_item, 1);
         r->items[r->n++]->input = r->next;
@@ -9438,36 +9394,36 @@ static void reader_decode(slam_reader *r) {
     for (int64_t i = 0; i < (int64_t)r->n; i++)
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
-}
-
-static int reader_encode(slam_reader *r) {
-    size_t most = 0, n = 0;
-    for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
-    slam_recording **list = NEW(slam_recording *, most);
-    for (size_t i = 0; i < r->n; i++)
-        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
-            if (s->recording.samples) list[n++] = &s->recording;
-    const int ok = !n || units_encode(r->tokenizer, list, (int)n);
-    for (size_t i = 0; i < n; i++) {
-        free((void *)list[i]->samples);
-        list[i]->samples = NULL;
-    }
-    free((void *)list);
+    for (slam_item **i = r->items; i < r->items + r->n; i++)
+        for (slam_recording *s = (*i)->segments; s < (*i)->segments + (*i)->n; s++) {
+            if (!s->samples) continue;
+            GROW(slam_recording, chunk, capacity, n + 1);
+            chunk[n++] = *s;
+        }
+    const int ok = !n || slam_units_encode(r->tokenizer, chunk, (int)n);
+    n = 0;
+    for (slam_item **i = r->items; i < r->items + r->n; i++)
+        for (slam_recording *s = (*i)->segments; s < (*i)->segments + (*i)->n; s++) {
+            if (!s->samples) continue;
+            free((void *)s->samples);
+            *s = chunk[n++];
+            s->samples = NULL;
+        }
+    free(chunk);
     return ok;
 }
 
 int slam_reader_next(slam_reader *r, const slam_item **item, const char **skipped) {
-    item_free(r->taken);
-    r->taken = r->n && r->items[0]->done ? r->items[0] : NULL;
-    *item = r->taken;
-    *skipped = r->taken ? r->taken->error : NULL;
     if (r->taken) {
+        item_free(r->items[0]);
         memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
-        return r->taken->done > 0 ? 1 : set_error("%s", r->taken->error) - 1;
     }
+    r->taken = r->n && r->items[0]->done;
+    *item = r->taken ? r->items[0] : NULL;
+    *skipped = r->taken ? r->items[0]->error : NULL;
+    if (r->taken) return r->items[0]->done > 0 ? 1 : set_error("%s", *skipped) - 1;
     if (!r->n && r->next >= r->inputs->end) return 0;
-    reader_decode(r);
-    return reader_encode(r) ? 1 : -1;
+    return reader_chunk(r) ? 1 : -1;
 }
 
 /* Gets the next item and calls the progress callback. Returns 1, 0 at the end, -1 on error. */
@@ -9486,16 +9442,6 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 /* ---- writing: units -> token shards or lines ----
    The journal has the number of inputs done and the sizes of the files then. A resumed call repeats what came after it:
    it truncates the files to these sizes, and renames a shard (or OUT) that was completed later back to OUT.partial. */
-
-struct slam_writer_files {
-    char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
-    append_file data, skipped; // skipped: OUT.failed, locked while the writer is open
-    const char *out;
-    int audio_repr, V;
-    uint32_t fingerprint;
-    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: those in the journal
-    double journal_time;                     // when it was written
-};
 
 #define JOURNAL(type, name)                                                                                            \
     { #name, type, offsetof(slam_writer, name), 0, 9e15, 1 }
@@ -9524,139 +9470,130 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
 
 /* Syncs the data, then replaces the journal. */
 static int writer_commit(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
-    if (!append_sync(&f->data) || !append_sync(&f->skipped)) return 0;
-    w->bytes = f->data.bytes;
-    w->failed_bytes = f->skipped.bytes;
+    w->bytes = w->data->bytes;
+    w->failed_bytes = w->failures->bytes;
     strbuf_add(&s, "{\n");
     fields_write(&s, journal_fields, N_JOURNAL_FIELDS, w, "  ");
     strbuf_add(&s, "}\n");
-    const int ok = file_write(f->journal, s.at, s.n);
+    const int ok = append_sync(w->data) && append_sync(w->failures) && file_write(w->journal.at, s.at, s.n);
     strbuf_free(&s);
-    f->journaled = w->inputs;
-    f->journal_time = slam_clock();
+    w->committed = slam_clock();
     return ok;
 }
 
-/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
-static int writer_resume(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
-    const uint64_t identity = w->identity;
-    char path[PATH_MAX];
-    json *root = json_load(f->journal);
-    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
-    json_free(root);
-    f->journaled = w->earlier = w->inputs;
-    if (!ok) return 0;
-    if (w->identity != identity || w->inputs > f->total)
-        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
-                         f->journal);
-    if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
-    return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
+static int writer_header(slam_writer *w) {
+    const slam_tokenizer *t = w->tokenizer;
+    return !w->binary || shard_write_header(w->data, t ? t->K + FIRST_UNIT : 0, t ? t->fingerprint : 0);
 }
 
 /* Opens OUT.partial, truncated to the size in the journal. */
 static int writer_open_data(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
-    return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
-           (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
+    return append_open(w->data, w->partial.at) && append_resume(w->data, w->bytes) && (w->bytes || writer_header(w));
 }
 
 /* Completes OUT.partial and renames it to path. */
 static int writer_close_data(slam_writer *w, const char *path) {
-    struct slam_writer_files *f = w->files;
-    return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
-           file_rename(f->partial, path);
+    return writer_header(w) && append_close(w->data) && file_rename(w->partial.at, path);
+}
+
+/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
+static int writer_read_journal(slam_writer *w, uint64_t identity) {
+    char path[PATH_MAX];
+    json *root = json_load(w->journal.at);
+    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, w->journal.at);
+    json_free(root);
+    w->earlier = w->inputs;
+    if (!ok) return 0;
+    if (w->identity != identity || w->inputs > w->in->end - w->in->first)
+        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
+                         w->journal.at);
+    if (w->binary && path_exists(shard_path(path, w->out, w->shards + 1))) return file_rename(path, w->partial.at);
+    return path_exists(w->partial.at) || !path_exists(w->out) || file_rename(w->out, w->partial.at);
 }
 
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
                      uint64_t shard_tokens) {
-    char shard[PATH_MAX];
+    char path[PATH_MAX];
     memset(w, 0, sizeof *w);
-    struct slam_writer_files *f = w->files = NEW(struct slam_writer_files, 1);
-    f->out = out;
+    w->data = NEW(append_file, 2);
+    w->failures = w->data + 1;
+    w->out = out;
+    w->in = in;
+    w->tokenizer = t;
     w->binary = string_ends(out, ".bin");
-    f->audio_repr = audio_repr;
-    w->pairs = in->pairs_out;
-    f->V = t ? t->K + FIRST_UNIT : 0;
-    f->fingerprint = t ? t->fingerprint : 0;
-    f->shard_tokens = shard_tokens;
-    snprintf(f->partial, PATH_MAX, "%s.partial", out);
-    snprintf(f->journal, PATH_MAX, "%s.journal", out);
-    snprintf(f->failed, PATH_MAX, "%s.failed", out);
-    f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens,
-                                (uint64_t)f->V,      f->fingerprint,       t ? (uint64_t)t->config.channel : 0};
-    w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
-    int ok = append_open(&f->skipped, f->failed);
-    if (ok && path_exists(f->journal)) ok = writer_resume(w);
-    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(shard, out, 1)));
-    if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
+    w->audio_repr = audio_repr;
+    w->shard_tokens = shard_tokens;
+    snprintf(w->partial.at, sizeof w->partial.at, "%s.partial", out);
+    snprintf(w->journal.at, sizeof w->journal.at, "%s.journal", out);
+    snprintf(path, sizeof path, "%s.failed", out);
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, t ? t->fingerprint : 0,
+                                t ? (uint64_t)t->config.channel : 0};
+    const uint64_t identity = w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
+    int ok = append_open(w->failures, path);
+    if (ok && path_exists(w->journal.at)) ok = writer_read_journal(w, identity);
+    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(path, out, 1)));
+    if (ok && append_resume(w->failures, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
 
-/* Appends a document as tokens, to a new shard if it does not fit. */
-static int writer_add_tokens(slam_writer *w, const units *u) {
-    struct slam_writer_files *f = w->files;
-    const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
+/* Appends a document, to a new shard if it does not fit. */
+static int writer_append(slam_writer *w, const strbuf *document) {
     char path[PATH_MAX];
-    if (tokens && tokens + u->n + 2 > f->shard_tokens) {
+    if (w->binary && w->data->bytes > SHARD_HEADER &&
+        w->data->bytes + document->n > SHARD_HEADER + 2 * w->shard_tokens) {
         w->bytes = 0;
-        if (!writer_close_data(w, shard_path(path, f->out, ++w->shards)) || !writer_open_data(w)) return 0;
+        if (!writer_close_data(w, shard_path(path, w->out, ++w->shards)) || !writer_open_data(w)) return 0;
     }
-    uint16_t *document = NEW(uint16_t, u->n + 2);
-    document[0] = document[u->n + 1] = DOCUMENT_TOKEN;
-    for (size_t i = 0; i < u->n; i++) document[i + 1] = (uint16_t)(u->unit[i] + FIRST_UNIT);
-    const int ok = append_write(&f->data, document, (u->n + 2) * sizeof *document);
-    free(document);
-    return ok;
+    return append_write(w->data, document->at, document->n);
 }
 
 int slam_writer_add(slam_writer *w, const slam_item *item) {
-    struct slam_writer_files *f = w->files;
-    const size_t n = item->error ? 0 : item->n; // 0 without an error: max_repetition, or only short segments
+    const size_t n = item->error ? 0 : item->n; // 0 without an error: a repetitive pair, or no segment has a frame
+    const int pairs = w->in->pairs_out;
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
-        const segment *g = &item->segments[i];
-        const slam_units *of = &g->recording.units;
-        char *name = w->pairs ? NULL : g->name ? g->name : item->name;
-        const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
-        w->samples += of->samples;
-        w->frames += of->frames;
+        slam_units u = item->segments[i].units;
+        u.name = pairs ? NULL : u.name ? u.name : item->name;
+        if (pairs) strbuf_add(&s, "%s%s\"%s\": ", i ? ", " : "{", i ? "" : item->members, pair_sides[i]);
+        for (size_t k = 0; w->binary && k < u.n + 2; k++) {
+            uint16_t token = DOCUMENT_TOKEN;
+            if (k > 0 && k <= u.n) token = (uint16_t)(u.unit[k - 1] + FIRST_UNIT);
+            strbuf_add_bytes(&s, &token, sizeof token);
+        }
+        if (!w->binary) strbuf_add_units(&s, &u, w->audio_repr);
+        w->samples += u.samples;
+        w->frames += u.frames;
         w->units += u.n;
-        w->tokens += u.n + (w->pairs ? 1 : 2);
-        if (w->binary) ok = writer_add_tokens(w, &u);
-        else if (w->pairs) {
-            strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
-            strbuf_add_units(&s, &u, 0);
-        } else strbuf_add_units(&s, &u, f->audio_repr);
-        if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
+        w->tokens += u.n + (pairs ? 1 : 2);
+        if (pairs && i < 2) continue;
+        if (!w->binary) strbuf_add(&s, pairs ? "}\n" : "\n");
+        ok = writer_append(w, &s);
+        s.n = 0;
+        w->documents++;
     }
-    ok = ok && append_write(&f->data, s.at, s.n);
-    if (ok && item->error)
-        ok = append_write(&f->skipped, item->name, strlen(item->name)) && append_write(&f->skipped, "\n", 1);
     strbuf_free(&s);
+    if (ok && item->error)
+        ok = append_write(w->failures, item->name, strlen(item->name)) && append_write(w->failures, "\n", 1);
     w->inputs++;
     w->failed += item->error != NULL;
     w->repetitive += !item->error && !n;
-    w->documents += w->pairs ? n > 0 : n;
-    return ok && (slam_clock() - f->journal_time < 1 || writer_commit(w));
+    return ok && (slam_clock() - w->committed < 1 || writer_commit(w));
 }
 
 int slam_writer_close(slam_writer *w, int ok) {
-    struct slam_writer_files *f = w->files;
-    const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
-    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
+    const int all = ok && w->inputs == w->in->end - w->in->first, opened = w->data->f != NULL;
+    if (all) ok = append_sync(w->failures) && (!w->documents || writer_close_data(w, w->out));
     else if (ok) ok = writer_commit(w);
-    const int finished = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
-    if (finished) unlink(f->journal);
-    if (finished) unlink(f->partial);
-    if (f->skipped.f && (!f->skipped.bytes || (finished && !all))) unlink(f->failed);
-    append_close(&f->data);
-    append_close(&f->skipped);
-    free(f);
+    if (opened && (all ? ok : !w->inputs && !w->shards)) { // nothing is left to resume
+        unlink(w->journal.at);
+        unlink(w->partial.at);
+    }
+    if (w->failures->f && !w->failures->bytes) unlink(w->failures->path);
+    append_close(w->data);
+    append_close(w->failures);
+    free(w->data);
     if (all && ok && !w->documents)
         ok = set_error("none of the %llu files or lines could be used", (unsigned long long)w->inputs);
     return ok;
@@ -9680,23 +9617,24 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
-/* Finds t->durations in some recordings: in 50 frames for each unit, if there are as many. */
-static int durations_fit(slam_tokenizer *t, const slam_inputs *in) {
-    int *frames = t->durations = NEW(int, t->K), *times = NEW(int, t->K), more = 1;
-    slam_progress p = ZERO;
+/* Reads recordings until they have `most` frames: without centroids for the sample, else for t->durations. */
+static int fit_read(slam_tokenizer *t, const slam_inputs *in, size_t most, reservoir *sample,
+                    slam_progress_fn *progress, void *context) {
+    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(in, t, 0);
     const slam_item *item;
-    size_t seen = 0;
-    while (seen < 50 * (size_t)t->K && (more = reader_item(reader, &item, &p, NULL, NULL)) > 0)
+    int *frames = t->durations = t->K ? NEW(int, t->K) : NULL, *times = NEW(int, t->K), more = 1;
+    for (size_t seen = 0; seen < most && (more = reader_item(reader, &item, &p, progress, context)) > 0;)
         for (size_t i = 0; !item->error && i < item->n; i++) {
-            const slam_units *u = &item->segments[i].recording.units;
-            seen += u->frames;
-            for (size_t j = 0; j < u->n; j++) {
-                frames[u->unit[j]] += u->duration[j];
-                times[u->unit[j]]++;
+            const slam_recording *r = &item->segments[i];
+            seen += r->units.frames;
+            if (!t->K) reservoir_add(sample, r->features, r->units.frames);
+            for (size_t j = 0; j < r->units.n; j++) {
+                frames[r->units.unit[j]] += r->units.duration[j];
+                times[r->units.unit[j]]++;
             }
         }
-    for (int k = 0; k < t->K; k++) t->durations[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
+    for (int k = 0; k < t->K; k++) frames[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
     slam_reader_close(reader);
     free(times);
     return more >= 0;
@@ -9707,21 +9645,16 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
                                    slam_kmeans_report *report) {
     const uint64_t numbers[] = {(uint64_t)K, frames, seed};
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
+    const slam_path km_json = unit_config_path(km_npy);
     slam_unit_config config = *c, stored = *c;
-    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_inputs shuffled = *in;
-    const slam_item *item;
     const int exists = path_exists(km_npy);
-    char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = slam_output_check(km_npy), more = 1;
-    if (ok && (exists || path_exists(km_json)) &&
-        (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
-        ok = path_is_free(exists ? km_npy : km_json);
-    free(km_json);
-    if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
-    slam_tokenizer *t = ok ? slam_tokenizer_load(NULL, &config, ops) : NULL;
+    if (!slam_output_check(km_npy) || !slam_unit_config_load(&stored, km_npy)) return NULL;
+    if (stored.origin != config.origin && !(path_is_free(km_npy) && path_is_free(km_json.at))) return NULL;
+    if (exists) return slam_tokenizer_load(km_npy, &stored, ops);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, ops);
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
@@ -9731,14 +9664,11 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
         shuffled.paths.at[i] = shuffled.paths.at[j];
         shuffled.paths.at[j] = in->paths.at[i];
     }
-    slam_reader *reader = slam_reader_open(&shuffled, t, 0);
-    while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
-        for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].recording.features, item->segments[i].recording.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
-    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
-         tokenizer_complete(t, km_npy, K, sample.D) && durations_fit(t, &shuffled) && tokenizer_save(t, km_npy, report);
-    slam_reader_close(reader);
+    const int ok = fit_read(t, &shuffled, 8 * frames, &sample, progress, context) &&
+                   kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
+                   tokenizer_complete(t, km_npy, K, sample.D) &&
+                   fit_read(t, &shuffled, 50 * (size_t)K, NULL, NULL, NULL) && tokenizer_save(t, km_npy, report);
     free(sample.frames);
     free(shuffled.paths.at);
     if (ok) return t;
@@ -9752,15 +9682,15 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
     const slam_inputs in = {
-        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL};
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, 0, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL, ZERO};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
+    strbuf s = ZERO; // for each file: its slam_units (pointers are ignored), unit (n), duration (n)
     size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->units;
         strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
@@ -10323,7 +10253,7 @@ const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, ch
 }
 
 /* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
-static int pairs_add_line(slam_pairs *p, const json *root, const char *what, units u[3]) {
+static int pairs_add_line(slam_pairs *p, const json *root, const char *what, slam_units u[3]) {
     static const char *const names[] = {"prompt", "chosen", "rejected"};
     int ok = 1;
     for (int k = 0; ok && k < 3; k++) {
@@ -10365,14 +10295,14 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
 
 static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
-    units u[3];
+    slam_units u[3];
     int status, ok = 1;
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
     while (ok && (status = units_next(&reader, NULL)) != 0)
         ok = status > 0 && pairs_add_line(p, reader.root, reader.what, u);
-    for (int k = 0; k < 3; k++) units_free(&u[k]);
+    for (int k = 0; k < 3; k++) slam_units_free(&u[k]);
     units_close(&reader);
     return ok;
 }
@@ -10967,16 +10897,18 @@ static char *find_gold(int kind, const char *path, const char *split) {
 /* The items: the audio files of a folder, else the lines of a file of units. */
 static int testset_list_files(slam_testset *s, const char *path) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
+    slam_inputs in = ZERO;
     int status;
     if (path ? !path_is_folder(path) : !s->units)
         return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
-    audio_list list = {&s->items, ZERO};
-    if (path && list_audio(&list, path, NULL)) return 1;
+    const int found = path && inputs_add_audio(&in, path, NULL);
+    s->items = in.paths;
+    if (found) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
     while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
@@ -11051,7 +10983,7 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
 
 int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     int status = 0, ok = 1;
     if (!units_open(&r, s->units)) return 0;
     while (ok && (status = units_next(&r, &u)) > 0) {
@@ -11070,7 +11002,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
     ok = ok && status == 0;
     for (size_t i = 0; ok && i < s->items.n; i++)
         if (!list[i].unit) ok = set_error("%s: has no line with the name '%s'", s->units, s->items.at[i]);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return ok;
 }
@@ -11247,11 +11179,11 @@ void slam_prompts_add(slam_prompts *p, const char *name, const int *units, const
 
 int slam_prompts_add_lines(slam_prompts *p, const char *path) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     int status;
     if (!units_open(&r, path)) return 0;
     while ((status = units_next(&r, &u)) > 0) slam_prompts_add(p, *u.name ? u.name : r.what, u.unit, u.duration, u.n);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return status == 0;
 }
