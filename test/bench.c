@@ -77,7 +77,7 @@ static double measure(const bench_row *r, int threads, double seconds) {
     memset(b.doc_start, 0, (size_t)N * sizeof(int));
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
-        slam_step step;
+        slam_step step = ZERO;
         const double began = slam_clock();
         if (k == 0) start = began;
         if (!slam_forward_backward(m, &b, 1.0f / (float)N) || !ops->finish(ops)) die();
@@ -261,7 +261,7 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     if (!slam_model_plan(m, 2, T, SLAM_TRAIN) || !slam_adamw_init(&opt, m)) die();
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
-        slam_step step;
+        slam_step step = ZERO;
         const double began = slam_clock();
         if (k == 0) start = began;
         if (slam_loader_begin(l, DPO_BATCH, NULL) <= 0) die();

@@ -697,7 +697,7 @@ static void test_learning(slam_ops *ops) {
     check_near("margin at first", first.margin, 0, 1e-4);
     check_near("loss at first", first.loss, log(2), 1e-5);
     for (int k = 0; k < 120; k++) {
-        slam_step step;
+        slam_step step = ZERO;
         const metrics mean = dpo_step(m, l, 16, 4, 0.1, 0, 1, NULL);
         CHECK(slam_adamw_step(&opt, 3e-3, &step), "%s", slam_error());
         check_near("the step's loss", step.loss_sum / 16, mean.loss, 1e-5);
