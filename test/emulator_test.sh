@@ -9,10 +9,7 @@ CXX=${CXX:-g++}
 printf '#include <vector>\nint main() { return (int)std::vector<int>().size(); }\n' >"$folder/try.cc"
 $CXX -std=c++17 "$folder/try.cc" -o "$folder/try" 2>/dev/null || { skip emulator "$CXX makes no C++17 program"; end; }
 
-# Each mistake is in the one copy of slam.h, and made where PLANTED is its number.
 cat >"$folder/planted.cc" <<'C'
-#include <stdlib.h>
-static const int planted = getenv("PLANTED") ? atoi(getenv("PLANTED")) : 0;
 #define SLAM_IMPLEMENTATION
 #include "slam.h"
 /* A norm and its gradients on both backends, under three orders of threads; status 1 where they differ. */
