@@ -2455,50 +2455,56 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
-   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
-   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
+/* C = a b + beta C, a tile of the product. a_ik is a[i ld + k step]; b is (K,TILE_COLUMNS). p and q of a row are its
+   left and right half; in a narrow tile, of one vector, q is row i + second instead. The accumulators p0 q0 p1 q1 ... are
+   separate variables because compilers keep an array in memory. `rows`, narrow and ld = 1 are constants wherever this
+   is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
-ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
-                                   float *C, size_t ldc) {
-#define TILE_AT(i)        ((gemm_memory *)(C + i * ldc))
+ALWAYS_INLINE FUSED void gemm_tile(const int rows, const int narrow, const size_t ld, size_t second, int K,
+                                   const float *a, size_t step, const float *b, float beta, float *C, size_t ldc) {
+    float *D = narrow ? C + second * ldc : C + VECTOR;
+    const float *a0 = a, *a1 = a + 3 * ld, *a2 = a + 6 * ld, *a3 = a + 9 * ld, *a4 = a + 12 * ld;
+    const float *c0 = a0 + second * ld, *c1 = a1 + second * ld, *c2 = a2 + second * ld;
+#define TILE_AT(at, i)    ((gemm_memory *)(at + i * ldc))
+#define TILE_A(i)         (i < 3 ? a0 : i < 6 ? a1 : i < 9 ? a2 : i < 12 ? a3 : a4)[i % 3 * ld]
+#define TILE_A2(i)        (i < 3 ? c0 : i < 6 ? c1 : c2)[i % 3 * ld]
 #define TILE_CLEAR(i)     gemm_vector p##i = ZERO, q##i = ZERO;
 #define TILE_MULTIPLY(i)                                                                                               \
-    if (i < rows) p##i += a[i] * x, q##i += a[i] * y;
+    if (i < rows) p##i += TILE_A(i) * x, q##i += narrow ? TILE_A2(i) * x : TILE_A(i) * y;
 #define TILE_ADD(i)                                                                                                    \
-    if (i < rows) p##i += TILE_AT(i)[0], q##i += TILE_AT(i)[1];
+    if (i < rows) p##i += *TILE_AT(C, i), q##i += *TILE_AT(D, i);
 #define TILE_STORE(i)                                                                                                  \
-    if (i < rows) TILE_AT(i)[0] = p##i, TILE_AT(i)[1] = q##i;
-    for (int i = 0; i < rows; i++) __builtin_prefetch(TILE_AT(i)), __builtin_prefetch(TILE_AT(i) + 1);
+    if (i < rows) *TILE_AT(C, i) = p##i, *TILE_AT(D, i) = q##i;
+    for (int i = 0; i < rows; i++) __builtin_prefetch(TILE_AT(C, i)), __builtin_prefetch(TILE_AT(D, i));
     TILE_EACH_ROW(TILE_CLEAR)
-    for (int k = 0; k < K; k++, a += step, b += TILE_COLUMNS) {
+    for (int k = 0; k < K; k++, b += TILE_COLUMNS) {
         const gemm_vector x = ((const gemm_memory *)b)[0], y = ((const gemm_memory *)b)[1];
         TILE_EACH_ROW(TILE_MULTIPLY)
+        a0 += step, a1 += step, a2 += step, a3 += step, a4 += step, c0 += step, c1 += step, c2 += step;
     }
     if (beta != 0) { TILE_EACH_ROW(TILE_ADD) }
     TILE_EACH_ROW(TILE_STORE)
 }
 
-/* gemm_tile, compiled for each number of rows */
-static FUSED void gemm_rows(int rows, int K, const float *a, size_t step, const float *b, float beta, float *C,
-                            size_t ldc) {
-#define TILE_CASE(i)                                                                                                   \
-    case i + 1:                                                                                                        \
-        if (i < TILE_ROWS) gemm_tile(i + 1, K, a, step, b, beta, C, ldc);                                              \
-        break;
-    switch (rows) { TILE_EACH_ROW(TILE_CASE) }
-}
-
-/* C (rows,n) = a panel of A times packed_b + beta C. The last tile may be wider than C and goes through `edge`. */
-static void gemm_panel(int rows, int n, int K, const float *a, size_t step, float beta, float *C, size_t ldc) {
+/* C (rows,n) = a panel of A times packed_b + beta C. gemm_tile is compiled for each number of rows. The last tile may be
+   wider than C and goes through `edge`. */
+static FUSED void gemm_panel(int rows, int n, int K, const float *a, size_t ld, size_t step, float beta, float *C,
+                             size_t ldc) {
     float edge[TILE_ROWS * TILE_COLUMNS];
     const float *b = packed_b;
-    for (; n >= TILE_COLUMNS; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS)
-        gemm_rows(rows, K, a, step, b, beta, C, ldc);
-    if (n == 0) return;
-    gemm_rows(rows, K, a, step, b, 0, edge, TILE_COLUMNS);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
+#define TILE_CASE(i)                                                                                                   \
+    case i + 1:                                                                                                        \
+        if (i < TILE_ROWS && !narrow) gemm_tile(i + 1, 0, ld, 0, K, a, step, b, add, to, width);                       \
+        if (2 * i < TILE_ROWS && narrow) gemm_tile(i + 1, 1, ld, rows - i - 1, K, a, step, b, add, to, width);         \
+        break;
+    for (; n > 0; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS) {
+        const int narrow = n <= VECTOR, whole = n >= TILE_COLUMNS || n == VECTOR;
+        float *to = whole ? C : edge, add = whole ? beta : 0;
+        const size_t width = whole ? ldc : TILE_COLUMNS;
+        switch (narrow ? (rows + 1) / 2 : rows) { TILE_EACH_ROW(TILE_CASE) }
+        for (int i = 0; i < rows && !whole; i++)
+            for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
+    }
 }
 
 /* out_ki = in_ki, `step` numbers at a time; the last copy may overlap the one before. */
@@ -2556,7 +2562,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     const int k_parts = K > 0 ? (K + BLOCK_K - 1) / BLOCK_K : 1;
-    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // at most two tiles use a panel: not worth packing
+    // not worth packing: a panel that at most two tiles use, or rows that lie together in the L1 cache as they are
+    const int unpacked = transA ? N <= 2 * TILE_COLUMNS : lda <= BLOCK_K;
     for (int part = 0; part < n_parts * k_parts; part++) {
         const int np = part / k_parts, kp = part % k_parts;
         const int n0 = part_start(N, TILE_COLUMNS, n_parts, np), n1 = part_start(N, TILE_COLUMNS, n_parts, np + 1);
@@ -2568,8 +2575,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
             const int m0 = part_start(M, 1, m_parts, mp), m1 = part_start(M, 1, m_parts, mp + 1);
             const float *a = transA ? A + k0 * lda + m0 : A + m0 * lda + k0;
             if (!unpacked) gemm_pack(packed_a, PANEL_STRIDE, a, lda, !transA, m1 - m0, depth);
-            gemm_panel(m1 - m0, n1 - n0, depth, unpacked ? a : packed_a, unpacked ? lda : (size_t)PANEL_STRIDE,
-                       kp ? 1 : beta, C + m0 * ldc + n0, ldc);
+            gemm_panel(m1 - m0, n1 - n0, depth, unpacked ? a : packed_a, unpacked && !transA ? lda : 1,
+                       unpacked ? transA ? lda : 1 : (size_t)PANEL_STRIDE, kp ? 1 : beta, C + m0 * ldc + n0, ldc);
         }
     }
 }
