@@ -140,10 +140,15 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* B rows of T frames, G groups of C input and OC output channels each, K taps that are `dilation` frames apart, TO
-   output frames; gelu: GELU follows. */
+enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU };
+
+/* B rows of T frames, G groups of C input and OC output channels each, TO output frames; K taps that are `dilation`
+   frames apart, the first one `before` frames before the output frame's place. slope: of leaky ReLU (Maas, Hannun and Ng
+   2013) on the input, 1: none. */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride, dilation, gelu;
+    int B, G, T, C, TO, OC, K, stride, dilation, before;
+    float slope;
+    int output, add; /* SLAM_IDENTITY, SLAM_GELU or SLAM_RELU; add: out += (of the identity) */
 } slam_conv;
 
 /* N rows of V logits, `stride` apart. */
@@ -265,19 +270,15 @@ struct slam_ops {
 
     /* The rest serves speech encoders and vocoders and has no backward pass. */
 
-    /* Convolution over time without padding, optionally followed by GELU
-           out[b,t,g,o] = sum_k,c x[b,g,t stride + k dilation,c] w[g,o,k,c] + bias[g,o]
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + (K - 1) dilation >= T
-       read beyond their row: the caller allocates that memory and ignores those frames. */
+    /* Convolution over time; x is 0 before its first and after its last frame
+           out[b,t,g,o] = output(sum_k,c leaky(x[b,t stride + k dilation - before,g,c]) w[g,o,k,c] + bias[g,o])
+       out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
-    /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
-           out[b,g,t,c] = scale[g,c] x[b,t - before,g,c] + shift[g,c]   where 0 <= t - before < length_b, else 0
-       out (B,G,TO,C/G)  x (B,T,C), C: all channels  lengths (B)  scale, shift (C), NULL: 1, 0 */
-    void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
-                         const slam_act *shift, int before, int B, int T, int TO, int C, int G);
-    /* x_bt = 0 for t >= length_b      x (B,T,C)  lengths (B) */
-    void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
+    /* y_bt = scale x_bt + shift for t < length_b, else 0
+       y, x (B,T,C), may be the same  lengths (B)  scale, shift (C) or NULL: 1, 0 */
+    void (*mask_frames)(slam_ops *, slam_act *y, const slam_act *x, const int *lengths, const slam_act *scale,
+                        const slam_act *shift, int B, int T, int C);
     /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the standard normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
@@ -294,8 +295,6 @@ struct slam_ops {
        nearest (N)  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K) scratch */
     void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
                     const float *squares, int N, int D, int K);
-    /* Leaky ReLU (Maas, Hannun and Ng 2013): y = x where x > 0, else slope x      y (n) may be x */
-    void (*leaky_relu)(slam_ops *, slam_act *y, const slam_act *x, float slope, size_t n);
 };
 
 /* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
@@ -3163,70 +3162,73 @@ static void row_gelu(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = gelu_float(x[i]);
 }
 
-/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
-   neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. With dilation it is one product per tap. With G = 1 and T =
-   stride TO the rows of a batch are one long row. */
+/* out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
+   neighbouring numbers, and the next output frame reads those stride C further: a matrix product whose left side is x
+   with overlapping rows. With dilation d, output frames r, r + d, ... read every d-th frame: a product for each r. What
+   a product reads is copied only if it is not in x as it is: every d-th frame, one of several groups, leaky ReLU, or
+   the zeros around x. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
-    slam_conv c = *conv;
-    if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
-    const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1);
-    const int parts = (c.TO + frames - 1) / frames, ldx = c.stride * c.C, ldo = c.G * c.OC;
-    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
+    const slam_conv c = *conv;
+    const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1), parts = (c.TO + frames - 1) / frames;
+    const int ldx = c.G * c.C, ldo = c.G * c.OC, d = c.dilation;
+    const int taps = GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
+    const size_t copy_n = ((size_t)frames * c.stride + c.K) * c.C;
+    float *copies = cpu_scratch(ops, ops->threads * copy_n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
         const int n = min_int(frames, c.TO - first);
-        const float *x = row(x_, (i * c.G + g) * c.T + first * c.stride, c.C), *w = row(w_, g * c.OC, c.K * c.C);
         float *out = row(out_, i * c.TO + first, ldo) + g * c.OC;
-        for (int t = 0; b_ && t < n; t++) memcpy(out + (size_t)t * ldo, row(b_, g, c.OC), (size_t)c.OC * sizeof(float));
-        for (int k = 0; k < c.K; k += taps)
-            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.dilation * c.C, ldx, w + k * c.C, c.K * c.C,
-                 b_ || k ? 1 : 0, out, ldo);
-        for (int t = 0; c.gelu && t < n; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
-    }
-}
-
-/* out (B,G,TO,C/G)  x (B,T,C)  lengths (B)  scale, shift (C) or NULL */
-static void cpu_group_frames(slam_ops *ops, slam_act *out_, const slam_act *x_, const int *lengths,
-                             const slam_act *scale_, const slam_act *shift_, int before, int B, int T, int TO, int C,
-                             int G) {
-    const float *scale = (const float *)scale_, *shift = (const float *)shift_;
-    const int width = C / G;
-    PARALLEL_FOR
-    for (int i = 0; i < B * G * TO; i++) {
-        const int t = i % TO - before, g = i / TO % G, b = i / TO / G;
-        float *out = row(out_, i, width);
-        if (t < 0 || t >= lengths[b]) {
-            memset(out, 0, (size_t)width * sizeof(float));
-            continue;
+        const float *w = row(w_, g * c.OC, c.K * c.C), *bias = row(b_, g, c.OC);
+        for (int t = 0; t < n && (bias || !c.add); t++)
+            for (int o = 0; o < c.OC; o++)
+                out[(size_t)t * ldo + o] = (c.add ? out[(size_t)t * ldo + o] : 0) + (bias ? bias[o] : 0);
+        for (int r = 0; r < min_int(d, n); r++) {
+            const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before; // output frames; first input frame
+            const int count = (m - 1) * c.stride + c.K;                               // input frames
+            const float *x = row(x_, i * c.T + at, ldx) + g * c.C;
+            if (c.G > 1 || d > 1 || c.slope != 1 || at < 0 || at + count > c.T) {
+                float *to = copies + omp_get_thread_num() * copy_n;
+                for (int u = 0, t = at; u < count; u++, t += d) {
+                    const float *from = row(x_, i * c.T + t, ldx) + g * c.C;
+                    const int inside = t >= 0 && t < c.T;
+                    for (int k = 0; k < c.C && inside; k++)
+                        to[u * c.C + k] = choose(from[k] > 0, from[k], c.slope * from[k]);
+                    if (!inside) memset(to + u * c.C, 0, (size_t)c.C * sizeof *to);
+                }
+                x = to;
+            }
+            for (int k = 0; k < c.K; k += taps)
+                gemm(0, 1, m, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, (size_t)c.stride * c.C, w + k * c.C,
+                     (size_t)c.K * c.C, 1, out + r * ldo, (size_t)d * ldo);
         }
-        const float *x = row(x_, b * T + t, C) + g * width;
-        for (int c = 0; c < width; c++)
-            out[c] = x[c] * (scale ? scale[g * width + c] : 1) + (shift ? shift[g * width + c] : 0);
+        for (int t = 0; t < n && c.output == SLAM_GELU; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
+        for (int t = 0; t < n && c.output == SLAM_RELU; t++)
+            for (int o = 0; o < c.OC; o++) out[(size_t)t * ldo + o] = choose(out[(size_t)t * ldo + o] < 0, 0, out[(size_t)t * ldo + o]);
     }
 }
 
-/* x (B,T,C)  lengths (B) */
-static void cpu_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int T, int C) {
-    for (int b = 0; b < B; b++) memset(row(x, b * T + lengths[b], C), 0, (size_t)(T - lengths[b]) * C * sizeof(float));
+/* y, x (B,T,C)  lengths (B)  scale, shift (C) or NULL */
+static void cpu_mask_frames(slam_ops *ops, slam_act *y_, const slam_act *x_, const int *lengths, const slam_act *scale_,
+                            const slam_act *shift_, int B, int T, int C) {
+    const float *scale = (const float *)scale_, *shift = (const float *)shift_;
+    PARALLEL_FOR
+    for (int i = 0; i < B * T; i++) {
+        float *y = row(y_, i, C);
+        const float *x = row(x_, i, C);
+        const int inside = i % T < lengths[i / T];
+        for (int c = 0; c < C; c++) y[c] = inside ? x[c] * (scale ? scale[c] : 1) + (shift ? shift[c] : 0) : 0;
+    }
 }
 
-/* ---- GELU, leaky ReLU, layer norm, channel norm ---- */
+/* ---- GELU, layer norm, channel norm ---- */
 
 /* y, x (n) */
 static void cpu_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
     SLAM_PRAGMA(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) ((float *)y)[i] = gelu_float(((const float *)x)[i]);
-}
-
-/* y, x (n) */
-static void cpu_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x_, float slope, size_t n) {
-    const float *x = (const float *)x_;
-    SLAM_PRAGMA(omp parallel for simd schedule(static))
-    for (size_t i = 0; i < n; i++) ((float *)y)[i] = choose(x[i] > 0, x[i], slope * x[i]);
 }
 
 /* s, y, x, delta (N,C)  w, b (C) */
@@ -3334,8 +3336,8 @@ slam_ops *slam_cpu(int threads) {
     CPU_OP(matmul_forward), CPU_OP(matmul_backward_input), CPU_OP(matmul_backward_weight);
     CPU_OP(attention_forward), CPU_OP(attention_backward), CPU_OP(attention_decode), CPU_OP(attention_fill);
     CPU_OP(swiglu_forward), CPU_OP(swiglu_backward), CPU_OP(crossentropy), CPU_OP(sum), CPU_OP(sum_squares);
-    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(group_frames), CPU_OP(mask_frames), CPU_OP(gelu_forward);
-    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest), CPU_OP(leaky_relu);
+    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(mask_frames), CPU_OP(gelu_forward), CPU_OP(layernorm), CPU_OP(channelnorm);
+    CPU_OP(nearest);
     return ops;
 }
 
@@ -3739,27 +3741,21 @@ template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const
     if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
 }
 
-/* GELU, or leaky ReLU: 2 n sizeof(T) bytes */
+/* GELU or ReLU: 2 n sizeof(T) bytes */
 template <typename T> struct activation_op {
     T *y;
     const T *x;
-    int gelu;
-    float slope;
+    int relu;
     template <int P> __device__ void run(unsigned, size_t i) const {
         float a[P];
         load(a, x + i);
-        for (int k = 0; k < P; k++) a[k] = gelu ? gelu_of(a[k]) : a[k] > 0 ? a[k] : slope * a[k];
+        for (int k = 0; k < P; k++) a[k] = !relu ? gelu_of(a[k]) : a[k] < 0 ? 0 : a[k];
         store(y + i, a);
     }
 };
 
 template <typename T> static void cuda_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 1, 0}, y, x);
-}
-
-template <typename T>
-static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0, slope}, y, x);
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0}, y, x);
 }
 
 /* 3 N F sizeof(T) bytes */
@@ -3846,49 +3842,30 @@ static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float
     each<4>(ops, __func__, 1, n, op, act, w, m, v, g);
 }
 
-/* What lies behind the lengths, written once. */
+/* 2 B T C sizeof(T) bytes */
 template <typename T> struct mask_frames_op {
-    T *x;
+    T *y;
+    const T *x, *scale, *shift;
     const int *lengths;
     int frames, C;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const float zeros[P] = {0};
-        if ((int)(row % frames) >= lengths[row / frames]) store(x + (size_t)row * C + c, zeros);
-    }
-};
-
-template <typename T>
-static void cuda_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int frames, int C) {
-    each<WIDE<T>>(ops, __func__, (size_t)B * frames, C, mask_frames_op<T>{(T *)x, lengths, frames, C}, x);
-}
-
-/* 2 B TO C sizeof(T) bytes. A row is one of out (B,G,TO,C/G). */
-template <typename T> struct group_frames_op {
-    T *out;
-    const T *x, *scale, *shift;
-    const int *lengths;
-    int before, frames, TO, C, G;
-    template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int t = (int)(row % TO) - before, b = row / TO / G, first = (int)(row / TO % G) * (C / G) + (int)c;
-        float y[P] = {0}, a[P];
-        if (t >= 0 && t < lengths[b]) {
-            load(y, x + ((size_t)b * frames + t) * C + first);
-            if (scale) load(a, scale + first);
-            for (int k = 0; k < P; k++) y[k] *= scale ? a[k] : 1;
-            if (shift) load(a, shift + first);
-            for (int k = 0; k < P; k++) y[k] += shift ? a[k] : 0;
+        float y_[P] = {0}, a[P];
+        if ((int)(row % frames) < lengths[row / frames]) {
+            load(y_, x + (size_t)row * C + c);
+            if (scale) load(a, scale + c);
+            for (int k = 0; k < P; k++) y_[k] *= scale ? a[k] : 1;
+            if (shift) load(a, shift + c);
+            for (int k = 0; k < P; k++) y_[k] += shift ? a[k] : 0;
         }
-        store(out + (size_t)row * (C / G) + c, y);
+        store(y + (size_t)row * C + c, y_);
     }
 };
 
 template <typename T>
-static void cuda_group_frames(slam_ops *ops, slam_act *out, const slam_act *x, const int *lengths,
-                              const slam_act *scale, const slam_act *shift, int before, int B, int frames, int TO,
-                              int C, int G) {
-    const group_frames_op<T> op = {
-        (T *)out, (const T *)x, (const T *)scale, (const T *)shift, lengths, before, frames, TO, C, G};
-    each<WIDE<T>>(ops, __func__, (size_t)B * G * TO, C / G, op, out, x, scale, shift);
+static void cuda_mask_frames(slam_ops *ops, slam_act *y, const slam_act *x, const int *lengths, const slam_act *scale,
+                             const slam_act *shift, int B, int frames, int C) {
+    const mask_frames_op<T> op = {(T *)y, (const T *)x, (const T *)scale, (const T *)shift, lengths, frames, C};
+    each<WIDE<T>>(ops, __func__, (size_t)B * frames, C, op, y, x, scale, shift);
 }
 
 /* ---- embedding ---- */
@@ -5250,32 +5227,35 @@ template <typename T> struct unfold_op {
     slam_conv conv;
     int g, first;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO, t = frame % conv.TO;
-        const size_t at = (size_t)t * conv.stride + (size_t)tap * conv.dilation;
-        const T *from = x + (((size_t)b * conv.G + g) * conv.T + at) * conv.C + c;
-        packed<P>(columns + (size_t)row * conv.C + c) = packed<P>(from);
+        const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO;
+        const int t = frame % conv.TO * conv.stride + tap * conv.dilation - conv.before;
+        float a[P] = {0};
+        if (t >= 0 && t < conv.T) load(a, x + (((size_t)b * conv.T + t) * conv.G + g) * conv.C + c);
+        for (int k = 0; k < P; k++) a[k] = a[k] > 0 ? a[k] : conv.slope * a[k];
+        store(columns + (size_t)row * conv.C + c, a);
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product, some of the last computed twice so that all
-   products have the same number of rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by
-   memory. */
+/* As many frames at a time as fit behind the workspace of the product. Bound by arithmetic; the first convolution of an
+   encoder, from one channel, by memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
-    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO;
-    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W, n = N < most ? N : most;
-    T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE);
+    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO, flags = TRANS_B | (conv->add ? ADD : 0);
+    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W;
+    T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE), *to = (T *)out;
     if (most == 0) return cuda_fail(ops, __func__, "too many taps and channels", 0);
     for (int g = 0; g < conv->G; g++)
-        for (int done = 0; done < N; done += n) {
-            const int first = done + n < N ? done : N - n;
+        for (int first = 0, n; first < N; first += n) {
+            n = min(most, N - first);
             each<WIDE<T>>(ops, __func__, (size_t)n * conv->K, conv->C,
                           unfold_op<T>{columns, (const T *)x, *conv, g, first}, x);
-            product(ops, __func__, TRANS_B, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
-                    b ? (const T *)b + g * OC : NULL, (T *)out + ((size_t)first * conv->G + g) * OC, conv->G * OC);
+            product(ops, __func__, flags, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
+                    b ? (const T *)b + g * OC : NULL, to + ((size_t)first * conv->G + g) * OC, conv->G * OC);
         }
-    if (conv->gelu) cuda_gelu_forward<T>(ops, out, out, (size_t)N * conv->G * OC);
+    if (conv->output != SLAM_IDENTITY)
+        each<WIDE<T>>(ops, __func__, 1, (size_t)N * conv->G * OC,
+                      activation_op<T>{to, to, conv->output == SLAM_RELU}, out);
 }
 
 /* A block has 32 channels of a row, a lane one of them; its 16 warps take frames in turn. Three passes: mean, variance,
@@ -5394,8 +5374,8 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
     TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
-    TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest), TYPED_OP(leaky_relu), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
+    TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
+    CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -8169,20 +8149,20 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
 
 /* ---- networks: weights from a folder of a Hugging Face or PyTorch model ---- */
 
-typedef struct network_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
+typedef struct network_module { // a linear layer, a norm, or a convolution (OC,K,C), as conv1d reads it
     slam_act *w, *b;
+    slam_conv conv; // for one row, without the numbers of frames
 } network_module;
 
-typedef struct network {
+typedef struct network { // first member of a model
     slam_ops *ops;
     slam_act *weights;
     char *arena; // activations of a batch
-    size_t arena_bytes;
-    uint64_t hash;      // of the weights in use, and of what the caller has hashed before
-    const char *prefix; // that names of tensors may have
-    tensors *file;      // while the weights are read: the folder's, the end of those placed so far, no error so far
-    size_t end;
-    int ok;
+    size_t arena_bytes, end; // end: numbers in `weights`
+    uint64_t hash;           // of the weights in use, and of what the caller has hashed before
+    const char *prefix;      // that names of tensors may have
+    tensors *file;           // while the weights are read
+    int ok;                  // no error so far
 } network;
 
 /* At least `bytes` in n->arena. */
@@ -8194,6 +8174,26 @@ static int network_grow(network *n, size_t bytes) {
     return n->arena != NULL;
 }
 
+/* Loads the weights in `folder` by load(n), which is called twice: it checks shapes and counts numbers while n->weights
+   is NULL, then it reads. */
+static int network_load(network *n, const char *folder, const char *prefix, void (*load)(network *)) {
+    n->prefix = prefix;
+    n->file = tensors_open(folder);
+    n->ok = n->file != NULL;
+    if (n->ok) load(n);
+    if (n->ok) n->weights = (slam_act *)n->ops->alloc(n->ops, n->end * n->ops->act_bytes);
+    n->ok = n->weights != NULL;
+    n->end = 0;
+    if (n->ok) load(n);
+    tensors_close(n->file);
+    return n->ok && n->ops->finish(n->ops);
+}
+
+static void network_free(network *n) {
+    n->ops->release(n->ops, n->weights);
+    n->ops->release(n->ops, n->arena);
+}
+
 /* The tensor NAME.suffix, with or without the prefix. */
 static const tensor *network_find(const network *n, const char *name, const char *suffix) {
     char *full = string_print("%s%s.%s", n->prefix, name, suffix);
@@ -8203,18 +8203,20 @@ static const tensor *network_find(const network *n, const char *name, const char
     return t;
 }
 
-/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !n->ok on error. */
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL on error, and while
+   shapes are checked. */
 static float *network_read(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
     const tensor *t = network_find(n, name, suffix);
     const size_t count = a * b * c;
-    float *x = NULL;
     strbuf shape = ZERO;
     if (t) strbuf_add_shape(&shape, t->rank, t->shape);
     if (n->ok && (!t || t->count != count || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
         n->ok = set_error("%s: tensor '%s.%s' %s%s%s, expected (%zu,%zu,%zu)", n->file->file->path, name, suffix,
                           shape.n ? "has shape (" : "is missing", shape.n ? shape.at : "", shape.n ? ")" : "", a, b, c);
     strbuf_free(&shape);
-    if (n->ok) n->ok = tensor_floats(t, x = NEW(float, count), 0, count);
+    if (!n->ok || !n->weights) return NULL;
+    float *x = NEW(float, count);
+    n->ok = tensor_floats(t, x, 0, count);
     for (size_t i = 0; n->ok && i < count; i++)
         if (!isfinite(x[i]))
             n->ok = set_error("%s: tensor '%s.%s' has a number that is not finite", t->file, name, suffix);
@@ -8231,12 +8233,12 @@ UNFUSED static float *network_weight(network *n, const char *name, int by_last, 
     while (kind > 0 && !network_find(n, name, names[kind][0])) kind--;
     float *v = network_read(n, name, names[kind][0], a, b, c);
     if (kind == 0) return v;
-    const size_t norms = by_last ? c : a, count = a * b * c;
+    const size_t norms = by_last ? c : a, count = v ? a * b * c : 0;
     float *g = network_read(n, name, names[kind][1], by_last ? 1 : a, 1, by_last ? c : 1);
     double *squares = NEW(double, norms);
-    for (size_t i = 0; n->ok && i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
-    for (size_t i = 0; n->ok && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
-    for (size_t i = 0; n->ok && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
+    for (size_t i = 0; i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
+    for (size_t i = 0; g && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
+    for (size_t i = 0; g && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
     free(squares);
     free(g);
     return v;
@@ -8245,10 +8247,11 @@ UNFUSED static float *network_weight(network *n, const char *name, int by_last, 
 /* Places x (a,b,c) at n->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
 static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t c) {
     const size_t count = a * b * c, at = n->end;
-    n->ok = n->ok && network_grow(n, count * sizeof *x);
-    float *host = n->ok ? NEW(float, count) : NULL, *next = host;
+    n->end += round_up(count, 256);
+    if (!x) return NULL;
+    float *host = NEW(float, count), *next = host;
     n->hash ^= at;
-    for (size_t i = 0; n->ok && i < a; i++)
+    for (size_t i = 0; i < a; i++)
         for (size_t k = 0; k < c; k++)
             for (size_t j = 0; j < b; j++) {
                 uint32_t bits;
@@ -8257,7 +8260,7 @@ static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t 
                 n->hash = (n->hash ^ bits) * HASH_PRIME;
             }
     slam_act *to = act_at(n->ops, n->weights, at);
-    n->end += round_up(count, 256);
+    n->ok = n->ok && network_grow(n, count * sizeof *x);
     if (n->ok) n->ops->upload(n->ops, n->arena, host, count * sizeof *host);
     if (n->ok) n->ops->to_act(n->ops, to, (float *)n->arena, count);
     free(host);
@@ -8270,7 +8273,7 @@ static slam_act *network_tensor(network *n, const char *name, const char *suffix
 }
 
 /* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
-static void network_load_module(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
+static void network_module_load(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
                                 size_t c, int bias) {
     char *name = string_print(format, layer);
     m->w = network_tensor(n, name, "weight", a, b, c);
@@ -8278,9 +8281,14 @@ static void network_load_module(network *n, network_module *m, const char *forma
     free(name);
 }
 
-static void network_free(network *n) {
-    n->ops->release(n->ops, n->weights);
-    n->ops->release(n->ops, n->arena);
+/* out (B,TO,OC) of x (B,T,C) */
+static void network_convolve(const network *n, const network_module *m, slam_act *out, const slam_act *x, int B, int T,
+                             int TO) {
+    slam_conv conv = m->conv;
+    conv.B = B;
+    conv.T = T;
+    conv.TO = TO;
+    n->ops->conv1d(n->ops, out, x, m->w, m->b, &conv);
 }
 
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
@@ -8372,10 +8380,11 @@ typedef struct slam_hubert {
        scale = w / sqrt(var + 1e-5)      shift = b - mean scale */
 UNFUSED static void hubert_load_positions(slam_hubert *h) {
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, at = h->net.end;
+    const slam_conv shape = {1, h->config.groups, 0, (int)width, 0, (int)width, (int)K, 1, 1, (int)K / 2, 1, SLAM_GELU, 0};
     network *n = &h->net;
-    const size_t at = n->end;
-    n->end += round_up(C * width * K, 256);
+    h->positions.conv = shape;
+    n->end += round_up(C * width * K, 256); // the bias is read first, and comes second
     h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
     const size_t end = n->end;
     n->end = at;
@@ -8386,7 +8395,7 @@ UNFUSED static void hubert_load_positions(slam_hubert *h) {
     if (!h->config.batch_norm) return;
     float *w = network_read(n, norm, "weight", C, 1, 1), *b = network_read(n, norm, "bias", C, 1, 1);
     float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
-    for (size_t c = 0; n->ok && c < C; c++) {
+    for (size_t c = 0; var && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
         if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' is %g < 0", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
@@ -8398,25 +8407,26 @@ UNFUSED static void hubert_load_positions(slam_hubert *h) {
     h->batch_norm.b = network_store(n, b, C, 1, 1);
 }
 
-/* Loads what the output of layer h->layer needs. */
-static void hubert_load_weights(slam_hubert *h) {
+/* What the output of layer h->layer needs. */
+static void hubert_load_weights(network *n) {
+    slam_hubert *h = (slam_hubert *)n;
     const hubert_config *k = &h->config;
-    network *n = &h->net;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
-        const size_t OC = k->width[i];
-        network_load_module(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
-                            k->conv_bias);
-        if (i == 0 || k->all_norms)
-            network_load_module(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
+        const int OC = k->width[i], K = k->kernel[i], norm = i == 0 || k->all_norms;
+        const slam_conv shape = {1, 1, 0, (int)before, 0, OC, K, k->stride[i], 1, 0, 1, norm ? SLAM_IDENTITY : SLAM_GELU, 0};
+        h->conv[i].conv = shape;
+        network_module_load(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, K, k->conv_bias);
+        if (norm)
+            network_module_load(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        network_load_module(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
-    network_load_module(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+        network_module_load(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    network_module_load(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
     hubert_load_positions(h);
-    if (!k->stable) network_load_module(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
+    if (!k->stable) network_module_load(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
         const size_t at = n->end, bias_at = at + round_up(3 * C * C, 256);
@@ -8431,11 +8441,11 @@ static void hubert_load_weights(slam_hubert *h) {
         n->end = bias_at + round_up(3 * C, 256);
         w->qkv.w = act_at(n->ops, n->weights, at);
         w->qkv.b = act_at(n->ops, n->weights, bias_at);
-        network_load_module(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
-        network_load_module(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
-        network_load_module(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
-        network_load_module(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
-        network_load_module(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
+        network_module_load(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        network_module_load(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        network_module_load(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        network_module_load(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        network_module_load(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
 }
 
@@ -8453,29 +8463,17 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
                     preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
-    network *net = &h->net;
-    size_t n = 0;
-    net->ops = ops;
-    net->prefix = "hubert.";
+    h->net.ops = ops;
     h->layer = layer;
     h->pad = pad;
+    h->layers = NEW(hubert_layer, layer > 0 ? layer : 0);
     int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
-    net->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    h->net.hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
     json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
-    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at);
-    net->file = ok ? tensors_open(folder) : NULL;
-    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++) {
-        const char *in_layer = strstr(t->name, "encoder.layers.");
-        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(t->count, 256);
-    } // without the layers above
-    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    net->ok = net->weights != NULL;
-    h->layers = net->ok ? NEW(hubert_layer, layer) : NULL;
-    if (net->ok) hubert_load_weights(h);
-    ok = net->ok && ops->finish(ops);
-    tensors_close(net->file);
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at) &&
+         network_load(&h->net, folder, "hubert.", hubert_load_weights);
     json_free(p);
     if (ok) return h;
     hubert_free(h);
@@ -8519,11 +8517,11 @@ typedef struct hubert_batch {
     slam_recording *const *recordings; // (n)
     float *scratch;                    // (B,S) samples; (B,NH,T) lse; (B,T,C) features or (B,T,K) scores
     slam_act *conv[2];                 // alternating outputs of the convolutions; conv[1] has the samples first
-    slam_act *x, *delta, *in;      // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
-    slam_act *grouped, *qkv, *mlp; // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    int *nearest;                  // (B,T) centroids
-    int *doc_start, *doc_end;      // (B,T) keys of attention
-    int *frames, *first_frames;    // (B) valid frames, after all convolutions and after the first
+    slam_act *x, *delta, *in;   // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
+    slam_act *qkv, *mlp;        // (B,T,3C) (B,T,F)
+    int *nearest;               // (B,T) centroids
+    int *doc_start, *doc_end;   // (B,T) keys of attention
+    int *frames, *first_frames; // (B) valid frames, after all convolutions and after the first
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
@@ -8539,11 +8537,10 @@ static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
     const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->net.ops->act_bytes;
-    size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
-    for (int i = 0; i < k->convs; i++) { // the next one may read K frames past the last row
+    size_t end = 0, frames = B * S, largest[2] = {0, B * S};
+    for (int i = 0; i < k->convs; i++) {
         frames /= k->stride[i];
-        const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
-        if (n > largest[i % 2]) largest[i % 2] = n;
+        if (frames * k->width[i] > largest[i % 2]) largest[i % 2] = frames * k->width[i];
     }
     b->scratch = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
     b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
@@ -8551,7 +8548,6 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
     b->x = (slam_act *)take(arena, &end, N * C * act);
     b->delta = (slam_act *)take(arena, &end, N * C * act);
     b->in = (slam_act *)take(arena, &end, N * C * act);
-    b->grouped = (slam_act *)take(arena, &end, (N + B * (k->taps - 1)) * C * act);
     b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
     b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
     b->nearest = (int *)take(arena, &end, (3 * N + 2 * B) * sizeof(int));
@@ -8592,16 +8588,14 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->net.ops;
     const hubert_config *k = &h->config;
     const network_module *norm = h->conv_norm;
-    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
+    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
     slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
-        const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], 1, !has_norm};
+        const int TO = frames / k->stride[i], OC = k->width[i];
         slam_act *out = b->conv[i % 2];
-        ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
-        ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
+        network_convolve(&h->net, &h->conv[i], out, x, B, frames, TO);
         if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
         else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
         x = out;
@@ -8612,11 +8606,9 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
-    const int TO = T + k->taps - 1;
-    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1, 1};
-    ops->mask_frames(ops, x, b->frames, B, T, C);
-    ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
-    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
+    ops->mask_frames(ops, x, x, b->frames, NULL, NULL, B, T, C);
+    ops->mask_frames(ops, b->in, x, b->frames, h->batch_norm.w, h->batch_norm.b, B, T, C);
+    network_convolve(&h->net, &h->positions, b->delta, b->in, B, T, T);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
     const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
@@ -9877,26 +9869,21 @@ static void voice_next(slam_vocoder *v) {
        samples = tanh(conv(leaky x))
    Leaky ReLU has slope 0.1, the last one 0.01. Predicted durations are max(1, round(exp(y) - 1)),
        y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
-   The input of a convolution is zero before its first and behind its last frame. */
+*/
 
 enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples of a window; frames of a predicted duration
-
-typedef struct gan_conv {
-    slam_act *w, *b;
-    slam_conv shape; // TO: frames more than those of the input
-    int before;      // frames that it reads before the first
-} gan_conv;
 
 typedef struct slam_gan {
     network net;
     int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
     int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
     int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
+    int voice[3];              // row of each table of embeddings: of units (not used), speakers, styles
     size_t window, step, tail; // frames at once; samples per frame; more of them at the end
     double halo;               // frames that a sample depends on, to each side, at most
-    size_t widest, margin;     // most numbers per frame; most that a convolution reads before or behind its input
+    size_t widest;             // most numbers per frame
     slam_act *frames, *units;  // (V,in) (V,E)
-    gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
+    network_module pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
     network_module norm[2], linear; // of the predictor
     int *duration;                  // of the sequence's units, where none are given
     float *out;                     // of a window
@@ -9947,61 +9934,62 @@ static int gan_config_load(slam_gan *g, const char *path) {
     return ok;
 }
 
-/* A convolution of C to OC channels whose weights are multiplied by scale; frees the name. With a rate u, a transposed
-   one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of a plain
-   convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
-static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, int K, int dilation, int rate,
-                          float scale) {
+/* A convolution of leaky ReLU of C channels to OC, whose weights are multiplied by scale; frees the name. With a rate u,
+   a transposed one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of
+   a plain convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
+static network_module *gan_load_conv(slam_gan *g, network_module *to, char *name, int C, int OC, int K, int dilation,
+                                     int rate, float slope, float scale) {
     network *n = &g->net;
     const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
-    const slam_conv shape = {1, 1, 0, C, rate ? (K - u) % 2 : 0, u * OC, taps, 1, dilation, 0};
-    const size_t reach = (size_t)(taps / 2 + 1) * dilation, margin = round_up(2 * reach * C, 256);
+    const slam_conv conv = {1, 1, 0, C, 0, u * OC, taps, 1, dilation, last * dilation, slope, SLAM_IDENTITY, 0};
     float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
     float *b = network_read(n, name, "bias", OC, 1, 1);
-    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
+    float *rows = b ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = b ? NEW(float, (size_t)u *OC) : NULL;
     size_t at = 0;
-    for (int i = 0; n->ok && i < u * OC; i++) {
+    for (int i = 0; b && i < u * OC; i++) {
         bias[i] = b[i % OC];
         for (int c = 0; c < C; c++)
             for (int m = last; m > last - taps; m--, at++) {
                 const int k = m * u + i / OC + p;
-                if (k >= 0 && k < K)
-                    rows[at] =
-                        scale * w[rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k];
+                const size_t from = rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k;
+                if (k >= 0 && k < K) rows[at] = scale * w[from];
             }
     }
     to->w = network_store(n, rows, (size_t)u * OC, C, taps);
     to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
-    to->shape = shape;
-    to->before = last * dilation;
-    g->halo += (double)reach / (double)g->step;
+    to->conv = conv;
+    g->halo += (double)(taps / 2 + 1) * dilation / (double)g->step;
     g->step *= u;
-    g->tail = g->tail * u + shape.TO;
-    const size_t widest = g->step * ((C > OC && !rate ? C : OC) + 1); // one more: samples are float, tokens int
-    if (widest > g->widest) g->widest = widest;
-    if (margin > g->margin) g->margin = margin;
+    g->tail = rate ? g->tail * u + (K - u) % 2 : g->tail;
+    if (g->step * (OC + 1) > g->widest) g->widest = g->step * (OC + 1); // one more: samples are float, tokens int
+    if (g->step / u * C > g->widest) g->widest = g->step / u * C;
     free(w);
     free(b);
     free(name);
+    return to;
 }
 
-/* The mean over blocks is a sum here: the weights that follow leaky ReLU have the factor. */
-static void gan_load_weights(slam_gan *g, const int voice[3]) {
+/* The mean over blocks is a sum here: the weights that follow have the factor. */
+static void gan_load_weights(network *n) {
     static const char *const tables[] = {"dict", "spkr", "style"};
-    network *n = &g->net;
+    slam_gan *g = (slam_gan *)n;
     const size_t V = g->V, E = g->E;
     const float mean = 1 / (float)g->blocks;
-    float *frames = NEW(float, 3 * E * V); // (in,V)
+    float *frames = n->weights ? NEW(float, 3 * E * V) : NULL; // (in,V)
+    g->in = 0;
+    g->step = 1;
+    g->tail = 0;
+    g->halo = 0;
     for (int i = 0; n->ok && i < 3; i++) {
         const tensor *t = network_find(n, tables[i], "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
-        if (i && (voice[i] < 0 || voice[i] >= (t ? rows : 1)))
+        if (i && (g->voice[i] < 0 || g->voice[i] >= (t ? rows : 1)))
             n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
-                              tables[i], voice[i]);
+                              tables[i], g->voice[i]);
         if (i && !t) continue;
         float *x = network_read(n, tables[i], "weight", rows, E, 1);
-        for (size_t k = 0; n->ok && k < E * V; k++)
-            frames[g->in * V + k] = x[(i ? (size_t)voice[i] : k % V) * E + k / V];
+        for (size_t k = 0; x && k < E * V; k++)
+            frames[g->in * V + k] = x[(i ? (size_t)g->voice[i] : k % V) * E + k / V];
         g->in += g->E;
         if (i) free(x);
         else g->units = network_store(n, x, V, E, 1);
@@ -10011,21 +9999,29 @@ static void gan_load_weights(slam_gan *g, const int voice[3]) {
     g->H = linear ? (int)linear->count : 0;
     for (int i = 0; g->H && i < 2; i++) {
         char *name = string_print("dur_predictor.conv%d.0", i + 1);
-        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
-        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1, 1)->conv.output = SLAM_RELU;
+        network_module_load(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
     }
-    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
-    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1);
+    if (g->H) network_module_load(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
+    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1, 1);
     for (int i = 0, k = 0; i < g->stages; i++) {
         const int C = g->C >> (i + 1);
-        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], i ? mean : 1);
-        for (int b = 0; b < g->blocks; b++, k++)
+        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], 0.1f,
+                      i ? mean : 1);
+        const double halo = g->halo;
+        double most = halo; // of the blocks, which are side by side
+        for (int b = 0; b < g->blocks; b++, k++) {
+            g->halo = halo;
             for (int j = 0; j < 6; j++)
                 gan_load_conv(g, &g->block[i][b][j / 2][j % 2],
                               string_print("resblocks.%d.convs%d.%d", k, j % 2 + 1, j / 2), C, C, g->taps[b],
-                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 1);
+                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 0.1f, 1)
+                    ->conv.add = j == 3 || j == 5;
+            if (g->halo > most) most = g->halo;
+        }
+        g->halo = most;
     }
-    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, mean);
+    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean);
 }
 
 static void gan_free(slam_gan *g) {
@@ -10036,59 +10032,44 @@ static void gan_free(slam_gan *g) {
     free(g);
 }
 
-static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3]) {
+static slam_gan *gan_load(slam_ops *ops, const char *folder, int speaker, int style) {
     slam_gan *g = NEW(slam_gan, 1);
-    network *net = &g->net;
-    size_t n = 0;
-    net->ops = ops;
-    net->prefix = "generator.";
-    g->step = 1;
-    net->file = gan_config_load(g, path_join(folder, "config.json").at) ? tensors_open(folder) : NULL;
-    for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
-        n += 4 * round_up(net->file->at[i].count, 256);
-    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    net->ok = net->weights != NULL;
-    if (net->ok) gan_load_weights(g, voice);
-    g->window = GAN_WINDOW / g->step;
-    const int ok = net->ok && ops->finish(ops);
-    tensors_close(net->file);
-    if (ok) return g;
+    g->net.ops = ops;
+    g->voice[1] = speaker;
+    g->voice[2] = style;
+    if (gan_config_load(g, path_join(folder, "config.json").at) &&
+        network_load(&g->net, folder, "generator.", gan_load_weights)) {
+        g->window = GAN_WINDOW / g->step;
+        return g;
+    }
     gan_free(g);
     return NULL;
 }
 
-/* out (T,OC) = the convolution of leaky ReLU of x (T,C) */
-static void gan_convolve(const slam_gan *g, const gan_conv *c, slam_act *out, const slam_act *x, float slope, int T) {
-    slam_ops *ops = g->net.ops;
-    slam_act *padded = (slam_act *)g->net.arena, *in = act_at(ops, padded, g->margin);
-    slam_conv shape = c->shape;
-    const size_t n = (size_t)T * shape.C;
-    shape.T = T;
-    shape.TO += T;
-    ops->leaky_relu(ops, in, x, slope, n);
-    ops->zero(ops, act_at(ops, in, n), g->margin * ops->act_bytes);
-    ops->conv1d(ops, out, act_at(ops, padded, g->margin - (size_t)c->before * shape.C), c->w, c->b, &shape);
+/* s (T,C) = x + y */
+static void gan_add(const slam_gan *g, slam_act *s, const slam_act *x, const slam_act *y, int T, int C) {
+    g->net.ops->layernorm(g->net.ops, s, NULL, x, y, NULL, NULL, 0, 0, T, C);
 }
 
 /* x: frames (T,in), on return the samples before tanh; y, h, z: space */
 static void gan_forward(const slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
-    slam_ops *ops = g->net.ops;
-    gan_convolve(g, &g->pre, y, x, 1, T);
+    const network *n = &g->net;
+    network_convolve(n, &g->pre, y, x, 1, T, T);
     for (int i = 0; i < g->stages; i++) {
-        const int C = g->C >> (i + 1);
-        gan_convolve(g, &g->up[i], x, y, 0.1f, T);
-        T = T * g->rate[i] + (g->kernel[i] - g->rate[i]) % 2;
+        const int C = g->C >> (i + 1), odd = (g->kernel[i] - g->rate[i]) % 2;
+        network_convolve(n, &g->up[i], x, y, 1, T, T + odd);
+        T = T * g->rate[i] + odd;
         for (int b = 0; b < g->blocks; b++) {
-            slam_act *from = x, *to = b ? z : y; // y: the sum of the blocks
-            for (int d = 0; d < 3; d++, from = to) {
-                gan_convolve(g, &g->block[i][b][d][0], h, from, 0.1f, T);
-                gan_convolve(g, &g->block[i][b][d][1], h, h, 0.1f, T);
-                ops->layernorm(ops, to, NULL, from, h, NULL, NULL, 0, 0, T, C);
+            slam_act *to = b ? z : y; // y: the sum of the blocks
+            for (int d = 0; d < 3; d++) {
+                network_convolve(n, &g->block[i][b][d][0], h, d ? to : x, 1, T, T);
+                network_convolve(n, &g->block[i][b][d][1], to, h, 1, T, T);
+                if (d == 0) gan_add(g, to, to, x, T, C);
             }
-            if (b) ops->layernorm(ops, y, NULL, y, z, NULL, NULL, 0, 0, T, C);
+            if (b) gan_add(g, y, y, z, T, C);
         }
     }
-    gan_convolve(g, &g->post, x, y, 0.01f, T);
+    network_convolve(n, &g->post, x, y, 1, T, T);
 }
 
 /* g->out: the samples of a window of frames, from `first` on, in a longer one that has all frames which they depend on;
@@ -10099,16 +10080,14 @@ static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, 
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
     const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
-    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256) + 2 * g->margin;
-    if (!network_grow(&g->net, 5 * size * ops->act_bytes)) return 0;
-    slam_act *padded = (slam_act *)g->net.arena, *x = act_at(ops, padded, size), *y = act_at(ops, x, size);
-    slam_act *h = act_at(ops, y, size), *z = act_at(ops, h, size);
-    ops->zero(ops, padded, g->margin * ops->act_bytes);
+    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256);
+    if (!network_grow(&g->net, 4 * size * ops->act_bytes)) return 0;
+    slam_act *x = (slam_act *)g->net.arena, *y = act_at(ops, x, size), *h = act_at(ops, y, size);
+    slam_act *z = act_at(ops, h, size);
     ops->upload(ops, z, units + begin, T * sizeof *units);
     ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
     for (int i = 0; predict && i < 2; i++) {
-        gan_convolve(g, &g->predictor[i], y, x, 1, T);
-        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
+        network_convolve(&g->net, &g->predictor[i], y, x, 1, T, T);
         ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
     }
     if (predict) ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
@@ -10143,8 +10122,8 @@ void slam_vocoder_free(slam_vocoder *v) {
 }
 
 slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *t, slam_ops *ops) {
-    const int voice[] = {0, speaker, style}, is_mfcc = t && t->mfcc && t->K;
-    slam_gan *gan = folder ? gan_load(ops, folder, voice) : NULL;
+    const int is_mfcc = t && t->mfcc && t->K;
+    slam_gan *gan = folder ? gan_load(ops, folder, speaker, style) : NULL;
     if (!folder && !is_mfcc) set_error("these units are not of MFCC: their audio needs a vocoder");
     if (folder ? !gan : !is_mfcc) return NULL;
     slam_vocoder *v = NEW(slam_vocoder, 1);
