@@ -3180,33 +3180,40 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
         const int n = min_int(frames, c.TO - first);
-        float *out = row(out_, i * c.TO + first, ldo) + g * c.OC;
+        float *out = row(out_, i * c.TO + first, ldo) + g * c.OC, *copy = copies + omp_get_thread_num() * copy_n;
         const float *w = row(w_, g * c.OC, c.K * c.C), *bias = row(b_, g, c.OC);
-        for (int t = 0; t < n && (bias || !c.add); t++)
-            for (int o = 0; o < c.OC; o++)
-                out[(size_t)t * ldo + o] = (c.add ? out[(size_t)t * ldo + o] : 0) + (bias ? bias[o] : 0);
-        for (int r = 0; r < min_int(d, n); r++) {
-            const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before; // output frames; first input frame
-            const int count = (m - 1) * c.stride + c.K;                               // input frames
+        for (int t = 0; bias && t < n; t++) {
+            float *to = out + (size_t)t * ldo;
+            VECTORISE
+            for (int o = 0; o < c.OC; o++) to[o] = c.add ? to[o] + bias[o] : bias[o];
+        }
+        for (int r = 0; r < min_int(d, n); r++) { // m output frames from `count` input frames: at, at + d, ...
+            const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before, count = (m - 1) * c.stride + c.K;
             const float *x = row(x_, i * c.T + at, ldx) + g * c.C;
-            if (c.G > 1 || d > 1 || c.slope != 1 || at < 0 || at + count > c.T) {
-                float *to = copies + omp_get_thread_num() * copy_n;
-                for (int u = 0, t = at; u < count; u++, t += d) {
-                    const float *from = row(x_, i * c.T + t, ldx) + g * c.C;
-                    const int inside = t >= 0 && t < c.T;
-                    for (int k = 0; k < c.C && inside; k++)
-                        to[u * c.C + k] = choose(from[k] > 0, from[k], c.slope * from[k]);
-                    if (!inside) memset(to + u * c.C, 0, (size_t)c.C * sizeof *to);
+            if (ldx > c.C || d > 1 || c.slope != 1 || at < 0 || at + count > c.T) {
+                const int last = c.T > at ? min_int(count, (c.T - at + d - 1) / d) : 0; // those from u on are inside
+                int u = at < 0 ? min_int(last, (d - 1 - at) / d) : 0;
+                const int run = ldx == c.C && d == 1 ? last - u : 1;
+                memset(copy, 0, (size_t)u * c.C * sizeof *copy);
+                for (; u < last; u += run) {
+                    const float *from = x + (ptrdiff_t)u * d * ldx;
+                    float *to = copy + u * c.C;
+                    VECTORISE
+                    for (int k = 0; k < run * c.C; k++) to[k] = choose(from[k] > 0, from[k], c.slope * from[k]);
                 }
-                x = to;
+                memset(copy + last * c.C, 0, (size_t)(count - last) * c.C * sizeof *copy);
+                x = copy;
             }
             for (int k = 0; k < c.K; k += taps)
                 gemm(0, 1, m, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, (size_t)c.stride * c.C, w + k * c.C,
-                     (size_t)c.K * c.C, 1, out + r * ldo, (size_t)d * ldo);
+                     (size_t)c.K * c.C, bias || c.add || k ? 1 : 0, out + r * ldo, (size_t)d * ldo);
         }
-        for (int t = 0; t < n && c.output == SLAM_GELU; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
-        for (int t = 0; t < n && c.output == SLAM_RELU; t++)
-            for (int o = 0; o < c.OC; o++) out[(size_t)t * ldo + o] = choose(out[(size_t)t * ldo + o] < 0, 0, out[(size_t)t * ldo + o]);
+        for (int t = 0; c.output && t < n; t++) {
+            float *y = out + (size_t)t * ldo;
+            if (c.output == SLAM_GELU) row_gelu(y, y, c.OC);
+            else
+                for (int o = 0; o < c.OC; o++) y[o] = choose(y[o] < 0, 0, y[o]);
+        }
     }
 }
 
