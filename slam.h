@@ -142,13 +142,15 @@ typedef struct slam_adamw_params {
 
 enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU };
 
-/* B rows of T frames, G groups of C input and OC output channels each, TO output frames; K taps that are `dilation`
-   frames apart, the first one `before` frames before the output frame's place. slope: of leaky ReLU (Maas, Hannun and Ng
-   2013) on the input, 1: none. */
+/* B rows of T frames, of which lengths_b count (NULL: all); G groups of C input and OC output channels each; TO output
+   frames; K taps that are `dilation` frames apart, the first one `before` frames before the output frame's place. The
+   input is scale x + shift (G C) (NULL: x), then leaky ReLU (Maas, Hannun and Ng 2013) with that slope (1: none). */
 typedef struct slam_conv {
     int B, G, T, C, TO, OC, K, stride, dilation, before;
     float slope;
     int output, add; /* SLAM_IDENTITY, SLAM_GELU or SLAM_RELU; add: out += (of the identity) */
+    const int *lengths;
+    const slam_act *scale, *shift;
 } slam_conv;
 
 /* N rows of V logits, `stride` apart. */
@@ -270,15 +272,12 @@ struct slam_ops {
 
     /* The rest serves speech encoders and vocoders and has no backward pass. */
 
-    /* Convolution over time; x is 0 before its first and after its last frame
-           out[b,t,g,o] = output(sum_k,c leaky(x[b,t stride + k dilation - before,g,c]) w[g,o,k,c] + bias[g,o])
-       out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL */
+    /* Convolution over time
+           out[b,t,g,o] = output(sum_k,c input[b,t stride + k dilation - before,g,c] w[g,o,k,c] + bias[g,o])
+       out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL. The input is 0 before its first and after its last
+       frame. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
-    /* y_bt = scale x_bt + shift for t < length_b, else 0
-       y, x (B,T,C), may be the same  lengths (B)  scale, shift (C) or NULL: 1, 0 */
-    void (*mask_frames)(slam_ops *, slam_act *y, const slam_act *x, const int *lengths, const slam_act *scale,
-                        const slam_act *shift, int B, int T, int C);
     /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the standard normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
@@ -649,6 +648,7 @@ int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *pa
 /* A vocoder synthesises one sequence of units at a time. */
 typedef struct slam_vocoder {
     int K, step;                  /* units 0..K-1; samples per frame */
+    size_t tail;                  /* more of them at the end */
     int *frame;                   /* (frames) the unit of each frame of the sequence */
     size_t frames, samples, done; /* of the sequence; samples at 16 kHz: in all, synthesised so far */
     size_t capacity;
@@ -2499,7 +2499,7 @@ static FUSED void gemm_panel(int rows, int n, int K, const float *a, size_t ld, 
     for (; n > 0; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS) {
         const int narrow = n <= VECTOR, whole = n >= TILE_COLUMNS || n == VECTOR;
         float *to = whole ? C : edge, add = whole ? beta : 0;
-        const size_t width = whole ? ldc : TILE_COLUMNS;
+        const size_t width = whole ? ldc : (size_t)TILE_COLUMNS;
         switch (narrow ? (rows + 1) / 2 : rows) { TILE_EACH_ROW(TILE_CASE) }
         for (int i = 0; i < rows && !whole; i++)
             for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
@@ -3165,8 +3165,7 @@ static void row_gelu(float *y, const float *x, size_t n) {
 /* out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
    neighbouring numbers, and the next output frame reads those stride C further: a matrix product whose left side is x
    with overlapping rows. With dilation d, output frames r, r + d, ... read every d-th frame: a product for each r. What
-   a product reads is copied only if it is not in x as it is: every d-th frame, one of several groups, leaky ReLU, or
-   the zeros around x. */
+   a product reads is copied only if it is not in x as it is. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
@@ -3182,6 +3181,8 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
         const int n = min_int(frames, c.TO - first);
         float *out = row(out_, i * c.TO + first, ldo) + g * c.OC, *copy = copies + omp_get_thread_num() * copy_n;
         const float *w = row(w_, g * c.OC, c.K * c.C), *bias = row(b_, g, c.OC);
+        const float *scale = row(c.scale, g, c.C), *shift = row(c.shift, g, c.C);
+        const int T = c.lengths ? c.lengths[i] : c.T;
         for (int t = 0; bias && t < n; t++) {
             float *to = out + (size_t)t * ldo;
             VECTORISE
@@ -3190,18 +3191,21 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
         for (int r = 0; r < min_int(d, n); r++) { // m output frames from `count` input frames: at, at + d, ...
             const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before, count = (m - 1) * c.stride + c.K;
             const float *x = row(x_, i * c.T + at, ldx) + g * c.C;
-            if (ldx > c.C || d > 1 || c.slope != 1 || at < 0 || at + count > c.T) {
-                const int last = c.T > at ? min_int(count, (c.T - at + d - 1) / d) : 0; // those from u on are inside
+            if (ldx > c.C || d > 1 || c.slope != 1 || scale || at < 0 || at + count > T) {
+                const int last = T > at ? min_int(count, (T - at + d - 1) / d) : 0; // those from u on are inside
                 int u = at < 0 ? min_int(last, (d - 1 - at) / d) : 0;
-                const int run = ldx == c.C && d == 1 ? last - u : 1;
+                const int run = ldx == c.C && d == 1 && !scale ? last - u : 1;
                 memset(copy, 0, (size_t)u * c.C * sizeof *copy);
+                memset(copy + last * c.C, 0, (size_t)(count - last) * c.C * sizeof *copy);
                 for (; u < last; u += run) {
                     const float *from = x + (ptrdiff_t)u * d * ldx;
                     float *to = copy + u * c.C;
                     VECTORISE
-                    for (int k = 0; k < run * c.C; k++) to[k] = choose(from[k] > 0, from[k], c.slope * from[k]);
+                    for (int k = 0; k < run * c.C; k++) {
+                        const float y = scale ? from[k] * scale[k] + shift[k] : from[k];
+                        to[k] = choose(y > 0, y, c.slope * y);
+                    }
                 }
-                memset(copy + last * c.C, 0, (size_t)(count - last) * c.C * sizeof *copy);
                 x = copy;
             }
             for (int k = 0; k < c.K; k += taps)
@@ -3214,19 +3218,6 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
             else
                 for (int o = 0; o < c.OC; o++) y[o] = choose(y[o] < 0, 0, y[o]);
         }
-    }
-}
-
-/* y, x (B,T,C)  lengths (B)  scale, shift (C) or NULL */
-static void cpu_mask_frames(slam_ops *ops, slam_act *y_, const slam_act *x_, const int *lengths, const slam_act *scale_,
-                            const slam_act *shift_, int B, int T, int C) {
-    const float *scale = (const float *)scale_, *shift = (const float *)shift_;
-    PARALLEL_FOR
-    for (int i = 0; i < B * T; i++) {
-        float *y = row(y_, i, C);
-        const float *x = row(x_, i, C);
-        const int inside = i % T < lengths[i / T];
-        for (int c = 0; c < C; c++) y[c] = inside ? x[c] * (scale ? scale[c] : 1) + (shift ? shift[c] : 0) : 0;
     }
 }
 
@@ -3343,7 +3334,7 @@ slam_ops *slam_cpu(int threads) {
     CPU_OP(matmul_forward), CPU_OP(matmul_backward_input), CPU_OP(matmul_backward_weight);
     CPU_OP(attention_forward), CPU_OP(attention_backward), CPU_OP(attention_decode), CPU_OP(attention_fill);
     CPU_OP(swiglu_forward), CPU_OP(swiglu_backward), CPU_OP(crossentropy), CPU_OP(sum), CPU_OP(sum_squares);
-    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(mask_frames), CPU_OP(gelu_forward), CPU_OP(layernorm), CPU_OP(channelnorm);
+    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(gelu_forward), CPU_OP(layernorm), CPU_OP(channelnorm);
     CPU_OP(nearest);
     return ops;
 }
@@ -3847,32 +3838,6 @@ static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float
     const adamw_op<T> op = {act,        w, m, v, g, stats, clip, decay, eps, beta2, rest1, rest2, (float)step_size,
                             (float)root};
     each<4>(ops, __func__, 1, n, op, act, w, m, v, g);
-}
-
-/* 2 B T C sizeof(T) bytes */
-template <typename T> struct mask_frames_op {
-    T *y;
-    const T *x, *scale, *shift;
-    const int *lengths;
-    int frames, C;
-    template <int P> __device__ void run(unsigned row, size_t c) const {
-        float y_[P] = {0}, a[P];
-        if ((int)(row % frames) < lengths[row / frames]) {
-            load(y_, x + (size_t)row * C + c);
-            if (scale) load(a, scale + c);
-            for (int k = 0; k < P; k++) y_[k] *= scale ? a[k] : 1;
-            if (shift) load(a, shift + c);
-            for (int k = 0; k < P; k++) y_[k] += shift ? a[k] : 0;
-        }
-        store(y + (size_t)row * C + c, y_);
-    }
-};
-
-template <typename T>
-static void cuda_mask_frames(slam_ops *ops, slam_act *y, const slam_act *x, const int *lengths, const slam_act *scale,
-                             const slam_act *shift, int B, int frames, int C) {
-    const mask_frames_op<T> op = {(T *)y, (const T *)x, (const T *)scale, (const T *)shift, lengths, frames, C};
-    each<WIDE<T>>(ops, __func__, (size_t)B * frames, C, op, y, x, scale, shift);
 }
 
 /* ---- embedding ---- */
@@ -5236,9 +5201,16 @@ template <typename T> struct unfold_op {
     template <int P> __device__ void run(unsigned row, size_t c) const {
         const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO;
         const int t = frame % conv.TO * conv.stride + tap * conv.dilation - conv.before;
-        float a[P] = {0};
-        if (t >= 0 && t < conv.T) load(a, x + (((size_t)b * conv.T + t) * conv.G + g) * conv.C + c);
-        for (int k = 0; k < P; k++) a[k] = a[k] > 0 ? a[k] : conv.slope * a[k];
+        float a[P] = {0}, scale[P], shift[P];
+        if (t >= 0 && t < (conv.lengths ? conv.lengths[b] : conv.T)) {
+            load(a, x + (((size_t)b * conv.T + t) * conv.G + g) * conv.C + c);
+            if (conv.scale) load(scale, (const T *)conv.scale + g * conv.C + c);
+            if (conv.scale) load(shift, (const T *)conv.shift + g * conv.C + c);
+            for (int k = 0; k < P; k++) {
+                if (conv.scale) a[k] = a[k] * scale[k] + shift[k];
+                a[k] = a[k] > 0 ? a[k] : conv.slope * a[k];
+            }
+        }
         store(columns + (size_t)row * conv.C + c, a);
     }
 };
@@ -5256,7 +5228,7 @@ static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const s
         for (int first = 0, n; first < N; first += n) {
             n = min(most, N - first);
             each<WIDE<T>>(ops, __func__, (size_t)n * conv->K, conv->C,
-                          unfold_op<T>{columns, (const T *)x, *conv, g, first}, x);
+                          unfold_op<T>{columns, (const T *)x, *conv, g, first}, x, conv->scale, conv->shift);
             product(ops, __func__, flags, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
                     b ? (const T *)b + g * OC : NULL, to + ((size_t)first * conv->G + g) * OC, conv->G * OC);
         }
@@ -5381,7 +5353,7 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
     TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
-    TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
+    TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
     CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
@@ -8038,17 +8010,17 @@ enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC
 struct slam_mfcc {
     int window, step;
     double hamming[MFCC_WINDOW];
-    double cosine[MFCC_WINDOW / 2], sine[MFCC_WINDOW / 2]; // of 2 pi k / window
-    int edge[MFCC_FILTERS + 2];                            // filter j rises from edge j to j + 1 and falls to j + 2
-    double dct[MFCC_FILTERS][MFCC_CEPSTRA];                // includes the lifter
+    double cosine[MFCC_WINDOW], sine[MFCC_WINDOW]; // of 2 pi k / window
+    int edge[MFCC_FILTERS + 2];                    // filter j rises from edge j to j + 1 and falls to j + 2
+    double dct[MFCC_FILTERS][MFCC_CEPSTRA];        // includes the lifter
 };
 
 UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     struct slam_mfcc *m = NEW(struct slam_mfcc, 1);
     m->step = SAMPLE_RATE / rate;
     m->window = rate == 25 ? 1024 : 512;
-    for (int i = 0; i < m->window; i++) m->hamming[i] = 0.54 - 0.46 * cos(2 * PI * i / (m->window - 1));
-    for (int k = 0; k < m->window / 2; k++) {
+    for (int k = 0; k < m->window; k++) {
+        m->hamming[k] = 0.54 - 0.46 * cos(2 * PI * k / (m->window - 1));
         m->cosine[k] = cos(2 * PI * k / m->window);
         m->sine[k] = sin(2 * PI * k / m->window);
     }
@@ -8142,23 +8114,21 @@ static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, s
         mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
     free(normal);
     for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of columns `from` to `from + 12`
-        for (size_t t = 0, last = frames - 1; t < frames; t++) {
-            const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
-            const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
+        for (size_t t = 0, last = frames - 1; t < frames; t++)
             for (int i = from; i < from + MFCC_CEPSTRA; i++) {
-                const float *c = out + i;
-                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = (c[near[1] * MFCC_WIDTH] - c[near[0] * MFCC_WIDTH] +
-                                                          2 * (c[far[1] * MFCC_WIDTH] - c[far[0] * MFCC_WIDTH])) /
-                                                         10;
+                float sum = 0;
+                for (size_t n = 1; n <= 2; n++) {
+                    const size_t before = t > n ? t - n : 0, after = t + n < last ? t + n : last;
+                    sum += (float)n * (out[after * MFCC_WIDTH + i] - out[before * MFCC_WIDTH + i]);
+                }
+                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = sum / 10;
             }
-        }
 }
 
 /* ---- networks: weights from a folder of a Hugging Face or PyTorch model ---- */
 
 typedef struct network_module { // a linear layer, a norm, or a convolution (OC,K,C), as conv1d reads it
     slam_act *w, *b;
-    slam_conv conv; // for one row, without the numbers of frames
 } network_module;
 
 typedef struct network { // first member of a model
@@ -8288,16 +8258,6 @@ static void network_module_load(network *n, network_module *m, const char *forma
     free(name);
 }
 
-/* out (B,TO,OC) of x (B,T,C) */
-static void network_convolve(const network *n, const network_module *m, slam_act *out, const slam_act *x, int B, int T,
-                             int TO) {
-    slam_conv conv = m->conv;
-    conv.B = B;
-    conv.T = T;
-    conv.TO = TO;
-    n->ops->conv1d(n->ops, out, x, m->w, m->b, &conv);
-}
-
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
    Samples, with zeros before and after them, pass a stack of convolutions (after the first or after each a norm, after
    each GELU), a linear layer, a convolution over many frames that adds positions, and a transformer. */
@@ -8388,9 +8348,7 @@ typedef struct slam_hubert {
 UNFUSED static void hubert_load_positions(slam_hubert *h) {
     const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
     const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, at = h->net.end;
-    const slam_conv shape = {1, h->config.groups, 0, (int)width, 0, (int)width, (int)K, 1, 1, (int)K / 2, 1, SLAM_GELU, 0};
     network *n = &h->net;
-    h->positions.conv = shape;
     n->end += round_up(C * width * K, 256); // the bias is read first, and comes second
     h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
     const size_t end = n->end;
@@ -8421,11 +8379,10 @@ static void hubert_load_weights(network *n) {
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
-        const int OC = k->width[i], K = k->kernel[i], norm = i == 0 || k->all_norms;
-        const slam_conv shape = {1, 1, 0, (int)before, 0, OC, K, k->stride[i], 1, 0, 1, norm ? SLAM_IDENTITY : SLAM_GELU, 0};
-        h->conv[i].conv = shape;
-        network_module_load(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, K, k->conv_bias);
-        if (norm)
+        const size_t OC = k->width[i];
+        network_module_load(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+                            k->conv_bias);
+        if (i == 0 || k->all_norms)
             network_module_load(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
@@ -8595,14 +8552,15 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     slam_ops *ops = h->net.ops;
     const hubert_config *k = &h->config;
     const network_module *norm = h->conv_norm;
-    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, NH = k->NH, stable = k->stable;
+    const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
     slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
-        const int TO = frames / k->stride[i], OC = k->width[i];
+        const int TO = frames / k->stride[i], OC = k->width[i], gelu = i > 0 && !k->all_norms ? SLAM_GELU : 0;
+        const slam_conv conv = {B, 1, frames, channels, TO, OC, k->kernel[i], k->stride[i], 1, 0, 1, gelu, 0, NULL, NULL, NULL};
         slam_act *out = b->conv[i % 2];
-        network_convolve(&h->net, &h->conv[i], out, x, B, frames, TO);
+        ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
         if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
         else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
         x = out;
@@ -8613,9 +8571,9 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
-    ops->mask_frames(ops, x, x, b->frames, NULL, NULL, B, T, C);
-    ops->mask_frames(ops, b->in, x, b->frames, h->batch_norm.w, h->batch_norm.b, B, T, C);
-    network_convolve(&h->net, &h->positions, b->delta, b->in, B, T, T);
+    const slam_conv positions = {B, G, T, C / G, T, C / G, k->taps, 1, 1, k->taps / 2, 1, SLAM_GELU, 0, b->frames,
+                                 h->batch_norm.w, h->batch_norm.b};
+    ops->conv1d(ops, b->delta, x, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
     const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
@@ -9885,15 +9843,15 @@ typedef struct slam_gan {
     int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
     int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
     int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
-    int voice[3];              // row of each table of embeddings: of units (not used), speakers, styles
+    int voice[3];              // rows of the tables of embeddings: not used, speaker, style
     size_t window, step, tail; // frames at once; samples per frame; more of them at the end
     double halo;               // frames that a sample depends on, to each side, at most
     size_t widest;             // most numbers per frame
     slam_act *frames, *units;  // (V,in) (V,E)
-    network_module pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
-    network_module norm[2], linear; // of the predictor
-    int *duration;                  // of the sequence's units, where none are given
-    float *out;                     // of a window
+    network_module conv[4 + LIST_MOST * (1 + 6 * LIST_MOST)], *next; // in the order of the passes
+    network_module norm[2], linear;                                  // of predicted durations
+    int *duration;                                                   // of the sequence's units, where none are given
+    float *out;                                                      // of a window
     size_t capacity;
 } slam_gan;
 
@@ -9904,12 +9862,13 @@ static const field gan_fields[] = {
     {"sampling_rate", FIELD_INT, offsetof(slam_gan, sampling_rate), SAMPLE_RATE, SAMPLE_RATE, 0},
 };
 
+/* Settings, and the sizes that follow from them. */
 static int gan_config_load(slam_gan *g, const char *path) {
     static const char *const others[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code"};
     static const char *const lists[] = {"upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes",
                                         "resblock_dilation_sizes"};
     json *c = json_load(path);
-    int ok = c && fields_read(c, gan_fields, 4, g, path);
+    int ok = c && fields_read(c, gan_fields, 4, g, path), reach = 0;
     for (int i = 0; ok && i < 4; i++) {
         const json *j = json_get(c, others[i]);
         if (j && j->type != JSON_FALSE)
@@ -9922,74 +9881,120 @@ static int gan_config_load(slam_gan *g, const char *path) {
     if (ok) ok = g->blocks = json_list(json_get(c, lists[2]), lists[2], g->taps, 0, 0, lists[2], path);
     const json *list = json_get(c, lists[3]), *j = list ? list->first : NULL;
     for (int i = 0; ok && i < g->blocks; i++, j = ok ? j->next : NULL) {
-        ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path);
-        for (int d = 0; ok && d < 3; d++)
-            if (g->taps[i] % 2 == 0 || g->taps[i] * g->dilation[i][d] > 1 << 12)
-                ok = set_error(
-                    "%s: block %d has kernel size %d and dilation %d, expected an odd size, at most %d frames", path, i,
-                    g->taps[i], g->dilation[i][d], 1 << 12);
+        int *d = g->dilation[i];
+        ok = json_list(j, lists[3], d, 0, 3, "[1, 3, 5]", path);
+        const int read = ok ? g->taps[i] / 2 * (d[0] + d[1] + d[2] + 3) : 0; // frames to each side
+        if (ok && (g->taps[i] % 2 == 0 || read > 1 << 12))
+            ok = set_error("%s: block %d has kernel size %d and reads %d frames to each side, expected an odd size and "
+                           "at most %d frames",
+                           path, i, g->taps[i], read, 1 << 12);
+        if (read > reach) reach = read;
     }
-    for (int i = 0, step = 1; ok && i < g->stages; i++) {
-        const int K = g->kernel[i], C = g->C >> (i + 1);
-        if ((step *= g->rate[i]) > 1 << 11 || K < g->rate[i] || C == 0)
-            ok = set_error(
-                "%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size and "
-                "%d in all",
-                path, i, g->rate[i], K, C, 1 << 11);
+    g->step = 1;
+    g->halo = 12; // of the first convolution, the last one and those of durations, and for the ends of T frames
+    g->widest = (size_t)(3 * g->E > g->C ? 3 * g->E : g->C) + 1;
+    for (int i = 0; ok && i < g->stages; i++) {
+        const int K = g->kernel[i], u = g->rate[i], C = g->C >> (i + 1);
+        g->halo += ((double)K / u + 1 + (double)reach / u) / (double)g->step;
+        g->step *= u;
+        g->tail = g->tail * u + (K - u) % 2;
+        if (g->step * (C + 1) > g->widest) g->widest = g->step * (C + 1); // one more: samples are float
+        if (g->step > 1 << 11 || K < u || C == 0)
+            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size "
+                           "and %d in all",
+                           path, i, u, K, C, 1 << 11);
     }
+    g->window = GAN_WINDOW / g->step;
     json_free(c);
     return ok;
 }
 
-/* A convolution of leaky ReLU of C channels to OC, whose weights are multiplied by scale; frees the name. With a rate u,
-   a transposed one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of
-   a plain convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
-static network_module *gan_load_conv(slam_gan *g, network_module *to, char *name, int C, int OC, int K, int dilation,
-                                     int rate, float slope, float scale) {
+/* out = the next convolution, of leaky ReLU of x (*T,C), to OC channels; *T becomes its number of frames. If out is
+   NULL, it is loaded instead, the weights multiplied by scale. Frees the name. With a rate u it is transposed,
+       out_j = sum_t x_t w_(j + p - t u)      p = (K - u) / 2
+   Its u output frames j = q u + r are one frame of a plain convolution, in which x_(q - m) meets w_(m u + r + p), 0
+   outside of 0 .. K - 1. */
+static void gan_conv(slam_gan *g, char *name, slam_act *out, const slam_act *x, int *T, int C, int OC, int K,
+                     int dilation, int rate, float slope, float scale, int output, int add) {
     network *n = &g->net;
+    network_module *m = g->next++;
     const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
-    const slam_conv conv = {1, 1, 0, C, 0, u * OC, taps, 1, dilation, last * dilation, slope, SLAM_IDENTITY, 0};
-    float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
-    float *b = network_read(n, name, "bias", OC, 1, 1);
-    float *rows = b ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = b ? NEW(float, (size_t)u *OC) : NULL;
-    size_t at = 0;
-    for (int i = 0; b && i < u * OC; i++) {
+    const int more = rate ? (K - u) % 2 : 0, N = u * OC;
+    const slam_conv conv = {1, 1, *T, C, *T + more, N, taps, 1, dilation, last * dilation, slope, output, add, NULL, NULL, NULL};
+    float *w = out ? NULL : network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
+    float *b = out ? NULL : network_read(n, name, "bias", OC, 1, 1);
+    float *rows = b ? NEW(float, (size_t)N *C *taps) : NULL, *bias = b ? NEW(float, N) : NULL, *next = rows;
+    for (int i = 0; b && i < N; i++) {
         bias[i] = b[i % OC];
         for (int c = 0; c < C; c++)
-            for (int m = last; m > last - taps; m--, at++) {
-                const int k = m * u + i / OC + p;
+            for (int k = last * u + i / OC + p, end = k - taps * u; k > end; k -= u, next++) {
                 const size_t from = rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k;
-                if (k >= 0 && k < K) rows[at] = scale * w[from];
+                if (k >= 0 && k < K) *next = scale * w[from];
             }
     }
-    to->w = network_store(n, rows, (size_t)u * OC, C, taps);
-    to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
-    to->conv = conv;
-    g->halo += (double)(taps / 2 + 1) * dilation / (double)g->step;
-    g->step *= u;
-    g->tail = rate ? g->tail * u + (K - u) % 2 : g->tail;
-    if (g->step * (OC + 1) > g->widest) g->widest = g->step * (OC + 1); // one more: samples are float, tokens int
-    if (g->step / u * C > g->widest) g->widest = g->step / u * C;
+    if (!out) m->w = network_store(n, rows, N, C, taps);
+    if (!out) m->b = network_store(n, bias, N, 1, 1);
+    if (out) n->ops->conv1d(n->ops, out, x, m->w, m->b, &conv);
+    *T = *T * u + more;
     free(w);
     free(b);
     free(name);
-    return to;
 }
 
-/* The mean over blocks is a sum here: the weights that follow have the factor. */
+/* y = x + y (T,C) */
+static void gan_add(const slam_gan *g, slam_act *y, const slam_act *x, int T, int C) {
+    if (y) g->net.ops->layernorm(g->net.ops, y, NULL, y, x, NULL, NULL, 0, 0, T, C);
+}
+
+/* x: frames (T,in), on return the samples before tanh; y, h, z: space. With NULL and T = 0 it loads. The mean over
+   blocks is a sum here: the weights that follow have the factor. */
+static void gan_synthesize(slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
+    const float mean = 1 / (float)g->blocks;
+    g->next = g->conv + 2;
+    gan_conv(g, string_copy("conv_pre"), y, x, &T, g->in, g->C, 7, 1, 0, 1, 1, 0, 0);
+    for (int i = 0, k = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_conv(g, string_print("ups.%d", i), x, y, &T, g->C >> i, C, g->kernel[i], 1, g->rate[i], 0.1f, i ? mean : 1,
+                 0, 0);
+        for (int b = 0; b < g->blocks; b++, k++) {
+            slam_act *to = b ? z : y; // y: the sum of the blocks
+            for (int d = 0; d < 3; d++) {
+                gan_conv(g, string_print("resblocks.%d.convs1.%d", k, d), h, d ? to : x, &T, C, C, g->taps[b],
+                         g->dilation[b][d], 0, 0.1f, 1, 0, 0);
+                gan_conv(g, string_print("resblocks.%d.convs2.%d", k, d), to, h, &T, C, C, g->taps[b], 1, 0, 0.1f, 1, 0,
+                         d > 0);
+                if (d == 0) gan_add(g, to, x, T, C);
+            }
+            if (b) gan_add(g, y, z, T, C);
+        }
+    }
+    gan_conv(g, string_copy("conv_post"), x, y, &T, g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean, 0, 0);
+}
+
+/* x: embeddings of units (T,E); y (T): log (1 + duration). With NULL it loads. */
+static void gan_predict(slam_gan *g, slam_act *x, slam_act *y, int T) {
+    network *n = &g->net;
+    g->next = g->conv;
+    for (int i = 0; i < 2; i++) {
+        gan_conv(g, string_print("dur_predictor.conv%d.0", i + 1), y, x, &T, i ? g->H : g->E, g->H, 3, 1, 0, 1, 1,
+                 SLAM_RELU, 0);
+        if (y) n->ops->layernorm(n->ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
+        else network_module_load(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+    }
+    if (y) n->ops->matmul_forward(n->ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
+    else network_module_load(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
+}
+
 static void gan_load_weights(network *n) {
     static const char *const tables[] = {"dict", "spkr", "style"};
     slam_gan *g = (slam_gan *)n;
     const size_t V = g->V, E = g->E;
-    const float mean = 1 / (float)g->blocks;
     float *frames = n->weights ? NEW(float, 3 * E * V) : NULL; // (in,V)
     g->in = 0;
-    g->step = 1;
-    g->tail = 0;
-    g->halo = 0;
     for (int i = 0; n->ok && i < 3; i++) {
-        const tensor *t = network_find(n, tables[i], "weight");
+        const tensor *t = network_find(n, tables[i], "weight"), *linear = network_find(n, "dur_predictor.proj", "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
+        g->H = linear ? (int)linear->count : 0;
         if (i && (g->voice[i] < 0 || g->voice[i] >= (t ? rows : 1)))
             n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
                               tables[i], g->voice[i]);
@@ -10001,82 +10006,10 @@ static void gan_load_weights(network *n) {
         if (i) free(x);
         else g->units = network_store(n, x, V, E, 1);
     }
+    if ((size_t)g->H >= g->widest) g->widest = g->H + 1;
     g->frames = network_store(n, frames, 1, g->in, V);
-    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
-    g->H = linear ? (int)linear->count : 0;
-    for (int i = 0; g->H && i < 2; i++) {
-        char *name = string_print("dur_predictor.conv%d.0", i + 1);
-        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1, 1)->conv.output = SLAM_RELU;
-        network_module_load(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
-    }
-    if (g->H) network_module_load(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
-    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1, 1);
-    for (int i = 0, k = 0; i < g->stages; i++) {
-        const int C = g->C >> (i + 1);
-        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], 0.1f,
-                      i ? mean : 1);
-        const double halo = g->halo;
-        double most = halo; // of the blocks, which are side by side
-        for (int b = 0; b < g->blocks; b++, k++) {
-            g->halo = halo;
-            for (int j = 0; j < 6; j++)
-                gan_load_conv(g, &g->block[i][b][j / 2][j % 2],
-                              string_print("resblocks.%d.convs%d.%d", k, j % 2 + 1, j / 2), C, C, g->taps[b],
-                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 0.1f, 1)
-                    ->conv.add = j == 3 || j == 5;
-            if (g->halo > most) most = g->halo;
-        }
-        g->halo = most;
-    }
-    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean);
-}
-
-static void gan_free(slam_gan *g) {
-    if (!g) return;
-    network_free(&g->net);
-    free(g->duration);
-    free(g->out);
-    free(g);
-}
-
-static slam_gan *gan_load(slam_ops *ops, const char *folder, int speaker, int style) {
-    slam_gan *g = NEW(slam_gan, 1);
-    g->net.ops = ops;
-    g->voice[1] = speaker;
-    g->voice[2] = style;
-    if (gan_config_load(g, path_join(folder, "config.json").at) &&
-        network_load(&g->net, folder, "generator.", gan_load_weights)) {
-        g->window = GAN_WINDOW / g->step;
-        return g;
-    }
-    gan_free(g);
-    return NULL;
-}
-
-/* s (T,C) = x + y */
-static void gan_add(const slam_gan *g, slam_act *s, const slam_act *x, const slam_act *y, int T, int C) {
-    g->net.ops->layernorm(g->net.ops, s, NULL, x, y, NULL, NULL, 0, 0, T, C);
-}
-
-/* x: frames (T,in), on return the samples before tanh; y, h, z: space */
-static void gan_forward(const slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
-    const network *n = &g->net;
-    network_convolve(n, &g->pre, y, x, 1, T, T);
-    for (int i = 0; i < g->stages; i++) {
-        const int C = g->C >> (i + 1), odd = (g->kernel[i] - g->rate[i]) % 2;
-        network_convolve(n, &g->up[i], x, y, 1, T, T + odd);
-        T = T * g->rate[i] + odd;
-        for (int b = 0; b < g->blocks; b++) {
-            slam_act *to = b ? z : y; // y: the sum of the blocks
-            for (int d = 0; d < 3; d++) {
-                network_convolve(n, &g->block[i][b][d][0], h, d ? to : x, 1, T, T);
-                network_convolve(n, &g->block[i][b][d][1], to, h, 1, T, T);
-                if (d == 0) gan_add(g, to, to, x, T, C);
-            }
-            if (b) gan_add(g, y, y, z, T, C);
-        }
-    }
-    network_convolve(n, &g->post, x, y, 1, T, T);
+    if (g->H) gan_predict(g, NULL, NULL, 0);
+    gan_synthesize(g, NULL, NULL, NULL, NULL, 0);
 }
 
 /* g->out: the samples of a window of frames, from `first` on, in a longer one that has all frames which they depend on;
@@ -10085,22 +10018,18 @@ static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, 
     slam_ops *ops = g->net.ops;
     const size_t length = g->window, halo = (size_t)ceil(g->halo), step = predict ? 1 : g->step;
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
-    const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
+    const int T = (int)((left > length + halo ? first + length + halo : n) - begin);
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
     const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256);
     if (!network_grow(&g->net, 4 * size * ops->act_bytes)) return 0;
     slam_act *x = (slam_act *)g->net.arena, *y = act_at(ops, x, size), *h = act_at(ops, y, size);
-    slam_act *z = act_at(ops, h, size);
+    slam_act *z = act_at(ops, h, size), *from = predict ? y : x;
     ops->upload(ops, z, units + begin, T * sizeof *units);
-    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
-    for (int i = 0; predict && i < 2; i++) {
-        network_convolve(&g->net, &g->predictor[i], y, x, 1, T, T);
-        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
-    }
-    if (predict) ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
-    else gan_forward(g, x, y, h, z, T);
+    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, predict ? g->E : g->in);
+    if (predict) gan_predict(g, x, y, T);
+    else gan_synthesize(g, x, y, h, z, T);
     GROW(float, g->out, g->capacity, count);
-    ops->to_float(ops, (float *)h, act_at(ops, predict ? y : x, (first - begin) * step), count);
+    ops->to_float(ops, (float *)h, act_at(ops, from, (first - begin) * step), count);
     ops->download(ops, g->out, h, count * sizeof *g->out);
     for (size_t i = 0; !predict && i < count; i++) g->out[i] = tanhf(g->out[i]);
     return ops->finish(ops) ? count : 0;
@@ -10123,40 +10052,52 @@ void slam_vocoder_free(slam_vocoder *v) {
     if (!v) return;
     if (v->voice) free(v->voice->filter);
     free(v->voice);
-    gan_free(v->gan);
+    if (v->gan) {
+        network_free(&v->gan->net);
+        free(v->gan->duration);
+        free(v->gan->out);
+    }
+    free(v->gan);
     free(v->frame);
     free(v);
 }
 
 slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *t, slam_ops *ops) {
-    const int is_mfcc = t && t->mfcc && t->K;
-    slam_gan *gan = folder ? gan_load(ops, folder, speaker, style) : NULL;
-    if (!folder && !is_mfcc) set_error("these units are not of MFCC: their audio needs a vocoder");
-    if (folder ? !gan : !is_mfcc) return NULL;
     slam_vocoder *v = NEW(slam_vocoder, 1);
-    if (gan) {
-        v->gan = gan;
-        v->K = gan->V;
-        v->step = (int)gan->step;
+    if (folder) {
+        slam_gan *g = v->gan = NEW(slam_gan, 1);
+        g->net.ops = ops;
+        g->voice[1] = speaker;
+        g->voice[2] = style;
+        if (gan_config_load(g, path_join(folder, "config.json").at) &&
+            network_load(&g->net, folder, "generator.", gan_load_weights)) {
+            v->K = g->V;
+            v->step = (int)g->step;
+            v->tail = g->tail;
+            return v;
+        }
+    } else if (t && t->mfcc && t->K) {
+        const size_t taps = (size_t)t->mfcc->window / 2;
+        v->tokenizer = t;
+        v->K = t->K;
+        v->step = t->mfcc->step;
+        v->tail = (size_t)(t->mfcc->window - v->step);
+        v->voice = NEW(struct slam_voice, 1);
+        v->voice->filter = NEW(float, t->K *taps);
+        for (int k = 0; k < t->K; k++)
+            voice_filter(t->mfcc, t->centroids + (size_t)k * t->width, v->voice->filter + k * taps);
         return v;
-    }
-    const size_t taps = (size_t)t->mfcc->window / 2;
-    v->tokenizer = t;
-    v->K = t->K;
-    v->step = t->mfcc->step;
-    v->voice = NEW(struct slam_voice, 1);
-    v->voice->filter = NEW(float, t->K *taps);
-    for (int k = 0; k < t->K; k++)
-        voice_filter(t->mfcc, t->centroids + (size_t)k * t->width, v->voice->filter + k * taps);
-    return v;
+    } else set_error("these units are not of MFCC: their audio needs a vocoder");
+    slam_vocoder_free(v);
+    return NULL;
 }
 
 int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, size_t n) {
     const slam_tokenizer *t = v->tokenizer;
-    const struct slam_voice start = {v->voice ? v->voice->filter : NULL, 0, 130, 0, 0, ZERO, ZERO};
     const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2 - LIST_MOST; // frames in a WAV file
     double owed = 0;                                                             // frames, by rounding
     v->frames = v->samples = v->done = 0;
+    if (!n) return set_error("has no units, expected at least one");
     for (size_t i = 0; i < n; i++)
         if (unit[i] < 0 || unit[i] >= v->K)
             return set_error("unit %zu is %d, expected 0 to %d", i + 1, unit[i], v->K - 1);
@@ -10172,10 +10113,11 @@ int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, si
         GROW(int, v->frame, v->capacity, v->frames + frames);
         for (; frames; frames--) v->frame[v->frames++] = unit[i];
     }
-    if (!n) return set_error("has no units, expected at least one");
-    v->samples = v->gan ? v->gan->tail : (size_t)(t->mfcc->window - v->step);
-    v->samples += v->frames * (size_t)v->step;
-    if (v->voice) *v->voice = start;
+    v->samples = v->frames * (size_t)v->step + v->tail;
+    if (v->voice) {
+        const struct slam_voice start = {v->voice->filter, 0, 130, 0, 0, ZERO, ZERO};
+        *v->voice = start;
+    }
     return 1;
 }
 

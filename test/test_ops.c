@@ -534,19 +534,24 @@ static void test_gelu(slam_ops *ops) {
     free(x), free(y);
 }
 
-/* All frames from a little before x to a little behind it, which are zeros. With add, out has numbers before. */
-static void test_conv1d(slam_ops *ops, slam_conv c, int bias) {
+/* Frames from a little before x to a little behind it, where the input is zero. With add, out has numbers before. */
+static void test_conv1d(slam_ops *ops, slam_conv c, int bias, int norm) {
     const size_t nx = (size_t)c.B * c.T * c.G * c.C, nw = (size_t)c.G * c.OC * c.K * c.C,
                  no = (size_t)c.B * c.TO * c.G * c.OC;
     float *x = normals(nx, 1), *w = normals(nw, 0.5), *b = normals((size_t)c.G * c.OC, 1), *out = normals(no, 9);
-    float *expected = zeros(no);
+    float *scale = normals((size_t)c.G * c.C, 1), *shift = normals((size_t)c.G * c.C, 1), *expected = zeros(no);
+    int lengths[] = {c.T, c.T - random_int(c.T), 0};
+    if (norm) c.lengths = lengths, c.scale = act(scale), c.shift = act(shift);
+    for (size_t i = 0; i < nx; i++)
+        if (norm && (int)(i / (c.G * c.C) % c.T) >= lengths[i / (c.G * c.C) / c.T]) x[i] = NAN;
     for (size_t i = 0; i < no; i++) {
         const int o = (int)(i % (c.G * c.OC)), t = (int)(i / (c.G * c.OC) % c.TO), r = (int)(i / (c.G * c.OC) / c.TO);
         double sum = bias ? b[o] : 0;
         for (int k = 0; k < c.K * c.C; k++) {
-            const int frame = t * c.stride + k / c.C * c.dilation - c.before;
-            if (frame < 0 || frame >= c.T) continue;
-            const double in = x[((size_t)(r * c.T + frame) * c.G + o / c.OC) * c.C + k % c.C];
+            const int frame = t * c.stride + k / c.C * c.dilation - c.before, ch = o / c.OC * c.C + k % c.C;
+            if (frame < 0 || frame >= (norm ? lengths[r] : c.T)) continue;
+            double in = x[(size_t)(r * c.T + frame) * c.G * c.C + ch];
+            if (norm) in = in * scale[ch] + shift[ch];
             sum += (in > 0 ? in : c.slope * in) * w[(size_t)o * c.K * c.C + k];
         }
         if (c.output == SLAM_GELU) sum = gelu_in_double(sum);
@@ -555,26 +560,7 @@ static void test_conv1d(slam_ops *ops, slam_conv c, int bias) {
     }
     ops->conv1d(ops, act(out), act(x), act(w), bias ? act(b) : NULL, &c);
     check_close("conv1d", out, expected, no, 1e-6);
-    free(x), free(w), free(b), free(out), free(expected);
-}
-
-static void test_mask_frames(slam_ops *ops) {
-    enum { B = 3, T = 7, C = 6 };
-    const int lengths[B] = {7, 0, 4};
-    float *x = normals(B * T * C, 1), *y = normals(B * T * C, 1), *scale = normals(C, 1), *shift = normals(C, 1);
-    x[7 * C] = NAN; // in the row of no frames
-    for (int with = 0; with < 4; with++) { // bit 0: scale, bit 1: shift
-        ops->mask_frames(ops, act(y), act(x), lengths, with & 1 ? act(scale) : NULL, with & 2 ? act(shift) : NULL, B, T,
-                         C);
-        for (int i = 0; i < B * T * C; i++) {
-            const int c = i % C, inside = i / C % T < lengths[i / C / T];
-            check_near("mask_frames", y[i],
-                       inside ? x[i] * (with & 1 ? scale[c] : 1) + (with & 2 ? shift[c] : 0) : 0, 1e-6);
-        }
-    }
-    ops->mask_frames(ops, act(x), act(x), lengths, act(scale), act(shift), B, T, C);
-    CHECK(!memcmp(x, y, B * T * C * sizeof *x), "in place differs");
-    free(x), free(y), free(scale), free(shift);
+    free(x), free(w), free(b), free(out), free(expected), free(scale), free(shift);
 }
 
 static void test_layernorm(slam_ops *ops, int N, int C, int gelu) {
@@ -663,7 +649,7 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
 static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
-    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 0, 0.1f, SLAM_GELU, 0};
+    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 0, 0.1f, SLAM_GELU, 0, NULL, NULL, NULL};
     const slam_xent x4 = xent(N, V, V, 1, NULL);
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
@@ -748,26 +734,25 @@ int main(void) {
     if (TEST("rmsnorm of heads: 70 groups of 14 x 64")) test_rmsnorm_groups(ops, 70, 14, 64, 256, 0);
     if (TEST("sums")) test_sums(ops);
     if (TEST("AdamW")) test_adamw(ops);
-    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0},
-                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, SLAM_GELU, 0},
-                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, 0},
-                               {3, 1, 41, 8, 20, 5, 2, 2, 1, 0, 1, 0, 1},
-                               {2, 3, 90, 6, 90, 6, 8, 1, 1, 4, 1, SLAM_GELU, 0},
-                               {1, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, 0},
-                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1, 1, SLAM_GELU, 0},
-                               {1, 1, 60, 8, 60, 8, 3, 1, 5, 5, 0.1f, 0, 1},
-                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, 0},
-                               {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, 0},
-                               {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, 0, 1},
-                               {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, 0, 1}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, NULL, NULL, NULL},
+                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
+                               {3, 1, 41, 8, 20, 5, 2, 2, 1, 0, 1, 0, 1, NULL, NULL, NULL},
+                               {2, 3, 90, 6, 90, 6, 8, 1, 1, 4, 1, SLAM_GELU, 0, NULL, NULL, NULL},
+                               {1, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, 0, NULL, NULL, NULL},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1, 1, SLAM_GELU, 0, NULL, NULL, NULL},
+                               {1, 1, 60, 8, 60, 8, 3, 1, 5, 5, 0.1f, 0, 1, NULL, NULL, NULL},
+                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, 0, NULL, NULL, NULL},
+                               {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, 0, NULL, NULL, NULL},
+                               {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, 0, 1, NULL, NULL, NULL},
+                               {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, 0, 1, NULL, NULL, NULL}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
         if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d before %d", c.B, c.G, c.T, c.C,
                  c.TO, c.OC, c.K, c.stride, c.dilation, c.before))
-            test_conv1d(ops, c, 0), test_conv1d(ops, c, 1);
+            test_conv1d(ops, c, 0, 0), test_conv1d(ops, c, 1, 0), test_conv1d(ops, c, 1, 1);
     }
     if (TEST("gelu")) test_gelu(ops);
-    if (TEST("mask_frames")) test_mask_frames(ops);
     const int encoder[][2] = {{3, 5}, {7, 33}, {65, 128}, {13, 768}};
     for (int k = 0; k < 4; k++) {
         const int n = encoder[k][0], c = encoder[k][1];
