@@ -140,7 +140,7 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU };
+enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU, SLAM_ADD };
 
 /* B rows of T frames, of which lengths_b count (NULL: all); G groups of C input and OC output channels each; TO output
    frames; K taps that are `dilation` frames apart, the first one `before` frames before the output frame's place. The
@@ -148,7 +148,7 @@ enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU };
 typedef struct slam_conv {
     int B, G, T, C, TO, OC, K, stride, dilation, before;
     float slope;
-    int output, add; /* SLAM_IDENTITY, SLAM_GELU or SLAM_RELU; add: out += (of the identity) */
+    int output; /* what follows the sum; SLAM_ADD: out += */
     const int *lengths;
     const slam_act *scale, *shift;
 } slam_conv;
@@ -3186,7 +3186,7 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
         for (int t = 0; bias && t < n; t++) {
             float *to = out + (size_t)t * ldo;
             VECTORISE
-            for (int o = 0; o < c.OC; o++) to[o] = c.add ? to[o] + bias[o] : bias[o];
+            for (int o = 0; o < c.OC; o++) to[o] = c.output == SLAM_ADD ? to[o] + bias[o] : bias[o];
         }
         for (int r = 0; r < min_int(d, n); r++) { // m output frames from `count` input frames: at, at + d, ...
             const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before, count = (m - 1) * c.stride + c.K;
@@ -3210,14 +3210,12 @@ static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const 
             }
             for (int k = 0; k < c.K; k += taps)
                 gemm(0, 1, m, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, (size_t)c.stride * c.C, w + k * c.C,
-                     (size_t)c.K * c.C, bias || c.add || k ? 1 : 0, out + r * ldo, (size_t)d * ldo);
+                     (size_t)c.K * c.C, bias || c.output == SLAM_ADD || k ? 1 : 0, out + r * ldo, (size_t)d * ldo);
         }
-        for (int t = 0; c.output && t < n; t++) {
-            float *y = out + (size_t)t * ldo;
-            if (c.output == SLAM_GELU) row_gelu(y, y, c.OC);
-            else
-                for (int o = 0; o < c.OC; o++) y[o] = choose(y[o] < 0, 0, y[o]);
-        }
+        for (int t = 0; c.output == SLAM_GELU && t < n; t++)
+            row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
+        for (int t = 0; c.output == SLAM_RELU && t < n; t++)
+            for (float *y = out + (size_t)t * ldo, *end = y + c.OC; y < end; y++) *y = choose(*y < 0, 0, *y);
     }
 }
 
@@ -5220,7 +5218,8 @@ template <typename T> struct unfold_op {
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
-    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO, flags = TRANS_B | (conv->add ? ADD : 0);
+    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO,
+              flags = TRANS_B | (conv->output == SLAM_ADD ? ADD : 0);
     const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W;
     T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE), *to = (T *)out;
     if (most == 0) return cuda_fail(ops, __func__, "too many taps and channels", 0);
@@ -5232,9 +5231,9 @@ static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const s
             product(ops, __func__, flags, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
                     b ? (const T *)b + g * OC : NULL, to + ((size_t)first * conv->G + g) * OC, conv->G * OC);
         }
-    if (conv->output != SLAM_IDENTITY)
-        each<WIDE<T>>(ops, __func__, 1, (size_t)N * conv->G * OC,
-                      activation_op<T>{to, to, conv->output == SLAM_RELU}, out);
+    if (conv->output == SLAM_GELU || conv->output == SLAM_RELU)
+        each<WIDE<T>>(ops, __func__, 1, (size_t)N * conv->G * OC, activation_op<T>{to, to, conv->output == SLAM_RELU},
+                      out);
 }
 
 /* A block has 32 channels of a row, a lane one of them; its 16 warps take frames in turn. Three passes: mean, variance,
@@ -8094,25 +8093,24 @@ UNFUSED static void mfcc_frame(const struct slam_mfcc *m, float *out, const floa
     for (int i = 0; i < MFCC_CEPSTRA; i++) out[i] = (float)cepstra[i];
 }
 
-/* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
-UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
+/* out = x or, if normalize, (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
+UNFUSED static void copy_waveform(float *out, const float *x, size_t n, int normalize) {
     double mean = 0, variance = 0;
-    for (size_t i = 0; i < n; i++) mean += x[i];
+    for (size_t i = 0; normalize && i < n; i++) mean += x[i];
     mean /= (double)n;
-    for (size_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    for (size_t i = 0; normalize && i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
     const double scale = 1 / sqrt(variance / (double)n + 1e-7);
-    for (size_t i = 0; i < n; i++) out[i] = (float)((x[i] - mean) * scale);
+    for (size_t i = 0; i < n; i++) out[i] = normalize ? (float)((x[i] - mean) * scale) : x[i];
 }
 
 /* out (frames,39) of x (n) */
 static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, size_t frames, const float *x,
                          size_t n) {
-    float *normal = normalize ? NEW(float, n) : NULL;
-    if (normal) normalize_waveform(normal, x, n);
+    float *copy = NEW(float, n);
+    copy_waveform(copy, x, n, normalize);
     PARALLEL_FOR
-    for (size_t t = 0; t < frames; t++)
-        mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
-    free(normal);
+    for (size_t t = 0; t < frames; t++) mfcc_frame(m, out + t * MFCC_WIDTH, copy, n, t * (size_t)m->step);
+    free(copy);
     for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of columns `from` to `from + 12`
         for (size_t t = 0, last = frames - 1; t < frames; t++)
             for (int i = from; i < from + MFCC_CEPSTRA; i++) {
@@ -8134,7 +8132,7 @@ typedef struct network_module { // a linear layer, a norm, or a convolution (OC,
 typedef struct network { // first member of a model
     slam_ops *ops;
     slam_act *weights;
-    char *arena; // activations of a batch
+    char *arena;             // activations of a batch
     size_t arena_bytes, end; // end: numbers in `weights`
     uint64_t hash;           // of the weights in use, and of what the caller has hashed before
     const char *prefix;      // that names of tensors may have
@@ -8210,13 +8208,15 @@ UNFUSED static float *network_weight(network *n, const char *name, int by_last, 
     while (kind > 0 && !network_find(n, name, names[kind][0])) kind--;
     float *v = network_read(n, name, names[kind][0], a, b, c);
     if (kind == 0) return v;
-    const size_t norms = by_last ? c : a, count = v ? a * b * c : 0;
     float *g = network_read(n, name, names[kind][1], by_last ? 1 : a, 1, by_last ? c : 1);
-    double *squares = NEW(double, norms);
-    for (size_t i = 0; i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
-    for (size_t i = 0; g && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
-    for (size_t i = 0; g && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
-    free(squares);
+    for (size_t i = 0, norms = by_last ? c : a, each = b * (by_last ? a : c); g && i < norms; i++) {
+        double squares = 0;
+        float *first = v + i * (by_last ? 1 : each);
+        const size_t step = by_last ? c : 1;
+        for (size_t k = 0; k < each; k++) squares += (double)first[k * step] * first[k * step];
+        const float scale = squares > 0 ? (float)(g[i] / sqrt(squares)) : 0;
+        for (size_t k = 0; k < each; k++) first[k * step] *= scale;
+    }
     free(g);
     return v;
 }
@@ -8301,10 +8301,11 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     json *c = json_load(path);
     *k = defaults;
     int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    for (int i = 0; ok && i < 3; i++)
-        if (strcmp(json_string(c, words[i][0], words[i][1]), words[i][1]))
-            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], json_string(c, words[i][0], ""),
-                           words[i][1]);
+    for (int i = 0; ok && i < 3; i++) {
+        const char *word = json_string(c, words[i][0], words[i][1]);
+        if (strcmp(word, words[i][1]))
+            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], word, words[i][1]);
+    }
     const char *norm = json_string(c, "feat_extract_norm", "group");
     k->all_norms = !strcmp(norm, "layer");
     if (ok && !k->all_norms && strcmp(norm, "group"))
@@ -8346,23 +8347,22 @@ typedef struct slam_hubert {
    and Szegedy 2015): scale x + shift before the convolution,
        scale = w / sqrt(var + 1e-5)      shift = b - mean scale */
 UNFUSED static void hubert_load_positions(slam_hubert *h) {
-    const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
+    static const char *const conv = "encoder.pos_conv_embed.conv", *const norm = "encoder.pos_conv_embed.batch_norm";
     const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, at = h->net.end;
+    const int batch_norm = h->config.batch_norm;
     network *n = &h->net;
     n->end += round_up(C * width * K, 256); // the bias is read first, and comes second
     h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
     const size_t end = n->end;
     n->end = at;
-    float *weight =
-        h->config.batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
+    float *weight = batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
     h->positions.w = network_store(n, weight, C, width, K);
     n->end = end;
-    if (!h->config.batch_norm) return;
+    if (!batch_norm) return;
     float *w = network_read(n, norm, "weight", C, 1, 1), *b = network_read(n, norm, "bias", C, 1, 1);
     float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
     for (size_t c = 0; var && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' is %g < 0", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
@@ -8447,20 +8447,16 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
 /* Uploads the tokenizer's centroids (K,C) for ops->nearest, and the squared norms of these as to_act rounds them. */
 static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
     slam_ops *ops = h->net.ops;
-    const size_t C = h->config.C, n = K * C;
-    h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    const size_t C = h->config.C, bytes = K * C * sizeof(float);
+    h->centroids = (slam_act *)ops->alloc(ops, K * C * ops->act_bytes);
     h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
-    if (!h->centroids || !h->squares || !network_grow(&h->net, n * sizeof *centroids)) return 0;
-    float *wide = (float *)h->net.arena, *host = NEW(float, n), *squares = NEW(float, K);
-    ops->upload(ops, wide, centroids, n * sizeof *wide);
-    ops->to_act(ops, h->centroids, wide, n);
-    ops->to_float(ops, wide, h->centroids, n);
-    ops->download(ops, host, wide, n * sizeof *wide);
-    for (size_t k = 0; k < K; k++) {
-        double sum = 0;
-        for (size_t c = 0; c < C; c++) sum += (double)host[k * C + c] * host[k * C + c];
-        squares[k] = (float)sum;
-    }
+    if (!h->centroids || !h->squares || !network_grow(&h->net, bytes)) return 0;
+    float *wide = (float *)h->net.arena, *host = NEW(float, K *C), *squares = NEW(float, K);
+    ops->upload(ops, wide, centroids, bytes);
+    ops->to_act(ops, h->centroids, wide, K * C);
+    ops->to_float(ops, wide, h->centroids, K * C);
+    ops->download(ops, host, wide, bytes);
+    for (size_t k = 0; k < K; k++) squares[k] = (float)part_squares(host + k * C, C);
     ops->upload(ops, h->squares, squares, K * sizeof *squares);
     free(host);
     free(squares);
@@ -8480,9 +8476,8 @@ typedef struct hubert_batch {
     int B, n, S, T;                    // B rows, n of them with a recording, of S samples and T frames
     slam_recording *const *recordings; // (n)
     float *scratch;                    // (B,S) samples; (B,NH,T) lse; (B,T,C) features or (B,T,K) scores
-    slam_act *conv[2];                 // alternating outputs of the convolutions; conv[1] has the samples first
+    slam_act *large[2];         // alternating outputs of the convolutions, the samples first; (B,T,3C) qkv; (B,T,F) MLP
     slam_act *x, *delta, *in;   // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
-    slam_act *qkv, *mlp;        // (B,T,3C) (B,T,F)
     int *nearest;               // (B,T) centroids
     int *doc_start, *doc_end;   // (B,T) keys of attention
     int *frames, *first_frames; // (B) valid frames, after all convolutions and after the first
@@ -8501,19 +8496,16 @@ static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
     const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->net.ops->act_bytes;
-    size_t end = 0, frames = B * S, largest[2] = {0, B * S};
+    size_t end = 0, frames = B * S, largest[2] = {B * S, N * (3 * C > (size_t)k->F ? 3 * C : (size_t)k->F)};
     for (int i = 0; i < k->convs; i++) {
         frames /= k->stride[i];
-        if (frames * k->width[i] > largest[i % 2]) largest[i % 2] = frames * k->width[i];
+        if (frames * k->width[i] > largest[(i + 1) % 2]) largest[(i + 1) % 2] = frames * k->width[i];
     }
     b->scratch = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
-    b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
-    b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
+    for (int i = 0; i < 2; i++) b->large[i] = (slam_act *)take(arena, &end, largest[i] * act);
     b->x = (slam_act *)take(arena, &end, N * C * act);
     b->delta = (slam_act *)take(arena, &end, N * C * act);
     b->in = (slam_act *)take(arena, &end, N * C * act);
-    b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
-    b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
     b->nearest = (int *)take(arena, &end, (3 * N + 2 * B) * sizeof(int));
     b->doc_start = b->nearest + N;
     b->doc_end = b->doc_start + N;
@@ -8526,21 +8518,19 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
    recording attend to its first frame alone, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->net.ops;
-    const size_t B = b->B, S = b->S, T = b->T, N = B * T;
+    const size_t B = b->B, S = b->S, N = B * b->T, n_ints = 2 * N + 2 * B;
     float *host = NEW(float, B *S);
-    int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
+    int *starts = NEW(int, n_ints), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
-        float *to = host + i * S + h->pad;
-        if (r && normalize) normalize_waveform(to, r->samples, r->n);
-        else if (r) memcpy(to, r->samples, r->n * sizeof *to);
+        if (r) copy_waveform(host + i * S + h->pad, r->samples, r->n, normalize);
         frames[i] = r ? (int)r->units.frames : 1;
         frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
-        for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
+        for (int t = 0; t < b->T; t++) *ends++ = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->scratch, host, B * S * sizeof *host);
-    ops->to_act(ops, b->conv[1], b->scratch, B * S);
-    ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
+    ops->to_act(ops, b->large[0], b->scratch, B * S);
+    ops->upload(ops, b->doc_start, starts, n_ints * sizeof *starts);
     free(host);
     free(starts);
 }
@@ -8554,12 +8544,13 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     const network_module *norm = h->conv_norm;
     const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
-    slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
+    slam_act *x = b->large[0], *in = stable ? b->in : b->x, *wide = b->large[1];
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
         const int TO = frames / k->stride[i], OC = k->width[i], gelu = i > 0 && !k->all_norms ? SLAM_GELU : 0;
-        const slam_conv conv = {B, 1, frames, channels, TO, OC, k->kernel[i], k->stride[i], 1, 0, 1, gelu, 0, NULL, NULL, NULL};
-        slam_act *out = b->conv[i % 2];
+        const slam_conv conv = {B, 1, frames, channels, TO,   OC,   k->kernel[i], k->stride[i],
+                                1, 0, 1,      gelu,     NULL, NULL, NULL};
+        slam_act *out = b->large[(i + 1) % 2];
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
         if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
         else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
@@ -8571,8 +8562,8 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
-    const slam_conv positions = {B, G, T, C / G, T, C / G, k->taps, 1, 1, k->taps / 2, 1, SLAM_GELU, 0, b->frames,
-                                 h->batch_norm.w, h->batch_norm.b};
+    const slam_conv positions = {B, G,           T, C / G,     T,         C / G,           k->taps,        1,
+                                 1, k->taps / 2, 1, SLAM_GELU, b->frames, h->batch_norm.w, h->batch_norm.b};
     ops->conv1d(ops, b->delta, x, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
@@ -8580,14 +8571,14 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
         const network_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
-        ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-        ops->attention_forward(ops, b->in, b->scratch, b->qkv, &mask);
+        ops->matmul_forward(ops, wide, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
+        ops->attention_forward(ops, b->in, b->scratch, wide, &mask);
         ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
         if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
-        ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
-        ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
-        ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
+        ops->matmul_forward(ops, wide, in, w->up.w, w->up.b, N, C, F);
+        ops->gelu_forward(ops, wide, wide, (size_t)N * F);
+        ops->matmul_forward(ops, b->delta, wide, w->down.w, w->down.b, N, F, C);
         if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
     }
@@ -8612,12 +8603,12 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->net.ops;
     const int C = t->width, K = t->K;
-    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES, ok = 1;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
     slam_recording **const end = r + n;
     if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
-    int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
-             set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
+    if (n && (*r)->n / h->step >= HUBERT_MOST_FRAMES)
+        return set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
     for (; ok && r < end && (*r)->units.frames; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
@@ -9915,12 +9906,13 @@ static int gan_config_load(slam_gan *g, const char *path) {
    Its u output frames j = q u + r are one frame of a plain convolution, in which x_(q - m) meets w_(m u + r + p), 0
    outside of 0 .. K - 1. */
 static void gan_conv(slam_gan *g, char *name, slam_act *out, const slam_act *x, int *T, int C, int OC, int K,
-                     int dilation, int rate, float slope, float scale, int output, int add) {
+                     int dilation, int rate, float slope, float scale, int output) {
     network *n = &g->net;
     network_module *m = g->next++;
     const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
     const int more = rate ? (K - u) % 2 : 0, N = u * OC;
-    const slam_conv conv = {1, 1, *T, C, *T + more, N, taps, 1, dilation, last * dilation, slope, output, add, NULL, NULL, NULL};
+    const slam_conv conv = {1,     1,      *T,   C,    *T + more, N, taps, 1, dilation, last * dilation,
+                            slope, output, NULL, NULL, NULL};
     float *w = out ? NULL : network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
     float *b = out ? NULL : network_read(n, name, "bias", OC, 1, 1);
     float *rows = b ? NEW(float, (size_t)N *C *taps) : NULL, *bias = b ? NEW(float, N) : NULL, *next = rows;
@@ -9951,24 +9943,24 @@ static void gan_add(const slam_gan *g, slam_act *y, const slam_act *x, int T, in
 static void gan_synthesize(slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
     const float mean = 1 / (float)g->blocks;
     g->next = g->conv + 2;
-    gan_conv(g, string_copy("conv_pre"), y, x, &T, g->in, g->C, 7, 1, 0, 1, 1, 0, 0);
+    gan_conv(g, string_copy("conv_pre"), y, x, &T, g->in, g->C, 7, 1, 0, 1, 1, 0);
     for (int i = 0, k = 0; i < g->stages; i++) {
         const int C = g->C >> (i + 1);
         gan_conv(g, string_print("ups.%d", i), x, y, &T, g->C >> i, C, g->kernel[i], 1, g->rate[i], 0.1f, i ? mean : 1,
-                 0, 0);
+                 0);
         for (int b = 0; b < g->blocks; b++, k++) {
             slam_act *to = b ? z : y; // y: the sum of the blocks
             for (int d = 0; d < 3; d++) {
                 gan_conv(g, string_print("resblocks.%d.convs1.%d", k, d), h, d ? to : x, &T, C, C, g->taps[b],
-                         g->dilation[b][d], 0, 0.1f, 1, 0, 0);
-                gan_conv(g, string_print("resblocks.%d.convs2.%d", k, d), to, h, &T, C, C, g->taps[b], 1, 0, 0.1f, 1, 0,
-                         d > 0);
+                         g->dilation[b][d], 0, 0.1f, 1, 0);
+                gan_conv(g, string_print("resblocks.%d.convs2.%d", k, d), to, h, &T, C, C, g->taps[b], 1, 0, 0.1f, 1,
+                         d ? SLAM_ADD : 0);
                 if (d == 0) gan_add(g, to, x, T, C);
             }
             if (b) gan_add(g, y, z, T, C);
         }
     }
-    gan_conv(g, string_copy("conv_post"), x, y, &T, g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean, 0, 0);
+    gan_conv(g, string_copy("conv_post"), x, y, &T, g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean, 0);
 }
 
 /* x: embeddings of units (T,E); y (T): log (1 + duration). With NULL it loads. */
@@ -9977,7 +9969,7 @@ static void gan_predict(slam_gan *g, slam_act *x, slam_act *y, int T) {
     g->next = g->conv;
     for (int i = 0; i < 2; i++) {
         gan_conv(g, string_print("dur_predictor.conv%d.0", i + 1), y, x, &T, i ? g->H : g->E, g->H, 3, 1, 0, 1, 1,
-                 SLAM_RELU, 0);
+                 SLAM_RELU);
         if (y) n->ops->layernorm(n->ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
         else network_module_load(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
     }
@@ -9992,7 +9984,8 @@ static void gan_load_weights(network *n) {
     float *frames = n->weights ? NEW(float, 3 * E * V) : NULL; // (in,V)
     g->in = 0;
     for (int i = 0; n->ok && i < 3; i++) {
-        const tensor *t = network_find(n, tables[i], "weight"), *linear = network_find(n, "dur_predictor.proj", "weight");
+        const tensor *t = network_find(n, tables[i], "weight"),
+                     *linear = network_find(n, "dur_predictor.proj", "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
         g->H = linear ? (int)linear->count : 0;
         if (i && (g->voice[i] < 0 || g->voice[i] >= (t ? rows : 1)))

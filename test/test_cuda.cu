@@ -729,10 +729,10 @@ static void test_launch(void) {
 static void test_conv1d(const slam_conv &c) {
     const size_t x = (size_t)c.B * c.T * c.G * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
                  out = (size_t)c.B * c.TO * c.G * c.OC, in = (size_t)c.G * c.C;
-    const tensor_of y = c.add ? numbers(ACT, out, 1, 1) : unwritten(ACT, out);
+    const tensor_of y = c.output == SLAM_ADD ? numbers(ACT, out, 1, 1) : unwritten(ACT, out);
     check_operation("conv1d",
-                    {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1), y, y, y,
-                     numbers(ACT, in, 1), numbers(ACT, in, 1), random_lengths(c.B, c.T)},
+                    {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1), y,
+                     y, y, numbers(ACT, in, 1), numbers(ACT, in, 1), random_lengths(c.B, c.T)},
                     [=](slam_ops *ops, void **p) {
                         slam_conv normed = c;
                         normed.lengths = I(8), normed.scale = A(6), normed.shift = A(7);
@@ -778,24 +778,23 @@ static void test_speech_operations(const char *dtype) {
             test_embedding(19, 64, 11), test_rmsnorm(9, 2, 64, 192, 0), test_matmul(9, 64, 24), test_swiglu(7, 64);
             test_crossentropy(7, 60, 64), test_casts(64), test_sums(64), test_adamw(64);
             test_gelu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64);
-            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL});
+            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL});
         }
         shift = 0;
     }
     if (TEST("op: a launch that fails %s", dtype)) test_launch();
-    const slam_conv convs[] = {
-        {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, NULL, NULL, NULL},
-        {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, 0, 0, NULL, NULL, NULL},
-        {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-        {3, 1, 41, 48, 20, 5, 2, 2, 1, 0, 1, 0, 1, NULL, NULL, NULL},
-        {2, 3, 90, 16, 90, 16, 8, 1, 1, 4, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-        {2, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, 0, NULL, NULL, NULL},
-        {1, 1, 640, 1, 128, 200, 10, 5, 1, 3, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-        {1, 1, 90, 33, 28, 7, 7, 3, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-        {2, 1, 30, 9, 9, 140, 3, 3, 1, 1, 0.1f, 0, 0, NULL, NULL, NULL},
-        {1, 1, 60, 16, 60, 16, 3, 1, 5, 5, 0.1f, 0, 1, NULL, NULL, NULL},
-        {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-        {1, 1, 3, 8, 10, 1, 7, 1, 10, 30, 0.01f, 0, 1, NULL, NULL, NULL}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 41, 48, 20, 5, 2, 2, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 3, 90, 16, 90, 16, 8, 1, 1, 4, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, NULL, NULL, NULL},
+                               {1, 1, 640, 1, 128, 200, 10, 5, 1, 3, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 90, 33, 28, 7, 7, 3, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 1, 30, 9, 9, 140, 3, 3, 1, 1, 0.1f, 0, NULL, NULL, NULL},
+                               {1, 1, 60, 16, 60, 16, 3, 1, 5, 5, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 3, 8, 10, 1, 7, 1, 10, 30, 0.01f, SLAM_ADD, NULL, NULL, NULL}};
     for (const slam_conv &c : convs)
         if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d, dilation %d, before %d", dtype,
                  c.B, c.G, c.T, c.C, c.TO, c.OC, c.K, c.stride, c.dilation, c.before))
@@ -803,7 +802,7 @@ static void test_speech_operations(const char *dtype) {
     /* more frames than are unfolded at once; 100 of them in the second part */
     const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
     if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
-        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0, 1, 0, 1, NULL, NULL, NULL});
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL});
 }
 
 #ifndef OPS_ONLY

@@ -556,7 +556,7 @@ static void test_conv1d(slam_ops *ops, slam_conv c, int bias, int norm) {
         }
         if (c.output == SLAM_GELU) sum = gelu_in_double(sum);
         if (c.output == SLAM_RELU && sum < 0) sum = 0;
-        expected[i] = (float)(sum + (c.add ? out[i] : 0));
+        expected[i] = (float)(sum + (c.output == SLAM_ADD ? out[i] : 0));
     }
     ops->conv1d(ops, act(out), act(x), act(w), bias ? act(b) : NULL, &c);
     check_close("conv1d", out, expected, no, 1e-6);
@@ -649,7 +649,7 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
 static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
-    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 0, 0.1f, SLAM_GELU, 0, NULL, NULL, NULL};
+    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 0, 0.1f, SLAM_GELU, NULL, NULL, NULL};
     const slam_xent x4 = xent(N, V, V, 1, NULL);
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
@@ -734,18 +734,18 @@ int main(void) {
     if (TEST("rmsnorm of heads: 70 groups of 14 x 64")) test_rmsnorm_groups(ops, 70, 14, 64, 256, 0);
     if (TEST("sums")) test_sums(ops);
     if (TEST("AdamW")) test_adamw(ops);
-    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, NULL, NULL, NULL},
-                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-                               {3, 1, 41, 8, 20, 5, 2, 2, 1, 0, 1, 0, 1, NULL, NULL, NULL},
-                               {2, 3, 90, 6, 90, 6, 8, 1, 1, 4, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-                               {1, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, 0, NULL, NULL, NULL},
-                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-                               {1, 1, 60, 8, 60, 8, 3, 1, 5, 5, 0.1f, 0, 1, NULL, NULL, NULL},
-                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, 0, NULL, NULL, NULL},
-                               {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, 0, NULL, NULL, NULL},
-                               {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, 0, 1, NULL, NULL, NULL},
-                               {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, 0, 1, NULL, NULL, NULL}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 41, 8, 20, 5, 2, 2, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 3, 90, 6, 90, 6, 8, 1, 1, 4, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, NULL, NULL, NULL},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 60, 8, 60, 8, 3, 1, 5, 5, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, NULL, NULL, NULL},
+                               {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, SLAM_ADD, NULL, NULL, NULL}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
         if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d before %d", c.B, c.G, c.T, c.C,
