@@ -2454,10 +2454,10 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C = a b + beta C, a tile of the product. a_ik is a[i ld + k step]; b is (K,TILE_COLUMNS). p and q of a row are its
-   left and right half; in a narrow tile, of one vector, q is row i + second instead. The accumulators p0 q0 p1 q1 ... are
-   separate variables because compilers keep an array in memory. `rows`, narrow and ld = 1 are constants wherever this
-   is inlined, so the code for further rows disappears. */
+/* C = a b + beta C, a tile of the product. a_ik is a[i ld + k step], b is (K,TILE_COLUMNS). p and q of a row are its
+   left and right half; of a narrow tile, which is one vector wide, rows i and i + second. The accumulators p0 q0 p1 q1
+   ... are separate variables because compilers keep an array in memory, and a0, a1, ... so that few registers reach all
+   rows of a. `rows` and narrow are constants wherever this is inlined: the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, const int narrow, const size_t ld, size_t second, int K,
                                    const float *a, size_t step, const float *b, float beta, float *C, size_t ldc) {
@@ -8430,11 +8430,11 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
     h->net.ops = ops;
     h->layer = layer;
     h->pad = pad;
-    h->layers = NEW(hubert_layer, layer > 0 ? layer : 0);
     int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
     h->net.hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    h->layers = ok ? NEW(hubert_layer, layer) : NULL;
     json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
     ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at) &&
          network_load(&h->net, folder, "hubert.", hubert_load_weights);
@@ -9824,8 +9824,7 @@ static void voice_next(slam_vocoder *v) {
                     x = mean over blocks: three times        x = x + conv(leaky(dilated conv(leaky x)))
        samples = tanh(conv(leaky x))
    Leaky ReLU has slope 0.1, the last one 0.01. Predicted durations are max(1, round(exp(y) - 1)),
-       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
-*/
+       y = linear(norm(relu(conv(norm(relu(conv(embedding))))))) */
 
 enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples of a window; frames of a predicted duration
 
