@@ -745,6 +745,7 @@ int main(void) {
                                {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, NULL, NULL, NULL},
                                {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, NULL, NULL, NULL},
                                {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {1, 1, 2500, 8, 2500, 16, 3, 1, 1, 1, 0.1f, 0, NULL, NULL, NULL},
                                {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, SLAM_ADD, NULL, NULL, NULL}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
