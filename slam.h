@@ -166,7 +166,7 @@ struct slam_ops {
     int threads;             /* CPU threads of parallel loops */
     size_t memory;           /* total bytes of the device */
     int asynchronous;        /* the device computes while the host continues */
-    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    int batch_invariant;     /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;         /* the processes that train together; NULL: one process */
     slam_products *products; /* NULL: there is nothing to choose */
 
@@ -361,10 +361,10 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
-    size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
+    slam_config config;          /* rope_theta may be changed before the first slam_model_plan */
+    size_t n_weights, n_decayed; /* elements of the arrays below; of the matrices, which come first: they decay */
     slam_act *weights;
-    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
+    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
@@ -380,11 +380,10 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
-   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
+/* Writes config.json, generation_config.json and model.safetensors (F32) into a folder. Fails if master is NULL. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
-int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
+int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and float weights; fails if master is NULL */
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
@@ -395,9 +394,9 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
-   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
-   plan is large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. The logits of one do not depend on the
+   others (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its plan is
+   large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
@@ -407,11 +406,12 @@ typedef struct slam_decoder {
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
 void slam_decoder_free(slam_decoder *);
-/* Starts n sequences in the given slots: tokens[i] (lengths[i] >= 1). */
+/* Starts n sequences in the given slots: tokens[i] (lengths[i]), with lengths 1 to T. */
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
+/* Appends a token to a sequence; token < 0 frees the slot. 0 and slam_error() for a token >= V or beyond T tokens. */
+int slam_decoder_append(slam_decoder *, int slot, int token);
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -443,7 +443,7 @@ typedef struct slam_adamw {
     float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
-/* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
+/* Allocates the state for a model planned for training; the caller sets the hyperparameters. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
 /* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
@@ -549,10 +549,12 @@ slam_unit_config slam_unit_config_default(void); /* MFCC, 25, not normalised, de
 /* Reads km.json beside KM.npy, if there is one. Keeps config->hubert if it is set, because models may be moved. */
 int slam_unit_config_load(slam_unit_config *, const char *km_npy);
 
-/* Units of one recording or sequence. */
+/* Units of one recording, segment or sequence. */
 typedef struct slam_units {
-    int *unit, *duration;      /* (n) units, frames of each */
+    int *unit, *duration;      /* (n) units, frames of each; duration NULL: unknown */
     size_t n, frames, samples; /* samples at 16 kHz */
+    double start, end;         /* of a segment of a longer file, in seconds; end 0: the whole file */
+    char *name;                /* file_name of a line of units, or NULL */
 } slam_units;
 void slam_units_free(slam_units *);
 
@@ -586,15 +588,16 @@ int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 enum { SLAM_INPUT_AUDIO, SLAM_INPUT_UNITS, SLAM_INPUT_PAIRS, SLAM_INPUT_TEXT };
 /* Audio files, or lines of files. An input that cannot be used is skipped. */
 typedef struct slam_inputs {
-    int kind, pairs_out;   /* pairs_out: the output is preference pairs */
-    slam_strings paths;    /* the audio files, or the files of the lines */
-    size_t n, first, end;  /* inputs; those to process are first <= i < end */
+    int kind, pairs_out;            /* pairs_out: the output is preference pairs */
+    slam_strings paths;             /* the audio files, or the files of the lines */
+    size_t n, capacity, first, end; /* inputs; those to process are first <= i < end */
     double max_seconds;    /* AUDIO: splits longer files, at the quietest 20 ms of the last fifth of this; 0: never */
     double max_repetition; /* pairs whose text has an auto-BLEU-2 >= max_repetition are skipped; 0: none */
     slam_strings voices;   /* TTS commands: {text} is replaced by the text, else it is on stdin; WAV on stdout */
     slam_strings notes;    /* messages for the user: files that are not read, folders in a list */
     struct slam_line *lines;
     struct file_map *files;
+    size_t passed_over[39]; /* files in folders that are not inputs, by extension */
 } slam_inputs;
 /* AUDIO: files, folders (recursively, in byte order of names), @LIST files with a path per line (# begins a comment),
    or manifests of fairseq (a root; then lines of path, tab, number of samples). Else lines: SlamKit features or tokens
@@ -607,8 +610,8 @@ void slam_inputs_free(slam_inputs *);
 typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
-/* Returns 1, 0 at the end, -1 on error. With 1, *item is the next input (valid until the next call; *skipped: why it
-   cannot be used, or NULL); or *item is NULL: some audio was decoded and encoded, call again. */
+/* Returns 1, 0 at the end, -1 on error. *item: the next input, valid until the next call; *skipped: why it cannot be
+   used, or NULL. Where the next input has to be decoded first, one chunk is, and *item is NULL: call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
@@ -616,11 +619,17 @@ void slam_reader_close(slam_reader *);
    (SlamKit features or tokens, pairs). While writing, OUT.partial has the data, OUT.journal how many bytes of it are
    valid: after a kill, the same call resumes and produces the same bytes. OUT.failed lists inputs with errors. */
 typedef struct slam_writer {
-    int binary, pairs;
-    uint64_t earlier; /* inputs already done when resumed */
     uint64_t inputs, failed, repetitive, documents, samples, frames, units, tokens, shards; /* so far */
+    uint64_t earlier;                       /* inputs already done when resumed */
     uint64_t identity, bytes, failed_bytes; /* in the journal; identity: hash of settings and inputs */
-    struct slam_writer_files *files;
+    int binary, audio_repr;
+    uint64_t shard_tokens;
+    const char *out;
+    const slam_inputs *in;
+    const slam_tokenizer *tokenizer;
+    slam_path partial, journal;
+    struct append_file *data, *failures; /* OUT.partial; OUT.failed, locked while the writer is open */
+    double committed;                    /* when the journal was written */
 } slam_writer;
 /* Opens or resumes OUT; inputs->first + writer->inputs is the input to start at. */
 int slam_writer_open(slam_writer *, const char *out, const slam_inputs *, const slam_tokenizer *, int audio_repr,
@@ -824,7 +833,8 @@ void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *va
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
-   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Call it right
+   after an update, because shards are gathered in the array of gradients. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
 /* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
    this program (NULL: any program). free() it. */
@@ -2235,15 +2245,7 @@ static size_t csv_column(const csv *c, const char *name) {
    tokens:     {"file_name": "a.wav", "audio_repr": "<Un3><Un49><Un7>"}
    and for a segment of a longer file, in either, "start": 60.5, "end": 118.25 (seconds) */
 
-typedef struct units {
-    char *name;    // file_name, "" if the line has none
-    int *unit;     // (n)
-    int *duration; // (n) in frames; NULL if the line has none
-    size_t n;
-    double start, end; // of a segment, in seconds; end 0: the whole file
-} units;
-
-static void units_free(units *u) {
+void slam_units_free(slam_units *u) {
     free(u->name);
     free(u->unit);
     free(u->duration);
@@ -2262,7 +2264,7 @@ static int units_parse_list(const json *list, const char *what, int **out) {
 }
 
 /* "<Un3><Un49>" */
-static int units_parse_repr(const json *repr, const char *what, units *u) {
+static int units_parse_repr(const json *repr, const char *what, slam_units *u) {
     const char *p = repr->type == JSON_STRING ? repr->string : json_describe(repr);
     u->unit = NEW(int, strlen(p) / 5); // "<Un3>" is the shortest
     for (int digits, unit; *p; p += digits + 4) {
@@ -2277,11 +2279,11 @@ static int units_parse_repr(const json *repr, const char *what, units *u) {
 }
 
 /* Replaces *u by the units of an object of either kind, or of a string "<Un3><Un49>". Errors start with `what`. */
-static int units_from_json(const json *value, const char *what, units *u) {
+static int units_from_json(const json *value, const char *what, slam_units *u) {
     const json *list = json_get(value, "units"), *duration = json_get(value, "duration");
     const json *repr = value->type == JSON_STRING ? value : json_get(value, "audio_repr");
     const json *start = json_get(value, "start"), *end = json_get(value, "end");
-    units_free(u);
+    slam_units_free(u);
     u->name = string_copy(json_string(value, "file_name", ""));
     if (start && end && start->type == JSON_NUMBER && end->type == JSON_NUMBER) { // else they mean something else
         u->start = start->number;
@@ -2322,7 +2324,7 @@ static void units_close(units_reader *r) {
 
 /* The next line that is not blank, into r->root and, unless u is NULL, its units into u: 1, 0 at the end, -1 and an
    error that starts with file:line. */
-static int units_next(units_reader *r, units *u) {
+static int units_next(units_reader *r, slam_units *u) {
     const char *line;
     size_t n, blank;
     do {
@@ -2351,7 +2353,7 @@ static void strbuf_add_ints(strbuf *out, const int *x, size_t n, const char *bet
 }
 
 /* Adds a tokens line or a features line, without its newline. name NULL: without file_name. */
-static void strbuf_add_units(strbuf *out, const units *u, int tokens) {
+static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
     strbuf_add(out, "{");
     if (!tokens) {
         strbuf_add(out, "\"units\": [");
@@ -2485,8 +2487,8 @@ ALWAYS_INLINE FUSED void gemm_tile(const int rows, const int narrow, const size_
     TILE_EACH_ROW(TILE_STORE)
 }
 
-/* C (rows,n) = a panel of A times packed_b + beta C. gemm_tile is compiled for each number of rows. The last tile may be
-   wider than C and goes through `edge`. */
+/* C (rows,n) = a panel of A times packed_b + beta C. gemm_tile is compiled for each number of rows. The last tile may
+   be wider than C and goes through `edge`. */
 static FUSED void gemm_panel(int rows, int n, int K, const float *a, size_t ld, size_t step, float beta, float *C,
                              size_t ldc) {
     float edge[TILE_ROWS * TILE_COLUMNS];
@@ -3323,7 +3325,7 @@ slam_ops *slam_cpu(int threads) {
     ops->act_bytes = sizeof(float);
     ops->threads = threads;
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    ops->same_rows = GEMM_IS_OURS;
+    ops->batch_invariant = GEMM_IS_OURS;
     ops->upload = cpu_copy;
     ops->download = cpu_copy;
 #define CPU_OP(name) ops->name = cpu_##name
@@ -5396,12 +5398,12 @@ slam_ops *slam_cuda(int device, int act_bytes) {
 
 /* ==========================================================================================
    SECTION 6. COMM       several processes: MPI and NCCL
-   Data parallelism: rank k computes the gradient g_k of its rows, an update needs their sum G.
+   Data parallelism: rank k computes the gradient of its rows; an update needs the sum G over the n ranks.
      reduce-scatter   each rank gets the sum of its part of G         (n - 1) / n |G| sent by each
      update           of that part's weights, whose moments it alone keeps (ZeRO-1)
      all-gather       each rank gets the new weights of all parts     (n - 1) / n |W| sent by each
-   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI
-   starts the processes and carries host memory, NCCL the memory of GPUs.
+   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI starts the processes and
+   exchanges host memory, NCCL the memory of GPUs.
    ========================================================================================== */
 #ifdef SLAM_MPI
 #define OMPI_SKIP_MPICXX
@@ -5416,8 +5418,7 @@ struct slam_comm_state {
     slam_ops *ops;
     int started; // MPI_Init was called here, so MPI_Finalize is as well
     int lost;    // an exchange failed here. The others may be inside it, so this rank takes no further part
-    /* the reduce-scatter under way */
-    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
+    float *x;    // (n) array of the reduce-scatter under way; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
 #ifdef SLAM_MPI
@@ -5441,8 +5442,8 @@ static range comm_share(const slam_comm *c, size_t n) {
     return r;
 }
 
-/* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
-   256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
+/* The part of n numbers that a rank reduces and updates: n / size rounded down to 64, because NCCL needs equal parts
+   and kernels an alignment of 256 bytes. The last rank's part includes the rest. */
 static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
     const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
@@ -5454,8 +5455,7 @@ static int comm_launched(void) {
     return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK") || getenv("PMI_SIZE");
 }
 
-/* Processes that do not see each other would each train the whole run, in the same folder. Inside an srun step
-   mpirun's number counts. */
+/* Processes that do not see each other would each train the whole run in the same folder. mpirun may be in an srun. */
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
@@ -5477,13 +5477,13 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-/* x may be this rank's place in `all`. */
+/* all (size,bytes): every rank's x. x may be this rank's part of it. */
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
     const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
     MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+/* Starts to send each rank its part of s->x and to receive this rank's part of every rank's. */
 static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     const range own = comm_part(c, c->rank, s->n);
@@ -5498,7 +5498,21 @@ static void ranks_send_parts(slam_comm *c) {
     }
 }
 
-static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+/* Completes the reduce-scatter under way: sums this rank's part over the ranks, in their order. */
+static void reduction_end(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
+    if (!s->x) return;
+    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
+    const range part = comm_part(c, c->rank, s->n);
+    const size_t n = part.end - part.first;
+    PARALLEL_FOR
+    for (size_t i = 0; i < n; i++) {
+        float sum = s->received[i];
+        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
+        s->x[part.first + i] = sum;
+    }
+    s->x = NULL;
+}
 
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
@@ -5512,7 +5526,7 @@ static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
 static void ranks_send_parts(slam_comm *c) { (void)c; }
-static void ranks_wait(slam_comm *c) { (void)c; }
+static void reduction_end(slam_comm *c) { (void)c; }
 static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
@@ -5572,7 +5586,7 @@ int slam_all_ok(slam_comm *c, int ok) {
     char text[sizeof error_text];
     if (!c || c->size == 1) return ok;
     if (c->failed || !takes_part(c)) return 0;
-    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank);
+    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank); // the lowest rank that failed
     if (first == c->size) return 1;
     memcpy(text, error_text, sizeof text);
     ranks_broadcast(text, sizeof text, first);
@@ -5582,17 +5596,16 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-/* 1 if x is the same on every rank. */
+/* 1 if x is the same on every rank: the minimum, ~max(~x), is the maximum. */
 static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
     ranks_gather(c, all, x, n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = all[i];
-        for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
-    }
+    memcpy(x, all, n * sizeof *x);
+    for (int k = 1; k < c->size; k++)
+        for (size_t i = 0; i < n; i++) x[i] += all[k * n + i];
     free(all);
 }
 
@@ -5601,31 +5614,28 @@ static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
-static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
-    const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
-    uint64_t own = bytes, *sizes = NEW(uint64_t, size);
-    sizes[0] = own;
-    if (part) ranks_gather(c, sizes, &own, sizeof own);
-    *total = 0;
-    for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
-    char *all = NEW(char, *total), *at = all;
-    for (int k = 0; k < size; at += sizes[k++]) {
-        if (k == rank && bytes) memcpy(at, x, bytes);
-        if (part) ranks_broadcast(at, sizes[k], k); // sizes may exceed an int in sum
+/* Every rank's bytes (fewer than 2^31 each), in rank order. */
+static strbuf comm_all_gather(slam_comm *c, const strbuf *own) {
+    const int several = takes_part(c);
+    strbuf all = ZERO;
+    for (int k = 0; k < (several ? c->size : 1); k++) {
+        size_t n = own->n;
+        if (several) ranks_broadcast(&n, sizeof n, k);
+        GROW(char, all.at, all.capacity, all.n + n);
+        if (n && (!several || c->rank == k)) memcpy(all.at + all.n, own->at, n);
+        if (several) ranks_broadcast(all.at + all.n, n, k);
+        all.n += n;
     }
-    free(sizes);
     return all;
 }
 
 /* ---- what the devices exchange ----
-   comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
-   done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
+   comm_reduce_scatter and comm_gather_parts return at once; device work that is queued after comm_wait follows them.
+   x has n numbers on every rank, of which comm_part is rank k's. NULL comm: nothing to do.
 
-   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
-   another order if a message has another size, and the same numbers must give the same bits however they are divided
-   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
-   an error of NCCL loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order. MPI_Reduce_scatter may add in an
+   order that depends on the message size, and the bits must not. An error of MPI ends all processes
+   (MPI_ERRORS_ARE_FATAL, the default); after an error of NCCL this rank is lost. */
 
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
@@ -5666,22 +5676,6 @@ static int comm_connect(slam_comm *c) {
 #endif
 }
 
-/* Waits for the reduce-scatter under way and sums what was received, in rank order. */
-static void reduction_end(slam_comm *c) {
-    struct slam_comm_state *s = c->state;
-    if (!s->x) return;
-    ranks_wait(c);
-    const range part = comm_part(c, c->rank, s->n);
-    const size_t n = part.end - part.first;
-    PARALLEL_FOR
-    for (size_t i = 0; i < n; i++) {
-        float sum = s->received[i];
-        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
-        s->x[part.first + i] = sum;
-    }
-    s->x = NULL;
-}
-
 /* This rank's part of x becomes the sum over ranks; the other parts become undefined. n at most 2^28. */
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
@@ -5705,12 +5699,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     return 1;
 }
 
-/* x (n elements of `bytes` bytes) = the parts of all ranks. This rank's is at `part`, which may lie in x. */
+/* Sets x (n elements of `bytes` bytes) to the parts of all ranks. This rank's is at `part`, which may be in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
     const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-    char *tail = (char *)x + even; // of the last rank's part
+    char *tail = (char *)x + even; // the rest, which belongs to the last rank's part
     const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
@@ -5729,31 +5723,13 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     return 1;
 }
 
-/* x (n) on the device = the sum over ranks, the same bits on every rank. */
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
-    if (!c) return 1;
-    slam_ops *ops = c->state->ops;
-#ifdef SLAM_NCCL
-    struct CUstream_st *stream = nccl_begin(c);
-    if (stream) {
-        const ncclResult_t result = ncclAllReduce(x, x, n, ncclDouble, ncclSum, c->state->nccl, stream);
-        ops->comm_end(ops);
-        return nccl_ok(c, result, "an all-reduce");
-    }
-#endif
-    if (!ops->finish(ops)) return comm_lost(c);
-    slam_comm_sum(c, x, n);
-    return 1;
-}
-
 static void comm_wait(slam_comm *c) {
     if (!c) return;
     if (c->state->ops->comm_stream) c->state->ops->comm_end(c->state->ops);
     reduction_end(c);
 }
 
-/* Before the host waits for the device: waits for NCCL here, because an exchange never ends if the network or a rank
-   of another machine is gone. */
+/* Called before the host waits for the device, which would never end if the network or another machine is gone. */
 static int comm_finish(slam_comm *c) {
 #ifdef SLAM_NCCL
     struct slam_comm_state *s = c ? c->state : NULL;
@@ -5775,10 +5751,9 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
-   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
-   layer_backward. All else follows from them: files, counts of parameters and
-   FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and
+   the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
+   counts of parameters and FLOPs, memory, initialisation and ZeRO's buckets follow from these.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5913,11 +5888,11 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
 }
 
 /* ---- weights ----
-   All weights are one array, so that the optimiser is a loop over it: first the matrices, with weight decay, then norms
-   and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
+   All weights are one array, over which the optimiser loops: first the matrices, with weight decay, then norms and
+   biases. Some tensors of a file are rows of one param: one matrix product computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. The padding is not in files; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5940,15 +5915,16 @@ typedef struct model_tensor {
     int kind, layer;   // layer -1: outside the layers
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
-    size_t at;         // first number in the array of weights
+    size_t offset;     // where it begins in the array of weights
 } model_tensor;
 
 typedef struct model_tensors {
     model_tensor *list; // in the order of the file and of the random streams that initialise them
     size_t n;
-    size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
+    size_t n_decayed, n_weights;    // elements of the matrices (they have weight decay), of the array; with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
+    size_t parameters;              // without padding
+    size_t matmul_parameters;       // those that a token is multiplied with, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -5982,48 +5958,47 @@ static model_tensors tensors_of(const slam_config *c) {
 #undef MODEL
 #undef LAYER
     enum { ROWS = sizeof table / sizeof *table };
+    const size_t padded = padded_vocabulary(c) * C;
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int i = 0, l = 0; i < ROWS; i++) {
-        const model_tensor *r = &table[i];
-        size_t *at = &end[r->kind != MATRIX];
-        if (i == 0 || r->param != r[-1].param || r->layer != r[-1].layer) *at = round_up(*at, 256);
-        if (r->cols) {
+    for (int l = 0; l < c->L; l++)
+        for (const model_tensor *row = table; row < table + ROWS; row++) {
+            const int outside = row->layer < 0; // before the first layer, or after the last
+            size_t *at = &end[row->kind != MATRIX];
+            if (row->cols == 0 || (outside && l != (row == table ? 0 : c->L - 1))) continue;
+            if (row == table || row->param != row[-1].param || row->layer != row[-1].layer) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
-            *t = *r;
-            snprintf(t->name, sizeof t->name, r->name, l);
-            t->layer += r->layer < 0 ? 0 : l;
-            t->at = *at;
-            *at += r->rows == V && r->layer < 0 ? padded_vocabulary(c) * C : tensor_size(t);
+            *t = *row;
+            snprintf(t->name, sizeof t->name, row->name, l);
+            t->layer = outside ? -1 : l;
+            t->offset = *at;
+            *at += outside && t->rows ? padded : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (r->kind == MATRIX && r->layer == 0) m.products += tensor_size(t);
+            if (!outside && t->rows) m.matmul_parameters += tensor_size(t);
         }
-        if (r->layer < 0 && l == 0) m.first_layer = round_up(end[0], 256);
-        if (r->layer == 0 && r[1].layer < 0) {
-            m.layers_end = round_up(end[0], 256);
-            if (++l < c->L) i = 0; // i++ makes it 1, the first row of a layer
-        }
-    }
-    m.products += V * C; // the head; looking up the embedding is no product
-    m.n_matrices = round_up(end[0], 256);
-    m.n_weights = m.n_matrices + round_up(end[1], 256);
-    for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
+    m.matmul_parameters += V * C; // of the head; looking up the embedding is no product
+    m.n_decayed = round_up(end[0], 256);
+    m.n_weights = m.n_decayed + round_up(end[1], 256);
+    m.first_layer = round_up(padded, 256);
+    m.layers_end = m.n_decayed - (c->tied ? 0 : m.first_layer);
+    for (size_t i = 0; i < m.n; i++) m.list[i].offset += m.list[i].kind == MATRIX ? 0 : m.n_decayed;
     return m;
 }
 
-size_t slam_config_parameters(const slam_config *c) {
-    const model_tensors m = tensors_of(c);
+/* Without the list. */
+static model_tensors tensors_count(const slam_config *c) {
+    model_tensors m = tensors_of(c);
     free(m.list);
-    return m.parameters;
+    m.list = NULL;
+    return m;
 }
 
-/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
-   that. */
+size_t slam_config_parameters(const slam_config *c) { return tensors_count(c).parameters; }
+
+/* Forward: 2 per matmul parameter, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice that. */
 double slam_config_flops(const slam_config *c, int T) {
-    const model_tensors m = tensors_of(c);
-    free(m.list);
-    return 6.0 * (double)m.products + 6.0 * c->L * T * c->NH * c->HS;
+    return 6.0 * (double)tensors_count(c).matmul_parameters + 6.0 * c->L * T * c->NH * c->HS;
 }
 
 /* ---- activations ---- */
@@ -6038,8 +6013,8 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *D; // D: of attention_backward
-    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
+    float *head_rstd, *losses, *rope, *loss_weights, *D;                         // D: of attention_backward
+    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths; // the last two are of the decoder
 } model_acts;
 
 typedef struct model_layer {
@@ -6059,7 +6034,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* Takes `bytes` from the arena, of which *end are taken already. */
+/* The next `bytes` of the arena, behind the first *end, which are in use. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -6075,7 +6050,6 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
 #define FLOATS(n) (float *)take(k->arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(k->arena, &end, (n) * sizeof(int))
     for (int l = 0; l < c->L; l++) {
         layer_acts *a = &k->layers[l].a;
         *a = k->layers[0].a;
@@ -6103,13 +6077,8 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->head_rstd = FLOATS(N);
     a->losses = FLOATS(N);
     a->logits = ACTS(k->head_rows * P);
-    a->tokens = INTS(N);
-    a->targets = INTS(N);
-    a->doc_start = INTS(N);
-    a->mask_start = INTS(N);
-    a->mask_end = INTS(N);
-    a->slots = INTS(N); // of the decoder
-    a->lengths = INTS(N);
+    int **ints[] = {&a->tokens, &a->targets, &a->doc_start, &a->mask_start, &a->mask_end, &a->slots, &a->lengths};
+    for (int i = 0; i < 7; i++) *ints[i] = (int *)take(k->arena, &end, N * sizeof(int));
     a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
@@ -6121,13 +6090,11 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     }
 #undef ACTS
 #undef FLOATS
-#undef INTS
     return end;
 }
 
 slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T, int mode, int shards) {
-    const model_tensors t = tensors_of(c);
-    const double n = (double)t.n_weights;
+    const double n = (double)tensors_count(c).n_weights;
     const int train = mode != SLAM_INFERENCE;
     slam_memory m;
     slam_layout k = ZERO;
@@ -6139,7 +6106,6 @@ slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T
     m.logits = (double)k.head_rows * padded_vocabulary(c) * act_bytes;
     m.activations = activations - m.logits;
     m.total = m.weights + m.grads + m.optimiser + activations;
-    free(t.list);
     free(k.layers);
     return m;
 }
@@ -6156,8 +6122,8 @@ static void params_place(slam_model *m) {
     for (size_t i = k->tensors.n; i-- > 0;) { // backwards: a param begins at its first tensor
         const model_tensor *t = &k->tensors.list[i];
         param *p = (param *)((t->layer < 0 ? (char *)&k->w : (char *)&k->layers[t->layer].w) + t->param);
-        p->data = act_at(m->ops, m->weights, t->at);
-        p->grad = m->grads ? m->grads + t->at : NULL;
+        p->data = act_at(m->ops, m->weights, t->offset);
+        p->grad = m->grads ? m->grads + t->offset : NULL;
     }
     if (m->config.tied) k->w.head = k->w.embed;
 }
@@ -6175,15 +6141,15 @@ void slam_model_free(slam_model *m) {
     free(m);
 }
 
-/* A model whose weights are all zero. */
-static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
+/* Its weights are zero. */
+static slam_model *model_alloc(slam_ops *ops, const slam_config *c) {
     slam_model *m = NEW(slam_model, 1);
     m->ops = ops;
     m->config = *c;
     m->layout = NEW(slam_layout, 1);
     m->layout->layers = NEW(model_layer, c->L);
     m->layout->tensors = tensors_of(c);
-    m->n_matrices = m->layout->tensors.n_matrices;
+    m->n_decayed = m->layout->tensors.n_decayed;
     m->n_weights = m->layout->tensors.n_weights;
     m->weights = (slam_act *)ops->alloc(ops, m->n_weights * ops->act_bytes);
     m->master = ops->act_bytes == 4 ? (float *)m->weights : (float *)ops->alloc(ops, m->n_weights * sizeof(float));
@@ -6196,24 +6162,27 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* The weights (n_weights) to the host; if the float weights are sharded, the rounded ones, as floats. */
-static int weights_download(slam_model *m, float *host) {
-    slam_ops *ops = m->ops;
-    float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->n_weights * sizeof *rounded);
-    if (!m->master && !rounded) return 0;
-    if (rounded) ops->to_float(ops, rounded, m->weights, m->n_weights);
-    ops->download(ops, host, m->master ? m->master : rounded, m->n_weights * sizeof *host);
-    ops->release(ops, rounded);
-    return ops->finish(ops);
+/* The weights (n_weights) on the host; free() them. NULL on failure. */
+static float *weights_download(slam_model *m) {
+    if (!m->master) {
+        set_error("the float weights are sharded over the ranks: slam_checkpoint_save collects them");
+        return NULL;
+    }
+    float *host = NEW(float, m->n_weights);
+    m->ops->download(m->ops, host, m->master, m->n_weights * sizeof *host);
+    if (m->ops->finish(m->ops)) return host;
+    free(host);
+    return NULL;
 }
 
-static void weights_changed(slam_model *m) {
+/* Converts the float weights to those that the ops read. */
+static void weights_to_act(slam_model *m) {
     if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->n_weights);
 }
 
-/* Each row has a random stream of its own (seed, tensor, row), so that the number of threads does not matter. */
+/* Each row has its own random stream, so the result does not depend on the number of threads. */
 slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t seed) {
-    slam_model *m = model_empty(ops, config);
+    slam_model *m = model_alloc(ops, config);
     for (size_t k = 0; m && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         float *host = NEW(float, tensor_size(t));
@@ -6225,77 +6194,70 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
             for (size_t c = 0; c < t->cols; c++)
                 host[i * t->cols + c] = (float)(config->init_std * rng_normal(&stream));
         }
-        ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
         free(host);
     }
-    if (m) weights_changed(m);
+    if (m) weights_to_act(m);
     return m;
 }
 
 int slam_model_hash(slam_model *m, uint64_t *hash) {
     strbuf config = ZERO;
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host);
+    float *host = weights_download(m);
+    if (!host) return 0;
     config_write(&config, &m->config, "");
     *hash = hash_bytes(hash_bytes(HASH_START, config.at, config.n), host, m->n_weights * sizeof *host);
     strbuf_free(&config);
     free(host);
-    return ok;
+    return 1;
 }
 
 /* ---- files ---- */
 
-/* Files of old Transformers hold the frequencies, some rounded to 16 bits. Others would make another model. */
-static int rope_check(const slam_config *c, const tensor *t) {
-    float x[2048]; // head_dim is at most 4096
-    if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
-    for (int i = 0; i < c->HS / 2; i++) {
-        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
-        if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
-            return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
-                             c->rope_theta);
-    }
-    return 1;
+/* Tensor NAME SUFFIX of a file; NULL if it is missing or its shape is not t's. twist: the vocabulary may be larger. */
+static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
+    char name[100];
+    snprintf(name, sizeof name, "%s%s", t->name, suffix);
+    const tensor *found = tensors_find(file, name);
+    if (!found)
+        set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
+                  file->n ? file->at[0].name : "none");
+    if (!found) return NULL;
+    const size_t rows = t->rows ? t->rows : t->cols;
+    const int larger = twist && t->layer < 0 && t->rows && found->rank == 2 && found->shape[0] > rows;
+    return tensor_has_shape(found, t->rows ? 2 : 1, larger ? found->shape[0] : rows, t->cols) ? found : NULL;
 }
 
-/* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
-   allocated. twist: the file's vocabulary may have more rows. */
-static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
+/* Its first n numbers, all of them finite; free() them. NULL on failure, and of NULL. */
+static float *weights_read(const tensor *t, size_t n) {
+    if (!t) return NULL;
+    float *x = NEW(float, n);
+    int ok = tensor_floats(t, x, 0, n);
+    for (size_t i = 0; ok && i < n; i++)
+        if (!isfinite(x[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, t->name);
+    if (ok) return x;
+    free(x);
+    return NULL;
+}
+
+/* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
+static int weights_check(const slam_config *c, const tensors *file, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < list.n; k++) {
-        const model_tensor *t = &list.list[k];
-        const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        const tensor *f = tensors_find(file, name);
-        const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
-        ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
-               : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        if (!ok || !m) continue;
-        float *host = NEW(float, n);
-        ok = tensor_floats(f, host, 0, n);
-        for (size_t i = 0; ok && i < n; i++)
-            if (!isfinite(host[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", f->file, f->name);
-        if (ok) m->ops->upload(m->ops, m->master + t->at, host, n * sizeof *host);
-        free(host);
-    }
-    for (size_t k = 0; ok && k < file->n; k++) {
-        const tensor *f = &file->at[k];
-        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
+    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, &list.list[k], "", twist) != NULL;
+    for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, name)) i++;
-        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
-        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
-            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        while (i < list.n && strcmp(list.list[i].name, t->name)) i++;
+        const int copy = c->tied && !strcmp(t->name, "lm_head.weight");           // of the embedding
+        if (i == list.n && !copy && !string_ends(t->name, "rotary_emb.inv_freq")) // Transformers ignores those, too
+            ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
-    if (ok && m) weights_changed(m);
     return ok;
 }
 
-/* V 0: the whole vocabulary, else its first V rows. */
-static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
+/* V 0: keeps the whole vocabulary. */
+slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
     const slam_path path = path_join(folder, "config.json");
@@ -6303,27 +6265,54 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
-    const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
-    const tensor *embed = tensors_find(file, *prefix ? "lm.model.embed_tokens.weight" : "model.embed_tokens.weight");
-    const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
+    const int slamkit = tensors_find(file, "lm.model.embed_tokens.weight") != NULL;
+    for (tensor *t = file->at; slamkit && t < file->at + file->n; t++)
+        if (!strncmp(t->name, "lm.", 3)) t->name += 3;
+        else ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
+    const tensor *embed = tensors_find(file, "model.embed_tokens.weight"), *head = tensors_find(file, "lm_head.weight");
     if (c.tied && embed && head) // Transformers 5 unties a stored head that differs
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
-    ok = m && weights_read(m, &c, file, prefix, V != 0);
-    if (!ok) slam_model_free(m);
+    if (ok && weights_check(&c, file, V != 0)) m = model_alloc(ops, &c);
+    ok = m != NULL;
+    for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
+        const model_tensor *t = &m->layout->tensors.list[k];
+        float *host = weights_read(weights_find(file, t, "", V != 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
+        free(host);
+    }
     tensors_close(file);
-    return ok ? m : NULL;
+    if (ok) weights_to_act(m);
+    if (ok) return m;
+    slam_model_free(m);
+    return NULL;
 }
 
-slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
-slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
+slam_model *slam_model_load(slam_ops *ops, const char *folder) { return slam_model_twist(ops, folder, 0); }
 
-static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const size_t first = t->rows ? t->rows : t->cols;
-    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
-    return out;
+/* Writes n arrays of weights or moments x (n,n_weights): for each tensor PREFIX NAME SUFFIX of each array. */
+static int weights_write(const char *path, const model_tensors *list, const char *prefix, const char *const *suffixes,
+                         size_t n, const float *x, const char *const *metadata) {
+    tensor *out = NEW(tensor, n * list->n);
+    slam_strings names = ZERO;
+    for (size_t k = 0; k < n * list->n; k++) {
+        const model_tensor *t = &list->list[k / n];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffixes[k % n]);
+        slam_strings_add(&names, name);
+        out[k].name = names.at[k];
+        out[k].rank = t->rows ? 2 : 1;
+        out[k].shape[0] = t->rows ? t->rows : t->cols;
+        out[k].shape[1] = t->cols;
+        out[k].data = x + k % n * list->n_weights + t->offset;
+        out[k].count = tensor_size(t);
+    }
+    const int ok = tensors_write(path, out, n * list->n, metadata);
+    slam_strings_free(&names);
+    free(out);
+    return ok;
 }
 
 /* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
@@ -6331,10 +6320,9 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
-    const size_t n = m->layout->tensors.n;
+    static const char *const suffix = "";
     static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
-    slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
     if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
@@ -6346,26 +6334,17 @@ static int model_write(const slam_model *m, const float *host, const char *folde
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, n);
-    for (size_t k = 0; k < n; k++) {
-        const model_tensor *t = &m->layout->tensors.list[k];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", slamkit ? "lm." : "", t->name);
-        slam_strings_add(&names, name);
-        out[k] = tensor_to_write(t, names.at[k], host);
-    }
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
-                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
-    free(out);
-    slam_strings_free(&names);
+                   weights_write(path_join(folder, "model.safetensors").at, &m->layout->tensors, slamkit ? "lm." : "",
+                                 &suffix, 1, host, NULL);
     strbuf_free(&config);
     return ok;
 }
 
 int slam_model_save(slam_model *m, const char *folder, int format) {
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host) && model_write(m, host, folder, format);
+    float *host = weights_download(m);
+    const int ok = host && model_write(m, host, folder, format);
     free(host);
     return ok;
 }
@@ -6505,21 +6484,27 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     ops->matmul_forward(ops, delta, a->swiglu, w->down.data, NULL, N, F, C);
 }
 
-/* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
+/* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
 static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
     const model_layer *layers = m->layout->layers;
-    const int C = m->config.C, L = m->config.L;
+    const int C = m->config.C;
     slam_act *x = layers[0].a.x;
     ops->embedding_forward(ops, x, a->tokens, w->embed.data, N, C);
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < m->config.L; l++) {
         layer_forward(m, l, x, l ? a->delta : NULL, N, mask, decoder);
         x = layers[l].a.x_mid;
     }
     ops->rmsnorm_forward(ops, a->x_end, a->head_in, a->head_rstd, x, a->delta, w->norm.data, (float)m->config.eps, N, 1,
                          C, C);
+}
+
+static int forward_batch(slam_model *m, const slam_batch *b, int targets, const struct slam_decoder_state *decoder) {
+    if (!batch_upload(m, b, targets)) return 0;
+    forward(m, b->B * b->T, &m->layout->mask, decoder);
+    return 1;
 }
 
 /* The first n rows of logits, (n,P) on the device, as (n,V) on the host. */
@@ -6536,9 +6521,9 @@ static void logits_download(slam_model *m, float *logits, int n) {
     free(host);
 }
 
-/* Losses from head_in, head_rows rows of logits at a time. scale not 0: also the gradients of scale * sum_i weights_i
-   losses_i (weights (N), NULL: 1), of the head and, in dnorm, of head_in. With logits (N,V) on the host: only copies
-   the logits there. */
+/* The head, over head_rows rows of head_in at a time. Computes logits (N,V) on the host, or if that is NULL the losses
+   and, unless scale is 0, the gradients of scale * sum_i weights_i loss_i: that of head_in, in dnorm, and adds that of
+   the head's weight. weights (N), NULL: 1. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6596,7 +6581,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
     ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
 }
 
-/* From dnorm, the gradient of head_in, to the gradients of all weights; the head's are there already. */
+/* From dnorm, the gradient of head_in, to the gradients of all weights but the head's. */
 static void backward(slam_model *m) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6618,17 +6603,15 @@ static void backward(slam_model *m) {
 /* ---- passes over a batch ---- */
 
 int slam_forward(slam_model *m, slam_batch *b) {
-    slam_ops *ops = m->ops;
     const int N = b->B * b->T;
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, 0, NULL, NULL);
-    ops->download(ops, b->losses, m->layout->a.losses, N * sizeof(float));
+    m->ops->download(m->ops, b->losses, m->layout->a.losses, N * sizeof(float));
     m->layout->valid = m->mode != SLAM_INFERENCE;
-    return ops->finish(ops);
+    return m->ops->finish(m->ops);
 }
 
-/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
+/* Computes the logits again: slam_forward keeps head_rows rows of them only. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6647,8 +6630,7 @@ int slam_backward(slam_model *m, const float *weights, double loss) {
 int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
     const int N = b->B * b->T;
     if (!m->grads || m->mode == SLAM_INFERENCE) return set_error("the model is not planned for training");
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, scale, NULL, NULL);
     m->ops->sum(m->ops, m->stats, m->layout->a.losses, N);
     backward(m);
@@ -6656,18 +6638,17 @@ int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
 }
 
 int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
-    if (!batch_upload(m, b, 0)) return 0;
-    forward(m, b->B * b->T, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 0, NULL)) return 0;
     head(m, b->B * b->T, 0, NULL, logits);
     return m->ops->finish(m->ops);
 }
 
 /* ---- decoding ----
-   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
-   needs no logits. */
+   The step that predicts the next token stores the last one's keys and values in the cache (again, after a prefill). So
+   a prefill needs no logits. */
 
-/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
-   the same order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
+   order that does not depend on the longest sequence. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6708,58 +6689,47 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
 
 int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *const *tokens, const int *lengths) {
     slam_model *m = d->model;
-    slam_ops *ops = m->ops;
-    slam_batch *b = &d->state->batch;
+    struct slam_decoder_state *s = d->state;
+    slam_batch *b = &s->batch;
     int longest = 1;
     for (int i = 0; i < n; i++) {
-        if (slots[i] < 0 || slots[i] >= d->slots)
-            return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
-        if (lengths[i] < 1 || lengths[i] > d->T)
-            return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        if (tokens[i][lengths[i] - 1] < 0 || tokens[i][lengths[i] - 1] >= m->config.V) // prefill checks the others
-            return set_error("token %d at the end, expected 0 to %d", tokens[i][lengths[i] - 1], m->config.V - 1);
-        d->length[slots[i]] = lengths[i];
-        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+        if (slots[i] < 0 || slots[i] >= d->slots || lengths[i] < 1 || lengths[i] > d->T)
+            return set_error("a sequence of %d tokens for slot %d, expected 1 to %d tokens and slots 0 to %d",
+                             lengths[i], slots[i], d->T, d->slots - 1);
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
-    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->capacity / T : n;
-    d->state->prefill = 1;
-    for (int first = 0; T && first < n; first += rows) {
-        int *cached = NEW(int, rows); // tokens of a row in the cache: all but the last, then comes padding
+    const int T = (int)round_up(longest, PREFILL_TILE), rows = b->capacity * s->capacity / T;
+    s->prefill = 1;
+    for (int first = 0; first < n; first += rows) {
         b->B = n - first < rows ? n - first : rows;
         b->T = T;
-        for (int i = 0; i < b->B * T; i++) {
-            const int k = first + i / T, t = i % T, in = t < lengths[k] - 1;
+        for (int i = 0; i < b->B * T; i++) { // padding follows each sequence
+            const int k = first + i / T, t = i % T, in = t < lengths[k];
             b->tokens[i] = in ? tokens[k][t] : 0;
             b->doc_start[i] = in ? 0 : t;
-            cached[i / T] += in;
         }
-        const int ok = batch_upload(m, b, 0);
-        ops->upload(ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
-        ops->upload(ops, m->layout->a.lengths, cached, b->B * sizeof(int));
-        free(cached);
-        if (!ok) return 0;
-        forward(m, b->B * T, &m->layout->mask, d->state);
+        m->ops->upload(m->ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
+        m->ops->upload(m->ops, m->layout->a.lengths, lengths + first, b->B * sizeof(int));
+        if (!forward_batch(m, b, 0, s)) return 0;
     }
-    return ops->finish(ops);
+    for (int i = 0; i < n; i++) {
+        d->length[slots[i]] = lengths[i];
+        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+    }
+    return m->ops->finish(m->ops);
 }
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const model_acts *a = &m->layout->a;
-    int n = 0; // rows up to the last sequence; free slots among them compute token 0
-    for (int i = 0; i < d->slots; i++) {
-        if (d->length[i] > d->T)
-            return set_error("the sequence in slot %d has %d tokens, expected at most %d", i, d->length[i], d->T);
-        if (d->length[i]) n = i + 1;
-    }
+    int n = d->slots; // without the free slots at the end; others compute token 0
+    while (n && !d->length[n - 1]) n--;
     if (!decoder_plan(d)) return 0;
     if (n == 0) return 1;
     int *cached = NEW(int, n);
     for (int i = 0; i < n; i++) cached[i] = d->length[i] ? d->length[i] - 1 : 0;
-    m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
-    m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.lengths, cached, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.tokens, d->last, n * sizeof(int));
     free(cached);
     const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
@@ -6769,73 +6739,77 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     return m->ops->finish(m->ops);
 }
 
-void slam_decoder_append(slam_decoder *d, int slot, int token) {
+int slam_decoder_append(slam_decoder *d, int slot, int token) {
+    const int V = d->model->config.V;
+    if (slot < 0 || slot >= d->slots || token >= V)
+        return set_error("token %d for slot %d, expected below %d and slots 0 to %d", token, slot, V, d->slots - 1);
+    if (token >= 0 && d->length[slot] == d->T)
+        return set_error("the sequence in slot %d has %d tokens, the most that it can have", slot, d->T);
     d->last[slot] = token < 0 ? 0 : token;
     d->length[slot] = token < 0 ? 0 : d->length[slot] + 1;
+    return 1;
 }
 
 /* ---- sampling ----
    In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
-   ranking of the logits, so that top-k and top-p together are one threshold. */
+   ranking of the tokens, so top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
-    if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
-        return set_error("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
-    if (s->top_k < 0) return set_error("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
-    if (!(s->top_p >= 0 && s->top_p <= 1)) return set_error("top-p of %g, expected 0 to 1", s->top_p);
-    return (s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
-           set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
+    return (s->temperature >= 0 && s->temperature < HUGE_VAL && s->top_k >= 0 && s->top_p >= 0 && s->top_p <= 1 &&
+            s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
+           set_error("a temperature of %g, top-k of %d, top-p of %g, repetition penalty of %g, expected >= 0, >= 0, "
+                     "0 to 1, > 0",
+                     s->temperature, s->top_k, s->top_p, s->repetition_penalty);
 }
 
 static int compare_larger_first(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
+    const double x = *(const double *)a, y = *(const double *)b;
     return (x < y) - (x > y);
 }
 
-/* The smallest of n logits that is kept. */
-static float sampling_threshold(const float *logits, int n, const slam_sampling *s) {
+/* The smallest of n probabilities, which need not be normalised, that top-k and top-p keep. */
+static double sampling_threshold(const double *p, int n, const slam_sampling *s) {
     int kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
-    double total = 0, sum = 0;
-    float *z = NEW(float, n);
-    memcpy(z, logits, n * sizeof *z);
-    qsort(z, n, sizeof *z, compare_larger_first);
-    while (kept < n && z[kept] == z[kept - 1]) kept++;
-    for (int i = 0; i < kept; i++) total += exp((double)(z[i] - z[0]) / s->temperature);
-    for (int i = 0; s->top_p < 1 && i < kept; i++) {
-        sum += exp((double)(z[i] - z[0]) / s->temperature);
-        if (sum >= s->top_p * total) kept = i + 1;
-    }
-    const float threshold = z[kept - 1];
-    free(z);
+    double total = 0, sum = 0, *sorted = NEW(double, n);
+    memcpy(sorted, p, n * sizeof *p);
+    qsort(sorted, n, sizeof *sorted, compare_larger_first);
+    while (kept < n && sorted[kept] == sorted[kept - 1]) kept++;
+    for (int i = 0; i < kept; i++) total += sorted[i];
+    for (int i = 0; s->top_p < 1 && i < kept; i++)
+        if ((sum += sorted[i]) >= s->top_p * total) kept = i + 1;
+    const double threshold = sorted[kept - 1];
+    free(sorted);
     return threshold;
 }
 
 int slam_sample(float *logits, int V, const unsigned char *seen, const slam_sampling *s, double uniform) {
     const float penalty = (float)s->repetition_penalty;
-    double total = 0, sum = 0;
-    int best = 1;
+    double total = 0, sum = 0, threshold = 0;
+    int drawn = 1;
     if (!sampling_check(s)) return -1;
     for (int v = 1; v < V; v++) {
         float *z = &logits[v];
         if (isnan(*z)) *z = -HUGE_VALF;
         if (seen && seen[v]) *z = *z < 0 ? *z * penalty : *z / penalty;
-        if (*z > logits[best]) best = v;
+        if (*z > logits[drawn]) drawn = v;
     }
-    if (s->temperature == 0) return best;
-    const float threshold = s->top_k > 0 || s->top_p < 1 ? sampling_threshold(logits + 1, V - 1, s) : -HUGE_VALF;
-    const float max = logits[best];
-    for (int v = 1; v < V; v++) total += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-    for (int v = 1; v < V; v++) {
-        sum += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-        if (sum > uniform * total) return v;
+    if (s->temperature == 0) return drawn;
+    double *p = NEW(double, V); // not normalised
+    for (int v = 1; v < V; v++) p[v] = exp((double)(logits[v] - logits[drawn]) / s->temperature);
+    if (s->top_k > 0 || s->top_p < 1) threshold = sampling_threshold(p + 1, V - 1, s);
+    for (int v = 1; v < V; v++) total += p[v] >= threshold ? p[v] : 0;
+    for (int v = 1; v < V && sum <= uniform * total; v++) {
+        sum += p[v] >= threshold ? p[v] : 0;
+        if (sum > uniform * total) drawn = v;
     }
-    return best;
+    free(p);
+    return drawn;
 }
 
 /* ==========================================================================================
    SECTION 8. OPTIMISER  AdamW, schedules, gradient clipping, ZeRO-1
-   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by
-   bucket, and each updates its part of every bucket.
+   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by bucket, and each updates its
+   part of every bucket.
    ========================================================================================== */
 
 /* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ... of
@@ -6854,45 +6828,41 @@ double slam_learning_rate(const slam_schedule *s, long step) {
 /* ---- buckets ----
    Ranges of the array of weights, in the order in which the backward pass completes their gradients: an untied head,
    the layers from last to first, the embedding, then norms and biases. A bucket is as many layers as make a message
-   worth sending, or a part of something large. A single process has one bucket of everything. */
+   worth sending, or a part of something large. */
 
 enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; PyTorch takes 25 MB
 
 typedef struct bucket {
     size_t first, n;         // in the array of weights
     int after;               // its gradients are complete after this layer (as grads_ready counts)
-    size_t part, part_n;     // the part that this rank reduces,
-    size_t update, update_n; // that it updates (the same with ZeRO-1, else all),
-    size_t at;               // and where their moments are
+    size_t part, part_n;     // the range that this rank reduces
+    size_t update, update_n; // the range that it updates: the same with ZeRO-1, else all
+    size_t state;            // where the moments and the float weights of that range begin in m, v and master
 } bucket;
 
 typedef struct slam_buckets {
     bucket *list;
     size_t n, capacity;
-    size_t reduced;  // buckets whose reduction was started since the last update
-    int failed;      // one of these failed
+    size_t reduced;  // buckets whose reduction has begun since the last update
+    int failed;      // the reduction of one has failed
     int sharded;     // ZeRO-1
-    size_t moments;  // numbers of m and v
-    size_t largest;  // numbers of the largest bucket
+    size_t moments;  // numbers of m, of v
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
 static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
-    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1,
-                 each = n ? round_up((n + parts - 1) / parts, 256) : 0;
-    for (size_t i = 0; i < n; i += each) {
-        bucket k = ZERO;
-        k.first = first + i;
-        k.n = n - i < each ? n - i : each;
-        k.after = after;
-        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
-        k.part = k.first + part.first;
-        k.part_n = part.end - part.first;
-        k.update = b->sharded ? k.part : k.first;
-        k.update_n = b->sharded ? k.part_n : k.n;
-        k.at = b->sharded ? b->moments : k.first;
+    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1;
+    const size_t each = n ? round_up((n + parts - 1) / parts, 256) : 0;
+    for (size_t end = first + n; first < end; first += each) {
+        const size_t size = end - first < each ? end - first : each;
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, size);
+        bucket k = {first, size, after, first + part.first, part.end - part.first, first, size, first};
+        if (b->sharded) {
+            k.update = k.part;
+            k.update_n = k.part_n;
+            k.state = b->moments;
+        }
         b->moments += k.update_n;
-        if (k.n > b->largest) b->largest = k.n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
         b->list[b->n++] = k;
     }
@@ -6902,18 +6872,14 @@ static void buckets_plan(slam_buckets *b, const slam_model *m) {
     const model_tensors *t = &m->layout->tensors;
     const int L = m->config.L;
     const size_t layer = (t->layers_end - t->first_layer) / L;
-    if (!b->comm) {
-        bucket_add(b, 0, m->n_weights, -1);
-        return;
-    }
-    bucket_add(b, t->layers_end, m->n_matrices - t->layers_end, L);
+    bucket_add(b, t->layers_end, m->n_decayed - t->layers_end, L);
     for (int end = L, l = L - 1; l >= 0; l--) {
         if (l && (end - l) * layer < BUCKET_MIN) continue;
         bucket_add(b, t->first_layer + l * layer, (end - l) * layer, l);
         end = l;
     }
     bucket_add(b, 0, t->first_layer, -1);
-    bucket_add(b, m->n_matrices, m->n_weights - m->n_matrices, -1);
+    bucket_add(b, m->n_decayed, m->n_weights - m->n_decayed, -1);
 }
 
 /* ---- state ---- */
@@ -6929,56 +6895,43 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
-/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m, o->v or o->master, as far as this rank
-   keeps them. */
-static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+/* Copies weights or moments first .. first + n - 1 to o->m, o->v or o->master, as far as this rank keeps them. */
+static void adamw_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
-        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
-        const size_t end = kept_end < first + n ? kept_end : first + n;
-        if (from < end)
-            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
+        const size_t begin = k->update > first ? k->update : first;
+        const size_t end = k->update + k->update_n < first + n ? k->update + k->update_n : first + n;
+        if (begin < end)
+            ops->upload(ops, to + k->state + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
     }
 }
 
-/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
-static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
-    slam_ops *ops = o->model->ops;
-    slam_buckets *b = o->buckets;
-    if (!b->sharded) {
-        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
-        return ops->finish(ops);
-    }
-    float *whole = (float *)ops->alloc(ops, b->largest * sizeof *whole);
-    int ok = slam_all_ok(b->comm, whole != NULL);
-    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
-        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
-        comm_wait(b->comm);
-        ok = ok && comm_finish(b->comm);
-        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
-    }
-    ops->release(ops, whole);
-    return ok && ops->finish(ops);
+/* Copies o->m, o->v or the float weights (o->master, or the model's if it has them) of all ranks to host (n_weights),
+   which is NULL on ranks other than 0. Between two steps: shards are gathered in the array of gradients. Collective. */
+static int adamw_download(slam_adamw *o, const float *from, float *host) {
+    slam_model *m = o->model;
+    const slam_buckets *b = o->buckets;
+    const int sharded = b->sharded && from != m->master;
+    int ok = 1;
+    for (const bucket *k = b->list; ok && sharded && k < b->list + b->n; k++)
+        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->state, k->n, sizeof *from);
+    comm_wait(b->comm);
+    ok = ok && comm_finish(b->comm);
+    if (ok && host) m->ops->download(m->ops, host, sharded ? m->grads : from, m->n_weights * sizeof *host);
+    if (sharded) m->ops->zero(m->ops, m->grads, m->n_weights * sizeof *m->grads);
+    return ok && m->ops->finish(m->ops);
 }
 
-/* The float weights, likewise. */
-static int master_download(slam_adamw *o, float *host) {
-    if (o->master) return adamw_state_download(o, o->master, host);
-    return !host || weights_download(o->model, host);
-}
-
-/* Keeps this rank's parts of the float weights and frees the model's. */
+/* Keeps this rank's shard of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    float *host = NEW(float, m->n_weights);
-    o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *o->master);
-    const int ok = o->master && weights_download(m, host);
-    if (ok) adamw_state_upload(o, o->master, host, 0, m->n_weights);
+    float *host = weights_download(m);
+    if (host) o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *host);
+    if (o->master) adamw_upload(o, o->master, host, 0, m->n_weights);
     free(host);
-    if (!ok) return 0;
     m->ops->release(m->ops, m->master);
     m->master = NULL;
-    return 1;
+    return o->master != NULL;
 }
 
 int slam_adamw_init(slam_adamw *o, slam_model *m) {
@@ -6990,7 +6943,8 @@ int slam_adamw_init(slam_adamw *o, slam_model *m) {
     o->updates = 0;
     o->m = o->v = o->master = NULL;
     buckets_plan(b, m);
-    int ok = m->master || set_error("the float weights of this model are sharded by another optimiser");
+    int ok = m->grads || set_error("the model is not planned for training");
+    ok = ok && (m->master || set_error("the float weights of this model are sharded by another optimiser"));
     ok = ok && comm_connect(b->comm) && (!b->sharded || ops->act_bytes == 4 || master_shard(o));
     if (ok) o->m = (float *)ops->alloc(ops, b->moments * sizeof(float));
     if (o->m) o->v = (float *)ops->alloc(ops, b->moments * sizeof(float));
@@ -7008,9 +6962,9 @@ void slam_adamw_reset(slam_adamw *o) {
 
 /* ---- a step ---- */
 
-/* Starts the reduction of the buckets that are complete after layer l. */
+/* grads_ready: begins the reduction of the buckets that are complete after layer l. */
 static void reduce_ready(void *context, int l) {
-    slam_adamw *o = (slam_adamw *)context;
+    const slam_adamw *o = (const slam_adamw *)context;
     slam_buckets *b = o->buckets;
     comm_progress(b->comm);
     for (; b->reduced < b->n && b->list[b->reduced].after >= l; b->reduced++) {
@@ -7025,47 +6979,40 @@ void slam_adamw_overlap(slam_adamw *o) {
     o->model->grads_context = o;
 }
 
-/* Updates weights first .. first + n - 1, whose moments are at `at`. Matrices decay, as in Hugging Face's Trainer. */
-static void adamw_range(slam_adamw *o, slam_adamw_params h, size_t first, size_t n, size_t at) {
-    slam_model *m = o->model;
-    if (first < m->n_matrices && first + n > m->n_matrices) { // some of both
-        const size_t matrices = m->n_matrices - first;
-        adamw_range(o, h, first, matrices, at);
-        adamw_range(o, h, m->n_matrices, n - matrices, at + matrices);
-        return;
-    }
-    if (first >= m->n_matrices) h.weight_decay = 0;
-    float *master = o->master ? o->master + at : m->master + first;
-    m->ops->adamw(m->ops, act_at(m->ops, m->weights, first), master, o->m + at, o->v + at, m->grads + first, m->stats,
-                  &h, n);
-}
-
 int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     slam_buckets *b = o->buckets;
     const bucket *end = b->list + b->n;
-    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
+    slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     double stats[2];
-    if (!m->grads) return set_error("the model is not planned for training");
-    reduce_ready(o, -1);
-    comm_wait(b->comm);
-    b->reduced = 0;
-    for (const bucket *k = b->list; k < end; k++)
-        if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
-    int ok = !b->failed && comm_all_reduce(b->comm, m->stats, 2);
-    for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
-        ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
-    comm_wait(b->comm);
+    int ok = 1;
+    if (b->comm) {
+        reduce_ready(o, -1);
+        comm_wait(b->comm);
+        b->reduced = 0;
+        for (const bucket *k = b->list; k < end; k++)
+            if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
+        if (b->failed || !comm_finish(b->comm)) return 0;
+        ops->download(ops, stats, m->stats, sizeof stats);
+        slam_comm_sum(b->comm, stats, 2);
+        ops->upload(ops, m->stats, stats, sizeof stats);
+        for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
+            ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
+        comm_wait(b->comm);
+    } else ops->sum_squares(ops, m->stats + 1, m->grads, m->n_weights);
     for (const bucket *k = b->list; ok && k < end; k++) {
-        slam_act *w = act_at(ops, m->weights, k->first), *part = act_at(ops, m->weights, k->part);
-        if (k->update_n) adamw_range(o, h, k->update, k->update_n, k->at);
-        if (b->sharded) ok = comm_gather_parts(b->comm, w, part, k->n, ops->act_bytes);
+        slam_act *w = act_at(ops, m->weights, k->update);
+        float *master = o->master ? o->master + k->state : m->master + k->update;
+        h.weight_decay = k->first < m->n_decayed ? o->weight_decay : 0; // as in Hugging Face's Trainer
+        if (k->update_n)
+            ops->adamw(ops, w, master, o->m + k->state, o->v + k->state, m->grads + k->update, m->stats, &h,
+                       k->update_n);
+        if (b->sharded) ok = comm_gather_parts(b->comm, act_at(ops, m->weights, k->first), w, k->n, ops->act_bytes);
     }
     comm_wait(b->comm);
-    if (!ok) return 0;
     ops->zero(ops, m->grads, m->n_weights * sizeof(float));
-    if (!comm_finish(b->comm)) return 0;
+    if (!ok || !comm_finish(b->comm)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -7170,7 +7117,7 @@ void slam_data_free(slam_data *d) {
 /* Reads the lines of a .jsonl file as documents; lines without units are skipped. */
 static int token_file_read(token_file *f) {
     units_reader reader;
-    units u = ZERO;
+    slam_units u = ZERO;
     size_t capacity = 0;
     int status;
     if (!units_open(&reader, f->path)) return 0;
@@ -7184,7 +7131,7 @@ static int token_file_read(token_file *f) {
         }
         f->memory[f->n++] = DOCUMENT_TOKEN;
     }
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&reader);
     f->tokens = f->memory;
     if (status == 0 && f->n > UINT32_MAX)
@@ -8467,8 +8414,8 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
    The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
    a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
    over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
-   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
-   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
+   of a product may depend on the other rows (batch_invariant 0), the shape of a batch depends on the length of one
+   recording alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
 enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
@@ -8615,7 +8562,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
-        if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
+        if (ops->batch_invariant) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
         hubert_place(h, &b, K > C ? K : C, h->net.arena);
@@ -8637,8 +8584,8 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
 enum { CENTROID_LANES = 16, CENTROID_FRAMES = 4 }; // frames per pass over the centroids
 typedef float centroid_vector __attribute__((vector_size(4 * CENTROID_LANES), aligned(4), may_alias));
 
-/* unit[i]: the nearest of centroids (K,D), the first of ties, to frame order[i], or i if order is NULL; n of them.
-   distance[i], unless distance is NULL: squared, to that centroid */
+/* For n frames, frame order[i] or, without order, frame i: unit[i] is the nearest of centroids (K,D), of equal ones the
+   first; distance[i], unless NULL, the squared distance. */
 UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order, size_t n, const float *centroids,
                                       int K, int D, int *unit, float *distance) {
     float *packed = NEW(float, (size_t)(K + CENTROID_LANES) * D);
@@ -8683,12 +8630,13 @@ UNFUSED static void centroids_nearest(const float *frames, const uint32_t *order
 /* ---- k-means ---- */
 
 /* k-means of x (n,D) to centroids (K,D): k-means++ (Arthur and Vassilvitskii 2007), 100 mini-batches (Sculley 2010),
-   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The same for any threads. */
+   full passes (Lloyd 1982; at most 101) until one lowers the inertia by less than 0.01 %. The result does not depend on
+   the number of threads. */
 UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint64_t seed, float *centroids,
                               slam_progress_fn *progress, void *context, slam_kmeans_report *report) {
     enum { COLUMNS_AT_ONCE = 16 };
     const size_t candidates = n < 100 * K ? n : 100 * K, m = n < 10000 ? n : 10000;
-    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; 1: the reservoir, 2: order of files
+    uint64_t state = rng_stream(seed, 0x6b6d, 0); // "km"; slam_tokenizer_fit has streams 1 and 2
     double before = INFINITY;
     slam_progress p = {"fit", 0, 0, 0, NULL, NULL};
     memset(report, 0, sizeof *report);
@@ -8699,7 +8647,7 @@ UNFUSED static int kmeans_fit(const float *x, size_t n, size_t D, size_t K, uint
         if (!isfinite(x[i])) return set_error("k-means: frame %zu has a number that is not finite", i / D);
     uint32_t *order = NEW(uint32_t, n);                        // permuted; candidates and mini-batches are ranges of it
     int *unit = NEW(int, n), more = 1;                         // nearest centroids
-    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid drawn last
+    float *distance = NEW(float, 2 * n), *last = distance + n; // squared, to these; to the centroid that was drawn last
     size_t *count = NEW(size_t, K);                            // frames per centroid
     double *sum = NEW(double, K *D);                           // of the frames of each
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
@@ -8798,31 +8746,31 @@ static const field unit_config_fields[] = {
 enum { N_UNIT_FIELDS = sizeof unit_config_fields / sizeof *unit_config_fields };
 
 /* km.npy -> km.json */
-static char *unit_config_path(const char *km_npy) {
-    return string_print("%.*s.json", (int)strlen(km_npy) - 4 * string_ends(km_npy, ".npy"), km_npy);
+static slam_path unit_config_path(const char *km_npy) {
+    slam_path path;
+    snprintf(path.at, sizeof path.at, "%.*s.json", (int)strlen(km_npy) - 4 * string_ends(km_npy, ".npy"), km_npy);
+    return path;
 }
 
 int slam_unit_config_load(slam_unit_config *config, const char *km_npy) {
+    const slam_path path = unit_config_path(km_npy);
     slam_unit_config c = *config;
-    char *path = unit_config_path(km_npy);
-    const int exists = path_is_file(path);
-    json *root = exists ? json_load(path) : NULL;
+    if (!path_is_file(path.at)) return 1;
+    json *root = json_load(path.at);
     const char *features = json_string(root, "features", "");
-    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path);
+    int ok = root && fields_read(root, unit_config_fields, N_UNIT_FIELDS, &c, path.at);
     c.features = !strcmp(features, "hubert");
     if (!*c.hubert) snprintf(c.hubert, sizeof c.hubert, "%s", json_string(root, "hubert", ""));
     if (ok && strcmp(features, feature_names[c.features]))
-        ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path, features);
+        ok = set_error("%s: 'features' is \"%s\", expected \"mfcc\" or \"hubert\"", path.at, features);
     if (ok) *config = c;
     json_free(root);
-    free(path);
-    return ok || !exists;
+    return ok;
 }
 
 /* Writes KM.json and then KM.npy: if KM.npy exists, both are complete. */
 static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const slam_kmeans_report *report) {
     slam_unit_config c = t->config;
-    char *path = unit_config_path(km_npy);
     strbuf s = ZERO;
     c.fingerprint = t->fingerprint;
     strbuf_add(&s, "{\n  \"features\": \"%s\",\n  \"hubert\": ", feature_names[c.features]);
@@ -8835,22 +8783,9 @@ static int tokenizer_save(const slam_tokenizer *t, const char *km_npy, const sla
     strbuf_add(&s, t->durations ? "],\n" : ",\n");
     fields_write(&s, unit_config_fields, N_UNIT_FIELDS, &c, "  ");
     strbuf_add(&s, "}\n");
-    const int ok = file_write(path, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
+    const int ok =
+        file_write(unit_config_path(km_npy).at, s.at, s.n) && npy_write(km_npy, t->centroids, t->K, t->width);
     strbuf_free(&s);
-    free(path);
-    return ok;
-}
-
-/* The mean durations in KM.json, if it has them. */
-static int durations_load(slam_tokenizer *t, const char *km_npy) {
-    char *path = unit_config_path(km_npy);
-    json *root = path_is_file(path) ? json_load(path) : NULL;
-    const json *list = json_get(root, "durations");
-    int ok = !list || units_parse_list(list, path, &t->durations);
-    if (ok && list && list->n != (size_t)t->K)
-        ok = set_error("%s: has %zu durations, expected %d", path, list->n, t->K);
-    json_free(root);
-    free(path);
     return ok;
 }
 
@@ -8878,6 +8813,23 @@ static int tokenizer_complete(slam_tokenizer *t, const char *km_npy, size_t K, s
     return !t->hubert || hubert_set_centroids(t->hubert, t->centroids, K);
 }
 
+/* Reads the centroids, and their units' mean durations from KM.json, if it has them. */
+static int tokenizer_read(slam_tokenizer *t, const char *km_npy) {
+    const slam_path path = unit_config_path(km_npy);
+    const uint64_t made = t->config.fingerprint;
+    size_t K, D;
+    if (!npy_read(km_npy, &t->centroids, &K, &D) || !tokenizer_complete(t, km_npy, K, D)) return 0;
+    if (made && made != t->fingerprint)
+        return set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
+                         km_npy, (unsigned long long)made, t->hubert ? " and model" : "", t->fingerprint);
+    json *root = path_is_file(path.at) ? json_load(path.at) : NULL;
+    const json *list = json_get(root, "durations");
+    int ok = !list || units_parse_list(list, path.at, &t->durations);
+    if (ok && list && list->n != K) ok = set_error("%s: has %zu durations, expected %zu", path.at, list->n, K);
+    json_free(root);
+    return ok;
+}
+
 void slam_tokenizer_free(slam_tokenizer *t) {
     if (!t) return;
     hubert_free(t->hubert);
@@ -8890,7 +8842,6 @@ void slam_tokenizer_free(slam_tokenizer *t) {
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *config, slam_ops *ops) {
     slam_tokenizer *t = NEW(slam_tokenizer, 1);
     slam_unit_config *c = &t->config;
-    size_t K = 0, D = 0;
     int ok = 1;
     *c = *config;
     if (c->features == SLAM_HUBERT) {
@@ -8907,22 +8858,12 @@ slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *
         t->mfcc = mfcc_new(c->rate);
         t->width = MFCC_WIDTH;
     } else ok = set_error("MFCC of %d frames per second, expected 25 or 50", c->rate);
-    if (ok && km_npy) ok = npy_read(km_npy, &t->centroids, &K, &D) && tokenizer_complete(t, km_npy, K, D);
-    if (ok && km_npy && c->fingerprint && c->fingerprint != t->fingerprint)
-        ok = set_error("%s: its .json has fingerprint %llu, centroids and settings%s %u: they do not belong together",
-                       km_npy, (unsigned long long)c->fingerprint, t->hubert ? " and model" : "", t->fingerprint);
-    if (ok && (!km_npy || durations_load(t, km_npy))) return t;
+    if (ok && (!km_npy || tokenizer_read(t, km_npy))) return t;
     slam_tokenizer_free(t);
     return NULL;
 }
 
 /* ---- units ---- */
-
-void slam_units_free(slam_units *u) {
-    free(u->unit);
-    free(u->duration);
-    memset(u, 0, sizeof *u);
-}
 
 /* Run-length encodes unit (n) in place; without dedup all durations are 1. Returns how many remain. */
 static size_t units_merge(int *unit, int *duration, size_t n, int dedup) {
@@ -8942,39 +8883,32 @@ static size_t tokenizer_frames(const slam_tokenizer *t, size_t samples) {
     return samples <= window ? samples > 0 : 1 + (samples - window + step - 1) / step;
 }
 
-static int units_encode(const slam_tokenizer *t, slam_recording **list, int n) {
-    int ok = 1;
+int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
+    slam_recording **list = NEW(slam_recording *, n);
     for (int i = 0; i < n; i++) {
-        slam_recording *r = list[i];
-        const size_t frames = tokenizer_frames(t, r->n);
-        const slam_units u = {t->K ? NEW(int, frames) : NULL, t->K ? NEW(int, frames) : NULL, 0, frames, r->n};
-        r->units = u;
-        r->features = t->K && t->hubert ? NULL : NEW(float, frames *(size_t)t->width);
-    }
-    if (t->hubert) ok = hubert_compute(t, list, n);
-    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
-    for (int i = 0; i < (t->hubert ? 0 : n); i++) {
-        slam_recording *r = list[i];
-        mfcc_compute(t->mfcc, t->config.normalize, r->features, r->units.frames, r->samples, r->n);
-        if (t->K)
-            centroids_nearest(r->features, NULL, r->units.frames, t->centroids, t->K, t->width, r->units.unit, NULL);
-    }
-    for (int i = 0; i < n; i++) {
-        slam_recording *r = list[i];
+        slam_recording *r = list[i] = &recordings[i];
         slam_units *u = &r->units;
-        if (ok && t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
+        u->samples = r->n;
+        u->frames = tokenizer_frames(t, r->n);
+        u->n = 0;
+        u->unit = t->K ? NEW(int, u->frames) : NULL;
+        u->duration = t->K ? NEW(int, u->frames) : NULL;
+        r->features = t->K && t->hubert ? NULL : NEW(float, u->frames *(size_t)t->width);
+    }
+    const int ok = !t->hubert || hubert_compute(t, list, n);
+    SLAM_PRAGMA(omp parallel for schedule(dynamic) if (n > 1))
+    for (int i = 0; i < n; i++) {
+        slam_recording *r = &recordings[i];
+        slam_units *u = &r->units;
+        if (t->mfcc) mfcc_compute(t->mfcc, t->config.normalize, r->features, u->frames, r->samples, r->n);
+        if (t->mfcc && t->K)
+            centroids_nearest(r->features, NULL, u->frames, t->centroids, t->K, t->width, u->unit, NULL);
+        if (t->K) u->n = units_merge(u->unit, u->duration, u->frames, t->config.dedup);
         if (ok && !t->K) continue;
         free(r->features);
         r->features = NULL;
         if (!ok) slam_units_free(u);
     }
-    return ok;
-}
-
-int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n) {
-    slam_recording **list = NEW(slam_recording *, n);
-    for (int i = 0; i < n; i++) list[i] = &recordings[i];
-    const int ok = units_encode(t, list, n);
     free((void *)list);
     return ok;
 }
@@ -8984,22 +8918,16 @@ int slam_units_encode(const slam_tokenizer *t, slam_recording *recordings, int n
 /* ---- voices: shell commands that synthesise speech ---- */
 
 /* Opens the audio that a voice synthesises. Returns 1, 0 if it fails for this text, -1 if the command cannot be run.
-   {text} becomes ${text}, a variable, which the shell does not parse; `set -f; IFS=`: nor split without quotes. */
+   {text} becomes ${text}: the shell does not parse a variable's value and, after `set -f; IFS=`, does not split it. */
 static int voice_open(audio *a, const char *voice, const char *text, const char *name) {
     FILE *log = tmpfile();
-    char line[390], last[400] = "", path[32]; // last: line on stderr
+    char line[390], last[400] = "", path[32]; // last: the last line on stderr
     strbuf s = ZERO;
     strbuf_add(&s, "trap '' HUP INT QUIT TERM; exec </dev/null 2>/dev/fd/%d; set -f; IFS=\n", log ? fileno(log) : 2);
     strbuf_add(&s, *text == '-' ? "text=' " : "text='"); // else a text that starts with - would be a flag
-    for (const char *c = text; *c; c++) {
-        if (*c == '\'') strbuf_add(&s, "'\\'"); // it's: 'it'\''s'
-        strbuf_add_bytes(&s, c, 1);
-    }
+    for (; *text; text++) strbuf_add(&s, "%s%c", *text == '\'' ? "'\\'" : "", *text); // it's: 'it'\''s'
     strbuf_add(&s, "'; export text; %s{ ", strstr(voice, "{text}") ? "" : "printf '%s\\n' \"$text\" | ");
-    for (const char *c = voice; *c; c++) {
-        if (!strncmp(c, "{text}", 6)) strbuf_add(&s, "$");
-        strbuf_add_bytes(&s, c, 1);
-    }
+    for (; *voice; voice++) strbuf_add(&s, "%s%c", strncmp(voice, "{text}", 6) ? "" : "$", *voice);
     strbuf_add(&s, "\n}");
     FILE *out = log ? popen(s.at, "r") : NULL;
     strbuf_free(&s);
@@ -9034,17 +8962,12 @@ void slam_inputs_free(slam_inputs *in) {
     memset(in, 0, sizeof *in);
 }
 
-/* Extensions of audio files: first those that are inputs if in a folder, in every build; then those that are counted */
+/* In a folder, files with the first READ_EXTENSIONS of these are inputs (in every build); others are counted. */
 enum { READ_EXTENSIONS = 18, AUDIO_EXTENSIONS = 38 };
 static const char *const audio_extensions[AUDIO_EXTENSIONS] = {
     "wav", "flac", "ogg", "oga",  "opus", "mp3", "mp2", "aif", "aiff", "aifc", "au",  "snd", "caf",
     "w64", "rf64", "sph", "nist", "voc",  "m4a", "m4b", "mp4", "aac",  "webm", "wma", "amr", "3gp",
     "mka", "mkv",  "mov", "avi",  "spx",  "ac3", "ape", "wv",  "tta",  "shn",  "pcm", "raw"};
-
-typedef struct audio_list {
-    slam_strings *paths;
-    size_t passed_over[AUDIO_EXTENSIONS + 1]; // by extension; the last: other files
-} audio_list;
 
 /* Index of the name's extension in audio_extensions; AUDIO_EXTENSIONS: none. */
 static int audio_extension(const char *name) {
@@ -9054,42 +8977,39 @@ static int audio_extension(const char *name) {
     return i;
 }
 
-/* The folders above the one that is listed, to detect loops of symbolic links. */
-typedef struct parents {
+/* A folder and those above it, to detect loops of symbolic links. */
+typedef struct folder_chain {
     dev_t device;
     ino_t inode;
-    const struct parents *above;
-} parents;
+    const struct folder_chain *above;
+} folder_chain;
 
-/* Adds a path, or the audio files in a folder and below it. */
-static int list_audio(audio_list *list, const char *path, const parents *above) {
+/* Adds a path to in->paths, or the audio files in a folder and below it. */
+static int inputs_add_audio(slam_inputs *in, const char *path, const folder_chain *above) {
     struct stat s;
     const int exists = stat(path, &s) == 0; // a missing file is reported when it is opened
-    const size_t before = list->paths->n;
+    const size_t before = in->paths.n;
     slam_strings names = ZERO;
     if (!exists || !S_ISDIR(s.st_mode)) {
-        const int extension = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
-        if (!above || extension < READ_EXTENSIONS) slam_strings_add(list->paths, path);
-        else list->passed_over[extension]++;
+        const int i = !exists || S_ISREG(s.st_mode) ? audio_extension(path) : AUDIO_EXTENSIONS;
+        if (!above || i < READ_EXTENSIONS) slam_strings_add(&in->paths, path);
+        else in->passed_over[i]++;
         return 1;
     }
-    for (const parents *p = above; p; p = p->above)
-        if (p->device == s.st_dev && p->inode == s.st_ino) return 1;
-    const parents here = {s.st_dev, s.st_ino, above};
+    for (const folder_chain *f = above; f; f = f->above)
+        if (f->device == s.st_dev && f->inode == s.st_ino) return 1;
+    const folder_chain here = {s.st_dev, s.st_ino, above};
     int ok = folder_list(path, &names);
-    for (size_t i = 0; ok && i < names.n; i++) {
-        char *below = string_print("%s%s%s", path, string_ends(path, "/") ? "" : "/", names.at[i]);
-        ok = list_audio(list, below, &here);
-        free(below);
-    }
+    for (size_t i = 0; ok && i < names.n; i++) ok = inputs_add_audio(in, path_join(path, names.at[i]).at, &here);
     slam_strings_free(&names);
-    if (ok && !above && list->paths->n == before)
+    if (ok && !above && in->paths.n == before)
         ok = set_error("%s: no audio file (.wav, .flac, .ogg, .mp3, ...) in this folder or below it", path);
     return ok;
 }
 
-/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. */
-static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity) {
+/* Adds the non-blank lines of a file (-: stdin), without leading spaces and trailing white space other than tabs. In a
+   list of audio files, lines that begin with # are comments. */
+static int inputs_add_lines(slam_inputs *in, const char *path) {
     file_map *map = &in->files[in->paths.n];
     if (!strcmp(path, "-")) path = "/dev/stdin";
     slam_strings_add(&in->paths, path);
@@ -9100,8 +9020,8 @@ static int inputs_add_lines(slam_inputs *in, const char *path, size_t *capacity)
     for (; (l.text = next_line(&at, end, &l.n)) != NULL; l.number++) {
         while (l.n && isspace((unsigned char)l.text[l.n - 1]) && l.text[l.n - 1] != '\t') l.n--;
         while (l.n && *l.text == ' ') l.text++, l.n--;
-        if (!l.n) continue;
-        GROW(struct slam_line, in->lines, *capacity, in->n + 1);
+        if (!l.n || (in->kind == SLAM_INPUT_AUDIO && *l.text == '#')) continue;
+        GROW(struct slam_line, in->lines, in->capacity, in->n + 1);
         in->lines[in->n++] = l;
     }
     return 1;
@@ -9114,50 +9034,44 @@ static size_t line_path_length(const struct slam_line *l) {
     return n > 1 && l->text[n - 1] == '\t' ? n - 1 : l->n;
 }
 
-/* Adds the audio files of a list. In a manifest the first line is the root, without a tab, and the second line ends in
-   a number of samples. Lines that begin with # are comments. */
-static int inputs_add_list(slam_inputs *in, audio_list *list, const char *path) {
-    slam_inputs lines = ZERO;
+/* Adds the audio files of a list, or of fairseq's manifest: a root (without a tab), then path, tab, samples. */
+static int inputs_add_list(slam_inputs *in, const char *path) {
+    slam_inputs list = ZERO;
     char name[PATH_MAX];
-    size_t n = 0, folders = 0, number = 0;
-    int ok = slam_inputs_open(&lines, SLAM_INPUT_UNITS, &path, 1);
-    struct slam_line *l = lines.lines;
-    for (size_t i = 0; i < lines.n; i++)
-        if (*l[i].text != '#') l[n++] = l[i];
-    const int manifest = n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
-    for (size_t i = manifest; ok && i < n; i++) {
+    size_t folder = 0; // line of the first one
+    list.files = NEW(file_map, 1);
+    int ok = inputs_add_lines(&list, path) && (list.n > 0 || set_error("%s: has no lines", path));
+    const struct slam_line *l = list.lines;
+    const int manifest = list.n > 1 && !memchr(l->text, '\t', l->n) && line_path_length(&l[1]) < l[1].n;
+    for (size_t i = manifest; ok && i < list.n; i++) {
         const int below_root = manifest && *l[i].text != '/';
         snprintf(name, sizeof name, "%.*s%s%.*s", below_root ? (int)l->n : 0, l->text, below_root ? "/" : "",
                  (int)line_path_length(&l[i]), l[i].text);
         if (memchr(l[i].text, 0, l[i].n))
-            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l[i].path, l[i].number);
-        else ok = list_audio(list, name, NULL);
-        if (ok && path_is_folder(name) && !folders++) number = l[i].number;
+            ok = set_error("%s:%zu: contains a zero byte, expected UTF-8", l->path, l[i].number);
+        else ok = inputs_add_audio(in, name, NULL);
+        if (!folder && path_is_folder(name)) folder = l[i].number;
     }
-    if (ok && folders) {
-        snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", l->path, number);
-        slam_strings_add(&in->notes, name);
-    }
-    slam_inputs_free(&lines);
+    snprintf(name, sizeof name, "%s:%zu: is a folder; all audio files in it are inputs", path, folder);
+    if (folder) slam_strings_add(&in->notes, name);
+    slam_inputs_free(&list);
     return ok;
 }
 
 int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t n) {
-    audio_list list = {&in->paths, ZERO};
     strbuf note = ZERO;
-    size_t capacity = 0;
     int ok = 1;
     in->kind = kind;
     if (kind != SLAM_INPUT_AUDIO) in->files = NEW(file_map, n);
     for (size_t i = 0; ok && i < n; i++) {
         const int is_list = *paths[i] == '@';
-        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i], &capacity);
-        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, &list, paths[i] + is_list);
-        else ok = list_audio(&list, paths[i], NULL);
+        if (kind != SLAM_INPUT_AUDIO) ok = inputs_add_lines(in, paths[i]);
+        else if (is_list || !strcmp(paths[i], "-")) ok = inputs_add_list(in, paths[i] + is_list);
+        else ok = inputs_add_audio(in, paths[i], NULL);
     }
     for (int i = READ_EXTENSIONS; i < AUDIO_EXTENSIONS; i++)
-        if (list.passed_over[i])
-            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", list.passed_over[i], audio_extensions[i]);
+        if (in->passed_over[i])
+            strbuf_add(&note, "%s%zu .%s", note.n ? ", " : "", in->passed_over[i], audio_extensions[i]);
     if (note.n) strbuf_add(&note, ": not read; convert them, e.g. with ffmpeg -i IN.m4a OUT.wav");
     if (note.n && ok) slam_strings_add(&in->notes, note.at);
     else if (note.n) set_error("%s; %s", slam_error(), note.at);
@@ -9173,48 +9087,42 @@ int slam_inputs_open(slam_inputs *in, int kind, const char *const *paths, size_t
 static uint64_t inputs_hash(uint64_t hash, const slam_inputs *in) {
     const double numbers[] = {(double)in->kind,    (double)in->pairs_out, (double)in->first, (double)in->end,
                               (double)in->paths.n, in->max_seconds,       in->max_repetition};
-    const slam_strings *const lists[] = {&in->paths, &in->voices};
     hash = hash_bytes(hash, numbers, sizeof numbers);
-    for (size_t i = 0; in->files && i < in->paths.n; i++)
-        hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
-    for (int k = 0; k < 2; k++)
-        for (size_t i = 0; i < lists[k]->n; i++) hash = hash_bytes(hash, lists[k]->at[i], strlen(lists[k]->at[i]) + 1);
+    for (size_t i = 0; i < in->paths.n; i++) {
+        hash = hash_bytes(hash, in->paths.at[i], strlen(in->paths.at[i]) + 1);
+        if (in->files) hash = hash_bytes(hash, &in->files[i].size, sizeof in->files[i].size);
+    }
+    for (size_t i = 0; i < in->voices.n; i++) hash = hash_bytes(hash, in->voices.at[i], strlen(in->voices.at[i]) + 1);
     return hash;
 }
 
 /* ---- reading: inputs -> segments -> units ----
-   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair. */
+   An input becomes an item. Its sources (audio files, texts) are decoded to segments: documents, or sides of a pair.
+   The segments of a chunk are decoded in parallel and encoded together. It ends after `limit` samples, to bound memory,
+   or at `deadline`, to react to signals; the next chunk continues in the middle of a file. */
 
 static const char *const pair_sides[3] = {"prompt", "chosen", "rejected"};
-static const char *const pair_paths[3] = {"prompt_path", "chosen_path", "rejected_path"};
-static const char *const pair_texts[3] = {"prompt_text", "chosen_text", "rejected_text"};
-
-typedef struct segment {
-    slam_recording recording; // samples, until they are encoded; then units, or features for a fit
-    char *name;               // file_name of a line of units, or NULL
-    double start, end;        // seconds in the file; 0, 0: all of it
-} segment;
 
 struct slam_item {
-    char *name;    // "a.wav" or "stories.txt:12"
-    char *members; // pairs: members that are copied to the output, as JSON
-    segment *segments;
+    char *name;               // "a.wav" or "stories.txt:12"
+    char *members;            // pairs: members that are copied to the output, as JSON: `"id": 7, `
+    slam_recording *segments; // (n) samples, until they are encoded; then units, or features for a fit
     size_t n, capacity;
-    slam_strings sources; // audio files, or texts to synthesise; none: units, or max_repetition
+    slam_strings sources; // audio files, or texts to synthesise; none: a line of units, or a repetitive pair
     size_t input, source; // source: index of the current one
-    audio file;
-    int done;    // 1; -1: failed, as every other input will
-    char *error; // why it is skipped, or NULL
+    audio file;           // the current source, while it is open
+    char *error;          // why the input is skipped, or NULL
+    int done;             // 1: nothing is left to decode; -1: the voice cannot be run, for any input
 };
 
 enum { READER_ITEMS = 256 };
 struct slam_reader {
     const slam_inputs *inputs;
-    const slam_tokenizer *tokenizer;        // during a fit without centroids; may be NULL for units
-    slam_item *items[READER_ITEMS], *taken; // (n) in progress, in input order; returned last
-    size_t next, n;                         // next: index of the next input to start
-    double audio_seconds, deadline;         // decoded so far; a chunk ends then, to react to signals
-    int64_t samples, limit;                 // decoded in this chunk; it ends at limit, to bound memory
+    const slam_tokenizer *tokenizer; // without centroids during a fit; NULL: of units, unknown
+    slam_item *items[READER_ITEMS];  // (n) in input order
+    size_t n, taken, next;           // taken: 1 if the caller has items[0]; next: index of the next input to start
+    double audio_seconds, deadline;  // decoded in all
+    int64_t samples, limit;          // decoded in this chunk
 };
 
 slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, size_t first) {
@@ -9226,12 +9134,10 @@ slam_reader *slam_reader_open(const slam_inputs *in, const slam_tokenizer *t, si
 }
 
 static void item_free(slam_item *item) {
-    if (!item) return;
-    for (segment *s = item->segments; s < item->segments + item->n; s++) {
-        free((void *)s->recording.samples);
-        free(s->recording.features);
-        slam_units_free(&s->recording.units);
-        free(s->name);
+    for (slam_recording *s = item->segments; s < item->segments + item->n; s++) {
+        free((void *)s->samples);
+        free(s->features);
+        slam_units_free(&s->units);
     }
     audio_close(&item->file);
     slam_strings_free(&item->sources);
@@ -9244,144 +9150,140 @@ static void item_free(slam_item *item) {
 
 void slam_reader_close(slam_reader *r) {
     for (size_t i = 0; i < r->n; i++) item_free(r->items[i]);
-    item_free(r->taken);
     free(r);
-}
-
-/* Parses a line of units; each must be less than K. */
-static int parse_units(slam_item *item, const json *line, int K) {
-    units u = ZERO;
-    int ok = units_from_json(line, item->name, &u);
-    const segment s = {{NULL, 0, NULL, {u.unit, u.duration, u.n, 0, 0}}, u.name, u.start, u.end};
-    item->segments = NEW(segment, 1);
-    item->segments[item->n++] = s;
-    for (size_t i = 0; ok && i < u.n; i++) {
-        item->segments->recording.units.frames += u.duration ? (size_t)u.duration[i] : 1;
-        if (u.unit[i] >= K)
-            ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u.unit[i], K);
-    }
-    return ok;
-}
-
-/* Appends a member to those that a pair's JSON object begins with. */
-static void pair_add(strbuf *members, const char *key, const char *text, int quoted) {
-    strbuf_add(members, members->n ? ", " : "");
-    strbuf_add_json(members, key);
-    strbuf_add(members, quoted ? ": " : ": %s", text);
-    if (quoted) strbuf_add_json(members, text);
 }
 
 /* Parses a line that names three audio files, relative to the file of lines. All its members except arrays, objects and
    those named as sides are copied to the output. */
-static int parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
+static int item_parse_pair(slam_item *item, const json *line, const char *file, double max_repetition) {
     const char *prompt = json_string(line, "prompt_text", NULL), *chosen = json_string(line, "chosen_text", NULL);
     strbuf members = ZERO;
     if (prompt && chosen && pair_repeats(prompt, chosen, max_repetition)) return 1;
     for (int side = 0; side < 3; side++) {
-        const char *name = json_string(line, pair_paths[side], "");
-        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, pair_paths[side]);
-        char *path = string_print("%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
-        slam_strings_add(&item->sources, path);
-        free(path);
+        char key[16];
+        snprintf(key, sizeof key, "%s_path", pair_sides[side]);
+        const char *name = json_string(line, key, "");
+        if (!*name) return set_error("%s: expected an object with a string '%s'", item->name, key);
+        slam_path path;
+        snprintf(path.at, sizeof path.at, "%.*s%s", *name == '/' ? 0 : (int)(path_name(file) - file), file, name);
+        slam_strings_add(&item->sources, path.at);
     }
     for (const json *j = line->first; j; j = j->next) {
         int copied = j->type != JSON_ARRAY && j->type != JSON_OBJECT;
-        for (int i = 0; i < 3; i++) copied &= strcmp(j->key, pair_sides[i]) != 0;
-        const int quoted = j->type == JSON_STRING; // else a number's text, true, false or null
-        if (copied) pair_add(&members, j->key, quoted ? j->string : json_describe(j), quoted);
+        for (int side = 0; side < 3; side++) copied &= strcmp(j->key, pair_sides[side]) != 0;
+        if (!copied) continue;
+        strbuf_add_json(&members, j->key);
+        strbuf_add(&members, ": ");
+        if (j->type == JSON_STRING) strbuf_add_json(&members, j->string);
+        else strbuf_add(&members, "%s", json_describe(j)); // a number's text, true, false or null
+        strbuf_add(&members, ", ");
     }
     item->members = members.at;
     return 1;
 }
 
 /* Parses a line of text, or of the texts of a pair, separated by tabs. */
-static int parse_text(slam_item *item, char *text, const slam_inputs *in) {
+static int item_parse_text(slam_item *item, const struct slam_line *l, const slam_inputs *in) {
     slam_strings *texts = &item->sources;
+    char *line = string_copy_n(l->text, l->n), *rest = line;
     strbuf members = ZERO;
-    for (char *field; (field = strsep(&text, in->pairs_out ? "\t" : "")) != NULL;) { // "": all of it
-        if (in->pairs_out) pair_add(&members, pair_texts[texts->n % 3], field, 1);   // more are an error below
-        slam_strings_add(texts, field);
-    }
-    item->members = members.at;
+    while (rest) slam_strings_add(texts, strsep(&rest, in->pairs_out ? "\t" : "")); // "": all of it
+    free(line);
+    if (memchr(l->text, 0, l->n)) return set_error("%s: contains a zero byte, expected text", item->name);
     if (!in->pairs_out) return 1;
     if (texts->n != 3) return set_error("%s: %zu fields separated by tabs, expected 3", item->name, texts->n);
+    for (int side = 0; side < 3; side++) {
+        strbuf_add(&members, "\"%s_text\": ", pair_sides[side]);
+        strbuf_add_json(&members, texts->at[side]);
+        strbuf_add(&members, ", ");
+    }
+    item->members = members.at;
     if (pair_repeats(texts->at[0], texts->at[1], in->max_repetition)) slam_strings_free(texts);
     return 1;
 }
 
-static int item_parse(const slam_reader *r, slam_item *item, const struct slam_line *l) {
-    const slam_inputs *in = r->inputs;
-    item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
-    if (!l) slam_strings_add(&item->sources, item->name);
-    if (!l) return 1;
-    if (in->kind == SLAM_INPUT_TEXT) {
-        char *text = string_copy_n(l->text, l->n);
-        const int ok = strlen(text) == l->n ? parse_text(item, text, in)
-                                            : set_error("%s: contains a zero byte, expected text", item->name);
-        free(text);
-        return ok;
-    }
+/* Parses the input's line: units, each less than K, or sources. */
+static int item_parse(slam_item *item, const slam_inputs *in, const struct slam_line *l, int K) {
+    if (in->kind == SLAM_INPUT_TEXT) return item_parse_text(item, l, in);
     json *line = json_parse(l->text, l->n, item->name);
     int ok = line != NULL;
-    if (ok && in->kind == SLAM_INPUT_UNITS) ok = parse_units(item, line, r->tokenizer ? r->tokenizer->K : 65534);
-    else if (ok) ok = parse_pair(item, line, l->path, in->max_repetition);
+    if (ok && in->kind == SLAM_INPUT_PAIRS) ok = item_parse_pair(item, line, l->path, in->max_repetition);
+    else if (ok) {
+        item->segments = NEW(slam_recording, item->n = 1);
+        slam_units *u = &item->segments->units;
+        ok = units_from_json(line, item->name, u);
+        for (size_t i = 0; ok && i < u->n; i++) {
+            u->frames += u->duration ? (size_t)u->duration[i] : 1;
+            if (u->unit[i] >= K)
+                ok = set_error("%s: unit %zu is %d, expected less than %d", item->name, i + 1, u->unit[i], K);
+        }
+    }
     json_free(line);
     return ok;
 }
 
-/* Opens the current source. Returns as voice_open. */
-static int item_open(const slam_reader *r, slam_item *item, const struct slam_line *l) {
+/* Decodes the next segment of the current source. Returns 1, 0 on error, -1 if the voice cannot be run. */
+static int item_decode(slam_reader *r, slam_item *item, const struct slam_line *l) {
     const slam_strings *voices = &r->inputs->voices; // in turn, by line number
+    const slam_hubert *hubert = r->tokenizer->hubert;
+    const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
     const char *source = item->sources.at[item->source];
     audio *a = &item->file;
-    char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
-    const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
-                             : audio_open(a, source, name);
-    free(name);
-    a->channel = r->tokenizer->config.channel;
-    if (ok <= 0 || a->channel <= a->channels) return ok;
-    return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
+    float *samples;
+    size_t n;
+    if (!a->name) {
+        char *name = string_print("%s%s%s", l ? item->name : "", l ? ": " : "", source);
+        const int ok = voices->n ? voice_open(a, voices->at[(l->number - 1) % voices->n], source, item->name)
+                                 : audio_open(a, source, name);
+        free(name);
+        if (ok <= 0) return ok;
+        a->channel = r->tokenizer->config.channel;
+        if (a->channel > a->channels)
+            return set_error("%s: channel %d is to be read, the file has %d", a->name, a->channel, a->channels);
+    }
+    if (audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) <= 0) return 0;
+    SLAM_PRAGMA(omp atomic)
+    r->samples += (int64_t)n;
+    const int whole = a->start == 0 && a->last, any = tokenizer_frames(r->tokenizer, n) > 0;
+    const slam_recording s = {samples, n, NULL, {NULL, NULL, 0, 0, 0, whole ? 0 : a->start, whole ? 0 : a->end, NULL}};
+    GROW(slam_recording, item->segments, item->capacity, item->n + 1);
+    if (any && n < limit) item->segments[item->n++] = s;
+    else free(samples);
+    if (n >= limit) return set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
+    if (whole && !any) // a segment is dropped
+        return set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
+    if (!a->last) return 1;
+    audio_close(a);
+    item->source++;
+    return 1;
 }
 
-/* Decodes the item's sources until all are done or the chunk ends; then the next call continues. */
+/* Parses the input and decodes its sources until all are done or the chunk ends; the next call continues. */
 static void item_read(slam_reader *r, slam_item *item) {
-    const struct slam_line *l = r->inputs->lines ? &r->inputs->lines[item->input] : NULL;
-    audio *a = &item->file;
-    int ok = item->name || item_parse(r, item, l);
+    const slam_inputs *in = r->inputs;
+    const struct slam_line *l = in->lines ? &in->lines[item->input] : NULL;
+    int ok = 1;
+    if (!item->name) {
+        item->name = l ? string_print("%s:%zu", l->path, l->number) : string_copy(in->paths.at[item->input]);
+        if (!l) slam_strings_add(&item->sources, item->name);
+        else ok = item_parse(item, in, l, r->tokenizer ? r->tokenizer->K : 65534);
+    }
     while (ok > 0 && item->source < item->sources.n) {
-        float *samples;
-        size_t n;
         int64_t decoded;
         SLAM_PRAGMA(omp atomic read)
         decoded = r->samples;
         if (decoded >= r->limit || slam_clock() > r->deadline) return;
-        if (!a->name && (ok = item_open(r, item, l)) <= 0) break;
-        ok = audio_next_segment(a, l ? 0 : r->inputs->max_seconds, &samples, &n) > 0;
-        if (!ok) break;
-        SLAM_PRAGMA(omp atomic)
-        r->samples += (int64_t)n;
-        const int whole = a->start == 0 && a->last;
-        const size_t frames = tokenizer_frames(r->tokenizer, n);
-        const slam_hubert *hubert = r->tokenizer->hubert;
-        const size_t limit = hubert ? HUBERT_MOST_FRAMES * (size_t)hubert->step : INT_MAX / 4;
-        const segment s = {{samples, n, NULL, ZERO}, NULL, whole ? 0 : a->start, whole ? 0 : a->end};
-        if (n >= limit) ok = set_error("%s: %zu samples, expected fewer than %zu; split it", a->name, n, limit);
-        else if (whole && !frames) // as a segment it is dropped
-            ok = set_error("%s: %.1f ms of audio, too short for a frame", a->name, (double)n / 16);
-        GROW(segment, item->segments, item->capacity, item->n + 1);
-        if (ok && frames) item->segments[item->n++] = s;
-        else free(samples);
-        if (!a->last) continue;
-        audio_close(a);
-        item->source++;
+        ok = item_decode(r, item, l);
     }
     item->done = ok < 0 ? -1 : 1;
     if (ok <= 0) item->error = string_copy(slam_error());
 }
 
-/* Decodes a chunk of segments, in parallel. */
-static void reader_decode(slam_reader *r) {
+/* Decodes a chunk of segments in parallel, and encodes them. */
+static int reader_chunk(slam_reader *r) {
     const slam_hubert *hubert = r->tokenizer ? r->tokenizer->hubert : NULL;
+    slam_recording *chunk = NULL;
+    size_t n = 0, capacity = 0;
     for (; r->n < READER_ITEMS && r->next < r->inputs->end; r->next++) {
         r->items[r->n] = NEW(slam_item, 1);
         r->items[r->n++]->input = r->next;
@@ -9393,36 +9295,36 @@ static void reader_decode(slam_reader *r) {
     for (int64_t i = 0; i < (int64_t)r->n; i++)
         if (!r->items[i]->done) item_read(r, r->items[i]);
     r->audio_seconds += (double)r->samples / SAMPLE_RATE;
-}
-
-static int reader_encode(slam_reader *r) {
-    size_t most = 0, n = 0;
-    for (size_t i = 0; i < r->n; i++) most += r->items[i]->n;
-    slam_recording **list = NEW(slam_recording *, most);
-    for (size_t i = 0; i < r->n; i++)
-        for (segment *s = r->items[i]->segments, *end = s + r->items[i]->n; s < end; s++)
-            if (s->recording.samples) list[n++] = &s->recording;
-    const int ok = !n || units_encode(r->tokenizer, list, (int)n);
-    for (size_t i = 0; i < n; i++) {
-        free((void *)list[i]->samples);
-        list[i]->samples = NULL;
-    }
-    free((void *)list);
+    for (slam_item **i = r->items; i < r->items + r->n; i++)
+        for (slam_recording *s = (*i)->segments; s < (*i)->segments + (*i)->n; s++) {
+            if (!s->samples) continue;
+            GROW(slam_recording, chunk, capacity, n + 1);
+            chunk[n++] = *s;
+        }
+    const int ok = !n || slam_units_encode(r->tokenizer, chunk, (int)n);
+    n = 0;
+    for (slam_item **i = r->items; i < r->items + r->n; i++)
+        for (slam_recording *s = (*i)->segments; s < (*i)->segments + (*i)->n; s++) {
+            if (!s->samples) continue;
+            free((void *)s->samples);
+            *s = chunk[n++];
+            s->samples = NULL;
+        }
+    free(chunk);
     return ok;
 }
 
 int slam_reader_next(slam_reader *r, const slam_item **item, const char **skipped) {
-    item_free(r->taken);
-    r->taken = r->n && r->items[0]->done ? r->items[0] : NULL;
-    *item = r->taken;
-    *skipped = r->taken ? r->taken->error : NULL;
     if (r->taken) {
+        item_free(r->items[0]);
         memmove(r->items, r->items + 1, --r->n * sizeof *r->items);
-        return r->taken->done > 0 ? 1 : set_error("%s", r->taken->error) - 1;
     }
+    r->taken = r->n && r->items[0]->done;
+    *item = r->taken ? r->items[0] : NULL;
+    *skipped = r->taken ? r->items[0]->error : NULL;
+    if (r->taken) return r->items[0]->done > 0 ? 1 : set_error("%s", *skipped) - 1;
     if (!r->n && r->next >= r->inputs->end) return 0;
-    reader_decode(r);
-    return reader_encode(r) ? 1 : -1;
+    return reader_chunk(r) ? 1 : -1;
 }
 
 /* Gets the next item and calls the progress callback. Returns 1, 0 at the end, -1 on error. */
@@ -9441,16 +9343,6 @@ static int reader_item(slam_reader *r, const slam_item **item, slam_progress *p,
 /* ---- writing: units -> token shards or lines ----
    The journal has the number of inputs done and the sizes of the files then. A resumed call repeats what came after it:
    it truncates the files to these sizes, and renames a shard (or OUT) that was completed later back to OUT.partial. */
-
-struct slam_writer_files {
-    char partial[PATH_MAX], journal[PATH_MAX], failed[PATH_MAX];
-    append_file data, skipped; // skipped: OUT.failed, locked while the writer is open
-    const char *out;
-    int audio_repr, V;
-    uint32_t fingerprint;
-    uint64_t shard_tokens, total, journaled; // total: inputs; journaled: those in the journal
-    double journal_time;                     // when it was written
-};
 
 #define JOURNAL(type, name)                                                                                            \
     { #name, type, offsetof(slam_writer, name), 0, 9e15, 1 }
@@ -9479,139 +9371,130 @@ static const char *shard_path(char path[PATH_MAX], const char *out, uint64_t num
 
 /* Syncs the data, then replaces the journal. */
 static int writer_commit(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
     strbuf s = ZERO;
-    if (!append_sync(&f->data) || !append_sync(&f->skipped)) return 0;
-    w->bytes = f->data.bytes;
-    w->failed_bytes = f->skipped.bytes;
+    w->bytes = w->data->bytes;
+    w->failed_bytes = w->failures->bytes;
     strbuf_add(&s, "{\n");
     fields_write(&s, journal_fields, N_JOURNAL_FIELDS, w, "  ");
     strbuf_add(&s, "}\n");
-    const int ok = file_write(f->journal, s.at, s.n);
+    const int ok = append_sync(w->data) && append_sync(w->failures) && file_write(w->journal.at, s.at, s.n);
     strbuf_free(&s);
-    f->journaled = w->inputs;
-    f->journal_time = slam_clock();
+    w->committed = slam_clock();
     return ok;
 }
 
-/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
-static int writer_resume(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
-    const uint64_t identity = w->identity;
-    char path[PATH_MAX];
-    json *root = json_load(f->journal);
-    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, f->journal);
-    json_free(root);
-    f->journaled = w->earlier = w->inputs;
-    if (!ok) return 0;
-    if (w->identity != identity || w->inputs > f->total)
-        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
-                         f->journal);
-    if (w->binary && path_exists(shard_path(path, f->out, w->shards + 1))) return file_rename(path, f->partial);
-    return path_exists(f->partial) || !path_exists(f->out) || file_rename(f->out, f->partial);
+static int writer_header(slam_writer *w) {
+    const slam_tokenizer *t = w->tokenizer;
+    return !w->binary || shard_write_header(w->data, t ? t->K + FIRST_UNIT : 0, t ? t->fingerprint : 0);
 }
 
 /* Opens OUT.partial, truncated to the size in the journal. */
 static int writer_open_data(slam_writer *w) {
-    struct slam_writer_files *f = w->files;
-    return append_open(&f->data, f->partial) && append_resume(&f->data, w->bytes) &&
-           (!w->binary || w->bytes || shard_write_header(&f->data, f->V, f->fingerprint));
+    return append_open(w->data, w->partial.at) && append_resume(w->data, w->bytes) && (w->bytes || writer_header(w));
 }
 
 /* Completes OUT.partial and renames it to path. */
 static int writer_close_data(slam_writer *w, const char *path) {
-    struct slam_writer_files *f = w->files;
-    return (!w->binary || shard_write_header(&f->data, f->V, f->fingerprint)) && append_close(&f->data) &&
-           file_rename(f->partial, path);
+    return writer_header(w) && append_close(w->data) && file_rename(w->partial.at, path);
+}
+
+/* Reads the journal. If OUT.partial was renamed after it was written, renames it back. */
+static int writer_read_journal(slam_writer *w, uint64_t identity) {
+    char path[PATH_MAX];
+    json *root = json_load(w->journal.at);
+    const int ok = root && fields_read(root, journal_fields, N_JOURNAL_FIELDS, w, w->journal.at);
+    json_free(root);
+    w->earlier = w->inputs;
+    if (!ok) return 0;
+    if (w->identity != identity || w->inputs > w->in->end - w->in->first)
+        return set_error("%s: of a call with other files or settings; repeat that, or remove this file to start again",
+                         w->journal.at);
+    if (w->binary && path_exists(shard_path(path, w->out, w->shards + 1))) return file_rename(path, w->partial.at);
+    return path_exists(w->partial.at) || !path_exists(w->out) || file_rename(w->out, w->partial.at);
 }
 
 int slam_writer_open(slam_writer *w, const char *out, const slam_inputs *in, const slam_tokenizer *t, int audio_repr,
                      uint64_t shard_tokens) {
-    char shard[PATH_MAX];
+    char path[PATH_MAX];
     memset(w, 0, sizeof *w);
-    struct slam_writer_files *f = w->files = NEW(struct slam_writer_files, 1);
-    f->out = out;
+    w->data = NEW(append_file, 2);
+    w->failures = w->data + 1;
+    w->out = out;
+    w->in = in;
+    w->tokenizer = t;
     w->binary = string_ends(out, ".bin");
-    f->audio_repr = audio_repr;
-    w->pairs = in->pairs_out;
-    f->V = t ? t->K + FIRST_UNIT : 0;
-    f->fingerprint = t ? t->fingerprint : 0;
-    f->shard_tokens = shard_tokens;
-    snprintf(f->partial, PATH_MAX, "%s.partial", out);
-    snprintf(f->journal, PATH_MAX, "%s.journal", out);
-    snprintf(f->failed, PATH_MAX, "%s.failed", out);
-    f->total = in->end - in->first;
-    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens,
-                                (uint64_t)f->V,      f->fingerprint,       t ? (uint64_t)t->config.channel : 0};
-    w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
-    int ok = append_open(&f->skipped, f->failed);
-    if (ok && path_exists(f->journal)) ok = writer_resume(w);
-    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(shard, out, 1)));
-    if (ok && append_resume(&f->skipped, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
+    w->audio_repr = audio_repr;
+    w->shard_tokens = shard_tokens;
+    snprintf(w->partial.at, sizeof w->partial.at, "%s.partial", out);
+    snprintf(w->journal.at, sizeof w->journal.at, "%s.journal", out);
+    snprintf(path, sizeof path, "%s.failed", out);
+    const uint64_t numbers[] = {(uint64_t)w->binary, (uint64_t)audio_repr, shard_tokens, t ? t->fingerprint : 0,
+                                t ? (uint64_t)t->config.channel : 0};
+    const uint64_t identity = w->identity = inputs_hash(hash_bytes(HASH_START, numbers, sizeof numbers), in);
+    int ok = append_open(w->failures, path);
+    if (ok && path_exists(w->journal.at)) ok = writer_read_journal(w, identity);
+    else ok = ok && path_is_free(out) && (!w->binary || path_is_free(shard_path(path, out, 1)));
+    if (ok && append_resume(w->failures, w->failed_bytes) && writer_open_data(w) && writer_commit(w)) return 1;
     return slam_writer_close(w, 0);
 }
 
-/* Appends a document as tokens, to a new shard if it does not fit. */
-static int writer_add_tokens(slam_writer *w, const units *u) {
-    struct slam_writer_files *f = w->files;
-    const uint64_t tokens = (f->data.bytes - SHARD_HEADER) / 2;
+/* Appends a document, to a new shard if it does not fit. */
+static int writer_append(slam_writer *w, const strbuf *document) {
     char path[PATH_MAX];
-    if (tokens && tokens + u->n + 2 > f->shard_tokens) {
+    if (w->binary && w->data->bytes > SHARD_HEADER &&
+        w->data->bytes + document->n > SHARD_HEADER + 2 * w->shard_tokens) {
         w->bytes = 0;
-        if (!writer_close_data(w, shard_path(path, f->out, ++w->shards)) || !writer_open_data(w)) return 0;
+        if (!writer_close_data(w, shard_path(path, w->out, ++w->shards)) || !writer_open_data(w)) return 0;
     }
-    uint16_t *document = NEW(uint16_t, u->n + 2);
-    document[0] = document[u->n + 1] = DOCUMENT_TOKEN;
-    for (size_t i = 0; i < u->n; i++) document[i + 1] = (uint16_t)(u->unit[i] + FIRST_UNIT);
-    const int ok = append_write(&f->data, document, (u->n + 2) * sizeof *document);
-    free(document);
-    return ok;
+    return append_write(w->data, document->at, document->n);
 }
 
 int slam_writer_add(slam_writer *w, const slam_item *item) {
-    struct slam_writer_files *f = w->files;
-    const size_t n = item->error ? 0 : item->n; // 0 without an error: max_repetition, or only short segments
+    const size_t n = item->error ? 0 : item->n; // 0 without an error: a repetitive pair, or no segment has a frame
+    const int pairs = w->in->pairs_out;
     strbuf s = ZERO;
     int ok = 1;
     for (size_t i = 0; ok && i < n; i++) {
-        const segment *g = &item->segments[i];
-        const slam_units *of = &g->recording.units;
-        char *name = w->pairs ? NULL : g->name ? g->name : item->name;
-        const units u = {name, of->unit, of->duration, of->n, g->start, g->end};
-        w->samples += of->samples;
-        w->frames += of->frames;
+        slam_units u = item->segments[i].units;
+        u.name = pairs ? NULL : u.name ? u.name : item->name;
+        if (pairs) strbuf_add(&s, "%s%s\"%s\": ", i ? ", " : "{", i ? "" : item->members, pair_sides[i]);
+        for (size_t k = 0; w->binary && k < u.n + 2; k++) {
+            uint16_t token = DOCUMENT_TOKEN;
+            if (k > 0 && k <= u.n) token = (uint16_t)(u.unit[k - 1] + FIRST_UNIT);
+            strbuf_add_bytes(&s, &token, sizeof token);
+        }
+        if (!w->binary) strbuf_add_units(&s, &u, w->audio_repr);
+        w->samples += u.samples;
+        w->frames += u.frames;
         w->units += u.n;
-        w->tokens += u.n + (w->pairs ? 1 : 2);
-        if (w->binary) ok = writer_add_tokens(w, &u);
-        else if (w->pairs) {
-            strbuf_add(&s, "%s%s, \"%s\": ", i ? "" : "{", i ? "" : item->members, pair_sides[i]);
-            strbuf_add_units(&s, &u, 0);
-        } else strbuf_add_units(&s, &u, f->audio_repr);
-        if (!w->binary && (!w->pairs || i == 2)) strbuf_add(&s, w->pairs ? "}\n" : "\n");
+        w->tokens += u.n + (pairs ? 1 : 2);
+        if (pairs && i < 2) continue;
+        if (!w->binary) strbuf_add(&s, pairs ? "}\n" : "\n");
+        ok = writer_append(w, &s);
+        s.n = 0;
+        w->documents++;
     }
-    ok = ok && append_write(&f->data, s.at, s.n);
-    if (ok && item->error)
-        ok = append_write(&f->skipped, item->name, strlen(item->name)) && append_write(&f->skipped, "\n", 1);
     strbuf_free(&s);
+    if (ok && item->error)
+        ok = append_write(w->failures, item->name, strlen(item->name)) && append_write(w->failures, "\n", 1);
     w->inputs++;
     w->failed += item->error != NULL;
     w->repetitive += !item->error && !n;
-    w->documents += w->pairs ? n > 0 : n;
-    return ok && (slam_clock() - f->journal_time < 1 || writer_commit(w));
+    return ok && (slam_clock() - w->committed < 1 || writer_commit(w));
 }
 
 int slam_writer_close(slam_writer *w, int ok) {
-    struct slam_writer_files *f = w->files;
-    const int opened = f->data.f != NULL, all = ok && w->inputs == f->total;
-    if (all) ok = append_sync(&f->skipped) && (!w->documents || writer_close_data(w, f->out));
+    const int all = ok && w->inputs == w->in->end - w->in->first, opened = w->data->f != NULL;
+    if (all) ok = append_sync(w->failures) && (!w->documents || writer_close_data(w, w->out));
     else if (ok) ok = writer_commit(w);
-    const int finished = opened && (all ? ok : !f->journaled && !w->shards); // nothing is left to resume
-    if (finished) unlink(f->journal);
-    if (finished) unlink(f->partial);
-    if (f->skipped.f && (!f->skipped.bytes || (finished && !all))) unlink(f->failed);
-    append_close(&f->data);
-    append_close(&f->skipped);
-    free(f);
+    if (opened && (all ? ok : !w->inputs && !w->shards)) { // nothing is left to resume
+        unlink(w->journal.at);
+        unlink(w->partial.at);
+    }
+    if (w->failures->f && !w->failures->bytes) unlink(w->failures->path);
+    append_close(w->data);
+    append_close(w->failures);
+    free(w->data);
     if (all && ok && !w->documents)
         ok = set_error("none of the %llu files or lines could be used", (unsigned long long)w->inputs);
     return ok;
@@ -9635,23 +9518,24 @@ static void reservoir_add(reservoir *r, const float *frames, size_t n) {
     }
 }
 
-/* Finds t->durations in some recordings: in 50 frames for each unit, if there are as many. */
-static int durations_fit(slam_tokenizer *t, const slam_inputs *in) {
-    int *frames = t->durations = NEW(int, t->K), *times = NEW(int, t->K), more = 1;
-    slam_progress p = ZERO;
+/* Reads recordings until they have `most` frames: without centroids for the sample, else for t->durations. */
+static int fit_read(slam_tokenizer *t, const slam_inputs *in, size_t most, reservoir *sample,
+                    slam_progress_fn *progress, void *context) {
+    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(in, t, 0);
     const slam_item *item;
-    size_t seen = 0;
-    while (seen < 50 * (size_t)t->K && (more = reader_item(reader, &item, &p, NULL, NULL)) > 0)
+    int *frames = t->durations = t->K ? NEW(int, t->K) : NULL, *times = NEW(int, t->K), more = 1;
+    for (size_t seen = 0; seen < most && (more = reader_item(reader, &item, &p, progress, context)) > 0;)
         for (size_t i = 0; !item->error && i < item->n; i++) {
-            const slam_units *u = &item->segments[i].recording.units;
-            seen += u->frames;
-            for (size_t j = 0; j < u->n; j++) {
-                frames[u->unit[j]] += u->duration[j];
-                times[u->unit[j]]++;
+            const slam_recording *r = &item->segments[i];
+            seen += r->units.frames;
+            if (!t->K) reservoir_add(sample, r->features, r->units.frames);
+            for (size_t j = 0; j < r->units.n; j++) {
+                frames[r->units.unit[j]] += r->units.duration[j];
+                times[r->units.unit[j]]++;
             }
         }
-    for (int k = 0; k < t->K; k++) t->durations[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
+    for (int k = 0; k < t->K; k++) frames[k] = 1000 * frames[k] / (times[k] + !times[k]) / t->config.rate;
     slam_reader_close(reader);
     free(times);
     return more >= 0;
@@ -9662,21 +9546,16 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
                                    slam_kmeans_report *report) {
     const uint64_t numbers[] = {(uint64_t)K, frames, seed};
     const uint64_t settings = hash_bytes(HASH_START, c, offsetof(slam_unit_config, hubert) + sizeof c->hubert);
+    const slam_path km_json = unit_config_path(km_npy);
     slam_unit_config config = *c, stored = *c;
-    slam_progress p = {"decode", 0, (double)in->n, 0, NULL, NULL};
     slam_inputs shuffled = *in;
-    const slam_item *item;
     const int exists = path_exists(km_npy);
-    char *km_json = unit_config_path(km_npy);
     memset(report, 0, sizeof *report);
     config.origin = inputs_hash(hash_bytes(settings, numbers, sizeof numbers), in);
-    int ok = slam_output_check(km_npy), more = 1;
-    if (ok && (exists || path_exists(km_json)) &&
-        (!slam_unit_config_load(&stored, km_npy) || stored.origin != config.origin))
-        ok = path_is_free(exists ? km_npy : km_json);
-    free(km_json);
-    if (ok && exists) return slam_tokenizer_load(km_npy, &stored, ops);
-    slam_tokenizer *t = ok ? slam_tokenizer_load(NULL, &config, ops) : NULL;
+    if (!slam_output_check(km_npy) || !slam_unit_config_load(&stored, km_npy)) return NULL;
+    if (stored.origin != config.origin && !(path_is_free(km_npy) && path_is_free(km_json.at))) return NULL;
+    if (exists) return slam_tokenizer_load(km_npy, &stored, ops);
+    slam_tokenizer *t = slam_tokenizer_load(NULL, &config, ops);
     if (!t) return NULL;
     reservoir sample = {NULL, 0, 0, frames, (size_t)t->width, 0, rng_stream(seed, 0x6b6d, 1)};
     uint64_t state = rng_stream(seed, 0x6b6d, 2);
@@ -9686,14 +9565,11 @@ slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *c
         shuffled.paths.at[i] = shuffled.paths.at[j];
         shuffled.paths.at[j] = in->paths.at[i];
     }
-    slam_reader *reader = slam_reader_open(&shuffled, t, 0);
-    while (sample.seen / 8 < frames && (more = reader_item(reader, &item, &p, progress, context)) > 0)
-        for (size_t i = 0; !item->error && i < item->n; i++)
-            reservoir_add(&sample, item->segments[i].recording.features, item->segments[i].recording.units.frames);
     t->centroids = NEW(float, (size_t)K *sample.D);
-    ok = more >= 0 && kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
-         tokenizer_complete(t, km_npy, K, sample.D) && durations_fit(t, &shuffled) && tokenizer_save(t, km_npy, report);
-    slam_reader_close(reader);
+    const int ok = fit_read(t, &shuffled, 8 * frames, &sample, progress, context) &&
+                   kmeans_fit(sample.frames, sample.n, sample.D, K, seed, t->centroids, progress, context, report) &&
+                   tokenizer_complete(t, km_npy, K, sample.D) &&
+                   fit_read(t, &shuffled, 50 * (size_t)K, NULL, NULL, NULL) && tokenizer_save(t, km_npy, report);
     free(sample.frames);
     free(shuffled.paths.at);
     if (ok) return t;
@@ -9707,15 +9583,14 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
                      slam_progress_fn *progress, void *context) {
     const range share = comm_share(comm, paths->n);
     const slam_inputs in = {
-        SLAM_INPUT_AUDIO, 0, *paths, paths->n, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL};
+        SLAM_INPUT_AUDIO, 0, *paths, paths->n, 0, share.first, share.end, 0, 0, ZERO, ZERO, NULL, NULL, ZERO};
     slam_progress p = {"tokenize", 0, (double)(share.end - share.first), 0, NULL, NULL};
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
-    strbuf s = ZERO; // for each file: slam_units (not its pointers), unit (n), duration (n)
-    size_t total;
+    strbuf s = ZERO; // for each file: its slam_units (pointers are ignored), unit (n), duration (n)
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
-        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->recording.units;
+        const slam_units none = ZERO, *u = item->error ? &none : &item->segments->units;
         strbuf_add_bytes(&s, u, sizeof *u);
         strbuf_add_bytes(&s, u->unit, u->n * sizeof(int));
         strbuf_add_bytes(&s, u->duration, u->n * sizeof(int));
@@ -9723,15 +9598,17 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
-    for (slam_units *u = units; all && u < units + paths->n; u++) {
+    strbuf all = ZERO;
+    if (ok) all = comm_all_gather(comm, &s);
+    const char *at = all.at;
+    for (slam_units *u = units; ok && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
         u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
         u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
         at += sizeof *u + 2 * bytes;
     }
-    free(all);
+    strbuf_free(&all);
     strbuf_free(&s);
     return ok;
 }
@@ -10250,7 +10127,7 @@ const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, ch
 }
 
 /* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
-static int pairs_add_line(slam_pairs *p, const json *root, const char *what, units u[3]) {
+static int pairs_add_line(slam_pairs *p, const json *root, const char *what, slam_units u[3]) {
     static const char *const names[] = {"prompt", "chosen", "rejected"};
     int ok = 1;
     for (int k = 0; ok && k < 3; k++) {
@@ -10292,14 +10169,14 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, uni
 
 static int pairs_add_file(slam_pairs *p, const char *path) {
     units_reader reader;
-    units u[3];
+    slam_units u[3];
     int status, ok = 1;
     if (!string_ends(path, ".jsonl")) return set_error("%s: expected preference pairs (.jsonl)", path);
     if (!units_open(&reader, path)) return 0;
     memset(u, 0, sizeof u);
     while (ok && (status = units_next(&reader, NULL)) != 0)
         ok = status > 0 && pairs_add_line(p, reader.root, reader.what, u);
-    for (int k = 0; k < 3; k++) units_free(&u[k]);
+    for (int k = 0; k < 3; k++) slam_units_free(&u[k]);
     units_close(&reader);
     return ok;
 }
@@ -10894,16 +10771,18 @@ static char *find_gold(int kind, const char *path, const char *split) {
 /* The items: the audio files of a folder, else the lines of a file of units. */
 static int testset_list_files(slam_testset *s, const char *path) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
+    slam_inputs in = ZERO;
     int status;
     if (path ? !path_is_folder(path) : !s->units)
         return set_error("%s: expected a folder of audio files, or units", path ? path : "no PATH");
-    audio_list list = {&s->items, ZERO};
-    if (path && list_audio(&list, path, NULL)) return 1;
+    const int found = path && inputs_add_audio(&in, path, NULL);
+    s->items = in.paths;
+    if (found) return 1;
     if (!s->units || !units_open(&r, s->units)) return 0;
     slam_strings_free(&s->items);
     while ((status = units_next(&r, &u)) > 0) slam_strings_add(&s->items, u.name);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
@@ -10978,7 +10857,7 @@ int slam_testset_audio(const slam_testset *s, slam_strings *paths) {
 
 int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     int status = 0, ok = 1;
     if (!units_open(&r, s->units)) return 0;
     while (ok && (status = units_next(&r, &u)) > 0) {
@@ -10997,7 +10876,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
     ok = ok && status == 0;
     for (size_t i = 0; ok && i < s->items.n; i++)
         if (!list[i].unit) ok = set_error("%s: has no line with the name '%s'", s->units, s->items.at[i]);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return ok;
 }
@@ -11174,11 +11053,11 @@ void slam_prompts_add(slam_prompts *p, const char *name, const int *units, const
 
 int slam_prompts_add_lines(slam_prompts *p, const char *path) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     int status;
     if (!units_open(&r, path)) return 0;
     while ((status = units_next(&r, &u)) > 0) slam_prompts_add(p, *u.name ? u.name : r.what, u.unit, u.duration, u.n);
-    units_free(&u);
+    slam_units_free(&u);
     units_close(&r);
     return status == 0;
 }
@@ -11529,57 +11408,37 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
-    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
-    return name;
-}
+static const char *const moment_suffixes[] = {".m", ".v"};
 
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
-    const model_tensors *tensors = &opt->model->layout->tensors;
-    const size_t total = opt->model->n_weights, n = 2 * tensors->n;
-    float *host = is_root(comm) ? NEW(float, 2 * total) : NULL;
-    int ok = slam_all_ok(comm, adamw_state_download(opt, opt->m, host)) &&
-             slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
-    if (ok && host) {
-        slam_strings names = ZERO;
-        tensor *out = NEW(tensor, n);
-        char updates[32], name[96];
+    const size_t n = opt->model->n_weights;
+    float *m = is_root(comm) ? NEW(float, 2 * n) : NULL, *v = m ? m + n : NULL;
+    int ok = slam_all_ok(comm, adamw_download(opt, opt->m, m)) && slam_all_ok(comm, adamw_download(opt, opt->v, v));
+    if (ok && m) {
+        char updates[32];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
-        for (size_t k = 0; k < n; k++) {
-            const model_tensor *t = &tensors->list[k / 2];
-            slam_strings_add(&names, moment_name(t, k, name));
-            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
-        }
-        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
-        slam_strings_free(&names);
-        free(out);
+        ok = weights_write(path_join(folder, "optimizer.safetensors").at, &opt->model->layout->tensors, "",
+                           moment_suffixes, 2, m, metadata);
     }
-    free(host);
+    free(m);
     return ok;
 }
 
 /* Collective. `step`: that of trainer.json, the expected number of updates. */
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
-    const model_tensors *moments = &opt->model->layout->tensors;
+    const model_tensors *list = &opt->model->layout->tensors;
     const slam_path path = path_join(folder, "optimizer.safetensors");
-    char name[96];
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n)
-        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
-    for (size_t k = 0; ok && k < 2 * moments->n; k++) {
-        const model_tensor *t = &moments->list[k / 2];
-        const tensor *found = tensors_find(file, moment_name(t, k, name));
-        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path.at, name);
-        if (!ok) break;
-        float *host = NEW(float, found->count);
-        ok = tensor_floats(found, host, 0, found->count);
-        if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
+    for (size_t k = 0; ok && k < 2 * list->n; k++) {
+        const model_tensor *t = &list->list[k / 2];
+        float *host = weights_read(weights_find(file, t, moment_suffixes[k % 2], 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->offset, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
@@ -11601,22 +11460,17 @@ static slam_path checkpoint_path(const char *run, long step) {
     return path_join(run, name);
 }
 
-static int compare_steps(const void *a, const void *b) {
-    const long x = *(const long *)a, y = *(const long *)b;
-    return (x > y) - (x < y);
-}
-
 /* The steps of the checkpoints in ascending order; free() them. NULL on failure. */
-static long *checkpoint_steps(const char *run, size_t *n) {
+static uint64_t *checkpoint_steps(const char *run, size_t *n) {
     slam_strings list = ZERO;
-    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL;
+    uint64_t *steps = folder_list(run, &list) ? NEW(uint64_t, list.n + 1) : NULL;
     *n = 0;
     for (size_t i = 0; steps && i < list.n; i++) {
         const char *number = list.at[i] + strlen("step_");
         if (!strncmp(list.at[i], "step_", 5) && *number && !number[strspn(number, "0123456789")])
-            steps[(*n)++] = atol(number);
+            steps[(*n)++] = strtoull(number, NULL, 10);
     }
-    if (steps) qsort(steps, *n, sizeof *steps, compare_steps);
+    if (steps) qsort(steps, *n, sizeof *steps, compare_u64);
     slam_strings_free(&list);
     return steps;
 }
@@ -11624,8 +11478,8 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 /* *folder: the newest checkpoint; NULL: there is none. */
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
-    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
+    uint64_t *steps = checkpoint_steps(run, &n);
+    *folder = n ? string_copy(checkpoint_path(run, (long)steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
@@ -11648,11 +11502,13 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
    for a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
+    uint64_t *steps = checkpoint_steps(run, &n);
     const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
-        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        const long step = (long)steps[i];
+        if (step != best) ok = file_rename(checkpoint_path(run, step).at, part.at) && remove_tree(part.at);
+    }
     free(steps);
     return ok;
 }
@@ -11665,15 +11521,15 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
-             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host)) &&
+             slam_all_ok(comm, !root || model_write(model, host, part, format));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
                                      file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
-    ok = ok &&
-         slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    return ok;
+    return ok && slam_all_ok(
+                     comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
 }
 
 /* ---- runs/ ---- */
@@ -11693,15 +11549,11 @@ static char *run_newest(const char *program) {
         char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
-                    (checkpoint || program);
-        if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
-            const char *of = slam_trainer_setting(&t, "program", 0);
-            found = of && !strcmp(of, program);
-        }
-        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-        if (time > newest_time) {
+        if (stat(path_join(run.at, "log.jsonl").at, &s) != 0 || !checkpoint_find(run.at, &checkpoint)) continue;
+        if (program) slam_trainer_load(&t, checkpoint ? checkpoint : run.at); // empty on failure
+        const char *of = slam_trainer_setting(&t, "program", 0);
+        const double time = (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec;
+        if ((program ? of && !strcmp(of, program) : checkpoint != NULL) && time > newest_time) {
             newest = run;
             newest_time = time;
         }

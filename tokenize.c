@@ -67,7 +67,7 @@ static void print_end(const program *p, const slam_writer *w) {
     if (w->failed)
         printf("skipped  %llu %s%s, listed in %s.failed\n", (unsigned long long)w->failed, input_word(p),
                plural(w->failed), p->out_path);
-    if (w->pairs) return;
+    if (p->inputs.pairs_out) return;
     if (w->shards || p->parts > 1) printf("next     ./train '%.*s*%s'\n", stem, p->out, p->out + stem);
     else printf("next     ./train %s\n", p->out);
 }
@@ -87,7 +87,7 @@ static int tokenize(program *p) {
     slam_reader *reader = slam_reader_open(in, p->tokenizer, in->first + w.inputs);
     slam_bar_begin(&p->bar);
     const uint64_t before = w.samples;
-    int more = 1; /* the reader decodes audio in parallel, computes features and units, and has items in order */
+    int more = 1; /* the reader decodes and encodes chunks of many segments, and returns their inputs one by one */
     while (more > 0 && (more = slam_reader_next(reader, &item, &skipped)) > 0) {
         if (item && !slam_writer_add(&w, item)) more = -1;
         if (skipped) report_skipped(p, skipped);

@@ -765,7 +765,7 @@ static void bench_step(bench *b) {
     slam_model *m = slam_model_new(b->ops, &b->config, 1);
     slam_adamw o = ZERO;
     o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-8;
-    if (!m || !slam_adamw_init(&o, m)) stop(slam_error());
+    if (!m || !slam_model_plan(m, 1, T, SLAM_TRAIN) || !slam_adamw_init(&o, m)) stop(slam_error());
     printf(
         "%.0fM parameters, made in %.1f s; a step is %d rows of %d; chunks of %.0f tokens packed, %.1f%% full;\n"
         "tokens are real ones, TFLOP/s and us count every position, attention as on whole rows; GB: planned, in use on the card\n",

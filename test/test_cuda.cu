@@ -961,7 +961,8 @@ static void test_gradients(int masked) {
         for (size_t i = 0; k == 1 && i < m->layout->tensors.n; i++) {
             const model_tensor &t = m->layout->tensors.list[i];
             if (!strstr(t.name, "k_proj.bias")) // zero but for rounding: the softmax does not see it
-                check_close(t.name, g[1].data() + t.at, g[0].data() + t.at, tensor_size(&t), is_bf16 ? 3e-2 : 1e-4);
+                check_close(t.name, g[1].data() + t.offset, g[0].data() + t.offset, tensor_size(&t),
+                            is_bf16 ? 3e-2 : 1e-4);
         }
         slam_model_free(m);
     }

@@ -135,7 +135,7 @@ static void check_gradients(const slam_model *m, const tensors *file, const char
         const tensor *t = tensors_find(file, name);
         float *expected = NEW(float, tensor_size(&list.list[k]));
         if (CHECK(t && tensor_floats(t, expected, 0, t->count), "no '%s' in the fixture", name))
-            check_close(name, m->grads + list.list[k].at, expected, tensor_size(&list.list[k]), 1e-4);
+            check_close(name, m->grads + list.list[k].offset, expected, tensor_size(&list.list[k]), 1e-4);
         free(expected);
     }
     free(list.list);

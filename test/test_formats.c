@@ -782,7 +782,7 @@ static void test_units(void) {
         {"garbage", "found 'g', expected a value"},
     };
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     if (TEST("units: features and tokens, line by line")) {
         static const struct {
             const char *name;
@@ -819,7 +819,7 @@ static void test_units(void) {
         strbuf t = ZERO, copy = ZERO;
         uint64_t state = check_state.seed;
         for (int i = 0; i < 10; i++) {
-            units line = ZERO;
+            slam_units line = ZERO;
             line.n = lengths[i % 5];
             line.unit = NEW(int, line.n);
             line.duration = i % 2 ? NULL : NEW(int, line.n);
@@ -832,7 +832,7 @@ static void test_units(void) {
             }
             strbuf_add_units(&t, &line, i >= 5);
             strbuf_add(&t, "\n");
-            units_free(&line);
+            slam_units_free(&line);
         }
         CHECK(units_open(&r, check_file("long.jsonl", t.at, t.n)), "%s", slam_error());
         for (int i = 0; i < 10; i++) {
@@ -846,7 +846,7 @@ static void test_units(void) {
         strbuf_free(&copy);
         strbuf_free(&t);
         int numbers[] = {3, 49, 0}, durations[] = {1, 2, 2147483647};
-        units line = {(char *)(uintptr_t) "a.wav", numbers, durations, 3, 1, 2.5};
+        slam_units line = {numbers, durations, 3, 0, 0, 1, 2.5, (char *)(uintptr_t) "a.wav"};
         strbuf_add_units(&t, &line, 0);
         strbuf_add_units(&t, &line, 1);
         CHECK(
@@ -875,7 +875,7 @@ static void test_units(void) {
     unlink(endless);
     check_fails(units_open(&r, check_path("absent.jsonl")), "cannot be opened");
     check_fails(units_open(&r, check_path("")), "is a folder, expected a file");
-    units_free(&u);
+    slam_units_free(&u);
 }
 
 /* ---- every reader against every damage ---- */
@@ -918,12 +918,12 @@ static int read_shard(file_map *map) {
 }
 
 static int parse_unit_lines(file_map *map) {
-    units u = ZERO;
+    slam_units u = ZERO;
     json *root = json_parse((const char *)map->data, map->size, "damaged");
     const int ok = root && units_from_json(root, "damaged", &u);
     for (size_t i = 0; ok && i < u.n; i++) sink = (float)(u.unit[i] + (u.duration ? u.duration[i] : 0));
     json_free(root);
-    units_free(&u);
+    slam_units_free(&u);
     return ok;
 }
 

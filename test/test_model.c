@@ -132,7 +132,7 @@ static void check_training(slam_model *m, fixture *f) {
         char name[128];
         snprintf(name, sizeof name, "grad.%s", t->name);
         float *expected = floats(f->file, name, NULL);
-        check_close(name, m->grads + t->at, expected, tensor_size(t), 1e-4);
+        check_close(name, m->grads + t->offset, expected, tensor_size(t), 1e-4);
         free(expected);
     }
     zero_grads(m);
@@ -254,7 +254,6 @@ static void test_sizes(void) {
           "tiny has %zu parameters, slam %zu", slam_config_parameters(&tiny), slam_config_parameters(&slam));
 }
 
-/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 /* The head's weight gradient sums over rows of logits: split sums over a number of rows that is no multiple of 64 have
    been wrong in cuBLASLt 13.1 (compute capability 9.0). */
 static void test_head_rows(void) {
@@ -270,6 +269,7 @@ static void test_head_rows(void) {
     }
 }
 
+/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 static void test_memory(slam_ops *ops) {
     if (!TEST("memory: as planned")) return;
     const slam_config c = small();
@@ -322,7 +322,7 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     slam_batch b = random_batch(3, 21, c.V, 5, masked);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->at + i] += (float)(0.2 * rng_normal(&seed));
+        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->offset + i] += (float)(0.2 * rng_normal(&seed));
     }
     CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN) && slam_forward_backward(m, &b, 1), "%s", slam_error());
     const double loss = m->stats[0];
@@ -330,8 +330,8 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     float *original = copy_of(m->master, m->n_weights);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        const float *g = m->grads + t->at;
-        float *w = m->master + t->at;
+        const float *g = m->grads + t->offset;
+        float *w = m->master + t->offset;
         double norm = 0, side[2];
         for (size_t i = 0; i < tensor_size(t); i++) norm += (double)g[i] * g[i];
         norm = sqrt(norm);
@@ -339,10 +339,10 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
         /* along the gradient itself the slope is its norm; keys' biases are the exception: softmax does not see them without rotation */
         for (int s = 0; s < 2; s++) {
             for (size_t i = 0; i < tensor_size(t); i++)
-                w[i] = original[t->at + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
+                w[i] = original[t->offset + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
             side[s] = sum_of_losses(m, &b);
         }
-        memcpy(w, original + t->at, tensor_size(t) * sizeof *w);
+        memcpy(w, original + t->offset, tensor_size(t) * sizeof *w);
         check_near(t->name, (side[1] - side[0]) / 6e-3 / norm, 1, 5e-3 + 2e-2 / norm);
     }
     free(original);
@@ -358,13 +358,14 @@ static void test_padded_vocabulary(slam_ops *ops) {
     slam_batch b = random_batch(2, 13, c.V, 9, 0);
     float whole[26 * 27], parts[26 * 27];
     slam_step step;
-    slam_adamw o = adamw_new(m, 0.999, 0.1, 0.5);
+    slam_adamw o = ZERO;
+    check_fails(slam_adamw_init(&o, m), "not planned for training");
+    CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    o = adamw_new(m, 0.999, 0.1, 0.5);
     for (int k = 0; k < 3; k++)
-        CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN) && slam_forward_backward(m, &b, 1) &&
-                  slam_adamw_step(&o, 1e-2, &step),
-              "%s", slam_error());
-    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->at;
-    const float *head = m->master + tensor_named(m, "lm_head.weight")->at;
+        CHECK(slam_forward_backward(m, &b, 1) && slam_adamw_step(&o, 1e-2, &step), "%s", slam_error());
+    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->offset;
+    const float *head = m->master + tensor_named(m, "lm_head.weight")->offset;
     for (int i = 27 * 24; i < 32 * 24; i++) CHECK(embed[i] == 0 && head[i] == 0, "row %d is not zero", i / 24);
     CHECK(embed[26 * 24] != 0 && head[26 * 24] != 0, "the last row is zero");
     CHECK(slam_logits(m, &b, whole) && slam_forward_backward(m, &b, 1), "%s", slam_error());
@@ -503,7 +504,7 @@ static void test_save_and_load(slam_ops *ops) {
             for (size_t i = 0; i < t->layout->tensors.n;
                  i++) { // the first 20 rows of embedding and head, all of the others
                 const model_tensor *of = &t->layout->tensors.list[i], *from = &a->layout->tensors.list[i];
-                CHECK(same_floats(t->master + of->at, a->master + from->at, tensor_size(of)), "%s is not kept",
+                CHECK(same_floats(t->master + of->offset, a->master + from->offset, tensor_size(of)), "%s is not kept",
                       of->name);
             }
         }
@@ -677,24 +678,19 @@ static void test_unused_tensors(slam_ops *ops) {
     static const struct {
         const char *name, *error; // NULL: it loads
         int format;
-        double rope_theta; // of the frequencies
-        int bits;          // that they were rounded to
     } extra[] = {
-        {"model.layers.0.self_attn.o_proj.bias", "o_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.0.mlp.down_proj.bias", "down_proj.bias' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.0.self_attn.q_norm.weight", "q_norm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.norm.weight", "'model.norm.weight' is not part", SLAM_FORMAT_SLAMKIT, 0, 0},
-        {"head.lm_head.weight", "'head.lm_head.weight' is not part", SLAM_FORMAT_HF, 0, 0},
-        {"model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 23},
-        {"model.layers.0.self_attn.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF, 5000, 10},
-        {"lm.model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_SLAMKIT, 5000, 7},
-        {"model.rotary_emb.inv_freq", "inv_freq' is not that of rope_theta 5000", SLAM_FORMAT_HF, 10000, 23},
-        {"model.rotary_emb.inv_freq", "inv_freq' has shape (8), expected (4)", SLAM_FORMAT_HF, 0, 0},
+        {"model.layers.0.self_attn.o_proj.bias", "o_proj.bias' is not part", SLAM_FORMAT_HF},
+        {"model.layers.0.mlp.down_proj.bias", "down_proj.bias' is not part", SLAM_FORMAT_HF},
+        {"model.layers.0.self_attn.q_norm.weight", "q_norm.weight' is not part", SLAM_FORMAT_HF},
+        {"model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight' is not part", SLAM_FORMAT_HF},
+        {"model.norm.weight", "'model.norm.weight' is not part", SLAM_FORMAT_SLAMKIT},
+        {"head.lm_head.weight", "'head.lm_head.weight' is not part", SLAM_FORMAT_HF},
+        {"model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF}, // of old Transformers; new ones ignore it
+        {"model.layers.0.self_attn.rotary_emb.inv_freq", NULL, SLAM_FORMAT_HF},
+        {"lm.model.rotary_emb.inv_freq", NULL, SLAM_FORMAT_SLAMKIT},
     };
-    slam_config c = make_config(11, 8, 1, 2, 1, 8, 12, 1, 1);
+    const slam_config c = make_config(11, 8, 1, 2, 1, 8, 12, 1, 1);
     if (!TEST("model.safetensors: tensors that the model does not use")) return;
-    c.rope_theta = 5000;
     const char *folder = check_path("unused");
     char path[1200];
     snprintf(path, sizeof path, "%s/model.safetensors", folder);
@@ -705,13 +701,7 @@ static void test_unused_tensors(slam_ops *ops) {
         slam_model_free(m);
         tensors *file = tensors_open(path);
         tensor *list = list_tensors(file), *added = &list[file->n];
-        for (int i = 0; i < 4 && extra[k].bits; i++) {
-            int exponent;
-            const double fraction = frexp(pow(extra[k].rope_theta, -2.0 * i / 8), &exponent),
-                         scale = 2 << extra[k].bits;
-            x[i] = (float)ldexp(rint(fraction * scale) / scale, exponent);
-        }
-        added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = extra[k].bits ? 4 : 8;
+        added->name = extra[k].name, added->rank = 1, added->count = added->shape[0] = 8;
         added->data = x;
         CHECK(tensors_write(path, list, file->n + 1, NULL), "%s", slam_error());
         tensors_close(file);
@@ -746,7 +736,7 @@ static void test_tied_head(slam_ops *ops) {
             CHECK(loaded->config.tied == !differs, "head %s, tied %d", differs ? "differs" : "is the embedding",
                   loaded->config.tied);
             if (differs)
-                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->at, head, 88),
+                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->offset, head, 88),
                       "another head");
         }
         slam_model_free(loaded);
@@ -764,7 +754,7 @@ static void test_hash(slam_ops *ops) {
     other.rope_theta = 20000;
     for (int k = 0; k < 4; k++) {
         slam_model *m = slam_model_new(ops, k == 3 ? &other : &c, 1);
-        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->at + 23] += 1e-6f;
+        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->offset + 23] += 1e-6f;
         CHECK(slam_model_hash(m, &h[k]), "%s", slam_error());
         slam_model_free(m);
     }
@@ -913,7 +903,7 @@ static void test_decay(slam_ops *ops) {
         const model_tensor *t = &m->layout->tensors.list[k];
         const int matrix = strstr(t->name, "_proj.weight") || strstr(t->name, "embed") || strstr(t->name, "lm_head");
         for (size_t i = 0; i < tensor_size(t); i++)
-            if (!check_near(t->name, m->master[t->at + i], matrix ? 0.95 : 1, 1e-6)) break;
+            if (!check_near(t->name, m->master[t->offset + i], matrix ? 0.95 : 1, 1e-6)) break;
     }
     slam_adamw_free(&o);
     slam_model_free(m);
@@ -1011,12 +1001,16 @@ static void test_decoder_limits(slam_model *m) {
     tokens[1] = m->config.V, length = 3, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 1");
     tokens[1] = 2, CHECK(slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
-    slam_decoder_append(d, 0, 4);
+    check_fails(slam_decoder_append(d, 0, m->config.V), "for slot 0, expected below");
+    check_fails(slam_decoder_append(d, 1, 4), "token 4 for slot 1");
+    check_fails(slam_decoder_append(d, -1, -1), "slot -1");
+    CHECK(d->length[0] == 3 && slam_decoder_append(d, 0, 4), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits) && d->length[0] == 4, "%s", slam_error());
-    slam_decoder_append(d, 0, 5);
-    check_fails(slam_decoder_logits(d, logits), "has 5 tokens");
-    slam_decoder_append(d, 0, -1);
+    check_fails(slam_decoder_append(d, 0, 5), "has 4 tokens");
+    CHECK(slam_decoder_append(d, 0, -1), "%s", slam_error());
     CHECK(d->length[0] == 0 && slam_decoder_logits(d, logits), "%s", slam_error());
+    tokens[0] = m->config.V, length = 1, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 0");
+    CHECK(d->length[0] == 0, "a sequence that failed to start has %d tokens", d->length[0]);
     free(logits);
     slam_decoder_free(d);
 }

@@ -85,7 +85,7 @@ static void test_sentences(slam_vocoder *v) {
     for (int mean = 0; mean < 2; mean++) {
         if (!TEST("synthesis: sentences, with their %s durations", mean ? "units' mean" : "own")) continue;
         units_reader r;
-        units u = ZERO;
+        slam_units u = ZERO;
         score s = ZERO;
         if (!CHECK(units_open(&r, "test/fixtures/speech.jsonl"), "%s", slam_error())) return;
         while (s.sentences < SENTENCES && units_next(&r, &u) > 0)
@@ -94,7 +94,7 @@ static void test_sentences(slam_vocoder *v) {
         check_near("unit error rate in percent", 100 * s.errors / s.units, 0, mean ? 15 : 12);
         if (!mean) check_near("frames with another unit, in percent", 100 - 100 * s.same / s.frames, 0, 10);
         check_near("level in dB above the original's", s.level / s.sentences, 0, 2);
-        units_free(&u);
+        slam_units_free(&u);
         units_close(&r);
     }
     if (TEST("synthesis: documents of the bundled validation data")) {

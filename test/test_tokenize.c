@@ -471,7 +471,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
     if (TEST("tokenize: segments of a long file")) {
         slam_inputs one = ZERO;
         units_reader reader;
-        units u = ZERO;
+        slam_units u = ZERO;
         double end = 0;
         const char *path = make_wav("long.wav", 47 * 8000, 8000, 3);
         CHECK(slam_inputs_open(&one, SLAM_INPUT_AUDIO, &path, 1), "%s", slam_error());
@@ -492,7 +492,7 @@ static void test_audio(const slam_tokenizer *t, slam_inputs *in, slam_units *uni
         CHECK(end == 47 && w.documents >= 5 && w.inputs == 1 && w.samples == 47 * 16000, "%zu documents",
               (size_t)w.documents);
         units_close(&reader);
-        units_free(&u);
+        slam_units_free(&u);
         slam_inputs_free(&one);
     }
 }
@@ -773,7 +773,7 @@ int main(void) {
     slam_audio_units(t, NULL, &files, units_of + folder.n, NULL, NULL);
     for (int i = 0; i < 8; i++) { // as a line has them
         const slam_units *u = &units_of[folder.n + (size_t)i];
-        const units line = {NULL, u->unit, u->duration, u->n, 0, 0};
+        const slam_units line = {u->unit, u->duration, u->n, 0, 0, 0, 0, NULL};
         strbuf s = ZERO;
         strbuf_add_units(&s, &line, 0);
         lists[i] = s.at;

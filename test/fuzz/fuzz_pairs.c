@@ -38,7 +38,7 @@ static void check_rows(const slam_pairs *p) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     units_reader r;
-    units u[3];
+    slam_units u[3];
     slam_pairs p = ZERO;
     p.V = V;
     p.context = CONTEXT;
@@ -52,7 +52,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     for (size_t i = 0; i < p.n; i++) check_pair(&p.at[i]);
     p.n_train = p.n;
     if (slam_pairs_prepare(&p, 0, 0)) check_rows(&p);
-    for (int k = 0; k < 3; k++) units_free(&u[k]);
+    for (int k = 0; k < 3; k++) slam_units_free(&u[k]);
     slam_pairs_free(&p);
     return 0;
 }

@@ -1,8 +1,8 @@
 /* Unit lines: what is read survives being written and read again, in both formats. */
 #include "fuzz.h"
 
-static void check(const units *u, int tokens) {
-    units again = ZERO;
+static void check(const slam_units *u, int tokens) {
+    slam_units again = ZERO;
     strbuf t = ZERO;
     strbuf_add_units(&t, u, tokens);
     json *root = json_parse(t.at, t.n, "again");
@@ -14,12 +14,12 @@ static void check(const units *u, int tokens) {
              u->unit[i] >= 0);
     json_free(root);
     strbuf_free(&t);
-    units_free(&again);
+    slam_units_free(&again);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     units_reader r;
-    units u = ZERO;
+    slam_units u = ZERO;
     if (!units_open(&r, fuzz_file(bytes, size))) return 0;
     while (units_next(&r, &u) > 0) {
         check(&u, 0);
@@ -29,6 +29,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     }
     MUST(r.at <= r.end);
     units_close(&r);
-    units_free(&u);
+    slam_units_free(&u);
     return 0;
 }
