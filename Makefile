@@ -16,7 +16,8 @@ make bench         measures training steps next to PyTorch's, into test/results 
 make gpu-bench     measures kernels and training steps on a GPU, next to PyTorch's
 make gpu-first     the most important of both within nine minutes, into RESULTS=FOLDER (DRY=1: tiny, under the emulator)
 make plot          draws loss.png from the logs of RUNS (default: all in runs/); PLOT=FILE.png draws another file, PLOT=- on the
-                   terminal; NGRAMS=FILE adds the n-gram losses in a file of `./eval RUN ppl --json FILE`
+                   terminal; NGRAMS=FILE adds the n-gram losses in a file of `./eval RUN ppl --json FILE`.
+                   WAV=FOLDERS draws spectrograms of their .wav files instead, one above the other, into spectrograms.png
 make fuzz          builds the fuzz targets of test/fuzz with clang into build/fuzz
 make house         checks the structure of slam.h
 make format-check  lists what clang-format would change; `make format` changes it
@@ -83,18 +84,20 @@ $(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 
 # ---- tests and measurements ----
 
-# A test program includes slam.h with its implementation, so that it reaches static functions.
-# -O3 takes twice as long to compile: only what tests loops over numbers needs it.
-TESTS := $(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c))
+# A test program includes slam.h with its implementation, so that it reaches static functions. The compiler drops what it does not
+# reach (WHOLE; across so many functions it warns of variables that are set). -O3 takes twice as long to compile: only tests of loops over numbers need it. TEST_SKIP: names of tests to skip.
+SKIP := $(addprefix $(B)/,$(TEST_SKIP))
+TESTS := $(filter-out $(SKIP),$(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c)))
 UNOPTIMISED := $(patsubst %,$(B)/test_%,data formats objectives ranks scoring speech tokenize)
 $(TESTS) $(B)/bench: $(B)/%: test/%.c slam.h test/check.h test/random_hubert.h $(B)/config.mk | build/current
-	$(COMPILE) $(if $(filter $(UNOPTIMISED),$@),-O1) $< -o $@ $(LIBS)
+	$(CC) $(WHOLE) -Wall -Wextra $(FLAGS) $(if $(filter $(UNOPTIMISED),$@),-O1) $< -o $@ $(LIBS)
 $(B)/test_cuda: test/test_cuda.cu
 $(B)/test_ranks_cuda: test/test_ranks.c
 $(B)/test_cuda $(B)/test_ranks_cuda: test/check.h $(EMULATED) | build/current
-	$(EMULATE) -O1 $(filter %.cu %.c,$^) -x none -o $@ $(LIBS)
-CUDA_TESTS := $(if $(CPLUSPLUS),$(B)/test_cuda)
-test: $(CUDA_TESTS) $(if $(CPLUSPLUS),$(if $(MPIRUN),$(if $(SANITIZE),,$(B)/test_ranks_cuda)) $(EMULATED_PROGRAMS)) $(TESTS) $(PROGRAMS)
+	$(EMULATE) $(WHOLE) -O1 $(filter %.cu %.c,$^) -x none -o $@ $(LIBS)
+CUDA_TESTS := $(if $(CPLUSPLUS),$(filter-out $(SKIP),$(B)/test_cuda))
+# what takes longest first
+test: $(PROGRAMS) $(CUDA_TESTS) $(if $(CPLUSPLUS),$(EMULATED_PROGRAMS) $(if $(MPIRUN),$(if $(SANITIZE),,$(B)/test_ranks_cuda))) $(TESTS)
 	@$(VARIABLES) MPIRUN=$(MPIRUN) FLAGS='$(FLAGS)' LIBS='$(LIBS)' sh test/run $(CUDA_TESTS) $(TESTS)
 bench: $(B)/bench
 	$< $(BENCH)
@@ -116,13 +119,15 @@ gpu-bench: $(B)/gpu_bench
 	@sh test/gpu_bench.sh $< $(BENCH)
 
 FUZZ_CFLAGS = -O1
-FUZZ_TARGETS := $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/*.c))
+FUZZ_TARGETS := $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))
 fuzz: $(FUZZ_TARGETS)
 	@echo 'fuzz: run one with e.g. build/fuzz/$(notdir $(firstword $^)) -max_total_time=600 CORPUS_FOLDER'
-build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h slam.h
+$(FUZZ_TARGETS): build/fuzz/fuzz
+	@ln -f $< $@
+build/fuzz/fuzz: $(wildcard test/fuzz/*.[ch]) slam.h
 	@mkdir -p $(@D)
 	@command -v $(FUZZ_CC) >/dev/null || { echo 'fuzz: $(FUZZ_CC) not found: install clang' >&2; exit 1; }
-	$(FUZZ_CC) -g $(FUZZ_CFLAGS) -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ \
+	$(FUZZ_CC) -g $(FUZZ_CFLAGS) -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all test/fuzz/fuzz.c -o $@ \
 		$(if $(wildcard /usr/include/sndfile.h),-DSLAM_SNDFILE -lsndfile) -lm
 
 # ---- without a build ----
@@ -130,9 +135,18 @@ build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h slam.h
 house:
 	@sh test/house.sh
 RUNS ?= runs/*
+ifdef WAV
+plot: # the files become the channels of one, each of which gets a panel
+	@command -v sox >/dev/null || { echo 'plot: sox not found: apt install sox (macOS: brew install sox)' >&2; exit 1; }
+	@for file in $(WAV:=/*.wav); do [ -f "$$file" ] || { echo "plot: $$file: no such file" >&2; exit 1; }; \
+	set -- "$$@" "|sox '$$file' -r 16k -c 1 -p"; names="$$names $$(basename "$$file")"; done; \
+	sox $$([ $$# = 1 ] || echo -M) "$$@" -n spectrogram -y 257 -t "$$names" -o '$(or $(PLOT),spectrograms.png)' && \
+		echo 'plot: $(or $(PLOT),spectrograms.png)'
+else
 plot:
 	@command -v gnuplot >/dev/null || { echo 'plot: gnuplot not found: apt install gnuplot-nox (macOS: brew install gnuplot)' >&2; exit 1; }
 	@gnuplot -e "runs='$(patsubst %/log.jsonl,%,$(wildcard $(addsuffix /log.jsonl,$(RUNS))))'; out='$(or $(PLOT),loss.png)'; ngrams='$(NGRAMS)'" test/plot.gp
+endif
 SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/*.cu test/fuzz/*.[ch])
 format:
 	$(CLANG_FORMAT) -i $(SOURCES)

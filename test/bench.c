@@ -77,7 +77,7 @@ static double measure(const bench_row *r, int threads, double seconds) {
     memset(b.doc_start, 0, (size_t)N * sizeof(int));
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
-        slam_step step;
+        slam_step step = ZERO;
         const double began = slam_clock();
         if (k == 0) start = began;
         if (!slam_forward_backward(m, &b, 1.0f / (float)N) || !ops->finish(ops)) die();
@@ -254,14 +254,14 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     p.V = config->V, p.context = DPO_CONTEXT, p.share = share;
     opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
     if (!m || !slam_pairs_add(&p, path, 0) || !slam_pairs_prepare(&p, 0, 0)) die();
-    const int T = slam_pairs_row(&p);
+    const int T = p.T;
     slam_batch b = slam_batch_new(2, T, 1);
     float *weights = NEW(float, (size_t)2 * T);
     slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);
     if (!slam_model_plan(m, 2, T, SLAM_TRAIN) || !slam_adamw_init(&opt, m)) die();
     double start = 0;
     for (int k = -2; k < STEPS_MAX && (k < 3 || slam_clock() - start < seconds); k++) {
-        slam_step step;
+        slam_step step = ZERO;
         const double began = slam_clock();
         if (k == 0) start = began;
         if (slam_loader_begin(l, DPO_BATCH, NULL) <= 0) die();

@@ -193,6 +193,15 @@ static inline void layernorm(slam_ops *ops, void *s, void *y, const void *x, con
     ops->layernorm(ops, (slam_act *)s, (slam_act *)y, (const slam_act *)x, (const slam_act *)delta, (const slam_act *)w,
                    (const slam_act *)b, 1e-5f, gelu, N, C);
 }
+/* The bytes of a file, with a zero after them. */
+static inline strbuf read_file(const char *path) {
+    strbuf s = ZERO;
+    file_map map;
+    if (!CHECK(file_map_open(&map, path), "%s", slam_error())) return s;
+    strbuf_add_bytes(&s, map.data, map.size);
+    file_map_close(&map);
+    return s;
+}
 /* Other arguments of crossentropy are 0. */
 static inline slam_xent xent(int N, int V, int stride, float scale, const float *weights) {
     slam_xent x = ZERO;

@@ -38,6 +38,8 @@ if ! try 'int main(void) { return 0; }'; then
     exit 1
 fi
 found=$($CC --version | head -n 1)
+whole="-fwhole-program -Wno-maybe-uninitialized" # of gcc
+try 'int main(void) { return 0; }' $whole || whole=
 cplusplus=
 printf '#include <vector>\nint main() { return (int)std::vector<int>().size(); }\n' >"$B/try.cc"
 if $CXX -std=c++17 $CFLAGS "$B/try.cc" -o "$B/try" >"$B/config.log" 2>&1; then cplusplus=1; else missing=", no C++ compiler"; fi
@@ -123,6 +125,7 @@ rm -f "$B"/try*
 echo "FOUND := $found$(echo "$missing" | sed 's/^, /; /')"
 echo "FLAGS := $CFLAGS $flags"
 echo "LIBS := $libs $LDFLAGS -lm"
+echo "WHOLE := $whole"
 echo "CUDA := $cuda"
 echo "NCCL := $nccl"
 echo "NCCL_LIBS := $nccl_libs"

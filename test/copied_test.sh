@@ -54,11 +54,11 @@ try() {
 }
 CC=${CC:-cc}
 CXX=${CXX:-c++}
-try 'C11' $CC -std=c11 -O1 -Wall -Wextra -Wpedantic
+try 'C11' $CC -std=c11 -Wall -Wextra -Wpedantic
 try 'C11 with OpenMP' $CC -std=c11 -O1 -Wall -Wextra -Wpedantic -fopenmp
 try 'no flags' $CC
-try 'C++17' $CXX -std=c++17 -O1 -Wall -Wextra
-if command -v clang >/dev/null && [ "$CC" != clang ]; then try 'clang' clang -O1 -Wall -Wextra; fi
+try 'C++17' $CXX -std=c++17 -Wall -Wextra
+if command -v clang >/dev/null && [ "$CC" != clang ]; then try 'clang' clang -Wall -Wextra; fi
 if printf '#include "slam.h"\n' | $CC -E -x c - 2>/dev/null | grep -q 'printf\|malloc'; then
     fail 'the public part includes only stddef.h and stdint.h' 'printf or malloc is declared'
 else

@@ -19,24 +19,8 @@ done
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 export ASAN_OPTIONS="$ASAN_OPTIONS:verify_asan_link_order=0:detect_leaks=0"
 . "$root/test/lib.sh"
-# check NAME COMMAND...: ok if the command succeeds
-check() {
-    check_name=$1
-    shift
-    if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$(tail -n 2 check.out | tr '\n' ' ')"; fi
-}
 # must COMMAND...: a failure if the command does not succeed, which is no test of its own
 must() { "$@" >must.out 2>&1 || fail "$(basename "$1") ... $(echo "$*" | tail -c 40)" "$(tail -n 1 must.out)"; }
-# refuses NAME PATTERN COMMAND...: the command ends with status 1 and an error message that has the pattern
-refuses() {
-    refuse_name=$1 refuse_pattern=$2
-    shift 2
-    "$@" >refuse.out 2>refuse.err
-    refuse_status=$?
-    if [ $refuse_status -eq 1 ] && grep -q "error: .*$refuse_pattern" refuse.err; then ok "$refuse_name"; else
-        fail "$refuse_name" "status $refuse_status: $(head -n 1 refuse.err)"
-    fi
-}
 # losses RUN MEMBER NAME: `NAME STEP VALUE` for each line of RUN's log that has the member
 losses() { sed -n "s/^{\"step\": \([0-9]*\),.*\"$2\": \([^,}]*\).*/$3 \1 \2/p" "$1/log.jsonl"; }
 # near TOLERANCE FILE FILE: the same lines in any order, but for the number at the end, which differs by no more
@@ -97,9 +81,9 @@ for name in units pairs; do cp $name.jsonl $name.kept; done
 must "$train" units.jsonl --init init $one_batch --steps 1 --out own
 must "$dpo" pairs.jsonl --init init --context 64 --batch 3 --steps 1 --threads 1 --out own_dpo
 sed '1s/: \[[0-9]*/: [11/' units.kept >units.jsonl
-refuses 'train: one unit is another' 'units.jsonl' "$train" --resume --out own --steps 2
+refuses 'train: one unit is another' 1 'units.jsonl' "$train" --resume --out own --steps 2
 sed '1s/"prompt": {"units": \[[0-9]*/"prompt": {"units": [11/' pairs.kept >pairs.jsonl
-refuses 'dpo: one unit is another' 'pairs.jsonl' "$dpo" --resume --out own_dpo --steps 2
+refuses 'dpo: one unit is another' 1 'pairs.jsonl' "$dpo" --resume --out own_dpo --steps 2
 for name in units pairs; do mv $name.kept $name.jsonl; done
 check 'train: the first data again' "$train" --resume --out own --steps 2
 check 'dpo: the first data again' "$dpo" --resume --out own_dpo --steps 2

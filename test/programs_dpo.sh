@@ -96,7 +96,7 @@ for signal in 9 TERM; do
     : >rk.out # before the program starts, or the loop finds the line of the run before
     "$dpo" many.jsonl --init one --threads 1 --steps 2 --resume --out rk >rk.out 2>&1 &
     process=$!
-    while ! grep -q '^run' rk.out && kill -0 $process 2>/dev/null; do :; done
+    while ! grep -q '^run' rk.out && kill -0 $process 2>/dev/null; do sleep 0.01; done
     sleep 0.1
     kill -$signal $process
     wait $process 2>/dev/null

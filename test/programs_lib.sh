@@ -21,20 +21,6 @@ check() {
     shift 2
     if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$check_why; $(tail -n 1 check.out)"; fi
 }
-# refuses NAME STATUS PATTERN COMMAND...: the command ends with this status and one sentence on stderr that has the pattern
-refuses() {
-    refuse_name=$1 refuse_status=$2 refuse_pattern=$3
-    shift 3
-    "$@" >refuse.out 2>refuse.err </dev/null
-    refuse_got=$?
-    if [ $refuse_got -ne "$refuse_status" ]; then
-        fail "$refuse_name" "status $refuse_got, expected $refuse_status: $(head -n 1 refuse.err)"
-    elif ! head -n 1 refuse.err | grep -q "error: .*$refuse_pattern"; then
-        fail "$refuse_name" "expected '$refuse_pattern', got: $(head -n 1 refuse.err)"
-    else
-        ok "$refuse_name"
-    fi
-}
 # timeless LOG: a log without what a clock has to do with
 timeless() { sed 's/, "seconds".*//' "$1"; }
 same_logs() {
@@ -48,7 +34,7 @@ same_runs() { same_logs "$1" "$2" && same_weights "$1" "$2"; }
 each_step() { grep '"loss"' "$1/log.jsonl" | awk -v n="$2" '{ gsub(",", ""); if ($2 != NR) bad = 1 } END { if (bad || NR != n) { print NR " steps"; exit 1 } }'; }
 # halt_at_step PROCESS RUN N: waits until the log has N steps, then halts the process; fails where it has ended before
 halt_at_step() {
-    while ! grep -q "\"step\": $3," "$2/log.jsonl" 2>/dev/null; do kill -0 "$1" 2>/dev/null || return 1; done
+    while ! grep -q "\"step\": $3," "$2/log.jsonl" 2>/dev/null; do kill -0 "$1" 2>/dev/null && sleep 0.01 || return 1; done
     kill -STOP "$1"
 }
 

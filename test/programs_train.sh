@@ -272,7 +272,7 @@ refuses 'resume with epochs of fewer steps' 1 ' 1000000, .*grow' "$train" --resu
 : >both.out
 "$train" $few a.jsonl --batch 64 --time 60 --out both >both.out 2>both.err &
 process=$!
-while ! grep -q '^schedule' both.out; do kill -0 $process 2>/dev/null || break; done
+while ! grep -q '^schedule' both.out; do kill -0 $process 2>/dev/null && sleep 0.01 || break; done
 kill -STOP $process
 "$train" $few a.jsonl --steps 2 --out both >/dev/null 2>&1
 cp -r both first

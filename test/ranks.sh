@@ -2,12 +2,6 @@
 # test that sources this is skipped. Each `ok`, `fail`, `check` counts; `end` closes.
 root=$(cd "$(dirname "$0")/.." && pwd)
 . "$root/test/lib.sh"
-# check NAME COMMAND...: ok where the command succeeds
-check() {
-    check_name=$1
-    shift
-    if "$@" >check.out 2>&1; then ok "$check_name"; else fail "$check_name" "$(tail -n 3 check.out | tr '\n' ' ')"; fi
-}
 on() {
     on_ranks=$1
     shift

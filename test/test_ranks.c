@@ -176,7 +176,7 @@ static int train(slam_ops *with, const slam_config *config, int zero, int overla
     out->total = m->n_weights;
     out->first = rank ? NULL : NEW(float, out->total);
     for (int step = 0; step < STEPS; step++) {
-        slam_step s;
+        slam_step s = ZERO;
         for (int i = 0; i < ROWS * T; i++) all.tokens[i] = (int)rng_below(&random, (uint64_t)config->V);
         for (int i = 0; i < ROWS * T; i++) all.targets[i] = i % T + 1 < T ? all.tokens[i + 1] : -1;
         for (size_t b = rows.first; b < rows.end; b += 2) {

@@ -362,15 +362,6 @@ static int open_pipe(audio *a, const strbuf *bytes) {
     return ok;
 }
 
-static strbuf read_file(const char *path) {
-    strbuf s = ZERO;
-    file_map map;
-    if (!CHECK(file_map_open(&map, path), "%s", slam_error())) return s;
-    strbuf_add_bytes(&s, map.data, map.size);
-    file_map_close(&map);
-    return s;
-}
-
 /* The file's bytes from a pipe are the same audio. */
 static void check_pipe(const char *path) {
     strbuf bytes = read_file(path);

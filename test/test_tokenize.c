@@ -34,15 +34,6 @@ static slam_tokenizer *make_tokenizer(uint64_t seed) {
     return t;
 }
 
-static strbuf read_file(const char *path) {
-    strbuf s = ZERO;
-    file_map map;
-    if (!CHECK(file_map_open(&map, path), "%s", slam_error())) return s;
-    strbuf_add_bytes(&s, map.data, map.size);
-    file_map_close(&map);
-    return s;
-}
-
 static void check_same_file(const char *a, const char *b) {
     strbuf ta = read_file(a), tb = read_file(b);
     CHECK(ta.n == tb.n && ta.n > 0 && !memcmp(ta.at, tb.at, ta.n), "%s (%zu bytes) and %s (%zu) differ", a, ta.n, b,

@@ -5,16 +5,14 @@
 const char *__lsan_default_suppressions(void);
 const char *__lsan_default_suppressions(void) { return "leak:libsndfile\nleak:libvorbis\nleak:libogg\n"; }
 
-enum { LARGEST = 1 << 18 }; // bytes; some formats make much audio out of few
-
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_audio(const uint8_t *bytes, size_t size) {
     static slam_tokenizer *t;
     const slam_unit_config config = slam_unit_config_default();
     double end = 0;
     float *x;
     size_t n;
     audio a;
-    if (size > LARGEST) return 0;
+    if (size > 1 << 18) return 0; // some formats make much audio out of few bytes
     if (!t) {
         MUST(t = slam_tokenizer_load(NULL, &config, NULL));
         t->centroids = NEW(float, 2 * 39);

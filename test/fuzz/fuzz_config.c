@@ -19,7 +19,7 @@ static void check_config(const slam_config *c) {
     free(m.list);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_config(const uint8_t *bytes, size_t size) {
     json *root = json_parse((const char *)bytes, size, "fuzz");
     slam_config config = ZERO;
     slam_trainer trainer = ZERO;

@@ -1,7 +1,7 @@
 /* CSV: the cells fill the rows, and are the same after being written in quotes and read again. */
 #include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_csv(const uint8_t *bytes, size_t size) {
     csv c, again;
     strbuf t = ZERO;
     if (!csv_read(&c, fuzz_file(bytes, size))) return 0;

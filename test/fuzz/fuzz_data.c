@@ -1,9 +1,8 @@
 /* Tokens of a shard: the documents that are found are `1 u.. 1`, one after the other, and nothing but `1 1` is between them. */
 #include "fuzz.h"
 
-enum { V = 6 }; // so that many inputs are good
-
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_data(const uint8_t *bytes, size_t size) {
+    enum { V = 6 }; // so that many inputs are good
     token_file f = ZERO;
     document_list list = ZERO;
     uint64_t hash = 0, again = 0;

@@ -23,7 +23,7 @@ static void check_set(int kind, const char *path) {
     slam_testset_free(s);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_gold(const uint8_t *bytes, size_t size) {
     const char *path = fuzz_file(bytes, size);
     check_set(SLAM_SWUGGY, path);
     check_set(SLAM_SBLIMP, path);

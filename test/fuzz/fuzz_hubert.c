@@ -1,7 +1,7 @@
 /* A HuBERT model's folder. A model that loads computes features of noise, as many as it says, within its own memory. */
 #include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_hubert(const uint8_t *bytes, size_t size) {
     static slam_ops *ops;
     float samples[3000];
     slam_unit_config config = slam_unit_config_default();

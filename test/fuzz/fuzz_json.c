@@ -1,7 +1,7 @@
 /* JSON: numbers are those that strtod reads; strings and numbers survive being written and read again. */
 #include "fuzz.h"
 
-static void check(const json *j) {
+static void check_json(const json *j) {
     strbuf t = ZERO;
     if (j->type == JSON_NUMBER || j->type == JSON_STRING) {
         if (j->type == JSON_NUMBER) {
@@ -16,7 +16,7 @@ static void check(const json *j) {
     }
     size_t n = 0;
     for (const json *item = j->first; item; item = item->next, n++) {
-        check(item);
+        check_json(item);
         const json *last = item; // of that key
         for (const json *k = item; j->type == JSON_OBJECT && k; k = k->next)
             if (strcmp(k->key, item->key) == 0) last = k;
@@ -25,11 +25,11 @@ static void check(const json *j) {
     if (j->type == JSON_ARRAY || j->type == JSON_OBJECT) MUST(n == j->n);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_json(const uint8_t *bytes, size_t size) {
     file_map map = fuzz_map(bytes, size);
     json *root = json_parse((const char *)map.data, map.size, "fuzz");
     fuzz_free(&map);
-    if (root) check(root);
+    if (root) check_json(root);
     json_free(root);
     return 0;
 }

@@ -1,7 +1,7 @@
 /* .npy: the numbers are finite and as many as the file has. */
 #include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_npy(const uint8_t *bytes, size_t size) {
     file_map map = fuzz_map(bytes, size);
     float *data = NULL;
     size_t rows = 0, cols = 0;

@@ -2,7 +2,7 @@
    never make the length of a header right. Tensors fill the data exactly, and all their numbers can be read. */
 #include "fuzz.h"
 
-static void check(const tensors *t, size_t data) {
+static void check_safetensors(const tensors *t, size_t data) {
     for (size_t i = 0; i < t->n; i++) {
         const tensor *one = &t->at[i];
         const size_t bytes = one->count * dtype_bytes[one->dtype];
@@ -17,7 +17,7 @@ static void check(const tensors *t, size_t data) {
     tensors_metadata(t, "format");
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_safetensors(const uint8_t *bytes, size_t size) {
     file_map map;
     if (size > 0 && bytes[0] == '{') {
         const uint8_t *zero = (const uint8_t *)memchr(bytes, 0, size);
@@ -35,7 +35,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     if (tensors_add(t, "fuzz", &map)) {
         uint64_t header;
         memcpy(&header, t->file[0].map.data, 8);
-        check(t, t->file[0].map.size - 8 - header);
+        check_safetensors(t, t->file[0].map.size - 8 - header);
     }
     t->file[0].map.size = 0; // not mapped
     tensors_close(t);

@@ -1,7 +1,7 @@
 /* Token shards: the tokens fill the file. */
 #include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_shard(const uint8_t *bytes, size_t size) {
     shard s = ZERO;
     unsigned sum = 0;
     s.map = fuzz_map(bytes, size);

@@ -17,7 +17,7 @@ static void check(const slam_units *u, int tokens) {
     slam_units_free(&again);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_units(const uint8_t *bytes, size_t size) {
     units_reader r;
     slam_units u = ZERO;
     if (!units_open(&r, fuzz_file(bytes, size))) return 0;

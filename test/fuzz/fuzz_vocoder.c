@@ -1,7 +1,7 @@
 /* A vocoder's folder. A vocoder that loads synthesises units, as many samples as it says. */
 #include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
+static int fuzz_vocoder(const uint8_t *bytes, size_t size) {
     static slam_ops *ops;
     int units[5], durations[5] = {1, 2, 1, 3, 0};
     const char *folder = fuzz_folder(bytes, size);
