@@ -5967,7 +5967,7 @@ static size_t tensor_size(const model_tensor *t) { return (t->rows ? t->rows : 1
 
 /* The tensors of a model; free() the list. */
 static model_tensors tensors_of(const slam_config *c) {
-    const size_t V = c->V, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
+    const size_t V = c->V, C = c->C, F = c->F, Q = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
     const family *f = &families[c->family];
     const size_t each = f->qk_norm == NORM_PER_HEAD ? c->HS : 0; // norms of q and k
     const int bias = f->bias, all = f->qk_norm == NORM_ALL_HEADS, post = f->post_norm;
@@ -5978,15 +5978,15 @@ static model_tensors tensors_of(const slam_config *c) {
         // name, kind, layer (0: in each), rows, cols (0: not in this model), param
         {"model.embed_tokens.weight", MATRIX, -1, V, C, MODEL(embed)},
         {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, post ? 0 : C, LAYER(attn_norm)},
-        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, O, C, LAYER(qkv)},
+        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, Q, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.k_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.v_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
-        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? O : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? Q : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.k_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.v_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
-        {"model.layers.%d.self_attn.q_norm.weight", NORM, 0, 0, all ? O : each, LAYER(q_norm)},
+        {"model.layers.%d.self_attn.q_norm.weight", NORM, 0, 0, all ? Q : each, LAYER(q_norm)},
         {"model.layers.%d.self_attn.k_norm.weight", NORM, 0, 0, all ? K : each, LAYER(k_norm)},
-        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, O, LAYER(out)},
+        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, Q, LAYER(out)},
         {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, after_attention, 0},
         {"model.layers.%d.post_feedforward_layernorm.weight", NORM, 0, 0, post ? C : 0, LAYER(mlp_norm)},
         {"model.layers.%d.mlp.gate_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
@@ -6053,7 +6053,7 @@ typedef struct layer_acts { // shapes: acts_place
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *D;                         // D: of attention_backward
+    float *head_rstd, *losses, *rope, *loss_weights, *attn_scratch;
     int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths; // the last two are of the decoder
 } model_acts;
 
@@ -6084,7 +6084,7 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
 /* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. Without a
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
-    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
+    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, Q = c->NH * HS, QKV = Q + 2 * c->KVH * HS;
     const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
     const int train = mode != SLAM_INFERENCE, qk_norm = families[c->family].qk_norm,
               post = families[c->family].post_norm;
@@ -6097,11 +6097,11 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
         if (l == 0 || train) {
             a->x = ACTS(N * C); // residual stream before attention
             a->attn_rstd = FLOATS(N);
-            a->qkv = ACTS(N * W); // q and k normed and rotated
-            a->qkv_raw = train && qk_norm ? ACTS(N * W) : NULL;
+            a->qkv = ACTS(N * QKV); // q and k normed and rotated
+            a->qkv_raw = train && qk_norm ? ACTS(N * QKV) : NULL;
             a->q_rstd = qk_norm ? FLOATS(N * c->NH) : NULL;
             a->k_rstd = qk_norm ? FLOATS(N * c->KVH) : NULL;
-            a->attn = ACTS(N * O);
+            a->attn = ACTS(N * Q);
             a->attn_out = post ? ACTS(N * C) : NULL; // before its norm
             a->lse = FLOATS(N * c->NH);              // (B,NH,T)
             a->x_mid = ACTS(N * C);                  // residual stream before the MLP
@@ -6131,9 +6131,9 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
         a->dnorm = ACTS(N * C);                            // of the output of a norm
-        a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
-        a->dqkv = ACTS(N * W);
-        a->D = FLOATS(N * c->NH);
+        a->dattn = a->dswiglu = ACTS(N * (F > Q ? F : Q)); // never needed at once
+        a->dqkv = ACTS(N * QKV);
+        a->attn_scratch = FLOATS(N * c->NH);
     }
 #undef ACTS
 #undef FLOATS
@@ -6535,17 +6535,19 @@ static void norm_qk(slam_model *m, int l, int N, slam_act *dqkv) {
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int W = (c->NH + 2 * c->KVH) * c->HS, per_head = families[c->family].qk_norm == NORM_PER_HEAD;
+    const int QKV = (c->NH + 2 * c->KVH) * c->HS, per_head = families[c->family].qk_norm == NORM_PER_HEAD;
     if (!w->q_norm.data) return;
-    if (!dqkv && a->qkv_raw) ops->copy(ops, a->qkv_raw, a->qkv, (size_t)N * W * ops->act_bytes);
+    if (!dqkv && a->qkv_raw) ops->copy(ops, a->qkv_raw, a->qkv, (size_t)N * QKV * ops->act_bytes);
     for (int k = 0; k < 2; k++) {
         const param *norm = k ? &w->k_norm : &w->q_norm;
         float *rstd = k ? a->k_rstd : a->q_rstd;
         const int heads = k ? c->KVH : c->NH, G = per_head ? heads : 1, C = heads * c->HS / G;
         const size_t first = k ? (size_t)c->NH * c->HS : 0;
         slam_act *x = act_at(ops, dqkv ? dqkv : a->qkv, first);
-        if (!dqkv) ops->rmsnorm_forward(ops, NULL, x, rstd, x, NULL, norm->data, (float)c->eps, N, G, C, W);
-        else ops->rmsnorm_backward(ops, x, norm->grad, x, act_at(ops, a->qkv_raw, first), norm->data, rstd, N, G, C, W);
+        if (!dqkv) ops->rmsnorm_forward(ops, NULL, x, rstd, x, NULL, norm->data, (float)c->eps, N, G, C, QKV);
+        else
+            ops->rmsnorm_backward(ops, x, norm->grad, x, act_at(ops, a->qkv_raw, first), norm->data, rstd, N, G, C,
+                                  QKV);
     }
 }
 
@@ -6570,22 +6572,22 @@ static void norm_output(slam_model *m, slam_act *delta, const slam_act *out, flo
    or, in OLMo 2,
        x_mid = x + norm(out(attention(qkv(x))))      x_next = x_mid + norm(down(swiglu(gate_up(x_mid))))
    Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
-   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
-   the queries, W of q, k and v. */
+   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: Q of
+   the queries, QKV of q, k and v. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
                           const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const int C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
     slam_act *delta = m->layout->a.delta;
     slam_act *attn_out = a->attn_out ? a->attn_out : delta, *mlp_out = a->mlp_out ? a->mlp_out : delta;
     norm_input(m, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, &w->attn_norm, N);
-    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
+    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, QKV);
     norm_qk(m, l, N, NULL);
     attend(m, l, mask, decoder);
-    ops->matmul_forward(ops, attn_out, a->attn, w->out.data, NULL, N, O, C);
+    ops->matmul_forward(ops, attn_out, a->attn, w->out.data, NULL, N, Q, C);
     norm_output(m, delta, attn_out, a->attn_rstd, &w->attn_norm, N);
     norm_input(m, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, &w->mlp_norm, N);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
@@ -6689,7 +6691,7 @@ static void layer_backward(slam_model *m, int l, const slam_mask *shared_mask) {
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *g = &m->layout->a;
     const slam_mask mask = layer_mask(m, l, shared_mask);
-    const int N = mask.B * mask.T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const int N = mask.B * mask.T, C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
     const int recompute = m->mode == SLAM_TRAIN_RECOMPUTE;
     slam_act *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
 
@@ -6704,13 +6706,13 @@ static void layer_backward(slam_model *m, int l, const slam_mask *shared_mask) {
     norm_input_backward(m, a->x_mid, a->mlp_in, a->mlp_rstd, &w->mlp_norm, N);
 
     dout = norm_output_backward(m, a->attn_out, a->attn_rstd, &w->attn_norm, N);
-    ops->matmul_backward_weight(ops, w->out.grad, NULL, dout, a->attn, N, O, C);
-    ops->matmul_backward_input(ops, g->dattn, dout, w->out.data, N, O, C);
-    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, &mask);
+    ops->matmul_backward_weight(ops, w->out.grad, NULL, dout, a->attn, N, Q, C);
+    ops->matmul_backward_input(ops, g->dattn, dout, w->out.data, N, Q, C);
+    ops->attention_backward(ops, g->dqkv, g->attn_scratch, g->dattn, a->attn, a->lse, a->qkv, &mask);
     norm_qk(m, l, N, g->dqkv);
     if (recompute) norm_input(m, a->x, a->attn_in, a->attn_rstd, a->x, NULL, &w->attn_norm, N);
-    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, W);
-    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, W);
+    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, QKV);
+    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, QKV);
     norm_input_backward(m, a->x, a->attn_in, a->attn_rstd, &w->attn_norm, N);
 }
 
