@@ -140,10 +140,17 @@ typedef struct slam_adamw_params {
     long step;                                        /* 1 for the first update */
 } slam_adamw_params;
 
-/* B rows of T frames, G groups of C input and OC output channels each, K taps that are `dilation` frames apart, TO
-   output frames; gelu: GELU follows. */
+enum { SLAM_IDENTITY, SLAM_GELU, SLAM_RELU, SLAM_ADD };
+
+/* B rows of T frames, of which lengths_b count (NULL: all); G groups of C input and OC output channels each; TO output
+   frames; K taps that are `dilation` frames apart, the first one `before` frames before the output frame's place. The
+   input is scale x + shift (G C) (NULL: x), then leaky ReLU (Maas, Hannun and Ng 2013) with that slope (1: none). */
 typedef struct slam_conv {
-    int B, G, T, C, TO, OC, K, stride, dilation, gelu;
+    int B, G, T, C, TO, OC, K, stride, dilation, before;
+    float slope;
+    int output; /* what follows the sum; SLAM_ADD: out += */
+    const int *lengths;
+    const slam_act *scale, *shift;
 } slam_conv;
 
 /* N rows of V logits, `stride` apart. */
@@ -266,19 +273,12 @@ struct slam_ops {
 
     /* The rest serves speech encoders and vocoders and has no backward pass. */
 
-    /* Convolution over time without padding, optionally followed by GELU
-           out[b,t,g,o] = sum_k,c x[b,g,t stride + k dilation,c] w[g,o,k,c] + bias[g,o]
-       out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. Output frames with t stride + (K - 1) dilation >= T
-       read beyond their row: the caller allocates that memory and ignores those frames. */
+    /* Convolution over time
+           out[b,t,g,o] = output(sum_k,c input[b,t stride + k dilation - before,g,c] w[g,o,k,c] + bias[g,o])
+       out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL. The input is 0 before its first and after its last
+       frame. */
     void (*conv1d)(slam_ops *, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                    const slam_conv *);
-    /* Input of conv1d: channels in groups, `before` zero frames in front, zeros behind
-           out[b,g,t,c] = scale[g,c] x[b,t - before,g,c] + shift[g,c]   where 0 <= t - before < length_b, else 0
-       out (B,G,TO,C/G)  x (B,T,C), C: all channels  lengths (B)  scale, shift (C), NULL: 1, 0 */
-    void (*group_frames)(slam_ops *, slam_act *out, const slam_act *x, const int *lengths, const slam_act *scale,
-                         const slam_act *shift, int before, int B, int T, int TO, int C, int G);
-    /* x_bt = 0 for t >= length_b      x (B,T,C)  lengths (B) */
-    void (*mask_frames)(slam_ops *, slam_act *x, const int *lengths, int B, int T, int C);
     /* Exact GELU (Hendrycks and Gimpel 2016): y = x Phi(x), Phi the standard normal distribution;  y (n) may be x */
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
@@ -295,8 +295,6 @@ struct slam_ops {
        nearest (N)  x (N,D)  centroids (K,D)  squares (K), |c_k|^2;  scores (N,K) scratch */
     void (*nearest)(slam_ops *, int *nearest, float *scores, const slam_act *x, const slam_act *centroids,
                     const float *squares, int N, int D, int K);
-    /* Leaky ReLU (Maas, Hannun and Ng 2013): y = x where x > 0, else slope x      y (n) may be x */
-    void (*leaky_relu)(slam_ops *, slam_act *y, const slam_act *x, float slope, size_t n);
 };
 
 /* threads 0: OpenMP's number. act_bytes 2: bf16; 4: float, without tf32. NULL and slam_error() on failure. */
@@ -658,6 +656,7 @@ int slam_audio_units(const slam_tokenizer *, slam_comm *, const slam_strings *pa
 /* A vocoder synthesises one sequence of units at a time. */
 typedef struct slam_vocoder {
     int K, step;                  /* units 0..K-1; samples per frame */
+    size_t tail;                  /* more of them at the end */
     int *frame;                   /* (frames) the unit of each frame of the sequence */
     size_t frames, samples, done; /* of the sequence; samples at 16 kHz: in all, synthesised so far */
     size_t capacity;
@@ -2440,50 +2439,56 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a^T b + beta C      a (K,rows), rows `step` apart  b (K,TILE_COLUMNS)
-   The halves of a row accumulate in variables p0 q0 p1 q1 ...: compilers keep an array in memory. `rows` is a constant
-   wherever this is inlined, so the code for further rows disappears. */
+/* C = a b + beta C, a tile of the product. a_ik is a[i ld + k step], b is (K,TILE_COLUMNS). p and q of a row are its
+   left and right half; of a narrow tile, which is one vector wide, rows i and i + second. The accumulators p0 q0 p1 q1
+   ... are separate variables because compilers keep an array in memory, and a0, a1, ... so that few registers reach all
+   rows of a. `rows` and narrow are constants wherever this is inlined: the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
-ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
-                                   float *C, size_t ldc) {
-#define TILE_AT(i)        ((gemm_memory *)(C + i * ldc))
+ALWAYS_INLINE FUSED void gemm_tile(const int rows, const int narrow, const size_t ld, size_t second, int K,
+                                   const float *a, size_t step, const float *b, float beta, float *C, size_t ldc) {
+    float *D = narrow ? C + second * ldc : C + VECTOR;
+    const float *a0 = a, *a1 = a + 3 * ld, *a2 = a + 6 * ld, *a3 = a + 9 * ld, *a4 = a + 12 * ld;
+    const float *c0 = a0 + second * ld, *c1 = a1 + second * ld, *c2 = a2 + second * ld;
+#define TILE_AT(at, i)    ((gemm_memory *)(at + i * ldc))
+#define TILE_A(i)         (i < 3 ? a0 : i < 6 ? a1 : i < 9 ? a2 : i < 12 ? a3 : a4)[i % 3 * ld]
+#define TILE_A2(i)        (i < 3 ? c0 : i < 6 ? c1 : c2)[i % 3 * ld]
 #define TILE_CLEAR(i)     gemm_vector p##i = ZERO, q##i = ZERO;
 #define TILE_MULTIPLY(i)                                                                                               \
-    if (i < rows) p##i += a[i] * x, q##i += a[i] * y;
+    if (i < rows) p##i += TILE_A(i) * x, q##i += narrow ? TILE_A2(i) * x : TILE_A(i) * y;
 #define TILE_ADD(i)                                                                                                    \
-    if (i < rows) p##i += TILE_AT(i)[0], q##i += TILE_AT(i)[1];
+    if (i < rows) p##i += *TILE_AT(C, i), q##i += *TILE_AT(D, i);
 #define TILE_STORE(i)                                                                                                  \
-    if (i < rows) TILE_AT(i)[0] = p##i, TILE_AT(i)[1] = q##i;
-    for (int i = 0; i < rows; i++) __builtin_prefetch(TILE_AT(i)), __builtin_prefetch(TILE_AT(i) + 1);
+    if (i < rows) *TILE_AT(C, i) = p##i, *TILE_AT(D, i) = q##i;
+    for (int i = 0; i < rows; i++) __builtin_prefetch(TILE_AT(C, i)), __builtin_prefetch(TILE_AT(D, i));
     TILE_EACH_ROW(TILE_CLEAR)
-    for (int k = 0; k < K; k++, a += step, b += TILE_COLUMNS) {
+    for (int k = 0; k < K; k++, b += TILE_COLUMNS) {
         const gemm_vector x = ((const gemm_memory *)b)[0], y = ((const gemm_memory *)b)[1];
         TILE_EACH_ROW(TILE_MULTIPLY)
+        a0 += step, a1 += step, a2 += step, a3 += step, a4 += step, c0 += step, c1 += step, c2 += step;
     }
     if (beta != 0) { TILE_EACH_ROW(TILE_ADD) }
     TILE_EACH_ROW(TILE_STORE)
 }
 
-/* gemm_tile, compiled for each number of rows */
-static FUSED void gemm_rows(int rows, int K, const float *a, size_t step, const float *b, float beta, float *C,
-                            size_t ldc) {
-#define TILE_CASE(i)                                                                                                   \
-    case i + 1:                                                                                                        \
-        if (i < TILE_ROWS) gemm_tile(i + 1, K, a, step, b, beta, C, ldc);                                              \
-        break;
-    switch (rows) { TILE_EACH_ROW(TILE_CASE) }
-}
-
-/* C (rows,n) = a panel of A times packed_b + beta C. The last tile may be wider than C and goes through `edge`. */
-static void gemm_panel(int rows, int n, int K, const float *a, size_t step, float beta, float *C, size_t ldc) {
+/* C (rows,n) = a panel of A times packed_b + beta C. gemm_tile is compiled for each number of rows. The last tile may
+   be wider than C and goes through `edge`. */
+static FUSED void gemm_panel(int rows, int n, int K, const float *a, size_t ld, size_t step, float beta, float *C,
+                             size_t ldc) {
     float edge[TILE_ROWS * TILE_COLUMNS];
     const float *b = packed_b;
-    for (; n >= TILE_COLUMNS; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS)
-        gemm_rows(rows, K, a, step, b, beta, C, ldc);
-    if (n == 0) return;
-    gemm_rows(rows, K, a, step, b, 0, edge, TILE_COLUMNS);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
+#define TILE_CASE(i)                                                                                                   \
+    case i + 1:                                                                                                        \
+        if (i < TILE_ROWS && !narrow) gemm_tile(i + 1, 0, ld, 0, K, a, step, b, add, to, width);                       \
+        if (2 * i < TILE_ROWS && narrow) gemm_tile(i + 1, 1, ld, rows - i - 1, K, a, step, b, add, to, width);         \
+        break;
+    for (; n > 0; n -= TILE_COLUMNS, b += (size_t)K * TILE_COLUMNS, C += TILE_COLUMNS) {
+        const int narrow = n <= VECTOR, whole = n >= TILE_COLUMNS || n == VECTOR;
+        float *to = whole ? C : edge, add = whole ? beta : 0;
+        const size_t width = whole ? ldc : (size_t)TILE_COLUMNS;
+        switch (narrow ? (rows + 1) / 2 : rows) { TILE_EACH_ROW(TILE_CASE) }
+        for (int i = 0; i < rows && !whole; i++)
+            for (int j = 0; j < n; j++) C[i * ldc + j] = edge[i * TILE_COLUMNS + j] + (beta != 0 ? C[i * ldc + j] : 0);
+    }
 }
 
 /* out_ki = in_ki, `step` numbers at a time; the last copy may overlap the one before. */
@@ -2541,7 +2546,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     const int k_parts = K > 0 ? (K + BLOCK_K - 1) / BLOCK_K : 1;
-    const int unpacked = transA && N <= 2 * TILE_COLUMNS; // at most two tiles use a panel: not worth packing
+    // not worth packing: a panel that at most two tiles use, or rows that lie together in the L1 cache as they are
+    const int unpacked = transA ? N <= 2 * TILE_COLUMNS : lda <= BLOCK_K;
     for (int part = 0; part < n_parts * k_parts; part++) {
         const int np = part / k_parts, kp = part % k_parts;
         const int n0 = part_start(N, TILE_COLUMNS, n_parts, np), n1 = part_start(N, TILE_COLUMNS, n_parts, np + 1);
@@ -2553,8 +2559,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
             const int m0 = part_start(M, 1, m_parts, mp), m1 = part_start(M, 1, m_parts, mp + 1);
             const float *a = transA ? A + k0 * lda + m0 : A + m0 * lda + k0;
             if (!unpacked) gemm_pack(packed_a, PANEL_STRIDE, a, lda, !transA, m1 - m0, depth);
-            gemm_panel(m1 - m0, n1 - n0, depth, unpacked ? a : packed_a, unpacked ? lda : (size_t)PANEL_STRIDE,
-                       kp ? 1 : beta, C + m0 * ldc + n0, ldc);
+            gemm_panel(m1 - m0, n1 - n0, depth, unpacked ? a : packed_a, unpacked && !transA ? lda : 1,
+                       unpacked ? transA ? lda : 1 : (size_t)PANEL_STRIDE, kp ? 1 : beta, C + m0 * ldc + n0, ldc);
         }
     }
 }
@@ -3147,69 +3153,69 @@ static void row_gelu(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = gelu_float(x[i]);
 }
 
-/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. An output frame reads K C neighbouring numbers, the
-   next one those stride C further: a matrix product whose left side is x with overlapping rows. With dilation it is one
-   product per tap. With G = 1 and T = stride TO the rows of a batch are one long row. */
+/* out (B,TO,G OC)  x (B,T,G C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
+   neighbouring numbers, and the next output frame reads those stride C further: a matrix product whose left side is x
+   with overlapping rows. With dilation d, output frames r, r + d, ... read every d-th frame: a product for each r. What
+   a product reads is copied only if it is not in x as it is. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
-    slam_conv c = *conv;
-    if (c.G == 1 && c.T == c.stride * c.TO) c.TO *= c.B, c.T *= c.B, c.B = 1;
-    const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1);
-    const int parts = (c.TO + frames - 1) / frames, ldx = c.stride * c.C, ldo = c.G * c.OC;
-    const int taps = c.dilation > 1 ? 1 : GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
+    const slam_conv c = *conv;
+    const int frames = min_int(CONV_FRAMES, c.TO / ops->threads + 1), parts = (c.TO + frames - 1) / frames;
+    const int ldx = c.G * c.C, ldo = c.G * c.OC, d = c.dilation;
+    const int taps = GEMM_IS_OURS ? c.K : c.stride; // per product: rows may not overlap in BLAS
+    const size_t copy_n = ((size_t)frames * c.stride + c.K) * c.C;
+    float *copies = cpu_scratch(ops, ops->threads * copy_n);
     SLAM_PRAGMA(omp parallel for schedule(dynamic))
     for (int task = 0; task < c.B * c.G * parts; task++) {
         const int first = task % parts * frames, g = task / parts % c.G, i = task / parts / c.G;
         const int n = min_int(frames, c.TO - first);
-        const float *x = row(x_, (i * c.G + g) * c.T + first * c.stride, c.C), *w = row(w_, g * c.OC, c.K * c.C);
-        float *out = row(out_, i * c.TO + first, ldo) + g * c.OC;
-        for (int t = 0; b_ && t < n; t++) memcpy(out + (size_t)t * ldo, row(b_, g, c.OC), (size_t)c.OC * sizeof(float));
-        for (int k = 0; k < c.K; k += taps)
-            gemm(0, 1, n, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.dilation * c.C, ldx, w + k * c.C, c.K * c.C,
-                 b_ || k ? 1 : 0, out, ldo);
-        for (int t = 0; c.gelu && t < n; t++) row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
-    }
-}
-
-/* out (B,G,TO,C/G)  x (B,T,C)  lengths (B)  scale, shift (C) or NULL */
-static void cpu_group_frames(slam_ops *ops, slam_act *out_, const slam_act *x_, const int *lengths,
-                             const slam_act *scale_, const slam_act *shift_, int before, int B, int T, int TO, int C,
-                             int G) {
-    const float *scale = (const float *)scale_, *shift = (const float *)shift_;
-    const int width = C / G;
-    PARALLEL_FOR
-    for (int i = 0; i < B * G * TO; i++) {
-        const int t = i % TO - before, g = i / TO % G, b = i / TO / G;
-        float *out = row(out_, i, width);
-        if (t < 0 || t >= lengths[b]) {
-            memset(out, 0, (size_t)width * sizeof(float));
-            continue;
+        float *out = row(out_, i * c.TO + first, ldo) + g * c.OC, *copy = copies + omp_get_thread_num() * copy_n;
+        const float *w = row(w_, g * c.OC, c.K * c.C), *bias = row(b_, g, c.OC);
+        const float *scale = row(c.scale, g, c.C), *shift = row(c.shift, g, c.C);
+        const int T = c.lengths ? c.lengths[i] : c.T;
+        for (int t = 0; bias && t < n; t++) {
+            float *to = out + (size_t)t * ldo;
+            VECTORISE
+            for (int o = 0; o < c.OC; o++) to[o] = c.output == SLAM_ADD ? to[o] + bias[o] : bias[o];
         }
-        const float *x = row(x_, b * T + t, C) + g * width;
-        for (int c = 0; c < width; c++)
-            out[c] = x[c] * (scale ? scale[g * width + c] : 1) + (shift ? shift[g * width + c] : 0);
+        for (int r = 0; r < min_int(d, n); r++) { // m output frames from `count` input frames: at, at + d, ...
+            const int m = (n - r + d - 1) / d, at = (first + r) * c.stride - c.before, count = (m - 1) * c.stride + c.K;
+            const float *x = row(x_, i * c.T + at, ldx) + g * c.C;
+            if (ldx > c.C || d > 1 || c.slope != 1 || scale || at < 0 || at + count > T) {
+                const int last = T > at ? min_int(count, (T - at + d - 1) / d) : 0; // those from u on are inside
+                int u = at < 0 ? min_int(last, (d - 1 - at) / d) : 0;
+                const int run = ldx == c.C && d == 1 && !scale ? last - u : 1;
+                memset(copy, 0, (size_t)u * c.C * sizeof *copy);
+                memset(copy + last * c.C, 0, (size_t)(count - last) * c.C * sizeof *copy);
+                for (; u < last; u += run) {
+                    const float *from = x + (ptrdiff_t)u * d * ldx;
+                    float *to = copy + u * c.C;
+                    VECTORISE
+                    for (int k = 0; k < run * c.C; k++) {
+                        const float y = scale ? from[k] * scale[k] + shift[k] : from[k];
+                        to[k] = choose(y > 0, y, c.slope * y);
+                    }
+                }
+                x = copy;
+            }
+            for (int k = 0; k < c.K; k += taps)
+                gemm(0, 1, m, c.OC, min_int(taps, c.K - k) * c.C, x + k * c.C, (size_t)c.stride * c.C, w + k * c.C,
+                     (size_t)c.K * c.C, bias || c.output == SLAM_ADD || k ? 1 : 0, out + r * ldo, (size_t)d * ldo);
+        }
+        for (int t = 0; c.output == SLAM_GELU && t < n; t++)
+            row_gelu(out + (size_t)t * ldo, out + (size_t)t * ldo, c.OC);
+        for (int t = 0; c.output == SLAM_RELU && t < n; t++)
+            for (float *y = out + (size_t)t * ldo, *end = y + c.OC; y < end; y++) *y = choose(*y < 0, 0, *y);
     }
 }
 
-/* x (B,T,C)  lengths (B) */
-static void cpu_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int T, int C) {
-    for (int b = 0; b < B; b++) memset(row(x, b * T + lengths[b], C), 0, (size_t)(T - lengths[b]) * C * sizeof(float));
-}
-
-/* ---- GELU, leaky ReLU, layer norm, channel norm ---- */
+/* ---- GELU, layer norm, channel norm ---- */
 
 /* y, x (n) */
 static void cpu_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
     SLAM_PRAGMA(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) ((float *)y)[i] = gelu_float(((const float *)x)[i]);
-}
-
-/* y, x (n) */
-static void cpu_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x_, float slope, size_t n) {
-    const float *x = (const float *)x_;
-    SLAM_PRAGMA(omp parallel for simd schedule(static))
-    for (size_t i = 0; i < n; i++) ((float *)y)[i] = choose(x[i] > 0, x[i], slope * x[i]);
 }
 
 /* s, y, x, delta (N,C)  w, b (C) */
@@ -3317,8 +3323,8 @@ slam_ops *slam_cpu(int threads) {
     CPU_OP(matmul_forward), CPU_OP(matmul_backward_input), CPU_OP(matmul_backward_weight);
     CPU_OP(attention_forward), CPU_OP(attention_backward), CPU_OP(attention_decode), CPU_OP(attention_fill);
     CPU_OP(swiglu_forward), CPU_OP(swiglu_backward), CPU_OP(crossentropy), CPU_OP(sum), CPU_OP(sum_squares);
-    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(group_frames), CPU_OP(mask_frames), CPU_OP(gelu_forward);
-    CPU_OP(layernorm), CPU_OP(channelnorm), CPU_OP(nearest), CPU_OP(leaky_relu);
+    CPU_OP(adamw), CPU_OP(conv1d), CPU_OP(gelu_forward), CPU_OP(layernorm), CPU_OP(channelnorm);
+    CPU_OP(nearest);
     return ops;
 }
 
@@ -3715,27 +3721,21 @@ template <typename T> static void cuda_to_float(slam_ops *ops, float *out, const
     if ((void *)out != (void *)in) each<4>(ops, __func__, 1, n, convert_op<float, T>{out, (const T *)in}, out, in);
 }
 
-/* GELU, or leaky ReLU: 2 n sizeof(T) bytes */
+/* GELU or ReLU: 2 n sizeof(T) bytes */
 template <typename T> struct activation_op {
     T *y;
     const T *x;
-    int gelu;
-    float slope;
+    int relu;
     template <int P> __device__ void run(unsigned, size_t i) const {
         float a[P];
         load(a, x + i);
-        for (int k = 0; k < P; k++) a[k] = gelu ? gelu_of(a[k]) : a[k] > 0 ? a[k] : slope * a[k];
+        for (int k = 0; k < P; k++) a[k] = !relu ? gelu_of(a[k]) : a[k] < 0 ? 0 : a[k];
         store(y + i, a);
     }
 };
 
 template <typename T> static void cuda_gelu_forward(slam_ops *ops, slam_act *y, const slam_act *x, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 1, 0}, y, x);
-}
-
-template <typename T>
-static void cuda_leaky_relu(slam_ops *ops, slam_act *y, const slam_act *x, float slope, size_t n) {
-    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0, slope}, y, x);
+    each<WIDE<T>>(ops, __func__, 1, n, activation_op<T>{(T *)y, (const T *)x, 0}, y, x);
 }
 
 /* 3 N F sizeof(T) bytes */
@@ -3820,51 +3820,6 @@ static void cuda_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float
     const adamw_op<T> op = {act,        w, m, v, g, stats, clip, decay, eps, beta2, rest1, rest2, (float)step_size,
                             (float)root};
     each<4>(ops, __func__, 1, n, op, act, w, m, v, g);
-}
-
-/* What lies behind the lengths, written once. */
-template <typename T> struct mask_frames_op {
-    T *x;
-    const int *lengths;
-    int frames, C;
-    template <int P> __device__ void run(unsigned row, size_t c) const {
-        const float zeros[P] = {0};
-        if ((int)(row % frames) >= lengths[row / frames]) store(x + (size_t)row * C + c, zeros);
-    }
-};
-
-template <typename T>
-static void cuda_mask_frames(slam_ops *ops, slam_act *x, const int *lengths, int B, int frames, int C) {
-    each<WIDE<T>>(ops, __func__, (size_t)B * frames, C, mask_frames_op<T>{(T *)x, lengths, frames, C}, x);
-}
-
-/* 2 B TO C sizeof(T) bytes. A row is one of out (B,G,TO,C/G). */
-template <typename T> struct group_frames_op {
-    T *out;
-    const T *x, *scale, *shift;
-    const int *lengths;
-    int before, frames, TO, C, G;
-    template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int t = (int)(row % TO) - before, b = row / TO / G, first = (int)(row / TO % G) * (C / G) + (int)c;
-        float y[P] = {0}, a[P];
-        if (t >= 0 && t < lengths[b]) {
-            load(y, x + ((size_t)b * frames + t) * C + first);
-            if (scale) load(a, scale + first);
-            for (int k = 0; k < P; k++) y[k] *= scale ? a[k] : 1;
-            if (shift) load(a, shift + first);
-            for (int k = 0; k < P; k++) y[k] += shift ? a[k] : 0;
-        }
-        store(out + (size_t)row * (C / G) + c, y);
-    }
-};
-
-template <typename T>
-static void cuda_group_frames(slam_ops *ops, slam_act *out, const slam_act *x, const int *lengths,
-                              const slam_act *scale, const slam_act *shift, int before, int B, int frames, int TO,
-                              int C, int G) {
-    const group_frames_op<T> op = {
-        (T *)out, (const T *)x, (const T *)scale, (const T *)shift, lengths, before, frames, TO, C, G};
-    each<WIDE<T>>(ops, __func__, (size_t)B * G * TO, C / G, op, out, x, scale, shift);
 }
 
 /* ---- embedding ---- */
@@ -5178,31 +5133,43 @@ template <typename T> struct unfold_op {
     slam_conv conv;
     int g, first;
     template <int P> __device__ void run(unsigned row, size_t c) const {
-        const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO, t = frame % conv.TO;
-        const size_t at = (size_t)t * conv.stride + (size_t)tap * conv.dilation;
-        const T *from = x + (((size_t)b * conv.G + g) * conv.T + at) * conv.C + c;
-        packed<P>(columns + (size_t)row * conv.C + c) = packed<P>(from);
+        const int tap = row % conv.K, frame = first + row / conv.K, b = frame / conv.TO;
+        const int t = frame % conv.TO * conv.stride + tap * conv.dilation - conv.before;
+        float a[P] = {0}, scale[P], shift[P];
+        if (t >= 0 && t < (conv.lengths ? conv.lengths[b] : conv.T)) {
+            load(a, x + (((size_t)b * conv.T + t) * conv.G + g) * conv.C + c);
+            if (conv.scale) load(scale, (const T *)conv.scale + g * conv.C + c);
+            if (conv.scale) load(shift, (const T *)conv.shift + g * conv.C + c);
+            for (int k = 0; k < P; k++) {
+                if (conv.scale) a[k] = a[k] * scale[k] + shift[k];
+                a[k] = a[k] > 0 ? a[k] : conv.slope * a[k];
+            }
+        }
+        store(columns + (size_t)row * conv.C + c, a);
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product, some computed twice so that all products have
-   the same shape. Bound by arithmetic; the first convolution of an encoder, from one channel, by memory. */
+/* As many frames at a time as fit behind the workspace of the product. Bound by arithmetic; the first convolution of an
+   encoder, from one channel, by memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
-    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO;
-    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W, n = N < most ? N : most;
-    T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE);
+    const int W = conv->K * conv->C, OC = conv->OC, N = conv->B * conv->TO,
+              flags = TRANS_B | (conv->output == SLAM_ADD ? ADD : 0);
+    const int most = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / (int)sizeof(T) / W;
+    T *columns = (T *)(((cuda_ops *)ops)->workspace + PRODUCT_WORKSPACE), *to = (T *)out;
     if (most == 0) return cuda_fail(ops, __func__, "too many taps and channels", 0);
     for (int g = 0; g < conv->G; g++)
-        for (int done = 0; done < N; done += n) {
-            const int first = done + n < N ? done : N - n;
+        for (int first = 0, n; first < N; first += n) {
+            n = min(most, N - first);
             each<WIDE<T>>(ops, __func__, (size_t)n * conv->K, conv->C,
-                          unfold_op<T>{columns, (const T *)x, *conv, g, first}, x);
-            product(ops, __func__, TRANS_B, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
-                    b ? (const T *)b + g * OC : NULL, (T *)out + ((size_t)first * conv->G + g) * OC, conv->G * OC);
+                          unfold_op<T>{columns, (const T *)x, *conv, g, first}, x, conv->scale, conv->shift);
+            product(ops, __func__, flags, n, OC, W, columns, (const T *)w + (size_t)g * OC * W,
+                    b ? (const T *)b + g * OC : NULL, to + ((size_t)first * conv->G + g) * OC, conv->G * OC);
         }
-    if (conv->gelu) cuda_gelu_forward<T>(ops, out, out, (size_t)N * conv->G * OC);
+    if (conv->output == SLAM_GELU || conv->output == SLAM_RELU)
+        each<WIDE<T>>(ops, __func__, 1, (size_t)N * conv->G * OC, activation_op<T>{to, to, conv->output == SLAM_RELU},
+                      out);
 }
 
 /* A block has 32 channels of a row, a lane one of them; its 16 warps take frames in turn. Three passes: mean, variance,
@@ -5309,8 +5276,8 @@ template <typename T> static void cuda_fill_ops(slam_ops *ops) {
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
     TYPED_OP(attention_decode), TYPED_OP(attention_fill), TYPED_OP(swiglu_forward), TYPED_OP(swiglu_backward);
     TYPED_OP(crossentropy), TYPED_OP(adamw), TYPED_OP(conv1d);
-    TYPED_OP(group_frames), TYPED_OP(mask_frames), TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
-    CUDA_OP(nearest), TYPED_OP(leaky_relu), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
+    TYPED_OP(gelu_forward), TYPED_OP(layernorm), TYPED_OP(channelnorm);
+    CUDA_OP(nearest), ops->sum = cuda_sum<0>, ops->sum_squares = cuda_sum<1>;
 }
 
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -8083,17 +8050,17 @@ enum { MFCC_CEPSTRA = 13, MFCC_WIDTH = 3 * MFCC_CEPSTRA, MFCC_FILTERS = 40, MFCC
 struct slam_mfcc {
     int window, step;
     double hamming[MFCC_WINDOW];
-    double cosine[MFCC_WINDOW / 2], sine[MFCC_WINDOW / 2]; // of 2 pi k / window
-    int edge[MFCC_FILTERS + 2];                            // filter j rises from edge j to j + 1 and falls to j + 2
-    double dct[MFCC_FILTERS][MFCC_CEPSTRA];                // includes the lifter
+    double cosine[MFCC_WINDOW], sine[MFCC_WINDOW]; // of 2 pi k / window
+    int edge[MFCC_FILTERS + 2];                    // filter j rises from edge j to j + 1 and falls to j + 2
+    double dct[MFCC_FILTERS][MFCC_CEPSTRA];        // includes the lifter
 };
 
 UNFUSED static struct slam_mfcc *mfcc_new(int rate) {
     struct slam_mfcc *m = NEW(struct slam_mfcc, 1);
     m->step = SAMPLE_RATE / rate;
     m->window = rate == 25 ? 1024 : 512;
-    for (int i = 0; i < m->window; i++) m->hamming[i] = 0.54 - 0.46 * cos(2 * PI * i / (m->window - 1));
-    for (int k = 0; k < m->window / 2; k++) {
+    for (int k = 0; k < m->window; k++) {
+        m->hamming[k] = 0.54 - 0.46 * cos(2 * PI * k / (m->window - 1));
         m->cosine[k] = cos(2 * PI * k / m->window);
         m->sine[k] = sin(2 * PI * k / m->window);
     }
@@ -8167,54 +8134,51 @@ UNFUSED static void mfcc_frame(const struct slam_mfcc *m, float *out, const floa
     for (int i = 0; i < MFCC_CEPSTRA; i++) out[i] = (float)cepstra[i];
 }
 
-/* (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
-UNFUSED static void normalize_waveform(float *out, const float *x, size_t n) {
+/* out = x or, if normalize, (x - mean) / sqrt(variance + 1e-7), as Hugging Face's Wav2Vec2FeatureExtractor */
+UNFUSED static void copy_waveform(float *out, const float *x, size_t n, int normalize) {
     double mean = 0, variance = 0;
-    for (size_t i = 0; i < n; i++) mean += x[i];
+    for (size_t i = 0; normalize && i < n; i++) mean += x[i];
     mean /= (double)n;
-    for (size_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    for (size_t i = 0; normalize && i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
     const double scale = 1 / sqrt(variance / (double)n + 1e-7);
-    for (size_t i = 0; i < n; i++) out[i] = (float)((x[i] - mean) * scale);
+    for (size_t i = 0; i < n; i++) out[i] = normalize ? (float)((x[i] - mean) * scale) : x[i];
 }
 
 /* out (frames,39) of x (n) */
 static void mfcc_compute(const struct slam_mfcc *m, int normalize, float *out, size_t frames, const float *x,
                          size_t n) {
-    float *normal = normalize ? NEW(float, n) : NULL;
-    if (normal) normalize_waveform(normal, x, n);
+    float *copy = NEW(float, n);
+    copy_waveform(copy, x, n, normalize);
     PARALLEL_FOR
-    for (size_t t = 0; t < frames; t++)
-        mfcc_frame(m, out + t * MFCC_WIDTH, normal ? normal : x, n, t * (size_t)m->step);
-    free(normal);
+    for (size_t t = 0; t < frames; t++) mfcc_frame(m, out + t * MFCC_WIDTH, copy, n, t * (size_t)m->step);
+    free(copy);
     for (int from = 0; from < 2 * MFCC_CEPSTRA; from += MFCC_CEPSTRA) // differences of columns `from` to `from + 12`
-        for (size_t t = 0, last = frames - 1; t < frames; t++) {
-            const size_t near[] = {t > 0 ? t - 1 : 0, t + 1 < last ? t + 1 : last};
-            const size_t far[] = {t > 1 ? t - 2 : 0, t + 2 < last ? t + 2 : last};
+        for (size_t t = 0, last = frames - 1; t < frames; t++)
             for (int i = from; i < from + MFCC_CEPSTRA; i++) {
-                const float *c = out + i;
-                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = (c[near[1] * MFCC_WIDTH] - c[near[0] * MFCC_WIDTH] +
-                                                          2 * (c[far[1] * MFCC_WIDTH] - c[far[0] * MFCC_WIDTH])) /
-                                                         10;
+                float sum = 0;
+                for (size_t n = 1; n <= 2; n++) {
+                    const size_t before = t > n ? t - n : 0, after = t + n < last ? t + n : last;
+                    sum += (float)n * (out[after * MFCC_WIDTH + i] - out[before * MFCC_WIDTH + i]);
+                }
+                out[t * MFCC_WIDTH + i + MFCC_CEPSTRA] = sum / 10;
             }
-        }
 }
 
 /* ---- networks: weights from a folder of a Hugging Face or PyTorch model ---- */
 
-typedef struct network_module { // a linear layer, a convolution (OC,K,C), as conv1d reads it, or a norm
+typedef struct network_module { // a linear layer, a norm, or a convolution (OC,K,C), as conv1d reads it
     slam_act *w, *b;
 } network_module;
 
-typedef struct network {
+typedef struct network { // first member of a model
     slam_ops *ops;
     slam_act *weights;
-    char *arena; // activations of a batch
-    size_t arena_bytes;
-    uint64_t hash;      // of the weights in use, and of what the caller has hashed before
-    const char *prefix; // that names of tensors may have
-    tensors *file;      // while the weights are read: the folder's, the end of those placed so far, no error so far
-    size_t end;
-    int ok;
+    char *arena;             // activations of a batch
+    size_t arena_bytes, end; // end: numbers in `weights`
+    uint64_t hash;           // of the weights in use, and of what the caller has hashed before
+    const char *prefix;      // that names of tensors may have
+    tensors *file;           // while the weights are read
+    int ok;                  // no error so far
 } network;
 
 /* At least `bytes` in n->arena. */
@@ -8226,6 +8190,26 @@ static int network_grow(network *n, size_t bytes) {
     return n->arena != NULL;
 }
 
+/* Loads the weights in `folder` by load(n), which is called twice: it checks shapes and counts numbers while n->weights
+   is NULL, then it reads. */
+static int network_load(network *n, const char *folder, const char *prefix, void (*load)(network *)) {
+    n->prefix = prefix;
+    n->file = tensors_open(folder);
+    n->ok = n->file != NULL;
+    if (n->ok) load(n);
+    if (n->ok) n->weights = (slam_act *)n->ops->alloc(n->ops, n->end * n->ops->act_bytes);
+    n->ok = n->weights != NULL;
+    n->end = 0;
+    if (n->ok) load(n);
+    tensors_close(n->file);
+    return n->ok && n->ops->finish(n->ops);
+}
+
+static void network_free(network *n) {
+    n->ops->release(n->ops, n->weights);
+    n->ops->release(n->ops, n->arena);
+}
+
 /* The tensor NAME.suffix, with or without the prefix. */
 static const tensor *network_find(const network *n, const char *name, const char *suffix) {
     char *full = string_print("%s%s.%s", n->prefix, name, suffix);
@@ -8235,18 +8219,20 @@ static const tensor *network_find(const network *n, const char *name, const char
     return t;
 }
 
-/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL and !n->ok on error. */
+/* The numbers of tensor NAME.suffix of shape (a,b,c), or (a,b) or (a) where the rest is 1. NULL on error, and while
+   shapes are checked. */
 static float *network_read(network *n, const char *name, const char *suffix, size_t a, size_t b, size_t c) {
     const tensor *t = network_find(n, name, suffix);
     const size_t count = a * b * c;
-    float *x = NULL;
     strbuf shape = ZERO;
     if (t) strbuf_add_shape(&shape, t->rank, t->shape);
     if (n->ok && (!t || t->count != count || t->shape[0] != a || (b > 1 && t->shape[1] != b)))
         n->ok = set_error("%s: tensor '%s.%s' %s%s%s, expected (%zu,%zu,%zu)", n->file->file->path, name, suffix,
                           shape.n ? "has shape (" : "is missing", shape.n ? shape.at : "", shape.n ? ")" : "", a, b, c);
     strbuf_free(&shape);
-    if (n->ok) n->ok = tensor_floats(t, x = NEW(float, count), 0, count);
+    if (!n->ok || !n->weights) return NULL;
+    float *x = NEW(float, count);
+    n->ok = tensor_floats(t, x, 0, count);
     for (size_t i = 0; n->ok && i < count; i++)
         if (!isfinite(x[i]))
             n->ok = set_error("%s: tensor '%s.%s' has a number that is not finite", t->file, name, suffix);
@@ -8263,13 +8249,15 @@ UNFUSED static float *network_weight(network *n, const char *name, int by_last, 
     while (kind > 0 && !network_find(n, name, names[kind][0])) kind--;
     float *v = network_read(n, name, names[kind][0], a, b, c);
     if (kind == 0) return v;
-    const size_t norms = by_last ? c : a, count = a * b * c;
     float *g = network_read(n, name, names[kind][1], by_last ? 1 : a, 1, by_last ? c : 1);
-    double *squares = NEW(double, norms);
-    for (size_t i = 0; n->ok && i < count; i++) squares[by_last ? i % c : i / (b * c)] += (double)v[i] * v[i];
-    for (size_t i = 0; n->ok && i < norms; i++) g[i] = squares[i] > 0 ? (float)(g[i] / sqrt(squares[i])) : 0;
-    for (size_t i = 0; n->ok && i < count; i++) v[i] *= g[by_last ? i % c : i / (b * c)];
-    free(squares);
+    for (size_t i = 0, norms = by_last ? c : a, each = b * (by_last ? a : c); g && i < norms; i++) {
+        double squares = 0;
+        float *first = v + i * (by_last ? 1 : each);
+        const size_t step = by_last ? c : 1;
+        for (size_t k = 0; k < each; k++) squares += (double)first[k * step] * first[k * step];
+        const float scale = squares > 0 ? (float)(g[i] / sqrt(squares)) : 0;
+        for (size_t k = 0; k < each; k++) first[k * step] *= scale;
+    }
     free(g);
     return v;
 }
@@ -8277,10 +8265,11 @@ UNFUSED static float *network_weight(network *n, const char *name, int by_last, 
 /* Places x (a,b,c) at n->end as (a,c,b) and frees it. The hash takes places and numbers in the order of the calls. */
 static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t c) {
     const size_t count = a * b * c, at = n->end;
-    n->ok = n->ok && network_grow(n, count * sizeof *x);
-    float *host = n->ok ? NEW(float, count) : NULL, *next = host;
+    n->end += round_up(count, 256);
+    if (!x) return NULL;
+    float *host = NEW(float, count), *next = host;
     n->hash ^= at;
-    for (size_t i = 0; n->ok && i < a; i++)
+    for (size_t i = 0; i < a; i++)
         for (size_t k = 0; k < c; k++)
             for (size_t j = 0; j < b; j++) {
                 uint32_t bits;
@@ -8289,7 +8278,7 @@ static slam_act *network_store(network *n, float *x, size_t a, size_t b, size_t 
                 n->hash = (n->hash ^ bits) * HASH_PRIME;
             }
     slam_act *to = act_at(n->ops, n->weights, at);
-    n->end += round_up(count, 256);
+    n->ok = n->ok && network_grow(n, count * sizeof *x);
     if (n->ok) n->ops->upload(n->ops, n->arena, host, count * sizeof *host);
     if (n->ok) n->ops->to_act(n->ops, to, (float *)n->arena, count);
     free(host);
@@ -8302,17 +8291,12 @@ static slam_act *network_tensor(network *n, const char *name, const char *suffix
 }
 
 /* NAME.weight (a,b,c) and NAME.bias (a); %d in NAME: the layer */
-static void network_load_module(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
+static void network_module_load(network *n, network_module *m, const char *format, int layer, size_t a, size_t b,
                                 size_t c, int bias) {
     char *name = string_print(format, layer);
     m->w = network_tensor(n, name, "weight", a, b, c);
     if (bias) m->b = network_tensor(n, name, "bias", a, 1, 1);
     free(name);
-}
-
-static void network_free(network *n) {
-    n->ops->release(n->ops, n->weights);
-    n->ops->release(n->ops, n->arena);
 }
 
 /* ---- HuBERT (Hsu et al. 2021): configuration ----
@@ -8358,10 +8342,11 @@ static int hubert_config_load(hubert_config *k, const char *path, int *step) {
     json *c = json_load(path);
     *k = defaults;
     int ok = c && fields_read(c, hubert_fields, sizeof hubert_fields / sizeof *hubert_fields, k, path);
-    for (int i = 0; ok && i < 3; i++)
-        if (strcmp(json_string(c, words[i][0], words[i][1]), words[i][1]))
-            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], json_string(c, words[i][0], ""),
-                           words[i][1]);
+    for (int i = 0; ok && i < 3; i++) {
+        const char *word = json_string(c, words[i][0], words[i][1]);
+        if (strcmp(word, words[i][1]))
+            ok = set_error("%s: %s is '%s', expected '%s'", path, words[i][0], word, words[i][1]);
+    }
     const char *norm = json_string(c, "feat_extract_norm", "group");
     k->all_norms = !strcmp(norm, "layer");
     if (ok && !k->all_norms && strcmp(norm, "group"))
@@ -8403,24 +8388,22 @@ typedef struct slam_hubert {
    and Szegedy 2015): scale x + shift before the convolution,
        scale = w / sqrt(var + 1e-5)      shift = b - mean scale */
 UNFUSED static void hubert_load_positions(slam_hubert *h) {
-    const char *conv = "encoder.pos_conv_embed.conv", *norm = "encoder.pos_conv_embed.batch_norm";
-    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups;
+    static const char *const conv = "encoder.pos_conv_embed.conv", *const norm = "encoder.pos_conv_embed.batch_norm";
+    const size_t C = h->config.C, K = h->config.taps, width = C / h->config.groups, at = h->net.end;
+    const int batch_norm = h->config.batch_norm;
     network *n = &h->net;
-    const size_t at = n->end;
-    n->end += round_up(C * width * K, 256);
+    n->end += round_up(C * width * K, 256); // the bias is read first, and comes second
     h->positions.b = network_tensor(n, conv, "bias", C, 1, 1);
     const size_t end = n->end;
     n->end = at;
-    float *weight =
-        h->config.batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
+    float *weight = batch_norm ? network_read(n, conv, "weight", C, width, K) : network_weight(n, conv, 1, C, width, K);
     h->positions.w = network_store(n, weight, C, width, K);
     n->end = end;
-    if (!h->config.batch_norm) return;
+    if (!batch_norm) return;
     float *w = network_read(n, norm, "weight", C, 1, 1), *b = network_read(n, norm, "bias", C, 1, 1);
     float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
-    for (size_t c = 0; n->ok && c < C; c++) {
+    for (size_t c = 0; var && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
-        if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' is %g < 0", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
@@ -8430,25 +8413,25 @@ UNFUSED static void hubert_load_positions(slam_hubert *h) {
     h->batch_norm.b = network_store(n, b, C, 1, 1);
 }
 
-/* Loads what the output of layer h->layer needs. */
-static void hubert_load_weights(slam_hubert *h) {
+/* What the output of layer h->layer needs. */
+static void hubert_load_weights(network *n) {
+    slam_hubert *h = (slam_hubert *)n;
     const hubert_config *k = &h->config;
-    network *n = &h->net;
     const size_t C = k->C, F = k->F;
     size_t before = 1;
     for (int i = 0; i < k->convs; i++) {
         const size_t OC = k->width[i];
-        network_load_module(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
+        network_module_load(n, &h->conv[i], "feature_extractor.conv_layers.%d.conv", i, OC, before, k->kernel[i],
                             k->conv_bias);
         if (i == 0 || k->all_norms)
-            network_load_module(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
+            network_module_load(n, &h->conv_norm[i], "feature_extractor.conv_layers.%d.layer_norm", i, OC, 1, 1, 1);
         before = OC;
     }
     if (k->projection_norm)
-        network_load_module(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
-    network_load_module(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
+        network_module_load(n, &h->projection_norm, "feature_projection.layer_norm", 0, before, 1, 1, 1);
+    network_module_load(n, &h->projection, "feature_projection.projection", 0, C, before, 1, 1);
     hubert_load_positions(h);
-    if (!k->stable) network_load_module(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
+    if (!k->stable) network_module_load(n, &h->norm, "encoder.layer_norm", 0, C, 1, 1, 1);
     for (int i = 0; i < h->layer; i++) {
         hubert_layer *w = &h->layers[i];
         const size_t at = n->end, bias_at = at + round_up(3 * C * C, 256);
@@ -8463,11 +8446,11 @@ static void hubert_load_weights(slam_hubert *h) {
         n->end = bias_at + round_up(3 * C, 256);
         w->qkv.w = act_at(n->ops, n->weights, at);
         w->qkv.b = act_at(n->ops, n->weights, bias_at);
-        network_load_module(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
-        network_load_module(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
-        network_load_module(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
-        network_load_module(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
-        network_load_module(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
+        network_module_load(n, &w->out, "encoder.layers.%d.attention.out_proj", i, C, C, 1, 1);
+        network_module_load(n, &w->up, "encoder.layers.%d.feed_forward.intermediate_dense", i, F, C, 1, 1);
+        network_module_load(n, &w->down, "encoder.layers.%d.feed_forward.output_dense", i, C, F, 1, 1);
+        network_module_load(n, &w->attention_norm, "encoder.layers.%d.layer_norm", i, C, 1, 1, 1);
+        network_module_load(n, &w->mlp_norm, "encoder.layers.%d.final_layer_norm", i, C, 1, 1, 1);
     }
 }
 
@@ -8485,29 +8468,17 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
                     preprocessor = path_join(folder, "preprocessor_config.json");
     static const field normalize = {"do_normalize", FIELD_BOOL, offsetof(slam_hubert, do_normalize), 0, 0, 0};
     slam_hubert *h = NEW(slam_hubert, 1);
-    network *net = &h->net;
-    size_t n = 0;
-    net->ops = ops;
-    net->prefix = "hubert.";
+    h->net.ops = ops;
     h->layer = layer;
     h->pad = pad;
     int ok = hubert_config_load(&h->config, path.at, &h->step);
     if (ok && (layer < 0 || layer > h->config.L))
         ok = set_error("%s: layer is %d, expected 0 to %d (num_hidden_layers)", path.at, layer, h->config.L);
-    net->hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    h->net.hash = hash_bytes(HASH_START, &h->config, sizeof h->config);
+    h->layers = ok ? NEW(hubert_layer, layer) : NULL;
     json *p = ok && path_is_file(preprocessor.at) ? json_load(preprocessor.at) : NULL;
-    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at);
-    net->file = ok ? tensors_open(folder) : NULL;
-    for (const tensor *t = net->file ? net->file->at : NULL; t && t < net->file->at + net->file->n; t++) {
-        const char *in_layer = strstr(t->name, "encoder.layers.");
-        if (!in_layer || atoi(in_layer + strlen("encoder.layers.")) < layer) n += round_up(t->count, 256);
-    } // without the layers above
-    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    net->ok = net->weights != NULL;
-    h->layers = net->ok ? NEW(hubert_layer, layer) : NULL;
-    if (net->ok) hubert_load_weights(h);
-    ok = net->ok && ops->finish(ops);
-    tensors_close(net->file);
+    ok = ok && fields_read(p, &normalize, 1, h, preprocessor.at) &&
+         network_load(&h->net, folder, "hubert.", hubert_load_weights);
     json_free(p);
     if (ok) return h;
     hubert_free(h);
@@ -8517,20 +8488,16 @@ static slam_hubert *hubert_load(slam_ops *ops, const char *folder, int layer, in
 /* Uploads the tokenizer's centroids (K,C) for ops->nearest, and the squared norms of these as to_act rounds them. */
 static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K) {
     slam_ops *ops = h->net.ops;
-    const size_t C = h->config.C, n = K * C;
-    h->centroids = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
+    const size_t C = h->config.C, bytes = K * C * sizeof(float);
+    h->centroids = (slam_act *)ops->alloc(ops, K * C * ops->act_bytes);
     h->squares = (float *)ops->alloc(ops, K * sizeof *h->squares);
-    if (!h->centroids || !h->squares || !network_grow(&h->net, n * sizeof *centroids)) return 0;
-    float *wide = (float *)h->net.arena, *host = NEW(float, n), *squares = NEW(float, K);
-    ops->upload(ops, wide, centroids, n * sizeof *wide);
-    ops->to_act(ops, h->centroids, wide, n);
-    ops->to_float(ops, wide, h->centroids, n);
-    ops->download(ops, host, wide, n * sizeof *wide);
-    for (size_t k = 0; k < K; k++) {
-        double sum = 0;
-        for (size_t c = 0; c < C; c++) sum += (double)host[k * C + c] * host[k * C + c];
-        squares[k] = (float)sum;
-    }
+    if (!h->centroids || !h->squares || !network_grow(&h->net, bytes)) return 0;
+    float *wide = (float *)h->net.arena, *host = NEW(float, K *C), *squares = NEW(float, K);
+    ops->upload(ops, wide, centroids, bytes);
+    ops->to_act(ops, h->centroids, wide, K * C);
+    ops->to_float(ops, wide, h->centroids, K * C);
+    ops->download(ops, host, wide, bytes);
+    for (size_t k = 0; k < K; k++) squares[k] = (float)part_squares(host + k * C, C);
     ops->upload(ops, h->squares, squares, K * sizeof *squares);
     free(host);
     free(squares);
@@ -8550,12 +8517,11 @@ typedef struct hubert_batch {
     int B, n, S, T;                    // B rows, n of them with a recording, of S samples and T frames
     slam_recording *const *recordings; // (n)
     float *scratch;                    // (B,S) samples; (B,NH,T) lse; (B,T,C) features or (B,T,K) scores
-    slam_act *conv[2];                 // alternating outputs of the convolutions; conv[1] has the samples first
-    slam_act *x, *delta, *in;      // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
-    slam_act *grouped, *qkv, *mlp; // (B,G,T + taps - 1,C/G) (B,T,3C) (B,T,F)
-    int *nearest;                  // (B,T) centroids
-    int *doc_start, *doc_end;      // (B,T) keys of attention
-    int *frames, *first_frames;    // (B) valid frames, after all convolutions and after the first
+    slam_act *large[2];         // alternating outputs of the convolutions, the samples first; (B,T,3C) qkv; (B,T,F) MLP
+    slam_act *x, *delta, *in;   // (B,T,C) residual stream; output of a sublayer; its input, or output of attention
+    int *nearest;               // (B,T) centroids
+    int *doc_start, *doc_end;   // (B,T) keys of attention
+    int *frames, *first_frames; // (B) valid frames, after all convolutions and after the first
 } hubert_batch;
 
 /* Frames of a recording after the first n convolutions. */
@@ -8571,21 +8537,16 @@ static size_t hubert_frames(const slam_hubert *h, size_t samples, int n) {
 static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns, const char *arena) {
     const hubert_config *k = &h->config;
     const size_t B = b->B, S = b->S, N = B * b->T, C = k->C, act = h->net.ops->act_bytes;
-    size_t end = 0, frames = B * S, largest[2] = {0, B * S + k->kernel[0]};
-    for (int i = 0; i < k->convs; i++) { // the next one may read K frames past the last row
+    size_t end = 0, frames = B * S, largest[2] = {B * S, N * (3 * C > (size_t)k->F ? 3 * C : (size_t)k->F)};
+    for (int i = 0; i < k->convs; i++) {
         frames /= k->stride[i];
-        const size_t n = (frames + (i + 1 < k->convs ? k->kernel[i + 1] : 0)) * k->width[i];
-        if (n > largest[i % 2]) largest[i % 2] = n;
+        if (frames * k->width[i] > largest[(i + 1) % 2]) largest[(i + 1) % 2] = frames * k->width[i];
     }
     b->scratch = (float *)take(arena, &end, (B * S > N * columns ? B * S : N * columns) * sizeof(float));
-    b->conv[0] = (slam_act *)take(arena, &end, largest[0] * act);
-    b->conv[1] = (slam_act *)take(arena, &end, largest[1] * act);
+    for (int i = 0; i < 2; i++) b->large[i] = (slam_act *)take(arena, &end, largest[i] * act);
     b->x = (slam_act *)take(arena, &end, N * C * act);
     b->delta = (slam_act *)take(arena, &end, N * C * act);
     b->in = (slam_act *)take(arena, &end, N * C * act);
-    b->grouped = (slam_act *)take(arena, &end, (N + B * (k->taps - 1)) * C * act);
-    b->qkv = (slam_act *)take(arena, &end, 3 * N * C * act);
-    b->mlp = (slam_act *)take(arena, &end, N * k->F * act);
     b->nearest = (int *)take(arena, &end, (3 * N + 2 * B) * sizeof(int));
     b->doc_start = b->nearest + N;
     b->doc_end = b->doc_start + N;
@@ -8598,21 +8559,19 @@ static size_t hubert_place(const slam_hubert *h, hubert_batch *b, size_t columns
    recording attend to its first frame alone, so that no tile of attention is wider than the recording. */
 static void hubert_upload(slam_hubert *h, const hubert_batch *b, int normalize) {
     slam_ops *ops = h->net.ops;
-    const size_t B = b->B, S = b->S, T = b->T, N = B * T;
+    const size_t B = b->B, S = b->S, N = B * b->T, n_ints = 2 * N + 2 * B;
     float *host = NEW(float, B *S);
-    int *starts = NEW(int, 2 * N + 2 * B), *ends = starts + N, *frames = ends + N;
+    int *starts = NEW(int, n_ints), *ends = starts + N, *frames = ends + N;
     for (size_t i = 0; i < B; i++) {
         const slam_recording *r = i < (size_t)b->n ? b->recordings[i] : NULL;
-        float *to = host + i * S + h->pad;
-        if (r && normalize) normalize_waveform(to, r->samples, r->n);
-        else if (r) memcpy(to, r->samples, r->n * sizeof *to);
+        if (r) copy_waveform(host + i * S + h->pad, r->samples, r->n, normalize);
         frames[i] = r ? (int)r->units.frames : 1;
         frames[B + i] = r ? (int)hubert_frames(h, r->n, 1) : 1;
-        for (int t = 0; t < b->T; t++) ends[i * T + t] = t < frames[i] ? frames[i] : 1;
+        for (int t = 0; t < b->T; t++) *ends++ = t < frames[i] ? frames[i] : 1;
     }
     ops->upload(ops, b->scratch, host, B * S * sizeof *host);
-    ops->to_act(ops, b->conv[1], b->scratch, B * S);
-    ops->upload(ops, b->doc_start, starts, (2 * N + 2 * B) * sizeof *starts);
+    ops->to_act(ops, b->large[0], b->scratch, B * S);
+    ops->upload(ops, b->doc_start, starts, n_ints * sizeof *starts);
     free(host);
     free(starts);
 }
@@ -8626,13 +8585,13 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     const network_module *norm = h->conv_norm;
     const int B = b->B, T = b->T, N = B * T, C = k->C, F = k->F, G = k->groups, NH = k->NH, stable = k->stable;
     const float eps = (float)k->eps;
-    slam_act *x = b->conv[1], *in = stable ? b->in : b->x;
+    slam_act *x = b->large[0], *in = stable ? b->in : b->x, *wide = b->large[1];
     int frames = b->S, channels = 1;
     for (int i = 0; i < k->convs; i++, norm++) {
-        const int has_norm = i == 0 || k->all_norms, TO = frames / k->stride[i], OC = k->width[i], K = k->kernel[i];
-        const slam_conv conv = {B, 1, frames, channels, TO, OC, K, k->stride[i], 1, !has_norm};
-        slam_act *out = b->conv[i % 2];
-        ops->zero(ops, act_at(ops, x, (size_t)B * frames * channels), (size_t)K * channels * ops->act_bytes);
+        const int TO = frames / k->stride[i], OC = k->width[i], gelu = i > 0 && !k->all_norms ? SLAM_GELU : 0;
+        const slam_conv conv = {B, 1, frames, channels, TO,   OC,   k->kernel[i], k->stride[i],
+                                1, 0, 1,      gelu,     NULL, NULL, NULL};
+        slam_act *out = b->large[(i + 1) % 2];
         ops->conv1d(ops, out, x, h->conv[i].w, h->conv[i].b, &conv);
         if (k->all_norms) ops->layernorm(ops, NULL, out, out, NULL, norm->w, norm->b, 1e-5f, 1, B * TO, OC);
         else if (i == 0) ops->channelnorm(ops, out, norm->w, norm->b, b->first_frames, 1e-5f, B, TO, OC);
@@ -8644,25 +8603,23 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     if (k->projection_norm) ops->layernorm(ops, NULL, x, x, NULL, norm->w, norm->b, eps, 0, N, channels);
     ops->matmul_forward(ops, b->x, x, h->projection.w, h->projection.b, N, channels, C);
     x = b->x;
-    const int TO = T + k->taps - 1;
-    const slam_conv positions = {B, G, TO, C / G, T, C / G, k->taps, 1, 1, 1};
-    ops->mask_frames(ops, x, b->frames, B, T, C);
-    ops->group_frames(ops, b->grouped, x, b->frames, h->batch_norm.w, h->batch_norm.b, k->taps / 2, B, T, TO, C, G);
-    ops->conv1d(ops, b->delta, b->grouped, h->positions.w, h->positions.b, &positions);
+    const slam_conv positions = {B, G,           T, C / G,     T,         C / G,           k->taps,        1,
+                                 1, k->taps / 2, 1, SLAM_GELU, b->frames, h->batch_norm.w, h->batch_norm.b};
+    ops->conv1d(ops, b->delta, x, h->positions.w, h->positions.b, &positions);
     if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
     const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
         const network_module *norm1 = &w->attention_norm, *norm2 = &w->mlp_norm;
         if (stable) ops->layernorm(ops, NULL, in, x, NULL, norm1->w, norm1->b, eps, 0, N, C);
-        ops->matmul_forward(ops, b->qkv, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
-        ops->attention_forward(ops, b->in, b->scratch, b->qkv, &mask);
+        ops->matmul_forward(ops, wide, in, w->qkv.w, w->qkv.b, N, C, 3 * C);
+        ops->attention_forward(ops, b->in, b->scratch, wide, &mask);
         ops->matmul_forward(ops, b->delta, b->in, w->out.w, w->out.b, N, C, C);
         if (stable) ops->layernorm(ops, x, in, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm1->w, norm1->b, eps, 0, N, C);
-        ops->matmul_forward(ops, b->mlp, in, w->up.w, w->up.b, N, C, F);
-        ops->gelu_forward(ops, b->mlp, b->mlp, (size_t)N * F);
-        ops->matmul_forward(ops, b->delta, b->mlp, w->down.w, w->down.b, N, F, C);
+        ops->matmul_forward(ops, wide, in, w->up.w, w->up.b, N, C, F);
+        ops->gelu_forward(ops, wide, wide, (size_t)N * F);
+        ops->matmul_forward(ops, b->delta, wide, w->down.w, w->down.b, N, F, C);
         if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
     }
@@ -8687,12 +8644,12 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
     slam_hubert *h = t->hubert;
     slam_ops *ops = h->net.ops;
     const int C = t->width, K = t->K;
-    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES;
+    int frames = ops->asynchronous ? HUBERT_BATCH_FRAMES_GPU : HUBERT_BATCH_FRAMES, ok = 1;
     if (ops->asynchronous && ops->memory >> 21 < (size_t)frames) frames = (int)(ops->memory >> 21); // a small GPU
     slam_recording **const end = r + n;
     if (n) qsort((void *)r, n, sizeof *r, compare_recordings);
-    int ok = !n || (*r)->n / h->step < HUBERT_MOST_FRAMES ||
-             set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
+    if (n && (*r)->n / h->step >= HUBERT_MOST_FRAMES)
+        return set_error("a recording of %zu samples, expected fewer than %d", (*r)->n, HUBERT_MOST_FRAMES * h->step);
     for (; ok && r < end && (*r)->units.frames; ok = ok && ops->finish(ops)) {
         hubert_batch b = ZERO;
         b.recordings = r;
@@ -9838,30 +9795,24 @@ static void voice_next(slam_vocoder *v) {
                     x = mean over blocks: three times        x = x + conv(leaky(dilated conv(leaky x)))
        samples = tanh(conv(leaky x))
    Leaky ReLU has slope 0.1, the last one 0.01. Predicted durations are max(1, round(exp(y) - 1)),
-       y = linear(norm(relu(conv(norm(relu(conv(embedding)))))))
-   The input of a convolution is zero before its first and behind its last frame. */
+       y = linear(norm(relu(conv(norm(relu(conv(embedding))))))) */
 
 enum { GAN_WINDOW = 1 << 18, GAN_LONGEST = 1000 }; // samples of a window; frames of a predicted duration
-
-typedef struct gan_conv {
-    slam_act *w, *b;
-    slam_conv shape; // TO: frames more than those of the input
-    int before;      // frames that it reads before the first
-} gan_conv;
 
 typedef struct slam_gan {
     network net;
     int V, E, in, C, H; // units; channels of an embedding, of a frame, of the first convolution, of predicted durations
     int stages, rate[LIST_MOST], kernel[LIST_MOST], sampling_rate;
     int blocks, taps[LIST_MOST], dilation[LIST_MOST][LIST_MOST];
+    int voice[3];              // rows of the tables of embeddings: not used, speaker, style
     size_t window, step, tail; // frames at once; samples per frame; more of them at the end
     double halo;               // frames that a sample depends on, to each side, at most
-    size_t widest, margin;     // most numbers per frame; most that a convolution reads before or behind its input
+    size_t widest;             // most numbers per frame
     slam_act *frames, *units;  // (V,in) (V,E)
-    gan_conv pre, up[LIST_MOST], block[LIST_MOST][LIST_MOST][3][2], post, predictor[2];
-    network_module norm[2], linear; // of the predictor
-    int *duration;                  // of the sequence's units, where none are given
-    float *out;                     // of a window
+    network_module conv[4 + LIST_MOST * (1 + 6 * LIST_MOST)], *next; // in the order of the passes
+    network_module norm[2], linear;                                  // of predicted durations
+    int *duration;                                                   // of the sequence's units, where none are given
+    float *out;                                                      // of a window
     size_t capacity;
 } slam_gan;
 
@@ -9872,12 +9823,13 @@ static const field gan_fields[] = {
     {"sampling_rate", FIELD_INT, offsetof(slam_gan, sampling_rate), SAMPLE_RATE, SAMPLE_RATE, 0},
 };
 
+/* Settings, and the sizes that follow from them. */
 static int gan_config_load(slam_gan *g, const char *path) {
     static const char *const others[] = {"f0", "embedder_params", "lambda_commit", "lambda_commit_code"};
     static const char *const lists[] = {"upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes",
                                         "resblock_dilation_sizes"};
     json *c = json_load(path);
-    int ok = c && fields_read(c, gan_fields, 4, g, path);
+    int ok = c && fields_read(c, gan_fields, 4, g, path), reach = 0;
     for (int i = 0; ok && i < 4; i++) {
         const json *j = json_get(c, others[i]);
         if (j && j->type != JSON_FALSE)
@@ -9890,167 +9842,137 @@ static int gan_config_load(slam_gan *g, const char *path) {
     if (ok) ok = g->blocks = json_list(json_get(c, lists[2]), lists[2], g->taps, 0, 0, lists[2], path);
     const json *list = json_get(c, lists[3]), *j = list ? list->first : NULL;
     for (int i = 0; ok && i < g->blocks; i++, j = ok ? j->next : NULL) {
-        ok = json_list(j, lists[3], g->dilation[i], 0, 3, "[1, 3, 5]", path);
-        for (int d = 0; ok && d < 3; d++)
-            if (g->taps[i] % 2 == 0 || g->taps[i] * g->dilation[i][d] > 1 << 12)
-                ok = set_error(
-                    "%s: block %d has kernel size %d and dilation %d, expected an odd size, at most %d frames", path, i,
-                    g->taps[i], g->dilation[i][d], 1 << 12);
+        int *d = g->dilation[i];
+        ok = json_list(j, lists[3], d, 0, 3, "[1, 3, 5]", path);
+        const int read = ok ? g->taps[i] / 2 * (d[0] + d[1] + d[2] + 3) : 0; // frames to each side
+        if (ok && (g->taps[i] % 2 == 0 || read > 1 << 12))
+            ok = set_error("%s: block %d has kernel size %d and reads %d frames to each side, expected an odd size and "
+                           "at most %d frames",
+                           path, i, g->taps[i], read, 1 << 12);
+        if (read > reach) reach = read;
     }
-    for (int i = 0, step = 1; ok && i < g->stages; i++) {
-        const int K = g->kernel[i], C = g->C >> (i + 1);
-        if ((step *= g->rate[i]) > 1 << 11 || K < g->rate[i] || C == 0)
-            ok = set_error(
-                "%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size and "
-                "%d in all",
-                path, i, g->rate[i], K, C, 1 << 11);
+    g->step = 1;
+    g->halo = 12; // of the first convolution, the last one and those of durations, and for the ends of T frames
+    g->widest = (size_t)(3 * g->E > g->C ? 3 * g->E : g->C) + 1;
+    for (int i = 0; ok && i < g->stages; i++) {
+        const int K = g->kernel[i], u = g->rate[i], C = g->C >> (i + 1);
+        g->halo += ((double)K / u + 1 + (double)reach / u) / (double)g->step;
+        g->step *= u;
+        g->tail = g->tail * u + (K - u) % 2;
+        if (g->step * (C + 1) > g->widest) g->widest = g->step * (C + 1); // one more: samples are float
+        if (g->step > 1 << 11 || K < u || C == 0)
+            ok = set_error("%s: stage %d has rate %d, kernel size %d and %d channels, expected a rate up to the size "
+                           "and %d in all",
+                           path, i, u, K, C, 1 << 11);
     }
+    g->window = GAN_WINDOW / g->step;
     json_free(c);
     return ok;
 }
 
-/* A convolution of C to OC channels whose weights are multiplied by scale; frees the name. With a rate u, a transposed
-   one: out_j = sum_t x_t w_(j + p - t u), p = (K - u) / 2. Its u output frames j = q u + r are one frame of a plain
-   convolution, in which x_(q - m) meets w_(m u + r + p), 0 outside of 0 .. K - 1. */
-static void gan_load_conv(slam_gan *g, gan_conv *to, char *name, int C, int OC, int K, int dilation, int rate,
-                          float scale) {
+/* out = the next convolution, of leaky ReLU of x (*T,C), to OC channels; *T becomes its number of frames. If out is
+   NULL, it is loaded instead, the weights multiplied by scale. Frees the name. With a rate u it is transposed,
+       out_j = sum_t x_t w_(j + p - t u)      p = (K - u) / 2
+   Its u output frames j = q u + r are one frame of a plain convolution, in which x_(q - m) meets w_(m u + r + p), 0
+   outside of 0 .. K - 1. */
+static void gan_conv(slam_gan *g, char *name, slam_act *out, const slam_act *x, int *T, int C, int OC, int K,
+                     int dilation, int rate, float slope, float scale, int output) {
     network *n = &g->net;
+    network_module *m = g->next++;
     const int u = rate ? rate : 1, p = (K - u) / 2, last = (K - 1 - p) / u, taps = last + 1 + (u - 1 + p) / u;
-    const slam_conv shape = {1, 1, 0, C, rate ? (K - u) % 2 : 0, u * OC, taps, 1, dilation, 0};
-    const size_t reach = (size_t)(taps / 2 + 1) * dilation, margin = round_up(2 * reach * C, 256);
-    float *w = network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
-    float *b = network_read(n, name, "bias", OC, 1, 1);
-    float *rows = n->ok ? NEW(float, (size_t)u *OC *C *taps) : NULL, *bias = n->ok ? NEW(float, (size_t)u *OC) : NULL;
-    size_t at = 0;
-    for (int i = 0; n->ok && i < u * OC; i++) {
+    const int more = rate ? (K - u) % 2 : 0, N = u * OC;
+    const slam_conv conv = {1,     1,      *T,   C,    *T + more, N, taps, 1, dilation, last * dilation,
+                            slope, output, NULL, NULL, NULL};
+    float *w = out ? NULL : network_weight(n, name, 0, rate ? C : OC, rate ? OC : C, K);
+    float *b = out ? NULL : network_read(n, name, "bias", OC, 1, 1);
+    float *rows = b ? NEW(float, (size_t)N *C *taps) : NULL, *bias = b ? NEW(float, N) : NULL, *next = rows;
+    for (int i = 0; b && i < N; i++) {
         bias[i] = b[i % OC];
         for (int c = 0; c < C; c++)
-            for (int m = last; m > last - taps; m--, at++) {
-                const int k = m * u + i / OC + p;
-                if (k >= 0 && k < K)
-                    rows[at] =
-                        scale * w[rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k];
+            for (int k = last * u + i / OC + p, end = k - taps * u; k > end; k -= u, next++) {
+                const size_t from = rate ? ((size_t)c * OC + i % OC) * K + k : ((size_t)i * C + c) * K + K - 1 - k;
+                if (k >= 0 && k < K) *next = scale * w[from];
             }
     }
-    to->w = network_store(n, rows, (size_t)u * OC, C, taps);
-    to->b = network_store(n, bias, (size_t)u * OC, 1, 1);
-    to->shape = shape;
-    to->before = last * dilation;
-    g->halo += (double)reach / (double)g->step;
-    g->step *= u;
-    g->tail = g->tail * u + shape.TO;
-    const size_t widest = g->step * ((C > OC && !rate ? C : OC) + 1); // one more: samples are float, tokens int
-    if (widest > g->widest) g->widest = widest;
-    if (margin > g->margin) g->margin = margin;
+    if (!out) m->w = network_store(n, rows, N, C, taps);
+    if (!out) m->b = network_store(n, bias, N, 1, 1);
+    if (out) n->ops->conv1d(n->ops, out, x, m->w, m->b, &conv);
+    *T = *T * u + more;
     free(w);
     free(b);
     free(name);
 }
 
-/* The mean over blocks is a sum here: the weights that follow leaky ReLU have the factor. */
-static void gan_load_weights(slam_gan *g, const int voice[3]) {
-    static const char *const tables[] = {"dict", "spkr", "style"};
-    network *n = &g->net;
-    const size_t V = g->V, E = g->E;
+/* y = x + y (T,C) */
+static void gan_add(const slam_gan *g, slam_act *y, const slam_act *x, int T, int C) {
+    if (y) g->net.ops->layernorm(g->net.ops, y, NULL, y, x, NULL, NULL, 0, 0, T, C);
+}
+
+/* x: frames (T,in), on return the samples before tanh; y, h, z: space. With NULL and T = 0 it loads. The mean over
+   blocks is a sum here: the weights that follow have the factor. */
+static void gan_synthesize(slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
     const float mean = 1 / (float)g->blocks;
-    float *frames = NEW(float, 3 * E * V); // (in,V)
+    g->next = g->conv + 2;
+    gan_conv(g, string_copy("conv_pre"), y, x, &T, g->in, g->C, 7, 1, 0, 1, 1, 0);
+    for (int i = 0, k = 0; i < g->stages; i++) {
+        const int C = g->C >> (i + 1);
+        gan_conv(g, string_print("ups.%d", i), x, y, &T, g->C >> i, C, g->kernel[i], 1, g->rate[i], 0.1f, i ? mean : 1,
+                 0);
+        for (int b = 0; b < g->blocks; b++, k++) {
+            slam_act *to = b ? z : y; // y: the sum of the blocks
+            for (int d = 0; d < 3; d++) {
+                gan_conv(g, string_print("resblocks.%d.convs1.%d", k, d), h, d ? to : x, &T, C, C, g->taps[b],
+                         g->dilation[b][d], 0, 0.1f, 1, 0);
+                gan_conv(g, string_print("resblocks.%d.convs2.%d", k, d), to, h, &T, C, C, g->taps[b], 1, 0, 0.1f, 1,
+                         d ? SLAM_ADD : 0);
+                if (d == 0) gan_add(g, to, x, T, C);
+            }
+            if (b) gan_add(g, y, z, T, C);
+        }
+    }
+    gan_conv(g, string_copy("conv_post"), x, y, &T, g->C >> g->stages, 1, 7, 1, 0, 0.01f, mean, 0);
+}
+
+/* x: embeddings of units (T,E); y (T): log (1 + duration). With NULL it loads. */
+static void gan_predict(slam_gan *g, slam_act *x, slam_act *y, int T) {
+    network *n = &g->net;
+    g->next = g->conv;
+    for (int i = 0; i < 2; i++) {
+        gan_conv(g, string_print("dur_predictor.conv%d.0", i + 1), y, x, &T, i ? g->H : g->E, g->H, 3, 1, 0, 1, 1,
+                 SLAM_RELU);
+        if (y) n->ops->layernorm(n->ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
+        else network_module_load(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
+    }
+    if (y) n->ops->matmul_forward(n->ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
+    else network_module_load(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
+}
+
+static void gan_load_weights(network *n) {
+    static const char *const tables[] = {"dict", "spkr", "style"};
+    slam_gan *g = (slam_gan *)n;
+    const size_t V = g->V, E = g->E;
+    float *frames = n->weights ? NEW(float, 3 * E * V) : NULL; // (in,V)
+    g->in = 0;
     for (int i = 0; n->ok && i < 3; i++) {
-        const tensor *t = network_find(n, tables[i], "weight");
+        const tensor *t = network_find(n, tables[i], "weight"),
+                     *linear = network_find(n, "dur_predictor.proj", "weight");
         const int rows = i == 0 ? g->V : t ? (int)t->shape[0] : 0;
-        if (i && (voice[i] < 0 || voice[i] >= (t ? rows : 1)))
+        g->H = linear ? (int)linear->count : 0;
+        if (i && (g->voice[i] < 0 || g->voice[i] >= (t ? rows : 1)))
             n->ok = set_error("%s: found %d rows of %s.weight, expected number %d", n->file->file->path, rows,
-                              tables[i], voice[i]);
+                              tables[i], g->voice[i]);
         if (i && !t) continue;
         float *x = network_read(n, tables[i], "weight", rows, E, 1);
-        for (size_t k = 0; n->ok && k < E * V; k++)
-            frames[g->in * V + k] = x[(i ? (size_t)voice[i] : k % V) * E + k / V];
+        for (size_t k = 0; x && k < E * V; k++)
+            frames[g->in * V + k] = x[(i ? (size_t)g->voice[i] : k % V) * E + k / V];
         g->in += g->E;
         if (i) free(x);
         else g->units = network_store(n, x, V, E, 1);
     }
+    if ((size_t)g->H >= g->widest) g->widest = g->H + 1;
     g->frames = network_store(n, frames, 1, g->in, V);
-    const tensor *linear = network_find(n, "dur_predictor.proj", "weight");
-    g->H = linear ? (int)linear->count : 0;
-    for (int i = 0; g->H && i < 2; i++) {
-        char *name = string_print("dur_predictor.conv%d.0", i + 1);
-        gan_load_conv(g, &g->predictor[i], name, i ? g->H : g->E, g->H, 3, 1, 0, 1);
-        network_load_module(n, &g->norm[i], "dur_predictor.ln%d", i + 1, g->H, 1, 1, 1);
-    }
-    if (g->H) network_load_module(n, &g->linear, "dur_predictor.proj", 0, 1, g->H, 1, 1);
-    gan_load_conv(g, &g->pre, string_copy("conv_pre"), g->in, g->C, 7, 1, 0, 1);
-    for (int i = 0, k = 0; i < g->stages; i++) {
-        const int C = g->C >> (i + 1);
-        gan_load_conv(g, &g->up[i], string_print("ups.%d", i), g->C >> i, C, g->kernel[i], 1, g->rate[i], i ? mean : 1);
-        for (int b = 0; b < g->blocks; b++, k++)
-            for (int j = 0; j < 6; j++)
-                gan_load_conv(g, &g->block[i][b][j / 2][j % 2],
-                              string_print("resblocks.%d.convs%d.%d", k, j % 2 + 1, j / 2), C, C, g->taps[b],
-                              j % 2 ? 1 : g->dilation[b][j / 2], 0, 1);
-    }
-    gan_load_conv(g, &g->post, string_copy("conv_post"), g->C >> g->stages, 1, 7, 1, 0, mean);
-}
-
-static void gan_free(slam_gan *g) {
-    if (!g) return;
-    network_free(&g->net);
-    free(g->duration);
-    free(g->out);
-    free(g);
-}
-
-static slam_gan *gan_load(slam_ops *ops, const char *folder, const int voice[3]) {
-    slam_gan *g = NEW(slam_gan, 1);
-    network *net = &g->net;
-    size_t n = 0;
-    net->ops = ops;
-    net->prefix = "generator.";
-    g->step = 1;
-    net->file = gan_config_load(g, path_join(folder, "config.json").at) ? tensors_open(folder) : NULL;
-    for (size_t i = 0; net->file && i < net->file->n; i++) // gan_load_conv and the table of frames make some larger
-        n += 4 * round_up(net->file->at[i].count, 256);
-    if (net->file) net->weights = (slam_act *)ops->alloc(ops, n * ops->act_bytes);
-    net->ok = net->weights != NULL;
-    if (net->ok) gan_load_weights(g, voice);
-    g->window = GAN_WINDOW / g->step;
-    const int ok = net->ok && ops->finish(ops);
-    tensors_close(net->file);
-    if (ok) return g;
-    gan_free(g);
-    return NULL;
-}
-
-/* out (T,OC) = the convolution of leaky ReLU of x (T,C) */
-static void gan_convolve(const slam_gan *g, const gan_conv *c, slam_act *out, const slam_act *x, float slope, int T) {
-    slam_ops *ops = g->net.ops;
-    slam_act *padded = (slam_act *)g->net.arena, *in = act_at(ops, padded, g->margin);
-    slam_conv shape = c->shape;
-    const size_t n = (size_t)T * shape.C;
-    shape.T = T;
-    shape.TO += T;
-    ops->leaky_relu(ops, in, x, slope, n);
-    ops->zero(ops, act_at(ops, in, n), g->margin * ops->act_bytes);
-    ops->conv1d(ops, out, act_at(ops, padded, g->margin - (size_t)c->before * shape.C), c->w, c->b, &shape);
-}
-
-/* x: frames (T,in), on return the samples before tanh; y, h, z: space */
-static void gan_forward(const slam_gan *g, slam_act *x, slam_act *y, slam_act *h, slam_act *z, int T) {
-    slam_ops *ops = g->net.ops;
-    gan_convolve(g, &g->pre, y, x, 1, T);
-    for (int i = 0; i < g->stages; i++) {
-        const int C = g->C >> (i + 1);
-        gan_convolve(g, &g->up[i], x, y, 0.1f, T);
-        T = T * g->rate[i] + (g->kernel[i] - g->rate[i]) % 2;
-        for (int b = 0; b < g->blocks; b++) {
-            slam_act *from = x, *to = b ? z : y; // y: the sum of the blocks
-            for (int d = 0; d < 3; d++, from = to) {
-                gan_convolve(g, &g->block[i][b][d][0], h, from, 0.1f, T);
-                gan_convolve(g, &g->block[i][b][d][1], h, h, 0.1f, T);
-                ops->layernorm(ops, to, NULL, from, h, NULL, NULL, 0, 0, T, C);
-            }
-            if (b) ops->layernorm(ops, y, NULL, y, z, NULL, NULL, 0, 0, T, C);
-        }
-    }
-    gan_convolve(g, &g->post, x, y, 0.01f, T);
+    if (g->H) gan_predict(g, NULL, NULL, 0);
+    gan_synthesize(g, NULL, NULL, NULL, NULL, 0);
 }
 
 /* g->out: the samples of a window of frames, from `first` on, in a longer one that has all frames which they depend on;
@@ -10059,24 +9981,18 @@ static size_t gan_window(slam_gan *g, const int *units, size_t n, size_t first, 
     slam_ops *ops = g->net.ops;
     const size_t length = g->window, halo = (size_t)ceil(g->halo), step = predict ? 1 : g->step;
     const size_t begin = first > halo ? first - halo : 0, left = n - first;
-    const int T = (int)((left > length + halo ? first + length + halo : n) - begin), C = predict ? g->E : g->in;
+    const int T = (int)((left > length + halo ? first + length + halo : n) - begin);
     const size_t count = left > length ? length * step : left * step + (predict ? 0 : g->tail);
-    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256) + 2 * g->margin;
-    if (!network_grow(&g->net, 5 * size * ops->act_bytes)) return 0;
-    slam_act *padded = (slam_act *)g->net.arena, *x = act_at(ops, padded, size), *y = act_at(ops, x, size);
-    slam_act *h = act_at(ops, y, size), *z = act_at(ops, h, size);
-    ops->zero(ops, padded, g->margin * ops->act_bytes);
+    const size_t size = round_up((T + LIST_MOST + 1) * g->widest, 256);
+    if (!network_grow(&g->net, 4 * size * ops->act_bytes)) return 0;
+    slam_act *x = (slam_act *)g->net.arena, *y = act_at(ops, x, size), *h = act_at(ops, y, size);
+    slam_act *z = act_at(ops, h, size), *from = predict ? y : x;
     ops->upload(ops, z, units + begin, T * sizeof *units);
-    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, C);
-    for (int i = 0; predict && i < 2; i++) {
-        gan_convolve(g, &g->predictor[i], y, x, 1, T);
-        ops->leaky_relu(ops, y, y, 0, (size_t)T * g->H);
-        ops->layernorm(ops, NULL, x, y, NULL, g->norm[i].w, g->norm[i].b, 1e-5f, 0, T, g->H);
-    }
-    if (predict) ops->matmul_forward(ops, y, x, g->linear.w, g->linear.b, T, g->H, 1);
-    else gan_forward(g, x, y, h, z, T);
+    ops->embedding_forward(ops, x, (const int *)z, predict ? g->units : g->frames, T, predict ? g->E : g->in);
+    if (predict) gan_predict(g, x, y, T);
+    else gan_synthesize(g, x, y, h, z, T);
     GROW(float, g->out, g->capacity, count);
-    ops->to_float(ops, (float *)h, act_at(ops, predict ? y : x, (first - begin) * step), count);
+    ops->to_float(ops, (float *)h, act_at(ops, from, (first - begin) * step), count);
     ops->download(ops, g->out, h, count * sizeof *g->out);
     for (size_t i = 0; !predict && i < count; i++) g->out[i] = tanhf(g->out[i]);
     return ops->finish(ops) ? count : 0;
@@ -10099,40 +10015,52 @@ void slam_vocoder_free(slam_vocoder *v) {
     if (!v) return;
     if (v->voice) free(v->voice->filter);
     free(v->voice);
-    gan_free(v->gan);
+    if (v->gan) {
+        network_free(&v->gan->net);
+        free(v->gan->duration);
+        free(v->gan->out);
+    }
+    free(v->gan);
     free(v->frame);
     free(v);
 }
 
 slam_vocoder *slam_vocoder_open(const char *folder, int speaker, int style, const slam_tokenizer *t, slam_ops *ops) {
-    const int voice[] = {0, speaker, style}, is_mfcc = t && t->mfcc && t->K;
-    slam_gan *gan = folder ? gan_load(ops, folder, voice) : NULL;
-    if (!folder && !is_mfcc) set_error("these units are not of MFCC: their audio needs a vocoder");
-    if (folder ? !gan : !is_mfcc) return NULL;
     slam_vocoder *v = NEW(slam_vocoder, 1);
-    if (gan) {
-        v->gan = gan;
-        v->K = gan->V;
-        v->step = (int)gan->step;
+    if (folder) {
+        slam_gan *g = v->gan = NEW(slam_gan, 1);
+        g->net.ops = ops;
+        g->voice[1] = speaker;
+        g->voice[2] = style;
+        if (gan_config_load(g, path_join(folder, "config.json").at) &&
+            network_load(&g->net, folder, "generator.", gan_load_weights)) {
+            v->K = g->V;
+            v->step = (int)g->step;
+            v->tail = g->tail;
+            return v;
+        }
+    } else if (t && t->mfcc && t->K) {
+        const size_t taps = (size_t)t->mfcc->window / 2;
+        v->tokenizer = t;
+        v->K = t->K;
+        v->step = t->mfcc->step;
+        v->tail = (size_t)(t->mfcc->window - v->step);
+        v->voice = NEW(struct slam_voice, 1);
+        v->voice->filter = NEW(float, t->K *taps);
+        for (int k = 0; k < t->K; k++)
+            voice_filter(t->mfcc, t->centroids + (size_t)k * t->width, v->voice->filter + k * taps);
         return v;
-    }
-    const size_t taps = (size_t)t->mfcc->window / 2;
-    v->tokenizer = t;
-    v->K = t->K;
-    v->step = t->mfcc->step;
-    v->voice = NEW(struct slam_voice, 1);
-    v->voice->filter = NEW(float, t->K *taps);
-    for (int k = 0; k < t->K; k++)
-        voice_filter(t->mfcc, t->centroids + (size_t)k * t->width, v->voice->filter + k * taps);
-    return v;
+    } else set_error("these units are not of MFCC: their audio needs a vocoder");
+    slam_vocoder_free(v);
+    return NULL;
 }
 
 int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, size_t n) {
     const slam_tokenizer *t = v->tokenizer;
-    const struct slam_voice start = {v->voice ? v->voice->filter : NULL, 0, 130, 0, 0, ZERO, ZERO};
     const size_t most = (UINT32_MAX - 44) / 2 / (size_t)v->step - 2 - LIST_MOST; // frames in a WAV file
     double owed = 0;                                                             // frames, by rounding
     v->frames = v->samples = v->done = 0;
+    if (!n) return set_error("has no units, expected at least one");
     for (size_t i = 0; i < n; i++)
         if (unit[i] < 0 || unit[i] >= v->K)
             return set_error("unit %zu is %d, expected 0 to %d", i + 1, unit[i], v->K - 1);
@@ -10148,10 +10076,11 @@ int slam_vocoder_start(slam_vocoder *v, const int *unit, const int *duration, si
         GROW(int, v->frame, v->capacity, v->frames + frames);
         for (; frames; frames--) v->frame[v->frames++] = unit[i];
     }
-    if (!n) return set_error("has no units, expected at least one");
-    v->samples = v->gan ? v->gan->tail : (size_t)(t->mfcc->window - v->step);
-    v->samples += v->frames * (size_t)v->step;
-    if (v->voice) *v->voice = start;
+    v->samples = v->frames * (size_t)v->step + v->tail;
+    if (v->voice) {
+        const struct slam_voice start = {v->voice->filter, 0, 130, 0, 0, ZERO, ZERO};
+        *v->voice = start;
+    }
     return 1;
 }
 

@@ -665,7 +665,7 @@ static void test_large(void) {
     int *i = (int *)p;
     const slam_xent x = {N, V, V, 1, NULL};
     const slam_adamw_params h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 3};
-    const slam_conv c = {B, 1, T, 512, T / 2, 512, 2, 2, 1, 1};
+    const slam_conv c = {B, 1, T, 512, T / 2, 512, 2, 2, 1, 0, 1, SLAM_GELU, i, a, a};
     const size_t n = (size_t)1 << 32;
     emulator_device.dry = 1;
     gpu->embedding_forward(gpu, a, i, a, N, C);
@@ -692,8 +692,6 @@ static void test_large(void) {
     gpu->adamw(gpu, a, p, p, p, p, (double *)p, &h, n);
     gpu->layernorm(gpu, a, a, a, a, a, a, 1, 0, N, C);
     gpu->channelnorm(gpu, a, a, a, i, 1, B, T, C);
-    gpu->group_frames(gpu, a, a, i, a, a, 0, B, T, T, C, 16);
-    gpu->mask_frames(gpu, a, i, B, T, C);
     gpu->conv1d(gpu, a, a, a, a, &c);
     gpu->nearest(gpu, i, p, a, a, p, N, 768, 500);
     CHECK(gpu->finish(gpu), "%s", slam_error());
@@ -735,8 +733,6 @@ static void test_names(void) {
         {"adamw", 1, [&] { gpu->adamw(gpu, a, p, p, p, p, d, &h, 8); }},
         {"layernorm", 1, [&] { gpu->layernorm(gpu, a, a, a, a, a, a, 1, 0, 8, 8); }},
         {"channelnorm", 1, [&] { gpu->channelnorm(gpu, a, a, a, i, 1, 1, 8, 8); }},
-        {"group_frames", 1, [&] { gpu->group_frames(gpu, a, a, i, a, a, 0, 1, 8, 8, 8, 1); }},
-        {"mask_frames", 1, [&] { gpu->mask_frames(gpu, a, i, 1, 8, 8); }},
         {"nearest", 1, [&] { gpu->nearest(gpu, i, p, a, a, p, 8, 8, 8); }},
     };
     for (const auto &op : list)
@@ -788,15 +784,6 @@ static void test_gelu(size_t n) {
                     [=](slam_ops *ops, void **p) { ops->gelu_forward(ops, A(0), A(0), n); });
 }
 
-static void test_leaky_relu(size_t n) {
-    check_operation("leaky relu", {numbers(ACT, n, 1, 1), unwritten(ACT, n), unwritten(ACT, n)},
-                    [=](slam_ops *ops, void **p) {
-                        ops->leaky_relu(ops, A(1), A(0), 0, n);
-                        ops->leaky_relu(ops, A(2), A(0), 1, n);
-                        ops->leaky_relu(ops, A(0), A(0), 0.1f, n);
-                    });
-}
-
 static void test_layernorm(int N, int C) {
     const size_t n = (size_t)N * C;
     for (int gelu = 0; gelu < 2; gelu++)
@@ -826,18 +813,6 @@ static void test_channelnorm(int B, int T, int C) {
                     [=](slam_ops *ops, void **p) { ops->channelnorm(ops, A(0), A(1), A(2), I(3), 1e-5f, B, T, C); });
 }
 
-static void test_frames(int B, int T, int width, int G, int taps) {
-    const int C = width * G, TO = T + taps - 1;
-    check_operation("frames in groups",
-                    {numbers(ACT, (size_t)B * T * C, 1, 1), numbers(ACT, C, 1), numbers(ACT, C, 1),
-                     random_lengths(B, T), unwritten(ACT, (size_t)B * TO * C), unwritten(ACT, (size_t)B * TO * C)},
-                    [=](slam_ops *ops, void **p) {
-                        ops->group_frames(ops, A(4), A(0), I(3), A(1), A(2), taps / 2, B, T, TO, C, G);
-                        ops->group_frames(ops, A(5), A(0), I(3), NULL, NULL, taps / 2, B, T, TO, C, G);
-                        ops->mask_frames(ops, A(0), I(3), B, T, C);
-                    });
-}
-
 /* What cannot be launched is reported once, by its name. */
 static void test_launch(void) {
     float *out = (float *)gpu->alloc(gpu, 16);
@@ -848,15 +823,19 @@ static void test_launch(void) {
 }
 
 static void test_conv1d(const slam_conv &c, int runs = RUNS) {
-    const size_t x = (size_t)(c.B * c.G * c.T + c.K * c.dilation) * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
-                 out = (size_t)c.B * c.TO * c.G * c.OC;
+    const size_t x = (size_t)c.B * c.T * c.G * c.C, w = (size_t)c.G * c.OC * c.K * c.C,
+                 out = (size_t)c.B * c.TO * c.G * c.OC, in = (size_t)c.G * c.C;
+    const tensor_of y = c.output == SLAM_ADD ? numbers(ACT, out, 1, 1) : unwritten(ACT, out);
     check_operation(
         "conv1d",
-        {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1),
-         unwritten(ACT, out), unwritten(ACT, out)},
+        {numbers(ACT, x, 1), numbers(ACT, w, 1 / sqrt(c.K * c.C)), numbers(ACT, (size_t)c.G * c.OC, 1), y, y, y,
+         numbers(ACT, in, 1), numbers(ACT, in, 1), random_lengths(c.B, c.T)},
         [=](slam_ops *ops, void **p) {
+            slam_conv normed = c;
+            normed.lengths = I(8), normed.scale = A(6), normed.shift = A(7);
             ops->conv1d(ops, A(3), A(0), A(1), A(2), &c);
             ops->conv1d(ops, A(4), A(0), A(1), NULL, &c);
+            ops->conv1d(ops, A(5), A(0), A(1), A(2), &normed);
         },
         runs);
 }
@@ -885,7 +864,6 @@ static void test_speech_operations(const char *dtype) {
     for (int k = 0; k < 5; k++) {
         const int N = sizes[k][0], C = sizes[k][1];
         if (TEST("op: gelu %s %d", dtype, N * C)) test_gelu((size_t)N * C);
-        if (TEST("op: leaky relu %s %d", dtype, N * C)) test_leaky_relu((size_t)N * C);
         if (TEST("op: layernorm %s %d x %d", dtype, N, C)) test_layernorm(N, C);
         if (TEST("op: nearest centroid %s %d x %d", dtype, N, C)) test_nearest(N, C, 1 + 20 * k);
     }
@@ -893,32 +871,36 @@ static void test_speech_operations(const char *dtype) {
     for (int k = 0; k < 5; k++)
         if (TEST("op: channelnorm %s %d x %d x %d", dtype, rows[k][0], rows[k][1], rows[k][2]))
             test_channelnorm(rows[k][0], rows[k][1], rows[k][2]);
-    if (TEST("op: frames in groups %s", dtype))
-        test_frames(4, 30, 6, 3, 8), test_frames(1, 1, 1, 1, 1), test_frames(2, 9, 16, 2, 5);
     if (TEST("op: tensors that are not aligned %s", dtype)) {
         for (shift = 1; shift <= 4; shift += 3) {
             test_embedding(19, 64, 11), test_rmsnorm(9, 2, 64, 192, 0), test_matmul(9, 64, 24), test_swiglu(7, 64);
             test_crossentropy(7, 60, 64), test_casts(64), test_sums(64), test_adamw(64);
-            test_gelu(64), test_leaky_relu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64),
-                test_frames(2, 9, 16, 2, 5);
-            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 1});
+            test_gelu(64), test_layernorm(5, 64), test_channelnorm(2, 9, 64);
+            test_conv1d({2, 1, 41, 64, 20, 16, 2, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL});
         }
         shift = 0;
     }
     if (TEST("op: a launch that fails %s", dtype)) test_launch();
-    const slam_conv convs[] = {
-        {1, 1, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 1, 400, 1, 80, 32, 10, 5, 1, 0}, {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},
-        {3, 1, 41, 48, 20, 5, 2, 2, 1, 0},     {2, 3, 90, 16, 83, 16, 8, 1, 1, 1},  {2, 2, 21, 4, 15, 4, 7, 1, 1, 1},
-        {1, 1, 640, 1, 128, 200, 10, 5, 1, 1}, {1, 1, 90, 33, 28, 7, 7, 3, 1, 1},   {2, 1, 30, 9, 9, 140, 3, 3, 1, 0},
-        {1, 1, 60, 16, 50, 16, 3, 1, 5, 0},    {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},    {1, 1, 70, 8, 10, 1, 7, 1, 10, 0}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 41, 48, 20, 5, 2, 2, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 3, 90, 16, 90, 16, 8, 1, 1, 4, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, NULL, NULL, NULL},
+                               {1, 1, 640, 1, 128, 200, 10, 5, 1, 3, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 90, 33, 28, 7, 7, 3, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 1, 30, 9, 9, 140, 3, 3, 1, 1, 0.1f, 0, NULL, NULL, NULL},
+                               {1, 1, 60, 16, 60, 16, 3, 1, 5, 5, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 3, 8, 10, 1, 7, 1, 10, 30, 0.01f, SLAM_ADD, NULL, NULL, NULL}};
     for (const slam_conv &c : convs)
-        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d, dilation %d%s", dtype, c.B, c.G,
-                 c.T, c.C, c.TO, c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
+        if (TEST("op: conv1d %s B %d G %d T %d C %d to T %d C %d, %d taps, stride %d, dilation %d, before %d", dtype,
+                 c.B, c.G, c.T, c.C, c.TO, c.OC, c.K, c.stride, c.dilation, c.before))
             test_conv1d(c);
-    /* more frames than are unfolded at once; 100 of them in the second, overlapping part */
+    /* more frames than are unfolded at once; 100 of them in the second part */
     const int frames = (CUDA_WORKSPACE - PRODUCT_WORKSPACE) / gpu->act_bytes / 512 + 100;
     if (TEST("op: conv1d %s, %d frames in two parts", dtype, frames))
-        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0}, 1);
+        test_conv1d({1, 1, 8 * frames, 64, frames, 4, 8, 8, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL}, 1);
 }
 
 #ifndef OPS_ONLY

@@ -546,60 +546,33 @@ static void test_gelu(slam_ops *ops) {
     free(x), free(y);
 }
 
-static void test_leaky_relu(slam_ops *ops) {
-    enum { N = 1003 };
-    float *x = normals(N, 1), *y = zeros(N);
-    x[5] = NAN, x[6] = -INFINITY, x[7] = 0;
-    ops->leaky_relu(ops, act(y), act(x), 0.1f, N);
-    for (int i = 0; i < N; i++)
-        if (i != 5) CHECK(y[i] == (x[i] > 0 ? x[i] : 0.1f * x[i]), "leaky ReLU of %g is %g", x[i], y[i]);
-    CHECK(isnan(y[5]), "leaky ReLU of NaN is %g", y[5]);
-    ops->leaky_relu(ops, act(x), act(x), 0.1f, N);
-    CHECK(!memcmp(x + 6, y + 6, (N - 6) * sizeof *x), "in place differs");
-    free(x), free(y);
-}
-
-/* x has space for what is read past the end of a row. */
-static void test_conv1d(slam_ops *ops, slam_conv c, int bias) {
-    const size_t nx = (size_t)(c.B * c.G * c.T + c.TO * c.stride + c.K * c.dilation) * c.C,
-                 nw = (size_t)c.G * c.OC * c.K * c.C;
-    const size_t no = (size_t)c.B * c.TO * c.G * c.OC;
+/* Frames from a little before x to a little behind it, where the input is zero. With add, out has numbers before. */
+static void test_conv1d(slam_ops *ops, slam_conv c, int bias, int norm) {
+    const size_t nx = (size_t)c.B * c.T * c.G * c.C, nw = (size_t)c.G * c.OC * c.K * c.C,
+                 no = (size_t)c.B * c.TO * c.G * c.OC;
     float *x = normals(nx, 1), *w = normals(nw, 0.5), *b = normals((size_t)c.G * c.OC, 1), *out = normals(no, 9);
-    float *expected = zeros(no);
+    float *scale = normals((size_t)c.G * c.C, 1), *shift = normals((size_t)c.G * c.C, 1), *expected = zeros(no);
+    int lengths[] = {c.T, c.T - random_int(c.T), 0};
+    if (norm) c.lengths = lengths, c.scale = act(scale), c.shift = act(shift);
+    for (size_t i = 0; i < nx; i++)
+        if (norm && (int)(i / (c.G * c.C) % c.T) >= lengths[i / (c.G * c.C) / c.T]) x[i] = NAN;
     for (size_t i = 0; i < no; i++) {
         const int o = (int)(i % (c.G * c.OC)), t = (int)(i / (c.G * c.OC) % c.TO), r = (int)(i / (c.G * c.OC) / c.TO);
         double sum = bias ? b[o] : 0;
         for (int k = 0; k < c.K * c.C; k++) {
-            const int frame = (r * c.G + o / c.OC) * c.T + t * c.stride + k / c.C * c.dilation;
-            sum += (double)x[(size_t)frame * c.C + k % c.C] * w[(size_t)o * c.K * c.C + k];
+            const int frame = t * c.stride + k / c.C * c.dilation - c.before, ch = o / c.OC * c.C + k % c.C;
+            if (frame < 0 || frame >= (norm ? lengths[r] : c.T)) continue;
+            double in = x[(size_t)(r * c.T + frame) * c.G * c.C + ch];
+            if (norm) in = in * scale[ch] + shift[ch];
+            sum += (in > 0 ? in : c.slope * in) * w[(size_t)o * c.K * c.C + k];
         }
-        expected[i] = (float)(c.gelu ? gelu_in_double(sum) : sum);
+        if (c.output == SLAM_GELU) sum = gelu_in_double(sum);
+        if (c.output == SLAM_RELU && sum < 0) sum = 0;
+        expected[i] = (float)(sum + (c.output == SLAM_ADD ? out[i] : 0));
     }
     ops->conv1d(ops, act(out), act(x), act(w), bias ? act(b) : NULL, &c);
     check_close("conv1d", out, expected, no, 1e-6);
-    free(x), free(w), free(b), free(out), free(expected);
-}
-
-static void test_group_frames(slam_ops *ops) {
-    enum { B = 3, T = 7, C = 6, G = 2, TO = 11, BEFORE = 3 };
-    const int lengths[B] = {7, 0, 4};
-    float *x = normals(B * T * C, 1), *out = normals(B * TO * C, 1), *scale = normals(C, 1), *shift = normals(C, 1);
-    for (int with = 0; with < 4; with++) { // bit 0: scale, bit 1: shift
-        ops->group_frames(ops, act(out), act(x), lengths, with & 1 ? act(scale) : NULL, with & 2 ? act(shift) : NULL,
-                          BEFORE, B, T, TO, C, G);
-        for (int i = 0; i < B * TO * C; i++) {
-            const int row = i / (C / G), c = i % (C / G) + row / TO % G * (C / G), t = row % TO - BEFORE,
-                      b = row / TO / G;
-            const int inside = t >= 0 && t < lengths[b];
-            const double y =
-                inside ? x[(b * T + t) * C + c] * (with & 1 ? scale[c] : 1) + (with & 2 ? shift[c] : 0) : 0;
-            check_near("group_frames", out[i], y, 1e-6);
-        }
-    }
-    ops->mask_frames(ops, act(x), lengths, B, T, C);
-    for (int i = 0; i < B * T * C; i++)
-        CHECK((x[i] == 0) == (i / C % T >= lengths[i / C / T]), "mask_frames: number %d is %g", i, x[i]);
-    free(x), free(out), free(scale), free(shift);
+    free(x), free(w), free(b), free(out), free(expected), free(scale), free(shift);
 }
 
 static void test_layernorm(slam_ops *ops, int N, int C, int gelu) {
@@ -688,7 +661,7 @@ static void test_nearest(slam_ops *ops, int N, int D, int K) {
 static void test_threads(void) {
     enum { N = 150, C = 96, F = 200, V = 77, W = 160 };
     const shape s = {2, 75, 6, 2, 16, 1, 0, 0};
-    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 1};
+    const slam_conv c = {2, 2, N / 2, C / 2, N / 2 - 4, 24, 5, 1, 1, 0, 0.1f, SLAM_GELU, NULL, NULL, NULL};
     const slam_xent x4 = xent(N, V, V, 1, NULL);
     const int lengths[] = {70, 75};
     const size_t sizes[] = {N * F, C * F, F,     N * C, N * C,  N * C, C, N * C,
@@ -773,21 +746,26 @@ int main(void) {
     if (TEST("rmsnorm of heads: 70 groups of 14 x 64")) test_rmsnorm_groups(ops, 70, 14, 64, 256, 0);
     if (TEST("sums")) test_sums(ops);
     if (TEST("AdamW")) test_adamw(ops);
-    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0},         {2, 1, 400, 1, 80, 32, 10, 5, 1, 1},
-                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 1},     {3, 1, 41, 8, 20, 5, 2, 2, 1, 0},
-                               {2, 3, 90, 6, 83, 6, 8, 1, 1, 1},       {1, 2, 21, 4, 15, 4, 7, 1, 1, 0},
-                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1}, {1, 1, 60, 8, 50, 8, 3, 1, 5, 0},
-                               {2, 2, 60, 5, 20, 7, 4, 2, 3, 1},       {2, 1, 24, 6, 12, 3, 2, 2, 12, 0},
-                               {1, 1, 3000, 16, 2950, 16, 11, 1, 5, 0}};
+    const slam_conv convs[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, NULL, NULL, NULL},
+                               {2, 1, 400, 1, 80, 32, 10, 5, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 80, 32, 40, 48, 3, 2, 1, 0, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {3, 1, 41, 8, 20, 5, 2, 2, 1, 0, 1, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 3, 90, 6, 90, 6, 8, 1, 1, 4, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 2, 21, 4, 30, 4, 7, 1, 1, 6, 0.1f, SLAM_RELU, NULL, NULL, NULL},
+                               {1, 1, 4000, 16, 2000, 33, 3, 2, 1, 1, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {1, 1, 60, 8, 60, 8, 3, 1, 5, 5, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {2, 2, 60, 5, 40, 7, 4, 2, 3, 9, 1, SLAM_GELU, NULL, NULL, NULL},
+                               {2, 1, 24, 6, 12, 3, 2, 2, 12, 0, 0, 0, NULL, NULL, NULL},
+                               {1, 1, 3000, 16, 3000, 16, 11, 1, 5, 25, 0.1f, SLAM_ADD, NULL, NULL, NULL},
+                               {1, 1, 2500, 8, 2500, 16, 3, 1, 1, 1, 0.1f, 0, NULL, NULL, NULL},
+                               {1, 1, 3, 40, 5, 70, 9, 1, 7, 30, 0.01f, SLAM_ADD, NULL, NULL, NULL}};
     for (size_t k = 0; k < sizeof convs / sizeof *convs; k++) {
         const slam_conv c = convs[k];
-        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d%s", c.B, c.G, c.T, c.C, c.TO,
-                 c.OC, c.K, c.stride, c.dilation, c.gelu ? ", gelu" : ""))
-            test_conv1d(ops, c, 0), test_conv1d(ops, c, 1);
+        if (TEST("conv1d B %d G %d T %d C %d, TO %d OC %d, K %d stride %d dilation %d before %d", c.B, c.G, c.T, c.C,
+                 c.TO, c.OC, c.K, c.stride, c.dilation, c.before))
+            test_conv1d(ops, c, 0, 0), test_conv1d(ops, c, 1, 0), test_conv1d(ops, c, 1, 1);
     }
     if (TEST("gelu")) test_gelu(ops);
-    if (TEST("leaky relu")) test_leaky_relu(ops);
-    if (TEST("group_frames, mask_frames")) test_group_frames(ops);
     const int encoder[][2] = {{3, 5}, {7, 33}, {65, 128}, {13, 768}};
     for (int k = 0; k < 4; k++) {
         const int n = encoder[k][0], c = encoder[k][1];

@@ -129,7 +129,7 @@ static void test_errors(slam_ops *ops) {
         {0, "\"resblock_dilation_sizes\": [\n    [", "\"resblock_dilation_sizes\": [\n    [9, ",
          "'resblock_dilation_sizes'"},
         {0, "\"resblock_dilation_sizes\": [\n    [\n      1", "\"resblock_dilation_sizes\": [\n    [\n      16384",
-         "block 0 has kernel size 3 and dilation 16384"},
+         "block 0 has kernel size 3 and reads 16395 frames"},
         {0, "\"resblock_dilation_sizes\"", "\"dilations\"", "'resblock_dilation_sizes' has 0 numbers, then its end"},
         {0, "{", "{{", "config.json"},
         {1, "conv_post.bias", "conv_past.bias", "'conv_post.bias' is missing, expected (1,1,1)"},
