@@ -16,7 +16,8 @@ make bench         measures training steps next to PyTorch's, into test/results 
 make gpu-bench     measures kernels and training steps on a GPU, next to PyTorch's
 make gpu-first     the most important of both within nine minutes, into RESULTS=FOLDER (DRY=1: tiny, under the emulator)
 make plot          draws loss.png from the logs of RUNS (default: all in runs/); PLOT=FILE.png draws another file, PLOT=- on the
-                   terminal; NGRAMS=FILE adds the n-gram losses in a file of `./eval RUN ppl --json FILE`
+                   terminal; NGRAMS=FILE adds the n-gram losses in a file of `./eval RUN ppl --json FILE`.
+                   WAV=FOLDERS draws spectrograms of their .wav files instead, one above the other, into spectrograms.png
 make fuzz          builds the fuzz targets of test/fuzz with clang into build/fuzz
 make house         checks the structure of slam.h
 make format-check  lists what clang-format would change; `make format` changes it
@@ -135,9 +136,18 @@ build/fuzz/fuzz: $(wildcard test/fuzz/*.[ch]) slam.h
 house:
 	@sh test/house.sh
 RUNS ?= runs/*
+ifdef WAV
+plot: # the files become the channels of one, each of which gets a panel
+	@command -v sox >/dev/null || { echo 'plot: sox not found: apt install sox (macOS: brew install sox)' >&2; exit 1; }
+	@for file in $(WAV:=/*.wav); do [ -f "$$file" ] || { echo "plot: $$file: no such file" >&2; exit 1; }; \
+	set -- "$$@" "|sox '$$file' -r 16k -c 1 -p"; names="$$names $$(basename "$$file")"; done; \
+	sox $$([ $$# = 1 ] || echo -M) "$$@" -n spectrogram -y 257 -t "$$names" -o '$(or $(PLOT),spectrograms.png)' && \
+		echo 'plot: $(or $(PLOT),spectrograms.png)'
+else
 plot:
 	@command -v gnuplot >/dev/null || { echo 'plot: gnuplot not found: apt install gnuplot-nox (macOS: brew install gnuplot)' >&2; exit 1; }
 	@gnuplot -e "runs='$(patsubst %/log.jsonl,%,$(wildcard $(addsuffix /log.jsonl,$(RUNS))))'; out='$(or $(PLOT),loss.png)'; ngrams='$(NGRAMS)'" test/plot.gp
+endif
 SOURCES = $(wildcard slam.h slam.cu *.c test/*.h test/*.c test/*.cu test/fuzz/*.[ch])
 format:
 	$(CLANG_FORMAT) -i $(SOURCES)

@@ -20,9 +20,8 @@ typedef struct program {
     slam_path reference;     /* folder of the model that training starts from */
     uint64_t reference_hash; /* of that model */
     slam_pairs pairs;
-    double tokens; /* of an epoch, without padding; its positions with padding; rows of the largest batch */
-    double positions;
-    int most_rows;
+    double tokens, positions; /* of an epoch, without and with padding */
+    int most_rows;            /* of a global batch */
     slam_loader *loader, *val_loader;
     slam_batch batch;
     float *weights; /* (B,T) gradient of the loss with respect to each token's loss */
@@ -117,15 +116,15 @@ static int train(program *p) {
     metrics m;
     int ok = 1;
 
-    while (ok && !slam_run_over(r)) {
+    while (ok && slam_run_continues(r)) {
         ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step, &m);
         if (!ok) break;
         t->epoch = l->epoch;
         t->row = l->row;
-        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->n, l->tokens, list, list_metrics(&m, list));
+        ok = slam_run_finish_step(r, &step, step.loss_sum / (double)l->n, l->tokens, list, list_metrics(&m, list));
 
         if (ok && p->val_loader && slam_run_eval_due(r))
-            ok = evaluate(p) && slam_run_log_eval(r, &p->eval.loss, 0, list, list_metrics(&p->eval, list));
+            ok = evaluate(p) && slam_run_finish_eval(r, &p->eval.loss, 0, list, list_metrics(&p->eval, list));
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
@@ -266,9 +265,9 @@ static void print_pairs(const program *p) {
     printf("pairs    %zu for training, %zu for validation", s->n_train, s->n - s->n_train);
     print_count(s->truncated, "prompts truncated");
     print_count(s->unshared, "too long to share a prompt");
-    if (strcmp(slam_pairs_skipped(s, NULL, text), "none")) printf("\n         skipped %s", text);
-    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens),
-           slam_pairs_row(s), 100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
+    if (strcmp(slam_pairs_skipped(s, text), "none")) printf("\n         skipped %s", text);
+    printf("\nrows     %s tokens, rows of up to %d, %.1f%% full, prompts %s\n", slam_format_count(a, p->tokens), s->T,
+           100 * p->tokens / p->positions, p->share_prompt ? "shared" : "once per completion");
     printf("loss     beta %g, label smoothing %g\n", p->beta, p->label_smoothing);
 }
 
@@ -279,7 +278,7 @@ static int plan(program *p) {
     if (!open_pairs(p)) return 0;
     print_pairs(p);
     const double steps_per_epoch = (double)p->pairs.n_train / r->o.batch;
-    return slam_run_plan(r, p->most_rows, slam_pairs_row(&p->pairs), steps_per_epoch, p->tokens / steps_per_epoch, 0);
+    return slam_run_plan(r, p->most_rows, p->pairs.T, steps_per_epoch, p->tokens / steps_per_epoch, 0);
 }
 
 /* ---- model and reference ---- */

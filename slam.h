@@ -159,7 +159,7 @@ struct slam_ops {
     int threads;             /* CPU threads of parallel loops */
     size_t memory;           /* total bytes of the device */
     int asynchronous;        /* the device computes while the host continues */
-    int same_rows;           /* a row of a matmul's output has the same bits whatever the other rows are */
+    int batch_invariant;     /* a row of a matmul's output has the same bits whatever the other rows are */
     slam_comm *comm;         /* the processes that train together; NULL: one process */
     slam_products *products; /* NULL: there is nothing to choose */
 
@@ -168,6 +168,7 @@ struct slam_ops {
     void (*release)(slam_ops *, void *p);
     void (*upload)(slam_ops *, void *to, const void *host, size_t bytes);     /* `host` may be reused at once */
     void (*download)(slam_ops *, void *host, const void *from, size_t bytes); /* waits for the work queued before */
+    void (*copy)(slam_ops *, void *to, const void *from, size_t bytes);       /* within the device's memory */
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
@@ -195,7 +196,7 @@ struct slam_ops {
        s, y, x, delta and their gradients hold N groups of G rows of C elements; groups begin `stride` elements apart.
        A matrix: G = 1, stride = C. QK-norm of query heads: G = NH, C = HS, stride = (NH + 2 KVH) HS. w (C)  rstd (N G)
        delta NULL: s is x, not written. y may be x. On entry ds holds the gradient that reaches s by other paths (0 if
-       none), on return that of x and delta. dy may not be ds. */
+       none), on return that of x and delta. dy may be ds: then no other path reaches s. */
     void (*rmsnorm_forward)(slam_ops *, slam_act *s, slam_act *y, float *rstd, const slam_act *x, const slam_act *delta,
                             const slam_act *w, float eps, int N, int G, int C, int stride);
     void (*rmsnorm_backward)(slam_ops *, slam_act *ds, float *dw, const slam_act *dy, const slam_act *s,
@@ -323,15 +324,19 @@ int slam_all_ok(slam_comm *, int ok); /* 1 if ok on all ranks; else 0, with the 
 long slam_comm_max(slam_comm *, long x);
 void slam_comm_sum(slam_comm *, double *x, size_t n); /* in rank order: the same bits on every rank */
 
-/* ---- 7. MODEL: Qwen2 and Llama-type transformers, forward and backward ---- */
+/* ---- 7. MODEL: transformers of the types of Llama and Qwen, forward and backward ---- */
 
+enum { SLAM_LLAMA, SLAM_QWEN2, SLAM_MISTRAL, SLAM_QWEN3, SLAM_OLMO2, SLAM_SMOLLM3 }; /* model_type of config.json */
 typedef struct slam_config {
     int V, C, L, NH, KVH, HS, F; /* vocabulary, channels, layers, heads, key/value heads, head size, MLP width */
     int T;                       /* max_position_embeddings */
-    int tied, qkv_bias;          /* lm_head is the embedding; q, k and v have biases (Qwen2) */
+    int tied, family;            /* lm_head is the embedding; SLAM_LLAMA, ...: biases and norms of a layer */
     double eps, init_std, rope_theta;
+    /* Rotary frequencies divided by rope_factor (0: none are): all, or with rope_high > 0 those of long waves (Llama 3) */
+    double rope_factor, rope_low, rope_high, rope_original;
+    uint64_t no_rope; /* bit l: layer l has no rotary positions */
 } slam_config;
-/* "tiny", "slam" (the shape of Qwen2.5-0.5B) or the path of a config.json (Hugging Face Qwen2 or Llama, SlamKit). */
+/* "tiny", "slam" (the shape of Qwen2.5-0.5B) or the path of a config.json (of Hugging Face or SlamKit). */
 int slam_config_load(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 double slam_config_flops(const slam_config *, int T); /* per token, forward and backward, causal attention over T */
@@ -363,10 +368,10 @@ void slam_batch_free(slam_batch *);
 
 typedef struct slam_model {
     slam_ops *ops;
-    slam_config config;           /* rope_theta may be changed before the first slam_model_plan */
-    size_t n_weights, n_matrices; /* elements of the arrays below; the matrices come first, then norms and biases */
+    slam_config config;          /* rope_theta may be changed before the first slam_model_plan */
+    size_t n_weights, n_decayed; /* elements of the arrays below; of the matrices, which come first: they decay */
     slam_act *weights;
-    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded over ranks */
+    float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
     int B, T, mode; /* planned for B rows of T tokens */
@@ -382,11 +387,10 @@ slam_model *slam_model_load(slam_ops *, const char *folder); /* Hugging Face or 
 /* The same, with the first V rows of a text model's vocabulary (TWIST: Hassid et al. 2023). */
 slam_model *slam_model_twist(slam_ops *, const char *folder, int V);
 enum { SLAM_FORMAT_HF, SLAM_FORMAT_SLAMKIT };
-/* config.json, generation_config.json and model.safetensors (F32) in a folder that exists. If the float weights are
-   sharded (master NULL), it has the bf16 weights; slam_checkpoint_save collects the float ones. */
+/* Writes config.json, generation_config.json and model.safetensors (F32) into a folder. Fails if master is NULL. */
 int slam_model_save(slam_model *, const char *folder, int format);
 void slam_model_free(slam_model *);
-int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and weights */
+int slam_model_hash(slam_model *, uint64_t *hash); /* of configuration and float weights; fails if master is NULL */
 /* Allocates activations for B rows of T tokens, and gradients for training; keeps buffers that are large enough. */
 int slam_model_plan(slam_model *, int B, int T, int mode);
 
@@ -397,9 +401,9 @@ int slam_backward(slam_model *, const float *weights, double loss);
 int slam_forward_backward(slam_model *, const slam_batch *, float scale);
 int slam_logits(slam_model *, const slam_batch *, float *logits); /* (B,T,V) on the host */
 
-/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. A sequence's logits do not depend on
-   the other sequences (to the bit where ops->same_rows). slam_decoder_new plans the model for inference, unless its
-   plan is large enough. The model must outlive the decoder. */
+/* Generation with a key/value cache: up to `slots` sequences of up to T tokens. The logits of one do not depend on the
+   others (to the bit where ops->batch_invariant). slam_decoder_new plans the model for inference, unless its plan is
+   large enough. The model must outlive the decoder. */
 typedef struct slam_decoder {
     slam_model *model;
     int slots, T;
@@ -409,11 +413,12 @@ typedef struct slam_decoder {
 } slam_decoder;
 slam_decoder *slam_decoder_new(slam_model *, int slots, int T);
 void slam_decoder_free(slam_decoder *);
-/* Starts n sequences in the given slots: tokens[i] (lengths[i] >= 1). */
+/* Starts n sequences in the given slots: tokens[i] (lengths[i]), with lengths 1 to T. */
 int slam_decoder_start(slam_decoder *, int n, const int *slots, const int *const *tokens, const int *lengths);
 /* Logits (slots,V) on the host for the token after each sequence; those of free slots mean nothing. */
 int slam_decoder_logits(slam_decoder *, float *logits);
-void slam_decoder_append(slam_decoder *, int slot, int token); /* token < 0 frees the slot */
+/* Appends a token to a sequence; token < 0 frees the slot. 0 and slam_error() for a token >= V or beyond T tokens. */
+int slam_decoder_append(slam_decoder *, int slot, int token);
 
 /* How a token is drawn (as Hugging Face's generate; nucleus: Holtzman et al. 2020). */
 typedef struct slam_sampling {
@@ -445,7 +450,7 @@ typedef struct slam_adamw {
     float *master; /* this rank's shard of the float weights, with bf16; else NULL */
     struct slam_buckets *buckets;
 } slam_adamw;
-/* Allocates the state for a model; hyperparameters are set by the caller. Collective. */
+/* Allocates the state for a model planned for training; the caller sets the hyperparameters. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
 /* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
@@ -490,21 +495,15 @@ int slam_data_add(slam_data *, const char *pattern, double weight);
    documents) of each source, at least one if it has two, chosen by seed, to held_out (0: none). */
 int slam_data_prepare(slam_data *, int V, double fraction, uint64_t seed);
 void slam_data_free(slam_data *);
-typedef struct slam_data_size {
-    uint64_t documents, chunks, tokens, targets, rows; /* of one epoch */
-    double fill;                                       /* share of positions that are not padding */
-} slam_data_size;
-/* Packs epoch 0 of a source (-1: all) without reading tokens. rows 0 and slam_error() on failure. */
-slam_data_size slam_data_measure(const slam_data *, uint64_t seed);
-
 /* Iterates over epochs. Chunks: a whole epoch is packed into rows of T. Pairs: each global batch is packed, into rows
    of about equal length. Rows do not depend on the number of ranks. */
 typedef struct slam_loader {
     int shuffle;               /* 0: everything once, whatever the weights (evaluation) */
     uint64_t seed, epoch, row; /* position: the current epoch, and the rows (or pairs) of it that are done */
-    int n, rows;               /* of the global batch: rows (or pairs), and packed rows */
+    uint64_t epoch_rows;       /* rows (or pairs) of the current epoch */
+    int n;                     /* size of the global batch: rows of the epoch, or pairs */
+    int rows, T;               /* packed rows of the global batch, tokens per row */
     uint64_t tokens, targets;  /* of the global batch, on all ranks; targets: of chunks only */
-    int T;                     /* tokens per row */
     int rows_left;             /* rows of this rank that slam_loader_next has not returned yet */
     struct slam_packer *packer;
 } slam_loader;
@@ -689,6 +688,8 @@ typedef struct slam_pair {
     uint16_t *tokens; /* prompt, chosen, rejected, one after the other */
     uint32_t n_prompt, n_chosen, n_rejected;
 } slam_pair;
+/* Why a pair is skipped: its text repeats itself, a completion has no units, both are equal, one is too long. */
+enum { SLAM_REPETITIVE, SLAM_EMPTY, SLAM_IDENTICAL, SLAM_TOO_LONG, SLAM_SKIPS };
 typedef struct slam_pairs {
     int V, context;        /* vocabulary; most tokens of prompt and completion */
     int share;             /* both completions attend to one copy of the prompt */
@@ -696,24 +697,22 @@ typedef struct slam_pairs {
     slam_pair *at;         /* training pairs first, then validation pairs */
     size_t n, n_train, capacity;
     double *reference; /* (n,2) the reference model's log-probabilities of chosen and rejected; NULL: not computed */
-    /* skipped: the text repeats itself; a completion has no units; both are the same; longer than the context */
-    uint64_t repetitive, empty, identical, too_long;
-    /* pairs kept: the prompt was truncated at its beginning; too long to share the prompt */
-    uint64_t truncated, unshared;
-    uint64_t hash; /* of all pairs, after slam_pairs_prepare */
+    size_t skipped[SLAM_SKIPS]; /* pairs that cannot be used */
+    size_t truncated;           /* pairs whose prompt lost its beginning to fit the context */
+    size_t unshared;            /* pairs that are too long to share their prompt */
+    int T;                      /* after slam_pairs_prepare: longest row, 2 x context in steps of 16, at least 1024 */
+    uint64_t hash;              /* after slam_pairs_prepare: of all pairs */
 } slam_pairs;
 /* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
    V, context, share and max_repetition. */
 int slam_pairs_add(slam_pairs *, const char *pattern, int validation);
 /* After the last add: moves round(fraction * pairs), at least one, chosen by seed, to validation (0: none). */
 int slam_pairs_prepare(slam_pairs *, double fraction, uint64_t seed);
-/* "8 too long, ...", the pairs skipped since `before` (NULL: all); "none". */
-const char *slam_pairs_skipped(const slam_pairs *, const slam_pairs *before, char text[200]);
-void slam_pairs_free(slam_pairs *);     /* what is in the struct, not the struct */
-int slam_pairs_row(const slam_pairs *); /* longest row: 2 x context (a multiple of 16), at least 1024 */
+const char *slam_pairs_skipped(const slam_pairs *, char text[200]); /* "8 too long, ..." or "none" */
+void slam_pairs_free(slam_pairs *);                                 /* what is in the struct, not the struct */
 
-/* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for T =
-   slam_pairs_row, with masks if pairs are shared. */
+/* A loader of training pairs (validation 0), validation pairs (1) or all (-1). Its batches are made for pairs->T
+   tokens, with masks if pairs are shared. */
 slam_loader *slam_loader_new_pairs(const slam_pairs *, int validation, uint64_t seed, int shuffle);
 
 /* After slam_forward: the log-probability of a sequence, the sum over its targets. */
@@ -722,8 +721,8 @@ double slam_sequence_logp(const slam_batch *, const slam_sequence *);
        margin D = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected))
        loss = -(1 - e) log s(b D) - e log s(-b D)      dloss/dD = -b ((1 - e) s(-b D) - e s(b D)) */
 double slam_dpo_loss(double beta, double label_smoothing, double margin, double *dloss);
-/* Computes pairs->reference with a model planned for batch->capacity rows of slam_pairs_row; the ranks share the work.
-   0 also if cancelled by the callback. */
+/* Computes pairs->reference with a model planned for batch->capacity rows of pairs->T; the ranks share the work. 0
+   also if cancelled by the callback. */
 int slam_pairs_reference(slam_pairs *, slam_model *reference, slam_batch *, slam_progress_fn *, void *context);
 /* As a safetensors file with the hashes of pairs and model. Load: without a file, reference stays NULL. */
 int slam_pairs_save_reference(const slam_pairs *, const char *path, uint64_t model_hash);
@@ -752,8 +751,9 @@ typedef struct slam_accuracy {
 typedef struct slam_testset {
     int kind;
     slam_strings items;        /* the sequences: names in gold.csv, or files */
-    char *folder, *units;      /* of gold.csv, with a / at its end, or ""; the file of units, or NULL: audio */
-    double *scores;            /* (items.n) and accuracies, after slam_testset_score */
+    char *folder;              /* of gold.csv, with a / at its end; "" if there is none */
+    char *units;               /* the file of units; NULL: the items are audio */
+    double *scores;            /* (items.n) after slam_testset_score, as are the accuracies */
     slam_accuracy *accuracies; /* (n_accuracies) */
     struct slam_test_pair *pairs;
     struct slam_test_member *members;
@@ -775,10 +775,11 @@ int slam_testset_submission(const slam_testset *, const char *path); /* a line `
 
 typedef struct slam_prompt {
     char *name;
-    int *tokens, n, truncated;        /* (n), the first is 1; tokens removed from its beginning to fit the context */
-    int *durations;                   /* (n) in frames, 0: unknown */
-    int *continuation, length, ended; /* (length) without the closing 1, NULL: missing; 1: ended by 1, 0: by max_new */
-    uint64_t rng;                     /* its random stream */
+    int *tokens, *durations, n; /* (n) the first token is 1; frames, 0: unknown */
+    int truncated;              /* tokens removed from the beginning to fit the context */
+    int *continuation, length;  /* (length) without the closing 1; NULL: missing */
+    int ended;                  /* the continuation was closed by a 1, not by max_new */
+    uint64_t rng;               /* random stream of the continuation */
 } slam_prompt;
 typedef struct slam_prompts {
     slam_prompt *at;
@@ -795,8 +796,9 @@ int slam_prompts_write(const slam_prompts *, const char *path); /* lines {"file_
 void slam_prompts_free(slam_prompts *);
 typedef struct slam_generation {
     slam_sampling sampling;
-    int max_new, context; /* most new tokens; most tokens of prompt and continuation */
-    int batch;            /* sequences at once, per rank */
+    int max_new; /* most tokens of a continuation */
+    int context; /* most tokens of prompt and continuation */
+    int batch;   /* sequences at once, per rank */
     uint64_t seed;
 } slam_generation;
 /* Generates the missing continuations; the ranks share the work. Random streams depend on the seed, the prompt and the
@@ -834,7 +836,8 @@ void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *va
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
-   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Collective. */
+   removes none). The files do not depend on the number of ranks. A failure leaves what was there before. Call it right
+   after an update, because shards are gathered in the array of gradients. Collective. */
 int slam_checkpoint_save(const char *run, slam_model *, slam_adamw *, const slam_trainer *, int format, int keep);
 /* PATH if it is a model folder, a run's newest checkpoint if it is a run; path NULL: that of the newest run in runs/ of
    this program (NULL: any program). free() it. */
@@ -857,13 +860,14 @@ typedef struct slam_flag {
     const char *fallback; /* default; "a | b": a or b, see slam_flags_defaults; "-": none */
     const char *help;
     double min, max; /* equal: any */
-    int given, set;  /* on the command line; has a value */
+    int given;       /* on the command line */
+    char *text;      /* the value, numbers in their shortest spelling; NULL: none yet, or a list */
 } slam_flag;
 /* clang-format off */
-#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, 0}
-#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, 0}
+#define SLAM_HEADING(text) {NULL, 0, NULL, NULL, NULL, text, 0, 0, 0, NULL}
+#define SLAM_FLAG(name, type, to, argument, fallback, help) {name, type, to, argument, fallback, help, 0, 0, 0, NULL}
 #define SLAM_NUMBER(name, type, to, argument, fallback, min, max, help) \
-    {name, type, to, argument, fallback, help, min, max, 0, 0}
+    {name, type, to, argument, fallback, help, min, max, 0, NULL}
 /* clang-format on */
 typedef struct slam_flags {
     const char *program, *usage, *about;
@@ -880,8 +884,9 @@ void slam_flags_free(slam_flags *);
 
 /* A progress bar: one line that is rewritten on a terminal, plain lines ten seconds apart elsewhere. */
 typedef struct slam_bar {
-    double began, shown, first;
-    int terminal;
+    double began, shown; /* slam_clock() at the beginning and when it was last shown */
+    double first;        /* `done` of the first call, -1: none yet */
+    int terminal;        /* stdout is one */
 } slam_bar;
 void slam_bar_begin(slam_bar *);
 void slam_bar_show(slam_bar *, double done, double total, const char *text); /* rate limited; total 0: unknown */
@@ -936,21 +941,28 @@ typedef struct slam_run {
     slam_flag table[64];
     slam_flags flags; /* flags.rest: DATA */
     slam_trainer trainer;
-    char *folder, *checkpoint; /* of the run; to resume from, or NULL */
+    char folder[4096]; /* of the run, "" until it has one */
+    char *checkpoint;  /* to resume from, or NULL */
     const char *argv0;
-    int fresh, grows;     /* a new run; new, or a limit is larger than before */
-    int bundled, limited; /* without DATA; a limit is given */
+    int fresh;   /* not resumed */
+    int grows;   /* fresh, or a limit is larger than before */
+    int limited; /* a limit was given, on the command line or when the run began */
+    int bundled; /* DATA is the bundled data */
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
-    long saved_step, eval_step; /* of the last checkpoint and evaluation */
-    double began, lap;          /* slam_clock() at the start, minus earlier training time; at the last run_lap */
-    double slowest_step, eval_seconds, save_seconds; /* seconds of a step, of an evaluation, of a checkpoint */
-    double peak_flops;                               /* FLOP/s of all ranks at most */
-    int state, skipped_in_a_row, lock;               /* RUN_ON, or why it ends; updates; descriptor of the folder */
-    void *log;                                       /* FILE * of log.jsonl, rank 0 */
+    long saved_step, eval_step; /* steps of the last checkpoint and of the last evaluation */
+    double began;               /* slam_clock() at the start, less the training time of the calls before */
+    double lap;                 /* slam_clock() when what is timed now began; 0: before the first step */
+    double slowest_step, eval_seconds, save_seconds;
+    double peak_flops;    /* FLOP/s that all ranks reach at most; 0: unknown */
+    int state;            /* RUN_ON, or why the run ends */
+    int skipped_in_a_row; /* updates that were not finite */
+    int lock;             /* descriptor of the locked folder */
+    void *log;            /* rank 0: FILE * of log.jsonl */
     slam_bar bar;
 } slam_run;
-/* The table: the program's own flags, then the common ones, whose default and help presets replace (NULL: keeps). */
+/* Makes the table of the program's own flags and the common ones. presets: {flag, default, help} of common flags, NULL:
+   as it is. */
 void slam_run_flags(slam_run *, const slam_flag *own, int n, const char *const presets[][3], int n_presets);
 int slam_run_parse(slam_run *, int argc, char **argv); /* slam_flags_parse and more checks; signals are caught */
 /* Resolves flags (command line, else resumed run, else slam_flags_set, else defaults) and data; opens the device. */
@@ -964,13 +976,14 @@ int slam_run_tune(slam_run *);
 /* Names and locks the folder, cuts the log to the checkpoint, saves the settings, loads the optimiser. data: a hash
    that must be the resumed run's. Collective. */
 int slam_run_begin(slam_run *, uint64_t data);
-int slam_run_over(slam_run *);           /* 1: a limit or signal has ended the run; 0: starts the clock of a step */
+int slam_run_continues(slam_run *);      /* 0: a limit or signal has ended the run; 1: starts the clock of a step */
 int slam_run_eval_due(const slam_run *); /* every eval_every steps (0: never), and the end unless it was a signal */
 int slam_run_save_due(const slam_run *); /* every save_every steps, a new best loss, the end */
 /* After an update: counts, logs and shows it. loss: mean of the step. 0 also after 20 skipped updates in a row. */
-int slam_run_log_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
-/* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss. */
-int slam_run_log_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
+int slam_run_finish_step(slam_run *, const slam_step *, double loss, uint64_t tokens, const slam_metric *, int n);
+/* After an evaluation: losses[0] of all, [1 + s] of source s if there are several. Updates best_loss, logs and shows
+   it. */
+int slam_run_finish_eval(slam_run *, const double *losses, size_t n_sources, const slam_metric *, int n);
 int slam_run_save(slam_run *);
 void slam_run_print_end(slam_run *, const char *validation); /* the result, and how to resume */
 int slam_run_end(slam_run *, int status);                    /* slam_program_end, and frees what is in the struct */
@@ -2383,9 +2396,8 @@ static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
 /* ==========================================================================================
    SECTION 4. OPS ON THE CPU      the reference implementation; at a first reading skip the matrix product
 
-   Every op of section 3 in float, in the same order; the mathematics is stated there. In a parallel loop every output
-   belongs to one thread, and sums have a fixed order, so results do not depend on the number of threads (SLAM_BLAS
-   aside).
+   Every op of section 3 in float, in its order; the mathematics is there. In a parallel loop every output belongs to
+   one thread and sums have a fixed order: results do not depend on the number of threads (SLAM_BLAS aside).
    ========================================================================================== */
 
 #pragma GCC diagnostic push
@@ -2393,15 +2405,12 @@ static void strbuf_add_units(strbuf *out, const slam_units *u, int tokens) {
 
 /* ---- matrix products ----
    C (M,N) = A (M,K) B (K,N). Three plain loops load two numbers for every multiplication and are bound by memory. Here
-   a number is used many times once it is loaded, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
-     registers  a tile of C, TILE_ROWS x TILE_COLUMNS, accumulates while k advances. Each k loads TILE_ROWS +
-                TILE_COLUMNS numbers for TILE_ROWS x TILE_COLUMNS multiplications
+   a loaded number is used many times, at three levels (Goto and van de Geijn 2008, with A and B exchanged):
+     registers  a tile of C, TILE_ROWS x TILE_COLUMNS; each k loads TILE_ROWS + TILE_COLUMNS numbers
      L1 cache   a panel of A, TILE_ROWS x BLOCK_K (16 kB with AVX-512), serves all tiles side by side
      L2 cache   a block of B, BLOCK_K x BLOCK_COLUMNS (512 kB with AVX-512), serves all panels of A
-   Panel and block are copied ("packed") into the order in which a tile reads them, transposed where necessary.
-
-   Each element of C is summed in order of k, in blocks of k that depend on K alone. Neither the number of threads nor
-   the place of the element in a tile changes its bits. */
+   Panel and block are packed: copied into the order in which a tile reads them, transposed where necessary. An element
+   of C is summed in order of k, in blocks that depend on K alone: threads and tiles do not change its bits. */
 
 /* First item of part i when n items are split as evenly as possible into `parts` parts, in multiples of `unit`. */
 static int part_start(int n, int unit, int parts, int i) {
@@ -2426,8 +2435,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
                 (int)lda, B, (int)ldb, beta, C, (int)ldc);
 }
 #else
-/* Floats of a vector register, and rows of the tile that fills the registers: two vectors for each row of C, two of B,
-   one of A. AVX-512 and AArch64 have 32 registers (gcc for AArch64 uses several of them for A), others 16. */
+/* Floats of a vector register, and rows of the tile that fills the registers, 32 with AVX-512 and AArch64 (gcc uses
+   several of those for A), else 16: two for each row of C, two for B, one for A. */
 #if defined __AVX512F__
 enum { VECTOR = 16, TILE_ROWS = 14 };
 #elif defined __aarch64__
@@ -2456,9 +2465,9 @@ static THREAD_LOCAL float packed_b[BLOCK_K * BLOCK_COLUMNS] __attribute__((align
 #endif
 #define ALWAYS_INLINE     static inline __attribute__((always_inline))
 
-/* C (rows,TILE_COLUMNS) = a^T b + beta C. a is (K,rows), rows `step` apart, b is (K,TILE_COLUMNS). p and q of a row are
-   its left and right half. The accumulators p0 q0 p1 q1 ... are separate variables because compilers keep an array in
-   memory. `rows` is a constant wherever this is inlined, so the code for further rows disappears. */
+/* C (rows,TILE_COLUMNS) = a^T b + beta C      a (K,rows), rows `step` apart  b (K,TILE_COLUMNS)
+   The halves of a row accumulate in variables p0 q0 p1 q1 ...: compilers keep an array in memory. `rows` is a constant
+   wherever this is inlined, so the code for further rows disappears. */
 #define TILE_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13)
 ALWAYS_INLINE FUSED void gemm_tile(const int rows, int K, const float *a, size_t step, const float *b, float beta,
                                    float *C, size_t ldc) {
@@ -2551,8 +2560,8 @@ static void gemm_pack(float *out, int stride, const float *in, size_t ld, int tr
         }
 }
 
-/* C (M,N) = op(A) (M,K) op(B) (K,N) + beta C on the calling thread; beta is 0 (C is not read) or 1. As in BLAS, op
-   transposes a matrix whose `trans` is set, and rows in memory are lda, ldb, ldc apart. Rows of A may overlap. */
+/* C (M,N) = op(A) (M,K) op(B) (K,N) + beta C on the calling thread, as in BLAS; beta is 0 (C is not read) or 1, and
+   rows of A may overlap. */
 static void gemm(int transA, int transB, int M, int N, int K, const float *A, size_t lda, const float *B, size_t ldb,
                  float beta, float *C, size_t ldc) {
     const int m_parts = (M + TILE_ROWS - 1) / TILE_ROWS, n_parts = (N + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -2576,8 +2585,8 @@ static void gemm(int transA, int transB, int M, int N, int K, const float *A, si
 }
 #endif
 
-/* The same on several threads: each has a rectangle of C, all of K. The grid, r by threads / r, is the one whose
-   largest rectangle costs least; packing a number counts as 16 multiplications. */
+/* The same on several threads, each with a rectangle of C. Of the grids r by threads / r it takes the one whose largest
+   rectangle costs least; packing a number counts as 16 multiplications. */
 static void gemm_parallel(int threads, int transA, int transB, int M, int N, int K, const float *A, size_t lda,
                           const float *B, size_t ldb, float beta, float *C, size_t ldc) {
     int rows = 1, columns = 1;
@@ -2607,8 +2616,7 @@ typedef struct cpu_ops {
     size_t scratch_n;
 } cpu_ops;
 
-/* Large blocks are aligned to 2 MB and use huge pages: with 4 kB pages a training step spends several per cent of its
-   time in the page table. The pointer that calloc returned is stored in front of the block. */
+/* Large blocks use huge pages, which save a training step several per cent. calloc's pointer is stored in front. */
 static void *cpu_alloc(slam_ops *ops, size_t bytes) {
     const size_t align = bytes >= (4u << 20) ? 2u << 20 : 256;
     char *raw = bytes < SIZE_MAX / 2 ? (char *)calloc(bytes + align + sizeof(void *), 1) : NULL;
@@ -2660,9 +2668,8 @@ static inline float *row(const slam_act *x, int i, int stride) {
 /* Asserts that the iterations of the next loop are independent, also where an op works in place (y is x). */
 #define VECTORISE SLAM_PRAGMA(omp simd)
 
-/* Compilers may not reorder a sum of floats, so a plain loop adds one number at a time. ROW_SUM defines a function that
-   adds `term` over c = 0 .. n - 1 in a fixed order that vector instructions can follow: lane k adds the terms k, k +
-   LANES, ..., and in the end the lanes are added in pairs. */
+/* Compilers may not reorder a sum of floats. ROW_SUM defines a function that adds `term` over c = 0 .. n - 1 in a fixed
+   order for vector instructions: lane k adds the terms k, k + LANES, ...; then lanes are added in pairs. */
 enum { LANES = 16 };
 #define ROW_SUM(type, name, parameters, term) ROW_FOLD(type, name, parameters, 0, PLUS, term)
 #define ROW_FOLD(type, name, parameters, initial, op, term)                                                            \
@@ -2683,8 +2690,7 @@ enum { LANES = 16 };
 #define PLUS(a, b)   ((a) + (b))
 #define LARGER(a, b) ((b) > (a) ? (b) : (a))
 
-/* condition ? a : b on the bits, without a branch. Compilers make a branch of ?: here and then do not vectorise the
-   loop around it. */
+/* condition ? a : b without a branch, which would keep the loop around it from being vectorised. */
 static inline float choose(int condition, float a, float b) {
     const uint32_t mask = 0 - (uint32_t)condition;
     uint32_t i, j;
@@ -2694,9 +2700,9 @@ static inline float choose(int condition, float a, float b) {
     return b;
 }
 
-/* e^x within 2 units in the last place for x in [-87, 88], clamped outside; NaN stays NaN. Unlike expf, compilers can
-   vectorise it. x = n log 2 + r with |r| <= log(2)/2, so e^x = 2^n e^r; e^r is the polynomial of Cephes' expf (Moshier
-   1989). Adding 1.5 2^23 rounds to an integer, which the low bits of t then hold. */
+/* e^x within 2 units in the last place for x in [-87, 88], clamped outside; NaN stays NaN. Can be vectorised, unlike
+   expf. x = n log 2 + r with |r| <= log(2)/2, so e^x = 2^n e^r; e^r is the polynomial of Cephes' expf (Moshier 1989).
+   Adding 1.5 2^23 rounds to an integer, held by the low bits of t. */
 static inline float exp_float(float x) {
     x = choose(x < -87.0f, -87.0f, x);
     x = choose(x > 88.0f, 88.0f, x);
@@ -2788,17 +2794,17 @@ static void cpu_rmsnorm_forward(slam_ops *ops, slam_act *s_, slam_act *y_, float
         }
 }
 
-/* ds, dy, s: N groups, `stride` apart, of (G,C)  w, dw (C)  rstd (N,G). A task is NORM_GROUPS groups with its own sum
-   for dw. These sums, (parts,C), are added in order afterwards. */
+/* ds, dy, s: N groups, `stride` apart, of (G,C)  w, dw (C)  rstd (N,G). A task is NORM_GROUPS groups with a sum for dw
+   of its own; these, (parts,C), are added in order. */
 enum { NORM_GROUPS = 64 };
 static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const slam_act *dy_, const slam_act *s_,
                                  const slam_act *w_, const float *rstd, int N, int G, int C, int stride) {
     const float *w = (const float *)w_;
     const int parts = (N + NORM_GROUPS - 1) / NORM_GROUPS;
-    float *sums = cpu_scratch(ops, (size_t)parts * C);
+    float *sums = cpu_scratch(ops, (size_t)parts * 2 * C);
     PARALLEL_FOR
     for (int part = 0; part < parts; part++) {
-        float *sum = sums + (size_t)part * C;
+        float *sum = sums + (size_t)part * C, *copy = sums + (size_t)(parts + part) * C;
         const int first = part * NORM_GROUPS, end = min_int(first + NORM_GROUPS, N);
         memset(sum, 0, (size_t)C * sizeof(float));
         for (int i = first; i < end; i++)
@@ -2806,6 +2812,10 @@ static void cpu_rmsnorm_backward(slam_ops *ops, slam_act *ds_, float *dw, const 
                 const float *dy = row(dy_, i, stride) + g * C, *s = row(s_, i, stride) + g * C;
                 float *ds = row(ds_, i, stride) + g * C;
                 const float r = rstd[(size_t)i * G + g], mean = dot3(dy, s, w, C) * r * r / (float)C;
+                if (ds == dy) {
+                    dy = (const float *)memcpy(copy, dy, (size_t)C * sizeof(float));
+                    memset(ds, 0, (size_t)C * sizeof(float));
+                }
                 VECTORISE
                 for (int c = 0; c < C; c++) {
                     sum[c] += dy[c] * r * s[c];
@@ -2849,22 +2859,6 @@ typedef struct query_tile {
     int first, keys; // keys first .. first + keys - 1 of the same row
 } query_tile;
 
-static query_tile tile_of(const slam_mask *mask, int b, int index) {
-    const int *doc_start = mask->doc_start + (size_t)b * mask->T;
-    const int *doc_end = mask->doc_end ? mask->doc_end + (size_t)b * mask->T : NULL;
-    query_tile t;
-    t.i = index * QUERIES;
-    t.n = min_int(QUERIES, mask->T - t.i);
-    t.first = t.i;
-    int end = doc_end ? 0 : t.i + t.n;
-    for (int i = t.i; i < t.i + t.n; i++) {
-        t.first = min_int(t.first, doc_start[i]);
-        if (doc_end && doc_end[i] > end) end = doc_end[i];
-    }
-    t.keys = end - t.first;
-    return t;
-}
-
 /* The keys that query i of row b sees: [a,b) and [c,d), before and after its masked span. Each may be empty. */
 typedef struct key_ranges {
     int a, b, c, d;
@@ -2878,6 +2872,18 @@ static key_ranges visible_keys(const slam_mask *mask, int b, int i) {
     return see;
 }
 
+static query_tile tile_of(const slam_mask *mask, int b, int index) {
+    query_tile t = {index * QUERIES, min_int(QUERIES, mask->T - index * QUERIES), mask->T, 0};
+    int end = 0;
+    for (int i = t.i; i < t.i + t.n; i++) {
+        const key_ranges see = visible_keys(mask, b, i);
+        t.first = min_int(t.first, see.a);
+        if (see.d > end) end = see.d;
+    }
+    t.keys = end - t.first;
+    return t;
+}
+
 /* x_j = exp(scale x_j - shift) for visible keys, else 0; j = t.first .. t.first + t.keys - 1. Returns the sum. */
 static float exp_visible(float *x, query_tile t, key_ranges see, float scale, float shift) {
     for (int j = t.first; j < see.a; j++) x[j] = 0;
@@ -2888,15 +2894,24 @@ static float exp_visible(float *x, query_tile t, key_ranges see, float scale, fl
     return sum;
 }
 
-/* The rotary table (T,2 pairs): position t rotates pair c by the angle t theta^(-c / pairs). A row holds the cosines of
-   all pairs, then their sines; `rotate` reads it here, rotate_pairs in section 5. In the float arithmetic of
-   Transformers, so that the angles are the same. free() it. */
-static float *rope_table(int T, int pairs, double theta) {
+/* Position t rotates pair i by the angle t f_i, f_i = theta^(-i / pairs), or scaled (see slam_config). In the float
+   arithmetic of Transformers, so that the angles are the same. */
+static float rope_frequency(const slam_config *c, int i, int pairs) {
+    const float f = 1 / powf((float)c->rope_theta, (float)(2 * i) / (float)(2 * pairs)), factor = (float)c->rope_factor;
+    const float waves = (float)c->rope_original / (6.2831853f / f); // within the original context
+    const float low = (float)c->rope_low, high = (float)c->rope_high, share = (waves - low) / (high - low);
+    if (factor == 0 || (high > 0 && waves > high)) return f;
+    if (high == 0 || waves < low) return f / factor;
+    return (1 - share) * f / factor + share * f;
+}
+
+/* The rotary table (T,2 pairs). A row holds the cosines of all pairs, then their sines. free() it. */
+static float *rope_table(int T, int pairs, const slam_config *c) {
     float *table = NEW(float, 2 * (size_t)T * pairs);
-    for (int c = 0; c < pairs; c++) {
-        const float frequency = 1 / powf((float)theta, (float)(2 * c) / (float)(2 * pairs));
+    for (int i = 0; i < pairs; i++) {
+        const float frequency = rope_frequency(c, i, pairs);
         for (int t = 0; t < T; t++) {
-            float *cosine = table + 2 * (size_t)t * pairs + c;
+            float *cosine = table + 2 * (size_t)t * pairs + i;
             cosine[0] = cosf((float)t * frequency);
             cosine[pairs] = sinf((float)t * frequency);
         }
@@ -2956,8 +2971,8 @@ static void cpu_attention_forward(slam_ops *ops, slam_act *out, float *lse, slam
     }
 }
 
-/* dqkv, qkv (B,T,(NH + 2 KVH) HS)  D, lse (B,NH,T)  dout, out (B,T,NH HS). A task is one query head of one row, tile by
-   tile. Each query head has its own dk and dv, (B,NH,2,T,HS); those of a group are added in order afterwards. */
+/* dqkv, qkv (B,T,(NH + 2 KVH) HS)  D, lse (B,NH,T)  dout, out (B,T,NH HS). A task is a query head of a row. Each has
+   its own dk and dv, (B,NH,2,T,HS); those of a group are added in order afterwards. */
 static void cpu_attention_backward(slam_ops *ops, slam_act *dqkv, float *D, const slam_act *dout, const slam_act *out,
                                    const float *lse, const slam_act *qkv, const slam_mask *mask) {
     const int B = mask->B, T = mask->T, NH = mask->NH, KVH = mask->KVH, HS = mask->HS;
@@ -3135,8 +3150,8 @@ static void cpu_adamw(slam_ops *ops, slam_act *w_act, float *w, float *m, float 
 
 /* ---- convolution ---- */
 
-/* x Phi(x), Phi(-z) = exp(-z^2/2) P(t) with t = 1 / (1 + 0.26 z), z = |x|. The polynomial P is fitted to the scaled
-   erfc with a relative error of 2e-8, so the relative error stays below 5e-6 down to x = -12. */
+/* x Phi(x), Phi(-z) = exp(-z^2/2) P(t) with t = 1 / (1 + 0.26 z), z = |x|. P is fitted to the scaled erfc within 2e-8:
+   the relative error stays below 5e-6 down to x = -12. */
 static inline float gelu_float(float x) {
     const float z = fabsf(x), t = 1 / (1 + 0.26f * z);
     float p = 0.0308966339f;
@@ -3157,10 +3172,9 @@ static void row_gelu(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = gelu_float(x[i]);
 }
 
-/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. The K frames that an output frame reads are K C
-   neighbouring numbers, and the next output frame reads those stride C further. So this is a matrix product whose left
-   side is x with overlapping rows; nothing is copied. With dilation it is one product per tap. With G = 1 and T =
-   stride TO the rows of a batch are one long row. */
+/* out (B,TO,G OC)  x (B,G,T,C)  w (G OC,K,C)  b (G OC) or NULL. An output frame reads K C neighbouring numbers, the
+   next one those stride C further: a matrix product whose left side is x with overlapping rows. With dilation it is one
+   product per tap. With G = 1 and T = stride TO the rows of a batch are one long row. */
 enum { CONV_FRAMES = 768 }; // output frames per task: output and weights of a task stay in the L2 cache
 static void cpu_conv1d(slam_ops *ops, slam_act *out_, const slam_act *x_, const slam_act *w_, const slam_act *b_,
                        const slam_conv *conv) {
@@ -3239,9 +3253,9 @@ static void cpu_layernorm(slam_ops *ops, slam_act *s_, slam_act *y_, const slam_
     }
 }
 
-/* x (B,T,C) w, b (C) lengths (B). Each block of n frames gets its sum and its sum of squared deviations from its own
-   mean, in float: sums (B,blocks,2,C). Then, in double: variance = sum over blocks of (squares + n (sum / n - mean)^2),
-   / length. */
+/* x (B,T,C)  w, b (C)  lengths (B). A block of n frames, in the cache, gets its sum and its sum of squared deviations
+   from its own mean, in float: sums (B,blocks,2,C). Then, in double: length variance = sum over blocks of squares + n
+   (sum / n - mean)^2. */
 enum { NORM_FRAMES = 128 };
 static void cpu_channelnorm(slam_ops *ops, slam_act *x_, const slam_act *w_, const slam_act *b_, const int *lengths,
                             float eps, int B, int T, int C) {
@@ -3319,8 +3333,8 @@ slam_ops *slam_cpu(int threads) {
     ops->act_bytes = sizeof(float);
     ops->threads = threads;
     ops->memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    ops->same_rows = GEMM_IS_OURS;
-    ops->upload = cpu_copy;
+    ops->batch_invariant = GEMM_IS_OURS;
+    ops->upload = ops->copy = cpu_copy;
     ops->download = cpu_copy;
 #define CPU_OP(name) ops->name = cpu_##name
     CPU_OP(alloc), CPU_OP(release), CPU_OP(zero), CPU_OP(finish), CPU_OP(close), CPU_OP(to_act), CPU_OP(to_float);
@@ -3340,13 +3354,11 @@ void slam_ops_free(slam_ops *ops) {
 
 /* ==========================================================================================
    SECTION 5. OPS ON CUDA      the same operations as kernels
-   The mathematics is in struct slam_ops, the loops are in section 4. A kernel's comment says how threads map to data
-   and what bounds it: bytes or arithmetic. T is the type of activations, float or bf16, and P the number of neighbours
-   that one access moves: 16 bytes where rows and pointers allow it, else 1. All work is in one stream, so a kernel sees
-   the results of those before it. Sums have a fixed order and there are no atomics: every run gives the same bits.
+   A kernel's comment says how threads map to data and what bounds it, bytes or arithmetic. T is the type of
+   activations, float or bf16, P the neighbours that one access moves: 16 bytes where rows and pointers allow it, else 1
+   number. All work is in one stream. Sums have a fixed order and there are no atomics: every run gives the same bits.
 
-   nvcc compiles this section, or a C++17 compiler with -DSLAM_EMULATOR -include test/cuda_emulator.h, which runs the
-   kernels on the CPU.
+   nvcc compiles this section, or a C++17 compiler with -DSLAM_EMULATOR -include test/cuda_emulator.h, for the CPU.
    ========================================================================================== */
 #if !defined(__CUDACC__) && !defined(SLAM_EMULATOR)
 slam_ops *slam_cuda(int device, int act_bytes) {
@@ -3371,7 +3383,7 @@ int slam_cuda_count(void) { return 0; }
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                    \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
-/* PTX that needs compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() fails in such a build. */
+/* PTX of compute capability 8.0. nvcc without -arch compiles for less; slam_cuda() fails in such a build. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define PTX(statement)
 #else
@@ -3400,15 +3412,14 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
-/* Keeps *p, a multiple of 4 bytes, in its packed form: the compiler would keep the numbers converted to float from one
-   use to the next, in twice the registers. */
+/* Keeps *p, a multiple of 4 bytes, packed: the compiler would keep its numbers as floats, in twice the registers. */
 template <typename R> DEVICE void stay_packed(R *p) {
     uint32_t *word = (uint32_t *)p;
     for (int k = 0; k < (int)sizeof *p / 4; k++) asm volatile("" : "+r"(word[k]));
 }
 
-/* Product of a warp: C (16,8) += A (16,16) B (16,8) in bf16, sums in float (mma.sync.m16n8k16). With g = lane / 4 and t
-   = lane % 4 a lane holds, in pairs of neighbours (the first in the lower half of a register):
+/* Product of a warp: C (16,8) += A (16,16) B (16,8) in bf16, sums in float. With g = lane / 4 and t = lane % 4 a lane
+   holds, in pairs of neighbours (the first in the lower half of a register):
        a[0]: row g,     columns 2t, 2t+1      a[2]: row g,     columns 2t+8, 2t+9
        a[1]: row g + 8, columns 2t, 2t+1      a[3]: row g + 8, columns 2t+8, 2t+9
        b0:   rows 2t, 2t+1, column g          b1:   rows 2t+8, 2t+9, column g
@@ -3421,32 +3432,25 @@ DEVICE void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) 
 }
 
 /* Four 8x8 matrices of bf16 from shared memory. Lane l passes the address of row l % 8 of matrix l / 8 (16 bytes,
-   aligned); r[m] receives row lane / 4, columns 2 (lane % 4) and the next, of matrix m. */
-DEVICE void ldmatrix(uint32_t r[4], const void *row) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"((uint32_t)__cvta_generic_to_shared(row))
-                     : "memory"));
+   aligned); r[m] receives row lane / 4, columns 2 (lane % 4) and the next, of matrix m, or of its transpose. */
+#define LDMATRIX(trans)                                                                                                \
+    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];"                          \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                                  \
+                     : "r"((uint32_t)__cvta_generic_to_shared(row))                                                    \
+                     : "memory"))
+template <int TRANSPOSED> DEVICE void ldmatrix(uint32_t r[4], const void *row) {
+    if constexpr (TRANSPOSED) LDMATRIX(".trans");
+    else LDMATRIX("");
 }
 
-/* The same with each matrix transposed: r[m] receives rows 2 (lane % 4) and the next, column lane / 4. */
-DEVICE void ldmatrix_transposed(uint32_t r[4], const void *row) {
-    PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"((uint32_t)__cvta_generic_to_shared(row))
-                     : "memory"));
-}
-
-/* Starts a copy of 16 bytes from global to shared memory (cp.async); if not `valid`, writes zeros and reads nothing.
-   commit closes a group of copies; wait<n> waits until at most n of this thread's groups are in flight. Other threads
-   see the copies after a barrier. */
+/* Starts a copy of 16 bytes from global to shared memory (cp.async), of zeros if not `valid`; copy_async_wait waits for
+   this thread's. Other threads see them after a barrier. */
 DEVICE void copy_async(void *shared, const void *global, int valid) {
     PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
                      "l"(global), "r"(valid ? 16 : 0)
                      : "memory"));
 }
-DEVICE void copy_async_commit(void) { PTX(asm volatile("cp.async.commit_group;" ::: "memory")); }
-template <int n> DEVICE void copy_async_wait(void) { PTX(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")); }
+DEVICE void copy_async_wait(void) { PTX(asm volatile("cp.async.wait_all;" ::: "memory")); }
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -3496,7 +3500,7 @@ static int cuda_check(slam_ops *ops, cudaError_t error, const char *operation) {
 /* The numbers of T in 16 bytes. */
 template <typename T> constexpr int WIDE = 16 / sizeof(T);
 
-/* Executes a statement with P, the numbers of one access: 16 bytes of T where `wide`, else 1. */
+/* Executes a statement with P, the numbers of one access, and TEAM. WITH_P: 16 bytes of T where `wide`, else 1. */
 #define WITH(P_, TEAM_, ...)                                                                                           \
     {                                                                                                                  \
         [[maybe_unused]] constexpr int P = P_, TEAM = TEAM_;                                                           \
@@ -3514,7 +3518,7 @@ template <typename... R> static int aligned16(const R *...p) { return (((uintptr
 
 /* ---- memory ---- */
 
-/* Selects the device for the calling thread: CUDA's default is the first. */
+/* Selects the device for the calling thread. */
 static cuda_ops *cuda_of(slam_ops *ops) {
     cuda_ops *cuda = (cuda_ops *)ops;
     cuda_check(ops, cudaSetDevice(cuda->device), "cudaSetDevice");
@@ -3554,6 +3558,10 @@ static void cuda_upload(slam_ops *ops, void *to, const void *host, size_t bytes)
     const cudaStream_t stream = cuda_of(ops)->stream;
     cuda_check(ops, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream), "upload");
     cuda_check(ops, cudaStreamSynchronize(stream), "upload"); // `host` may be reused now
+}
+
+static void cuda_copy(slam_ops *ops, void *to, const void *from, size_t bytes) {
+    cuda_check(ops, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_of(ops)->stream), "copy");
 }
 
 /* After a failure `host` holds zeros. */
@@ -3648,8 +3656,7 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-/* Combines x of all warps, in order. `shared`: a number for each warp. Barriers on both sides: after it, what other
-   threads have written before it can be read. */
+/* Combines x of all warps, in order, with barriers on both sides. `shared`: a number for each warp. */
 template <typename R, typename F> DEVICE R block_combine(R x, R *shared, const F &combine) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
@@ -3672,8 +3679,8 @@ template <typename T> DEVICE float sigmoid_of(float x) {
 }
 DEVICE float gelu_of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
 
-/* Second half of sums over rows: out (n) += sum of the rows of partial (parts,n). A block has 32 columns; a warp adds
-   every 32nd row of them, then the 32 sums of a column are added in order. Bound by latency: partial is in L2. */
+/* Second half of sums over rows: out (n) += sum of the rows of partial (parts,n). A block has 32 columns, of which a
+   warp adds every 32nd row; then the 32 sums of a column are added in order. Bound by latency: partial is in L2. */
 KERNEL(1024) add_partial_kernel(float *out, const float *partial, int parts, int n) {
     float *sums = (float *)shared_memory(), sum = 0; // (32,32)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
@@ -3694,8 +3701,8 @@ static void add_partial(slam_ops *ops, const char *operation, float *out, int pa
 }
 
 /* ---- element-wise kernels ----
-   An element-wise op is a struct with its arguments and a function run<P>(row, column), which computes P neighbours.
-   All are bound by memory. */
+   An op is a struct with its arguments and a function run<P>(row, column), which computes P neighbours. All are bound
+   by memory; a comment says how many bytes. */
 
 template <int P, typename Op> KERNEL(256) each_kernel(Op op, unsigned packs, unsigned n) {
     const unsigned i = blockIdx.x * 256 + threadIdx.x;
@@ -3903,10 +3910,9 @@ static void cuda_embedding_forward(slam_ops *ops, slam_act *x, const int *tokens
     each<WIDE<T>>(ops, __func__, N, C, embedding_op<T>{(T *)x, tokens, (const T *)table, C}, x, table);
 }
 
-/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It looks through all tokens, 8 in a
-   lane at a time, and adds the rows of dx of those in its rows, in registers as long as the token stays the same: each
-   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. Each warp also
-   reads all tokens, 4 N bytes from the caches. */
+/* A warp has `rows` rows of the table and 32 P of their channels, P in each lane. It goes through all tokens, 8 in a
+   lane at a time, and adds the rows of dx that belong to its rows, in registers while the token stays the same: each
+   sum has one owner and one order. Bound by memory for a small vocabulary: dx once, N C sizeof(T) bytes. */
 template <typename T, int P>
 KERNEL(256)
 embedding_backward_kernel(float *dtable, const T *__restrict__ dx, const int *tokens, int N, int C, int V, int rows) {
@@ -3942,9 +3948,8 @@ static void cuda_embedding_backward(slam_ops *ops, float *dtable, const slam_act
 }
 
 /* ---- norms ----
-   A team of threads has a row of C numbers, up to ROW_NUMBERS of them in the registers of each, so that it is read
-   once: 8 threads for up to 256 numbers (the heads of qkv), a warp for up to 1024, a block of 256 threads for up to
-   8192. */
+   A team of threads has a row in registers, up to ROW_NUMBERS numbers in each, so that it is read once: 8 threads for
+   up to 256 numbers (the heads of qkv), a warp for up to 1024, a block of 256 threads for up to 8192. */
 
 enum { ROW_NUMBERS = 32 };
 
@@ -4042,9 +4047,8 @@ static void cuda_layernorm(slam_ops *ops, slam_act *s, slam_act *y, const slam_a
                      (float *)NULL, (const T *)x, (const T *)delta, (const T *)w, (const T *)b, eps, gelu, rows));
 }
 
-/* Teams take rows in turn and keep their part of dw in registers; at the end the teams of a block add theirs, in order,
-   through shared memory, so that each block leaves a row of partial (blocks,C). Bound by memory: dy, s and ds are read,
-   ds written, 4 N C sizeof(T) bytes. */
+/* Teams take rows in turn with their part of dw in registers; at the end those of a block add theirs, in order, to a
+   row of partial (blocks,C). Bound by memory: dy, s and ds are read, ds written, 4 N C sizeof(T) bytes. */
 template <typename T, int P, int TEAM>
 KERNEL(256, sizeof(T) == 2 && P > 1 ? 2 : 1)
 rmsnorm_backward_kernel(T *ds, float *partial, const T *dy, const T *s, const T *w, const float *rstd,
@@ -4081,7 +4085,7 @@ rmsnorm_backward_kernel(T *ds, float *partial, const T *dy, const T *s, const T 
             stay_packed(&a[m]), stay_packed(&b[m]);
             for (int k = 0; k < P; k++) {
                 const float g = (float)W.at[k] * (float)a[m].at[k] - (float)b[m].at[k] * mean;
-                d[m].at[k] = (T)((float)d[m].at[k] + r * g);
+                d[m].at[k] = (T)((ds == dy ? 0 : (float)d[m].at[k]) + r * g);
             }
             packed<P>(ds + row + m * STEP) = d[m];
         }
@@ -4116,8 +4120,8 @@ static void cuda_rmsnorm_backward(slam_ops *ops, slam_act *ds, float *dw, const 
 }
 
 /* ---- matrix products: cuBLASLt ----
-   It counts columns first. A row-major matrix read that way is its transpose, so it computes C^T = op(B)^T op(A)^T: the
-   operands change places and nothing is moved. Sums are float, without tf32; the bias is added as C is written. */
+   It is column-major. A row-major matrix read that way is its transpose, so it computes C^T = op(B)^T op(A)^T: the
+   operands change places. Sums are float, without tf32. */
 
 enum { TRANS_A = 1, TRANS_B = 2, ADD = 4, FLOAT_OUT = 8 }; // of a product: A^T, B^T, += instead of =, C is float
 
@@ -4151,9 +4155,9 @@ static cublasStatus_t product_describe(product_plan *p, const product_shape *s, 
     return status;
 }
 
-/* The algorithms that cuBLASLt proposes, the best guess first; always the same for the same shape. A sum that is split
-   over K is added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some split
-   sums on Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
+/* The algorithms that cuBLASLt proposes, the best guess first, always the same for the same shape. Sums that are split
+   over K are added in float in the workspace, in a fixed order. cuBLASLt 13.1 loses the last K % 64 terms of some on
+   Hopper (facebookexperimental/triton, PR 2767), so those with K % 64 != 0 are not split. */
 static cublasStatus_t product_propose(cublasLtMatmulHeuristicResult_t *found, int most, int *n, cuda_ops *cuda,
                                       product_plan *p, const product_shape *s) {
     cublasLtMatmulPreferenceOpaque_t preference;
@@ -4179,8 +4183,8 @@ static uint32_t alignment(const void *p) {
     return (uint32_t)(at & -at);
 }
 
-/* Moves the fastest of n proposed algorithms to the front. Each computes the product four times, the first to load its
-   kernels; the fastest of the others counts. A later algorithm must be 2 % faster. */
+/* Moves the fastest of n proposed algorithms to the front: the best of three times after one that loads its kernels. A
+   later algorithm must be 2 % faster. */
 template <typename F>
 static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *found, int n, void *to, const F &multiply) {
     const cudaStream_t stream = ((cuda_ops *)ops)->stream;
@@ -4205,9 +4209,8 @@ static void product_measure(slam_ops *ops, cublasLtMatmulHeuristicResult_t *foun
     for (int k = 0; k <= n; k++) cudaEventDestroy(moments[k]);
 }
 
-/* C (M,N) = op(A) op(B) + bias (N) or, with ADD, C += op(A) op(B). op(A) (M,K), op(B) (K,N), rows of C ldc numbers
-   apart. Uses the algorithm that is known for the shape, else the first proposed one that works, or the fastest. Bound
-   by arithmetic: 2 M N K. */
+/* C (M,N) = op(A) (M,K) op(B) (K,N) + bias (N) or, with ADD, C += op(A) op(B), rows of C ldc numbers apart. By the
+   algorithm known for the shape, else the first proposed or the fastest. Bound by arithmetic: 2 M N K. */
 static void product(slam_ops *ops, const char *operation, int flags, int M, int N, int K, const void *A, const void *B,
                     const void *bias, void *C, int ldc) {
     cuda_ops *cuda = (cuda_ops *)ops;
@@ -4256,8 +4259,8 @@ static void cuda_matmul_backward_input(slam_ops *ops, slam_act *dx, const slam_a
     product(ops, __func__, 0, N, C, OC, dout, w, NULL, dx, C);
 }
 
-/* Sums over rows: partial (gridDim.y,OC). A lane has P columns; the 8 warps of a block and the blocks of a column take
-   rows in turn, and the sums of the warps meet in shared memory. Bound by memory: dout once, N OC sizeof(T) bytes. */
+/* Sums over rows: partial (gridDim.y,OC). A lane has P columns; warps and blocks take rows in turn, and the sums of a
+   block's warps meet in shared memory. Bound by memory: dout once, N OC sizeof(T) bytes. */
 template <typename T, int P> KERNEL(256) column_sums_kernel(float *partial, const T *dout, int N, int OC) {
     float *sums = (float *)shared_memory(), sum[P] = {0}, d[P]; // sums: (8, 32 P)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * 32 * P, c = first + lane * P;
@@ -4292,10 +4295,9 @@ static void cuda_matmul_backward_weight(slam_ops *ops, float *dw, float *db, con
 
 /* ---- cross-entropy ---- */
 
-/* A team has a row: a warp up to 1024 numbers, else a block of 512 threads. Two passes: the first for the largest logit
-   and the sum, which is rescaled when a larger logit appears (Milakov and Gimelshein 2018), the second for the
-   gradient. Bound by memory: 2 N V sizeof(T) bytes, half of that without a gradient; the second pass reads from the
-   caches. */
+/* A row has a warp up to 1024 numbers, else a block of 512 threads. One pass for the largest logit and the sum, which
+   is rescaled when a larger logit appears (Milakov and Gimelshein 2018), and one, from the caches, for the gradient.
+   Bound by memory: 2 N V sizeof(T) bytes, half of that without a gradient. */
 template <typename T, int P, int TEAM>
 KERNEL(TEAM == 32 ? 256 : 512)
 crossentropy_kernel(float *loss, T *logits, const int *targets, slam_xent a) {
@@ -4345,51 +4347,41 @@ static void cuda_crossentropy(slam_ops *ops, float *loss, slam_act *logits, cons
 
 /* ---- sums ---- */
 
-/* partial (gridDim.x). A thread adds four numbers in float, all else in double, which is slow on most GPUs. Bound by
-   memory: 4 n bytes. */
-template <int SQUARES> KERNEL(256) sum_kernel(double *partial, const float *x, size_t n) {
+/* out (gridDim.x) = sums of X, or += if `add`. A thread adds four numbers in X, all else in double, which is slow on
+   most GPUs. Bound by memory: 4 n bytes. */
+template <typename X, int SQUARES> KERNEL(256) sum_kernel(double *out, const X *x, size_t n, int add) {
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * 1024 + threadIdx.x; i < n; i += (size_t)gridDim.x * 1024) {
-        float four = 0;
+        X four = 0;
         for (int k = 0; k < 4; k++) {
-            const float a = i + 256 * k < n ? x[i + 256 * k] : 0;
+            const X a = i + 256 * k < n ? x[i + 256 * k] : 0;
             four += SQUARES ? a * a : a;
         }
         sum += four;
     }
     sum = block_sum(sum, (double *)shared_memory());
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-/* out[0] += sum of partial (n), by one block. */
-KERNEL(256) sum_partial_kernel(double *out, const double *partial, int n) {
-    double sum = 0;
-    for (int i = threadIdx.x; i < n; i += 256) sum += partial[i];
-    sum = block_sum(sum, (double *)shared_memory());
-    if (threadIdx.x == 0) out[0] += sum;
+    if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
 template <int SQUARES> static void cuda_sum(slam_ops *ops, double *out, const float *x, size_t n) {
     const char *operation = SQUARES ? "cuda_sum_squares" : __func__;
-    const unsigned grid = n < 1 << 20 ? blocks(n, 1024) : 1024;
+    const size_t parts = n < 1 << 20 ? blocks(n, 1024) : 1024;
     double *partial = (double *)((cuda_ops *)ops)->workspace;
     if (n == 0) return;
-    LAUNCH_FOR(operation, ops, (sum_kernel<SQUARES>), grid, 256, 8 * sizeof(double), partial, x, n);
-    LAUNCH_FOR(operation, ops, sum_partial_kernel, 1, 256, 8 * sizeof(double), out, (const double *)partial, (int)grid);
+    LAUNCH_FOR(operation, ops, (sum_kernel<float, SQUARES>), parts, 256, 8 * sizeof(double), partial, x, n, 0);
+    LAUNCH_FOR(operation, ops, (sum_kernel<double, 0>), 1, 256, 8 * sizeof(double), out, (const double *)partial, parts,
+               1);
 }
 
 /* ---- attention ----
-   The plain kernels serve float, all head sizes up to 256, and decoding; read these first. The fast ones serve bf16 and
-   head sizes 32, 64 and 128 with all products on tensor cores.
+   Plain kernels serve float, all head sizes up to 256, and decoding; read these first. Fast ones serve bf16 and head
+   sizes 32, 64 and 128 with all products on tensor cores.
 
-   None holds a (T,T) matrix. The softmax of a query is taken over one run of keys after the other (Milakov and
-   Gimelshein 2018): with m the maximum so far, l = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j, a run with
-   maximum m' first scales l and o by exp(m - max(m, m')), then adds its own. In the end out = o / l and lse = m + log
-   l. The backward pass computes s again, which costs less than to store it, and has lse, so that p_ij = exp(s_ij -
-   lse_i) (Dao 2023).
-
-   dq is summed by kernels that own queries, dk and dv by kernels that own keys. Both compute s and p, seven products
-   instead of five, but no block adds to what another has written. */
+   None holds a (T,T) matrix. A softmax goes over one run of keys after the other (Milakov and Gimelshein 2018): with m
+   the maximum so far, l = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j, a run with maximum m' first scales l and o
+   by exp(m - max(m, m')), then adds its own. In the end out = o / l and lse = m + log l. The backward pass computes s
+   again, and p_ij = exp(s_ij - lse_i) (Dao 2023). Kernels that own queries sum dq, kernels that own keys dk and dv:
+   seven products instead of five, but no block adds to what another has written. */
 
 /* The keys that query i of row b sees: x <= j < y and not z <= j < w. None if i >= T. */
 DEVICE int4 keys_of(const slam_mask &mask, int b, int i) {
@@ -4437,7 +4429,7 @@ DEVICE void rotate_pairs(float (&x)[P], float (&y)[P], const float *rope, int pa
 
 /* Rotates the query and key heads of qkv in place; when decoding, also appends keys and values to the cache. A row is a
    head of a token; column c is the pair (c, c + pairs) or, behind the pairs, number c + pairs. 2 N (NH + KVH) HS
-   sizeof(T) bytes; the table stays in the caches. */
+   sizeof(T) bytes. */
 template <typename T> struct rotate_op {
     T *qkv, *cache;     // cache: NULL if not decoding
     const int *lengths; // positions when decoding
@@ -4473,8 +4465,8 @@ static void rotate_heads(slam_ops *ops, const char *operation, T *qkv, T *cache,
 }
 
 /* ---- attention: plain kernels ----
-   Lanes have channels lane, lane + 32, ... of a head in registers. Keys and values come from the caches, where the next
-   query finds them again; bound by arithmetic, 4 HS FLOP for a pair of query and key, without tensor cores. */
+   Lanes have channels lane, lane + 32, ... of a head in registers; keys and values come from the caches. Bound by
+   arithmetic, 4 HS FLOP for a pair of query and key, without tensor cores. */
 
 enum { PLAIN_CHANNELS = 256 / 32, PLAIN_WARPS = 2, DECODE_WARPS = 8 };
 
@@ -4501,7 +4493,6 @@ DEVICE void plain_add(float *sums, const float *weight, const T *x, size_t strid
 template <typename T>
 DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head, const slam_mask &mask, int position) {
     const int lane = threadIdx.x % 32, HS = mask.HS, pairs = mask.pairs;
-    __syncwarp();
     for (int m = 0; m < PLAIN_CHANNELS; m++)
         if (lane + 32 * m < HS) head[lane + 32 * m] = sums[m] * scale;
     __syncwarp();
@@ -4515,10 +4506,9 @@ DEVICE void plain_rotate_back(T *to, const float *sums, float scale, float *head
 }
 
 /* A block has a query, or a new token if `lengths` is not NULL; its warps take runs of 32 keys in turn. For the scores
-   a lane has a key, for the values its channels of all 32 keys. In the end the sums of the warps are joined as those of
-   two runs. q: the first query head, rows W numbers apart; key: the first key head, rows K numbers apart. Decoding is
-   bound by memory: the cache, 2 KVH HS sizeof(T) bytes a token, from which L2 serves all but the first head of a
-   group. */
+   a lane has a key, for the values its channels of all 32 keys. In the end the warps' sums are joined as those of runs.
+   q: the first query head, rows W numbers apart; key: the first key head, rows K numbers apart. Decoding is bound by
+   memory: the cache, 2 KVH HS sizeof(T) bytes a token. */
 template <typename T, int P>
 KERNEL(32 * DECODE_WARPS)
 attention_forward_plain(T *out, float *lse, const T *q, const T *key, int W, int K, const int *lengths,
@@ -4649,9 +4639,9 @@ static void attention_plain(slam_ops *ops, const char *operation, T *out, float 
 }
 
 /* ---- attention: what the fast kernels are made of ----
-   Tiles of rows of HS numbers lie in shared memory in chunks of 16 bytes. ldmatrix reads a chunk of each of 8 rows at a
-   time, which must lie in different banks: chunk c of row r is stored where chunk c ^ r would be. A tile is named by
-   its offset in shared memory, a multiple of 128 bytes. */
+   Tiles of rows of HS numbers lie in shared memory in chunks of 16 bytes. ldmatrix reads a chunk of each of 8 rows at
+   once, from different banks: chunk c of row r is stored where chunk c ^ r would be. A tile is named by its offset, a
+   multiple of 128 bytes. */
 
 #define LOG2_E 1.44269504f // exp(s) = 2^(s log2 e)
 
@@ -4670,9 +4660,8 @@ DEVICE void tile_load(int tile, const bf16 *from, int stride, int valid, int thr
     for (int k = 0; k < ROWS; k += STEP, from += STEP * stride) copy_async(to + k * HS * 2, from, row + k < valid);
 }
 
-/* Where this lane reads the first 16 x 16 of a tile, as A operand (or, transposed, as B), and as B operand. Other 16 x
-   16 at row and column, multiples of 16, are row * HS * 2 further, and an exclusive or with column * 2 leads to their
-   chunk. */
+/* Where this lane reads the first 16 x 16 of a tile, as A operand (or, transposed, as B), and as B operand. tile_part:
+   those at row and column, multiples of 16. */
 template <int HS> DEVICE int tile_a(int tile) {
     const int lane = threadIdx.x % 32;
     return tile + tile_at<HS>(lane % 16, lane / 16);
@@ -4698,34 +4687,33 @@ template <int M, int N> DEVICE void sums_scale(float (&c)[M][N][4], const float 
             for (int k = 0; k < 4; k++) c[m][n][k] *= factor[m][k / 2];
 }
 
+/* c (16 M,8 N) += a (16 M,16) times rows 16 k .. of a tile or, if not ROWS, columns 16 k .. of its 8 N rows. */
+template <int HS, int ROWS, int M, int N>
+DEVICE void product_step(float (&c)[M][N][4], const uint32_t (&a)[M][4], int tile, int k) {
+    for (int n = 0; n < N / 2; n++) {
+        uint32_t b[4];
+        ldmatrix<ROWS>(b, ROWS ? tile_part<HS>(tile, 16 * k, 16 * n) : tile_part<HS>(tile, 16 * n, 16 * k));
+        for (int m = 0; m < M; m++) {
+            mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
+            mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+    }
+}
+
 /* c (16 M,8 N) += a (16 M,HS) tile^T, a tile of 8 N rows; a in registers, as A operands. */
 template <int HS, int M, int N>
-DEVICE void product_rows(float (&c)[M][N][4], const uint32_t (&a)[M][HS / 16][4], int tile) {
+DEVICE void product_rows(float (&c)[M][N][4], const uint32_t (&a)[HS / 16][M][4], int tile) {
     tile = tile_b<HS>(tile);
-    for (int k = 0; k < HS / 16; k++)
-        for (int n = 0; n < N / 2; n++) {
-            uint32_t b[4];
-            ldmatrix(b, tile_part<HS>(tile, 16 * n, 16 * k));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m][k], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m][k], b[2], b[3]);
-            }
-        }
+    for (int k = 0; k < HS / 16; k++) product_step<HS, 0>(c, a[k], tile, k);
 }
 
 /* The same with a, 16 M rows, in a tile. */
 template <int HS, int M, int N> DEVICE void product_tiles(float (&c)[M][N][4], int tile_of_a, int tile) {
     tile_of_a = tile_a<HS>(tile_of_a), tile = tile_b<HS>(tile);
     for (int k = 0; k < HS / 16; k++) {
-        uint32_t a[M][4], b[4];
-        for (int m = 0; m < M; m++) ldmatrix(a[m], tile_part<HS>(tile_of_a, 16 * m, 16 * k));
-        for (int n = 0; n < N / 2; n++) {
-            ldmatrix(b, tile_part<HS>(tile, 16 * n, 16 * k));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
+        uint32_t a[M][4];
+        for (int m = 0; m < M; m++) ldmatrix<0>(a[m], tile_part<HS>(tile_of_a, 16 * m, 16 * k));
+        product_step<HS, 0>(c, a, tile, k);
     }
 }
 
@@ -4735,39 +4723,34 @@ template <int HS, int M, int N>
 DEVICE void product_columns(float (&c)[M][HS / 8][4], const float (&p)[M][N][4], int tile) {
     tile = tile_a<HS>(tile);
     for (int k = 0; k < N / 2; k++) {
-        uint32_t a[M][4], b[4];
+        uint32_t a[M][4];
         for (int m = 0; m < M; m++)
             for (int e = 0; e < 4; e++)
                 a[m][e] = pack_bf16(p[m][2 * k + e / 2][e % 2 * 2], p[m][2 * k + e / 2][e % 2 * 2 + 1]);
-        for (int n = 0; n < HS / 16; n++) {
-            ldmatrix_transposed(b, tile_part<HS>(tile, 16 * k, 16 * n));
-            for (int m = 0; m < M; m++) {
-                mma_bf16(c[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(c[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
+        product_step<HS, 1>(c, a, tile, k);
     }
 }
 
 /* A operands of 16 M rows from global memory; rows from `valid` on are 0. */
-template <int HS, int M> DEVICE void rows_load(uint32_t (&a)[M][HS / 16][4], const bf16 *from, int stride, int valid) {
+template <int HS, int M> DEVICE void rows_load(uint32_t (&a)[HS / 16][M][4], const bf16 *from, int stride, int valid) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int m = 0; m < M; m++)
         for (int k = 0; k < HS / 16; k++)
             for (int e = 0; e < 4; e++) {
                 const int row = 16 * m + g + e % 2 * 8;
                 const bf16 *at = from + (ptrdiff_t)row * stride + k * 16 + e / 2 * 8 + 2 * t;
-                a[m][k][e] = row < valid ? *(const uint32_t *)at : 0;
+                a[k][m][e] = row < valid ? *(const uint32_t *)at : 0;
             }
 }
 
-/* Dot product of rows 8 r + lane / 4 of two operands; the four lanes that share it all get it. */
-template <int K> DEVICE float rows_dot(const uint32_t (&a)[K][4], const uint32_t (&b)[K][4], int r) {
+/* Dot product of rows 16 m + 8 r + lane / 4 of two operands; the four lanes that share it all get it. */
+template <int K, int M>
+DEVICE float rows_dot(const uint32_t (&a)[K][M][4], const uint32_t (&b)[K][M][4], int m, int r) {
     float sum = 0;
     for (int k = 0; k < K; k++)
         for (int e = r; e < 4; e += 2) {
-            sum += __uint_as_float(a[k][e] << 16) * __uint_as_float(b[k][e] << 16);
-            sum += __uint_as_float(a[k][e] & 0xffff0000u) * __uint_as_float(b[k][e] & 0xffff0000u);
+            sum += __uint_as_float(a[k][m][e] << 16) * __uint_as_float(b[k][m][e] << 16);
+            sum += __uint_as_float(a[k][m][e] & 0xffff0000u) * __uint_as_float(b[k][m][e] & 0xffff0000u);
         }
     return warp_sum<4>(sum);
 }
@@ -4777,7 +4760,6 @@ template <int HS, int M>
 DEVICE void rows_store(bf16 *to, int stride, int valid, const float (&c)[M][HS / 8][4], int at) {
     char *tile = shared_memory() + at;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    __syncwarp(); // other lanes may still read the tile
     for (int m = 0; m < M; m++)
         for (int n = 0; n < HS / 8; n++)
             for (int r = 0; r < 2; r++) {
@@ -4817,8 +4799,7 @@ DEVICE void rows_store_rotated(bf16 *to, int stride, float (&c)[M][HS / 8][4], i
     rows_store<HS, M>(to, stride, mask.T - i, c, at);
 }
 
-/* Adds the sums of GROUPS groups of THREADS threads, pairwise, into those of group 0; `shared` has space for half of
-   them. */
+/* Adds the sums of GROUPS groups of THREADS threads, pairwise, into those of group 0; half of them fit `shared`. */
 template <int GROUPS, int THREADS, int M, int N> DEVICE void groups_add(float (&c)[M][N][4], float *shared) {
     const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
     for (int half = GROUPS / 2; half > 0; half /= 2) {
@@ -4831,8 +4812,8 @@ template <int GROUPS, int THREADS, int M, int N> DEVICE void groups_add(float (&
     }
 }
 
-/* Scores of 16 M queries and KEYS keys from j on become -INFINITY where the query does not see the key. keys: of these
-   queries. Each lane computes the bits of one query. */
+/* Scores of 16 M queries and KEYS keys from j on become -INFINITY where the query does not see the key. Each lane
+   computes the bits of one query. */
 template <int KEYS, int M> DEVICE void scores_mask(float (&s)[M][KEYS / 8][4], const int4 *keys, int j) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int4 of_lane = keys[lane % (16 * M)];
@@ -4848,8 +4829,8 @@ template <int KEYS, int M> DEVICE void scores_mask(float (&s)[M][KEYS / 8][4], c
     }
 }
 
-/* What some queries, one or two for each lane of a warp, see of the keys j to end - 1. 0: nothing; 1: some of them, so
-   the scores are masked; 2: each query sees all of them. keys (QUERIES): what the queries see */
+/* What a warp's queries see of the keys j to end - 1. 0: nothing; 1: some, so the scores are masked; 2: all see all.
+   keys (QUERIES): what the queries see */
 template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
     const int4 of_lane = keys[threadIdx.x % QUERIES];
     const int some = __any_sync(0xffffffffu, sees_any(of_lane, j, end));
@@ -4857,46 +4838,44 @@ template <int QUERIES> DEVICE int seen_of(const int4 *keys, int j, int end) {
     return some ? 1 + all : 0;
 }
 
-/* The tiles of KEYS keys that the 64 M queries of a block of 128 threads, from i on, see: from x to y - 1. keys (64 M)
-   receives what they see. */
-template <int M, int KEYS> DEVICE int2 tiles_of_queries(int4 *keys, const slam_mask &mask, int b, int i) {
+/* Calls f(stage, j, seen, keys) for the tiles of KEYS keys, j and the next, that a warp sees. A block of 128 threads
+   has 64 M queries, i and the next; keys: what the 16 M of this warp see. stage: where the tile of keys lies, before
+   that of values; the next ones arrive meanwhile. In the end all warps have read the last tiles. */
+template <int HS, int M, int KEYS, typename F>
+DEVICE void for_key_tiles(const slam_mask &mask, int b, int i, const bf16 *key, int W, const F &f) {
+    constexpr int TILE = KEYS * HS * 2;
+    int4 *keys = (int4 *)(shared_memory() + 4 * TILE);
     int first = mask.T, end = 0;
     for (int k = threadIdx.x; k < 64 * M; k += 128) keys[k] = keys_of(mask, b, i + k);
     __syncthreads();
     for (int k = threadIdx.x % 32; k < 64 * M; k += 32)
         if (keys[k].y > 0) first = min(first, keys[k].x), end = max(end, keys[k].y);
-    for (int offset = 16; offset > 0; offset /= 2) {
-        first = min(first, __shfl_xor_sync(0xffffffffu, first, offset));
-        end = max(end, __shfl_xor_sync(0xffffffffu, end, offset));
+    first = (int)-warp_max(-(float)first) / KEYS, end = ((int)warp_max((float)end) + KEYS - 1) / KEYS;
+    keys += threadIdx.x / 32 * 16 * M;
+    const auto start = [&](int tile) {
+        const int stage = (tile & 1) * 2 * TILE, j = tile * KEYS;
+        const bf16 *from = key + (ptrdiff_t)j * W;
+        tile_load<HS, KEYS, 128>(stage, from, W, mask.T - j, threadIdx.x);
+        tile_load<HS, KEYS, 128>(stage + TILE, from + mask.KVH * HS, W, mask.T - j, threadIdx.x);
+    };
+    if (first < end) start(first);
+    for (int tile = first; tile < end; tile++) {
+        copy_async_wait();
+        __syncthreads(); // the tiles are there, and no warp reads those before them
+        if (tile + 1 < end) start(tile + 1);
+        const int seen = seen_of<16 * M>(keys, tile * KEYS, (tile + 1) * KEYS);
+        if (seen) f((tile & 1) * 2 * TILE, tile * KEYS, seen, keys);
     }
-    return int2{first / KEYS, (end + KEYS - 1) / KEYS};
-}
-
-/* A pipeline of two stages, each a tile of keys and one of values: waits until those of number `tile` have arrived,
-   then starts the copies for the next, if that is below `end`. Returns the stage of this tile. */
-template <int HS, int KEYS> DEVICE int next_keys(int tile, int end, const bf16 *key, int W, const slam_mask &mask) {
-    constexpr int TILE = KEYS * HS * 2;
-    copy_async_wait<0>();
-    __syncthreads(); // the tiles are there, and no warp reads those before them
-    if (tile + 1 < end) {
-        const int j = (tile + 1) * KEYS, stage = (tile + 1) % 2 * 2 * TILE;
-        key += (ptrdiff_t)j * W;
-        tile_load<HS, KEYS, 128>(stage, key, W, mask.T - j, threadIdx.x);
-        tile_load<HS, KEYS, 128>(stage + TILE, key + mask.KVH * HS, W, mask.T - j, threadIdx.x);
-    }
-    copy_async_commit();
-    return (tile & 1) * 2 * TILE;
+    __syncthreads();
 }
 
 /* ---- attention: fast kernels ---- */
 
 /* Forward. A block has 64 M queries of a head: 4 warps, 16 M queries each, whose q and o stay in registers. It goes
-   through tiles of KEYS keys, and the next arrive meanwhile; a warp skips those that it does not see. With M = 2 each
-   fragment of k and v that is read from shared memory serves two products; with 1 the reads, 128 bytes a clock, would
-   take longer than the products. Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16
-   a clock, for each pair of query and key. At the peak of the tensor cores, which mma.sync does not reach on Hopper,
-   both would take equally long for HS = 64. Blocks start in the order of their numbers, so those with late queries,
-   which see the most keys, get low ones. */
+   through tiles of KEYS keys; a warp skips those that it does not see. With M = 2 each fragment of k and v that is read
+   from shared memory serves two products; with 1 the reads, 128 bytes a clock, would take longer than the products.
+   Bound by arithmetic: 4 HS FLOP and one exponential, of which a multiprocessor makes 16 a clock, for a pair of query
+   and key. Late queries, which see the most keys, start first. */
 template <int HS, int M, int KEYS>
 KERNEL(128, HS == 128 ? 1 : 2)
 attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask mask) {
@@ -4905,26 +4884,20 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
     const int h = blockIdx.x % mask.NH, b = blockIdx.x / mask.NH, i0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS, i = i0 + warp * 16 * M; // i: first query of the warp
     const bf16 *row = qkv + (size_t)b * mask.T * W, *key = row + (mask.NH + h * mask.KVH / mask.NH) * HS;
-    int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
 
-    uint32_t q[M][HS / 16][4];
+    uint32_t q[HS / 16][M][4];
     rows_load<HS, M>(q, row + (ptrdiff_t)i * W + h * HS, W, mask.T - i);
-    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
 
     float o[M][HS / 8][4], maximum[M][2], sum[M][2];
     sums_fill(o, 0);
     for (int m = 0; m < M; m++)
         for (int r = 0; r < 2; r++) maximum[m][r] = -INFINITY, sum[m][r] = 0;
     const float scale = rsqrtf((float)HS) * LOG2_E;
-    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
-    for (int tile = tiles.x; tile < tiles.y; tile++) {
-        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
-        if (seen == 0) continue;
+    for_key_tiles<HS, M, KEYS>(mask, b, i0, key, W, [&](int stage, int j, int seen, const int4 *keys) {
         float s[M][KEYS / 8][4];
         sums_fill(s, 0);
         product_rows<HS>(s, q, stage);
-        if (seen == 1) scores_mask<KEYS>(s, keys + warp * 16 * M, j);
+        if (seen == 1) scores_mask<KEYS>(s, keys, j);
         float larger[M][2], rise = 0;
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 2; r++) {
@@ -4956,7 +4929,7 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
                     }
             }
         product_columns<HS>(o, s, stage + TILE);
-    }
+    });
 
     float inverse[M][2];
     for (int m = 0; m < M; m++)
@@ -4968,12 +4941,10 @@ attention_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, const slam_mask
             inverse[m][r] = 1 / total;
         }
     sums_scale(o, inverse);
-    __syncthreads(); // all have read the last tiles, which the output overwrites on its way
     rows_store<HS, M>(out + ((size_t)b * mask.T + i) * O + h * HS, O, mask.T - i, o, warp * 16 * M * HS * 2);
 }
 
-/* dq and D: a block has 64 M queries of a head, as in the forward pass; q and dout stay in registers. Bound by
-   arithmetic: three products for each tile, 6 HS FLOP a pair. */
+/* dq and D, as in the forward pass; q and dout stay in registers. Bound by arithmetic: 6 HS FLOP a pair. */
 template <int HS, int M, int KEYS>
 KERNEL(128, HS == 128 ? 1 : 2)
 attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const bf16 *out, const float *lse,
@@ -4984,9 +4955,8 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
     const int W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS, i = i0 + warp * 16 * M; // i: first query of the warp
     const size_t first = (size_t)b * mask.T;
     const bf16 *key = qkv + first * W + (mask.NH + h * mask.KVH / mask.NH) * HS;
-    int4 *keys = (int4 *)(shared_memory() + 4 * TILE); // after the two stages: of the block's queries
 
-    uint32_t q[M][HS / 16][4], d[M][HS / 16][4];
+    uint32_t q[HS / 16][M][4], d[HS / 16][M][4];
     float shift[M][2], Di[M][2]; // lse log2 e, D
     rows_load<HS, M>(q, out + (first + i) * O + h * HS, O, mask.T - i);
     rows_load<HS, M>(d, dout + (first + i) * O + h * HS, O, mask.T - i);
@@ -4994,26 +4964,21 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
         for (int r = 0; r < 2; r++) {
             const int at = i + 16 * m + 8 * r + g;
             const size_t query = (size_t)blockIdx.x * mask.T + at;
-            Di[m][r] = rows_dot(q[m], d[m], r);
+            Di[m][r] = rows_dot(q, d, m, r);
             shift[m][r] = at < mask.T ? lse[query] * LOG2_E : 0;
             if (at < mask.T && t == 0) D[query] = Di[m][r];
         }
     rows_load<HS, M>(q, qkv + (first + i) * W + h * HS, W, mask.T - i);
-    const int2 tiles = tiles_of_queries<M, KEYS>(keys, mask, b, i0);
 
     float dq[M][HS / 8][4];
     sums_fill(dq, 0);
     const float scale = rsqrtf((float)HS);
-    next_keys<HS, KEYS>(tiles.x - 1, tiles.y, key, W, mask);
-    for (int tile = tiles.x; tile < tiles.y; tile++) {
-        const int stage = next_keys<HS, KEYS>(tile, tiles.y, key, W, mask), j = tile * KEYS;
-        const int seen = seen_of<16 * M>(keys + warp * 16 * M, j, j + KEYS);
-        if (seen == 0) continue;
+    for_key_tiles<HS, M, KEYS>(mask, b, i0, key, W, [&](int stage, int j, int seen, const int4 *keys) {
         float p[M][KEYS / 8][4], ds[M][KEYS / 8][4];
         sums_fill(p, 0), sums_fill(ds, 0);
         product_rows<HS>(p, q, stage);
         product_rows<HS>(ds, d, stage + TILE);
-        if (seen == 1) scores_mask<KEYS>(p, keys + warp * 16 * M, j);
+        if (seen == 1) scores_mask<KEYS>(p, keys, j);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < KEYS / 8; n++)
                 for (int k = 0; k < 4; k++) {
@@ -5021,18 +4986,15 @@ attention_backward_queries_kernel(bf16 *dqkv, float *D, const bf16 *dout, const 
                     ds[m][n][k] = p[m][n][k] * (ds[m][n][k] - Di[m][k / 2]);
                 }
         product_columns<HS>(dq, ds, stage);
-    }
-
-    __syncthreads(); // all have read the last tiles, which dq overwrites on its way
+    });
     rows_store_rotated<HS, M>(dqkv + (first + i) * W + h * HS, W, dq, warp * 16 * M * HS * 2, mask, b, i);
 }
 
 /* dk and dv: a block has 16 M KW keys of a key/value head. Its warps form GROUPS groups of KW, to which the pairs of a
-   head that reads this one and a tile of QUERIES queries are dealt in turn; in the end the sums of the groups are added
-   pairwise. So a block has many warps and yet few keys: there are enough blocks for all multiprocessors even where
-   heads share keys. A warp has 16 M keys, whose dk and dv stay in registers. s and dp are computed transposed, keys by
-   queries, so that p and ds come out of their sums as the products with dout and q need them. Bound by arithmetic: four
-   products for each pair of tiles, 8 HS FLOP a pair of query and key. */
+   head that reads this one and a tile of QUERIES queries are dealt in turn; in the end the groups' sums are added. So a
+   block has many warps and yet few keys: there are enough blocks even where heads share keys. A warp has 16 M keys,
+   whose dk and dv stay in registers. s and dp are computed transposed, keys by queries, so that p and ds come out as
+   the products with dout and q need them. Bound by arithmetic: four products, 8 HS FLOP a pair of query and key. */
 template <int HS, int M, int KW, int GROUPS, int QUERIES>
 KERNEL(32 * KW * GROUPS, 1)
 attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, const float *lse, const bf16 *qkv,
@@ -5045,15 +5007,14 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
     const int kv = blockIdx.x % mask.KVH, b = blockIdx.x / mask.KVH, j0 = blockIdx.y * KEYS, j = j0 + warp * 16 * M;
     const int heads = mask.NH / mask.KVH, W = (mask.NH + 2 * mask.KVH) * HS, O = mask.NH * HS;
     const size_t first = (size_t)b * mask.T;
-    // Shared memory: tiles of k and v; for each group two stages of a tile of q and one of dout; for the queries of
-    // each stage the keys that they see, lse log2 e and -D.
+    // Shared memory: tiles of k and v; for each group two stages of q and dout; for the queries of a stage the keys
+    // that they see, lse log2 e and -D.
     int4 *keys = (int4 *)(shared_memory() + STAGES + GROUPS * 4 * TILE);
     float *statistics = (float *)(keys + GROUPS * 2 * QUERIES);
     float *range = statistics + GROUPS * 4 * QUERIES; // (warps)
     const bf16 *key = qkv + (first + j0) * W + (mask.NH + kv) * HS;
     tile_load<HS, KEYS, THREADS * GROUPS>(0, key, W, mask.T - j0, threadIdx.x);
     tile_load<HS, KEYS, THREADS * GROUPS>(V, key + mask.KVH * HS, W, mask.T - j0, threadIdx.x);
-    copy_async_commit();
     int begin = mask.T, end = 0; // the queries that see a key here
     for (int i = (mask.doc_end ? 0 : j0) + threadIdx.x; i < mask.T; i += THREADS * GROUPS)
         if (sees_any(keys_of(mask, b, i), j0, j0 + KEYS)) begin = min(begin, i), end = i + 1;
@@ -5065,7 +5026,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
     const float scale = rsqrtf((float)HS);
     int next_head = group / max(tiles, 1), next = group % max(tiles, 1), arrived = 0; // the group's next head and tile
     for (int round = -1; tiles > 0 && round * GROUPS < heads * tiles; round++) {
-        copy_async_wait<0>();
+        copy_async_wait();
         __syncthreads();            // the tiles are there, and no warp reads those of the round before
         int4 queued = {0, 0, 0, 0}; // for a query of the next tiles: its keys, or lse log2 e and -D
         const int next_stage = (round + 1) % 2 + 2 * group, more = next_head < heads;
@@ -5081,7 +5042,6 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
                 queued.y = __float_as_int(-D[query]);
             }
         }
-        copy_async_commit();
         const int stage = (round & 1) + 2 * group;
         const int seen = arrived ? seen_of<QUERIES>(keys + stage * QUERIES, j, j + 16 * M) : 0;
         if (seen) {
@@ -5122,7 +5082,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const float *D, const bf16 *dout, con
         for (next += GROUPS; next >= tiles; next -= tiles) next_head++;
     }
 
-    copy_async_wait<0>();
+    copy_async_wait();
     __syncthreads(); // without tiles k and v are still arriving, and below they are overwritten
     groups_add<GROUPS, THREADS>(dk, (float *)(shared_memory() + STAGES));
     groups_add<GROUPS, THREADS>(dv, (float *)(shared_memory() + STAGES));
@@ -5236,8 +5196,7 @@ static void cuda_attention_fill(slam_ops *ops, slam_act *cache, const slam_act *
 /* ---- speech encoders ---- */
 
 /* Unfolds frames first, first + 1, ... of group g, counted through the batch, to rows of a matrix (frames,K C), so that
-   a convolution is a product. A row is a tap of a frame. n K C sizeof(T) bytes written; what is read comes mostly from
-   the caches, where the neighbours have left it. */
+   a convolution is a product. A row is a tap of a frame. n K C sizeof(T) bytes written; most reads hit the caches. */
 template <typename T> struct unfold_op {
     T *columns;
     const T *x;
@@ -5251,9 +5210,8 @@ template <typename T> struct unfold_op {
     }
 };
 
-/* As many frames at a time as fit behind the workspace of the product, some of the last computed twice so that all
-   products have the same number of rows. Bound by arithmetic; the first convolution of an encoder, from one channel, by
-   memory. */
+/* As many frames at a time as fit behind the workspace of the product, some computed twice so that all products have
+   the same shape. Bound by arithmetic; the first convolution of an encoder, from one channel, by memory. */
 template <typename T>
 static void cuda_conv1d(slam_ops *ops, slam_act *out, const slam_act *x, const slam_act *w, const slam_act *b,
                         const slam_conv *conv) {
@@ -5357,7 +5315,7 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     if (p->major < 8)
         return set_error("cuda:%d: %s has compute capability %d.%d, expected 8.0 or higher (Ampere, 2020)", device,
                          p->name, p->major, p->minor);
-    error = cudaFuncGetAttributes(&attributes, sum_partial_kernel);
+    error = cudaFuncGetAttributes(&attributes, add_partial_kernel);
     cudaGetLastError();
     if (error || attributes.ptxVersion < 80) // older PTX would be compiled for any newer GPU, but without these kernels
         return set_error("cuda:%d: this build has no code for %s (%d.%d): use nvcc -arch=native "
@@ -5366,23 +5324,11 @@ static int cuda_usable(int device, cudaDeviceProp *p) {
     return 1;
 }
 
-/* Allocates what ops need besides their arguments. */
-static int cuda_open(cuda_ops *cuda) {
-    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
-    if (!error) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
-    if (!error) error = cudaEventCreateWithFlags(&cuda->order, cudaEventDisableTiming);
-    if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
-    cudaGetLastError();
-    if (error) return set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
-    const cublasStatus_t status = cublasLtCreate(&cuda->lt);
-    return !status || set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
-}
-
 template <typename T> static void cuda_fill_ops(slam_ops *ops) {
 #define CUDA_OP(name)  ops->name = cuda_##name
 #define TYPED_OP(name) ops->name = cuda_##name<T>
-    CUDA_OP(alloc), CUDA_OP(release), CUDA_OP(upload), CUDA_OP(download), CUDA_OP(zero), CUDA_OP(finish);
-    CUDA_OP(close), CUDA_OP(comm_begin), CUDA_OP(comm_end), CUDA_OP(comm_done);
+    CUDA_OP(alloc), CUDA_OP(release), CUDA_OP(upload), CUDA_OP(download), CUDA_OP(copy), CUDA_OP(zero);
+    CUDA_OP(finish), CUDA_OP(close), CUDA_OP(comm_begin), CUDA_OP(comm_end), CUDA_OP(comm_done);
     TYPED_OP(to_act), TYPED_OP(to_float), TYPED_OP(embedding_forward), TYPED_OP(embedding_backward);
     TYPED_OP(rmsnorm_forward), TYPED_OP(rmsnorm_backward), CUDA_OP(matmul_forward), CUDA_OP(matmul_backward_input);
     TYPED_OP(matmul_backward_weight), TYPED_OP(attention_forward), TYPED_OP(attention_backward);
@@ -5414,8 +5360,16 @@ slam_ops *slam_cuda(int device, int act_bytes) {
              p.name, act_bytes == 2 ? "bf16" : "f32");
     if (act_bytes == 2) cuda_fill_ops<bf16>(ops);
     else cuda_fill_ops<float>(ops);
-    if (cuda_open(cuda)) {
-        ops->comm_stream = cuda->comm;
+    cudaError_t error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (!error) error = cudaStreamCreateWithFlags(&cuda->comm, cudaStreamNonBlocking);
+    if (!error) error = cudaEventCreateWithFlags(&cuda->order, cudaEventDisableTiming);
+    if (!error) error = cudaMalloc(&cuda->workspace, CUDA_WORKSPACE);
+    cudaGetLastError();
+    ops->comm_stream = cuda->comm;
+    const cublasStatus_t status = error ? CUBLAS_STATUS_SUCCESS : cublasLtCreate(&cuda->lt);
+    if (error) set_error("%s: cannot be used: %s", cuda->name, cudaGetErrorString(error));
+    else if (status) set_error("%s: cuBLASLt does not start: %s", cuda->name, cublasLtGetStatusString(status));
+    else {
         // cuBLASLt loads its kernels with its first products: now, before a model takes the rest of the memory
         enum { N = 256 };
         slam_act *x = (slam_act *)(cuda->workspace + PRODUCT_WORKSPACE),
@@ -5432,12 +5386,12 @@ slam_ops *slam_cuda(int device, int act_bytes) {
 
 /* ==========================================================================================
    SECTION 6. COMM       several processes: MPI and NCCL
-   Data parallelism: rank k computes the gradient g_k of its rows, an update needs their sum G.
+   Data parallelism: rank k computes the gradient of its rows; an update needs the sum G over the n ranks.
      reduce-scatter   each rank gets the sum of its part of G         (n - 1) / n |G| sent by each
      update           of that part's weights, whose moments it alone keeps (ZeRO-1)
      all-gather       each rank gets the new weights of all parts     (n - 1) / n |W| sent by each
-   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI
-   starts the processes and carries host memory, NCCL the memory of GPUs.
+   Together that is the traffic of one ring all-reduce, and an n-th of the update's work. MPI starts the processes and
+   exchanges host memory, NCCL the memory of GPUs.
    ========================================================================================== */
 #ifdef SLAM_MPI
 #define OMPI_SKIP_MPICXX
@@ -5452,8 +5406,7 @@ struct slam_comm_state {
     slam_ops *ops;
     int started; // MPI_Init was called here, so MPI_Finalize is as well
     int lost;    // an exchange failed here. The others may be inside it, so this rank takes no further part
-    /* the reduce-scatter under way */
-    float *x; // (n), of which this rank's part becomes the sum; NULL: there is none
+    float *x;    // (n) array of the reduce-scatter under way; NULL: there is none
     size_t n, capacity;
     float *received; // (size,part)
 #ifdef SLAM_MPI
@@ -5477,8 +5430,8 @@ static range comm_share(const slam_comm *c, size_t n) {
     return r;
 }
 
-/* The part of n numbers that a rank reduces and updates. NCCL needs equal parts and kernels an alignment of
-   256 bytes: n / size rounded down to 64 numbers. The last rank takes what remains as well. */
+/* The part of n numbers that a rank reduces and updates: n / size rounded down to 64, because NCCL needs equal parts
+   and kernels an alignment of 256 bytes. The last rank's part includes the rest. */
 static range comm_part(const slam_comm *c, int rank, size_t n) {
     const size_t each = n / (c ? c->size : 1) / 64 * 64;
     const range r = {rank * each, !c || rank == c->size - 1 ? n : (rank + 1) * each};
@@ -5490,8 +5443,7 @@ static int comm_launched(void) {
     return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK") || getenv("PMI_SIZE");
 }
 
-/* Processes that do not see each other would each train the whole run, in the same folder. Inside an srun step
-   mpirun's number counts. */
+/* Processes that do not see each other would each train the whole run in the same folder. mpirun may be in an srun. */
 static int launcher_check(void) {
     const char *mpirun = getenv("OMPI_COMM_WORLD_SIZE") ? getenv("OMPI_COMM_WORLD_SIZE") : getenv("PMI_SIZE");
     const char *tasks = mpirun ? mpirun : getenv("SLURM_STEP_NUM_TASKS"), *launcher = mpirun ? "mpirun" : "srun";
@@ -5513,13 +5465,13 @@ static void ranks_broadcast(void *x, size_t bytes, int from) {
     MPI_Bcast(x, (int)bytes, MPI_BYTE, from, MPI_COMM_WORLD);
 }
 
-/* x may be this rank's place in `all`. */
+/* all (size,bytes): every rank's x. x may be this rank's part of it. */
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t bytes) {
     const int in_place = x == (char *)all + c->rank * bytes, n = (int)bytes;
     MPI_Allgather(in_place ? MPI_IN_PLACE : x, n, MPI_BYTE, all, n, MPI_BYTE, MPI_COMM_WORLD);
 }
 
-/* Starts to send each rank its part of the reduce-scatter under way, and to receive this rank's from each. */
+/* Starts to send each rank its part of s->x and to receive this rank's part of every rank's. */
 static void ranks_send_parts(slam_comm *c) {
     struct slam_comm_state *s = c->state;
     const range own = comm_part(c, c->rank, s->n);
@@ -5534,7 +5486,21 @@ static void ranks_send_parts(slam_comm *c) {
     }
 }
 
-static void ranks_wait(slam_comm *c) { MPI_Waitall(2 * c->size, c->state->requests, MPI_STATUSES_IGNORE); }
+/* Completes the reduce-scatter under way: sums this rank's part over the ranks, in their order. */
+static void reduction_end(slam_comm *c) {
+    struct slam_comm_state *s = c->state;
+    if (!s->x) return;
+    MPI_Waitall(2 * c->size, s->requests, MPI_STATUSES_IGNORE);
+    const range part = comm_part(c, c->rank, s->n);
+    const size_t n = part.end - part.first;
+    PARALLEL_FOR
+    for (size_t i = 0; i < n; i++) {
+        float sum = s->received[i];
+        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
+        s->x[part.first + i] = sum;
+    }
+    s->x = NULL;
+}
 
 /* MPI moves messages only while it is called. */
 static void comm_progress(slam_comm *c) {
@@ -5548,7 +5514,7 @@ static long ranks_max(long x) { return x; }
 static void ranks_broadcast(void *x, size_t bytes, int from) { (void)x; (void)bytes; (void)from; }
 static void ranks_gather(slam_comm *c, void *all, const void *x, size_t n) { (void)c; (void)all; (void)x; (void)n; }
 static void ranks_send_parts(slam_comm *c) { (void)c; }
-static void ranks_wait(slam_comm *c) { (void)c; }
+static void reduction_end(slam_comm *c) { (void)c; }
 static void comm_progress(slam_comm *c) { (void)c; }
 // clang-format on
 #endif
@@ -5608,7 +5574,7 @@ int slam_all_ok(slam_comm *c, int ok) {
     char text[sizeof error_text];
     if (!c || c->size == 1) return ok;
     if (c->failed || !takes_part(c)) return 0;
-    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank);
+    const int first = c->size - (int)ranks_max(ok ? 0 : c->size - c->rank); // the lowest rank that failed
     if (first == c->size) return 1;
     memcpy(text, error_text, sizeof text);
     ranks_broadcast(text, sizeof text, first);
@@ -5618,17 +5584,16 @@ int slam_all_ok(slam_comm *c, int ok) {
 
 long slam_comm_max(slam_comm *c, long x) { return takes_part(c) ? ranks_max(x) : x; }
 
-/* 1 if x is the same on every rank. */
+/* 1 if x is the same on every rank: the minimum, ~max(~x), is the maximum. */
 static int comm_equal(slam_comm *c, uint64_t x) { return slam_comm_max(c, (long)x) == ~slam_comm_max(c, ~(long)x); }
 
 void slam_comm_sum(slam_comm *c, double *x, size_t n) {
     if (!takes_part(c)) return;
     double *all = NEW(double, c->size *n);
     ranks_gather(c, all, x, n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = all[i];
-        for (int k = 1; k < c->size; k++) x[i] += all[k * n + i];
-    }
+    memcpy(x, all, n * sizeof *x);
+    for (int k = 1; k < c->size; k++)
+        for (size_t i = 0; i < n; i++) x[i] += all[k * n + i];
     free(all);
 }
 
@@ -5637,31 +5602,28 @@ static void comm_broadcast(slam_comm *c, void *x, size_t bytes) {
     if (takes_part(c)) ranks_broadcast(x, bytes, 0);
 }
 
-/* Every rank's bytes (fewer than 2^31) in rank order; free() them. */
-static void *comm_all_gather(slam_comm *c, const void *x, size_t bytes, size_t *total) {
-    const int part = takes_part(c), size = part ? c->size : 1, rank = part ? c->rank : 0;
-    uint64_t own = bytes, *sizes = NEW(uint64_t, size);
-    sizes[0] = own;
-    if (part) ranks_gather(c, sizes, &own, sizeof own);
-    *total = 0;
-    for (int k = 0; k < size; k++) *total += (size_t)sizes[k];
-    char *all = NEW(char, *total), *at = all;
-    for (int k = 0; k < size; at += sizes[k++]) {
-        if (k == rank && bytes) memcpy(at, x, bytes);
-        if (part) ranks_broadcast(at, sizes[k], k); // sizes may exceed an int in sum
+/* Every rank's bytes (fewer than 2^31 each), in rank order. */
+static strbuf comm_all_gather(slam_comm *c, const strbuf *own) {
+    const int several = takes_part(c);
+    strbuf all = ZERO;
+    for (int k = 0; k < (several ? c->size : 1); k++) {
+        size_t n = own->n;
+        if (several) ranks_broadcast(&n, sizeof n, k);
+        GROW(char, all.at, all.capacity, all.n + n);
+        if (n && (!several || c->rank == k)) memcpy(all.at + all.n, own->at, n);
+        if (several) ranks_broadcast(all.at + all.n, n, k);
+        all.n += n;
     }
-    free(sizes);
     return all;
 }
 
 /* ---- what the devices exchange ----
-   comm_reduce_scatter and comm_gather_parts start and return; work queued on the device after comm_wait finds them
-   done. x has n numbers on every rank, rank k's part is comm_part. NULL comm: nothing to do.
+   comm_reduce_scatter and comm_gather_parts return at once; device work that is queued after comm_wait follows them.
+   x has n numbers on every rank, of which comm_part is rank k's. NULL comm: nothing to do.
 
-   Over MPI each rank sends the others their parts and sums its own in rank order: MPI_Reduce_scatter may add in
-   another order if a message has another size, and the same numbers must give the same bits however they are divided
-   into messages. An error of MPI ends all processes (MPI_ERRORS_ARE_FATAL, the default), so no return value is read;
-   an error of NCCL loses the rank. */
+   Over MPI each rank sends the others their parts and sums its own in rank order. MPI_Reduce_scatter may add in an
+   order that depends on the message size, and the bits must not. An error of MPI ends all processes
+   (MPI_ERRORS_ARE_FATAL, the default); after an error of NCCL this rank is lost. */
 
 static int comm_lost(slam_comm *c) {
     c->state->lost = 1;
@@ -5702,22 +5664,6 @@ static int comm_connect(slam_comm *c) {
 #endif
 }
 
-/* Waits for the reduce-scatter under way and sums what was received, in rank order. */
-static void reduction_end(slam_comm *c) {
-    struct slam_comm_state *s = c->state;
-    if (!s->x) return;
-    ranks_wait(c);
-    const range part = comm_part(c, c->rank, s->n);
-    const size_t n = part.end - part.first;
-    PARALLEL_FOR
-    for (size_t i = 0; i < n; i++) {
-        float sum = s->received[i];
-        for (int k = 1; k < c->size; k++) sum += s->received[k * n + i];
-        s->x[part.first + i] = sum;
-    }
-    s->x = NULL;
-}
-
 /* This rank's part of x becomes the sum over ranks; the other parts become undefined. n at most 2^28. */
 static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     if (!c) return 1;
@@ -5741,12 +5687,12 @@ static int comm_reduce_scatter(slam_comm *c, float *x, size_t n) {
     return 1;
 }
 
-/* x (n elements of `bytes` bytes) = the parts of all ranks. This rank's is at `part`, which may lie in x. */
+/* Sets x (n elements of `bytes` bytes) to the parts of all ranks. This rank's is at `part`, which may be in x. */
 static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, size_t bytes) {
     if (!c) return 1;
     struct slam_comm_state *s = c->state;
     const size_t each = comm_part(c, 0, n).end * bytes, even = each * c->size, rest = n * bytes - even;
-    char *tail = (char *)x + even; // of the last rank's part
+    char *tail = (char *)x + even; // the rest, which belongs to the last rank's part
     const char *from = c->rank == c->size - 1 ? (const char *)part + each : tail;
 #ifdef SLAM_NCCL
     struct CUstream_st *stream = nccl_begin(c);
@@ -5765,31 +5711,13 @@ static int comm_gather_parts(slam_comm *c, void *x, const void *part, size_t n, 
     return 1;
 }
 
-/* x (n) on the device = the sum over ranks, the same bits on every rank. */
-static int comm_all_reduce(slam_comm *c, double *x, size_t n) {
-    if (!c) return 1;
-    slam_ops *ops = c->state->ops;
-#ifdef SLAM_NCCL
-    struct CUstream_st *stream = nccl_begin(c);
-    if (stream) {
-        const ncclResult_t result = ncclAllReduce(x, x, n, ncclDouble, ncclSum, c->state->nccl, stream);
-        ops->comm_end(ops);
-        return nccl_ok(c, result, "an all-reduce");
-    }
-#endif
-    if (!ops->finish(ops)) return comm_lost(c);
-    slam_comm_sum(c, x, n);
-    return 1;
-}
-
 static void comm_wait(slam_comm *c) {
     if (!c) return;
     if (c->state->ops->comm_stream) c->state->ops->comm_end(c->state->ops);
     reduction_end(c);
 }
 
-/* Before the host waits for the device: waits for NCCL here, because an exchange never ends if the network or a rank
-   of another machine is gone. */
+/* Called before the host waits for the device, which would never end if the network or another machine is gone. */
 static int comm_finish(slam_comm *c) {
 #ifdef SLAM_NCCL
     struct slam_comm_state *s = c ? c->state : NULL;
@@ -5811,10 +5739,9 @@ static int comm_finish(slam_comm *c) {
 
 /* ==========================================================================================
    SECTION 7. MODEL      configuration, weights, forward, backward, decoding
-   Written once against slam_ops, independent of the backend. A layer is stated in three places: its tensors
-   (layer_weights and the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with
-   layer_backward. All else follows from them: files, counts of parameters and
-   FLOPs, memory, initialisation, ZeRO's buckets.
+   Written once against slam_ops, for all devices. A layer is defined in three places: its tensors (layer_weights and
+   the table in tensors_of), its activations (layer_acts and acts_place), and layer_forward with layer_backward. Files,
+   counts of parameters and FLOPs, memory, initialisation and ZeRO's buckets follow from these.
    ========================================================================================== */
 
 /* ---- configuration ---- */
@@ -5838,38 +5765,100 @@ static const field config_fields[] = {
 #undef AT
 enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-/* The rotary base as Transformers 5 finds it: read from rope_scaling if it is not empty, else from rope_parameters; a
-   value there overrides the one at the top level. Only the rotation of whole heads without scaling is implemented. */
+/* What config.json leaves to the family, with the defaults of Transformers. */
+typedef struct family {
+    const char *type, *architecture, *text_model; // text_model: of SlamKit's config.json
+    const char *members;                          // further ones that are written
+    int bias, qk_norm, post_norm;  // q, k and v have biases; norms of q and k; of outputs of sub-layers, not of inputs
+    int HS, KVH, T, tied, no_rope; // head_dim 0: C / NH; KVH 0: NH; every no_rope-th layer has no positions
+    double eps, rope_theta;
+} family;
+enum { NORM_PER_HEAD = 1, NORM_ALL_HEADS };
+static const family families[] = {
+    {"llama", "LlamaForCausalLM", "HuggingFaceTB/SmolLM2-135M", "\"attention_bias\": false, \"mlp_bias\": false", 0, 0,
+     0, 0, 0, 2048, 0, 0, 1e-6, 1e4},
+    {"qwen2", "Qwen2ForCausalLM", "Qwen/Qwen2.5-0.5B", "\"use_sliding_window\": false", 1, 0, 0, 0, 32, 32768, 0, 0,
+     1e-6, 1e4},
+    {"mistral", "MistralForCausalLM", "mistralai/Mistral-7B-v0.3", "\"sliding_window\": null", 0, 0, 0, 0, 8, 131072, 0,
+     0, 1e-6, 1e4},
+    {"qwen3", "Qwen3ForCausalLM", "Qwen/Qwen3-0.6B-Base", "\"attention_bias\": false, \"use_sliding_window\": false", 0,
+     NORM_PER_HEAD, 0, 128, 32, 32768, 0, 0, 1e-6, 1e4},
+    {"olmo2", "Olmo2ForCausalLM", "allenai/OLMo-2-0425-1B", "\"attention_bias\": false", 0, NORM_ALL_HEADS, 1, 0, 0,
+     2048, 0, 0, 1e-5, 1e4},
+    {"smollm3", "SmolLM3ForCausalLM", "HuggingFaceTB/SmolLM3-3B-Base",
+     "\"attention_bias\": false, \"mlp_bias\": false, \"use_sliding_window\": false", 0, 0, 0, 0, 4, 32768, 1, 4, 1e-6,
+     2e6},
+};
+enum { FAMILIES = sizeof families / sizeof *families };
+
+#define AT(name) offsetof(slam_config, name)
+static const field rope_fields[] = {
+    {"factor", FIELD_REAL, AT(rope_factor), 1e-3, 1e6, 1},
+    {"low_freq_factor", FIELD_REAL, AT(rope_low), 1e-3, 1e6, 1},
+    {"high_freq_factor", FIELD_REAL, AT(rope_high), 1e-3, 1e6, 1},
+    {"original_max_position_embeddings", FIELD_REAL, AT(rope_original), 1, 1 << 28, 0},
+};
+#undef AT
+
+/* Rotary base and scaling as Transformers 5 finds them: read from rope_scaling if it is not empty, else from
+   rope_parameters; a base there overrides the one at the top level. */
 static int config_read_rope(slam_config *config, const json *c, const char *path) {
     const field *theta = &config_fields[CONFIG_FIELDS - 1];
-    static const field factor = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
+    static const field rotated = {"partial_rotary_factor", FIELD_REAL, 0, 0, 1, 0};
     const json *scaling = json_get(c, "rope_scaling");
     const char *key = scaling && (scaling->n || scaling->type != JSON_OBJECT) ? "rope_scaling" : "rope_parameters";
     const json *rope = json_get(c, key), *type = json_find(rope, "rope_type"), *base = json_find(rope, theta->name);
-    double rotary = 1;
+    double share = 1;
     if (rope && rope->type != JSON_OBJECT)
         return set_error("%s: %s is %.60s, expected an object", path, key, json_describe(rope));
     for (const json *j = rope ? rope->first : NULL; j; j = j->next)
         if (j->type == JSON_OBJECT)
             return set_error("%s: %s has settings for '%s', expected those of all layers", path, key, j->key);
     if (!type) type = json_find(rope, "type");
-    if (type && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        return set_error("%s: %s has rope_type '%.60s', expected 'default'", path, key,
-                         type->type == JSON_STRING ? type->string : json_describe(type));
+    const char *name = !type ? "default" : type->type == JSON_STRING ? type->string : json_describe(type);
+    const int n = !strcmp(name, "default") ? 0 : !strcmp(name, "linear") ? 1 : !strcmp(name, "llama3") ? 4 : -1;
+    if (n < 0) return set_error("%s: %s has rope_type '%.60s', expected default, linear or llama3", path, key, name);
+    config->rope_original = n == 4 ? config->T : 0;
     if (!base) base = json_find(c, theta->name);
     if (base && base->type == JSON_NULL) return set_error("%s: %s is null, expected a number", path, theta->name);
-    return fields_read(c, theta, 1, config, path) && fields_read(rope, theta, 1, config, path) &&
-           fields_read(c, &factor, 1, &rotary, path) && fields_read(rope, &factor, 1, &rotary, path) &&
-           (rotary == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, rotary));
+    if (!fields_read(c, theta, 1, config, path) || !fields_read(rope, theta, 1, config, path) ||
+        !fields_read(rope, rope_fields, n, config, path) || !fields_read(c, &rotated, 1, &share, path) ||
+        !fields_read(rope, &rotated, 1, &share, path))
+        return 0;
+    if (n == 4 && config->rope_high <= config->rope_low)
+        return set_error("%s: high_freq_factor is %g, expected more than low_freq_factor %g", path, config->rope_high,
+                         config->rope_low);
+    return share == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, share);
 }
 
-/* A window slides in the layers that layer_types names or, without it, in those from max_window_layers on. */
+/* The layers without rotary positions (SmolLM3): where no_rope_layers has a 0 or, without it, every fourth. */
+static int config_read_no_rope(slam_config *c, const json *from, const char *path) {
+    const json *list = json_get(from, "no_rope_layers"), *every = json_get(from, "no_rope_layer_interval");
+    const int interval = every && every->number >= 1 ? (int)every->number : families[c->family].no_rope;
+    if (!families[c->family].no_rope) return 1;
+    if (c->L > 64 || (list && list->n < (size_t)c->L))
+        return set_error("%s: no_rope_layers: expected an entry for each of the %d layers, of which 64 at most", path,
+                         c->L);
+    const json *rotary = list ? list->first : NULL;
+    for (int l = 0; l < c->L; l++, rotary = list ? rotary->next : NULL)
+        if (list ? rotary->number == 0 : (l + 1) % interval == 0) c->no_rope |= (uint64_t)1 << l;
+    return 1;
+}
+
+/* No window may slide. Mistral: in all layers, if it is shorter than the context. Others: where use_sliding_window is
+   set, in the layers that layer_types names or, without it, in those from max_window_layers on (SmolLM3: in some). */
 static int config_read_window(const slam_config *config, const json *c, const char *path) {
     const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
     const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
+    const int is_null = window && window->type == JSON_NULL, from = config->family == SLAM_SMOLLM3 ? 0 : 28;
     size_t full = 0;
-    if (!layers && slides && slides->type != JSON_FALSE && !(window && window->type == JSON_NULL) &&
-        (first ? first->number : 28) < config->L)
+    if (config->family == SLAM_MISTRAL) {
+        const double length = window ? window->number : 4096;
+        return is_null || length >= config->T ||
+               set_error("%s: sliding_window is %g, expected null or at least the %d positions", path, length,
+                         config->T);
+    }
+    if (!layers && slides && slides->type != JSON_FALSE && !is_null && (first ? first->number : from) < config->L)
         return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
                          json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
@@ -5883,18 +5872,27 @@ static int config_read(slam_config *c, const json *root, const char *path) {
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     const char *type = json_string(from, "model_type", "");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
-    if (strcmp(type, "qwen2") && strcmp(type, "llama"))
-        return set_error("%s: model_type is '%s', expected 'qwen2' or 'llama'", path, type);
+    while (c->family < FAMILIES && strcmp(type, families[c->family].type)) c->family++;
+    if (c->family == FAMILIES)
+        return set_error("%s: model_type is '%s', expected llama, qwen2, mistral, qwen3, olmo2 or smollm3", path, type);
+    if (json_get(from, "quantization_config"))
+        return set_error("%s: quantization_config: expected weights that are not quantised", path);
     for (int i = 0; i < 3; i++) {
         const json *j = json_find(from, fixed[i][0]);
         const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
         if (j && strcmp(is, fixed[i][1]))
             return set_error("%s: %s is '%.60s', expected '%s'", path, fixed[i][0], is, fixed[i][1]);
     }
-    c->qkv_bias = strcmp(type, "qwen2") == 0;
-    c->T = c->qkv_bias ? 32768 : 2048; // Hugging Face's default
+    const family *f = &families[c->family];
+    c->HS = f->HS;
+    c->KVH = f->KVH;
+    c->T = f->T;
+    c->tied = f->tied;
+    c->eps = f->eps;
+    c->init_std = 0.02;
+    c->rope_theta = f->rope_theta;
     if (!fields_read(from, config_fields, CONFIG_FIELDS - 1, c, path) || !config_read_rope(c, from, path) ||
-        !config_read_window(c, from, path))
+        !config_read_no_rope(c, from, path) || !config_read_window(c, from, path))
         return 0;
     slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
     if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
@@ -5911,17 +5909,15 @@ static int config_read(slam_config *c, const json *root, const char *path) {
 }
 
 int slam_config_load(slam_config *config, const char *name_or_path) {
-    static const slam_config tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000};
-    static const slam_config slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000};
+    static const slam_config tiny = {102, 128, 4, 4, 2, 32, 384, 1024, 1, 1, 1e-6, 0.02, 10000, 0, 0, 0, 0, 0};
+    static const slam_config slam = {502, 896, 24, 14, 2, 64, 4864, 32768, 1, 1, 1e-6, 0.02, 10000, 0, 0, 0, 0, 0};
     slam_config c = ZERO;
     if (!strcmp(name_or_path, "tiny") || !strcmp(name_or_path, "slam")) {
         *config = *name_or_path == 't' ? tiny : slam;
         return 1;
     }
-    c.eps = 1e-6; // Hugging Face's defaults
-
-    c.init_std = 0.02;
-    c.rope_theta = 10000;
+    if (strstr(name_or_path, ".gguf/"))
+        return set_error("%s: GGUF files cannot be read, expected a folder of Hugging Face", name_or_path);
     json *root = json_load(name_or_path);
     const int ok = root && config_read(&c, root, name_or_path);
     if (ok) *config = c;
@@ -5929,31 +5925,41 @@ int slam_config_load(slam_config *config, const char *name_or_path) {
     return ok;
 }
 
-/* The members of a config.json for Transformers 4 and 5, in which rotary base and dtype have different names. members:
-   of Llama, of Qwen2 (NULL: the same). */
+static int has_rope(const slam_config *c, int l) { return l >= 64 || !(c->no_rope >> l & 1); }
+
+/* The members of a config.json for Transformers 4 and 5, in which rotary base and dtype have different names. */
 static void config_write(strbuf *s, const slam_config *c, const char *indent) {
-    static const char *const members[][2] = {
-        {"\"architectures\": [\"LlamaForCausalLM\"]", "\"architectures\": [\"Qwen2ForCausalLM\"]"},
-        {"\"model_type\": \"llama\"", "\"model_type\": \"qwen2\""},
-        {"\"attention_bias\": false, \"mlp_bias\": false", "\"use_sliding_window\": false"},
-        {"\"hidden_act\": \"silu\", \"attention_dropout\": 0.0", NULL},
-        {"\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0", NULL},
-        {"\"dtype\": \"float32\", \"torch_dtype\": \"float32\", \"use_cache\": true", NULL},
+    const family *f = &families[c->family];
+    static const char *const members[] = {
+        "\"hidden_act\": \"silu\", \"attention_dropout\": 0.0",
+        "\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0",
+        "\"dtype\": \"float32\", \"torch_dtype\": \"float32\", \"use_cache\": true",
     };
-    for (size_t i = 0; i < sizeof members / sizeof *members; i++)
-        strbuf_add(s, "%s%s,\n", indent, members[i][c->qkv_bias && members[i][1]]);
-    strbuf_add(s, "%s\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ", indent);
+    strbuf_add(s, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n%s%s,\n", indent, f->architecture, indent,
+               f->type, indent, f->members);
+    for (int i = 0; i < 3; i++) strbuf_add(s, "%s%s,\n", indent, members[i]);
+    strbuf_add(s, "%s\"rope_parameters\": {\"rope_type\": \"%s\", \"rope_theta\": ", indent,
+               c->rope_high > 0     ? "llama3"
+               : c->rope_factor > 0 ? "linear"
+                                    : "default");
     strbuf_add_number(s, c->rope_theta);
+    for (int i = 0; i < (c->rope_high > 0 ? 4 : c->rope_factor > 0); i++) {
+        strbuf_add(s, ", \"%s\": ", rope_fields[i].name);
+        strbuf_add_number(s, *(const double *)((const char *)c + rope_fields[i].offset));
+    }
     strbuf_add(s, "},\n");
+    for (int l = 0; f->no_rope && l < c->L; l++)
+        strbuf_add(s, "%s%s%d%s", l ? "" : indent, l ? "" : "\"no_rope_layers\": [", has_rope(c, l),
+                   l + 1 < c->L ? ", " : "],\n");
     fields_write(s, config_fields, CONFIG_FIELDS, c, indent);
 }
 
 /* ---- weights ----
-   All weights are one array, so that the optimiser is a loop over it: first the matrices, with weight decay, then norms
-   and biases. Tensors of one product are neighbours: one call computes q, k and v (or gate and up).
+   All weights are one array, over which the optimiser loops: first the matrices, with weight decay, then norms and
+   biases. Some tensors of a file are rows of one param: one matrix product computes q, k and v (or gate and up).
 
    Embedding and head are padded with rows of zeros from V to P, a multiple of 8, because tensor cores need rows of
-   logits that are aligned to 16 bytes. No file holds the padding; its gradients are zero, so it stays zero. */
+   logits that are aligned to 16 bytes. The padding is not in files; its gradients are zero, so it stays zero. */
 
 typedef struct param {
     slam_act *data; // NULL: this model does not have it
@@ -5961,7 +5967,7 @@ typedef struct param {
 } param;
 
 typedef struct layer_weights {
-    param attn_norm, qkv, qkv_bias, out, mlp_norm, gate_up, down; // shapes: tensors_of
+    param attn_norm, qkv, qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down; // shapes: tensors_of
 } layer_weights;
 
 typedef struct model_weights {
@@ -5976,15 +5982,16 @@ typedef struct model_tensor {
     int kind, layer;   // layer -1: outside the layers
     size_t rows, cols; // rows 0: a vector (cols)
     size_t param;      // offset of its param in layer_weights or model_weights
-    size_t at;         // first number in the array of weights
+    size_t offset;     // where it begins in the array of weights
 } model_tensor;
 
 typedef struct model_tensors {
     model_tensor *list; // in the order of the file and of the random streams that initialise them
     size_t n;
-    size_t n_matrices, n_weights;   // elements of all matrices, of the array, with padding
+    size_t n_decayed, n_weights;    // elements of the matrices (they have weight decay), of the array; with padding
     size_t first_layer, layers_end; // the layers' matrices in the array
-    size_t parameters, products;    // of the file; those used in matrix products, for FLOPs
+    size_t parameters;              // without padding
+    size_t matmul_parameters;       // those that a token is multiplied with, for FLOPs
 } model_tensors;
 
 static int padded_vocabulary(const slam_config *c) { return (c->V + 7) / 8 * 8; }
@@ -5993,22 +6000,28 @@ static size_t tensor_size(const model_tensor *t) { return (t->rows ? t->rows : 1
 
 /* The tensors of a model; free() the list. */
 static model_tensors tensors_of(const slam_config *c) {
-    const size_t V = c->V, C = c->C, F = c->F, O = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
-    const int bias = c->qkv_bias;
+    const size_t V = c->V, C = c->C, F = c->F, Q = (size_t)c->NH * c->HS, K = (size_t)c->KVH * c->HS;
+    const family *f = &families[c->family];
+    const size_t each = f->qk_norm == NORM_PER_HEAD ? c->HS : 0; // norms of q and k
+    const int bias = f->bias, all = f->qk_norm == NORM_ALL_HEADS, post = f->post_norm;
 #define MODEL(name) offsetof(model_weights, name), 0
 #define LAYER(name) offsetof(layer_weights, name), 0
+    const size_t after_attention = post ? offsetof(layer_weights, attn_norm) : offsetof(layer_weights, mlp_norm);
     const model_tensor table[] = {
         // name, kind, layer (0: in each), rows, cols (0: not in this model), param
         {"model.embed_tokens.weight", MATRIX, -1, V, C, MODEL(embed)},
-        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, C, LAYER(attn_norm)},
-        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, O, C, LAYER(qkv)},
+        {"model.layers.%d.input_layernorm.weight", NORM, 0, 0, post ? 0 : C, LAYER(attn_norm)},
+        {"model.layers.%d.self_attn.q_proj.weight", MATRIX, 0, Q, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.k_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
         {"model.layers.%d.self_attn.v_proj.weight", MATRIX, 0, K, C, LAYER(qkv)},
-        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? O : 0, LAYER(qkv_bias)},
+        {"model.layers.%d.self_attn.q_proj.bias", BIAS, 0, 0, bias ? Q : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.k_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
         {"model.layers.%d.self_attn.v_proj.bias", BIAS, 0, 0, bias ? K : 0, LAYER(qkv_bias)},
-        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, O, LAYER(out)},
-        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, LAYER(mlp_norm)},
+        {"model.layers.%d.self_attn.q_norm.weight", NORM, 0, 0, all ? Q : each, LAYER(q_norm)},
+        {"model.layers.%d.self_attn.k_norm.weight", NORM, 0, 0, all ? K : each, LAYER(k_norm)},
+        {"model.layers.%d.self_attn.o_proj.weight", MATRIX, 0, C, Q, LAYER(out)},
+        {"model.layers.%d.post_attention_layernorm.weight", NORM, 0, 0, C, after_attention, 0},
+        {"model.layers.%d.post_feedforward_layernorm.weight", NORM, 0, 0, post ? C : 0, LAYER(mlp_norm)},
         {"model.layers.%d.mlp.gate_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
         {"model.layers.%d.mlp.up_proj.weight", MATRIX, 0, F, C, LAYER(gate_up)},
         {"model.layers.%d.mlp.down_proj.weight", MATRIX, 0, C, F, LAYER(down)},
@@ -6018,48 +6031,47 @@ static model_tensors tensors_of(const slam_config *c) {
 #undef MODEL
 #undef LAYER
     enum { ROWS = sizeof table / sizeof *table };
+    const size_t padded = padded_vocabulary(c) * C;
     model_tensors m = ZERO;
     size_t end[2] = {0, 0}; // of the matrices and of the vectors so far; each param begins at a multiple of 256
     m.list = NEW(model_tensor, ROWS * (size_t)c->L);
-    for (int i = 0, l = 0; i < ROWS; i++) {
-        const model_tensor *r = &table[i];
-        size_t *at = &end[r->kind != MATRIX];
-        if (i == 0 || r->param != r[-1].param || r->layer != r[-1].layer) *at = round_up(*at, 256);
-        if (r->cols) {
+    for (int l = 0; l < c->L; l++)
+        for (const model_tensor *row = table; row < table + ROWS; row++) {
+            const int outside = row->layer < 0; // before the first layer, or after the last
+            size_t *at = &end[row->kind != MATRIX];
+            if (row->cols == 0 || (outside && l != (row == table ? 0 : c->L - 1))) continue;
+            if (row == table || row->param != row[-1].param || row->layer != row[-1].layer) *at = round_up(*at, 256);
             model_tensor *t = &m.list[m.n++];
-            *t = *r;
-            snprintf(t->name, sizeof t->name, r->name, l);
-            t->layer += r->layer < 0 ? 0 : l;
-            t->at = *at;
-            *at += r->rows == V && r->layer < 0 ? padded_vocabulary(c) * C : tensor_size(t);
+            *t = *row;
+            snprintf(t->name, sizeof t->name, row->name, l);
+            t->layer = outside ? -1 : l;
+            t->offset = *at;
+            *at += outside && t->rows ? padded : tensor_size(t);
             m.parameters += tensor_size(t);
-            if (r->kind == MATRIX && r->layer == 0) m.products += tensor_size(t);
+            if (!outside && t->rows) m.matmul_parameters += tensor_size(t);
         }
-        if (r->layer < 0 && l == 0) m.first_layer = round_up(end[0], 256);
-        if (r->layer == 0 && r[1].layer < 0) {
-            m.layers_end = round_up(end[0], 256);
-            if (++l < c->L) i = 0; // i++ makes it 1, the first row of a layer
-        }
-    }
-    m.products += V * C; // the head; looking up the embedding is no product
-    m.n_matrices = round_up(end[0], 256);
-    m.n_weights = m.n_matrices + round_up(end[1], 256);
-    for (size_t i = 0; i < m.n; i++) m.list[i].at += m.list[i].kind == MATRIX ? 0 : m.n_matrices;
+    m.matmul_parameters += V * C; // of the head; looking up the embedding is no product
+    m.n_decayed = round_up(end[0], 256);
+    m.n_weights = m.n_decayed + round_up(end[1], 256);
+    m.first_layer = round_up(padded, 256);
+    m.layers_end = m.n_decayed - (c->tied ? 0 : m.first_layer);
+    for (size_t i = 0; i < m.n; i++) m.list[i].offset += m.list[i].kind == MATRIX ? 0 : m.n_decayed;
     return m;
 }
 
-size_t slam_config_parameters(const slam_config *c) {
-    const model_tensors m = tensors_of(c);
+/* Without the list. */
+static model_tensors tensors_count(const slam_config *c) {
+    model_tensors m = tensors_of(c);
     free(m.list);
-    return m.parameters;
+    m.list = NULL;
+    return m;
 }
 
-/* Forward: 2 per weight of a product, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice
-   that. */
+size_t slam_config_parameters(const slam_config *c) { return tensors_count(c).parameters; }
+
+/* Forward: 2 per matmul parameter, and 4 HS per layer, head and visible key (T/2 on average). Backward: twice that. */
 double slam_config_flops(const slam_config *c, int T) {
-    const model_tensors m = tensors_of(c);
-    free(m.list);
-    return 6.0 * (double)m.products + 6.0 * c->L * T * c->NH * c->HS;
+    return 6.0 * (double)tensors_count(c).matmul_parameters + 6.0 * c->L * T * c->NH * c->HS;
 }
 
 /* ---- activations ---- */
@@ -6068,14 +6080,14 @@ double slam_config_flops(const slam_config *c, int T) {
 static int rope_pairs(const slam_config *c) { return c->HS / 2; }
 
 typedef struct layer_acts { // shapes: acts_place
-    slam_act *x, *attn_in, *qkv, *attn, *x_mid, *mlp_in, *gate_up, *swiglu;
-    float *attn_rstd, *lse, *mlp_rstd;
+    slam_act *x, *attn_in, *qkv, *qkv_raw, *attn, *attn_out, *x_mid, *mlp_in, *gate_up, *swiglu, *mlp_out;
+    float *attn_rstd, *q_rstd, *k_rstd, *lse, *mlp_rstd;
 } layer_acts;
 
 typedef struct model_acts {
     slam_act *delta, *x_end, *head_in, *logits, *dx, *dnorm, *dattn, *dswiglu, *dqkv;
-    float *head_rstd, *losses, *rope, *loss_weights, *D; // D: of attention_backward
-    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths;
+    float *head_rstd, *losses, *rope, *loss_weights, *attn_scratch;
+    int *tokens, *targets, *doc_start, *mask_start, *mask_end, *slots, *lengths; // the last two are of the decoder
 } model_acts;
 
 typedef struct model_layer {
@@ -6095,7 +6107,7 @@ typedef struct slam_layout {
     int valid;      // the backward pass can still use its activations
 } slam_layout;
 
-/* Takes `bytes` from the arena, of which *end are taken already. */
+/* The next `bytes` of the arena, behind the first *end, which are in use. */
 static void *take(const char *arena, size_t *end, size_t bytes) {
     const uintptr_t at = (uintptr_t)arena + *end;
     *end += round_up(bytes, 256);
@@ -6105,31 +6117,37 @@ static void *take(const char *arena, size_t *end, size_t bytes) {
 /* Places the activations for B rows of T tokens in k->arena, which may be NULL, and returns its size. Without a
    backward pass all layers share the memory of the first; SLAM_TRAIN_RECOMPUTE shares what it computes again. */
 static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes, int B, size_t T, int mode) {
-    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, O = c->NH * HS, W = O + 2 * c->KVH * HS;
+    const size_t N = B * T, C = c->C, F = c->F, HS = c->HS, Q = c->NH * HS, QKV = Q + 2 * c->KVH * HS;
     const size_t P = padded_vocabulary(c), rows = ((size_t)64 << 20) / (P * act_bytes) / 64 * 64; // 64 MB of logits
-    const int train = mode != SLAM_INFERENCE;
+    const int train = mode != SLAM_INFERENCE, qk_norm = families[c->family].qk_norm,
+              post = families[c->family].post_norm;
     size_t end = 0;
 #define ACTS(n)   (slam_act *)take(k->arena, &end, (n)*act_bytes)
 #define FLOATS(n) (float *)take(k->arena, &end, (n) * sizeof(float))
-#define INTS(n)   (int *)take(k->arena, &end, (n) * sizeof(int))
     for (int l = 0; l < c->L; l++) {
         layer_acts *a = &k->layers[l].a;
         *a = k->layers[0].a;
         if (l == 0 || train) {
             a->x = ACTS(N * C); // residual stream before attention
             a->attn_rstd = FLOATS(N);
-            a->qkv = ACTS(N * W); // q and k rotated
-            a->attn = ACTS(N * O);
-            a->lse = FLOATS(N * c->NH); // (B,NH,T)
-            a->x_mid = ACTS(N * C);     // residual stream before the MLP
+            a->qkv = ACTS(N * QKV); // q and k normed and rotated
+            a->qkv_raw = train && qk_norm ? ACTS(N * QKV) : NULL;
+            a->q_rstd = qk_norm ? FLOATS(N * c->NH) : NULL;
+            a->k_rstd = qk_norm ? FLOATS(N * c->KVH) : NULL;
+            a->attn = ACTS(N * Q);
+            a->attn_out = post ? ACTS(N * C) : NULL; // before its norm
+            a->lse = FLOATS(N * c->NH);              // (B,NH,T)
+            a->x_mid = ACTS(N * C);                  // residual stream before the MLP
             a->mlp_rstd = FLOATS(N);
             a->gate_up = ACTS(N * 2 * F);
+            a->mlp_out = post ? ACTS(N * C) : NULL;
         }
         if (l == 0 || mode == SLAM_TRAIN) {
-            a->attn_in = ACTS(N * C); // norm of x
-            a->mlp_in = ACTS(N * C);  // norm of x_mid
+            a->attn_in = post ? NULL : ACTS(N * C); // norm of x
+            a->mlp_in = post ? NULL : ACTS(N * C);  // norm of x_mid
             a->swiglu = ACTS(N * F);
         }
+        if (post) a->attn_in = a->x, a->mlp_in = a->x_mid;
     }
     model_acts *a = &k->a;
     k->head_rows = (int)(rows < 1 ? 1 : rows < N ? rows : N);
@@ -6139,31 +6157,24 @@ static size_t acts_place(slam_layout *k, const slam_config *c, size_t act_bytes,
     a->head_rstd = FLOATS(N);
     a->losses = FLOATS(N);
     a->logits = ACTS(k->head_rows * P);
-    a->tokens = INTS(N);
-    a->targets = INTS(N);
-    a->doc_start = INTS(N);
-    a->mask_start = INTS(N);
-    a->mask_end = INTS(N);
-    a->slots = INTS(N); // of the decoder
-    a->lengths = INTS(N);
+    int **ints[] = {&a->tokens, &a->targets, &a->doc_start, &a->mask_start, &a->mask_end, &a->slots, &a->lengths};
+    for (int i = 0; i < 7; i++) *ints[i] = (int *)take(k->arena, &end, N * sizeof(int));
     a->rope = FLOATS(2 * T * rope_pairs(c));
     if (train) {
         a->loss_weights = FLOATS(N);                       // of slam_backward
         a->dx = ACTS(N * C);                               // gradient of the residual stream
         a->dnorm = ACTS(N * C);                            // of the output of a norm
-        a->dattn = a->dswiglu = ACTS(N * (F > O ? F : O)); // never needed at once
-        a->dqkv = ACTS(N * W);
-        a->D = FLOATS(N * c->NH);
+        a->dattn = a->dswiglu = ACTS(N * (F > Q ? F : Q)); // never needed at once
+        a->dqkv = ACTS(N * QKV);
+        a->attn_scratch = FLOATS(N * c->NH);
     }
 #undef ACTS
 #undef FLOATS
-#undef INTS
     return end;
 }
 
 slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T, int mode, int shards) {
-    const model_tensors t = tensors_of(c);
-    const double n = (double)t.n_weights;
+    const double n = (double)tensors_count(c).n_weights;
     const int train = mode != SLAM_INFERENCE;
     slam_memory m;
     slam_layout k = ZERO;
@@ -6175,7 +6186,6 @@ slam_memory slam_config_memory(const slam_config *c, int act_bytes, int B, int T
     m.logits = (double)k.head_rows * padded_vocabulary(c) * act_bytes;
     m.activations = activations - m.logits;
     m.total = m.weights + m.grads + m.optimiser + activations;
-    free(t.list);
     free(k.layers);
     return m;
 }
@@ -6192,8 +6202,8 @@ static void params_place(slam_model *m) {
     for (size_t i = k->tensors.n; i-- > 0;) { // backwards: a param begins at its first tensor
         const model_tensor *t = &k->tensors.list[i];
         param *p = (param *)((t->layer < 0 ? (char *)&k->w : (char *)&k->layers[t->layer].w) + t->param);
-        p->data = act_at(m->ops, m->weights, t->at);
-        p->grad = m->grads ? m->grads + t->at : NULL;
+        p->data = act_at(m->ops, m->weights, t->offset);
+        p->grad = m->grads ? m->grads + t->offset : NULL;
     }
     if (m->config.tied) k->w.head = k->w.embed;
 }
@@ -6211,15 +6221,15 @@ void slam_model_free(slam_model *m) {
     free(m);
 }
 
-/* A model whose weights are all zero. */
-static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
+/* Its weights are zero. */
+static slam_model *model_alloc(slam_ops *ops, const slam_config *c) {
     slam_model *m = NEW(slam_model, 1);
     m->ops = ops;
     m->config = *c;
     m->layout = NEW(slam_layout, 1);
     m->layout->layers = NEW(model_layer, c->L);
     m->layout->tensors = tensors_of(c);
-    m->n_matrices = m->layout->tensors.n_matrices;
+    m->n_decayed = m->layout->tensors.n_decayed;
     m->n_weights = m->layout->tensors.n_weights;
     m->weights = (slam_act *)ops->alloc(ops, m->n_weights * ops->act_bytes);
     m->master = ops->act_bytes == 4 ? (float *)m->weights : (float *)ops->alloc(ops, m->n_weights * sizeof(float));
@@ -6232,24 +6242,27 @@ static slam_model *model_empty(slam_ops *ops, const slam_config *c) {
     return NULL;
 }
 
-/* The weights (n_weights) to the host; if the float weights are sharded, the rounded ones, as floats. */
-static int weights_download(slam_model *m, float *host) {
-    slam_ops *ops = m->ops;
-    float *rounded = m->master ? NULL : (float *)ops->alloc(ops, m->n_weights * sizeof *rounded);
-    if (!m->master && !rounded) return 0;
-    if (rounded) ops->to_float(ops, rounded, m->weights, m->n_weights);
-    ops->download(ops, host, m->master ? m->master : rounded, m->n_weights * sizeof *host);
-    ops->release(ops, rounded);
-    return ops->finish(ops);
+/* The weights (n_weights) on the host; free() them. NULL on failure. */
+static float *weights_download(slam_model *m) {
+    if (!m->master) {
+        set_error("the float weights are sharded over the ranks: slam_checkpoint_save collects them");
+        return NULL;
+    }
+    float *host = NEW(float, m->n_weights);
+    m->ops->download(m->ops, host, m->master, m->n_weights * sizeof *host);
+    if (m->ops->finish(m->ops)) return host;
+    free(host);
+    return NULL;
 }
 
-static void weights_changed(slam_model *m) {
+/* Converts the float weights to those that the ops read. */
+static void weights_to_act(slam_model *m) {
     if ((void *)m->master != (void *)m->weights) m->ops->to_act(m->ops, m->weights, m->master, m->n_weights);
 }
 
-/* Each row has a random stream of its own (seed, tensor, row), so that the number of threads does not matter. */
+/* Each row has its own random stream, so the result does not depend on the number of threads. */
 slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t seed) {
-    slam_model *m = model_empty(ops, config);
+    slam_model *m = model_alloc(ops, config);
     for (size_t k = 0; m && k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
         float *host = NEW(float, tensor_size(t));
@@ -6261,22 +6274,22 @@ slam_model *slam_model_new(slam_ops *ops, const slam_config *config, uint64_t se
             for (size_t c = 0; c < t->cols; c++)
                 host[i * t->cols + c] = (float)(config->init_std * rng_normal(&stream));
         }
-        ops->upload(ops, m->master + t->at, host, tensor_size(t) * sizeof *host);
+        ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
         free(host);
     }
-    if (m) weights_changed(m);
+    if (m) weights_to_act(m);
     return m;
 }
 
 int slam_model_hash(slam_model *m, uint64_t *hash) {
     strbuf config = ZERO;
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host);
+    float *host = weights_download(m);
+    if (!host) return 0;
     config_write(&config, &m->config, "");
     *hash = hash_bytes(hash_bytes(HASH_START, config.at, config.n), host, m->n_weights * sizeof *host);
     strbuf_free(&config);
     free(host);
-    return ok;
+    return 1;
 }
 
 /* ---- files ---- */
@@ -6286,7 +6299,7 @@ static int rope_check(const slam_config *c, const tensor *t) {
     float x[2048]; // head_dim is at most 4096
     if (!tensor_has_shape(t, 1, (size_t)c->HS / 2, 0) || !tensor_floats(t, x, 0, t->count)) return 0;
     for (int i = 0; i < c->HS / 2; i++) {
-        const double frequency = pow(c->rope_theta, -2.0 * i / c->HS);
+        const double frequency = rope_frequency(c, i, c->HS / 2);
         if (!(fabs(x[i] - frequency) <= frequency * 0x1p-8 + 0x1p-24))
             return set_error("%s: tensor '%s' is not that of rope_theta %g in config.json", t->file, t->name,
                              c->rope_theta);
@@ -6294,44 +6307,50 @@ static int rope_check(const slam_config *c, const tensor *t) {
     return 1;
 }
 
-/* Reads the model's tensors from a file that has these and no others. m NULL: only checks that, before memory is
-   allocated. twist: the file's vocabulary may have more rows. */
-static int weights_read(slam_model *m, const slam_config *c, const tensors *file, const char *prefix, int twist) {
+/* Tensor NAME SUFFIX of a file; NULL if it is missing or its shape is not t's. twist: the vocabulary may be larger. */
+static const tensor *weights_find(const tensors *file, const model_tensor *t, const char *suffix, int twist) {
+    char name[100];
+    snprintf(name, sizeof name, "%s%s", t->name, suffix);
+    const tensor *found = tensors_find(file, name);
+    if (!found)
+        set_error("%s: tensor '%s' is missing, found e.g. '%s'", file->file[0].path, name,
+                  file->n ? file->at[0].name : "none");
+    if (!found) return NULL;
+    const size_t rows = t->rows ? t->rows : t->cols;
+    const int larger = twist && t->layer < 0 && t->rows && found->rank == 2 && found->shape[0] > rows;
+    return tensor_has_shape(found, t->rows ? 2 : 1, larger ? found->shape[0] : rows, t->cols) ? found : NULL;
+}
+
+/* Its first n numbers, all of them finite; free() them. NULL on failure, and of NULL. */
+static float *weights_read(const tensor *t, size_t n) {
+    if (!t) return NULL;
+    float *x = NEW(float, n);
+    int ok = tensor_floats(t, x, 0, n);
+    for (size_t i = 0; ok && i < n; i++)
+        if (!isfinite(x[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", t->file, t->name);
+    if (ok) return x;
+    free(x);
+    return NULL;
+}
+
+/* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
+static int weights_check(const slam_config *c, const tensors *file, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
-    for (size_t k = 0; ok && k < list.n; k++) {
-        const model_tensor *t = &list.list[k];
-        const size_t n = tensor_size(t), rows = t->rows ? t->rows : t->cols;
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        const tensor *f = tensors_find(file, name);
-        const int more = f && twist && t->layer < 0 && t->rows && f->rank == 2 && f->shape[0] > rows;
-        ok = f ? tensor_has_shape(f, t->rows ? 2 : 1, more ? f->shape[0] : rows, t->cols)
-               : set_error("%s: tensor '%s' is missing", file->file[0].path, name);
-        if (!ok || !m) continue;
-        float *host = NEW(float, n);
-        ok = tensor_floats(f, host, 0, n);
-        for (size_t i = 0; ok && i < n; i++)
-            if (!isfinite(host[i])) ok = set_error("%s: tensor '%s' has a number that is not finite", f->file, f->name);
-        if (ok) m->ops->upload(m->ops, m->master + t->at, host, n * sizeof *host);
-        free(host);
-    }
-    for (size_t k = 0; ok && k < file->n; k++) {
-        const tensor *f = &file->at[k];
-        const char *name = strncmp(f->name, prefix, strlen(prefix)) ? "" : f->name + strlen(prefix);
+    for (size_t k = 0; ok && k < list.n; k++) ok = weights_find(file, &list.list[k], "", twist) != NULL;
+    for (const tensor *t = file->at; ok && t < file->at + file->n; t++) {
         size_t i = 0;
-        while (i < list.n && strcmp(list.list[i].name, name)) i++;
-        if (string_ends(name, "rotary_emb.inv_freq")) ok = rope_check(c, f);
-        else if (i == list.n && !(c->tied && !strcmp(name, "lm_head.weight"))) // a copy of the embedding
-            ok = set_error("%s: tensor '%s' is not part of this model", f->file, f->name);
+        while (i < list.n && strcmp(list.list[i].name, t->name)) i++;
+        if (string_ends(t->name, "rotary_emb.inv_freq")) ok = rope_check(c, t);
+        else if (i == list.n && !(c->tied && !strcmp(t->name, "lm_head.weight"))) // a copy of the embedding
+            ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
     }
     free(list.list);
-    if (ok && m) weights_changed(m);
     return ok;
 }
 
-/* V 0: the whole vocabulary, else its first V rows. */
-static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
+/* V 0: keeps the whole vocabulary. */
+slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) {
     slam_config c;
     slam_model *m = NULL;
     const slam_path path = path_join(folder, "config.json");
@@ -6339,27 +6358,54 @@ static slam_model *model_load(slam_ops *ops, const char *folder, int V) {
     if (ok && V > c.V) ok = set_error("%s: vocab_size is %d, expected at least the %d to keep", path.at, c.V, V);
     tensors *file = ok ? tensors_open(folder) : NULL;
     if (!file) return NULL;
-    const char *prefix = tensors_find(file, "lm.model.embed_tokens.weight") ? "lm." : ""; // SlamKit's
-    const tensor *embed = tensors_find(file, *prefix ? "lm.model.embed_tokens.weight" : "model.embed_tokens.weight");
-    const tensor *head = tensors_find(file, *prefix ? "lm.lm_head.weight" : "lm_head.weight");
+    const int slamkit = tensors_find(file, "lm.model.embed_tokens.weight") != NULL;
+    for (tensor *t = file->at; slamkit && t < file->at + file->n; t++)
+        if (!strncmp(t->name, "lm.", 3)) t->name += 3;
+        else ok = set_error("%s: tensor '%s' is not part of this model", t->file, t->name);
+    const tensor *embed = tensors_find(file, "model.embed_tokens.weight"), *head = tensors_find(file, "lm_head.weight");
     if (c.tied && embed && head) // Transformers 5 unties a stored head that differs
         c.tied = embed->dtype == head->dtype && embed->count == head->count &&
                  !memcmp(embed->data, head->data, embed->count * dtype_bytes[embed->dtype]);
     if (V) c.V = V;
-    if (weights_read(NULL, &c, file, prefix, V != 0)) m = model_empty(ops, &c);
-    ok = m && weights_read(m, &c, file, prefix, V != 0);
-    if (!ok) slam_model_free(m);
+    if (ok && weights_check(&c, file, V != 0)) m = model_alloc(ops, &c);
+    ok = m != NULL;
+    for (size_t k = 0; ok && k < m->layout->tensors.n; k++) {
+        const model_tensor *t = &m->layout->tensors.list[k];
+        float *host = weights_read(weights_find(file, t, "", V != 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) ops->upload(ops, m->master + t->offset, host, tensor_size(t) * sizeof *host);
+        free(host);
+    }
     tensors_close(file);
-    return ok ? m : NULL;
+    if (ok) weights_to_act(m);
+    if (ok) return m;
+    slam_model_free(m);
+    return NULL;
 }
 
-slam_model *slam_model_load(slam_ops *ops, const char *folder) { return model_load(ops, folder, 0); }
-slam_model *slam_model_twist(slam_ops *ops, const char *folder, int V) { return model_load(ops, folder, V); }
+slam_model *slam_model_load(slam_ops *ops, const char *folder) { return slam_model_twist(ops, folder, 0); }
 
-static tensor tensor_to_write(const model_tensor *t, const char *name, const float *weights) {
-    const size_t first = t->rows ? t->rows : t->cols;
-    const tensor out = {name, DTYPE_F32, t->rows ? 2 : 1, {first, t->cols}, weights + t->at, tensor_size(t), NULL};
-    return out;
+/* Writes n arrays of weights or moments x (n,n_weights): for each tensor PREFIX NAME SUFFIX of each array. */
+static int weights_write(const char *path, const model_tensors *list, const char *prefix, const char *const *suffixes,
+                         size_t n, const float *x, const char *const *metadata) {
+    tensor *out = NEW(tensor, n * list->n);
+    slam_strings names = ZERO;
+    for (size_t k = 0; k < n * list->n; k++) {
+        const model_tensor *t = &list->list[k / n];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s%s", prefix, t->name, suffixes[k % n]);
+        slam_strings_add(&names, name);
+        out[k].name = names.at[k];
+        out[k].rank = t->rows ? 2 : 1;
+        out[k].shape[0] = t->rows ? t->rows : t->cols;
+        out[k].shape[1] = t->cols;
+        out[k].data = x + k % n * list->n_weights + t->offset;
+        out[k].count = tensor_size(t);
+    }
+    const int ok = tensors_write(path, out, n * list->n, metadata);
+    slam_strings_free(&names);
+    free(out);
+    return ok;
 }
 
 /* The model with these weights (n_weights) as a folder. SlamKit reads settings that base_config lacks from the config
@@ -6367,41 +6413,31 @@ static tensor tensor_to_write(const model_tensor *t, const char *name, const flo
 static int model_write(const slam_model *m, const float *host, const char *folder, int format) {
     const slam_config *c = &m->config;
     const int slamkit = format == SLAM_FORMAT_SLAMKIT;
-    const size_t n = m->layout->tensors.n;
+    static const char *const suffix = "";
     static const char generation[] = "{\"bos_token_id\": 1, \"eos_token_id\": 1, \"pad_token_id\": 0}\n";
     strbuf config = ZERO;
-    slam_strings names = ZERO;
     strbuf_add(&config, "{\n");
     if (slamkit) {
         strbuf_add(&config, "  \"architectures\": [\"UnitLM\"],\n  \"model_type\": \"speech_language_model\",\n");
         strbuf_add(&config, "  \"base_model_name\": \"%s\",\n  \"twist_init\": true,\n  \"vocab_size\": %d,\n",
-                   c->qkv_bias ? "Qwen/Qwen2.5-0.5B" : "HuggingFaceTB/SmolLM2-135M", c->V);
+                   families[c->family].text_model, c->V);
         strbuf_add(&config, "  \"max_position_embeddings\": %d,\n  \"rope_theta\": ", c->T);
         strbuf_add_number(&config, c->rope_theta);
         strbuf_add(&config, ",\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true,\n  \"base_config\": {\n");
     }
     config_write(&config, c, slamkit ? "    " : "  ");
     strbuf_add(&config, slamkit ? "  }\n}\n" : "}\n");
-    tensor *out = NEW(tensor, n);
-    for (size_t k = 0; k < n; k++) {
-        const model_tensor *t = &m->layout->tensors.list[k];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", slamkit ? "lm." : "", t->name);
-        slam_strings_add(&names, name);
-        out[k] = tensor_to_write(t, names.at[k], host);
-    }
     const int ok = file_write(path_join(folder, "config.json").at, config.at, config.n) &&
                    file_write(path_join(folder, "generation_config.json").at, generation, sizeof generation - 1) &&
-                   tensors_write(path_join(folder, "model.safetensors").at, out, n, NULL);
-    free(out);
-    slam_strings_free(&names);
+                   weights_write(path_join(folder, "model.safetensors").at, &m->layout->tensors, slamkit ? "lm." : "",
+                                 &suffix, 1, host, NULL);
     strbuf_free(&config);
     return ok;
 }
 
 int slam_model_save(slam_model *m, const char *folder, int format) {
-    float *host = NEW(float, m->n_weights);
-    const int ok = weights_download(m, host) && model_write(m, host, folder, format);
+    float *host = weights_download(m);
+    const int ok = host && model_write(m, host, folder, format);
     free(host);
     return ok;
 }
@@ -6446,7 +6482,7 @@ int slam_model_plan(slam_model *m, int B, int T, int mode) {
     acts_place(k, &m->config, ops->act_bytes, B, T, mode);
     params_place(m);
     const int pairs = rope_pairs(&m->config);
-    float *rope = rope_table(T, pairs, m->config.rope_theta);
+    float *rope = rope_table(T, pairs, &m->config);
     ops->upload(ops, k->a.rope, rope, 2 * (size_t)T * pairs * sizeof *rope);
     free(rope);
     m->B = B;
@@ -6506,56 +6542,114 @@ struct slam_decoder_state {
     slam_batch batch;  // of a prefill
 };
 
-static void attend(slam_model *m, int l, const slam_mask *mask, const struct slam_decoder_state *decoder) {
+/* The mask of layer l, with or without rotary positions. */
+static slam_mask layer_mask(const slam_model *m, int l, const slam_mask *mask) {
+    slam_mask own = *mask;
+    if (!has_rope(&m->config, l)) own.pairs = 0;
+    return own;
+}
+
+static void attend(slam_model *m, int l, const slam_mask *shared_mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *shared = &m->layout->a;
+    const slam_mask mask = layer_mask(m, l, shared_mask);
     slam_act *kv = decoder ? act_at(ops, decoder->cache, l * decoder->layer_size) : NULL;
     const int decode = decoder && !decoder->prefill, fill = decoder && decoder->prefill;
-    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, mask);
-    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, mask);
-    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, mask);
+    if (decode) ops->attention_decode(ops, a->attn, kv, a->qkv, shared->lengths, &mask);
+    else ops->attention_forward(ops, a->attn, a->lse, a->qkv, &mask);
+    if (fill) ops->attention_fill(ops, kv, a->qkv, shared->slots, shared->lengths, decoder->capacity, &mask);
 }
 
-/* One transformer layer, pre-norm:
+/* Norms of q and k, in place, each head by itself or all at once; the backward pass takes the gradient in dqkv through
+   them. The values before stay in qkv_raw. */
+static void norm_qk(slam_model *m, int l, int N, slam_act *dqkv) {
+    slam_ops *ops = m->ops;
+    const slam_config *c = &m->config;
+    const layer_weights *w = &m->layout->layers[l].w;
+    const layer_acts *a = &m->layout->layers[l].a;
+    const int QKV = (c->NH + 2 * c->KVH) * c->HS, per_head = families[c->family].qk_norm == NORM_PER_HEAD;
+    if (!w->q_norm.data) return;
+    if (!dqkv && a->qkv_raw) ops->copy(ops, a->qkv_raw, a->qkv, (size_t)N * QKV * ops->act_bytes);
+    for (int k = 0; k < 2; k++) {
+        const param *norm = k ? &w->k_norm : &w->q_norm;
+        float *rstd = k ? a->k_rstd : a->q_rstd;
+        const int heads = k ? c->KVH : c->NH, G = per_head ? heads : 1, C = heads * c->HS / G;
+        const size_t first = k ? (size_t)c->NH * c->HS : 0;
+        slam_act *x = act_at(ops, dqkv ? dqkv : a->qkv, first);
+        if (!dqkv) ops->rmsnorm_forward(ops, NULL, x, rstd, x, NULL, norm->data, (float)c->eps, N, G, C, QKV);
+        else
+            ops->rmsnorm_backward(ops, x, norm->grad, x, act_at(ops, a->qkv_raw, first), norm->data, rstd, N, G, C,
+                                  QKV);
+    }
+}
+
+/* x = x_prev + delta, and the input of a sub-layer: the norm of x or, where norms come after sub-layers, x. */
+static void norm_input(slam_model *m, slam_act *x, slam_act *in, float *rstd, const slam_act *x_prev,
+                       const slam_act *delta, const param *norm, int N) {
+    slam_ops *ops = m->ops;
+    const int C = m->config.C;
+    if (in != x) ops->rmsnorm_forward(ops, x, in, rstd, x_prev, delta, norm->data, (float)m->config.eps, N, 1, C, C);
+    else if (delta) ops->layernorm(ops, x, NULL, x_prev, delta, NULL, NULL, 0, 0, N, C);
+}
+
+/* The norm of a sub-layer's output, or the output itself. */
+static void norm_output(slam_model *m, slam_act *delta, const slam_act *out, float *rstd, const param *norm, int N) {
+    const int C = m->config.C;
+    if (out == delta) return;
+    m->ops->rmsnorm_forward(m->ops, NULL, delta, rstd, out, NULL, norm->data, (float)m->config.eps, N, 1, C, C);
+}
+
+/* One transformer layer:
        x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
+   or, in OLMo 2,
+       x_mid = x + norm(out(attention(qkv(x))))      x_next = x_mid + norm(down(swiglu(gate_up(x_mid))))
    Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
-   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: O of
-   the queries, W of q, k and v. */
+   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: Q of
+   the queries, QKV of q, k and v. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
                           const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
-    const int C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
-    const float eps = (float)c->eps;
+    const int C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
     slam_act *delta = m->layout->a.delta;
-    ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, W);
+    slam_act *attn_out = a->attn_out ? a->attn_out : delta, *mlp_out = a->mlp_out ? a->mlp_out : delta;
+    norm_input(m, a->x, a->attn_in, a->attn_rstd, x_prev, delta_prev, &w->attn_norm, N);
+    ops->matmul_forward(ops, a->qkv, a->attn_in, w->qkv.data, w->qkv_bias.data, N, C, QKV);
+    norm_qk(m, l, N, NULL);
     attend(m, l, mask, decoder);
-    ops->matmul_forward(ops, delta, a->attn, w->out.data, NULL, N, O, C);
-    ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, w->mlp_norm.data, eps, N, 1, C, C);
+    ops->matmul_forward(ops, attn_out, a->attn, w->out.data, NULL, N, Q, C);
+    norm_output(m, delta, attn_out, a->attn_rstd, &w->attn_norm, N);
+    norm_input(m, a->x_mid, a->mlp_in, a->mlp_rstd, a->x, delta, &w->mlp_norm, N);
     ops->matmul_forward(ops, a->gate_up, a->mlp_in, w->gate_up.data, NULL, N, C, 2 * F);
     ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
-    ops->matmul_forward(ops, delta, a->swiglu, w->down.data, NULL, N, F, C);
+    ops->matmul_forward(ops, mlp_out, a->swiglu, w->down.data, NULL, N, F, C);
+    norm_output(m, delta, mlp_out, a->mlp_rstd, &w->mlp_norm, N);
 }
 
-/* From tokens to head_in. N = B T, or B for one more token of each sequence in the cache. */
+/* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
 static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
     const model_acts *a = &m->layout->a;
     const model_layer *layers = m->layout->layers;
-    const int C = m->config.C, L = m->config.L;
+    const int C = m->config.C;
     slam_act *x = layers[0].a.x;
     ops->embedding_forward(ops, x, a->tokens, w->embed.data, N, C);
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < m->config.L; l++) {
         layer_forward(m, l, x, l ? a->delta : NULL, N, mask, decoder);
         x = layers[l].a.x_mid;
     }
     ops->rmsnorm_forward(ops, a->x_end, a->head_in, a->head_rstd, x, a->delta, w->norm.data, (float)m->config.eps, N, 1,
                          C, C);
+}
+
+static int forward_batch(slam_model *m, const slam_batch *b, int targets, const struct slam_decoder_state *decoder) {
+    if (!batch_upload(m, b, targets)) return 0;
+    forward(m, b->B * b->T, &m->layout->mask, decoder);
+    return 1;
 }
 
 /* The first n rows of logits, (n,P) on the device, as (n,V) on the host. */
@@ -6572,9 +6666,9 @@ static void logits_download(slam_model *m, float *logits, int n) {
     free(host);
 }
 
-/* Losses from head_in, head_rows rows of logits at a time. scale not 0: also the gradients of scale * sum_i weights_i
-   losses_i (weights (N), NULL: 1), of the head and, in dnorm, of head_in. With logits (N,V) on the host: only copies
-   the logits there. */
+/* The head, over head_rows rows of head_in at a time. Computes logits (N,V) on the host, or if that is NULL the losses
+   and, unless scale is 0, the gradients of scale * sum_i weights_i loss_i: that of head_in, in dnorm, and adds that of
+   the head's weight. weights (N), NULL: 1. */
 static void head(slam_model *m, int N, float scale, const float *weights, float *logits) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6599,40 +6693,63 @@ static void head(slam_model *m, int N, float scale, const float *weights, float 
 
 /* ---- backward ---- */
 
+/* The gradient of a sub-layer's output: that of the residual stream, dx (N,C), or through the norm, in dnorm. */
+static const slam_act *norm_output_backward(slam_model *m, const slam_act *out, const float *rstd, const param *norm,
+                                            int N) {
+    slam_ops *ops = m->ops;
+    const model_acts *g = &m->layout->a;
+    const int C = m->config.C;
+    if (!out) return g->dx;
+    ops->zero(ops, g->dnorm, (size_t)N * C * ops->act_bytes);
+    ops->rmsnorm_backward(ops, g->dnorm, norm->grad, g->dx, out, norm->data, rstd, N, 1, C, C);
+    return g->dnorm;
+}
+
+/* Adds to dx the gradient that comes through a sub-layer, in dnorm, and the norm of its input x, if it has one. */
+static void norm_input_backward(slam_model *m, const slam_act *x, const slam_act *in, const float *rstd,
+                                const param *norm, int N) {
+    slam_ops *ops = m->ops;
+    const model_acts *g = &m->layout->a;
+    const int C = m->config.C;
+    if (in != x) ops->rmsnorm_backward(ops, g->dx, norm->grad, g->dnorm, x, norm->data, rstd, N, 1, C, C);
+    else ops->layernorm(ops, g->dx, NULL, g->dx, g->dnorm, NULL, NULL, 0, 0, N, C);
+}
+
 /* One layer, from its end to its beginning. dx (N,C) is the gradient of the residual stream: after the layer on
-   entry, before it on return. rmsnorm_backward adds the gradient that comes through the sub-layer. */
-static void layer_backward(slam_model *m, int l, const slam_mask *mask) {
+   entry, before it on return. */
+static void layer_backward(slam_model *m, int l, const slam_mask *shared_mask) {
     slam_ops *ops = m->ops;
     const slam_config *c = &m->config;
     const layer_weights *w = &m->layout->layers[l].w;
     const layer_acts *a = &m->layout->layers[l].a;
     const model_acts *g = &m->layout->a;
-    const int N = mask->B * mask->T, C = c->C, F = c->F, O = c->NH * c->HS, W = O + 2 * c->KVH * c->HS;
+    const slam_mask mask = layer_mask(m, l, shared_mask);
+    const int N = mask.B * mask.T, C = c->C, F = c->F, Q = c->NH * c->HS, QKV = Q + 2 * c->KVH * c->HS;
     const int recompute = m->mode == SLAM_TRAIN_RECOMPUTE;
-    const float eps = (float)c->eps;
-    slam_act *dx = g->dx, *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
+    slam_act *dgate_up = a->gate_up; // swiglu_backward overwrites gate_up, which is not needed again
 
+    const slam_act *dout = norm_output_backward(m, a->mlp_out, a->mlp_rstd, &w->mlp_norm, N);
     if (recompute) ops->swiglu_forward(ops, a->swiglu, a->gate_up, N, F);
-    ops->matmul_backward_weight(ops, w->down.grad, NULL, dx, a->swiglu, N, F, C);
-    ops->matmul_backward_input(ops, g->dswiglu, dx, w->down.data, N, F, C);
+    ops->matmul_backward_weight(ops, w->down.grad, NULL, dout, a->swiglu, N, F, C);
+    ops->matmul_backward_input(ops, g->dswiglu, dout, w->down.data, N, F, C);
     ops->swiglu_backward(ops, dgate_up, g->dswiglu, a->gate_up, N, F);
-    if (recompute)
-        ops->rmsnorm_forward(ops, a->x_mid, a->mlp_in, a->mlp_rstd, a->x_mid, NULL, w->mlp_norm.data, eps, N, 1, C, C);
+    if (recompute) norm_input(m, a->x_mid, a->mlp_in, a->mlp_rstd, a->x_mid, NULL, &w->mlp_norm, N);
     ops->matmul_backward_weight(ops, w->gate_up.grad, NULL, dgate_up, a->mlp_in, N, C, 2 * F);
     ops->matmul_backward_input(ops, g->dnorm, dgate_up, w->gate_up.data, N, C, 2 * F);
-    ops->rmsnorm_backward(ops, dx, w->mlp_norm.grad, g->dnorm, a->x_mid, w->mlp_norm.data, a->mlp_rstd, N, 1, C, C);
+    norm_input_backward(m, a->x_mid, a->mlp_in, a->mlp_rstd, &w->mlp_norm, N);
 
-    ops->matmul_backward_weight(ops, w->out.grad, NULL, dx, a->attn, N, O, C);
-    ops->matmul_backward_input(ops, g->dattn, dx, w->out.data, N, O, C);
-    ops->attention_backward(ops, g->dqkv, g->D, g->dattn, a->attn, a->lse, a->qkv, mask);
-    if (recompute)
-        ops->rmsnorm_forward(ops, a->x, a->attn_in, a->attn_rstd, a->x, NULL, w->attn_norm.data, eps, N, 1, C, C);
-    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, W);
-    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, W);
-    ops->rmsnorm_backward(ops, dx, w->attn_norm.grad, g->dnorm, a->x, w->attn_norm.data, a->attn_rstd, N, 1, C, C);
+    dout = norm_output_backward(m, a->attn_out, a->attn_rstd, &w->attn_norm, N);
+    ops->matmul_backward_weight(ops, w->out.grad, NULL, dout, a->attn, N, Q, C);
+    ops->matmul_backward_input(ops, g->dattn, dout, w->out.data, N, Q, C);
+    ops->attention_backward(ops, g->dqkv, g->attn_scratch, g->dattn, a->attn, a->lse, a->qkv, &mask);
+    norm_qk(m, l, N, g->dqkv);
+    if (recompute) norm_input(m, a->x, a->attn_in, a->attn_rstd, a->x, NULL, &w->attn_norm, N);
+    ops->matmul_backward_weight(ops, w->qkv.grad, w->qkv_bias.grad, g->dqkv, a->attn_in, N, C, QKV);
+    ops->matmul_backward_input(ops, g->dnorm, g->dqkv, w->qkv.data, N, C, QKV);
+    norm_input_backward(m, a->x, a->attn_in, a->attn_rstd, &w->attn_norm, N);
 }
 
-/* From dnorm, the gradient of head_in, to the gradients of all weights; the head's are there already. */
+/* From dnorm, the gradient of head_in, to the gradients of all weights but the head's. */
 static void backward(slam_model *m) {
     slam_ops *ops = m->ops;
     slam_layout *k = m->layout;
@@ -6654,17 +6771,15 @@ static void backward(slam_model *m) {
 /* ---- passes over a batch ---- */
 
 int slam_forward(slam_model *m, slam_batch *b) {
-    slam_ops *ops = m->ops;
     const int N = b->B * b->T;
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, 0, NULL, NULL);
-    ops->download(ops, b->losses, m->layout->a.losses, N * sizeof(float));
+    m->ops->download(m->ops, b->losses, m->layout->a.losses, N * sizeof(float));
     m->layout->valid = m->mode != SLAM_INFERENCE;
-    return ops->finish(ops);
+    return m->ops->finish(m->ops);
 }
 
-/* Recomputes the logits, slice by slice, because slam_forward did not keep them. */
+/* Computes the logits again: slam_forward keeps head_rows rows of them only. */
 int slam_backward(slam_model *m, const float *weights, double loss) {
     slam_ops *ops = m->ops;
     const model_acts *a = &m->layout->a;
@@ -6683,8 +6798,7 @@ int slam_backward(slam_model *m, const float *weights, double loss) {
 int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
     const int N = b->B * b->T;
     if (!m->grads || m->mode == SLAM_INFERENCE) return set_error("the model is not planned for training");
-    if (!batch_upload(m, b, 1)) return 0;
-    forward(m, N, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 1, NULL)) return 0;
     head(m, N, scale, NULL, NULL);
     m->ops->sum(m->ops, m->stats, m->layout->a.losses, N);
     backward(m);
@@ -6692,18 +6806,17 @@ int slam_forward_backward(slam_model *m, const slam_batch *b, float scale) {
 }
 
 int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
-    if (!batch_upload(m, b, 0)) return 0;
-    forward(m, b->B * b->T, &m->layout->mask, NULL);
+    if (!forward_batch(m, b, 0, NULL)) return 0;
     head(m, b->B * b->T, 0, NULL, logits);
     return m->ops->finish(m->ops);
 }
 
 /* ---- decoding ----
-   The last token of a sequence is not in the cache yet: the step that predicts the next token appends it. So a prefill
-   needs no logits. */
+   The step that predicts the next token stores the last one's keys and values in the cache (again, after a prefill). So
+   a prefill needs no logits. */
 
-/* Tokens per forward pass of a prefill. The length of its rows is a multiple of 64, so that attention adds up keys in
-   the same order whatever the longest sequence is. */
+/* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
+   order that does not depend on the longest sequence. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -6744,58 +6857,47 @@ slam_decoder *slam_decoder_new(slam_model *m, int slots, int T) {
 
 int slam_decoder_start(slam_decoder *d, int n, const int *slots, const int *const *tokens, const int *lengths) {
     slam_model *m = d->model;
-    slam_ops *ops = m->ops;
-    slam_batch *b = &d->state->batch;
+    struct slam_decoder_state *s = d->state;
+    slam_batch *b = &s->batch;
     int longest = 1;
     for (int i = 0; i < n; i++) {
-        if (slots[i] < 0 || slots[i] >= d->slots)
-            return set_error("slot %d of a decoder, expected 0 to %d", slots[i], d->slots - 1);
-        if (lengths[i] < 1 || lengths[i] > d->T)
-            return set_error("a sequence starts with %d tokens, expected 1 to %d", lengths[i], d->T);
-        if (tokens[i][lengths[i] - 1] < 0 || tokens[i][lengths[i] - 1] >= m->config.V) // prefill checks the others
-            return set_error("token %d at the end, expected 0 to %d", tokens[i][lengths[i] - 1], m->config.V - 1);
-        d->length[slots[i]] = lengths[i];
-        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+        if (slots[i] < 0 || slots[i] >= d->slots || lengths[i] < 1 || lengths[i] > d->T)
+            return set_error("a sequence of %d tokens for slot %d, expected 1 to %d tokens and slots 0 to %d",
+                             lengths[i], slots[i], d->T, d->slots - 1);
         if (lengths[i] > longest) longest = lengths[i];
     }
     if (!decoder_plan(d)) return 0;
-    const int T = (int)round_up(longest - 1, PREFILL_TILE), rows = T ? b->capacity * d->state->capacity / T : n;
-    d->state->prefill = 1;
-    for (int first = 0; T && first < n; first += rows) {
-        int *cached = NEW(int, rows); // tokens of a row in the cache: all but the last, then comes padding
+    const int T = (int)round_up(longest, PREFILL_TILE), rows = b->capacity * s->capacity / T;
+    s->prefill = 1;
+    for (int first = 0; first < n; first += rows) {
         b->B = n - first < rows ? n - first : rows;
         b->T = T;
-        for (int i = 0; i < b->B * T; i++) {
-            const int k = first + i / T, t = i % T, in = t < lengths[k] - 1;
+        for (int i = 0; i < b->B * T; i++) { // padding follows each sequence
+            const int k = first + i / T, t = i % T, in = t < lengths[k];
             b->tokens[i] = in ? tokens[k][t] : 0;
             b->doc_start[i] = in ? 0 : t;
-            cached[i / T] += in;
         }
-        const int ok = batch_upload(m, b, 0);
-        ops->upload(ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
-        ops->upload(ops, m->layout->a.lengths, cached, b->B * sizeof(int));
-        free(cached);
-        if (!ok) return 0;
-        forward(m, b->B * T, &m->layout->mask, d->state);
+        m->ops->upload(m->ops, m->layout->a.slots, slots + first, b->B * sizeof(int));
+        m->ops->upload(m->ops, m->layout->a.lengths, lengths + first, b->B * sizeof(int));
+        if (!forward_batch(m, b, 0, s)) return 0;
     }
-    return ops->finish(ops);
+    for (int i = 0; i < n; i++) {
+        d->length[slots[i]] = lengths[i];
+        d->last[slots[i]] = tokens[i][lengths[i] - 1];
+    }
+    return m->ops->finish(m->ops);
 }
 
 int slam_decoder_logits(slam_decoder *d, float *logits) {
     slam_model *m = d->model;
-    const model_acts *a = &m->layout->a;
-    int n = 0; // rows up to the last sequence; free slots among them compute token 0
-    for (int i = 0; i < d->slots; i++) {
-        if (d->length[i] > d->T)
-            return set_error("the sequence in slot %d has %d tokens, expected at most %d", i, d->length[i], d->T);
-        if (d->length[i]) n = i + 1;
-    }
+    int n = d->slots; // without the free slots at the end; others compute token 0
+    while (n && !d->length[n - 1]) n--;
     if (!decoder_plan(d)) return 0;
     if (n == 0) return 1;
     int *cached = NEW(int, n);
     for (int i = 0; i < n; i++) cached[i] = d->length[i] ? d->length[i] - 1 : 0;
-    m->ops->upload(m->ops, a->lengths, cached, n * sizeof(int));
-    m->ops->upload(m->ops, a->tokens, d->last, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.lengths, cached, n * sizeof(int));
+    m->ops->upload(m->ops, m->layout->a.tokens, d->last, n * sizeof(int));
     free(cached);
     const slam_mask mask = model_mask(m, n, d->state->capacity);
     m->layout->valid = 0;
@@ -6805,73 +6907,77 @@ int slam_decoder_logits(slam_decoder *d, float *logits) {
     return m->ops->finish(m->ops);
 }
 
-void slam_decoder_append(slam_decoder *d, int slot, int token) {
+int slam_decoder_append(slam_decoder *d, int slot, int token) {
+    const int V = d->model->config.V;
+    if (slot < 0 || slot >= d->slots || token >= V)
+        return set_error("token %d for slot %d, expected below %d and slots 0 to %d", token, slot, V, d->slots - 1);
+    if (token >= 0 && d->length[slot] == d->T)
+        return set_error("the sequence in slot %d has %d tokens, the most that it can have", slot, d->T);
     d->last[slot] = token < 0 ? 0 : token;
     d->length[slot] = token < 0 ? 0 : d->length[slot] + 1;
+    return 1;
 }
 
 /* ---- sampling ----
    In the order of Hugging Face's processors: penalty, temperature, top-k, top-p. The last three do not change the
-   ranking of the logits, so that top-k and top-p together are one threshold. */
+   ranking of the tokens, so top-k and top-p together are one threshold. */
 
 static int sampling_check(const slam_sampling *s) {
-    if (!(s->temperature >= 0 && s->temperature < HUGE_VAL))
-        return set_error("a temperature of %g, expected a number from 0 (greedy)", s->temperature);
-    if (s->top_k < 0) return set_error("top-k of %d, expected 1 or more, or 0 for all", s->top_k);
-    if (!(s->top_p >= 0 && s->top_p <= 1)) return set_error("top-p of %g, expected 0 to 1", s->top_p);
-    return (s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
-           set_error("a repetition penalty of %g, expected a positive number (1: none)", s->repetition_penalty);
+    return (s->temperature >= 0 && s->temperature < HUGE_VAL && s->top_k >= 0 && s->top_p >= 0 && s->top_p <= 1 &&
+            s->repetition_penalty > 0 && s->repetition_penalty < HUGE_VAL) ||
+           set_error("a temperature of %g, top-k of %d, top-p of %g, repetition penalty of %g, expected >= 0, >= 0, "
+                     "0 to 1, > 0",
+                     s->temperature, s->top_k, s->top_p, s->repetition_penalty);
 }
 
 static int compare_larger_first(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
+    const double x = *(const double *)a, y = *(const double *)b;
     return (x < y) - (x > y);
 }
 
-/* The smallest of n logits that is kept. */
-static float sampling_threshold(const float *logits, int n, const slam_sampling *s) {
+/* The smallest of n probabilities, which need not be normalised, that top-k and top-p keep. */
+static double sampling_threshold(const double *p, int n, const slam_sampling *s) {
     int kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
-    double total = 0, sum = 0;
-    float *z = NEW(float, n);
-    memcpy(z, logits, n * sizeof *z);
-    qsort(z, n, sizeof *z, compare_larger_first);
-    while (kept < n && z[kept] == z[kept - 1]) kept++;
-    for (int i = 0; i < kept; i++) total += exp((double)(z[i] - z[0]) / s->temperature);
-    for (int i = 0; s->top_p < 1 && i < kept; i++) {
-        sum += exp((double)(z[i] - z[0]) / s->temperature);
-        if (sum >= s->top_p * total) kept = i + 1;
-    }
-    const float threshold = z[kept - 1];
-    free(z);
+    double total = 0, sum = 0, *sorted = NEW(double, n);
+    memcpy(sorted, p, n * sizeof *p);
+    qsort(sorted, n, sizeof *sorted, compare_larger_first);
+    while (kept < n && sorted[kept] == sorted[kept - 1]) kept++;
+    for (int i = 0; i < kept; i++) total += sorted[i];
+    for (int i = 0; s->top_p < 1 && i < kept; i++)
+        if ((sum += sorted[i]) >= s->top_p * total) kept = i + 1;
+    const double threshold = sorted[kept - 1];
+    free(sorted);
     return threshold;
 }
 
 int slam_sample(float *logits, int V, const unsigned char *seen, const slam_sampling *s, double uniform) {
     const float penalty = (float)s->repetition_penalty;
-    double total = 0, sum = 0;
-    int best = 1;
+    double total = 0, sum = 0, threshold = 0;
+    int drawn = 1;
     if (!sampling_check(s)) return -1;
     for (int v = 1; v < V; v++) {
         float *z = &logits[v];
         if (isnan(*z)) *z = -HUGE_VALF;
         if (seen && seen[v]) *z = *z < 0 ? *z * penalty : *z / penalty;
-        if (*z > logits[best]) best = v;
+        if (*z > logits[drawn]) drawn = v;
     }
-    if (s->temperature == 0) return best;
-    const float threshold = s->top_k > 0 || s->top_p < 1 ? sampling_threshold(logits + 1, V - 1, s) : -HUGE_VALF;
-    const float max = logits[best];
-    for (int v = 1; v < V; v++) total += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-    for (int v = 1; v < V; v++) {
-        sum += logits[v] >= threshold ? exp((double)(logits[v] - max) / s->temperature) : 0;
-        if (sum > uniform * total) return v;
+    if (s->temperature == 0) return drawn;
+    double *p = NEW(double, V); // not normalised
+    for (int v = 1; v < V; v++) p[v] = exp((double)(logits[v] - logits[drawn]) / s->temperature);
+    if (s->top_k > 0 || s->top_p < 1) threshold = sampling_threshold(p + 1, V - 1, s);
+    for (int v = 1; v < V; v++) total += p[v] >= threshold ? p[v] : 0;
+    for (int v = 1; v < V && sum <= uniform * total; v++) {
+        sum += p[v] >= threshold ? p[v] : 0;
+        if (sum > uniform * total) drawn = v;
     }
-    return best;
+    free(p);
+    return drawn;
 }
 
 /* ==========================================================================================
    SECTION 8. OPTIMISER  AdamW, schedules, gradient clipping, ZeRO-1
-   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by
-   bucket, and each updates its part of every bucket.
+   AdamW over the model's one array of weights. Several ranks sum their gradients bucket by bucket, and each updates its
+   part of every bucket.
    ========================================================================================== */
 
 /* get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule (its time scale is the warm-up), ... of
@@ -6890,45 +6996,41 @@ double slam_learning_rate(const slam_schedule *s, long step) {
 /* ---- buckets ----
    Ranges of the array of weights, in the order in which the backward pass completes their gradients: an untied head,
    the layers from last to first, the embedding, then norms and biases. A bucket is as many layers as make a message
-   worth sending, or a part of something large. A single process has one bucket of everything. */
+   worth sending, or a part of something large. */
 
 enum { BUCKET_MIN = 1 << 18, BUCKET_MAX = 1 << 24 }; // numbers: 1 and 64 MB; PyTorch takes 25 MB
 
 typedef struct bucket {
     size_t first, n;         // in the array of weights
     int after;               // its gradients are complete after this layer (as grads_ready counts)
-    size_t part, part_n;     // the part that this rank reduces,
-    size_t update, update_n; // that it updates (the same with ZeRO-1, else all),
-    size_t at;               // and where their moments are
+    size_t part, part_n;     // the range that this rank reduces
+    size_t update, update_n; // the range that it updates: the same with ZeRO-1, else all
+    size_t state;            // where the moments and the float weights of that range begin in m, v and master
 } bucket;
 
 typedef struct slam_buckets {
     bucket *list;
     size_t n, capacity;
-    size_t reduced;  // buckets whose reduction was started since the last update
-    int failed;      // one of these failed
+    size_t reduced;  // buckets whose reduction has begun since the last update
+    int failed;      // the reduction of one has failed
     int sharded;     // ZeRO-1
-    size_t moments;  // numbers of m and v
-    size_t largest;  // numbers of the largest bucket
+    size_t moments;  // numbers of m, of v
     slam_comm *comm; // NULL: a single process
 } slam_buckets;
 
 static void bucket_add(slam_buckets *b, size_t first, size_t n, int after) {
-    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1,
-                 each = n ? round_up((n + parts - 1) / parts, 256) : 0;
-    for (size_t i = 0; i < n; i += each) {
-        bucket k = ZERO;
-        k.first = first + i;
-        k.n = n - i < each ? n - i : each;
-        k.after = after;
-        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, k.n);
-        k.part = k.first + part.first;
-        k.part_n = part.end - part.first;
-        k.update = b->sharded ? k.part : k.first;
-        k.update_n = b->sharded ? k.part_n : k.n;
-        k.at = b->sharded ? b->moments : k.first;
+    const size_t parts = b->comm ? (n + BUCKET_MAX - 1) / BUCKET_MAX : 1;
+    const size_t each = n ? round_up((n + parts - 1) / parts, 256) : 0;
+    for (size_t end = first + n; first < end; first += each) {
+        const size_t size = end - first < each ? end - first : each;
+        const range part = comm_part(b->comm, b->comm ? b->comm->rank : 0, size);
+        bucket k = {first, size, after, first + part.first, part.end - part.first, first, size, first};
+        if (b->sharded) {
+            k.update = k.part;
+            k.update_n = k.part_n;
+            k.state = b->moments;
+        }
         b->moments += k.update_n;
-        if (k.n > b->largest) b->largest = k.n;
         GROW(bucket, b->list, b->capacity, b->n + 1);
         b->list[b->n++] = k;
     }
@@ -6938,18 +7040,14 @@ static void buckets_plan(slam_buckets *b, const slam_model *m) {
     const model_tensors *t = &m->layout->tensors;
     const int L = m->config.L;
     const size_t layer = (t->layers_end - t->first_layer) / L;
-    if (!b->comm) {
-        bucket_add(b, 0, m->n_weights, -1);
-        return;
-    }
-    bucket_add(b, t->layers_end, m->n_matrices - t->layers_end, L);
+    bucket_add(b, t->layers_end, m->n_decayed - t->layers_end, L);
     for (int end = L, l = L - 1; l >= 0; l--) {
         if (l && (end - l) * layer < BUCKET_MIN) continue;
         bucket_add(b, t->first_layer + l * layer, (end - l) * layer, l);
         end = l;
     }
     bucket_add(b, 0, t->first_layer, -1);
-    bucket_add(b, m->n_matrices, m->n_weights - m->n_matrices, -1);
+    bucket_add(b, m->n_decayed, m->n_weights - m->n_decayed, -1);
 }
 
 /* ---- state ---- */
@@ -6965,56 +7063,43 @@ void slam_adamw_free(slam_adamw *o) {
     o->model = NULL;
 }
 
-/* Numbers first .. first + n - 1 of the whole state, on the host, into o->m, o->v or o->master, as far as this rank
-   keeps them. */
-static void adamw_state_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
+/* Copies weights or moments first .. first + n - 1 to o->m, o->v or o->master, as far as this rank keeps them. */
+static void adamw_upload(slam_adamw *o, float *to, const float *host, size_t first, size_t n) {
     slam_ops *ops = o->model->ops;
     for (const bucket *k = o->buckets->list; k < o->buckets->list + o->buckets->n; k++) {
-        const size_t from = k->update > first ? k->update : first, kept_end = k->update + k->update_n;
-        const size_t end = kept_end < first + n ? kept_end : first + n;
-        if (from < end)
-            ops->upload(ops, to + k->at + (from - k->update), host + (from - first), (end - from) * sizeof *host);
+        const size_t begin = k->update > first ? k->update : first;
+        const size_t end = k->update + k->update_n < first + n ? k->update + k->update_n : first + n;
+        if (begin < end)
+            ops->upload(ops, to + k->state + (begin - k->update), host + (begin - first), (end - begin) * sizeof *host);
     }
 }
 
-/* `from` (o->m, o->v or o->master) of all ranks into host (n_weights), which is NULL on all ranks but 0. Collective. */
-static int adamw_state_download(slam_adamw *o, const float *from, float *host) {
-    slam_ops *ops = o->model->ops;
-    slam_buckets *b = o->buckets;
-    if (!b->sharded) {
-        if (host) ops->download(ops, host, from, o->model->n_weights * sizeof *host);
-        return ops->finish(ops);
-    }
-    float *whole = (float *)ops->alloc(ops, b->largest * sizeof *whole);
-    int ok = slam_all_ok(b->comm, whole != NULL);
-    for (const bucket *k = b->list; ok && k < b->list + b->n; k++) {
-        ok = comm_gather_parts(b->comm, whole, from + k->at, k->n, sizeof *whole);
-        comm_wait(b->comm);
-        ok = ok && comm_finish(b->comm);
-        if (ok && host) ops->download(ops, host + k->first, whole, k->n * sizeof *host);
-    }
-    ops->release(ops, whole);
-    return ok && ops->finish(ops);
+/* Copies o->m, o->v or the float weights (o->master, or the model's if it has them) of all ranks to host (n_weights),
+   which is NULL on ranks other than 0. Between two steps: shards are gathered in the array of gradients. Collective. */
+static int adamw_download(slam_adamw *o, const float *from, float *host) {
+    slam_model *m = o->model;
+    const slam_buckets *b = o->buckets;
+    const int sharded = b->sharded && from != m->master;
+    int ok = 1;
+    for (const bucket *k = b->list; ok && sharded && k < b->list + b->n; k++)
+        ok = comm_gather_parts(b->comm, m->grads + k->first, from + k->state, k->n, sizeof *from);
+    comm_wait(b->comm);
+    ok = ok && comm_finish(b->comm);
+    if (ok && host) m->ops->download(m->ops, host, sharded ? m->grads : from, m->n_weights * sizeof *host);
+    if (sharded) m->ops->zero(m->ops, m->grads, m->n_weights * sizeof *m->grads);
+    return ok && m->ops->finish(m->ops);
 }
 
-/* The float weights, likewise. */
-static int master_download(slam_adamw *o, float *host) {
-    if (o->master) return adamw_state_download(o, o->master, host);
-    return !host || weights_download(o->model, host);
-}
-
-/* Keeps this rank's parts of the float weights and frees the model's. */
+/* Keeps this rank's shard of the float weights and frees the model's. */
 static int master_shard(slam_adamw *o) {
     slam_model *m = o->model;
-    float *host = NEW(float, m->n_weights);
-    o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *o->master);
-    const int ok = o->master && weights_download(m, host);
-    if (ok) adamw_state_upload(o, o->master, host, 0, m->n_weights);
+    float *host = weights_download(m);
+    if (host) o->master = (float *)m->ops->alloc(m->ops, o->buckets->moments * sizeof *host);
+    if (o->master) adamw_upload(o, o->master, host, 0, m->n_weights);
     free(host);
-    if (!ok) return 0;
     m->ops->release(m->ops, m->master);
     m->master = NULL;
-    return 1;
+    return o->master != NULL;
 }
 
 int slam_adamw_init(slam_adamw *o, slam_model *m) {
@@ -7026,7 +7111,8 @@ int slam_adamw_init(slam_adamw *o, slam_model *m) {
     o->updates = 0;
     o->m = o->v = o->master = NULL;
     buckets_plan(b, m);
-    int ok = m->master || set_error("the float weights of this model are sharded by another optimiser");
+    int ok = m->grads || set_error("the model is not planned for training");
+    ok = ok && (m->master || set_error("the float weights of this model are sharded by another optimiser"));
     ok = ok && comm_connect(b->comm) && (!b->sharded || ops->act_bytes == 4 || master_shard(o));
     if (ok) o->m = (float *)ops->alloc(ops, b->moments * sizeof(float));
     if (o->m) o->v = (float *)ops->alloc(ops, b->moments * sizeof(float));
@@ -7044,9 +7130,9 @@ void slam_adamw_reset(slam_adamw *o) {
 
 /* ---- a step ---- */
 
-/* Starts the reduction of the buckets that are complete after layer l. */
+/* grads_ready: begins the reduction of the buckets that are complete after layer l. */
 static void reduce_ready(void *context, int l) {
-    slam_adamw *o = (slam_adamw *)context;
+    const slam_adamw *o = (const slam_adamw *)context;
     slam_buckets *b = o->buckets;
     comm_progress(b->comm);
     for (; b->reduced < b->n && b->list[b->reduced].after >= l; b->reduced++) {
@@ -7061,47 +7147,40 @@ void slam_adamw_overlap(slam_adamw *o) {
     o->model->grads_context = o;
 }
 
-/* Updates weights first .. first + n - 1, whose moments are at `at`. Matrices decay, as in Hugging Face's Trainer. */
-static void adamw_range(slam_adamw *o, slam_adamw_params h, size_t first, size_t n, size_t at) {
-    slam_model *m = o->model;
-    if (first < m->n_matrices && first + n > m->n_matrices) { // some of both
-        const size_t matrices = m->n_matrices - first;
-        adamw_range(o, h, first, matrices, at);
-        adamw_range(o, h, m->n_matrices, n - matrices, at + matrices);
-        return;
-    }
-    if (first >= m->n_matrices) h.weight_decay = 0;
-    float *master = o->master ? o->master + at : m->master + first;
-    m->ops->adamw(m->ops, act_at(m->ops, m->weights, first), master, o->m + at, o->v + at, m->grads + first, m->stats,
-                  &h, n);
-}
-
 int slam_adamw_step(slam_adamw *o, double lr, slam_step *step) {
     slam_model *m = o->model;
     slam_ops *ops = m->ops;
     slam_buckets *b = o->buckets;
     const bucket *end = b->list + b->n;
-    const slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
+    slam_adamw_params h = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->clip, o->updates + 1};
     double stats[2];
-    if (!m->grads) return set_error("the model is not planned for training");
-    reduce_ready(o, -1);
-    comm_wait(b->comm);
-    b->reduced = 0;
-    for (const bucket *k = b->list; k < end; k++)
-        if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
-    int ok = !b->failed && comm_all_reduce(b->comm, m->stats, 2);
-    for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
-        ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
-    comm_wait(b->comm);
+    int ok = 1;
+    if (b->comm) {
+        reduce_ready(o, -1);
+        comm_wait(b->comm);
+        b->reduced = 0;
+        for (const bucket *k = b->list; k < end; k++)
+            if (k->part_n) ops->sum_squares(ops, m->stats + 1, m->grads + k->part, k->part_n);
+        if (b->failed || !comm_finish(b->comm)) return 0;
+        ops->download(ops, stats, m->stats, sizeof stats);
+        slam_comm_sum(b->comm, stats, 2);
+        ops->upload(ops, m->stats, stats, sizeof stats);
+        for (const bucket *k = b->list; ok && !b->sharded && k < end; k++)
+            ok = comm_gather_parts(b->comm, m->grads + k->first, m->grads + k->part, k->n, sizeof(float));
+        comm_wait(b->comm);
+    } else ops->sum_squares(ops, m->stats + 1, m->grads, m->n_weights);
     for (const bucket *k = b->list; ok && k < end; k++) {
-        slam_act *w = act_at(ops, m->weights, k->first), *part = act_at(ops, m->weights, k->part);
-        if (k->update_n) adamw_range(o, h, k->update, k->update_n, k->at);
-        if (b->sharded) ok = comm_gather_parts(b->comm, w, part, k->n, ops->act_bytes);
+        slam_act *w = act_at(ops, m->weights, k->update);
+        float *master = o->master ? o->master + k->state : m->master + k->update;
+        h.weight_decay = k->first < m->n_decayed ? o->weight_decay : 0; // as in Hugging Face's Trainer
+        if (k->update_n)
+            ops->adamw(ops, w, master, o->m + k->state, o->v + k->state, m->grads + k->update, m->stats, &h,
+                       k->update_n);
+        if (b->sharded) ok = comm_gather_parts(b->comm, act_at(ops, m->weights, k->first), w, k->n, ops->act_bytes);
     }
     comm_wait(b->comm);
-    if (!ok) return 0;
     ops->zero(ops, m->grads, m->n_weights * sizeof(float));
-    if (!comm_finish(b->comm)) return 0;
+    if (!ok || !comm_finish(b->comm)) return 0;
     ops->download(ops, stats, m->stats, sizeof stats);
     ops->zero(ops, m->stats, sizeof stats);
     step->loss_sum = stats[0];
@@ -7171,9 +7250,9 @@ typedef struct token_file {
     const uint16_t *tokens;
     size_t n;
     shard mapped;
-    uint16_t *memory; // of a .jsonl file
-    int largest;      // of a .jsonl file: the largest unit and the first line that has it
-    size_t largest_line;
+    uint16_t *memory;    // of a .jsonl file
+    int largest;         // of a .jsonl file: the largest unit
+    size_t largest_line; // and the first line that has it, 0: none
 } token_file;
 
 slam_data *slam_data_new(int context) {
@@ -7252,17 +7331,16 @@ static int data_add_file(slam_data *d, const char *path) {
     return 1;
 }
 
-/* Adds the files that a pattern matches, in byte order, or the file of that name. */
+/* Adds the file of that name, which may look like a pattern, or those that the pattern matches, in byte order. */
 static int path_glob(const char *pattern, slam_strings *list) {
     glob_t found;
-    const int is_file = path_is_file(pattern);                                 // its name may look like a pattern
-    const int status = is_file ? 0 : glob(pattern, GLOB_NOSORT, NULL, &found); // its order would depend on the locale
-    if (status == GLOB_NOMATCH) return set_error("%s: no such file", pattern);
-    if (status != 0) return set_error("%s: cannot be searched: %s", pattern, strerror(errno));
+    const int is_file = path_is_file(pattern);
     if (is_file) slam_strings_add(list, pattern);
-    for (size_t i = 0; !is_file && i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
-    if (!is_file) globfree(&found);
-    qsort(list->at, list->n, sizeof *list->at, compare_strings);
+    if (is_file) return 1;
+    if (glob(pattern, GLOB_NOSORT, NULL, &found) != 0) return set_error("%s: no such file", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++) slam_strings_add(list, found.gl_pathv[i]);
+    globfree(&found);
+    qsort(list->at, list->n, sizeof *list->at, compare_strings); // glob's order depends on the locale
     return 1;
 }
 
@@ -7291,8 +7369,8 @@ typedef struct document_list {
     size_t n, capacity;
 } document_list;
 
-/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. A
-   token t takes the hash h to h P + t mod 2^64; P is odd, so that changing a token changes the hash. */
+/* Adds the documents of a file: `1 u.. 1`, one right after the other. `1 1`, a recording without units, is skipped. The
+   hash h becomes h P + t mod 2^64 with each token t; P is odd, so that another token makes another hash. */
 static int scan_file(const token_file *f, uint32_t file, int V, document_list *list, uint64_t *hash) {
     const int token_end = V < 65536 ? V : 65536;
     const uint64_t P = 0x9e3779b97f4a7c15u;
@@ -7325,24 +7403,13 @@ static int scan_file(const token_file *f, uint32_t file, int V, document_list *l
 /* ---- documents -> chunks ---- */
 
 /* Streams of random numbers: (seed, source or epoch, one of these). */
-enum { STREAM_HELD_OUT, STREAM_TURNS, STREAM_ORDER };
+enum { STREAM_HELD_OUT, STREAM_EXTRAS, STREAM_ORDER };
 
-/* A last chunk of one token has nothing to predict and is dropped. */
-static void data_add_chunks(slam_data *d, slam_chunk document) {
-    const uint32_t context = (uint32_t)d->context;
-    GROW(slam_chunk, d->chunks, d->chunk_capacity, d->n_chunks + document.n / context + 1);
-    while (document.n >= 2) {
-        slam_chunk *c = &d->chunks[d->n_chunks++];
-        *c = document;
-        if (c->n > context) c->n = context;
-        document.first += c->n;
-        document.n -= c->n;
-    }
-}
-
-/* Splits a source's documents into chunks. n_held documents, chosen by selection sampling (Knuth, The Art of Computer
-   Programming 2, algorithm 3.4.2 S), go to held_out. */
+/* Splits a source's documents into chunks; a last chunk of one token has nothing to predict and is dropped. n_held
+   documents, chosen by selection sampling (Knuth, The Art of Computer Programming 2, algorithm 3.4.2 S), go to
+   held_out. */
 static void split_source(slam_data *d, size_t source, const document_list *list, uint64_t n_held, uint64_t seed) {
+    const uint32_t context = (uint32_t)d->context;
     uint64_t rng = rng_stream(seed, source, STREAM_HELD_OUT), left = n_held;
     for (slam_data *part = d; part; part = part->held_out) {
         part->sources[source].documents = part == d ? list->n - (size_t)n_held : (size_t)n_held;
@@ -7350,8 +7417,16 @@ static void split_source(slam_data *d, size_t source, const document_list *list,
     }
     for (size_t i = 0; i < list->n; i++) {
         const int held = left && rng_below(&rng, list->n - i) < left;
+        slam_data *part = held ? d->held_out : d;
         left -= (uint64_t)held;
-        data_add_chunks(held ? d->held_out : d, list->at[i]);
+        for (slam_chunk rest = list->at[i]; rest.n >= 2;) {
+            GROW(slam_chunk, part->chunks, part->chunk_capacity, part->n_chunks + 1);
+            slam_chunk *c = &part->chunks[part->n_chunks++];
+            *c = rest;
+            if (c->n > context) c->n = context;
+            rest.first += c->n;
+            rest.n -= c->n;
+        }
     }
     for (slam_data *part = d; part; part = part->held_out) part->sources[source].end_chunk = part->n_chunks;
 }
@@ -7399,13 +7474,14 @@ int slam_data_prepare(slam_data *d, int V, double fraction, uint64_t seed) {
 /* ---- packing: lengths -> rows ---- */
 
 typedef struct packed_row {
-    uint32_t first, n, length; // items first .. first + n - 1 of the list; the sum of their lengths
+    uint32_t first, n; // items first .. first + n - 1 of the list
+    uint32_t length;   // the sum of their lengths
 } packed_row;
 
-/* Rows of items (indices of chunks, pairs, ...) side by side. */
+/* Rows of items (indices of chunks, pairs, ...), one after the other. */
 typedef struct packed_rows {
-    uint32_t *items;
-    packed_row *at;
+    uint32_t *items; // (n_items) of all rows
+    packed_row *at;  // (n)
     size_t n_items, n, item_capacity, capacity;
 } packed_rows;
 
@@ -7516,31 +7592,31 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 
 struct slam_packer {
     const void *context; // argument of put: the slam_data, the slam_pairs, ...
-    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes one, returns the position after it
+    int (*put)(slam_batch *, int at, const void *context, uint32_t item); // writes an item, returns its end
     uint32_t *lengths;                                                    // of all items
-    const slam_data *data; // its sources decide how often an epoch draws a chunk; NULL: items first .. end - 1, once
-    int longest_row;       // 0: epochs are packed
+    const slam_data *data; // its sources decide how often an epoch has a chunk; NULL: items first .. end - 1, once
     size_t first, end;
+    int longest_row; // 0: epochs are packed
     uint32_t *order; // the epoch's items in the order in which they are drawn
     size_t n_order, order_capacity;
     packed_rows epoch, batch;    // rows of the epoch, of the global batch
     const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds an epoch's draws of a source of weight w, if shuffled: each of its n chunks floor(w) times, and on average (w -
-   floor(w)) n extra ones, taken cyclically from a fixed random permutation, where the last epoch stopped. So no chunk
-   is an extra twice in an epoch, and all come equally often in the long run. */
+/* Adds the chunks that an epoch has of a source of weight w: each of n floor(w) times, and on average (w - floor(w)) n
+   extra ones, taken cyclically from a fixed random permutation, from where the last epoch stopped. So no chunk is an
+   extra twice in an epoch, and all come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
-    const size_t n = s->end_chunk - s->first_chunk, times = l->shuffle ? (size_t)s->weight : 1;
-    double extra = l->shuffle ? (s->weight - (double)times) * (double)n : 0;
+    const size_t n = s->end_chunk - s->first_chunk, times = (size_t)s->weight;
+    double extra = (s->weight - (double)times) * (double)n;
     if (fabs(extra - floor(extra + 0.5)) < 1e-6) extra = floor(extra + 0.5); // 2.3 - 2 is not quite 0.3
     const uint64_t first = (uint64_t)((double)epoch * extra), end = (uint64_t)((double)(epoch + 1) * extra);
     GROW(uint32_t, p->order, p->order_capacity, p->n_order + times * n + (size_t)(end - first));
     for (size_t k = 0; k < times * n; k++) p->order[p->n_order++] = (uint32_t)(s->first_chunk + k % n);
     if (first == end) return;
     uint32_t *permutation = NEW(uint32_t, n);
-    uint64_t rng = rng_stream(l->seed, source, STREAM_TURNS);
+    uint64_t rng = rng_stream(l->seed, source, STREAM_EXTRAS);
     for (size_t k = 0; k < n; k++) permutation[k] = (uint32_t)(s->first_chunk + k);
     rng_shuffle(&rng, permutation, n);
     for (uint64_t k = first; k < end; k++) p->order[p->n_order++] = permutation[k % n];
@@ -7559,8 +7635,9 @@ static void loader_begin_epoch(slam_loader *l, uint64_t epoch) {
     if (l->shuffle) rng_shuffle(&rng, p->order, p->n_order);
     for (size_t i = 0; p->longest_row && i < p->n_order; i++)
         packed_rows_add(&p->epoch, &p->order[i], 1, p->lengths[p->order[i]]);
+    if (!p->longest_row) pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
+    l->epoch_rows = p->epoch.n;
     if (p->longest_row) return;
-    pack(&p->epoch, p->order, p->lengths, p->n_order, (uint32_t)l->T);
     for (size_t i = p->epoch.n; l->shuffle && i > 1; i--) { // pack has sorted them by length
         const size_t k = (size_t)rng_below(&rng, i);
         const packed_row swap = p->epoch.at[i - 1];
@@ -7590,7 +7667,8 @@ slam_loader *slam_loader_new(const slam_data *d, uint64_t seed, int shuffle) {
     }
     slam_loader *l = loader_new(d, batch_put_chunk, d->n_chunks, d->context, seed, shuffle);
     for (size_t i = 0; i < d->n_chunks; i++) l->packer->lengths[i] = d->chunks[i].n;
-    l->packer->data = d;
+    if (shuffle) l->packer->data = d;
+    else l->packer->end = d->n_chunks;
     loader_begin_epoch(l, 0);
     if (l->packer->n_order) return l;
     set_error("%s: its weight, %g, gives no chunk per epoch", d->sources[0].name, d->sources[0].weight);
@@ -7610,9 +7688,9 @@ void slam_loader_free(slam_loader *l) {
 
 int slam_loader_seek(slam_loader *l, uint64_t epoch, uint64_t row) {
     if (epoch != l->epoch) loader_begin_epoch(l, epoch);
-    if (row > l->packer->epoch.n)
-        return set_error("row %llu of epoch %llu, but the epoch has %zu rows: this is other data",
-                         (unsigned long long)row, (unsigned long long)epoch, l->packer->epoch.n);
+    if (row > l->epoch_rows)
+        return set_error("row %llu of epoch %llu, but the epoch has %llu rows: this is other data",
+                         (unsigned long long)row, (unsigned long long)epoch, (unsigned long long)l->epoch_rows);
     l->row = row;
     return 1;
 }
@@ -7622,8 +7700,8 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     packed_rows *b = &p->batch;
     b->n = b->n_items = l->tokens = l->targets = 0;
     for (l->n = 0; l->n < n; l->n++, l->row++) {
-        if (l->row >= p->epoch.n && !l->shuffle) break;
-        if (l->row >= p->epoch.n) loader_begin_epoch(l, l->epoch + 1);
+        if (l->row >= l->epoch_rows && !l->shuffle) break;
+        if (l->row >= l->epoch_rows) loader_begin_epoch(l, l->epoch + 1);
         const packed_row *row = &p->epoch.at[l->row];
         packed_rows_add(b, p->epoch.items + row->first, row->n, row->length);
         l->tokens += row->length;
@@ -7657,19 +7735,6 @@ int slam_loader_next(slam_loader *l, slam_batch *b) {
     return b->B;
 }
 
-slam_data_size slam_data_measure(const slam_data *d, uint64_t seed) {
-    slam_data_size size = ZERO;
-    slam_loader *l = slam_loader_new(d, seed, 1);
-    if (!l) return size;
-    for (size_t i = 0; i < d->n_sources; i++) size.documents += d->sources[i].documents;
-    size.rows = (uint64_t)slam_loader_begin(l, (int)l->packer->epoch.n, NULL);
-    size.chunks = l->packer->batch.n_items;
-    size.tokens = l->tokens;
-    size.targets = l->targets;
-    size.fill = (double)size.tokens / ((double)size.rows * d->context);
-    slam_loader_free(l);
-    return size;
-}
 /* ==========================================================================================
    SECTION 10. AUDIO      resampler, audio files, segmenter
    ========================================================================================== */
@@ -8503,8 +8568,8 @@ static int hubert_set_centroids(slam_hubert *h, const float *centroids, size_t K
    The recordings of a batch are zero-padded to rows of S = T * step samples, so each convolution divides the length of
    a row by its stride. The padding does not change features: the convolutions of valid frames do not reach it, norms
    over time and attention stop before it, and the convolution for positions reads zeros there. Where the bits of a row
-   of a product may depend on the other rows (same_rows 0), the shape of a batch depends on the length of one recording
-   alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
+   of a product may depend on the other rows (batch_invariant 0), the shape of a batch depends on the length of one
+   recording alone, and unused rows are 0: so the units of a recording do not depend on the rest of the batch. */
 
 enum { HUBERT_BATCH_FRAMES = 512, HUBERT_BATCH_FRAMES_GPU = 8192 }; // or one recording, if it is longer
 
@@ -8661,7 +8726,7 @@ static int hubert_compute(const slam_tokenizer *t, slam_recording **r, int n) {
         b.T = hubert_row_frames(h, *r, 1);
         b.B = b.T < frames ? frames / b.T : 1;
         while (r + b.n < end && b.n < b.B && r[b.n]->units.frames && hubert_row_frames(h, r[b.n], 1) == b.T) b.n++;
-        if (ops->same_rows) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
+        if (ops->batch_invariant) b.B = b.n, b.T = hubert_row_frames(h, *r, 0);
         b.S = b.T * h->step;
         if (!(ok = network_grow(&h->net, hubert_place(h, &b, K > C ? K : C, NULL)))) break;
         hubert_place(h, &b, K > C ? K : C, h->net.arena);
@@ -9687,7 +9752,6 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader *reader = slam_reader_open(&in, t, share.first);
     const slam_item *item;
     strbuf s = ZERO; // for each file: its slam_units (pointers are ignored), unit (n), duration (n)
-    size_t total;
     int more;
     while ((more = reader_item(reader, &item, &p, progress, context)) > 0) {
         const slam_units none = ZERO, *u = item->error ? &none : &item->segments->units;
@@ -9698,15 +9762,17 @@ int slam_audio_units(const slam_tokenizer *t, slam_comm *comm, const slam_string
     slam_reader_close(reader);
     memset(units, 0, paths->n * sizeof *units);
     const int ok = slam_all_ok(comm, more == 0);
-    char *all = ok ? (char *)comm_all_gather(comm, s.at, s.n, &total) : NULL, *at = all;
-    for (slam_units *u = units; all && u < units + paths->n; u++) {
+    strbuf all = ZERO;
+    if (ok) all = comm_all_gather(comm, &s);
+    const char *at = all.at;
+    for (slam_units *u = units; ok && u < units + paths->n; u++) {
         memcpy(u, at, sizeof *u);
         const size_t bytes = u->n * sizeof(int);
         u->unit = (int *)memcpy(NEW(int, u->n), at + sizeof *u, bytes);
         u->duration = (int *)memcpy(NEW(int, u->n), at + sizeof *u + bytes, bytes);
         at += sizeof *u + 2 * bytes;
     }
-    free(all);
+    strbuf_free(&all);
     strbuf_free(&s);
     return ok;
 }
@@ -10181,7 +10247,7 @@ static int units_check(const int *unit, size_t n, int V, const char *what) {
     return 1;
 }
 
-/* Forward passes over all rows of a loader: logp[item] of every sequence, n in all. The ranks share the work: each logp
+/* Forward passes over all rows of a loader. Sets logp[item] of every sequence (n). The ranks share the work: each logp
    is 0 on all but one, so that the sums have the bits of a single process. */
 static int loader_logps(slam_loader *l, slam_model *m, slam_batch *b, double *logp, size_t n, const char *stage,
                         double total, slam_progress_fn *progress, void *context) {
@@ -10228,8 +10294,8 @@ int slam_data_loss(slam_model *m, const slam_data *data, slam_batch *b, double *
 
 /* ---- preference pairs ---- */
 
-/* A pair's positions in a row: `1 u..` but the last token, then for each completion that last token, which predicts
-   its first one, and all but its closing 1, which is only a target. */
+/* A pair's positions in a row: the prompt without its last token, once if shared; and for each completion the prompt's
+   last token, which predicts its first one, and its own tokens without the closing 1, which is only a target. */
 static uint32_t pair_length(const slam_pair *q, int shared) {
     return (q->n_prompt - 1) * (shared ? 1 : 2) + q->n_chosen + q->n_rejected;
 }
@@ -10238,21 +10304,17 @@ static int pair_is_shared(const slam_pairs *p, const slam_pair *q) {
     return p->share && pair_length(q, 1) <= (uint32_t)p->context;
 }
 
-const char *slam_pairs_skipped(const slam_pairs *p, const slam_pairs *before, char text[200]) {
-    static const slam_pairs none = ZERO;
-    const slam_pairs *b = before ? before : &none;
-    const size_t counts[] = {p->repetitive - b->repetitive, p->empty - b->empty, p->identical - b->identical,
-                             p->too_long - b->too_long};
+const char *slam_pairs_skipped(const slam_pairs *p, char text[200]) {
     static const char *const why[] = {"repetitive", "with an empty completion", "with identical completions",
                                       "too long"};
     size_t n = 0;
     snprintf(text, 200, "none");
-    for (int k = 0; k < 4; k++)
-        if (counts[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", counts[k], why[k]);
+    for (int k = 0; k < SLAM_SKIPS; k++)
+        if (p->skipped[k]) n += (size_t)snprintf(text + n, 200 - n, "%s%zu %s", n ? ", " : "", p->skipped[k], why[k]);
     return text;
 }
 
-/* Adds the pair of a line, or counts why it is skipped. u: memory that is used again. */
+/* Adds the pair of a line, or counts why it is skipped. u: buffers of the caller. */
 static int pairs_add_line(slam_pairs *p, const json *root, const char *what, slam_units u[3]) {
     static const char *const names[] = {"prompt", "chosen", "rejected"};
     int ok = 1;
@@ -10266,15 +10328,12 @@ static int pairs_add_line(slam_pairs *p, const json *root, const char *what, sla
     if (!ok) return 0;
     const char *prompt = json_string(root, "prompt_text", NULL), *chosen = json_string(root, "chosen_text", NULL);
     const size_t longer = u[1].n > u[2].n ? u[1].n : u[2].n, most = (size_t)p->context - 2;
-    uint64_t *skipped = NULL;
-    if (prompt && chosen && pair_repeats(prompt, chosen, p->max_repetition)) skipped = &p->repetitive;
-    else if (!u[1].n || !u[2].n) skipped = &p->empty;
-    else if (u[1].n == u[2].n && !memcmp(u[1].unit, u[2].unit, u[1].n * sizeof(int))) skipped = &p->identical;
-    else if (longer > most) skipped = &p->too_long;
-    if (skipped) {
-        ++*skipped;
-        return 1;
-    }
+    int skip = SLAM_SKIPS;
+    if (prompt && chosen && pair_repeats(prompt, chosen, p->max_repetition)) skip = SLAM_REPETITIVE;
+    else if (!u[1].n || !u[2].n) skip = SLAM_EMPTY;
+    else if (u[1].n == u[2].n && !memcmp(u[1].unit, u[2].unit, u[1].n * sizeof(int))) skip = SLAM_IDENTICAL;
+    else if (longer > most) skip = SLAM_TOO_LONG;
+    if (skip < SLAM_SKIPS) return ++p->skipped[skip] > 0;
     const size_t cut = u[0].n + longer > most ? u[0].n + longer - most : 0; // the completion continues the prompt's end
     GROW(slam_pair, p->at, p->capacity, p->n + 1);
     slam_pair *q = &p->at[p->n++];
@@ -10316,9 +10375,10 @@ int slam_pairs_add(slam_pairs *p, const char *pattern, int validation) {
     if (!validation && p->n > p->n_train) return set_error("%s: add pairs for training before validation", pattern);
     int ok = path_glob(pattern, &list);
     for (size_t i = 0; ok && i < list.n; i++) ok = pairs_add_file(p, list.at[i]);
-    if (ok && validation && p->n == before.n)
-        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern,
-                       slam_pairs_skipped(p, &before, skipped));
+    if (ok && validation && p->n == before.n) {
+        for (int k = 0; k < SLAM_SKIPS; k++) p->skipped[k] -= before.skipped[k]; // of this call only
+        ok = set_error("%s: contains no pairs to validate on; skipped: %s", pattern, slam_pairs_skipped(p, skipped));
+    }
     if (!validation) p->n_train = p->n;
     slam_strings_free(&list);
     return ok;
@@ -10332,7 +10392,7 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     char skipped[200];
     if (n <= held)
         return set_error("no pairs left to train on: %zu are held out for validation; skipped: %s", n,
-                         slam_pairs_skipped(p, NULL, skipped));
+                         slam_pairs_skipped(p, skipped));
     slam_pair *sorted = NEW(slam_pair, p->n);
     size_t train = 0, validation = p->n_train = n - (size_t)held;
     for (size_t i = 0; i < p->n; i++) {
@@ -10343,6 +10403,7 @@ int slam_pairs_prepare(slam_pairs *p, double fraction, uint64_t seed) {
     free(p->at);
     p->at = sorted;
     p->capacity = p->n;
+    p->T = p->context < 512 ? 1024 : (int)round_up(2 * p->context, 16);
     const uint64_t numbers[] = {(uint64_t)p->V, (uint64_t)p->context, p->n, p->n_train};
     p->hash = hash_bytes(HASH_START, numbers, sizeof numbers);
     for (size_t i = 0; i < p->n; i++) {
@@ -10360,8 +10421,6 @@ void slam_pairs_free(slam_pairs *p) {
     free(p->reference);
     memset(p, 0, sizeof *p);
 }
-
-int slam_pairs_row(const slam_pairs *p) { return p->context < 512 ? 1024 : (2 * p->context + 15) / 16 * 16; }
 
 /* ---- pairs -> rows -> batches ---- */
 
@@ -10392,13 +10451,13 @@ static int batch_put_pair(slam_batch *b, int at, const void *context, uint32_t p
 
 slam_loader *slam_loader_new_pairs(const slam_pairs *p, int validation, uint64_t seed, int shuffle) {
     const size_t first = validation > 0 ? p->n_train : 0, end = validation ? p->n : p->n_train;
-    if (first == end) {
-        set_error("a loader of no pairs: there are %zu for training and %zu in all", p->n_train, p->n);
+    if (first == end || !p->T) {
+        set_error("a loader of no prepared pairs: there are %zu for training and %zu in all", p->n_train, p->n);
         return NULL;
     }
     slam_loader *l = loader_new(p, batch_put_pair, p->n, 0, seed, shuffle);
     for (size_t i = 0; i < p->n; i++) l->packer->lengths[i] = pair_length(&p->at[i], pair_is_shared(p, &p->at[i]));
-    l->packer->longest_row = slam_pairs_row(p);
+    l->packer->longest_row = p->T;
     l->packer->first = first;
     l->packer->end = end;
     loader_begin_epoch(l, 0);
@@ -10415,17 +10474,21 @@ double slam_dpo_loss(double beta, double label_smoothing, double margin, double 
     return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x);
 }
 
+static int reference_is_finite(const slam_pairs *p, const char *of) {
+    for (size_t i = 0; i < 2 * p->n; i++)
+        if (!isfinite(p->reference[i]))
+            return set_error("%s: the log-probability of pair %zu is not finite", of, i / 2 + 1);
+    return 1;
+}
+
 int slam_pairs_reference(slam_pairs *p, slam_model *m, slam_batch *b, slam_progress_fn *progress, void *context) {
     slam_loader *l = slam_loader_new_pairs(p, -1, 0, 0);
     if (!l) return 0;
-    double *logp = NEW(double, 2 * p->n);
-    int ok = loader_logps(l, m, b, logp, 2 * p->n, "reference", (double)p->n, progress, context);
-    for (size_t i = 0; ok && i < 2 * p->n; i++)
-        if (!isfinite(logp[i])) ok = set_error("the reference's log-probability of pair %zu is not finite", i / 2 + 1);
-    slam_loader_free(l);
     free(p->reference);
-    p->reference = logp;
-    return slam_all_ok(m->ops->comm, ok);
+    p->reference = NEW(double, 2 * p->n);
+    const int ok = loader_logps(l, m, b, p->reference, 2 * p->n, "reference", (double)p->n, progress, context);
+    slam_loader_free(l);
+    return slam_all_ok(m->ops->comm, ok && reference_is_finite(p, "the reference model"));
 }
 
 int slam_pairs_save_reference(const slam_pairs *p, const char *path, uint64_t model_hash) {
@@ -10452,20 +10515,17 @@ int slam_pairs_load_reference(slam_pairs *p, const char *path, uint64_t model_ha
         p->reference = (double *)memcpy(NEW(double, 2 * p->n), t->data, 2 * p->n * sizeof(double));
     }
     tensors_close(file);
-    for (size_t i = 0; ok && i < 2 * p->n; i++)
-        if (!isfinite(p->reference[i]))
-            ok = set_error("%s: the log-probability of pair %zu is not finite", path, i / 2 + 1);
-    return ok;
+    return ok && reference_is_finite(p, path);
 }
 
 /* ---- scores of sequences of units ----
    A sequence `1 u.. 1` of n units has n + 1 tokens to predict. One that is longer than a row is scored in windows of T
-   tokens: the first predicts after all of them, each later one after its second half. */
+   tokens: in the first, the token after each of them is scored, in later ones after each of its second half. */
 
 typedef struct score_window {
     size_t sequence;
-    const uint16_t *tokens; // (n + 1) the first n are read, and what follows the first `skip` of them is not scored
-    int n, skip;
+    const uint16_t *tokens; // (n + 1) n tokens and the one after them
+    int n, skip;            // the tokens after the first `skip` are not scored
 } score_window;
 
 static int compare_sequences(const void *a, const void *b) {
@@ -10478,22 +10538,6 @@ static int batch_put_window(slam_batch *b, int at, const void *context, uint32_t
     const score_window *w = &((const score_window *)context)[item];
     batch_add_sequence(b, item, at + w->skip, at + w->n);
     return batch_put(b, at, w->tokens, w->n, w->tokens[w->n], w->skip, at % b->T);
-}
-
-/* The log-probability of each of n windows. */
-static int score_windows(slam_model *m, const score_window *list, size_t n, int B, int T, double *logp, double tokens,
-                         slam_progress_fn *progress, void *context) {
-    slam_loader *l = loader_new(list, batch_put_window, n, T, 0, 0);
-    for (size_t i = 0; i < n; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
-    l->packer->end = n;
-    loader_begin_epoch(l, 0);
-    const size_t rows = l->packer->epoch.n;
-    slam_batch b = slam_batch_new((size_t)B < rows ? B : (int)rows, T, 0);
-    const int ok = slam_all_ok(m->ops->comm, slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
-                   loader_logps(l, m, &b, logp, n, "score", tokens, progress, context);
-    slam_batch_free(&b);
-    slam_loader_free(l);
-    return ok;
 }
 
 int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, int sum, double *scores,
@@ -10530,7 +10574,13 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
     }
     if (t - tokens < T) T = (int)(t - tokens); // all in one row
     double *logp = NEW(double, n_windows);
-    int ok = !n || score_windows(m, list, n_windows, B, T, logp, (double)(t - tokens), progress, context);
+    slam_loader *l = loader_new(list, batch_put_window, n_windows, T, 0, 0);
+    for (size_t i = 0; i < n_windows; i++) l->packer->lengths[i] = (uint32_t)list[i].n;
+    l->packer->end = n_windows;
+    loader_begin_epoch(l, 0);
+    slam_batch b = slam_batch_new((uint64_t)B < l->epoch_rows ? B : (int)l->epoch_rows, T, 0);
+    int ok = slam_all_ok(m->ops->comm, !n || slam_model_plan(m, b.capacity, T, SLAM_INFERENCE)) &&
+             loader_logps(l, m, &b, logp, n_windows, "score", (double)(t - tokens), progress, context);
     for (size_t i = 0; i < n; i++) scores[i] = 0;
     for (size_t i = 0; i < n_windows; i++) scores[list[i].sequence] += logp[i];
     for (size_t i = 0; ok && i < n; i++) {
@@ -10540,6 +10590,8 @@ int slam_score(slam_model *m, const slam_units *units, size_t n, int B, int T, i
         if (!isfinite(*score))
             ok = set_error("sequence %zu: the log-probability is not finite", (size_t)(sorted[i] - units) + 1);
     }
+    slam_batch_free(&b);
+    slam_loader_free(l);
     free(logp);
     free(list);
     free(tokens);
@@ -10647,10 +10699,16 @@ int slam_ngrams(const slam_data *train, const slam_data *test, int V, double nll
     return *targets > 0 || set_error("the test data has no token to predict");
 }
 
-/* ---- test sets: items and pairs ---- */
+/* ---- test sets: rows -> pairs ----
+   A set comes from gold.csv or from the names of files. Either gives rows, and rows 2k and 2k + 1 in sorted order are a
+   pair. */
 
 enum { ALL_PAIRS, BY_VOCABULARY, BY_FREQUENCY, BY_LENGTH, BY_TYPE, BY_PART };
 static const char *const group_names[] = {"", "vocabulary", "frequency", "length", "type", "part"};
+enum { BANDS = 5 }; // of frequencies
+static const char *const band_names[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+static const long band_starts[BANDS] = {0, 1, 5, 20, 100};
+#define NONE ((size_t)-1)
 
 struct slam_test_pair {
     size_t correct, wrong; // items
@@ -10658,70 +10716,20 @@ struct slam_test_pair {
     double score;
 };
 
-/* A cell in the mean of an accuracy. Members are sorted by their key: group, a number in 16 digits, name. */
+/* A cell that counts for an accuracy, whose group, order in the group and name are the key: "%d%016ld%s". */
 struct slam_test_member {
     char *key;
     size_t cell; // NONE: the accuracy is listed even if it has no cell
 };
-#define NONE ((size_t)-1)
 enum { MEMBER_NAME = 17 }; // where the name begins in the key
 
-/* The last `depth` names of an item's path, without an extension. */
-struct slam_test_name {
-    const char *at;
-    size_t n, item;
-};
-
-void slam_testset_free(slam_testset *s) {
-    if (!s) return;
-    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
-    slam_strings_free(&s->items);
-    free(s->folder);
-    free(s->units);
-    free(s->scores);
-    free(s->accuracies);
-    free(s->pairs);
-    free(s->members);
-    free(s->names);
-    free(s);
-}
-
-static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
-    const char *last = path_name(path), *dot = strrchr(last, '.');
-    const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
-    while (at > path && (at[-1] != '/' || --depth > 0)) at--;
-    const struct slam_test_name name = {at, (size_t)(end - at), item};
-    return name;
-}
-
-static int compare_item_names(const void *a, const void *b) {
-    const struct slam_test_name *x = (const struct slam_test_name *)a, *y = (const struct slam_test_name *)b;
-    const int differ = memcmp(x->at, y->at, x->n < y->n ? x->n : y->n);
-    return differ ? differ : (x->n > y->n) - (x->n < y->n);
-}
-
-/* Sorts the items by as many of the last names in their paths as tell them apart. */
-static int testset_sort_names(slam_testset *s, const char *path) {
-    const char *twice = "";
-    s->names = NEW(struct slam_test_name, s->items.n);
-    while (twice && s->depth++ < 9) {
-        twice = NULL;
-        for (size_t i = 0; i < s->items.n; i++) s->names[i] = item_name(s->items.at[i], s->depth, i);
-        qsort(s->names, s->items.n, sizeof *s->names, compare_item_names);
-        for (size_t i = 1; i < s->items.n; i++)
-            if (!compare_item_names(&s->names[i - 1], &s->names[i])) twice = s->items.at[s->names[i].item];
-    }
-    return !twice || set_error("%s: two sequences have the name '%s'", path, twice);
-}
-
-/* An item by what it is paired by. */
 typedef struct test_row {
-    const char *key[4]; // gold.csv: type, subtype, id, voice; a file: its folder
+    const char *key[4]; // what both of a pair have: type, subtype, id, voice of gold.csv; the folder of a file
     const char *name;
-    int correct;
-    long number;            // of a file; sBLIMP: how many correct, or wrong, rows come before
-    long frequency, length; // of a word; -1: not known
     size_t item;
+    int correct;
+    long number;            // of the pair among those with its key
+    long frequency, length; // of a word, -1: unknown
 } test_row;
 
 static int compare_keys(const test_row *x, const test_row *y, int n) {
@@ -10738,69 +10746,46 @@ static int compare_test_rows(const void *a, const void *b) {
     return differ ? differ : strcmp(x->name, y->name);
 }
 
-/* The pairs of sorted files NUMBER_name: in each folder either two files of each number, or all numbers in a row. */
-static void number_pairs(test_row *rows, size_t n) {
-    long first = 0;
-    int twins = 0;
-    for (size_t i = 0; i < n; i++) {
-        test_row *x = &rows[i];
-        const int begins = i == 0 || compare_keys(x, x - 1, 1);
-        if (begins) {
-            first = x->number;
-            twins = i + 1 < n && !compare_keys(x, x + 1, 1) && x[1].number == first;
-        }
-        x->correct = twins ? begins || x->number != x[-1].number : (x->number - first) % 2 == 0;
-        if (!twins) x->number = (x->number - first) / 2;
-    }
-}
-
-static void testset_add_member(slam_testset *s, int group, long number, const char *name, size_t cell) {
-    const struct slam_test_member member = {string_print("%d%016ld%s", group, number, name), cell};
-    s->members[s->n_members++] = member;
-}
-
 static int compare_members(const void *a, const void *b) {
     const struct slam_test_member *x = (const struct slam_test_member *)a, *y = (const struct slam_test_member *)b;
     const int differ = strcmp(x->key, y->key);
     return differ ? differ : (x->cell > y->cell) - (x->cell < y->cell);
 }
 
-enum { BANDS = 5 };
-static const char *const frequency_bands[BANDS] = {"oov", "1-5", "6-20", "21-100", ">100"};
+static void testset_add_member(slam_testset *s, int group, long order, const char *name, size_t cell) {
+    const struct slam_test_member member = {string_print("%d%016ld%s", group, order, name), cell};
+    s->members[s->n_members++] = member;
+}
 
 static void testset_add_word(slam_testset *s, const test_row *word, size_t cell) {
-    static const long least[BANDS] = {0, 1, 5, 20, 100};
     char length[32];
-    int band = 0;
-    while (band < BANDS && word->frequency >= least[band]) band++;
+    int band = -1;
+    while (band + 1 < BANDS && word->frequency >= band_starts[band + 1]) band++;
     snprintf(length, sizeof length, "%ld", word->length);
-    if (band > 0) testset_add_member(s, BY_FREQUENCY, band, frequency_bands[band - 1], cell);
-    if (band > 1) testset_add_member(s, BY_VOCABULARY, 0, "in", cell);
+    if (band >= 0) testset_add_member(s, BY_FREQUENCY, band, band_names[band], cell);
+    if (band > 0) testset_add_member(s, BY_VOCABULARY, 0, "in", cell);
     if (word->length >= 0) testset_add_member(s, BY_LENGTH, word->length, length, cell);
 }
 
-/* Rows 2k and 2k + 1 in sorted order are a pair. Those of gold.csv with the same type, subtype and id are a cell. A
-   word's frequency and length are those of its first correct row in the file. */
+/* Pairs of gold.csv with the same type, subtype and id are a cell. A word's frequency and length are those of its first
+   correct row in the file. */
 static int testset_pair(slam_testset *s, const char *path, test_row *rows, int is_gold) {
     const size_t n = s->items.n;
     int n_bands = 0;
     s->pairs = NEW(struct slam_test_pair, n / 2);
     s->members = NEW(struct slam_test_member, 2 * n + BANDS); // at most 4 for each cell
     if (n) qsort(rows, n, sizeof *rows, compare_test_rows);
-    if (!is_gold && s->kind != SLAM_SALMON) number_pairs(rows, n);
     for (size_t i = 0, end = 0; i < n; i = end, s->n_cells++) {
         const test_row *word = &rows[i];
-        while (end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3)))) {
+        for (; end < n && (end == i || (is_gold && !compare_keys(&rows[i], &rows[end], 3))); end += 2) {
             const test_row *x = &rows[end], *y = x + 1;
             if (end + 1 == n || !x->correct || y->correct || x->number != y->number || compare_keys(x, y, 4))
-                return set_error(
-                    "%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ in "
-                    "nothing but one being correct",
-                    path, x->name, end + 1 < n ? y->name : "nothing");
+                return set_error("%s: '%s' has no partner: in sorted order, '%s' follows, expected pairs that differ "
+                                 "in nothing but one being correct",
+                                 path, x->name, end + 1 < n ? y->name : "nothing");
             const struct slam_test_pair pair = {x->item, y->item, s->n_cells, 0};
             s->pairs[s->n_pairs++] = pair;
             if (x->item < word->item) word = x;
-            end += 2;
         }
         testset_add_member(s, ALL_PAIRS, 0, "", s->n_cells);
         if (!is_gold) testset_add_member(s, BY_PART, 0, path_name(word->key[0]), s->n_cells);
@@ -10808,17 +10793,16 @@ static int testset_pair(slam_testset *s, const char *path, test_row *rows, int i
         else testset_add_word(s, word, s->n_cells);
         if (word->frequency >= 0) n_bands = BANDS;
     }
-    for (int band = 0; band < n_bands; band++)
-        testset_add_member(s, BY_FREQUENCY, band + 1, frequency_bands[band], NONE);
+    for (int band = 0; band < n_bands; band++) testset_add_member(s, BY_FREQUENCY, band, band_names[band], NONE);
     qsort(s->members, s->n_members, sizeof *s->members, compare_members);
     return 1;
 }
 
-/* ---- test sets: gold.csv ---- */
+/* ---- test sets: gold.csv -> rows ---- */
 
-enum { GOLD_VOICE, GOLD_CORRECT, GOLD_ID, GOLD_FILENAME, GOLD_TYPE, GOLD_SUBTYPE, GOLD_FREQUENCY, GOLD_LENGTH, N_GOLD };
-static const char *const gold_names[N_GOLD] = {"voice", "correct", "id",        "filename",
-                                               "type",  "subtype", "frequency", "length"};
+enum { FILENAME, CORRECT, ID, VOICE, TYPE, SUBTYPE, FREQUENCY = TYPE, LENGTH = SUBTYPE, N_GOLD };
+static const char *const gold_names[][N_GOLD] = {{"filename", "correct", "id", "voice", "frequency", "length"},
+                                                 {"filename", "correct", "id", "voice", "type", "subtype"}};
 
 /* A whole number, also spelled 12.0. -1: empty, -2: something else. */
 static long whole_number(const char *text) {
@@ -10828,48 +10812,42 @@ static long whole_number(const char *text) {
 }
 
 /* The official scorer drops rows that have an empty key, and pairs the k-th correct row of sBLIMP's file with its k-th
-   wrong one. Both are errors here if that makes a difference. */
+   wrong one, whatever they are. Here both are errors where they would change a result. */
 static int testset_read_gold(slam_testset *s, const char *path) {
     const int sblimp = s->kind == SLAM_SBLIMP;
-    size_t column[N_GOLD]; // NONE: not in the file, or not for this kind
-    long order[2] = {0, 0};
+    const char *const *names = gold_names[sblimp], *cell[N_GOLD];
+    size_t column[N_GOLD];
+    long number[N_GOLD], order[2] = {0, 0};
     csv table;
     if (!csv_read(&table, path)) return 0;
     test_row *rows = NEW(test_row, table.rows);
     int ok = 1;
     for (int k = 0; ok && k < N_GOLD; k++) {
-        const int used = sblimp ? k < GOLD_FREQUENCY : k < GOLD_TYPE || k >= GOLD_FREQUENCY;
-        column[k] = used ? csv_column(&table, gold_names[k]) : NONE;
-        if (used && k < GOLD_FREQUENCY && column[k] == NONE)
-            ok = set_error("%s: has no column '%s'", path, gold_names[k]);
+        column[k] = csv_column(&table, names[k]);
+        if (column[k] == NONE && (sblimp || k < FREQUENCY)) ok = set_error("%s: has no column '%s'", path, names[k]);
     }
-    if (ok && !sblimp && column[GOLD_FREQUENCY] == column[GOLD_LENGTH] && csv_column(&table, "subtype") != NONE)
+    if (ok && column[FREQUENCY] == column[LENGTH] && csv_column(&table, "subtype") != NONE)
         ok = set_error("%s: has sBLIMP's columns 'type' and 'subtype', expected 'frequency', 'length'", path);
     for (size_t i = 1; ok && i < table.rows; i++) {
-        const char *cell[N_GOLD];
-        long number[N_GOLD];
         for (int k = 0; ok && k < N_GOLD; k++) {
             const char *expected = NULL;
             cell[k] = column[k] == NONE ? "" : table.cells[i * table.cols + column[k]];
             number[k] = whole_number(cell[k]);
-            if (k == GOLD_CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
-            if (k >= GOLD_ID && k < GOLD_FREQUENCY && column[k] != NONE && !*cell[k]) expected = "a name";
-            if (k >= GOLD_FREQUENCY && number[GOLD_CORRECT] && number[k] == -2) expected = "a whole number";
+            if (k == CORRECT && number[k] != 0 && number[k] != 1) expected = "1 or 0";
+            if ((k < FREQUENCY ? k != VOICE : sblimp) && !*cell[k]) expected = "a name";
+            if (k >= FREQUENCY && !sblimp && number[CORRECT] && number[k] == -2) expected = "a whole number";
             if (expected)
-                ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], gold_names[k], cell[k],
+                ok = set_error("%s:%zu: '%s' is '%.40s', expected %s", path, table.lines[i], names[k], cell[k],
                                expected);
         }
         if (!ok) break;
-        const int correct = (int)number[GOLD_CORRECT];
-        const test_row row = {{cell[GOLD_TYPE], cell[GOLD_SUBTYPE], cell[GOLD_ID], cell[GOLD_VOICE]},
-                              cell[GOLD_FILENAME],
-                              correct,
-                              sblimp ? order[correct]++ : 0,
-                              number[GOLD_FREQUENCY],
-                              number[GOLD_LENGTH],
-                              i - 1};
-        rows[i - 1] = row;
-        slam_strings_add(&s->items, row.name);
+        const int correct = (int)number[CORRECT];
+        const char *file = cell[FILENAME], *id = cell[ID], *voice = cell[VOICE];
+        const test_row word = {{"", "", id, voice}, file, i - 1, correct, 0, number[FREQUENCY], number[LENGTH]};
+        const test_row phrase = {
+            {cell[TYPE], cell[SUBTYPE], id, voice}, file, i - 1, correct, order[correct]++, -1, -1};
+        slam_strings_add(&s->items, file);
+        rows[i - 1] = sblimp ? phrase : word;
     }
     ok = ok && testset_pair(s, path, rows, 1);
     csv_free(&table);
@@ -10890,7 +10868,7 @@ static char *find_gold(int kind, const char *path, const char *split) {
     return gold;
 }
 
-/* ---- test sets: folders of pairs of files ----
+/* ---- test sets: names of files -> rows ----
    SlamKit's NUMBER_name, of sBLIMP NUMBER+name: in each folder by number, the correct one first. SALMon's
    PART/sample_NUMBER_0 is correct, sample_NUMBER_1 wrong. */
 
@@ -10913,31 +10891,49 @@ static int testset_list_files(slam_testset *s, const char *path) {
     return status == 0 && (s->items.n > 0 || set_error("%s: is empty, expected lines of units", s->units));
 }
 
+/* Sets `correct` and the number of the pair in sorted rows of files NUMBER_name. A folder has either two files of each
+   number or one of each, without a gap. */
+static void number_pairs(test_row *rows, size_t n) {
+    long first = 0;
+    int twins = 0;
+    for (test_row *x = rows; x < rows + n; x++) {
+        const int begins = x == rows || compare_keys(x, x - 1, 1);
+        if (begins) {
+            first = x->number;
+            twins = x + 1 < rows + n && !compare_keys(x, x + 1, 1) && x[1].number == first;
+        }
+        x->correct = twins ? begins || x->number != x[-1].number : (x->number - first) % 2 == 0;
+        if (!twins) x->number = (x->number - first) / 2;
+    }
+}
+
 static int testset_read_files(slam_testset *s, const char *path) {
-    static const char *const expected[] = {"NUMBER_...", "NUMBER+...", "NUMBER_...",
-                                           "sample_NUMBER_0 or sample_NUMBER_1"};
+    static const char *const names[][2] = {{"%9ld_%n", "NUMBER_..."},
+                                           {"%9ld+%n", "NUMBER+..."},
+                                           {"%9ld_%n", "NUMBER_..."},
+                                           {"sample_%9ld_%n", "sample_NUMBER_0 or sample_NUMBER_1"}};
+    const int salmon = s->kind == SLAM_SALMON;
     slam_strings folders = ZERO;
     int ok = testset_list_files(s, path);
-    test_row *rows = NEW(test_row, s->items.n);
-    for (size_t i = 0; ok && i < s->items.n; i++) {
+    const size_t n = s->items.n;
+    test_row *rows = NEW(test_row, n);
+    for (size_t i = 0; ok && i < n; i++) {
         const char *file = s->items.at[i], *name = path_name(file);
-        test_row *row = &rows[i];
-        char wrong[2] = "";
         int end = 0;
-        if (s->kind != SLAM_SALMON)
-            ok = sscanf(name, s->kind == SLAM_SBLIMP ? "%9ld+%n" : "%9ld_%n", &row->number, &end) == 1 && end > 0;
-        else
-            ok = sscanf(name, "sample_%9ld_%1[01]%n", &row->number, wrong, &end) == 2 &&
-                 (!name[end] || name[end] == '.');
-        if (!ok) set_error("%s: expected a name %s", file, expected[s->kind]);
         slam_strings_add(&folders, file);
         folders.at[i][name > file ? name - file - 1 : 0] = 0;
-        row->key[0] = folders.at[i];
-        row->key[1] = row->key[2] = row->key[3] = "";
-        row->name = file;
-        row->correct = *wrong != '1';
-        row->frequency = -1;
-        row->item = i;
+        const test_row row = {{folders.at[i], "", "", ""}, file, i, 1, 0, -1, -1};
+        rows[i] = row;
+        ok = sscanf(name, names[s->kind][0], &rows[i].number, &end) == 1 && end > 0;
+        if (salmon) {
+            ok = ok && (name[end] == '0' || name[end] == '1') && (!name[end + 1] || name[end + 1] == '.');
+            rows[i].correct = name[end] == '0';
+        }
+        if (!ok) set_error("%s: expected a name %s", file, names[s->kind][1]);
+    }
+    if (ok && !salmon) {
+        qsort(rows, n, sizeof *rows, compare_test_rows);
+        number_pairs(rows, n);
     }
     ok = ok && testset_pair(s, path ? path : s->units, rows, 0);
     slam_strings_free(&folders);
@@ -10946,6 +10942,48 @@ static int testset_read_files(slam_testset *s, const char *path) {
 }
 
 /* ---- test sets: opening, audio, units ---- */
+
+/* A hash of the last `depth` names of an item's path, without an extension. */
+struct slam_test_name {
+    uint64_t hash; // first, for compare_u64
+    size_t item;
+};
+
+static struct slam_test_name item_name(const char *path, size_t depth, size_t item) {
+    const char *last = path_name(path), *dot = strrchr(last, '.');
+    const char *end = dot && dot > last ? dot : last + strlen(last), *at = end;
+    while (at > path && (at[-1] != '/' || --depth > 0)) at--;
+    const struct slam_test_name name = {hash_bytes(HASH_START, at, (size_t)(end - at)), item};
+    return name;
+}
+
+/* Sorts the items by the last `depth` names of their paths, the fewest by which all differ. */
+static int testset_sort_names(slam_testset *s, const char *path) {
+    const char *twice = "";
+    s->names = NEW(struct slam_test_name, s->items.n);
+    while (twice && s->depth++ < 9) {
+        twice = NULL;
+        for (size_t i = 0; i < s->items.n; i++) s->names[i] = item_name(s->items.at[i], s->depth, i);
+        qsort(s->names, s->items.n, sizeof *s->names, compare_u64);
+        for (size_t i = 1; i < s->items.n; i++)
+            if (s->names[i].hash == s->names[i - 1].hash) twice = s->items.at[s->names[i].item];
+    }
+    return !twice || set_error("%s: two sequences have the name '%s'", path, twice);
+}
+
+void slam_testset_free(slam_testset *s) {
+    if (!s) return;
+    for (size_t i = 0; i < s->n_members; i++) free(s->members[i].key);
+    slam_strings_free(&s->items);
+    free(s->folder);
+    free(s->units);
+    free(s->scores);
+    free(s->accuracies);
+    free(s->pairs);
+    free(s->members);
+    free(s->names);
+    free(s);
+}
 
 slam_testset *slam_testset_open(int kind, const char *path, const char *split, int audio, const char *units) {
     slam_testset *s = NEW(slam_testset, 1);
@@ -10989,7 +11027,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
     while (ok && (status = units_next(&r, &u)) > 0) {
         const struct slam_test_name key = item_name(u.name, s->depth, 0);
         const struct slam_test_name *name =
-            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_item_names);
+            (const struct slam_test_name *)bsearch(&key, s->names, s->items.n, sizeof *s->names, compare_u64);
         if (!name) continue;
         slam_units *item = &list[name->item];
         if (item->unit) ok = set_error("%s: an earlier line has the name '%s'", r.what, u.name);
@@ -11010,7 +11048,7 @@ int slam_testset_read_units(const slam_testset *s, int n_units, slam_units *list
 /* ---- test sets: accuracies ---- */
 
 void slam_testset_score(slam_testset *s, const double *scores) {
-    double *sum = NEW(double, s->n_cells), *n = NEW(double, s->n_cells);
+    double *mean = NEW(double, s->n_cells), *n = NEW(double, s->n_cells);
     char text[32];
     if (!s->scores) s->scores = NEW(double, s->items.n);
     if (!s->accuracies) s->accuracies = NEW(slam_accuracy, s->n_members);
@@ -11018,27 +11056,26 @@ void slam_testset_score(slam_testset *s, const double *scores) {
         snprintf(text, sizeof text, "%.9g", scores[i]);
         s->scores[i] = strtod(text, NULL);
     }
-    for (size_t i = 0; i < s->n_pairs; i++) {
-        struct slam_test_pair *p = &s->pairs[i];
+    for (struct slam_test_pair *p = s->pairs; p < s->pairs + s->n_pairs; p++) {
         const double correct = s->scores[p->correct], wrong = s->scores[p->wrong];
         p->score = correct > wrong ? 1 : correct == wrong ? 0.5 : 0;
-        sum[p->cell] += p->score;
+        mean[p->cell] += p->score;
         n[p->cell]++;
     }
+    for (size_t i = 0; i < s->n_cells; i++) mean[i] /= n[i];
     s->n_accuracies = 0;
-    for (size_t i = 0, end; i < s->n_members; i = end) {
+    for (size_t i = 0, end = 0; i < s->n_members; i = end) {
         const struct slam_test_member *m = &s->members[i];
-        const int group = *m->key - '0';
-        slam_accuracy a = {group_names[group], m->key + MEMBER_NAME, 0, 0, 0};
-        for (end = i; end < s->n_members && !strcmp(s->members[end].key, m->key); end++)
-            a.n += s->members[end].cell != NONE;
-        for (size_t k = 0; k < a.n; k++) a.mean += sum[m[k].cell] / n[m[k].cell];
+        slam_accuracy a = {group_names[*m->key - '0'], m->key + MEMBER_NAME, 0, 0, 0};
+        for (; end < s->n_members && !strcmp(s->members[end].key, m->key); end++) a.n += s->members[end].cell != NONE;
+        for (size_t k = 0; k < a.n; k++) a.mean += mean[m[k].cell];
         a.mean = a.n ? a.mean / (double)a.n : NAN;
-        for (size_t k = 0; k < a.n; k++) a.deviation += pow(sum[m[k].cell] / n[m[k].cell] - a.mean, 2);
+        for (size_t k = 0; k < a.n; k++) a.deviation += pow(mean[m[k].cell] - a.mean, 2);
         a.deviation = a.n > 1 ? sqrt(a.deviation / (double)(a.n - 1)) : NAN;
-        if (group != BY_PART || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
+        const int is_part = *m->key - '0' == BY_PART; // listed if there are several
+        if (!is_part || a.n < s->n_cells || s->kind == SLAM_SALMON) s->accuracies[s->n_accuracies++] = a;
     }
-    free(sum);
+    free(mean);
     free(n);
 }
 
@@ -11070,33 +11107,37 @@ static void strbuf_add_metrics(strbuf *out, const char *prefix, const slam_metri
     }
 }
 
+static void strbuf_add_accuracy(strbuf *out, const slam_accuracy *a) {
+    const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
+    const slam_metric m[] = {
+        {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
+    strbuf_add(out, ", \"n\": %zu", a->n);
+    strbuf_add_metrics(out, "", m, 4);
+}
+
 /* {"task", "of", accuracy, "by_GROUP": [{"GROUP": name, accuracy}, ...], "pairs": [...], "scores": [...]} */
 int slam_testset_write(const slam_testset *s, const char *task, int sum, const char *path) {
+    const slam_accuracy *a = s->accuracies;
     strbuf out = ZERO;
-    strbuf_add(&out, "{\"task\": \"%s\", \"of\": \"%s\", ", task, sum ? "sum" : "mean");
-    for (size_t i = 0; i < s->n_accuracies; i++) {
-        const slam_accuracy *a = &s->accuracies[i];
-        const double half = 1.96 * a->deviation / sqrt((double)a->n); // of the 95 % interval
-        const slam_metric m[] = {
-            {"accuracy", a->mean}, {"std", a->deviation}, {"low", a->mean - half}, {"high", a->mean + half}};
-        const int first = i && strcmp(a->group, a[-1].group);
-        const int last = i && (i + 1 == s->n_accuracies || strcmp(a->group, a[1].group));
-        if (first) strbuf_add(&out, ", \"by_%s\": [", a->group);
-        if (i) strbuf_add(&out, "%s{\"%s\": ", first ? "" : ", ", a->group);
-        if (i) strbuf_add_name(&out, "", a->name);
-        strbuf_add(&out, "%s\"n\": %zu", i ? ", " : "", a->n);
-        strbuf_add_metrics(&out, "", m, 4);
-        strbuf_add(&out, "%s%s", i ? "}" : "", last ? "]" : "");
+    strbuf_add(&out, "{\"task\": \"%s\", \"of\": \"%s\"", task, sum ? "sum" : "mean");
+    strbuf_add_accuracy(&out, a);
+    for (size_t i = 1; i < s->n_accuracies; i++) {
+        if (!strcmp(a[i].group, a[i - 1].group)) strbuf_add(&out, ", {\"%s\": ", a[i].group);
+        else strbuf_add(&out, "%s, \"by_%s\": [{\"%s\": ", i > 1 ? "]" : "", a[i].group, a[i].group);
+        strbuf_add_json(&out, a[i].name);
+        strbuf_add_accuracy(&out, &a[i]);
+        strbuf_add(&out, "}");
     }
+    strbuf_add(&out, "%s, \"pairs\": [\n", s->n_accuracies > 1 ? "]" : "");
     for (size_t i = 0; i < s->n_pairs; i++) {
-        const struct slam_test_pair *p = &s->pairs[i];
-        strbuf_add_name(&out, i ? "},\n{\"right\": " : ", \"pairs\": [\n{\"right\": ", s->items.at[p->correct]);
-        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[p->wrong]);
+        strbuf_add_name(&out, i ? ",\n{\"right\": " : "{\"right\": ", s->items.at[s->pairs[i].correct]);
+        strbuf_add_name(&out, ", \"wrong\": ", s->items.at[s->pairs[i].wrong]);
         strbuf_add(&out, ", \"score\": ");
-        strbuf_add_number(&out, p->score);
+        strbuf_add_number(&out, s->pairs[i].score);
+        strbuf_add(&out, "}");
     }
     for (size_t i = 0; i < s->items.n; i++) {
-        strbuf_add_name(&out, i ? "},\n{\"name\": " : "}], \"scores\": [\n{\"name\": ", s->items.at[i]);
+        strbuf_add_name(&out, i ? "},\n{\"name\": " : "], \"scores\": [\n{\"name\": ", s->items.at[i]);
         strbuf_add(&out, ", \"score\": ");
         strbuf_add_number(&out, s->scores[i]);
     }
@@ -11129,18 +11170,11 @@ static int path_writable(const char *path) {
     return ok;
 }
 
-/* A line break is written to a device, which may be full; it is space in all that is written. */
 int slam_output_check(const char *path) {
-    struct stat s;
     if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_direct(path)) return path_writable(path);
-    const int device = stat(path, &s) == 0 && S_ISCHR(s.st_mode);
-    const int fd = device ? open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
-    const int ok = device ? fd >= 0 && (isatty(fd) || write(fd, "\n", 1) == 1) : access(path, W_OK) == 0;
-    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
-    return ok;
+    return access(path, W_OK) == 0 || set_error("%s: cannot be written: %s", path, strerror(errno));
 }
 
 /* ---- prompts ---- */
@@ -11232,18 +11266,19 @@ double slam_unit_auto_bleu(const int *units, size_t n, int order) {
 }
 
 /* ---- generation ----
-   Each sequence has a slot of the decoder, which it frees for the next prompt when it ends. */
+   A sequence has a slot of the decoder, which the next prompt gets when it ends. */
 
 typedef struct generator {
     const slam_generation *how;
     slam_decoder *decoder;
     slam_prompt **prompts; // (n) without a continuation
-    size_t n, next, size;  // this rank starts `next` and every size-th after it
+    size_t n, next, size;  // this rank's prompts: `next` is the one to start, then every size-th
     slam_prompt **slots;   // (n_slots) NULL: a free slot
     int V, n_slots, n_free;
-    float *logits;            // (n_slots,V)
-    unsigned char *seen;      // (n_slots,V) for slam_sample
-    double n_drawn, n_unused; // tokens so far; tokens that were not needed, as sequences ended before max_new
+    float *logits;       // (n_slots,V)
+    unsigned char *seen; // (n_slots,V) for slam_sample
+    double n_drawn;      // tokens so far
+    double n_unused;     // tokens that sequences would have had if they had not ended before max_new
 } generator;
 
 static int compare_prompts(const void *a, const void *b) {
@@ -11262,7 +11297,8 @@ static int generation_check(const slam_generation *how, const slam_config *c) {
     return sampling_check(&how->sampling);
 }
 
-/* Truncates the prompts to the context, chooses their random streams and sorts those without a continuation. */
+/* Truncates the prompts to the context, sorts them, chooses their random streams and lists those without a
+   continuation. */
 static int generator_open(generator *g, slam_model *m, slam_prompts *p) {
     const slam_comm *comm = m->ops->comm;
     const int most = g->how->context - g->how->max_new;
@@ -11331,17 +11367,17 @@ static int generator_draw(const generator *g, int slot) {
     unsigned char *seen = g->seen + (size_t)slot * g->V;
     for (int v = 0; v < g->V; v++)
         if (!isfinite(logits[v])) return -1;
-    memset(seen, 0, penalty ? (size_t)g->V : 0);
-    for (int t = 0; penalty && t < q->n; t++) seen[q->tokens[t]] = 1;
-    for (int t = 0; penalty && t < q->length; t++) seen[q->continuation[t]] = 1;
+    memset(seen, 0, (size_t)g->V);
+    for (int t = 0; t < q->n; t++) seen[q->tokens[t]] = 1;
+    for (int t = 0; t < q->length; t++) seen[q->continuation[t]] = 1;
     return slam_sample(logits, g->V, penalty ? seen : NULL, &g->how->sampling, rng_uniform(&q->rng));
 }
 
 static int generator_busy(const generator *g) { return g->next < g->n || g->n_free < g->n_slots; }
 
-/* One more token for each sequence. */
+/* One more token for each sequence. Starting one sequence costs as much as a step of all, so that a few free slots are
+   waited for. */
 static int generator_step(generator *g) {
-    /* Starting one sequence costs as much as a step of all, so that a few free slots are waited for. */
     if (g->next < g->n && g->n_free > g->n_slots / 8 && !generator_start(g)) return 0;
     if (!slam_decoder_logits(g->decoder, g->logits)) return 0;
     PARALLEL_FOR
@@ -11367,21 +11403,22 @@ static int generator_step(generator *g) {
 
 /* Gives every rank the continuations of all: sums over the ranks, of which at most one has the continuation. */
 static int generator_exchange(const generator *g, slam_comm *comm) {
-    const size_t n = (size_t)g->how->max_new + 3;
-    double *sum = NEW(double, n); // 1, length, ended, tokens; zeros: there is no continuation
+    const int n = g->how->max_new + 2;
+    double *sum = NEW(double, n); // 1 + length, ended, tokens; zeros: there is no continuation
     for (size_t i = 0; g->size > 1 && i < g->n; i++) {
         slam_prompt *q = g->prompts[i];
-        memset(sum, 0, n * sizeof *sum);
-        sum[0] = q->continuation != NULL;
-        sum[1] = sum[0] * q->length;
-        sum[2] = sum[0] * q->ended;
-        for (int t = 0; t < (int)sum[1]; t++) sum[3 + t] = q->continuation[t];
-        slam_comm_sum(comm, sum, n);
-        if (sum[0] == 0 || q->continuation) continue;
-        q->continuation = NEW(int, g->how->max_new);
-        q->length = (int)sum[1];
-        q->ended = (int)sum[2];
-        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[3 + t];
+        memset(sum, 0, (size_t)n * sizeof *sum);
+        if (q->continuation) {
+            sum[0] = 1 + q->length;
+            sum[1] = q->ended;
+            for (int t = 0; t < q->length; t++) sum[2 + t] = q->continuation[t];
+        }
+        slam_comm_sum(comm, sum, (size_t)n);
+        if (sum[0] == 0) continue;
+        if (!q->continuation) q->continuation = NEW(int, g->how->max_new);
+        q->length = (int)sum[0] - 1;
+        q->ended = (int)sum[1];
+        for (int t = 0; t < q->length; t++) q->continuation[t] = (int)sum[2 + t];
     }
     free(sum);
     return slam_all_ok(comm, 1);
@@ -11393,18 +11430,14 @@ int slam_generate(slam_model *m, const slam_generation *how, slam_prompts *p, sl
     const int steps = comm && comm->size > 1 ? 16 : 1; // between reports, which the ranks make together
     generator g = ZERO;
     g.how = how;
-    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p));
-    double sums[3] = {(double)g.n, 0, 0}; // ranks at work, tokens drawn, tokens not needed
-    while (ok && sums[0] > 0) {
+    int ok = slam_all_ok(comm, generation_check(how, &m->config) && generator_open(&g, m, p)), stop = g.n == 0;
+    while (ok && !stop) {
         for (int i = 0; ok && i < steps && generator_busy(&g); i++) ok = generator_step(&g);
         if (!(ok = slam_all_ok(comm, ok))) break;
-        sums[0] = generator_busy(&g);
-        sums[1] = g.n_drawn;
-        sums[2] = g.n_unused;
+        double sums[] = {(double)generator_busy(&g), g.n_drawn, g.n_unused};
         slam_comm_sum(comm, sums, 3);
-        const double most = (double)g.n * how->max_new - sums[2];
-        const int stop = !report_progress(progress, context, "generate", sums[1], most);
-        if (slam_comm_max(comm, stop) > 0) break; // a signal may have reached one rank only
+        stop = !report_progress(progress, context, "generate", sums[1], (double)g.n * how->max_new - sums[2]);
+        stop = sums[0] == 0 || slam_comm_max(comm, stop) > 0; // a signal may have reached one rank only
     }
     for (int i = 0; i < g.n_slots; i++) {
         if (!g.slots[i]) continue; // else it was stopped
@@ -11534,57 +11567,37 @@ void slam_trainer_paths(const slam_trainer *t, const char *name, slam_strings *p
 
 /* ---- optimizer.safetensors: NAME.m and NAME.v of each tensor, and in the metadata the number of updates ---- */
 
-static const char *moment_name(const model_tensor *t, size_t k, char name[96]) {
-    snprintf(name, 96, "%s.%c", t->name, k % 2 ? 'v' : 'm');
-    return name;
-}
+static const char *const moment_suffixes[] = {".m", ".v"};
 
 /* Collective. */
 static int optimiser_save(slam_adamw *opt, const char *folder) {
     slam_comm *comm = opt->model->ops->comm;
-    const model_tensors *tensors = &opt->model->layout->tensors;
-    const size_t total = opt->model->n_weights, n = 2 * tensors->n;
-    float *host = is_root(comm) ? NEW(float, 2 * total) : NULL;
-    int ok = slam_all_ok(comm, adamw_state_download(opt, opt->m, host)) &&
-             slam_all_ok(comm, adamw_state_download(opt, opt->v, host ? host + total : NULL));
-    if (ok && host) {
-        slam_strings names = ZERO;
-        tensor *out = NEW(tensor, n);
-        char updates[32], name[96];
+    const size_t n = opt->model->n_weights;
+    float *m = is_root(comm) ? NEW(float, 2 * n) : NULL, *v = m ? m + n : NULL;
+    int ok = slam_all_ok(comm, adamw_download(opt, opt->m, m)) && slam_all_ok(comm, adamw_download(opt, opt->v, v));
+    if (ok && m) {
+        char updates[32];
         const char *const metadata[] = {"updates", updates, NULL};
         snprintf(updates, sizeof updates, "%ld", opt->updates);
-        for (size_t k = 0; k < n; k++) {
-            const model_tensor *t = &tensors->list[k / 2];
-            slam_strings_add(&names, moment_name(t, k, name));
-            out[k] = tensor_to_write(t, names.at[k], host + k % 2 * total);
-        }
-        ok = tensors_write(path_join(folder, "optimizer.safetensors").at, out, n, metadata);
-        slam_strings_free(&names);
-        free(out);
+        ok = weights_write(path_join(folder, "optimizer.safetensors").at, &opt->model->layout->tensors, "",
+                           moment_suffixes, 2, m, metadata);
     }
-    free(host);
+    free(m);
     return ok;
 }
 
 /* Collective. `step`: that of trainer.json, the expected number of updates. */
 static int optimiser_load(slam_adamw *opt, const char *folder, long step) {
     slam_ops *ops = opt->model->ops;
-    const model_tensors *moments = &opt->model->layout->tensors;
+    const model_tensors *list = &opt->model->layout->tensors;
     const slam_path path = path_join(folder, "optimizer.safetensors");
-    char name[96];
     tensors *file = tensors_open(path.at);
     int ok = file != NULL;
-    if (ok && file->n != 2 * moments->n)
-        ok = set_error("%s: %zu tensors, expected %zu", path.at, file->n, 2 * moments->n);
-    for (size_t k = 0; ok && k < 2 * moments->n; k++) {
-        const model_tensor *t = &moments->list[k / 2];
-        const tensor *found = tensors_find(file, moment_name(t, k, name));
-        ok = found ? tensor_has_shape(found, t->rows ? 2 : 1, t->rows ? t->rows : t->cols, t->cols)
-                   : set_error("%s: tensor '%s' is missing", path.at, name);
-        if (!ok) break;
-        float *host = NEW(float, found->count);
-        ok = tensor_floats(found, host, 0, found->count);
-        if (ok) adamw_state_upload(opt, k % 2 ? opt->v : opt->m, host, t->at, found->count);
+    for (size_t k = 0; ok && k < 2 * list->n; k++) {
+        const model_tensor *t = &list->list[k / 2];
+        float *host = weights_read(weights_find(file, t, moment_suffixes[k % 2], 0), tensor_size(t));
+        ok = host != NULL;
+        if (ok) adamw_upload(opt, k % 2 ? opt->v : opt->m, host, t->offset, tensor_size(t));
         free(host);
     }
     const char *updates = ok ? tensors_metadata(file, "updates") : NULL;
@@ -11606,22 +11619,17 @@ static slam_path checkpoint_path(const char *run, long step) {
     return path_join(run, name);
 }
 
-static int compare_steps(const void *a, const void *b) {
-    const long x = *(const long *)a, y = *(const long *)b;
-    return (x > y) - (x < y);
-}
-
 /* The steps of the checkpoints in ascending order; free() them. NULL on failure. */
-static long *checkpoint_steps(const char *run, size_t *n) {
+static uint64_t *checkpoint_steps(const char *run, size_t *n) {
     slam_strings list = ZERO;
-    long *steps = folder_list(run, &list) ? NEW(long, list.n + 1) : NULL;
+    uint64_t *steps = folder_list(run, &list) ? NEW(uint64_t, list.n + 1) : NULL;
     *n = 0;
     for (size_t i = 0; steps && i < list.n; i++) {
         const char *number = list.at[i] + strlen("step_");
         if (!strncmp(list.at[i], "step_", 5) && *number && !number[strspn(number, "0123456789")])
-            steps[(*n)++] = atol(number);
+            steps[(*n)++] = strtoull(number, NULL, 10);
     }
-    if (steps) qsort(steps, *n, sizeof *steps, compare_steps);
+    if (steps) qsort(steps, *n, sizeof *steps, compare_u64);
     slam_strings_free(&list);
     return steps;
 }
@@ -11629,8 +11637,8 @@ static long *checkpoint_steps(const char *run, size_t *n) {
 /* *folder: the newest checkpoint; NULL: there is none. */
 static int checkpoint_find(const char *run, char **folder) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
-    *folder = n ? string_copy(checkpoint_path(run, steps[n - 1]).at) : NULL;
+    uint64_t *steps = checkpoint_steps(run, &n);
+    *folder = n ? string_copy(checkpoint_path(run, (long)steps[n - 1]).at) : NULL;
     free(steps);
     return steps != NULL;
 }
@@ -11653,11 +11661,13 @@ static int checkpoint_links(const char *run, const slam_trainer *t) {
    for a checkpoint. */
 static int checkpoint_prune(const char *run, int keep, long best) {
     size_t n;
-    long *steps = checkpoint_steps(run, &n);
+    uint64_t *steps = checkpoint_steps(run, &n);
     const slam_path part = path_join(run, CHECKPOINT_PART);
     int ok = steps != NULL;
-    for (size_t i = 0; ok && i + (size_t)keep < n; i++)
-        if (steps[i] != best) ok = file_rename(checkpoint_path(run, steps[i]).at, part.at) && remove_tree(part.at);
+    for (size_t i = 0; ok && i + (size_t)keep < n; i++) {
+        const long step = (long)steps[i];
+        if (step != best) ok = file_rename(checkpoint_path(run, step).at, part.at) && remove_tree(part.at);
+    }
     free(steps);
     return ok;
 }
@@ -11670,15 +11680,15 @@ int slam_checkpoint_save(const char *run, slam_model *model, slam_adamw *opt, co
     const char *part = part_path.at;
     float *host = root ? NEW(float, model->n_weights) : NULL;
     int ok = slam_all_ok(comm, !root || (remove_tree(part) && folder_create(part))) &&
-             slam_all_ok(comm, master_download(opt, host) && (!root || model_write(model, host, part, format)));
+             slam_all_ok(comm, adamw_download(opt, opt->master ? opt->master : model->master, host)) &&
+             slam_all_ok(comm, !root || model_write(model, host, part, format));
     free(host);
     ok = ok && slam_all_ok(comm, optimiser_save(opt, part)) &&
          slam_all_ok(comm, !root || (trainer_save(t, part) && folder_sync(part) &&
                                      file_rename(part, checkpoint_path(run, t->step).at) && folder_sync(run)));
     if (!ok && root) remove_tree(part);
-    ok = ok &&
-         slam_all_ok(comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
-    return ok;
+    return ok && slam_all_ok(
+                     comm, !root || (checkpoint_links(run, t) && (!keep || checkpoint_prune(run, keep, t->best_step))));
 }
 
 /* ---- runs/ ---- */
@@ -11698,15 +11708,11 @@ static char *run_newest(const char *program) {
         char *checkpoint = NULL;
         slam_trainer t = ZERO;
         struct stat s;
-        int found = stat(path_join(run.at, "log.jsonl").at, &s) == 0 && checkpoint_find(run.at, &checkpoint) &&
-                    (checkpoint || program);
-        if (found && program) {
-            found = slam_trainer_load(&t, checkpoint ? checkpoint : run.at);
-            const char *of = slam_trainer_setting(&t, "program", 0);
-            found = of && !strcmp(of, program);
-        }
-        const double time = found ? (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec : 0;
-        if (time > newest_time) {
+        if (stat(path_join(run.at, "log.jsonl").at, &s) != 0 || !checkpoint_find(run.at, &checkpoint)) continue;
+        if (program) slam_trainer_load(&t, checkpoint ? checkpoint : run.at); // empty on failure
+        const char *of = slam_trainer_setting(&t, "program", 0);
+        const double time = (double)s.st_mtim.tv_sec + 1e-9 * (double)s.st_mtim.tv_nsec;
+        if ((program ? of && !strcmp(of, program) : checkpoint != NULL) && time > newest_time) {
             newest = run;
             newest_time = time;
         }
@@ -11737,23 +11743,19 @@ char *slam_run_model(const char *path, const char *program) {
 
 static volatile sig_atomic_t stop_requested, interrupts;
 
-/* A terminal that closes sends SIGHUP, some shells once more: what is done by then is still saved. */
+/* A closing terminal sends SIGHUP, some shells send it again: that never exits at once, so that the run is saved. */
 static void on_signal(int number) {
     if (number != SIGHUP && interrupts++) _exit(128 + number);
     stop_requested = 1;
 }
 
-/* Only the output is lost. A program that is started gets the default action again, which it would not if SIGPIPE were
-   ignored. */
+/* Writing to a closed pipe then fails and loses only the output. SIG_IGN would be inherited by child processes. */
 static void on_closed_pipe(int number) { (void)number; }
 
 void slam_signals_catch(void) {
-    struct sigaction before, action = ZERO;
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN); // nohup
 }
 
 int slam_stop_requested(void) { return stop_requested != 0; }
@@ -11785,7 +11787,8 @@ slam_comm *slam_program_begin(const char *program) {
                 program, missing);
         return NULL;
     }
-    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) fd = open("/dev/null", O_RDWR); // no file becomes a closed stdout
+    for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;)
+        fd = open("/dev/null", O_RDWR); // if one is closed, a file would get its number
     signal(SIGPIPE, on_closed_pipe);
     slam_comm *comm = slam_comm_init();
     if (comm && (is_root(comm) || freopen("/dev/null", "w", stdout))) return comm;
@@ -11826,7 +11829,7 @@ static int is_choice(const char *words, const char *value) {
     return 0;
 }
 
-static int flag_set_number(slam_flag *f, const char *value) {
+static int flag_set_number(const slam_flag *f, const char *value, strbuf *text) {
     const int type = flag_type(f);
     char *end;
     double x = strtod(value, &end);
@@ -11840,39 +11843,30 @@ static int flag_set_number(slam_flag *f, const char *value) {
     if (type < SLAM_LONG) *(int *)f->to = (int)x;
     else if (type == SLAM_LONG) *(long *)f->to = (long)x;
     else *(double *)f->to = x;
+    strbuf_add_number(text, x);
     return 1;
 }
 
 static int flag_set(slam_flag *f, const char *value) {
     const int type = flag_type(f);
+    strbuf text = ZERO;
     int gpu, end = 0;
     if (type < SLAM_TEXT && !strcmp(value, "auto")) return 1;
-    f->set = 1;
-    if (type < SLAM_TEXT) return flag_set_number(f, value);
+    if (type < SLAM_TEXT && !flag_set_number(f, value, &text)) return 0;
     if (type == SLAM_CHOICE && !is_choice(f->argument, value))
         return set_error("--%s %s: expected %s", f->name, value, f->argument);
     if (type == SLAM_DEVICE && !is_choice("auto|cpu|cuda", value) &&
         (sscanf(value, "cuda:%4d%n", &gpu, &end) != 1 || value[end] || gpu < 0))
         return set_error("--%s %s: expected auto, cpu, cuda or cuda:N", f->name, value);
-    if (type == SLAM_LIST) slam_strings_add((slam_strings *)f->to, value);
-    else {
-        free(*(char **)f->to);
-        *(char **)f->to = string_copy(type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    if (type == SLAM_LIST) {
+        slam_strings_add((slam_strings *)f->to, value);
+        return 1;
     }
+    if (type >= SLAM_TEXT) strbuf_add(&text, "%s", type == SLAM_PATH ? slam_path_absolute(value).at : value);
+    free(f->text);
+    f->text = text.at;
+    if (type >= SLAM_TEXT) *(char **)f->to = f->text;
     return 1;
-}
-
-static double flag_number(const slam_flag *f) {
-    const int type = flag_type(f);
-    return type < SLAM_LONG ? *(int *)f->to : type == SLAM_LONG ? (double)*(long *)f->to : *(double *)f->to;
-}
-
-/* The value as the command line spells it, free() it; not of lists. "": none. */
-static char *flag_text(const slam_flag *f) {
-    strbuf s = ZERO;
-    if (flag_type(f) < SLAM_TEXT) strbuf_add_number(&s, flag_number(f));
-    else strbuf_add(&s, "%s", *(char **)f->to ? *(char **)f->to : "");
-    return s.at;
 }
 
 /* Words in lines of up to 79 columns. `column`: where the first line stands; `margin`: where the others begin. */
@@ -11937,7 +11931,7 @@ int slam_flags_parse(slam_flags *f, int argc, char **argv) {
 
 int slam_flags_defaults(slam_flags *f, int column) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        if (!a->name || a->set || !a->fallback) continue;
+        if (!a->name || a->text || !a->fallback) continue;
         const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
         char value[64];
         snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
@@ -11957,9 +11951,8 @@ int slam_flags_set(slam_flags *f, const char *name, const char *value) {
 
 void slam_flags_free(slam_flags *f) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
-        const int type = flag_type(a);
-        if (type == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
-        else if (type >= SLAM_TEXT) free(*(char **)a->to);
+        if (flag_type(a) == SLAM_LIST) slam_strings_free((slam_strings *)a->to);
+        free(a->text);
     }
     slam_strings_free(&f->rest);
 }
@@ -12052,9 +12045,8 @@ slam_path slam_path_absolute(const char *path) {
 static int is_cuda(const slam_ops *ops) { return !strncmp(ops->name, "cuda", 4); }
 
 int slam_threads(const slam_comm *comm, int threads) {
-    const int ranks = comm ? comm->local_size : 1;
-    const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks,
-              bound = omp_get_max_threads(); // mpirun may bind a rank
+    const int ranks = comm ? comm->local_size : 1, cores = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks;
+    const int bound = omp_get_max_threads(); // fewer, if mpirun binds the rank
     if (!threads && ranks > 1) threads = cores < 1 ? 1 : cores < bound ? cores : bound;
     if (threads > 0) omp_set_num_threads(threads);
     return omp_get_max_threads();
@@ -12063,7 +12055,7 @@ int slam_threads(const slam_comm *comm, int threads) {
 slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, int threads) {
     const int ranks = comm ? comm->size : 1, cpu = !strcmp(device, "cpu"), act_bytes = strcmp(dtype, "f32") ? 2 : 4;
     int gpu = ranks == 1 || cpu || slam_cuda_count() == 1 ? 0 : comm->local_rank; // Slurm may show a rank only its own
-    char why[256] = "";                                                           // there is no GPU
+    char why[256] = ""; // ": " and the reason why the GPU is not used
     slam_ops *ops = NULL;
     int ok = 1;
     if (sscanf(device, "cuda:%d", &gpu) == 1 && ranks > 1)
@@ -12073,12 +12065,9 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     if (ok && (cpu || (!ops && !strcmp(device, "auto")))) ops = slam_cpu(threads);
     if (ops && strcmp(dtype, "auto") && ops->act_bytes != act_bytes)
         ok = set_error("--dtype %s: the CPU computes in f32 only%s", dtype, why);
-    ok = slam_all_ok(comm, ok && ops);
-    if (ok && !comm_equal(comm, (uint64_t)is_cuda(ops))) {
-        set_error("--device auto: only some of the ranks have a GPU%s", why);
-        ok = slam_all_ok(comm, 0);
-    }
-    if (!ok) {
+    ok = slam_all_ok(comm, ok && ops) && (comm_equal(comm, (uint64_t)is_cuda(ops)) ||
+                                          set_error("--device auto: only some of the ranks have a GPU%s", why));
+    if (!slam_all_ok(comm, ok)) {
         slam_ops_free(ops);
         return NULL;
     }
@@ -12090,23 +12079,22 @@ slam_ops *slam_device(slam_comm *comm, const char *device, const char *dtype, in
     return ops;
 }
 
-/* FLOP/s of the model's largest product: the best of some calls; 0: not enough memory. Its inputs are weights, because
+/* FLOP/s of the model's largest product, the best of some calls; 0: no memory for it. Its inputs are weights, because
    products of zeros are faster. */
 static double measure_peak(const slam_model *m, int rows) {
     slam_ops *ops = m->ops;
     const int C = m->config.C, O = 2 * m->config.F; // gate and up
     const int most = rows < 8192 ? rows : 8192, N = m->n_weights / C < (size_t)most ? (int)(m->n_weights / C) : most;
     slam_act *out = (slam_act *)ops->alloc(ops, (size_t)N * O * ops->act_bytes);
-    double best = 0, began = slam_clock();
-    for (int i = 0; out && (i < 4 || (i < 100 && slam_clock() - began < 0.03)); i++) {
-        const double start = slam_clock();
+    double shortest = INFINITY;
+    for (double began = slam_clock(), start = began; out && start < began + 0.03;) {
         ops->matmul_forward(ops, out, m->weights, m->weights, NULL, N, C, O);
         if (!ops->finish(ops)) break;
-        const double speed = 2.0 * N * C * O / (slam_clock() - start);
-        if (speed > best) best = speed;
+        shortest = fmin(shortest, slam_clock() - start);
+        start = slam_clock();
     }
     ops->release(ops, out);
-    return best;
+    return 2.0 * N * C * O / shortest;
 }
 
 /* ---- flags of the unit tokenizer ---- */
@@ -12256,47 +12244,18 @@ static int settings_restore(slam_run *r) {
         const char *stored = slam_trainer_setting(&r->trainer, f->name, 0);
         if (!f->given && stored && !flag_set(f, stored)) return 0;
         if (!f->given || (f->type & SLAM_FREE)) continue;
-        char *given = flag_text(f);
-        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(given, stored);
-        const int ok = same || (limit && (!stored || strtod(stored, NULL) < flag_number(f)));
-        if (!ok)
-            set_error("--%s %s: the resumed run has %s%s", f->name, given, stored ? stored : "none",
-                      limit ? ", and a limit may only grow" : "");
-        free(given);
-        if (!ok) return 0;
+        const int limit = (f->type & SLAM_LIMIT) != 0, same = stored && !strcmp(f->text, stored);
+        if (!same && (!limit || (stored && strtod(stored, NULL) >= strtod(f->text, NULL))))
+            return set_error("--%s %s: the resumed run has %s%s", f->name, f->text, stored ? stored : "none",
+                             limit ? ", and a limit may only grow" : "");
         r->grows |= !same;
     }
     return 1;
 }
 
-static void settings_save(slam_run *r) {
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
-        if (!is_setting(f) || !f->set) continue;
-        if ((f->type & SLAM_LIMIT) && !r->limited) continue; // a default; another may be given later
-        char *value = flag_text(f);
-        slam_trainer_set(&r->trainer, f->name, 0, value);
-        free(value);
-    }
-}
-
-/* list: of the command line, which must be the run's, or empty; becomes the paths to open. */
-static int paths_restore(slam_run *r, const char *name, slam_strings *list) {
-    slam_strings asked = *list;
-    int ok = 1;
-    memset(list, 0, sizeof *list);
-    slam_trainer_paths(&r->trainer, name, list);
-    for (size_t i = 0; ok && asked.n && (i < asked.n || i < list->n); i++) {
-        const char *a = i < asked.n ? asked.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
-        if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
-            ok = set_error("%s %s: the resumed run has %s", name, a, b);
-    }
-    slam_strings_free(&asked);
-    return ok;
-}
-
 /* Whether the run can be written, in its folder or the nearest one above it that exists. */
 static int run_writable(const slam_run *r) {
-    slam_path path = path_join(r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
+    slam_path path = path_join(*r->folder ? r->folder : "runs", "log.jsonl"), folder = path;
     for (char *slash; (slash = strrchr(folder.at, '/')) != NULL && slash > folder.at; path = folder) {
         *slash = 0;
         if (path_exists(folder.at)) break;
@@ -12304,13 +12263,16 @@ static int run_writable(const slam_run *r) {
     return path_writable(path.at) || (r->o.out ? 0 : set_error("%s; --out DIR puts the run elsewhere", slam_error()));
 }
 
-/* --resume: finds the run and its newest checkpoint, or begins it. Without --resume --out must hold none. */
+/* Finds the run to resume and its newest checkpoint; --resume where there is none begins one. Without --resume, --out
+   must not hold a run. */
 static int run_find(slam_run *r) {
     const slam_options *o = &r->o;
+    char *newest = o->out || !o->resume ? NULL : run_newest(r->flags.program);
     r->fresh = r->grows = 1;
-    r->folder = o->out ? string_copy(o->out) : o->resume ? run_newest(r->flags.program) : NULL;
+    snprintf(r->folder, sizeof r->folder, "%s", o->out ? o->out : newest ? newest : "");
+    free(newest);
     if (!o->dry_run && is_root(r->comm) && !run_writable(r)) return 0;
-    if (!r->folder || !path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
+    if (!path_is_folder(r->folder) || (o->dry_run && !o->resume)) return 1;
     if (!checkpoint_find(r->folder, &r->checkpoint)) return 0;
     if (!r->checkpoint && !path_is_file(path_join(r->folder, "trainer.json").at)) return 1;
     if (!o->resume)
@@ -12320,40 +12282,52 @@ static int run_find(slam_run *r) {
     r->fresh = r->grows = 0;
     if (!slam_trainer_load(&r->trainer, r->checkpoint ? r->checkpoint : r->folder)) return 0;
     r->began -= r->trainer.seconds;
-    return settings_restore(r) && paths_restore(r, r->data_name, &r->flags.rest) && paths_restore(r, "val", &r->o.val);
+    return settings_restore(r);
 }
 
-/* Saves the names of the data as they are given and the folder that they are relative to. Without data, it is the
-   bundled data, whose path is not saved, because it moves with the program. */
-static void run_data(slam_run *r) {
-    slam_strings *data = &r->flags.rest, *val = &r->o.val;
-    slam_trainer *t = &r->trainer;
-    if (r->fresh) slam_trainer_set(t, "program", 0, r->flags.program);
-    if (r->fresh) slam_trainer_set(t, "folder", 0, slam_path_absolute(".").at);
-    for (size_t i = 0; r->fresh && i < data->n; i++) slam_trainer_set(t, r->data_name, i, data->at[i]);
-    for (size_t i = 0; r->fresh && i < val->n; i++) slam_trainer_set(t, "val", i, val->at[i]);
-    r->bundled = data->n == 0;
-    for (int k = 0; r->bundled && k < 2; k++) {
-        if (k == 1 && (val->n || r->o.val_fraction > 0)) break;
-        slam_strings_add(k ? val : data, slam_path_beside(r->argv0, r->bundled_data[k]).at);
+/* DATA and --val. A new run saves their names as they are given, and the folder that they are relative to. A resumed
+   run has its own; the command line must have the same, or none. The bundled data's path is not saved, because it moves
+   with the program. */
+static int run_data(slam_run *r) {
+    slam_strings *lists[] = {&r->flags.rest, &r->o.val};
+    const char *const names[] = {r->data_name, "val"};
+    int ok = 1;
+    if (r->fresh) slam_trainer_set(&r->trainer, "program", 0, r->flags.program);
+    if (r->fresh) slam_trainer_set(&r->trainer, "folder", 0, slam_path_absolute(".").at);
+    for (int k = 0; ok && k < 2; k++) {
+        slam_strings *list = lists[k], given = *list;
+        for (size_t i = 0; r->fresh && i < given.n; i++) slam_trainer_set(&r->trainer, names[k], i, given.at[i]);
+        if (!r->fresh) {
+            memset(list, 0, sizeof *list);
+            slam_trainer_paths(&r->trainer, names[k], list);
+            for (size_t i = 0; ok && given.n && (i < given.n || i < list->n); i++) {
+                const char *a = i < given.n ? given.at[i] : "none", *b = i < list->n ? list->at[i] : "none";
+                if (strcmp(slam_path_absolute(a).at, slam_path_absolute(b).at))
+                    ok = set_error("%s %s: the resumed run has %s", names[k], a, b);
+            }
+            slam_strings_free(&given);
+        }
+        if (k == 0) r->bundled = list->n == 0;
+        if (r->bundled && !list->n && (k == 0 || r->o.val_fraction <= 0))
+            slam_strings_add(list, slam_path_beside(r->argv0, r->bundled_data[k]).at);
     }
+    return ok;
 }
 
 int slam_run_open(slam_run *r) {
     const slam_options *o = &r->o;
     char min_lr[32];
-    if (!run_find(r)) return 0;
-    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->set;
+    if (!run_find(r) || !run_data(r)) return 0;
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) r->limited |= (f->type & SLAM_LIMIT) && f->text;
     for (slam_flag *f = r->table; f < r->table + r->flags.n; f++)
         if ((f->type & SLAM_LIMIT) && (r->limited || !r->fresh)) f->fallback = NULL;
-    if (!slam_flags_defaults(&r->flags, r->flags.rest.n == 0)) return 0;
+    if (!slam_flags_defaults(&r->flags, r->bundled)) return 0;
     snprintf(min_lr, sizeof min_lr, "%.15g", r->schedule.lr / 20);
     if (r->schedule.min_lr < 0) slam_flags_set(&r->flags, "min-lr", min_lr);
-    run_data(r);
     /* --dry-run --dtype bf16 plans for a GPU where there is none */
-    const int planned = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
-    if (!(r->ops = slam_device(r->comm, o->device, planned ? "auto" : o->dtype, o->threads))) return 0;
-    if (planned) r->ops->act_bytes = 2;
+    const int no_gpu = o->dry_run && !strcmp(o->dtype, "bf16") && strncmp(o->device, "cuda", 4);
+    if (!(r->ops = slam_device(r->comm, o->device, no_gpu ? "auto" : o->dtype, o->threads))) return 0;
+    if (no_gpu) r->ops->act_bytes = 2;
     const char *kind = is_cuda(r->ops) ? "cuda" : "cpu", *before = slam_trainer_setting(&r->trainer, "device", 0);
     if (before && strcmp(before, kind))
         printf("         the run was on %s before: its numbers will differ a little\n", before);
@@ -12371,7 +12345,7 @@ static int auto_micro_batch(const slam_run *r, int rows, int shards) {
     int micro = rows < most ? rows : most;
     while (micro > 1 && slam_config_memory(&r->config, r->ops->act_bytes, micro, r->T, r->mode, shards).total > space)
         micro--;
-    const int passes = (rows + micro - 1) / micro; // equal micro-batches: as many passes, less memory
+    const int passes = (rows + micro - 1) / micro; // as many with equal micro-batches, which need less memory
     return (rows + passes - 1) / passes;
 }
 
@@ -12434,7 +12408,8 @@ int slam_run_plan(slam_run *r, int rows, int T, double steps_per_epoch, double t
     return 1;
 }
 
-/* ---- a training run: algorithms of matrix products, the setting "products" ---- */
+/* ---- a training run: algorithms of matrix products ----
+   The setting "products": library|list, nine numbers in hexadecimal for each shape that was measured. */
 
 static void products_restore(const slam_run *r) {
     slam_products *p = r->ops->products;
@@ -12447,16 +12422,6 @@ static void products_restore(const slam_run *r) {
     }
     for (char *at = (char *)text + n; *at && p->measured < SLAM_PRODUCTS / 2; p->measured++)
         for (int i = 0; i < 9; i++) p->list[p->measured][i] = *at ? strtoull(at + 1, &at, 16) : 0;
-}
-
-static void products_save(slam_run *r) {
-    const slam_products *p = r->ops->products;
-    strbuf s = ZERO;
-    strbuf_add(&s, "%s", p->library);
-    for (int i = 0; i < 9 * p->measured; i++)
-        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
-    slam_trainer_set(&r->trainer, "products", 0, s.at);
-    strbuf_free(&s);
 }
 
 /* Forward and backward over a full micro-batch; the gradients are discarded. */
@@ -12477,12 +12442,17 @@ static int products_measure(const slam_run *r) {
 int slam_run_tune(slam_run *r) {
     slam_products *p = r->ops->products;
     const double began = slam_clock();
+    strbuf s = ZERO;
     if (!p || strcmp(r->o.tune, "on")) return 1;
     if (is_root(r->comm)) products_restore(r);
     const int restored = p->measured;
     if (!slam_all_ok(r->comm, !is_root(r->comm) || products_measure(r))) return 0;
     comm_broadcast(r->comm, p, sizeof *p);
-    products_save(r);
+    strbuf_add(&s, "%s", p->library);
+    for (int i = 0; i < 9 * p->measured; i++)
+        strbuf_add(&s, "%c%llx", i ? ' ' : '|', (unsigned long long)p->list[i / 9][i % 9]);
+    slam_trainer_set(&r->trainer, "products", 0, s.at);
+    strbuf_free(&s);
     if (p->measured > restored)
         printf("products %d measured in %.1f s\n", p->measured - restored, slam_clock() - began);
     return 1;
@@ -12502,9 +12472,9 @@ static double run_lap(slam_run *r) {
     return seconds;
 }
 
-/* Whether another step begins. There must be time left for an evaluation and a checkpoint now and after it. At the same
-   step a limit comes before a signal: nothing is left to resume. Clocks and signals are a rank's own, so all ranks take
-   the largest state. */
+/* Whether another step begins. There must be time left for an evaluation and a checkpoint before and after it. If a
+   limit and a signal come together, the limit counts: nothing is left to resume. Clocks and signals differ between
+   ranks, so all take the largest state. */
 static void run_update_state(slam_run *r) {
     const slam_trainer *t = &r->trainer;
     const double end = run_seconds(r) + r->slowest_step + 2 * (r->eval_seconds + r->save_seconds);
@@ -12517,21 +12487,17 @@ static void run_update_state(slam_run *r) {
 
 /* ---- a training run: folder and log ---- */
 
-/* Names the folder: --out, or the first of runs/NAME, runs/NAME-2, ... that is free. Rank 0 sends it to the others. */
+/* Names the folder, if it has no name yet, by the first of runs/NAME, runs/NAME-2, ... that is free. */
 static int run_name(slam_run *r) {
-    char path[4096] = "";
-    int ok = r->folder || !is_root(r->comm) || folder_create("runs");
-    if (r->folder) snprintf(path, sizeof path, "%s", r->folder);
-    for (int n = 1; ok && is_root(r->comm) && !*path; n++) {
-        snprintf(path, sizeof path, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
-        if (mkdir(path, 0777) == 0) break;
-        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", path, strerror(errno));
-        *path = 0;
+    int ok = *r->folder || !is_root(r->comm) || folder_create("runs");
+    for (int n = 1; ok && is_root(r->comm) && !*r->folder; n++) {
+        snprintf(r->folder, sizeof r->folder, n == 1 ? "runs/%s" : "runs/%s-%d", r->flags.program, n);
+        if (mkdir(r->folder, 0777) == 0) break;
+        if (errno != EEXIST) ok = set_error("%s: cannot create this folder: %s", r->folder, strerror(errno));
+        *r->folder = 0;
     }
     if (!slam_all_ok(r->comm, ok)) return 0;
-    comm_broadcast(r->comm, path, sizeof path);
-    free(r->folder);
-    r->folder = string_copy(path);
+    comm_broadcast(r->comm, r->folder, sizeof r->folder);
     return 1;
 }
 
@@ -12563,16 +12529,19 @@ static int run_open_folder(slam_run *r) {
 int slam_run_begin(slam_run *r, uint64_t data) {
     slam_trainer *t = &r->trainer;
     const uint64_t seen[] = {data, (uint64_t)t->step, (uint64_t)t->steps};
-    int ok = r->fresh || data == t->data ||
-             set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0]);
-    if (!slam_all_ok(r->comm, ok)) return 0;
-    ok = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen)) ||
-         set_error("the ranks see different data or checkpoints: expected files that all machines share");
+    const int equal = comm_equal(r->comm, hash_bytes(HASH_START, seen, sizeof seen));
+    const int ok =
+        (r->fresh || data == t->data ||
+         set_error("%s: is not the data that this run was begun with", r->flags.rest.at[0])) &&
+        (equal || set_error("the ranks see different data or checkpoints: expected files that all machines share"));
     if (!slam_all_ok(r->comm, ok) || !run_name(r)) return 0;
     printf("run      %s\n", r->folder);
     fflush(stdout);
     t->data = data;
-    settings_save(r);
+    for (const slam_flag *f = r->table; f < r->table + r->flags.n; f++) {
+        const int is_default = (f->type & SLAM_LIMIT) && !r->limited; // another limit may be given later
+        if (is_setting(f) && f->text && !is_default) slam_trainer_set(t, f->name, 0, f->text);
+    }
     r->schedule.warmup = warmup_steps(r->o.warmup, t->steps);
     r->schedule.steps = t->steps;
     r->saved_step = r->eval_step = t->step;
@@ -12585,9 +12554,9 @@ int slam_run_begin(slam_run *r, uint64_t data) {
 
 /* ---- a training run: the steps ---- */
 
-int slam_run_over(slam_run *r) {
+int slam_run_continues(slam_run *r) {
     run_lap(r);
-    return r->state != RUN_ON;
+    return r->state == RUN_ON;
 }
 
 /* A stopped run is evaluated when it is resumed, so that its log is the one of a run that was not stopped. */
@@ -12613,7 +12582,7 @@ static int log_write(slam_run *r, strbuf *s) {
     return ok;
 }
 
-static int log_skipped(slam_run *r, double loss, double grad_norm) {
+static int report_skipped(slam_run *r, double loss, double grad_norm) {
     const slam_trainer *t = &r->trainer;
     slam_bar_clear(&r->bar);
     printf("step %ld/%ld  loss (%g) or gradient norm (%g) is not finite: update skipped, %ld so far\n", t->step + 1,
@@ -12625,23 +12594,24 @@ static int log_skipped(slam_run *r, double loss, double grad_norm) {
     return slam_all_ok(r->comm, 0);
 }
 
-int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m, int n) {
+int slam_run_finish_step(slam_run *r, const slam_step *step, double loss, uint64_t tokens, const slam_metric *m,
+                         int n) {
     slam_trainer *t = &r->trainer;
     const double seconds = run_lap(r), rate = (double)tokens / seconds;
-    const double lr = slam_learning_rate(&r->schedule, t->step);
+    const double flops = slam_config_flops(&r->config, r->T) * rate, lr = slam_learning_rate(&r->schedule, t->step);
     if (!r->peak_flops) r->peak_flops = r->comm->size * measure_peak(r->model, r->micro * r->T);
-    const double flops = slam_config_flops(&r->config, r->T) * rate;
-    if (r->peak_flops > 0 && flops > r->peak_flops) r->peak_flops = flops; // measured while others used the machine
-    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
+    if (r->peak_flops > 0)
+        r->peak_flops = fmax(r->peak_flops, flops); // others may use the machine while it is measured
     r->slowest_step = fmax(r->slowest_step, seconds);
     t->tokens += tokens;
     t->step += !step->skipped;
     t->skipped += step->skipped;
     run_update_state(r);
-    if (step->skipped) return log_skipped(r, loss, step->grad_norm);
+    if (step->skipped) return report_skipped(r, loss, step->grad_norm);
     r->skipped_in_a_row = 0;
 
     strbuf line = ZERO;
+    const double share = r->peak_flops > 0 ? flops / r->peak_flops : 0;
     const slam_metric first[] = {{"loss", loss}, {"grad_norm", step->grad_norm}, {"lr", lr}};
     const slam_metric last[] = {{"seconds", run_seconds(r)}, {"tokens_per_second", rate}, {"peak_share", share}};
     strbuf_add(&line, "{\"step\": %ld, \"tokens\": %llu", t->step, (unsigned long long)t->tokens);
@@ -12668,7 +12638,7 @@ int slam_run_log_step(slam_run *r, const slam_step *step, double loss, uint64_t 
     return 1;
 }
 
-int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const slam_metric *m, int n) {
+int slam_run_finish_eval(slam_run *r, const double *losses, size_t n_sources, const slam_metric *m, int n) {
     slam_trainer *t = &r->trainer;
     const char *sources = r->o.val_fraction > 0 ? r->data_name : "val"; // settings that have their names as given
     const slam_metric loss = {"loss", losses[0]};
@@ -12683,8 +12653,7 @@ int slam_run_log_eval(slam_run *r, const double *losses, size_t n_sources, const
     strbuf_add_metrics(&line, "val_", &loss, 1);
     strbuf_add_metrics(&line, "val_", m, n);
     for (size_t s = 0; n_sources > 1 && s < n_sources; s++) {
-        strbuf_add(&line, s ? ", " : ", \"val_loss_by_source\": {");
-        strbuf_add_json(&line, slam_trainer_setting(t, sources, s));
+        strbuf_add_name(&line, s ? ", " : ", \"val_loss_by_source\": {", slam_trainer_setting(t, sources, s));
         strbuf_add(&line, ": ");
         strbuf_add_number(&line, losses[1 + s]);
     }
@@ -12727,7 +12696,7 @@ void slam_run_print_end(slam_run *r, const char *validation) {
     slam_print_path(r->folder);
     if (!stopped && !r->limited) printf(" --steps %ld", 2 * t->steps);
     for (const slam_flag *f = r->table; !stopped && r->limited && f < r->table + r->flags.n; f++)
-        if ((f->type & SLAM_LIMIT) && f->set) printf(" --%s %.15g", f->name, 2 * flag_number(f));
+        if ((f->type & SLAM_LIMIT) && f->text) printf(" --%s %.15g", f->name, 2 * strtod(f->text, NULL));
     printf("\n          %s\n", stopped ? "resumes it" : "trains for as long again");
 }
 
@@ -12747,7 +12716,6 @@ int slam_run_end(slam_run *r, int status) {
     slam_flags_free(&r->flags);
     if (r->log) fclose((FILE *)r->log);
     if (r->lock > 0) close(r->lock);
-    free(r->folder);
     free(r->checkpoint);
     return status;
 }

@@ -16,8 +16,8 @@ typedef struct program {
     int V;
     double val_loss;
     slam_data *data, *val;
-    slam_data_size size;
-    char *start; /* model folder to load; NULL: random weights */
+    double tokens; /* of an epoch */
+    char *start;   /* model folder to load; NULL: random weights */
     slam_loader *loader;
     slam_batch batch;
 } program;
@@ -49,16 +49,16 @@ static int train(program *p) {
     slam_step step;
     int ok = 1;
 
-    while (ok && !slam_run_over(r)) {
+    while (ok && slam_run_continues(r)) {
         ok = train_step(p, slam_learning_rate(&r->schedule, t->step), &step);
         if (!ok) break;
         t->epoch = l->epoch;
         t->row = l->row;
-        ok = slam_run_log_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
+        ok = slam_run_finish_step(r, &step, step.loss_sum / (double)l->targets, l->tokens, NULL, 0);
 
         if (ok && p->val && slam_run_eval_due(r))
             ok = slam_data_loss(r->model, p->val, &p->batch, losses, &targets) &&
-                 slam_run_log_eval(r, losses, n_sources, NULL, 0);
+                 slam_run_finish_eval(r, losses, n_sources, NULL, 0);
 
         if (ok && slam_run_save_due(r)) ok = slam_run_save(r);
     }
@@ -245,7 +245,7 @@ static int read_config(program *p) {
 /* Steps until --tokens have been seen. */
 static int steps_for_tokens(program *p, long *steps) {
     slam_run *r = &p->run;
-    slam_loader *l = slam_loader_new(p->data, (uint64_t)r->o.seed, 1); /* plan has shown that the data has rows */
+    slam_loader *l = p->loader;
     double tokens = 0, limit = (double)r->o.tokens;
     char text[64], count[32];
     int rows = 1;
@@ -258,19 +258,21 @@ static int steps_for_tokens(program *p, long *steps) {
         slam_bar_show(&r->bar, tokens, limit, text);
     }
     slam_bar_clear(&r->bar);
-    slam_loader_free(l);
-    return rows > 0 && !slam_stop_requested();
+    return rows > 0 && !slam_stop_requested() && slam_loader_seek(l, 0, 0);
 }
 
 static void print_model_and_data(const program *p) {
     const slam_config *m = &p->run.config;
-    const slam_data_size *s = &p->size;
+    const slam_loader *l = p->loader;
+    size_t documents = 0;
     char a[32], b[32], c[32];
+    for (size_t i = 0; i < p->data->n_sources; i++) documents += p->data->sources[i].documents;
     printf("model    %s: %s parameters, %d layers, %d channels, vocabulary %d\n", p->start ? p->start : p->model_name,
            slam_format_count(a, (double)slam_config_parameters(m)), m->L, m->C, m->V);
     printf("data     %s tokens, %s documents, %zu source%s; %s rows of %d, %.1f%% full\n",
-           slam_format_count(a, (double)s->tokens), slam_format_count(b, (double)s->documents), p->data->n_sources,
-           p->data->n_sources == 1 ? "" : "s", slam_format_count(c, (double)s->rows), p->run.o.context, 100 * s->fill);
+           slam_format_count(a, p->tokens), slam_format_count(b, (double)documents), p->data->n_sources,
+           p->data->n_sources == 1 ? "" : "s", slam_format_count(c, (double)l->epoch_rows), l->T,
+           100 * p->tokens / ((double)l->epoch_rows * l->T));
 }
 
 static int plan(program *p) {
@@ -283,14 +285,15 @@ static int plan(program *p) {
     if (!slam_data_prepare(p->data, r->config.V, o->val_fraction, seed)) return 0;
     if (o->val.n && !slam_data_prepare(p->val, r->config.V, 0, 0)) return 0;
     if (!o->val.n) p->val = p->data->held_out;
-    p->size = slam_data_measure(p->data, seed);
-    if (!p->size.rows) return 0;
-    if (p->val && !slam_data_measure(p->val, 0).targets)
-        return slam_set_error("the validation data has no token to predict");
+    slam_loader *l = p->loader = slam_loader_new(p->data, seed, 1);
+    if (!l) return 0;
+    slam_loader_begin(l, (int)l->epoch_rows, NULL); /* counts the tokens of an epoch */
+    p->tokens = (double)l->tokens;
+    slam_loader_seek(l, 0, 0);
     if (o->tokens && r->grows && !steps_for_tokens(p, &token_steps)) return 0;
     print_model_and_data(p);
-    const double tokens = (double)o->batch * o->context * p->size.fill; /* per step */
-    if (!slam_run_plan(r, o->batch, o->context, (double)p->size.rows / o->batch, tokens, token_steps)) return 0;
+    const double steps_per_epoch = (double)l->epoch_rows / o->batch, tokens = p->tokens / steps_per_epoch;
+    if (!slam_run_plan(r, o->batch, o->context, steps_per_epoch, tokens, token_steps)) return 0;
     if (!o->dry_run || p->rate <= 0) return 1;
     const long steps = r->trainer.steps ? r->trainer.steps : (long)(o->seconds * p->rate / tokens);
     printf("time     %s for %ld steps at %g tokens/s\n", slam_format_time(text, (double)steps * tokens / p->rate),
@@ -367,7 +370,6 @@ static int open_model(program *p) {
     const int ok = r->model && slam_model_plan(r->model, r->micro, r->T, r->mode) && slam_adamw_init(&r->opt, r->model);
     if (!slam_all_ok(r->comm, ok) || !slam_run_tune(r)) return 0;
     p->batch = slam_batch_new(r->micro, r->T, 0);
-    p->loader = slam_loader_new(p->data, (uint64_t)o->seed, 1);
     const int timed = o->seconds > 0 && r->grows && (r->fresh || slam_flags_given(&r->flags, "time"));
     if (timed && !fit_steps(p)) return 0;
     r->trainer.units = p->data->fingerprint;

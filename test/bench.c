@@ -254,7 +254,7 @@ static double measure_dpo(const slam_config *config, const char *path, int share
     p.V = config->V, p.context = DPO_CONTEXT, p.share = share;
     opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
     if (!m || !slam_pairs_add(&p, path, 0) || !slam_pairs_prepare(&p, 0, 0)) die();
-    const int T = slam_pairs_row(&p);
+    const int T = p.T;
     slam_batch b = slam_batch_new(2, T, 1);
     float *weights = NEW(float, (size_t)2 * T);
     slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);

@@ -18,7 +18,7 @@
    - a missing barrier between reads of shared memory and the next writes: with an even seed a warp overwrites what
      others have yet to read;
    - an access out of bounds: shared memory and cudaMalloc's blocks are exactly as long as was requested, which
-     AddressSanitizer watches (-fsanitize=address);
+     AddressSanitizer watches (-fsanitize=address); without it writes just behind shared memory;
    - a wrong mask, a barrier that some threads never reach, a misaligned 16-byte access of the PTX functions: the run
      ends with a message that names kernel, block and thread, and where the others wait. -fsanitize=alignment shows other
      misaligned accesses;
@@ -31,10 +31,10 @@
      CUDA_LAUNCH_BLOCKING in the environment its launch does.
 
    cuBLASLt is emulated from the documentation of the calls that slam.h makes: column-major layouts, transposes, leading
-   dimensions, the bias, workspace, alignment. Its products are a loop; an algorithm is refused for a problem other than
-   it was proposed for, and a split sum over K loses its last K % 64 terms, as in cuBLASLt 13.1 on Hopper. It proposes
-   several, which differ in their bits and in the time that events show, by emulator_products_state.times or
-   EMULATOR_TIMES="3 1 2" in the environment.
+   dimensions, the bias, workspace, alignment. Its products are a loop. An algorithm must not be used for a problem
+   other than it was proposed for, is refused for pointers that are less aligned, and a split sum over K loses its last
+   K % 64 terms, as in cuBLASLt 13.1 on Hopper. It proposes several, which differ in their bits and in the time that
+   events show, by emulator_products_state.times or EMULATOR_TIMES="3 1 2" in the environment.
 
    It does not show: two lanes that race between one collective and the next (a fiber runs on until it comes to one),
    bank conflicts, registers, or speed.
@@ -143,7 +143,6 @@ struct emulator_copy { // of cp.async
     void *to;
     const void *from;
     int bytes;
-    long group;
 };
 
 enum emulator_kind {
@@ -160,8 +159,9 @@ static const char *const emulator_kinds[] = {"nothing", "__syncthreads", "__sync
 
 struct emulator_fiber {
     void *top;   // its stack pointer while it does not run
-    char *stack; // EMULATOR_STACK bytes
-    void *fake;  // AddressSanitizer's
+    char *stack; // EMULATOR_STACK bytes in `memory`
+    void *memory;
+    void *fake; // AddressSanitizer's
     struct {
         unsigned x, y, z;
     } thread;
@@ -177,18 +177,20 @@ struct emulator_fiber {
     const void *row;
     int transposed;
     std::vector<emulator_copy> copies;
-    long groups; // committed so far
     emulator_fiber();
     ~emulator_fiber();
 };
 
-enum { EMULATOR_STACK = 256 << 10, EMULATOR_THREADS = 1024 };
+enum { EMULATOR_STACK = 256 << 10, EMULATOR_STAGGER = 64 << 10, EMULATOR_THREADS = 1024 };
 
+/* Stacks begin at different offsets to 64 kB: otherwise their tops would share a few sets of the caches. */
 emulator_fiber::emulator_fiber() {
-    stack = (char *)mmap(NULL, EMULATOR_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stack == (char *)MAP_FAILED) abort();
+    static thread_local unsigned number;
+    memory = mmap(NULL, EMULATOR_STACK + EMULATOR_STAGGER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    stack = (char *)memory + number++ * 832 % EMULATOR_STAGGER;
 }
-emulator_fiber::~emulator_fiber() { munmap(stack, EMULATOR_STACK); }
+emulator_fiber::~emulator_fiber() { munmap(memory, EMULATOR_STACK + EMULATOR_STAGGER); }
 
 struct emulator_state {
     const char *kernel;
@@ -244,7 +246,9 @@ extern "C" void __sanitizer_start_switch_fiber(void **fake, const void *bottom, 
 extern "C" void __sanitizer_finish_switch_fiber(void *fake, const void **bottom, size_t *size);
 #define EMULATOR_LEAVE(fake, bottom, size)  __sanitizer_start_switch_fiber(fake, bottom, size)
 #define EMULATOR_ARRIVE(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
+enum { EMULATOR_GUARD = 0 }; // AddressSanitizer watches what is behind a block's shared memory
 #else
+enum { EMULATOR_GUARD = 4096 };
 #define EMULATOR_LEAVE(fake, bottom, size)  (void)0
 #define EMULATOR_ARRIVE(fake, bottom, size) (void)0
 #endif
@@ -340,15 +344,11 @@ static void emulator_start(void) {
     EMULATOR_ARRIVE(emulator.fake, NULL, NULL);
 }
 
-static void emulator_deliver(emulator_fiber *f, long up_to) {
-    size_t kept = 0;
-    for (size_t i = 0; i < f->copies.size(); i++) {
-        const emulator_copy c = f->copies[i];
-        if (c.group > up_to) f->copies[kept++] = c;
-        else if (c.bytes) memcpy(c.to, c.from, 16);
+static void emulator_deliver(emulator_fiber *f) {
+    for (const emulator_copy &c : f->copies)
+        if (c.bytes) memcpy(c.to, c.from, 16);
         else memset(c.to, 0, 16);
-    }
-    f->copies.resize(kept);
+    f->copies.clear();
 }
 
 static void emulator_check_barrier(void);
@@ -359,8 +359,7 @@ static void emulator_main(void) {
     else EMULATOR_ARRIVE(NULL, NULL, NULL);
     (*emulator.body)();
     emulator_fiber *f = emulator.now;
-    f->groups++;
-    emulator_deliver(f, f->groups);
+    emulator_deliver(f);
     f->done = 1;
     emulator.live--;
     emulator.lanes[f->index / 32] &= ~(1u << f->index % 32);
@@ -394,30 +393,27 @@ static void emulator_check_barrier(void) {
 
 /* The warp's product of mma_bf16, with the fragments' places as its comment in slam.h has them. */
 static void emulator_complete_mma(emulator_fiber *const lane[32]) {
-    float A[16][16], B[16][8];
+    typedef float row_of_8 __attribute__((vector_size(32)));
+    float A[16][16];
+    row_of_8 B[16], C[16];
     for (int l = 0; l < 32; l++) {
         const int g = l / 4, t = l % 4;
+        const uint32_t *a = lane[l]->a, *b = lane[l]->b;
         for (int half = 0; half < 2; half++) {
-            const int shift = 16 * half;
-            const uint32_t *a = lane[l]->a, *b = lane[l]->b;
-            A[g][2 * t + half] = emulator_bits<float>((a[0] >> shift & 0xffff) << 16);
-            A[g + 8][2 * t + half] = emulator_bits<float>((a[1] >> shift & 0xffff) << 16);
-            A[g][2 * t + 8 + half] = emulator_bits<float>((a[2] >> shift & 0xffff) << 16);
-            A[g + 8][2 * t + 8 + half] = emulator_bits<float>((a[3] >> shift & 0xffff) << 16);
-            B[2 * t + half][g] = emulator_bits<float>((b[0] >> shift & 0xffff) << 16);
-            B[2 * t + 8 + half][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
+            const int shift = 16 * half, k = 2 * t + half;
+            A[g][k] = emulator_bits<float>((a[0] >> shift & 0xffff) << 16);
+            A[g + 8][k] = emulator_bits<float>((a[1] >> shift & 0xffff) << 16);
+            A[g][k + 8] = emulator_bits<float>((a[2] >> shift & 0xffff) << 16);
+            A[g + 8][k + 8] = emulator_bits<float>((a[3] >> shift & 0xffff) << 16);
+            B[k][g] = emulator_bits<float>((b[0] >> shift & 0xffff) << 16);
+            B[k + 8][g] = emulator_bits<float>((b[1] >> shift & 0xffff) << 16);
+            C[g][k] = lane[l]->c[half], C[g + 8][k] = lane[l]->c[2 + half];
         }
     }
-    for (int l = 0; l < 32; l++) {
-        const int g = l / 4, column = l % 4 * 2;
-        float *c = lane[l]->c;
-        for (int k = 0; k < 16; k++) { // four sums side by side
-            c[0] += A[g][k] * B[k][column];
-            c[1] += A[g][k] * B[k][column + 1];
-            c[2] += A[g + 8][k] * B[k][column];
-            c[3] += A[g + 8][k] * B[k][column + 1];
-        }
-    }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++) C[i] += A[i][k] * B[k];
+    for (int l = 0; l < 32; l++)
+        for (int e = 0; e < 4; e++) lane[l]->c[e] = C[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
 }
 
 static void emulator_complete_ldmatrix(emulator_fiber *const lane[32]) {
@@ -447,17 +443,16 @@ static void emulator_check_warp(emulator_kind kind, int warp, unsigned mask) {
         if (lane[l]->kind != kind || lane[l]->mask != mask) return;
         votes |= (lane[l]->value != 0 ? (uint64_t)1 : 0) << l;
     }
+    if (kind == EMULATOR_MMA) emulator_complete_mma(lane);
+    if (kind == EMULATOR_LDMATRIX) emulator_complete_ldmatrix(lane);
     for (int l = 0; l < 32; l++) {
         if (!lane[l]) continue;
         if (kind == EMULATOR_VOTE) lane[l]->result = votes;
         if (kind == EMULATOR_SHUFFLE && !lane[lane[l]->source])
             emulator_fail("a shuffle with mask %08x reads lane %d", mask, lane[l]->source);
         if (kind == EMULATOR_SHUFFLE) lane[l]->result = lane[lane[l]->source]->value;
+        emulator_release(lane[l]);
     }
-    if (kind == EMULATOR_MMA) emulator_complete_mma(lane);
-    if (kind == EMULATOR_LDMATRIX) emulator_complete_ldmatrix(lane);
-    for (int l = 0; l < 32; l++)
-        if (lane[l]) emulator_release(lane[l]);
 }
 
 /* Waits, after its contribution was put into emulator.now, until the collective is complete. */
@@ -467,8 +462,7 @@ static void emulator_collect(emulator_kind kind, unsigned mask) {
     f->mask = mask;
     if (kind == EMULATOR_BARRIER) emulator.at_barrier++;
     else emulator.at_warp[f->index / 32]++;
-    if (!f->copies.empty() && emulator_draw(4) == 0)
-        emulator_deliver(f, f->copies[0].group < f->groups ? f->copies[0].group : -1);
+    if (!f->copies.empty() && emulator_draw(4) == 0) emulator_deliver(f);
     if (kind == EMULATOR_BARRIER) emulator_check_barrier();
     else {
         if (!(mask >> f->index % 32 & 1))
@@ -549,16 +543,14 @@ static inline void emulator_aligned(const void *p, const char *what) {
     if ((uintptr_t)p % 16) emulator_fail("%s at %p, which is not a multiple of 16 bytes", what, p);
 }
 
-static inline void emulator_ldmatrix(uint32_t *out, const void *row, int transposed) {
+template <int TRANSPOSED> static inline void ldmatrix(uint32_t *out, const void *row) {
     emulator_fiber *f = emulator.now;
     emulator_aligned(row, "ldmatrix");
     f->row = row;
     f->out = out;
-    f->transposed = transposed;
+    f->transposed = TRANSPOSED;
     emulator_collect(EMULATOR_LDMATRIX, 0xffffffffu);
 }
-static inline void ldmatrix(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 0); }
-static inline void ldmatrix_transposed(uint32_t *out, const void *row) { emulator_ldmatrix(out, row, 1); }
 
 static inline void copy_async(void *to, const void *from, int valid) {
     emulator_fiber *f = emulator.now;
@@ -566,13 +558,9 @@ static inline void copy_async(void *to, const void *from, int valid) {
     emulator_aligned(to, "cp.async to");
     if (valid) emulator_aligned(from, "cp.async from"), memcpy(now, from, 16); // a wrong address shows here
     memset(to, 0xff, 16);
-    const emulator_copy c = {to, from, valid ? 16 : 0, f->groups};
-    f->copies.push_back(c);
+    f->copies.push_back({to, from, valid ? 16 : 0});
 }
-static inline void copy_async_commit(void) { emulator.now->groups++; }
-template <int n> static inline void copy_async_wait(void) {
-    emulator_deliver(emulator.now, emulator.now->groups - n - 1);
-}
+static inline void copy_async_wait(void) { emulator_deliver(emulator.now); }
 
 /* ---- launches ---- */
 
@@ -593,9 +581,9 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
     e.index.z = (unsigned)(at / grid.x / grid.y);
     e.random = seed + at * 0x9e3779b97f4a7c15u;
     void *memory = NULL;
-    if (posix_memalign(&memory, 128, shared ? shared : 1) != 0)
+    if (posix_memalign(&memory, 128, shared + EMULATOR_GUARD + 1) != 0)
         emulator_fail("no memory for %zu bytes of shared memory", shared);
-    memset(memory, 0xff, shared);
+    memset(memory, 0xff, shared + EMULATOR_GUARD);
     e.shared = (char *)memory;
     e.threads = e.live = (int)threads;
     e.n_ready = e.at_barrier = 0;
@@ -618,7 +606,6 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         f->done = 0;
         f->kind = EMULATOR_NONE;
         f->fake = NULL;
-        f->groups = 0;
         f->copies.clear();
         f->top = emulator_first(f->stack);
         e.fibers[i] = f;
@@ -636,6 +623,9 @@ static void emulator_run_block(const char *kernel, const std::function<void()> &
         }
         emulator_fail("%d of its %zu threads wait for others that do not come", e.live, threads);
     }
+    const char *guard = e.shared + shared;
+    if (EMULATOR_GUARD > 0 && (guard[0] != (char)0xff || memcmp(guard, guard + 1, EMULATOR_GUARD - 1) != 0))
+        emulator_fail("it wrote behind its %zu bytes of shared memory", shared);
     free(e.shared);
     e.shared = NULL;
     e.kernel = NULL;
@@ -707,6 +697,7 @@ static struct {
     std::set<cudaStream_t> open;             // streams
     const char *fault;                       // a kernel with this in its name fails
     int refuse;                              // 1: the next launch is refused, 2: that after it, ...
+    int dry;                                 // launches and products are checked, but not run
     cudaError_t broken;                      // it has failed: what every call returns
     double clock;                            // milliseconds that products have taken
     std::map<cudaStream_t, uint64_t> seen;   // how much of the first stream's work a stream has waited for
@@ -758,7 +749,11 @@ template <typename T> static inline void emulator_check_argument(const char *ker
     if (p && !emulator_on_device(p, 1)) emulator_fail("an argument of %s is %p: no device memory", kernel, (void *)p);
 }
 
-static void emulator_ask(std::function<void()> work) {
+static void emulator_ask_later(cudaStream_t, std::function<void()>);
+
+/* slam.h opens two streams for a device: work that is put into the second waits there, as NCCL's does. */
+static void emulator_ask(cudaStream_t stream, std::function<void()> work) {
+    if ((uintptr_t)stream % 2 == 0) return emulator_ask_later(stream, std::move(work));
     emulator_device.asked++;
     emulator_device.queue.push_back(std::move(work));
     if (!emulator_device.lazy) emulator_drain(emulator_device.asked);
@@ -783,7 +778,8 @@ static void emulator_launch(const char *name, void (*kernel)(P...), dim3 grid, d
     }
     emulator_check_stream(stream, name);
     (emulator_check_argument(name, args), ...);
-    emulator_ask([=] {
+    if (emulator_device.dry) return;
+    emulator_ask(stream, [=] {
         if (emulator_device.fault && strstr(name, emulator_device.fault)) {
             emulator_device.broken = cudaErrorIllegalAddress;
             return;
@@ -857,16 +853,16 @@ static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t byt
     if (emulator_on_device(to, to_device ? bytes : 1) != to_device ||
         emulator_on_device(from, from_device ? bytes : 1) != from_device)
         return emulator_return(cudaErrorInvalidValue);
-    emulator_ask([=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
+    emulator_ask(stream, [=] { memcpy(to, from, bytes); }); // CUDA may copy pageable memory earlier, but need not
     return emulator_return(cudaSuccess);
 }
 static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
     emulator_check_stream(stream, "cudaMemsetAsync");
     if (bytes && !emulator_on_device(p, bytes)) return emulator_return(cudaErrorInvalidValue);
-    emulator_ask([=] { memset(p, value, bytes); });
+    emulator_ask(stream, [=] { memset(p, value, bytes); });
     return emulator_return(cudaSuccess);
 }
-/* A stream is known by its number; the first one's work, and all that is not NCCL's, is in the device's queue. */
+/* A stream is known by its number; the work of odd ones is in the device's queue. */
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = (cudaStream_t)(uintptr_t)++emulator_device.streams;
     emulator_device.open.insert(*s);
@@ -877,7 +873,7 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     emulator_device.open.erase(s);
     return emulator_return(cudaSuccess);
 }
-static inline void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
+static void emulator_ask_later(cudaStream_t stream, std::function<void()> work) {
     const uint64_t seen = emulator_device.seen[stream];
     if (!emulator_device.stuck) emulator_device.later[stream].push_back([=] { emulator_drain(seen), work(); });
 }
@@ -1042,7 +1038,7 @@ static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOp
 static inline cublasStatus_t cublasLtMatrixLayoutInit(cublasLtMatrixLayoutOpaque_t *l, cudaDataType type, uint64_t rows,
                                                       uint64_t cols, int64_t ld) {
     *l = {type, rows, cols, ld};
-    return ld >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+    return ld >= (int64_t)rows && rows > 0 && cols > 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 static inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreferenceOpaque_t *p) {
     *p = {0, 7, {256, 256, 256, 256}};
@@ -1144,35 +1140,55 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDe
                                             const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
                                             cudaStream_t stream) {
     cublasLtMatmulAlgo_t s;
-    const void *pointers[4] = {A_, B_, C_, D_};
+    const void *const pointers[4] = {A_, B_, C_, D_};
+    const cublasLtMatrixLayoutOpaque_t *const layouts[4] = {A, B, C, D};
     emulator_check_stream(stream, "cublasLtMatmul");
     if (!emulator_problem(d, A, B, C, D, &s) || *alpha != 1 || C_ != D_ || algo->valid != s.valid)
         return CUBLAS_STATUS_INVALID_VALUE;
-    for (const void *p : pointers) emulator_check_argument("cublasLtMatmul", p);
-    emulator_check_argument("cublasLtMatmul", d->bias);
+    for (int i = 0; i < 4 && !emulator_device.dry; i++) {
+        const size_t numbers = layouts[i]->cols ? (layouts[i]->cols - 1) * layouts[i]->ld + layouts[i]->rows : 0;
+        const size_t bytes = numbers * (layouts[i]->type == CUDA_R_16BF ? 2 : 4);
+        if (!emulator_on_device(pointers[i], bytes))
+            emulator_fail("cublasLtMatmul: %p has no %zu bytes of device memory, operand %c", pointers[i], bytes,
+                          "ABCD"[i]);
+    }
+    const size_t bias_bytes = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? s.m * (D->type == CUDA_R_16BF ? 2 : 4) : 0;
+    if (bias_bytes && !emulator_device.dry && !emulator_on_device(d->bias, bias_bytes))
+        emulator_fail("cublasLtMatmul: %p has no %zu bytes of device memory, bias", d->bias, bias_bytes);
     if ((uintptr_t)workspace % 256 || !emulator_on_device(workspace, workspace_bytes))
         emulator_fail("cublasLtMatmul: %p has no %zu bytes of workspace, aligned to 256", workspace, workspace_bytes);
-    int refused = s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue;
+    if (s.m != algo->m || s.n != algo->n || s.k != algo->k || s.epilogue != algo->epilogue)
+        emulator_fail("cublasLtMatmul: %u x %u x %u by an algorithm for %u x %u x %u or another epilogue", s.m, s.n,
+                      s.k, algo->m, algo->n, algo->k);
+    int refused = 0;
     for (int i = 0; i < 4; i++) refused |= emulator_alignment(pointers[i]) < algo->align[i];
     refused |= algo->align_bias && emulator_alignment(d->bias) < algo->align_bias;
     if (refused || emulator_products_state.refuse > 0) {
         emulator_products_state.refuse -= !refused;
         emulator_products_state.refusals++;
-        return CUBLAS_STATUS_NOT_SUPPORTED;
+        return emulator_return(cudaErrorInvalidValue), CUBLAS_STATUS_NOT_SUPPORTED; // it may leave an error behind
     }
-    if (algo->workspace > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
-    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (algo->workspace > workspace_bytes)
+        emulator_fail("cublasLtMatmul: the algorithm uses %zu bytes of workspace, there are %zu",
+                      (size_t)algo->workspace, workspace_bytes);
+    if (!h->loaded && emulator_device.used + (16 << 20) > emulator_device.limit)
+        return emulator_return(cudaErrorMemoryAllocation), CUBLAS_STATUS_ALLOC_FAILED;
     if (!h->loaded) emulator_device.used += h->loaded = 16 << 20;
+    if (emulator_device.dry) return CUBLAS_STATUS_SUCCESS;
     const uint64_t m = s.m, n = s.n, k_end = algo->splits > 1 ? s.k / 64 * 64 : s.k;
     const cublasLtMatmulDescOpaque_t desc = *d;
     const cublasLtMatrixLayoutOpaque_t a_layout = *A, b_layout = *B, d_layout = *D;
     const float add = *beta;
     const int splits = algo->splits, way = algo->way;
+    const size_t bytes = algo->workspace;
     double *times = emulator_products_state.times;
     if (getenv("EMULATOR_TIMES")) sscanf(getenv("EMULATOR_TIMES"), "%lf %lf %lf", &times[0], &times[1], &times[2]);
     emulator_device.clock += times[way] > 0 ? times[way] : 1;
-    emulator_ask([=] {
-        if (splits > 1) memset(workspace, 0xff, 2 * m * n * sizeof(float));
+    emulator_ask(stream, [=] {
+        if (splits > 1) { // it may write all of its workspace: the sums and the end
+            memset(workspace, 0xff, 2 * m * n * sizeof(float));
+            memset((char *)workspace + bytes - 4096, 0xff, 4096);
+        }
         std::vector<float> a((size_t)k_end * m);
         for (uint64_t k = 0; k < k_end; k++)
             for (uint64_t i = 0; i < m; i++)

@@ -446,9 +446,9 @@ static int documents_pack(bench_rows *p, const char *path, int V) {
     ok = loader && slam_loader_begin(loader, p->rows.capacity, NULL) &&
          slam_loader_next(loader, &p->rows) == p->rows.capacity;
     if (ok) {
-        const slam_data_size size = slam_data_measure(data, 1);
         p->fill = (double)loader->tokens / ((double)p->rows.B * p->rows.T);
-        p->chunk = (double)size.tokens / (double)size.chunks;
+        p->chunk = 0;
+        for (size_t i = 0; i < data->n_chunks; i++) p->chunk += data->chunks[i].n / (double)data->n_chunks;
     }
     slam_loader_free(loader);
     slam_data_free(data);
@@ -489,7 +489,7 @@ static void attention_rows(bench *b, int T, int whole) {
             const double n = (double)(i % T) - doc_start[i] + 1;
             pairs += n * n / 2;
         }
-    float *rope = rope_table(T, HS / 2, c->rope_theta);
+    float *rope = rope_table(T, HS / 2, c);
     tensors_clear(b);
     slam_mask mask = ZERO;
     mask.B = B, mask.T = T, mask.NH = c->NH, mask.KVH = c->KVH, mask.HS = HS, mask.pairs = HS / 2;
@@ -765,7 +765,7 @@ static void bench_step(bench *b) {
     slam_model *m = slam_model_new(b->ops, &b->config, 1);
     slam_adamw o = ZERO;
     o.beta1 = 0.9, o.beta2 = 0.999, o.eps = 1e-8;
-    if (!m || !slam_adamw_init(&o, m)) stop(slam_error());
+    if (!m || !slam_model_plan(m, 1, T, SLAM_TRAIN) || !slam_adamw_init(&o, m)) stop(slam_error());
     printf(
         "%.0fM parameters, made in %.1f s; a step is %d rows of %d; chunks of %.0f tokens packed, %.1f%% full;\n"
         "tokens are real ones, TFLOP/s and us count every position, attention as on whole rows; GB: planned, in use on the card\n",

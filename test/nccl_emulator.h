@@ -10,7 +10,7 @@
 #define SLAM_NCCL
 
 typedef enum { ncclSuccess, ncclInvalidUsage, ncclRemoteError } ncclResult_t;
-typedef enum { ncclChar, ncclFloat, ncclDouble } ncclDataType_t;
+typedef enum { ncclChar, ncclFloat } ncclDataType_t;
 enum { ncclSum };
 typedef struct ncclUniqueId {
     char mark[128];
@@ -65,10 +65,6 @@ static inline ncclResult_t ncclReduceScatter(const void *in, void *out, size_t n
 static inline ncclResult_t ncclReduce(const void *in, void *out, size_t n, ncclDataType_t type, int, int root,
                                       ncclComm_t comm, cudaStream_t stream) {
     return emulator_add<float>(type == ncclFloat, comm, stream, in, out, n, 0, comm->rank == root ? n : 0);
-}
-static inline ncclResult_t ncclAllReduce(const void *in, void *out, size_t n, ncclDataType_t type, int, ncclComm_t comm,
-                                         cudaStream_t stream) {
-    return emulator_add<double>(type == ncclDouble, comm, stream, in, out, n, 0, n);
 }
 static inline ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t type, ncclComm_t,
                                          cudaStream_t stream) {

@@ -90,7 +90,12 @@ gan=$root/test/fixtures/vocoder
 echo '{"units": [7, 49, 0], "duration": [2, 3, 4], "file_name": "a.flac"}' >spoken.jsonl
 check 'resynthesize by a vocoder: 9 frames' 'length' sh -c "'$eval' resynthesize spoken.jsonl --wav gan --vocoder '$gan/speakers' --speaker 4 && test \$(wc -c <gan/a.wav) = $((44 + 2 * 9 * 6))"
 check 'resynthesize by a vocoder: another speaker' 'the same' sh -c "'$eval' resynthesize spoken.jsonl --wav other_gan --vocoder '$gan/speakers' && ! cmp gan/a.wav other_gan/a.wav"
+cp -r "$gan/plain_weights" cut_gan && head -c 9000 "$gan/plain_weights/model.safetensors" >cut_gan/model.safetensors
+echo '{"units": [7], "duration": [2000000000], "file_name": "long"}' >long.jsonl
 refuse_all <<EOT
+resynthesize: a vocoder whose weights are cut off|1|cut_gan/model.safetensors: |resynthesize spoken.jsonl --wav gan --vocoder cut_gan
+resynthesize: a language model as the vocoder|1|config.json: 'num_embeddings' is missing|resynthesize spoken.jsonl --wav gan --vocoder one/latest
+resynthesize: units that last longer than a WAV file|1|long: lasts more than [0-9]* frames|resynthesize long.jsonl --wav gan
 generate: a vocoder of other units|1|plain_weights: has 50 units, the model 100|one generate v.jsonl --wav gan --vocoder $gan/plain_weights
 resynthesize: a unit that the vocoder has not|1|unit 1 is 700, expected 0 to 49|resynthesize far.jsonl --wav gan --vocoder $gan/plain_weights
 resynthesize: no such speaker|1|expected number 5|resynthesize spoken.jsonl --wav gan --vocoder $gan/speakers --speaker 5
@@ -122,6 +127,7 @@ shard 102 1 $(seq 3 99) 1 1 5 6 1 >talk.bin
 check 'resynthesize: token shards, whole documents' 'files' sh -c "'$eval' resynthesize talk.bin --wav whole --threads 1 --json whole.json && test \$(ls whole | wc -l) = 2 && test \$(cat whole/*_1.wav | wc -c) -ge \$((44 + 2 * (1024 + 96 * 640)))"
 check 'resynthesize: audio, and its units again' 'few of them' sh -c "'$eval' resynthesize speech --wav again && '$tokenize' speech --kmeans '$bundled/km.npy' -o first.jsonl && '$tokenize' again --kmeans '$bundled/km.npy' -o second.jsonl && test \$(wc -l <second.jsonl) = 24"
 echo '{"units": [], "file_name": "empty"}' | cat - names.jsonl >holes.jsonl
+check 'resynthesize: spectrograms by make plot' 'picture' sh -c "! command -v sox || { make -s -C '$root' plot WAV=\$PWD/names PLOT=\$PWD/names.png && test -s names.png; }"
 check 'resynthesize: a line without units is skipped, with status 3' 'status or message' sh -c "'$eval' resynthesize holes.jsonl --wav holes 2>skipped.err; test \$? = 3 && grep -q '^eval: skipped: empty: has no units' skipped.err && test \$(ls holes | wc -l) = 6"
 sed 's/, "durations": \[[^]]*\]//' "$bundled/km.json" >old.json && cp "$bundled/km.npy" old.npy
 check 'resynthesize: centroids without durations' 'not said' sh -c "'$eval' resynthesize names.jsonl --kmeans old.npy --wav old | grep -q 'old.npy has no durations.*1.4 frames'"

@@ -21,7 +21,8 @@ Model folders are as `save_pretrained` writes them (config.json, model.safetenso
                                  the learning rate of step k, by get_cosine_with_min_lr_schedule_with_warmup (step 0: zero)
     settings                     (9) float64: lr, min_lr, warmup, steps, beta1, beta2, eps, weight_decay (on what has two dimensions), clip
                                  The same stand by name in the metadata, as JSON.
-    The folders that are about loading alone have tokens, doc_start and logits only.
+      greedy                       (n) int32: what generate(do_sample=False) appends to the first seven tokens; in some folders
+  The folders that are about loading alone have tokens, doc_start and logits only.
   qwen2_tied/logits.txt     the first document for a program without a safetensors reader: its tokens, then a line of logits for each
   FOLDER/twist.safetensors  tokens, doc_start, and the logits after embed_tokens and lm_head were cut to 102 rows
   schedules.safetensors     <cosine|linear|inverse_sqrt|constant>.<0..2>: (61) float64, the learning rate of steps 0 to 60;
@@ -40,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.optim import SGD, AdamW
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import get_constant_schedule_with_warmup, get_inverse_sqrt_schedule, get_linear_schedule_with_warmup
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -52,16 +53,16 @@ SETTINGS = ("lr", "min_lr", "warmup", "steps", "beta1", "beta2", "eps", "weight_
 
 
 def new_model(kind, seed, std=0.2, **config):
-    """A Qwen2 or Llama model with random weights; `config` in this project's letters."""
+    """A model of a model_type with random weights; `config` in this project's letters, theta: of the rotary positions, or all of their
+    settings."""
     letters = {"C": "hidden_size", "L": "num_hidden_layers", "NH": "num_attention_heads", "KVH": "num_key_value_heads", "HS": "head_dim",
                "F": "intermediate_size", "V": "vocab_size", "T": "max_position_embeddings", "eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
     theta = config.pop("theta")
-    given = {letters[key]: value for key, value in config.items()}
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
-    c = classes[0](rope_parameters={"rope_type": "default", "rope_theta": theta}, bos_token_id=1, eos_token_id=1, pad_token_id=0,
-                   attn_implementation="eager", **given)
+    given = {letters.get(key, key): value for key, value in config.items()}
+    rope = theta if isinstance(theta, dict) else {"rope_type": "default", "rope_theta": theta}
+    c = AutoConfig.for_model(kind, rope_parameters=rope, bos_token_id=1, eos_token_id=1, pad_token_id=0, **given)
     torch.manual_seed(seed)
-    model = classes[1](c).float().eval()
+    model = AutoModelForCausalLM.from_config(c, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -185,15 +186,24 @@ def train(model, rows, batch, s):
     return losses, norms, lrs
 
 
-def check_conditioning(model, rows, batch, s, losses):
-    """The 20 losses must not hang on float32's last bits, or no other program could be held to them."""
-    exact, _, _ = train(model.double(), rows, batch, s)
-    worst = max(abs(a - b) / b for a, b in zip(losses, exact))
-    assert worst < 3e-6, f"float32 and float64 losses differ by {worst:.1e}"
+def check_conditioning(model, rows, batch, s, losses, norms):
+    """The 20 losses and norms must not depend on float32's last bits, or no other program could reproduce them."""
+    exact, exact_norms, _ = train(model.double(), rows, batch, s)
+    worst, worst_norm = (max(abs(a - b) / b for a, b in zip(x, y)) for x, y in ((losses, exact), (norms, exact_norms)))
+    assert worst < 3e-6 and worst_norm < 3e-5, f"float32 and float64 losses differ by {worst:.1e}, norms by {worst_norm:.1e}"
     return worst
 
 
-def write_case(name, model, lengths, T, seed, **settings):
+def greedy(model, prompt, n):
+    """The n tokens that follow the prompt, none of them closely; never token 0, as nothing ends a fixture's generation."""
+    out = model.generate(prompt[None].long(), max_new_tokens=n, do_sample=False, suppress_tokens=[0], eos_token_id=None, output_scores=True,
+                         return_dict_in_generate=True)
+    best = torch.stack(out.scores).squeeze(1).topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-3, "two tokens are about as likely"
+    return out.sequences[0, len(prompt) :].int()
+
+
+def write_case(name, model, lengths, T, seed, new=0, **settings):
     """FOLDER/ and FOLDER/case.safetensors: the whole of it."""
     path = folder_of(name)
     model.save_pretrained(path)
@@ -203,6 +213,8 @@ def write_case(name, model, lengths, T, seed, **settings):
     loss = mean_loss(logits, batch["targets"])
     check_packing(model, batch, logits.detach())
     case = dict(batch, logits=logits.detach(), loss=loss.detach().reshape(1), **gradients(model, loss))
+    if new:
+        case.update(greedy=greedy(model, rows[0][0][:7], new))
     s = {"lr": 1e-2, "min_lr": 5e-4, "warmup": 3, "steps": STEPS, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip": 0.5}
     s.update(settings)
     losses, norms, lrs = train(model, rows, batch, s)
@@ -210,7 +222,7 @@ def write_case(name, model, lengths, T, seed, **settings):
     case["settings"] = torch.tensor([s[key] for key in SETTINGS], dtype=torch.float64)
     save_file(case, os.path.join(path, "case.safetensors"), metadata={"settings": json.dumps(s)})
     # from the saved weights again, for training has moved this model's
-    worst = check_conditioning(in_float32(path), rows, batch, s, losses)
+    worst = check_conditioning(in_float32(path), rows, batch, s, losses, norms)
     n = sum(p.numel() for p in model.parameters())
     print(f"{name}: {n} parameters, loss {losses[0]:.4f} -> {losses[-1]:.4f}, norm {norms[0]:.2f} -> {norms[-1]:.2f}, float64 within {worst:.0e}")
 
@@ -259,6 +271,62 @@ def make_llama_tied():
 def make_llama_untied():
     model = new_model("llama", 5, C=32, L=2, NH=4, KVH=2, HS=10, F=40, V=45, T=2048, theta=500000.0, eps=1e-6, tied=False)
     write_case("llama_untied", model, [[15, 2, 30], [48], [1, 40, 4]], 48, 15)
+
+
+def make_llama3():
+    """The wavelengths of the twelve pairs lie on both sides of the band and in it: 64 / 4 to 64 / 1 positions."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = new_model("llama", 31, C=16, L=2, NH=2, KVH=1, HS=24, F=20, V=23, T=512, theta=rope, eps=1e-5, tied=True)
+    write_case("llama3", model, [[70, 2], [30, 41]], 72, 31, new=24)
+
+
+def make_llama3_wide_heads():
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 8.0, "original_max_position_embeddings": 40}
+    model = new_model("llama", 32, C=12, L=1, NH=2, KVH=2, HS=80, F=16, V=21, T=1280, theta=rope, eps=1e-6, tied=False)
+    write_case("llama3_wide_heads", model, [[60], [20, 35]], 60, 32, new=24)
+
+
+def make_llama_linear():
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+    model = new_model("llama", 33, C=16, L=2, NH=4, KVH=2, F=20, V=23, T=128, theta=rope, eps=1e-6, tied=True)
+    write_case("llama_linear", model, [[20, 1, 7], [2, 27]], 31, 33, new=24)
+
+
+def make_mistral():
+    model = new_model("mistral", 34, C=16, L=2, NH=4, KVH=2, HS=6, F=20, V=23, T=128, theta=1000000.0, eps=1e-5, tied=False, sliding_window=None)
+    write_case("mistral", model, [[20, 1, 7], [2, 27]], 31, 34, new=24)
+
+
+def make_qwen3_tied():
+    model = new_model("qwen3", 35, C=16, L=2, NH=4, KVH=2, HS=10, F=24, V=23, T=128, theta=1000000.0, eps=1e-6, tied=True)
+    write_case("qwen3_tied", model, [[20, 1, 7], [2, 27]], 31, 35, new=24)
+
+
+def make_qwen3_untied():
+    """Heads of another size than C / NH."""
+    model = new_model("qwen3", 36, C=12, L=2, NH=3, KVH=1, HS=48, F=20, V=21, T=64, theta=10000.0, eps=1e-3, tied=False)
+    write_case("qwen3_untied", model, [[40], [3, 25, 8]], 40, 36, weight_decay=0.1, lr=2e-3, new=24)
+
+
+def make_olmo2_tied():
+    model = new_model("olmo2", 37, C=16, L=3, NH=4, KVH=4, F=20, V=23, T=128, theta=500000.0, eps=1e-6, tied=True)
+    write_case("olmo2_tied", model, [[20, 1, 7], [2, 27]], 31, 37, lr=2e-3, new=24)
+
+
+def make_olmo2_untied():
+    model = new_model("olmo2", 38, C=24, L=2, NH=6, KVH=2, F=28, V=21, T=64, theta=10000.0, eps=1e-4, tied=False)
+    write_case("olmo2_untied", model, [[40], [3, 25, 8]], 40, 38, lr=2e-3, new=24)
+
+
+def make_smollm3():
+    """Every fourth layer without positions, as it is where the config does not say which."""
+    model = new_model("smollm3", 39, C=12, L=5, NH=2, KVH=1, F=16, V=23, T=128, theta=5000000.0, eps=1e-6, tied=True)
+    write_case("smollm3", model, [[20, 1, 7], [2, 27]], 31, 39, new=24)
+
+
+def make_smollm3_untied():
+    model = new_model("smollm3", 41, C=16, L=3, NH=4, KVH=2, F=20, V=21, T=64, theta=10000.0, eps=1e-5, tied=False, no_rope_layers=[0, 1, 0])
+    write_case("smollm3_untied", model, [[40], [3, 25, 8]], 40, 40, new=24)
 
 
 def make_sharded():

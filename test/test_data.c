@@ -48,6 +48,13 @@ static const char *write_tokens(const char *name, tokens *t, int V) {
     return path;
 }
 
+/* A loader whose first batch is epoch 0. */
+static slam_loader *load_epoch(const slam_data *d, uint64_t seed) {
+    slam_loader *l = slam_loader_new(d, seed, 1);
+    if (l) slam_loader_begin(l, (int)l->epoch_rows, NULL);
+    return l;
+}
+
 static slam_data *open_data(int context, int V, const char *path) {
     slam_data *d = slam_data_new(context);
     if (!CHECK(d && slam_data_add(d, path, 1) && slam_data_prepare(d, V, 0, 0), "%s", slam_error())) exit(1);
@@ -107,12 +114,11 @@ static void see_row(const slam_batch *b, int i, const slam_data *d, const slam_s
 static int see_batch(slam_loader *l, int rows, int capacity, const slam_comm *comm, seen *s) {
     const int n = slam_loader_begin(l, rows, comm), share = l->rows_left;
     int left = share, got;
-    slam_batch b = slam_batch_new(capacity, l->packer->data->context, 0);
+    slam_batch b = slam_batch_new(capacity, l->T, 0);
     while ((got = slam_loader_next(l, &b)) > 0) {
         const slam_sequence *sequence = b.sequences;
-        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->packer->data->context,
-              "%d rows of %d", got, left);
-        for (int i = 0; i < got; i++) see_row(&b, i, l->packer->data, &sequence, s);
+        CHECK(got == b.B && got == (left < capacity ? left : capacity) && b.T == l->T, "%d rows of %d", got, left);
+        for (int i = 0; i < got; i++) see_row(&b, i, (const slam_data *)l->packer->context, &sequence, s);
         CHECK(sequence == b.sequences + b.n_sequences, "%zu sequences", b.n_sequences);
         left -= got;
         CHECK(l->rows_left == left, "%d rows left, expected %d", l->rows_left, left);
@@ -125,7 +131,7 @@ static int see_batch(slam_loader *l, int rows, int capacity, const slam_comm *co
 static seen see_epoch(slam_loader *l) {
     seen s = ZERO;
     do see_batch(l, 1, 1, NULL, &s);
-    while (l->row < l->packer->epoch.n);
+    while (l->row < l->epoch_rows);
     return s;
 }
 
@@ -217,12 +223,12 @@ static void test_chunks(void) {
         CHECK(!same_rows(&first, &second), "two epochs in the same order");
         CHECK(first.tokens == expected.tokens && first.targets == expected.targets, "%zu tokens, %zu targets",
               first.tokens, first.targets);
-        const slam_data_size size = slam_data_measure(d, 3);
-        CHECK(size.documents == 300 && size.chunks == expected.chunks && size.tokens == first.tokens &&
-                  size.targets == first.targets && size.rows == first.rows,
-              "measured are %zu documents, %zu chunks, %zu tokens, %zu targets, %zu rows", (size_t)size.documents,
-              (size_t)size.chunks, (size_t)size.tokens, (size_t)size.targets, (size_t)size.rows);
-        check_near("fill", size.fill, (double)first.tokens / ((double)first.rows * T), 1e-12);
+        slam_loader_free(l);
+        l = load_epoch(d, 3);
+        CHECK(d->sources[0].documents == 300 && l->packer->batch.n_items == expected.chunks &&
+                  l->tokens == first.tokens && l->targets == first.targets && l->epoch_rows == first.rows,
+              "an epoch of %zu documents, %zu chunks, %zu tokens, %zu targets, %zu rows", d->sources[0].documents,
+              l->packer->batch.n_items, (size_t)l->tokens, (size_t)l->targets, (size_t)l->epoch_rows);
         slam_loader_free(l);
         slam_data_free(d);
         seen_free(&expected), seen_free(&in_order), seen_free(&first), seen_free(&second);
@@ -276,9 +282,10 @@ static void test_poor_rows(void) {
         CHECK(same_chunks(&s, &expected), "epoch %d: other chunks", e);
         seen_free(&s);
     }
-    const slam_data_size size = slam_data_measure(d, 3);
-    CHECK(size.tokens == total && size.chunks == DOCUMENTS,
-          "measured are %zu tokens and %zu chunks, expected %zu and %d", (size_t)size.tokens, (size_t)size.chunks,
+    slam_loader_free(l);
+    l = load_epoch(d, 3);
+    CHECK(l->tokens == total && l->packer->batch.n_items == DOCUMENTS,
+          "an epoch of %zu tokens and %zu chunks, expected %zu and %d", (size_t)l->tokens, l->packer->batch.n_items,
           total, DOCUMENTS);
     slam_loader_free(l);
     slam_data_free(d);
@@ -386,8 +393,10 @@ static void test_fill(void) {
                       contexts[c]))
                 continue;
             slam_data *d = open_data(contexts[c], 502, path);
-            check_near("empty share", 1 - slam_data_measure(d, 0).fill, 0,
+            slam_loader *l = load_epoch(d, 0);
+            check_near("empty share", 1 - (double)l->tokens / ((double)l->epoch_rows * l->T), 0,
                        kind == 0 && contexts[c] == 1024 ? 0.003 : 0.02);
+            slam_loader_free(l);
             slam_data_free(d);
         }
     }
@@ -499,6 +508,8 @@ static void test_ranks(void) {
     tokens t = ZERO;
     for (int i = 0; i < 150; i++) add_document(&t, 1 + rng_below(&rng, 70), 502, &rng);
     slam_data *d = open_data(T, 502, write_tokens("ranks.bin", &t, 502));
+    uint64_t all_tokens = 0;
+    for (size_t i = 0; i < d->n_chunks; i++) all_tokens += d->chunks[i].n;
     for (int shuffle = 0; shuffle < 2; shuffle++)
         for (int size = 1; size < 15; size += 4) {
             slam_loader *alone = slam_loader_new(d, 5, shuffle), *rank[15];
@@ -524,7 +535,7 @@ static void test_ranks(void) {
                 seen_free(&one), seen_free(&all);
             }
             if (shuffle) CHECK(alone->epoch > 0, "no batch over the end of an epoch");
-            else CHECK(total == slam_data_measure(d, 0).tokens && slam_loader_begin(alone, 3, NULL) == 0, "to the end");
+            else CHECK(total == all_tokens && slam_loader_begin(alone, 3, NULL) == 0, "to the end");
             slam_loader_free(alone);
             for (int r = 0; r < size; r++) slam_loader_free(rank[r]);
         }
@@ -774,7 +785,6 @@ static void test_errors(void) {
         check_fails(slam_data_prepare(d, 102, 0, 0), "once");
         check_fails(slam_data_add(d, a, 1), "cannot be added");
         check_fails(slam_loader_new(d, 0, 1), "gives no chunk");
-        check_fails(slam_data_measure(d, 0).rows, "gives no chunk");
         slam_data_free(d);
         check_fails(slam_data_new(1), "context 1");
         check_fails(slam_data_new(INT_MAX), "2 to 16777216");

@@ -40,7 +40,7 @@ static const char *random_pairs(const char *name, int n, int V, const int most[3
     return path;
 }
 
-static const slam_config small = {27, 24, 2, 3, 1, 8, 40, 256, 1, 1, 1e-6, 0.3, 10000};
+static const slam_config small = {27, 24, 2, 3, 1, 8, 40, 256, 1, 1, 1e-6, 0.3, 10000, 0, 0, 0, 0, 0};
 
 /* ---- the loop over batches, as in dpo.c ---- */
 
@@ -83,7 +83,7 @@ static metrics dpo_step(slam_model *m, slam_loader *l, int pairs, int micro, dou
                         double *logp) {
     const slam_pairs *p = (const slam_pairs *)l->packer->context;
     metrics sum = ZERO;
-    slam_batch b = slam_batch_new(micro, slam_pairs_row(p), p->share);
+    slam_batch b = slam_batch_new(micro, p->T, p->share);
     const int n = slam_loader_begin(l, pairs, NULL);
     while (slam_loader_next(l, &b) > 0)
         if (!dpo_batch(m, p, &b, beta, smoothing, train ? n : 0, &sum, logp)) break;
@@ -95,8 +95,8 @@ static metrics dpo_step(slam_model *m, slam_loader *l, int pairs, int micro, dou
 
 static int compute_reference(slam_pairs *p, slam_model *reference, int micro, slam_progress_fn *progress,
                              void *context) {
-    slam_batch b = slam_batch_new(micro, slam_pairs_row(p), p->share);
-    const int ok = slam_model_plan(reference, micro, slam_pairs_row(p), SLAM_INFERENCE) &&
+    slam_batch b = slam_batch_new(micro, p->T, p->share);
+    const int ok = slam_model_plan(reference, micro, p->T, SLAM_INFERENCE) &&
                    slam_pairs_reference(p, reference, &b, progress, context);
     slam_batch_free(&b);
     return ok;
@@ -135,7 +135,7 @@ static void check_gradients(const slam_model *m, const tensors *file, const char
         const tensor *t = tensors_find(file, name);
         float *expected = NEW(float, tensor_size(&list.list[k]));
         if (CHECK(t && tensor_floats(t, expected, 0, t->count), "no '%s' in the fixture", name))
-            check_close(name, m->grads + list.list[k].at, expected, tensor_size(&list.list[k]), 1e-4);
+            check_close(name, m->grads + list.list[k].offset, expected, tensor_size(&list.list[k]), 1e-4);
         free(expected);
     }
     free(list.list);
@@ -158,7 +158,7 @@ static void test_torch(slam_ops *ops, const char *smoothing, int share, int cont
     for (size_t i = 0; i < 2 * p.n; i++)
         check_near("reference", p.reference[i], number_at(file, "reference_logps", i), 1e-4);
     slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1);
-    CHECK(l && slam_model_plan(policy, micro, slam_pairs_row(&p), SLAM_TRAIN), "%s", slam_error());
+    CHECK(l && slam_model_plan(policy, micro, p.T, SLAM_TRAIN), "%s", slam_error());
     const metrics mean = dpo_step(policy, l, (int)p.n, micro, beta, e, 1, logp);
     for (size_t i = 0; i < p.n; i++) {
         const double D = logp[2 * i] - p.reference[2 * i] - (logp[2 * i + 1] - p.reference[2 * i + 1]);
@@ -200,9 +200,8 @@ static outcome step_on(slam_ops *ops, const char *path, int batch, int context, 
     slam_model *m = slam_model_new(ops, &small, 3), *reference = slam_model_new(ops, &small, 4);
     slam_pairs p = pairs_of(path, small.V, context, share);
     slam_loader *l = slam_loader_new_pairs(&p, 0, 5, 1);
-    if (CHECK(l && compute_reference(&p, reference, micro, NULL, NULL) &&
-                  slam_model_plan(m, micro, slam_pairs_row(&p), mode),
-              "%s", slam_error())) {
+    if (CHECK(l && compute_reference(&p, reference, micro, NULL, NULL) && slam_model_plan(m, micro, p.T, mode), "%s",
+              slam_error())) {
         out.mean = dpo_step(m, l, batch, micro, 0.2, 0.05, 1, NULL);
         out.n = m->n_weights;
         out.grads = NEW(float, out.n);
@@ -268,8 +267,8 @@ static void test_finite_differences(slam_ops *ops) {
     slam_pairs p = pairs_of(random_pairs("slope.jsonl", 12, small.V, most, 11), small.V, 64, 1);
     slam_loader *l = slam_loader_new_pairs(&p, 0, 5, 0);
     double loss[2], norm = 0;
-    CHECK(compute_reference(&p, reference, 2, NULL, NULL) && slam_model_plan(m, 2, slam_pairs_row(&p), SLAM_TRAIN),
-          "%s", slam_error());
+    CHECK(compute_reference(&p, reference, 2, NULL, NULL) && slam_model_plan(m, 2, p.T, SLAM_TRAIN), "%s",
+          slam_error());
     dpo_step(m, l, 12, 2, 0.5, 0.1, 1, NULL);
     const size_t n = m->n_weights;
     float *kept = NEW(float, n), *g = NEW(float, n);
@@ -313,8 +312,8 @@ static void test_truncated(void) {
         slam_pairs_free(&p);
     }
     slam_pairs p = pairs_new(20, 4, 0, 0);
-    CHECK(slam_pairs_add(&p, check_file("large.jsonl", large, sizeof large - 1), 0) && p.too_long == 1, "%s",
-          slam_error());
+    CHECK(slam_pairs_add(&p, check_file("large.jsonl", large, sizeof large - 1), 0) && p.skipped[SLAM_TOO_LONG] == 1,
+          "%s", slam_error());
     check_fails(slam_pairs_prepare(&p, 0, 0), "1 too long");
     slam_pairs_free(&p);
 }
@@ -350,7 +349,8 @@ static void test_lines(void) {
     if (!TEST("lines of every kind")) return;
     slam_pairs p = pairs_new(20, 32, 1, 0.3);
     CHECK(slam_pairs_add(&p, check_file("good.jsonl", good, sizeof good - 1), 0), "%s", slam_error());
-    CHECK(p.n == 2 && p.empty == 2 && p.identical == 1 && p.repetitive == 1, "%zu pairs", p.n);
+    CHECK(p.n == 2 && p.skipped[SLAM_EMPTY] == 2 && p.skipped[SLAM_IDENTICAL] == 1 && p.skipped[SLAM_REPETITIVE] == 1,
+          "%zu pairs", p.n);
     CHECK(p.at[0].n_prompt == 1 && p.at[0].tokens[1] == 2 && p.at[0].tokens[3] == 3, "the first pair");
     slam_pairs_free(&p);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -368,7 +368,7 @@ static void test_lines(void) {
     CHECK(slam_pairs_add(&p, check_file("empty.jsonl", "", 0), 0), "%s", slam_error());
     check_fails(slam_pairs_prepare(&p, 0, 0),
                 "no pairs left to train on: 0 are held out for validation; skipped: none");
-    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no prepared pairs");
     slam_pairs_free(&p);
     p = pairs_new(20, 3, 1, 0);
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "context of 3");
@@ -380,8 +380,9 @@ static void test_lines(void) {
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 0), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_file("same.jsonl", same, sizeof same - 1), 1),
                 "same.jsonl: contains no pairs to validate on; skipped: 1 with identical completions");
+    check_fails(slam_loader_new_pairs(&p, 0, 0, 1), "a loader of no prepared pairs");
     CHECK(slam_pairs_prepare(&p, 0, 0), "%s", slam_error());
-    check_fails(slam_loader_new_pairs(&p, 1, 0, 1), "a loader of no pairs");
+    check_fails(slam_loader_new_pairs(&p, 1, 0, 1), "a loader of no prepared pairs");
     CHECK(slam_pairs_add(&p, check_path("good.jsonl"), 1), "%s", slam_error());
     check_fails(slam_pairs_add(&p, check_path("good.jsonl"), 0), "add pairs for training before validation");
     slam_pairs_free(&p);
@@ -458,7 +459,7 @@ static void test_rows(void) {
     if (!TEST("what a row contains")) return;
     for (int share = 0; share < 2; share++) {
         slam_pairs p = pairs_of(path, 20, 24, share);
-        slam_batch b = slam_batch_new(1, slam_pairs_row(&p), 1);
+        slam_batch b = slam_batch_new(1, p.T, 1);
         slam_loader *l = slam_loader_new_pairs(&p, 0, 0, 1);
         const int n = share ? 7 : 9, (*want)[5] = share ? shared : separate;
         CHECK(slam_loader_begin(l, 1, NULL) == 1 && l->rows == 1 && l->rows_left == 1 && l->T == 16, "%d rows",
@@ -501,7 +502,7 @@ static void test_packing(void) {
                 slam_comm comm = ZERO;
                 comm.rank = rank;
                 comm.size = size;
-                slam_batch b = slam_batch_new(micro, slam_pairs_row(&p), 1);
+                slam_batch b = slam_batch_new(micro, p.T, 1);
                 slam_loader *l = slam_loader_new_pairs(&p, 0, 2, 1);
                 CHECK(slam_loader_begin(l, n, &comm) == n, "%s", slam_error());
                 expected = l->tokens;
@@ -690,8 +691,7 @@ static void test_learning(slam_ops *ops) {
     opt.beta1 = 0.9, opt.beta2 = 0.999, opt.eps = 1e-8, opt.clip = 0.5;
     slam_loader *l = slam_loader_new_pairs(&p, 0, 1, 1), *val = slam_loader_new_pairs(&p, 1, 0, 0);
     const int n_val = (int)(p.n - p.n_train);
-    CHECK(compute_reference(&p, m, 4, NULL, NULL) && slam_model_plan(m, 4, slam_pairs_row(&p), SLAM_TRAIN) &&
-              slam_adamw_init(&opt, m),
+    CHECK(compute_reference(&p, m, 4, NULL, NULL) && slam_model_plan(m, 4, p.T, SLAM_TRAIN) && slam_adamw_init(&opt, m),
           "%s", slam_error());
     const metrics first = dpo_step(m, val, n_val, 4, 0.1, 0, 0, NULL);
     check_near("margin at first", first.margin, 0, 1e-4);
@@ -754,10 +754,10 @@ static void test_validation(slam_ops *ops) {
     CHECK(slam_pairs_add(&p, check_file("train.jsonl", train, sizeof train - 1), 0) &&
               slam_pairs_add(&p, check_file("validation.jsonl", s.at, s.n), 1) && slam_pairs_prepare(&p, 0, 0),
           "%s", slam_error());
-    CHECK(compute_reference(&p, reference, 4, NULL, NULL) && slam_model_plan(m, 4, slam_pairs_row(&p), SLAM_INFERENCE),
-          "%s", slam_error());
+    CHECK(compute_reference(&p, reference, 4, NULL, NULL) && slam_model_plan(m, 4, p.T, SLAM_INFERENCE), "%s",
+          slam_error());
     slam_loader *l = slam_loader_new_pairs(&p, 1, 0, 0);
-    slam_batch b = slam_batch_new(4, slam_pairs_row(&p), 1);
+    slam_batch b = slam_batch_new(4, p.T, 1);
     metrics got = ZERO, want = ZERO;
     while (slam_loader_begin(l, 64, NULL) > 0)
         while (slam_loader_next(l, &b) > 0) dpo_batch(m, &p, &b, 0.3, 0, 0, &got, NULL);

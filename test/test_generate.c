@@ -253,7 +253,7 @@ static void test_not_finite(slam_ops *ops) {
     slam_prompts p = ZERO;
     const slam_generation how = settings(usual, 5, 2);
     slam_prompts_add(&p, "first", NULL, NULL, 0);
-    for (size_t i = m->n_matrices; i < m->n_weights; i++) m->master[i] = NAN; // the norms
+    for (size_t i = m->n_decayed; i < m->n_weights; i++) m->master[i] = NAN; // the norms
     check_fails(slam_generate(m, &how, &p, NULL, NULL), "first: the model's logits are not finite");
     CHECK(p.at[0].continuation == NULL, "a continuation of a broken model");
     slam_prompts_free(&p);

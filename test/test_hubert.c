@@ -144,7 +144,7 @@ static void test_padding(slam_ops *ops, const char *name) {
 }
 
 /* An utterance has the same bits in any batch: of mixed lengths, with some many times and some of NaN; as one of several rows of
-   almost equal length; by one thread; and where a batch has a shape of its own (same_rows 0). */
+   almost equal length; by one thread; and where a batch has a shape of its own (batch_invariant 0). */
 static void test_batches(slam_ops *ops, const char *name) {
     enum { N = 40 };
     fixture f;
@@ -168,7 +168,7 @@ static void test_batches(slam_ops *ops, const char *name) {
          way++) { // both; one thread; a device whose batches hold many frames; whose rows depend on each other
         slam_hubert *by = way == 1 ? h1 : h;
         ops->asynchronous = way >= 2;
-        ops->same_rows = SAME_BITS && way != 3;
+        ops->batch_invariant = SAME_BITS && way != 3;
         CHECK(features(by, N, in, lengths, out), "%s", slam_error());
         for (int k = 0; k < N; k++) {
             CHECK(isnan(out[k][n[k]]), "utterance %d: something is written behind its features", k);
@@ -180,7 +180,7 @@ static void test_batches(slam_ops *ops, const char *name) {
         }
     }
     ops->asynchronous = 0;
-    ops->same_rows = SAME_BITS;
+    ops->batch_invariant = SAME_BITS;
     CHECK(features(h, 0, NULL, NULL, NULL), "an empty batch: %s", slam_error());
     lengths[0] = 0;
     CHECK(features(h, 1, in, lengths, out), "an empty utterance: %s", slam_error());
@@ -365,7 +365,7 @@ static void test_units(slam_ops *ops) {
         CHECK(alone[1].frames == 0 && alone[1].n == 0, "5 ms have %zu frames", alone[1].frames);
         for (int way = 0; way < 3; way++) {
             ops->asynchronous = way > 0;
-            ops->same_rows = SAME_BITS && way < 2;
+            ops->batch_invariant = SAME_BITS && way < 2;
             CHECK(slam_units_encode(t, r, RECORDINGS), "%s", slam_error());
             for (int i = 0; i < RECORDINGS; i++) {
                 const slam_units *u = &r[i].units;
@@ -377,7 +377,7 @@ static void test_units(slam_ops *ops) {
             }
         }
         ops->asynchronous = 0;
-        ops->same_rows = SAME_BITS;
+        ops->batch_invariant = SAME_BITS;
         for (int i = 0; i < RECORDINGS; i++) slam_units_free(&alone[i]);
         slam_tokenizer_free(t);
     }

@@ -7,14 +7,23 @@
 
 #define FIXTURES "test/fixtures/"
 
-static slam_config make_config(int V, int C, int L, int NH, int KVH, int HS, int F, int tied, int qkv_bias) {
+static slam_config make_config(int V, int C, int L, int NH, int KVH, int HS, int F, int tied, int family) {
     slam_config c = ZERO;
-    c.V = V, c.C = C, c.L = L, c.NH = NH, c.KVH = KVH, c.HS = HS, c.F = F, c.tied = tied, c.qkv_bias = qkv_bias;
+    c.V = V, c.C = C, c.L = L, c.NH = NH, c.KVH = KVH, c.HS = HS, c.F = F, c.tied = tied, c.family = family;
     c.T = 64, c.eps = 1e-6, c.init_std = 0.3, c.rope_theta = 10000;
     return c;
 }
 
-static slam_config small(void) { return make_config(27, 24, 2, 3, 1, 8, 40, 0, 1); }
+static slam_config small(void) { return make_config(27, 24, 2, 3, 1, 8, 40, 0, SLAM_QWEN2); }
+
+/* A small model of a family: Llama with scaled frequencies, SmolLM3 with a layer without positions. */
+static slam_config small_of(int family) {
+    slam_config c = make_config(27, 24, 2, 4, 2, 6, 40, family % 2, family);
+    if (family == SLAM_LLAMA) c.rope_factor = 8, c.rope_low = 1, c.rope_high = 4, c.rope_original = 32;
+    if (family == SLAM_SMOLLM3) c.no_rope = 2;
+    c.init_std = 0.2;
+    return c;
+}
 
 static void zero_grads(slam_model *m) {
     m->ops->zero(m->ops, m->stats, 2 * sizeof(double));
@@ -132,7 +141,7 @@ static void check_training(slam_model *m, fixture *f) {
         char name[128];
         snprintf(name, sizeof name, "grad.%s", t->name);
         float *expected = floats(f->file, name, NULL);
-        check_close(name, m->grads + t->at, expected, tensor_size(t), 1e-4);
+        check_close(name, m->grads + t->offset, expected, tensor_size(t), 1e-4);
         free(expected);
     }
     zero_grads(m);
@@ -156,6 +165,26 @@ static void check_training(slam_model *m, fixture *f) {
     free(losses), free(norms), free(lrs), free(s);
 }
 
+/* Tokens after the first seven of the batch, one at a time. */
+static void check_greedy(slam_model *m, fixture *f) {
+    const tensor *t = need(f->file, "greedy");
+    const slam_sampling greedy = {0, 0, 1, 1};
+    const int slot = 0, length = 7, *at = f->batch.tokens;
+    float *logits = NEW(float, m->config.V);
+    slam_decoder *d = slam_decoder_new(m, 1, length + (int)t->count);
+    if (!CHECK(d && slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error())) return;
+    for (size_t i = 0; i < t->count; i++) {
+        int expected;
+        memcpy(&expected, (const char *)t->data + i * sizeof expected, sizeof expected);
+        CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
+        const int token = slam_sample(logits, m->config.V, NULL, &greedy, 0);
+        if (!CHECK(token == expected, "token %zu is %d, expected %d", i, token, expected)) break;
+        slam_decoder_append(d, 0, token);
+    }
+    free(logits);
+    slam_decoder_free(d);
+}
+
 /* twist: a text model cut to the units' vocabulary, 102 rows here. */
 static void test_fixture(slam_ops *ops, const char *folder, int twist) {
     fixture f;
@@ -167,6 +196,7 @@ static void test_fixture(slam_ops *ops, const char *folder, int twist) {
     snprintf(path, sizeof path, FIXTURES "%s/%s.safetensors", folder, twist ? "twist" : "case");
     if (!fixture_open(&f, path)) return;
     check_logits(m, &f, 2e-5);
+    if (tensors_find(f.file, "greedy")) check_greedy(m, &f);
     if (tensors_find(f.file, "loss")) check_training(m, &f);
     fixture_close(&f);
     slam_model_free(m);
@@ -184,7 +214,7 @@ static void test_fixtures(slam_ops *ops) {
             test_fixture(ops, list.at[i], twist);
             found++;
         }
-    CHECK(found >= 14, "%d fixtures, expected 14", found);
+    CHECK(found >= 24, "%d fixtures, expected 24", found);
     slam_strings_free(&list);
 }
 
@@ -230,7 +260,7 @@ static void test_adamw(slam_ops *ops) {
 /* `python test/reference.py sizes` prints this table from Transformers' models and PyTorch's FlopCounterMode. */
 static void test_sizes(void) {
     static const struct {
-        int V, C, L, NH, KVH, HS, F, tied, qkv_bias, T;
+        int V, C, L, NH, KVH, HS, F, tied, family, T;
         size_t parameters;
         double weights, attention; // FLOP per token, forward and backward; of attention over all T x T pairs
     } sizes[] = {
@@ -242,7 +272,7 @@ static void test_sizes(void) {
     if (!TEST("Transformers: parameters and FLOP per token")) return;
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
         const slam_config c = make_config(sizes[k].V, sizes[k].C, sizes[k].L, sizes[k].NH, sizes[k].KVH, sizes[k].HS,
-                                          sizes[k].F, sizes[k].tied, sizes[k].qkv_bias);
+                                          sizes[k].F, sizes[k].tied, sizes[k].family);
         const double expected = sizes[k].weights + sizes[k].attention / 2; // a causal mask leaves half of the pairs
         CHECK(slam_config_parameters(&c) == sizes[k].parameters, "V %d, C %d: %zu parameters, expected %zu", c.V, c.C,
               slam_config_parameters(&c), sizes[k].parameters);
@@ -254,7 +284,6 @@ static void test_sizes(void) {
           "tiny has %zu parameters, slam %zu", slam_config_parameters(&tiny), slam_config_parameters(&slam));
 }
 
-/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 /* The head's weight gradient sums over rows of logits: split sums over a number of rows that is no multiple of 64 have
    been wrong in cuBLASLt 13.1 (compute capability 9.0). */
 static void test_head_rows(void) {
@@ -270,6 +299,7 @@ static void test_head_rows(void) {
     }
 }
 
+/* What slam_config_memory plans is what a model allocates, and sharding divides what it says. */
 static void test_memory(slam_ops *ops) {
     if (!TEST("memory: as planned")) return;
     const slam_config c = small();
@@ -315,14 +345,14 @@ static double sum_of_losses(slam_model *m, slam_batch *b) {
 
 static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     uint64_t seed = 6;
-    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s%s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F, c.V,
-              c.tied ? " tied" : "", c.qkv_bias ? " biases" : "", masked ? " masked spans" : ""))
+    if (!TEST("finite differences: C %d L %d NH %d KVH %d HS %d F %d V %d%s %s%s", c.C, c.L, c.NH, c.KVH, c.HS, c.F,
+              c.V, c.tied ? " tied" : "", families[c.family].type, masked ? " masked spans" : ""))
         return;
     slam_model *m = slam_model_new(ops, &c, 3);
     slam_batch b = random_batch(3, 21, c.V, 5, masked);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->at + i] += (float)(0.2 * rng_normal(&seed));
+        for (size_t i = 0; i < tensor_size(t); i++) m->master[t->offset + i] += (float)(0.2 * rng_normal(&seed));
     }
     CHECK(slam_model_plan(m, 3, 21, SLAM_TRAIN) && slam_forward_backward(m, &b, 1), "%s", slam_error());
     const double loss = m->stats[0];
@@ -330,8 +360,8 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
     float *original = copy_of(m->master, m->n_weights);
     for (size_t k = 0; k < m->layout->tensors.n; k++) {
         const model_tensor *t = &m->layout->tensors.list[k];
-        const float *g = m->grads + t->at;
-        float *w = m->master + t->at;
+        const float *g = m->grads + t->offset;
+        float *w = m->master + t->offset;
         double norm = 0, side[2];
         for (size_t i = 0; i < tensor_size(t); i++) norm += (double)g[i] * g[i];
         norm = sqrt(norm);
@@ -339,10 +369,10 @@ static void test_finite_differences(slam_ops *ops, slam_config c, int masked) {
         /* along the gradient itself the slope is its norm; keys' biases are the exception: softmax does not see them without rotation */
         for (int s = 0; s < 2; s++) {
             for (size_t i = 0; i < tensor_size(t); i++)
-                w[i] = original[t->at + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
+                w[i] = original[t->offset + i] + (float)((s ? 3e-3 : -3e-3) * g[i] / norm);
             side[s] = sum_of_losses(m, &b);
         }
-        memcpy(w, original + t->at, tensor_size(t) * sizeof *w);
+        memcpy(w, original + t->offset, tensor_size(t) * sizeof *w);
         check_near(t->name, (side[1] - side[0]) / 6e-3 / norm, 1, 5e-3 + 2e-2 / norm);
     }
     free(original);
@@ -358,13 +388,14 @@ static void test_padded_vocabulary(slam_ops *ops) {
     slam_batch b = random_batch(2, 13, c.V, 9, 0);
     float whole[26 * 27], parts[26 * 27];
     slam_step step;
-    slam_adamw o = adamw_new(m, 0.999, 0.1, 0.5);
+    slam_adamw o = ZERO;
+    check_fails(slam_adamw_init(&o, m), "not planned for training");
+    CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN), "%s", slam_error());
+    o = adamw_new(m, 0.999, 0.1, 0.5);
     for (int k = 0; k < 3; k++)
-        CHECK(slam_model_plan(m, 2, 13, SLAM_TRAIN) && slam_forward_backward(m, &b, 1) &&
-                  slam_adamw_step(&o, 1e-2, &step),
-              "%s", slam_error());
-    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->at;
-    const float *head = m->master + tensor_named(m, "lm_head.weight")->at;
+        CHECK(slam_forward_backward(m, &b, 1) && slam_adamw_step(&o, 1e-2, &step), "%s", slam_error());
+    const float *embed = m->master + tensor_named(m, "model.embed_tokens.weight")->offset;
+    const float *head = m->master + tensor_named(m, "lm_head.weight")->offset;
     for (int i = 27 * 24; i < 32 * 24; i++) CHECK(embed[i] == 0 && head[i] == 0, "row %d is not zero", i / 24);
     CHECK(embed[26 * 24] != 0 && head[26 * 24] != 0, "the last row is zero");
     CHECK(slam_logits(m, &b, whole) && slam_forward_backward(m, &b, 1), "%s", slam_error());
@@ -416,10 +447,9 @@ static void test_backward(slam_ops *ops) {
 }
 
 /* What is recomputed has the bits of what would have been kept. */
-static void test_recompute(slam_ops *ops) {
-    slam_config c = small();
+static void test_recompute(slam_ops *ops, slam_config c) {
     const int modes[] = {SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE, SLAM_TRAIN};
-    if (!TEST("recomputed: the same bits in less memory")) return;
+    if (!TEST("recomputed: the same bits in less memory, %s", families[c.family].type)) return;
     c.L = 3;
     slam_model *m = slam_model_new(ops, &c, 1);
     slam_batch b = random_batch(3, 21, c.V, 9, 1);
@@ -446,10 +476,10 @@ static void test_recompute(slam_ops *ops) {
 }
 
 /* Attention in one packed row is attention in rows of their own. */
-static void test_packing(slam_ops *ops) {
-    const slam_config c = make_config(31, 24, 2, 3, 1, 8, 40, 1, 1);
+static void test_packing(slam_ops *ops, slam_config c) {
     uint64_t seed = 7;
-    if (!TEST("documents packed in a row are documents alone")) return;
+    if (!TEST("documents packed in a row are documents alone, %s", families[c.family].type)) return;
+    c.V = 31;
     slam_model *m = slam_model_new(ops, &c, 1);
     const int lengths[] = {1, 17, 2, 30, 14};
     slam_batch b = slam_batch_new(1, 64, 0);
@@ -475,11 +505,12 @@ static void test_packing(slam_ops *ops) {
 /* ---- files ---- */
 
 static void test_save_and_load(slam_ops *ops) {
-    for (int k = 0; k < 4; k++) {
-        slam_config config = make_config(37, 24, 2, 3, 1, 8, 40, k & 1, k < 2);
-        config.eps = 1e-5, config.rope_theta = 12345.5, config.init_std = 0.1;
-        const int format = k % 3 == 1 ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
-        if (!TEST("saved and loaded: %s%s%s", config.qkv_bias ? "Qwen2" : "Llama", config.tied ? ", tied" : "",
+    static const int tensors_of_layer[FAMILIES] = {9, 12, 9, 11, 11, 9};
+    for (int k = 0; k < 2 * FAMILIES; k++) {
+        slam_config config = small_of(k / 2);
+        config.V = 37, config.tied = k % 2, config.eps = 1e-5, config.rope_theta = 12345.5, config.init_std = 0.1;
+        const int format = k % 4 == 1 || k % 4 == 2 ? SLAM_FORMAT_SLAMKIT : SLAM_FORMAT_HF;
+        if (!TEST("saved and loaded: %s%s%s", families[config.family].type, config.tied ? ", tied" : "",
                   format == SLAM_FORMAT_SLAMKIT ? ", SlamKit's names" : ""))
             continue;
         const char *folder = check_path("saved");
@@ -492,7 +523,7 @@ static void test_save_and_load(slam_ops *ops) {
         char path[1200];
         snprintf(path, sizeof path, "%s/model.safetensors", folder);
         tensors *file = tensors_open(path); // no more than it must hold: a tied head is not written
-        CHECK(file && file->n == 2 + (size_t)!config.tied + (size_t)config.L * (config.qkv_bias ? 12 : 9),
+        CHECK(file && file->n == 2 + (size_t)!config.tied + (size_t)config.L * tensors_of_layer[config.family],
               "%zu tensors", file->n);
         CHECK(file && !tensors_find(file, "lm_head.weight") == (config.tied || format == SLAM_FORMAT_SLAMKIT),
               "the head");
@@ -503,7 +534,7 @@ static void test_save_and_load(slam_ops *ops) {
             for (size_t i = 0; i < t->layout->tensors.n;
                  i++) { // the first 20 rows of embedding and head, all of the others
                 const model_tensor *of = &t->layout->tensors.list[i], *from = &a->layout->tensors.list[i];
-                CHECK(same_floats(t->master + of->at, a->master + from->at, tensor_size(of)), "%s is not kept",
+                CHECK(same_floats(t->master + of->offset, a->master + from->offset, tensor_size(of)), "%s is not kept",
                       of->name);
             }
         }
@@ -531,8 +562,17 @@ static void test_configs(void) {
     static const char *const refused[][2] = {
         {"\"model_type\": \"gpt2\"", "model_type is 'gpt2'"},
         {"\"hidden_act\": \"gelu\"", "hidden_act is 'gelu'"},
-        {"\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "rope_scaling has rope_type 'linear'"},
-        {"\"rope_scaling\": {\"rope_type\": \"llama3\", \"type\": \"default\"}", "rope_type 'llama3'"},
+        {"\"rope_scaling\": {\"type\": \"linear\"}", "'factor' is missing"},
+        {"\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 2}", "rope_scaling has rope_type 'dynamic'"},
+        {"\"rope_scaling\": {\"rope_type\": \"llama3\", \"type\": \"default\"}", "'factor' is missing"},
+        {"\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, \"high_freq_factor\": 4}",
+         "high_freq_factor is 4"},
+        {"\"quantization_config\": {\"bits\": 4}", "quantization_config"},
+        {"\"model_type\": \"mistral\"", "sliding_window is 4096"},
+        {"\"model_type\": \"mistral\", \"sliding_window\": 100", "sliding_window is 100"},
+        {"\"model_type\": \"smollm3\", \"use_sliding_window\": true, \"sliding_window\": 9", "use_sliding_window"},
+        {"\"model_type\": \"smollm3\", \"no_rope_layers\": []", "no_rope_layers"},
+        {"\"model_type\": \"qwen3\", \"attention_bias\": true", "attention_bias"},
         {"\"rope_scaling\": 2", "rope_scaling is 2, expected an object"},
         {"\"rope_scaling\": [1]", "rope_scaling is an array"},
         {"\"rope_parameters\": {\"rope_type\": \"yarn\"}", "rope_parameters has rope_type 'yarn'"},
@@ -597,6 +637,12 @@ static void test_configs(void) {
         {"\"use_sliding_window\": true, \"max_window_layers\": 0, \"sliding_window\": null", 10000},
         {"\"use_sliding_window\": false, \"max_window_layers\": 0, \"sliding_window\": 4", 10000},
     };
+    /* of Transformers' AutoConfig.for_model(type), for 32 heads and 128 channels */
+    static const struct {
+        int T, KVH, HS, tied;
+        double eps, rope_theta;
+    } defaults[FAMILIES] = {{2048, 32, 4, 0, 1e-6, 1e4},    {32768, 32, 4, 0, 1e-6, 1e4}, {131072, 8, 4, 0, 1e-6, 1e4},
+                            {32768, 32, 128, 0, 1e-6, 1e4}, {2048, 32, 4, 0, 1e-5, 1e4},  {32768, 4, 4, 1, 1e-6, 2e6}};
     slam_config c;
     if (TEST("config.json: unsupported, absurd or missing settings are errors that name them"))
         for (size_t k = 0; k < sizeof refused / sizeof *refused; k++)
@@ -605,6 +651,20 @@ static void test_configs(void) {
         for (size_t k = 0; k < sizeof good / sizeof *good; k++)
             if (CHECK(load_config(&c, good[k].member), "%s", slam_error()))
                 check_near(good[k].member, c.rope_theta, good[k].rope_theta, 0);
+    if (TEST("config.json: defaults of each model_type"))
+        for (int k = 0; k < FAMILIES; k++) {
+            char text[512];
+            snprintf(text, sizeof text,
+                     "{\"model_type\": \"%s\", \"vocab_size\": 10, \"hidden_size\": 128, \"intermediate_size\": 12, "
+                     "\"num_hidden_layers\": 8, \"num_attention_heads\": 32, \"sliding_window\": null}",
+                     families[k].type);
+            if (!CHECK(slam_config_load(&c, check_file("config.json", text, strlen(text))), "%s", slam_error()))
+                continue;
+            CHECK(c.family == k && c.T == defaults[k].T && c.KVH == defaults[k].KVH && c.HS == defaults[k].HS &&
+                      c.tied == defaults[k].tied && c.eps == defaults[k].eps && c.rope_theta == defaults[k].rope_theta,
+                  "%s: T %d, KVH %d, HS %d", families[k].type, c.T, c.KVH, c.HS);
+            CHECK(c.no_rope == (k == SLAM_SMOLLM3 ? 0x88 : 0), "%s: layers without positions", families[k].type);
+        }
     if (TEST("config.json: SlamKit's, with its own vocabulary; files that are none")) {
         const char nested[] =
             "{\"vocab_size\": 7, \"base_config\": {\"model_type\": \"llama\", \"vocab_size\": 10, "
@@ -620,12 +680,14 @@ static void test_configs(void) {
                 continue;
             }
             CHECK(slam_config_load(&c, path), "%s", slam_error());
-            CHECK(c.V == 7 && c.KVH == 2 && c.HS == 4 && c.T == 2048 && !c.tied && !c.qkv_bias && c.rope_theta == 10000,
+            CHECK(c.V == 7 && c.KVH == 2 && c.HS == 4 && c.T == 2048 && !c.tied && c.family == SLAM_LLAMA &&
+                      c.rope_theta == 10000,
                   "V %d, KVH %d", c.V, c.KVH);
         }
         check_fails(slam_config_load(&c, check_path("no-such/config.json")), "no-such/config.json");
         check_fails(slam_config_load(&c, check_file("broken.json", "{\"vocab_size\": ", 15)), "broken.json");
         check_fails(slam_config_load(&c, check_file("list.json", "[1]", 3)), "list.json");
+        check_fails(slam_config_load(&c, "model-q4.gguf/config.json"), "GGUF");
     }
 }
 
@@ -746,7 +808,7 @@ static void test_tied_head(slam_ops *ops) {
             CHECK(loaded->config.tied == !differs, "head %s, tied %d", differs ? "differs" : "is the embedding",
                   loaded->config.tied);
             if (differs)
-                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->at, head, 88),
+                CHECK(same_floats(loaded->master + tensor_named(loaded, "lm_head.weight")->offset, head, 88),
                       "another head");
         }
         slam_model_free(loaded);
@@ -764,7 +826,7 @@ static void test_hash(slam_ops *ops) {
     other.rope_theta = 20000;
     for (int k = 0; k < 4; k++) {
         slam_model *m = slam_model_new(ops, k == 3 ? &other : &c, 1);
-        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->at + 23] += 1e-6f;
+        if (k == 2) m->master[tensor_named(m, "model.norm.weight")->offset + 23] += 1e-6f;
         CHECK(slam_model_hash(m, &h[k]), "%s", slam_error());
         slam_model_free(m);
     }
@@ -913,7 +975,7 @@ static void test_decay(slam_ops *ops) {
         const model_tensor *t = &m->layout->tensors.list[k];
         const int matrix = strstr(t->name, "_proj.weight") || strstr(t->name, "embed") || strstr(t->name, "lm_head");
         for (size_t i = 0; i < tensor_size(t); i++)
-            if (!check_near(t->name, m->master[t->at + i], matrix ? 0.95 : 1, 1e-6)) break;
+            if (!check_near(t->name, m->master[t->offset + i], matrix ? 0.95 : 1, 1e-6)) break;
     }
     slam_adamw_free(&o);
     slam_model_free(m);
@@ -924,7 +986,7 @@ static void test_decay(slam_ops *ops) {
 /* Logits of every step against those of whole passes over what is there by then. */
 static void test_cache(slam_model *m) {
     enum { STEPS = 70, SLOTS = 3 };
-    if (!TEST("decoding: a cache against none")) return;
+    if (!TEST("decoding: a cache against none, %s", families[m->config.family].type)) return;
     const int V = m->config.V, first[SLOTS] = {1, 64, 127}, slots[SLOTS] = {2, 0, 1};
     const slam_sampling hot = {1.5, 0, 1, 1};
     int tokens[SLOTS][256], n[SLOTS];
@@ -965,6 +1027,13 @@ static void test_cache(slam_model *m) {
     }
     free(got), free(scratch), free(whole);
     slam_decoder_free(d);
+}
+
+static void test_cache_of(slam_ops *ops, slam_config c) {
+    c.T = 256, c.init_std = 0.3;
+    slam_model *m = slam_model_new(ops, &c, 3);
+    test_cache(m);
+    slam_model_free(m);
 }
 
 /* The same sequence beside others, in another slot, started alone or together, has the same bits. */
@@ -1011,12 +1080,16 @@ static void test_decoder_limits(slam_model *m) {
     tokens[1] = m->config.V, length = 3, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 1");
     tokens[1] = 2, CHECK(slam_decoder_start(d, 1, &slot, &at, &length), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits), "%s", slam_error());
-    slam_decoder_append(d, 0, 4);
+    check_fails(slam_decoder_append(d, 0, m->config.V), "for slot 0, expected below");
+    check_fails(slam_decoder_append(d, 1, 4), "token 4 for slot 1");
+    check_fails(slam_decoder_append(d, -1, -1), "slot -1");
+    CHECK(d->length[0] == 3 && slam_decoder_append(d, 0, 4), "%s", slam_error());
     CHECK(slam_decoder_logits(d, logits) && d->length[0] == 4, "%s", slam_error());
-    slam_decoder_append(d, 0, 5);
-    check_fails(slam_decoder_logits(d, logits), "has 5 tokens");
-    slam_decoder_append(d, 0, -1);
+    check_fails(slam_decoder_append(d, 0, 5), "has 4 tokens");
+    CHECK(slam_decoder_append(d, 0, -1), "%s", slam_error());
     CHECK(d->length[0] == 0 && slam_decoder_logits(d, logits), "%s", slam_error());
+    tokens[0] = m->config.V, length = 1, check_fails(slam_decoder_start(d, 1, &slot, &at, &length), "position 0");
+    CHECK(d->length[0] == 0, "a sequence that failed to start has %d tokens", d->length[0]);
     free(logits);
     slam_decoder_free(d);
 }
@@ -1118,7 +1191,7 @@ static void test_sampling(void) {
 
 int main(void) {
     slam_ops *ops = slam_cpu(0);
-    slam_config a = make_config(19, 24, 2, 6, 2, 4, 20, 1, 1), b = make_config(7, 10, 3, 1, 1, 6, 9, 0, 0);
+    slam_config a = make_config(19, 24, 2, 6, 2, 4, 20, 1, SLAM_QWEN2), b = make_config(7, 10, 3, 1, 1, 6, 9, 0, 0);
     a.init_std = b.init_std = 0.2, a.rope_theta = 100, b.eps = 1e-3;
     test_fixtures(ops);
     test_schedules();
@@ -1128,10 +1201,14 @@ int main(void) {
     test_memory(ops);
     test_finite_differences(ops, a, 0);
     test_finite_differences(ops, b, 1);
+    for (int family = 0; family < FAMILIES; family++) {
+        test_finite_differences(ops, small_of(family), 1);
+        test_recompute(ops, small_of(family));
+        test_packing(ops, small_of(family));
+        test_cache_of(ops, small_of(family));
+    }
     test_padded_vocabulary(ops);
     test_backward(ops);
-    test_recompute(ops);
-    test_packing(ops);
     test_save_and_load(ops);
     test_configs();
     test_damaged_weights(ops);

@@ -3,7 +3,7 @@
 #include "../slam.h"
 #include "check.h"
 
-static const slam_config small = {30, 24, 2, 4, 2, 6, 40, 256, 1, 1, 1e-6, 0.3, 10000};
+static const slam_config small = {30, 24, 2, 4, 2, 6, 40, 256, 1, 1, 1e-6, 0.3, 10000, 0, 0, 0, 0, 0};
 
 /* The sum of losses after tokens from .. to - 1 in a row of its own that begins at token `start`; tokens (to + 1). */
 static double losses_of(slam_model *m, const int *tokens, int start, int from, int to) {

@@ -49,7 +49,9 @@ static void test_exp(void) {
 
 /* Pair c of position t has the angle t theta^(-2c / HS); the table is computed in float. */
 static void test_rope_table(int T, int HS, double theta) {
-    float *table = rope_table(T, HS / 2, theta);
+    slam_config c = ZERO;
+    c.rope_theta = theta;
+    float *table = rope_table(T, HS / 2, &c);
     for (int t = 0; t < T; t++)
         for (int c = 0; c < HS / 2; c++) {
             const double angle = t * pow(theta, -2.0 * c / HS), tolerance = 1e-7 + 5e-7 * angle;
@@ -87,7 +89,9 @@ static slam_mask mask_new(shape s) {
     if (s.masked) m.mask_start = mask_start, m.mask_end = mask_end;
     else free(mask_start), free(mask_end);
     m.pairs = s.unrotated == 1 ? 0 : s.HS / (s.unrotated ? 4 : 2);
-    m.rope = rope_table(s.T, m.pairs, 10000);
+    slam_config c = ZERO;
+    c.rope_theta = 10000;
+    m.rope = rope_table(s.T, m.pairs, &c);
     return m;
 }
 
@@ -341,6 +345,14 @@ static void test_rmsnorm_groups(slam_ops *ops, int N, int G, int C, int gap, int
     check_close("dw", dw, dw1, C, 1e-6);
     rmsnorm_forward(ops, s, x, rstd, x, d, w, N, G, C, stride);
     CHECK(misplaced(x, before[0], y1, N, width, stride) == 0, "y in place of x differs");
+    memset(ds1, 0, rows * C * sizeof *ds1); // nothing else reaches s: as with zeros in ds
+    memset(dw, 0, C * sizeof *dw), memset(dw1, 0, C * sizeof *dw);
+    float *between = gather(dy, 1, (int)n, 0);
+    rmsnorm_backward(ops, ds1, dw1, dy1, d ? s1 : x1, w, rstd1, N * G, 1, C, C);
+    rmsnorm_backward(ops, dy, dw, dy, d ? s : before[0], w, rstd, N, G, C, stride);
+    CHECK(misplaced(dy, between, ds1, N, width, stride) == 0, "ds in place of dy differs");
+    check_close("dw in place", dw, dw1, C, 1e-6);
+    free(between);
     for (int k = 0; k < 4; k++) free(before[k]);
     free(x), free(delta), free(dy), free(y), free(s), free(ds), free(x1), free(delta1), free(dy1), free(ds1), free(y1),
         free(s1);

@@ -447,7 +447,6 @@ static void test_output_check(void) {
     check_fails(slam_output_check(check_path("no/such/folder.jsonl")), "cannot be written");
     check_fails(slam_output_check("test"), "is a folder");
     check_fails(slam_output_check("README.md/x.json"), "cannot be written: README.md/: Not a directory");
-    if (path_exists("/dev/full")) check_fails(slam_output_check("/dev/full"), "/dev/full: cannot be written: No space");
     CHECK(slam_output_check(path) && path_is_file(path), "%s", slam_error());
     CHECK(slam_output_check(check_path("new.json")) && !path_is_file(check_path("new.json")), "%s", slam_error());
     CHECK(slam_output_check("/dev/null"), "%s", slam_error());

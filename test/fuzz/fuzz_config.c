@@ -8,9 +8,9 @@ static void check_config(const slam_config *c) {
          c->HS % 2 == 0);
     MUST(c->eps > 0 && c->rope_theta >= 1);
     const model_tensors m = tensors_of(c);
-    MUST(m.n_weights >= slam_config_parameters(c) && m.n_matrices <= m.n_weights && m.n_weights < (size_t)1 << 60);
+    MUST(m.n_weights >= slam_config_parameters(c) && m.n_decayed <= m.n_weights && m.n_weights < (size_t)1 << 60);
     for (size_t k = 0; k < m.n; k++) {
-        MUST(m.list[k].at + tensor_size(&m.list[k]) <= m.n_weights);
+        MUST(m.list[k].offset + tensor_size(&m.list[k]) <= m.n_weights);
         end += tensor_size(&m.list[k]);
     }
     MUST(end == slam_config_parameters(c));

@@ -15,13 +15,13 @@ static void check_pair(const slam_pair *q) {
 }
 
 static void check_rows(const slam_pairs *p) {
-    slam_batch b = slam_batch_new(2, slam_pairs_row(p), 1);
+    slam_batch b = slam_batch_new(2, p->T, 1);
     slam_loader *l = slam_loader_new_pairs(p, 0, 1, 1);
     uint64_t tokens = 0;
     size_t completions = 0;
     MUST(l && slam_loader_begin(l, (int)p->n, NULL) == (int)p->n);
     while (slam_loader_next(l, &b) > 0) {
-        MUST(b.B >= 1 && b.B <= 2 && b.T <= slam_pairs_row(p));
+        MUST(b.B >= 1 && b.B <= 2 && b.T <= p->T);
         completions += b.n_sequences;
         for (int i = 0; i < b.B * b.T; i++) {
             const int t = i % b.T, start = b.doc_start[i], mask = b.mask_start[i], mask_end = b.mask_end[i];
