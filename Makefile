@@ -85,7 +85,8 @@ $(EMULATED_PROGRAMS): %-emulated: $(B)/%.o $(B)/slam-emulated.o build/current
 # ---- tests and measurements ----
 
 # A test program includes slam.h with its implementation, so that it reaches static functions. The compiler drops what it does not
-# reach (WHOLE; across so many functions it warns of variables that are set). -O3 takes twice as long to compile: only tests of loops over numbers need it. TEST_SKIP: names of tests to skip.
+# reach (WHOLE; across so many functions it warns of variables that are set). -O3 takes twice as long to compile: only tests of loops
+# over numbers need it. TEST_SKIP: names of tests to skip.
 SKIP := $(addprefix $(B)/,$(TEST_SKIP))
 TESTS := $(filter-out $(SKIP),$(patsubst test/%.c,$(B)/%,$(wildcard test/test_*.c)))
 UNOPTIMISED := $(patsubst %,$(B)/test_%,data formats objectives ranks scoring speech tokenize)

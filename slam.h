@@ -330,7 +330,8 @@ typedef struct slam_config {
     int T;                       /* max_position_embeddings */
     int tied, family;            /* lm_head is the embedding; SLAM_LLAMA, ...: biases and norms of a layer */
     double eps, init_std, rope_theta;
-    /* Rotary frequencies divided by rope_factor (0: none): all, or with rope_high > 0 those of long waves (Llama 3) */
+    /* Scaling of the rotary frequencies. rope_factor 0: none; else they are divided by it: with rope_high 0 all
+       (linear), else those of long waves (Llama 3), longer than rope_original / rope_high positions */
     double rope_factor, rope_low, rope_high, rope_original;
     uint64_t no_rope; /* bit l: layer l has no rotary positions */
 } slam_config;
