@@ -11,7 +11,7 @@
    include slam.h where you call it. Load a model and score a sequence of n tokens (token 1 opens and closes a
    document, unit u is token u + 2):
 
-       slam_ops *ops = slam_cpu(0);                              // 0: one thread per core
+       slam_ops *ops = slam_cpu(0);                              // 0: OpenMP's number of threads
        slam_model *m = slam_model_load(ops, "runs/train/latest");
        slam_batch batch = slam_batch_new(1, n, 0);               // one row
        for (int t = 0; t < n; t++) batch.tokens[t] = tokens[t];
@@ -22,7 +22,7 @@
        slam_model_free(m);
        slam_ops_free(ops);
 
-   CONTENTS (declarations: search for "---- n."; implementation: "SECTION n.")
+   CONTENTS (declarations: search for "---- n."; implementation: "SECTION n."; 2, 4 and 5 are declared in 1 and 3)
       1. BASE           errors, memory, strings, random numbers, threads, files
       2. FORMATS        JSON, CSV, safetensors, npy, token shards, unit lines
       3. OPS            every operation of the model with its mathematics (declarations only: struct slam_ops)
@@ -33,7 +33,7 @@
       8. OPTIMISER      AdamW, schedules, gradient clipping, ZeRO-1
       9. BATCHES        documents -> chunks -> packed rows -> batches
      10. AUDIO          files, resampler, segmenter
-     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer
+     11. UNITS          MFCC, HuBERT, k-means, unit tokenizer, inputs, reader, writer, vocoder
      12. OBJECTIVES     language modelling, DPO, scores of sequences
      13. EVALUATION     n-grams, test sets, generation
      14. CHECKPOINTS    run folders, trainer state, log
@@ -50,9 +50,9 @@
    Compiler flags: -fopenmp for parallel loops (else one thread); nvcc -arch=native adds section 5 (-lcublasLt).
 
    ERRORS
-   A function that can fail returns 0 or NULL and sets slam_error(). The exception: when host memory outside
-   slam_ops.alloc runs out, SLAM_OUT_OF_MEMORY is called. Only it and section 15 print. A slam_ops and everything made
-   with it belong to one thread at a time. MIT licence. */
+   A function that can fail returns 0 or NULL (-1 where 0 is a result) and sets slam_error(). The exception: when host
+   memory outside slam_ops.alloc runs out, SLAM_OUT_OF_MEMORY is called. Only it and section 15 print. A slam_ops and
+   everything made with it belong to one thread at a time. MIT licence. */
 #ifndef SLAM_H
 #define SLAM_H
 #if defined(SLAM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -118,7 +118,7 @@ typedef struct slam_products {
     char library[160];               /* "cuBLASLt 130100, NVIDIA H100 80GB HBM3, bf16": the list is for this one only */
     int tune;                        /* 1: the first product of a shape measures algorithms and stores the fastest */
     int measured;                    /* entries of the list that were measured: the first ones, never replaced */
-    int proposed;                    /* number of others stored so far; the oldest is replaced */
+    int unmeasured;                  /* number of others stored so far; the oldest is replaced */
     uint64_t list[SLAM_PRODUCTS][9]; /* hash of a shape, its algorithm (cublasLtMatmulAlgo_t) */
 } slam_products;
 
@@ -179,8 +179,8 @@ struct slam_ops {
     void (*zero)(slam_ops *, void *p, size_t bytes);
     int (*finish)(slam_ops *); /* waits for all queued work; 0 and slam_error() if any of it failed */
     void (*close)(slam_ops *);
-    /* comm_stream: the CUDA stream of NCCL; NULL: MPI accesses the memory directly. comm_begin: it waits for all queued
-       work. comm_end: later work waits for it. comm_done: 1 if it is idle. */
+    /* comm_stream: the CUDA stream of NCCL; NULL: MPI accesses the memory directly. comm_begin: the stream waits
+       for all queued work. comm_end: later work waits for the stream. comm_done: 1 if the stream is idle. */
     void *comm_stream;
     void (*comm_begin)(slam_ops *);
     void (*comm_end)(slam_ops *);
@@ -271,7 +271,7 @@ struct slam_ops {
     void (*adamw)(slam_ops *, slam_act *w_act, float *w, float *m, float *v, const float *g, const double *stats,
                   const slam_adamw_params *, size_t n);
 
-    /* The rest serves speech encoders and vocoders and has no backward pass. */
+    /* The rest is for speech encoders and vocoders, and layernorm as an addition. It has no backward pass. */
 
     /* Convolution over time
            out[b,t,g,o] = output(sum_k,c input[b,t stride + k dilation - before,g,c] w[g,o,k,c] + bias[g,o])
@@ -283,7 +283,8 @@ struct slam_ops {
     void (*gelu_forward)(slam_ops *, slam_act *y, const slam_act *x, size_t n);
     /* Residual add and layer norm (Ba, Kiros and Hinton 2016), optionally followed by GELU
            s = x + delta      y_ic = w_c (s_ic - mean_i) / sqrt(var_i + eps) + b_c
-       s, y, x, delta (N,C)  w, b (C). delta NULL: s is x, not written. s or y NULL: not kept. s, y may be x */
+       s, y, x, delta (N,C)  w, b (C). delta NULL: s is x, not written. s or y NULL: not kept (without y no w and b).
+       s, y may be x */
     void (*layernorm)(slam_ops *, slam_act *s, slam_act *y, const slam_act *x, const slam_act *delta, const slam_act *w,
                       const slam_act *b, float eps, int gelu, int N, int C);
     /* Norm of each channel over the frames of its row (group norm, one channel per group: Wu and He 2018), then GELU
@@ -340,7 +341,7 @@ int slam_config_load(slam_config *, const char *name_or_path);
 size_t slam_config_parameters(const slam_config *);
 double slam_config_flops(const slam_config *, int T); /* per token, forward and backward, causal attention over T */
 
-/* RECOMPUTE: the backward pass computes the outputs of norms and SwiGLU again, same bits, to save memory. */
+/* RECOMPUTE: the backward pass computes the inputs of sub-layers and SwiGLU again, same bits, to save memory. */
 enum { SLAM_INFERENCE, SLAM_TRAIN, SLAM_TRAIN_RECOMPUTE };
 typedef struct slam_memory {
     double weights, grads, optimiser, activations, logits, total; /* bytes of device memory */
@@ -373,7 +374,7 @@ typedef struct slam_model {
     float *master;  /* float weights: `weights` itself if activations are float; NULL: sharded (see slam_adamw) */
     float *grads;   /* (n_weights), NULL until planned for training */
     double *stats;  /* device: sum of losses since the last update, squared gradient norm */
-    int B, T, mode; /* planned for B rows of T tokens */
+    int B, T, mode; /* planned for B rows of T tokens, or more but shorter ones */
     struct slam_layout *layout;
     /* Called in the next backward pass when gradients are complete. l = 0 .. config.L - 1: of a layer; l = config.L:
        of an untied head; l = -1: all. */
@@ -423,7 +424,7 @@ int slam_decoder_append(slam_decoder *, int slot, int token);
 typedef struct slam_sampling {
     double temperature;        /* 0: greedy */
     int top_k;                 /* keep the k largest logits and ties with the last; 0: all */
-    double top_p;              /* keep the smallest set of most probable tokens with total probability >= p; 1: all */
+    double top_p;              /* keep the fewest most probable tokens (and ties) with total probability >= p; 1: all */
     double repetition_penalty; /* divides positive and multiplies negative logits of seen tokens; 1: none */
 } slam_sampling;
 /* Draws from logits (V), which are changed. seen (V): 1 for tokens the penalty applies to, or NULL. uniform in [0,1).
@@ -452,7 +453,7 @@ typedef struct slam_adamw {
 /* Allocates the state for a model planned for training; the caller sets the hyperparameters. Collective. */
 int slam_adamw_init(slam_adamw *, slam_model *);
 void slam_adamw_free(slam_adamw *);
-/* Called before the last backward pass of a step: it then reduces gradients over the ranks while it computes. */
+/* Called before the last backward pass of a step: gradients are then summed over the ranks during that pass. */
 void slam_adamw_overlap(slam_adamw *);
 typedef struct slam_step {
     double loss_sum, grad_norm; /* over all ranks since the last update; norm before clipping */
@@ -477,7 +478,7 @@ typedef struct slam_source {
 } slam_source;
 typedef struct slam_data {
     int context;
-    int V;                /* vocabulary that the shards state, 0: none; after slam_data_prepare its V */
+    int V;                /* vocabulary size in the shards' headers, 0: none; after slam_data_prepare its V */
     uint32_t fingerprint; /* of the unit tokenizer that the shards state, 0: none */
     slam_source *sources;
     slam_chunk *chunks;
@@ -580,7 +581,7 @@ typedef struct slam_tokenizer {
    theirs. ops: the device of HuBERT, NULL for MFCC. */
 slam_tokenizer *slam_tokenizer_load(const char *km_npy, const slam_unit_config *, slam_ops *);
 void slam_tokenizer_free(slam_tokenizer *);
-/* Units (or features) of n recordings, which do not depend on each other. */
+/* Units (or features) of n recordings. The result of one does not depend on the others. */
 int slam_units_encode(const slam_tokenizer *, slam_recording *, int n);
 
 /* ---- 11. UNITS: from files to units; the loop is tokenize() in tokenize.c ---- */
@@ -611,7 +612,7 @@ typedef struct slam_item slam_item;
 typedef struct slam_reader slam_reader;
 slam_reader *slam_reader_open(const slam_inputs *, const slam_tokenizer *, size_t first); /* UNITS: it may be NULL */
 /* Returns 1, 0 at the end, -1 on error. *item: the next input, valid until the next call; *skipped: why it cannot be
-   used, or NULL. Where the next input has to be decoded first, one chunk is, and *item is NULL: call again. */
+   used, or NULL. If it is not decoded yet, this call decodes one chunk and sets *item to NULL: call again. */
 int slam_reader_next(slam_reader *, const slam_item **item, const char **skipped);
 void slam_reader_close(slam_reader *);
 
@@ -643,8 +644,8 @@ typedef struct slam_kmeans_report {
     double inertia;   /* mean squared distance of a frame to its centroid */
     int passes, dead; /* full passes; empty clusters */
 } slam_kmeans_report;
-/* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 x frames frames, samples `frames` of them
-   uniformly and runs k-means. */
+/* Writes KM.npy and KM.json. Reads inputs in random order until there are 8 * `frames` frames, draws `frames` of them
+   at random and runs k-means. */
 slam_tokenizer *slam_tokenizer_fit(const char *km_npy, const slam_unit_config *, slam_ops *, const slam_inputs *, int K,
                                    size_t frames, uint64_t seed, slam_progress_fn *, void *context,
                                    slam_kmeans_report *);
@@ -700,8 +701,8 @@ typedef struct slam_pairs {
     size_t skipped[SLAM_SKIPS]; /* pairs that cannot be used */
     size_t truncated;           /* pairs whose prompt lost its beginning to fit the context */
     size_t unshared;            /* pairs that are too long to share their prompt */
-    int T;                      /* after slam_pairs_prepare: longest row, 2 x context in steps of 16, at least 1024 */
-    uint64_t hash;              /* after slam_pairs_prepare: of all pairs */
+    int T;         /* longest row, set by slam_pairs_prepare: 2 * context rounded up to 16, at least 1024 */
+    uint64_t hash; /* after slam_pairs_prepare: of all pairs */
 } slam_pairs;
 /* Reads a file or glob of SlamKit preference pairs (.jsonl), those for validation last. The struct starts as zeros with
    V, context, share and max_repetition. */
@@ -831,8 +832,8 @@ void slam_trainer_free(slam_trainer *);
 /* Value number i (from 0) of a setting; NULL: there is none. Set: replaces it, or adds it. */
 const char *slam_trainer_setting(const slam_trainer *, const char *name, size_t i);
 void slam_trainer_set(slam_trainer *, const char *name, size_t i, const char *value);
-/* Appends the paths of a setting, "data" or "val". A relative path is looked for in the current folder if the folder of
-   the first call does not have it (the run was moved together with its data). */
+/* Appends the paths of a setting, "data" or "val". A relative path is looked for in the current folder if it is not in
+   the one where the run was begun (it was moved together with its data). */
 void slam_trainer_paths(const slam_trainer *, const char *name, slam_strings *paths);
 
 /* Writes RUN/step_NNNNNN, points `latest` (and `best`) at it, then removes all but the best and the `keep` newest (0:
@@ -877,7 +878,7 @@ typedef struct slam_flags {
 } slam_flags;
 /* 1: continue; 0: wrong, slam_error(); 2: --help or --version, printed. `--flag value`, `--flag=value`; -o is --out. */
 int slam_flags_parse(slam_flags *, int argc, char **argv);
-int slam_flags_defaults(slam_flags *, int column); /* of flags without a value: what is before (0) or after (1) " | " */
+int slam_flags_defaults(slam_flags *, int right); /* of flags without a value: what is left or right of " | " */
 int slam_flags_given(const slam_flags *, const char *name);
 int slam_flags_set(slam_flags *, const char *name, const char *value); /* does not count as given */
 void slam_flags_free(slam_flags *);
@@ -917,7 +918,7 @@ typedef struct slam_unit_flags {
     int layer, pad, normalize, no_dedup;
 } slam_unit_flags;
 /* Their configuration. Unless a new km.npy is fitted, KM.json decides, and a flag that contradicts it is an error (but
-   channel is free: often each holds a speaker). */
+   `channel` may differ: each often holds one speaker). */
 int slam_unit_flags_config(const slam_flags *, const slam_unit_flags *, int fit, slam_unit_config *);
 int slam_bundled_units(const char *argv0, uint64_t units); /* an error unless 0 or the bundled data's fingerprint */
 
@@ -951,7 +952,7 @@ typedef struct slam_run {
     slam_ops *ops;
     int micro, T, mode;         /* after slam_run_plan: rows at once, tokens per row, SLAM_TRAIN... */
     long saved_step, eval_step; /* steps of the last checkpoint and of the last evaluation */
-    double began;               /* slam_clock() at the start, less the training time of the calls before */
+    double began;               /* slam_clock() at the start, less the training time of earlier sessions */
     double lap;                 /* slam_clock() when what is timed now began; 0: before the first step */
     double slowest_step, eval_seconds, save_seconds;
     double peak_flops;    /* FLOP/s that all ranks reach at most; 0: unknown */
@@ -4171,7 +4172,7 @@ static void product(slam_ops *ops, const char *operation, int flags, int M, int 
     }
     for (int k = 0; k < n; k++) {
         if (found[k].state || multiply(&found[k].algo, C)) continue;
-        if (at == SLAM_PRODUCTS) at = known->measured + known->proposed++ % (SLAM_PRODUCTS - known->measured);
+        if (at == SLAM_PRODUCTS) at = known->measured + known->unmeasured++ % (SLAM_PRODUCTS - known->measured);
         if (at == known->measured && tune) known->measured++;
         known->list[at][0] = hash;
         memcpy(&known->list[at][1], &found[k].algo, sizeof found[k].algo);
@@ -5712,26 +5713,34 @@ enum { CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 typedef struct family {
     const char *type, *architecture, *text_model; // text_model: of SlamKit's config.json
     const char *members;                          // further ones that are written
-    int bias, qk_norm, post_norm;  // q, k and v have biases; norms of q and k; of outputs of sub-layers, not of inputs
-    int HS, KVH, T, tied, no_rope; // head_dim 0: C / NH; KVH 0: NH; every no_rope-th layer has no positions
+    int bias;                                     // q, k and v have biases
+    int qk_norm;                                  // norms of q and k: 0, NORM_PER_HEAD, NORM_ALL_HEADS
+    int post_norm;                                // norms of the outputs of sub-layers instead of their inputs
+    int HS, KVH, T, tied;                         // HS 0: C / NH; KVH 0: NH
+    int no_rope_interval;                         // the last layer of each has no rotary positions; 0: all have
     double eps, rope_theta;
 } family;
 enum { NORM_PER_HEAD = 1, NORM_ALL_HEADS };
+/* clang-format off */
+#define NO_BIAS "\"attention_bias\": false"
 static const family families[] = {
-    {"llama", "LlamaForCausalLM", "HuggingFaceTB/SmolLM2-135M", "\"attention_bias\": false, \"mlp_bias\": false", 0, 0,
-     0, 0, 0, 2048, 0, 0, 1e-6, 1e4},
-    {"qwen2", "Qwen2ForCausalLM", "Qwen/Qwen2.5-0.5B", "\"use_sliding_window\": false", 1, 0, 0, 0, 32, 32768, 0, 0,
-     1e-6, 1e4},
-    {"mistral", "MistralForCausalLM", "mistralai/Mistral-7B-v0.3", "\"sliding_window\": null", 0, 0, 0, 0, 8, 131072, 0,
-     0, 1e-6, 1e4},
-    {"qwen3", "Qwen3ForCausalLM", "Qwen/Qwen3-0.6B-Base", "\"attention_bias\": false, \"use_sliding_window\": false", 0,
-     NORM_PER_HEAD, 0, 128, 32, 32768, 0, 0, 1e-6, 1e4},
-    {"olmo2", "Olmo2ForCausalLM", "allenai/OLMo-2-0425-1B", "\"attention_bias\": false", 0, NORM_ALL_HEADS, 1, 0, 0,
-     2048, 0, 0, 1e-5, 1e4},
+    // the numbers: bias, qk_norm, post_norm, HS, KVH, T, tied, no_rope_interval, eps, rope_theta
+    {"llama", "LlamaForCausalLM", "HuggingFaceTB/SmolLM2-135M", NO_BIAS ", \"mlp_bias\": false",
+     0, 0, 0, 0, 0, 2048, 0, 0, 1e-6, 1e4},
+    {"qwen2", "Qwen2ForCausalLM", "Qwen/Qwen2.5-0.5B", "\"use_sliding_window\": false",
+     1, 0, 0, 0, 32, 32768, 0, 0, 1e-6, 1e4},
+    {"mistral", "MistralForCausalLM", "mistralai/Mistral-7B-v0.3", "\"sliding_window\": null",
+     0, 0, 0, 0, 8, 131072, 0, 0, 1e-6, 1e4},
+    {"qwen3", "Qwen3ForCausalLM", "Qwen/Qwen3-0.6B-Base", NO_BIAS ", \"use_sliding_window\": false",
+     0, NORM_PER_HEAD, 0, 128, 32, 32768, 0, 0, 1e-6, 1e4},
+    {"olmo2", "Olmo2ForCausalLM", "allenai/OLMo-2-0425-1B", NO_BIAS,
+     0, NORM_ALL_HEADS, 1, 0, 0, 2048, 0, 0, 1e-5, 1e4},
     {"smollm3", "SmolLM3ForCausalLM", "HuggingFaceTB/SmolLM3-3B-Base",
-     "\"attention_bias\": false, \"mlp_bias\": false, \"use_sliding_window\": false", 0, 0, 0, 0, 4, 32768, 1, 4, 1e-6,
-     2e6},
+     NO_BIAS ", \"mlp_bias\": false, \"use_sliding_window\": false",
+     0, 0, 0, 0, 4, 32768, 1, 4, 1e-6, 2e6},
 };
+#undef NO_BIAS
+/* clang-format on */
 enum { FAMILIES = sizeof families / sizeof *families };
 
 #define AT(name) offsetof(slam_config, name)
@@ -5774,17 +5783,19 @@ static int config_read_rope(slam_config *config, const json *c, const char *path
     return share == 1 || set_error("%s: partial_rotary_factor is %g, expected 1", path, share);
 }
 
-/* The layers without rotary positions (SmolLM3): where no_rope_layers has a 0 or, without it, every fourth. */
+/* The layers without rotary positions (SmolLM3): where no_rope_layers has a 0 or, without it, the last of each
+   no_rope_layer_interval (4). */
 static int config_read_no_rope(slam_config *c, const json *from, const char *path) {
     const json *list = json_get(from, "no_rope_layers"), *every = json_get(from, "no_rope_layer_interval");
-    const int interval = every && every->number >= 1 ? (int)every->number : families[c->family].no_rope;
-    if (!families[c->family].no_rope) return 1;
+    const int interval = every && every->number >= 1 ? (int)every->number : families[c->family].no_rope_interval;
+    if (!families[c->family].no_rope_interval) return 1;
     if (c->L > 64 || (list && list->n < (size_t)c->L))
         return set_error("%s: no_rope_layers: expected an entry for each of the %d layers, of which 64 at most", path,
                          c->L);
     const json *rotary = list ? list->first : NULL;
     for (int l = 0; l < c->L; l++, rotary = list ? rotary->next : NULL)
-        if (list ? rotary->number == 0 : (l + 1) % interval == 0) c->no_rope |= (uint64_t)1 << l;
+        if (list ? rotary->number == 0 && rotary->type != JSON_TRUE : (l + 1) % interval == 0)
+            c->no_rope |= (uint64_t)1 << l;
     return 1;
 }
 
@@ -5793,7 +5804,8 @@ static int config_read_no_rope(slam_config *c, const json *from, const char *pat
 static int config_read_window(const slam_config *config, const json *c, const char *path) {
     const json *slides = json_get(c, "use_sliding_window"), *window = json_find(c, "sliding_window");
     const json *layers = json_get(c, "layer_types"), *first = json_get(c, "max_window_layers");
-    const int is_null = window && window->type == JSON_NULL, from = config->family == SLAM_SMOLLM3 ? 0 : 28;
+    const int is_null = window && window->type == JSON_NULL;
+    const double full_layers = config->family == SLAM_SMOLLM3 ? 0 : first ? first->number : 28;
     size_t full = 0;
     if (config->family == SLAM_MISTRAL) {
         const double length = window ? window->number : 4096;
@@ -5801,7 +5813,7 @@ static int config_read_window(const slam_config *config, const json *c, const ch
                set_error("%s: sliding_window is %g, expected null or at least the %d positions", path, length,
                          config->T);
     }
-    if (!layers && slides && slides->type != JSON_FALSE && !is_null && (first ? first->number : from) < config->L)
+    if (!layers && slides && slides->type != JSON_FALSE && !is_null && full_layers < config->L)
         return set_error("%s: use_sliding_window is true, max_window_layers %s, expected at least the %d layers", path,
                          json_describe(first), config->L);
     for (const json *l = layers ? layers->first : NULL; l; l = l->next)
@@ -5811,7 +5823,8 @@ static int config_read_window(const slam_config *config, const json *c, const ch
 }
 
 static int config_read(slam_config *c, const json *root, const char *path) {
-    static const char *const fixed[][2] = {{"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}};
+    static const char *const fixed[][2] = {
+        {"hidden_act", "silu"}, {"attention_bias", "false"}, {"mlp_bias", "false"}, {"is_causal", "true"}};
     const json *base = json_get(root, "base_config"), *from = base ? base : root; // SlamKit nests the transformer's
     const char *type = json_string(from, "model_type", "");
     if (!from || from->type != JSON_OBJECT) return set_error("%s: expected an object with a model's settings", path);
@@ -5820,7 +5833,7 @@ static int config_read(slam_config *c, const json *root, const char *path) {
         return set_error("%s: model_type is '%s', expected llama, qwen2, mistral, qwen3, olmo2 or smollm3", path, type);
     if (json_get(from, "quantization_config"))
         return set_error("%s: quantization_config: expected weights that are not quantised", path);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         const json *j = json_find(from, fixed[i][0]);
         const char *is = j && j->type == JSON_STRING && i == 0 ? j->string : json_describe(j);
         if (j && strcmp(is, fixed[i][1]))
@@ -5839,10 +5852,11 @@ static int config_read(slam_config *c, const json *root, const char *path) {
         return 0;
     slam_config outer = *c; // SlamKit states the rotary base beside base_config, too
     if (base && (!fields_read(root, config_fields, 1, c, path) || !config_read_rope(&outer, root, path))) return 0;
-    if (outer.rope_theta != c->rope_theta)
-        return set_error("%s: rope_theta is %g, but %g in base_config, expected the same", path, outer.rope_theta,
-                         c->rope_theta);
-    if (!c->KVH) c->KVH = c->NH;
+    if (outer.rope_theta != c->rope_theta || outer.rope_factor != c->rope_factor || outer.rope_high != c->rope_high)
+        return set_error("%s: rope_theta is %g, scaled by %g, but %g and %g in base_config, expected the same", path,
+                         outer.rope_theta, outer.rope_factor, c->rope_theta, c->rope_factor);
+    const json *kv_heads = json_find(from, "num_key_value_heads");
+    if (!c->KVH || (kv_heads && kv_heads->type == JSON_NULL)) c->KVH = c->NH;
     if (c->NH % c->KVH)
         return set_error("%s: %d attention heads, expected a multiple of the %d key/value heads", path, c->NH, c->KVH);
     if (!c->HS && c->C % c->NH)
@@ -5881,17 +5895,21 @@ static void config_write(strbuf *s, const slam_config *c, const char *indent) {
     strbuf_add(s, "%s\"architectures\": [\"%s\"],\n%s\"model_type\": \"%s\",\n%s%s,\n", indent, f->architecture, indent,
                f->type, indent, f->members);
     for (int i = 0; i < 3; i++) strbuf_add(s, "%s%s,\n", indent, members[i]);
-    strbuf_add(s, "%s\"rope_parameters\": {\"rope_type\": \"%s\", \"rope_theta\": ", indent,
-               c->rope_high > 0     ? "llama3"
-               : c->rope_factor > 0 ? "linear"
-                                    : "default");
-    strbuf_add_number(s, c->rope_theta);
-    for (int i = 0; i < (c->rope_high > 0 ? 4 : c->rope_factor > 0); i++) {
-        strbuf_add(s, ", \"%s\": ", rope_fields[i].name);
-        strbuf_add_number(s, *(const double *)((const char *)c + rope_fields[i].offset));
+    const int llama3 = c->rope_high > 0, linear = !llama3 && c->rope_factor > 0;
+    for (int k = 0; k < (llama3 || linear ? 2 : 1); k++) { // a scaling by both names: Transformers 4 reads rope_scaling
+        strbuf_add(s, "%s\"%s\": {\"rope_type\": \"%s\", \"rope_theta\": ", indent,
+                   k ? "rope_scaling" : "rope_parameters",
+                   llama3   ? "llama3"
+                   : linear ? "linear"
+                            : "default");
+        strbuf_add_number(s, c->rope_theta);
+        for (int i = 0; i < (llama3 ? 4 : linear); i++) {
+            strbuf_add(s, ", \"%s\": ", rope_fields[i].name);
+            strbuf_add_number(s, *(const double *)((const char *)c + rope_fields[i].offset));
+        }
+        strbuf_add(s, "},\n");
     }
-    strbuf_add(s, "},\n");
-    for (int l = 0; f->no_rope && l < c->L; l++)
+    for (int l = 0; f->no_rope_interval && l < c->L; l++)
         strbuf_add(s, "%s%s%d%s", l ? "" : indent, l ? "" : "\"no_rope_layers\": [", has_rope(c, l),
                    l + 1 < c->L ? ", " : "],\n");
     fields_write(s, config_fields, CONFIG_FIELDS, c, indent);
@@ -6276,7 +6294,7 @@ static float *weights_read(const tensor *t, size_t n) {
     return NULL;
 }
 
-/* Checks that a file has the tensors of a model and no others, before memory is allocated for them. */
+/* Checks that a file has the tensors of a model and no unknown ones, before memory is allocated for them. */
 static int weights_check(const slam_config *c, const tensors *file, int twist) {
     const model_tensors list = tensors_of(c);
     int ok = 1;
@@ -6527,13 +6545,18 @@ static void norm_qk(slam_model *m, int l, int N, slam_act *dqkv) {
     }
 }
 
+/* sum = x + y, all (N,C); sum may be x. */
+static void act_add(slam_ops *ops, slam_act *sum, const slam_act *x, const slam_act *y, int N, int C) {
+    ops->layernorm(ops, sum, NULL, x, y, NULL, NULL, 0, 0, N, C);
+}
+
 /* x = x_prev + delta, and the input of a sub-layer: the norm of x or, where norms come after sub-layers, x. */
 static void norm_input(slam_model *m, slam_act *x, slam_act *in, float *rstd, const slam_act *x_prev,
                        const slam_act *delta, const param *norm, int N) {
     slam_ops *ops = m->ops;
     const int C = m->config.C;
     if (in != x) ops->rmsnorm_forward(ops, x, in, rstd, x_prev, delta, norm->data, (float)m->config.eps, N, 1, C, C);
-    else if (delta) ops->layernorm(ops, x, NULL, x_prev, delta, NULL, NULL, 0, 0, N, C);
+    else if (delta) act_add(ops, x, x_prev, delta, N, C);
 }
 
 /* The norm of a sub-layer's output, or the output itself. */
@@ -6547,9 +6570,9 @@ static void norm_output(slam_model *m, slam_act *delta, const slam_act *out, flo
        x_mid = x + out(attention(qkv(norm(x))))      x_next = x_mid + down(swiglu(gate_up(norm(x_mid))))
    or, in OLMo 2,
        x_mid = x + norm(out(attention(qkv(x))))      x_next = x_mid + norm(down(swiglu(gate_up(x_mid))))
-   Each sum is computed by the norm that follows, which saves a pass over memory: the first norm here computes x =
-   x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL; widths: Q of
-   the queries, QKV of q, k and v. */
+   Each sum is computed by the norm that follows, if there is one, which saves a pass over memory: the first norm here
+   computes x = x_prev + delta_prev, and the next layer adds x_mid and delta. x_prev (N,C), delta_prev (N,C) or NULL;
+   widths: Q of the queries, QKV of q, k and v. */
 static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const slam_act *delta_prev, int N,
                           const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
@@ -6572,7 +6595,7 @@ static void layer_forward(slam_model *m, int l, const slam_act *x_prev, const sl
     norm_output(m, delta, mlp_out, a->mlp_rstd, &w->mlp_norm, N);
 }
 
-/* From tokens to head_in. N: B T, or with a decoder that is not prefilling B, one token of each sequence. */
+/* From tokens to head_in. N is B T; while decoding it is B, one token per sequence. */
 static void forward(slam_model *m, int N, const slam_mask *mask, const struct slam_decoder_state *decoder) {
     slam_ops *ops = m->ops;
     const model_weights *w = &m->layout->w;
@@ -6655,7 +6678,7 @@ static void norm_input_backward(slam_model *m, const slam_act *x, const slam_act
     const model_acts *g = &m->layout->a;
     const int C = m->config.C;
     if (in != x) ops->rmsnorm_backward(ops, g->dx, norm->grad, g->dnorm, x, norm->data, rstd, N, 1, C, C);
-    else ops->layernorm(ops, g->dx, NULL, g->dx, g->dnorm, NULL, NULL, 0, 0, N, C);
+    else act_add(ops, g->dx, g->dx, g->dnorm, N, C);
 }
 
 /* One layer, from its end to its beginning. dx (N,C) is the gradient of the residual stream: after the layer on
@@ -6755,11 +6778,11 @@ int slam_logits(slam_model *m, const slam_batch *b, float *logits) {
 }
 
 /* ---- decoding ----
-   The step that predicts the next token stores the last one's keys and values in the cache (again, after a prefill). So
-   a prefill needs no logits. */
+   The step that predicts the next token runs the last one, and stores its keys and values in the cache. The first step
+   after a prefill runs the prompt's last token again, so that a prefill needs no logits. */
 
-/* Tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention sums over keys in an
-   order that does not depend on the longest sequence. */
+/* About the number of tokens per forward pass of a prefill. Its rows have a multiple of 64 tokens, so that attention
+   sums over keys in an order that does not depend on the longest sequence. */
 enum { PREFILL_TOKENS = 4096, PREFILL_TILE = 64 };
 
 void slam_decoder_free(slam_decoder *d) {
@@ -7483,7 +7506,7 @@ static void pack(packed_rows *rows, const uint32_t *items, const uint32_t *lengt
     free(count);
 }
 
-/* Packs the items again. Finds by bisection the smallest length of rows that needs no more rows than T does: MULTIFIT
+/* Packs the items again. Finds by bisection a small length of rows that needs no more rows than T does: MULTIFIT
    (Coffman, Garey and Johnson 1978). Returns this length. */
 static uint32_t pack_evenly(packed_rows *rows, const uint32_t *lengths, uint32_t T) {
     const size_t n = rows->n_items;
@@ -7539,8 +7562,8 @@ static int batch_put_chunk(slam_batch *b, int at, const void *context, uint32_t 
 }
 
 /* ---- the loader ----
-   If shuffled, an epoch's items (chunks, pairs, windows of scored sequences) are put in random order and packed, and
-   its rows are put in random order. Both orders depend only on seed, epoch, weights and lengths, so that a position
+   An epoch's items (chunks, pairs, windows of scored sequences) are packed. If shuffled, they are put in random order
+   before, and the rows after. Both orders depend only on seed, epoch, weights and lengths, so that a position
    (epoch,row) can be restored. With longest_row an epoch is not packed: its rows are single items, and the items of
    each global batch (that of all ranks) are packed when it begins. */
 
@@ -7557,9 +7580,9 @@ struct slam_packer {
     const packed_row *share_end; // end of this rank's rows of the batch
 };
 
-/* Adds the chunks that an epoch has of a source of weight w: each of n floor(w) times, and on average (w - floor(w)) n
-   extra ones, taken cyclically from a fixed random permutation, from where the last epoch stopped. So no chunk is an
-   extra twice in an epoch, and all come equally often in the long run. */
+/* Adds the chunks that an epoch has of a source of weight w: each of the n chunks floor(w) times, and on average (w -
+   floor(w)) n extra ones, taken cyclically from a fixed random permutation, from where the last epoch stopped. So no
+   chunk is an extra twice in an epoch, and all come equally often in the long run. */
 static void packer_add_source(struct slam_packer *p, const slam_loader *l, size_t source, uint64_t epoch) {
     const slam_source *s = &p->data->sources[source];
     const size_t n = s->end_chunk - s->first_chunk, times = (size_t)s->weight;
@@ -7669,7 +7692,7 @@ int slam_loader_begin(slam_loader *l, int n, const slam_comm *comm) {
     return l->n;
 }
 
-/* Positions without an item are padding, each a sequence of its own, so that nothing attends to it. */
+/* Positions without an item are padding, each a sequence of its own, so that no other attends to it. */
 int slam_loader_next(slam_loader *l, slam_batch *b) {
     const struct slam_packer *p = l->packer;
     const packed_row *row = p->share_end - l->rows_left;
@@ -8607,7 +8630,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
     const slam_conv positions = {B, G,           T, C / G,     T,         C / G,           k->taps,        1,
                                  1, k->taps / 2, 1, SLAM_GELU, b->frames, h->batch_norm.w, h->batch_norm.b};
     ops->conv1d(ops, b->delta, x, h->positions.w, h->positions.b, &positions);
-    if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
+    if (stable) act_add(ops, x, x, b->delta, N, C);
     else ops->layernorm(ops, NULL, x, x, b->delta, h->norm.w, h->norm.b, eps, 0, N, C);
     const slam_mask mask = {B, T, NH, NH, C / NH, 0, b->doc_start, b->doc_end, NULL, NULL, NULL};
     for (const hubert_layer *w = h->layers; w < h->layers + h->layer; w++) {
@@ -8621,7 +8644,7 @@ static void hubert_forward(const slam_hubert *h, const hubert_batch *b) {
         ops->matmul_forward(ops, wide, in, w->up.w, w->up.b, N, C, F);
         ops->gelu_forward(ops, wide, wide, (size_t)N * F);
         ops->matmul_forward(ops, b->delta, wide, w->down.w, w->down.b, N, F, C);
-        if (stable) ops->layernorm(ops, x, NULL, x, b->delta, NULL, NULL, 0, 0, N, C);
+        if (stable) act_add(ops, x, x, b->delta, N, C);
         else ops->layernorm(ops, NULL, x, x, b->delta, norm2->w, norm2->b, eps, 0, N, C);
     }
 }
@@ -9751,7 +9774,7 @@ static void voice_filter(const struct slam_mfcc *m, const float *c, float *filte
     for (int n = 1; n < N / 2; n++) filter[n] = (float)(2 * n * a[n] / N);
 }
 
-/* A unit is silent, or voiced where low frequencies dominate: for 87 % of espeak's frames as autocorrelation says. */
+/* A unit is silent, or voiced where low frequencies dominate. Autocorrelation agrees in 87 % of espeak's frames. */
 static int unit_silent(const slam_tokenizer *t, int unit) { return t->centroids[(size_t)unit * t->width] < -7; }
 static int unit_voiced(const slam_tokenizer *t, int unit) {
     return !unit_silent(t, unit) && t->centroids[(size_t)unit * t->width + 1] > -38;
@@ -9906,7 +9929,7 @@ static void gan_conv(slam_gan *g, char *name, slam_act *out, const slam_act *x, 
 
 /* y = x + y (T,C) */
 static void gan_add(const slam_gan *g, slam_act *y, const slam_act *x, int T, int C) {
-    if (y) g->net.ops->layernorm(g->net.ops, y, NULL, y, x, NULL, NULL, 0, 0, T, C);
+    if (y) act_add(g->net.ops, y, y, x, T, C);
 }
 
 /* x: frames (T,in), on return the samples before tanh; y, h, z: space. With NULL and T = 0 it loads. The mean over
@@ -11836,12 +11859,12 @@ int slam_flags_parse(slam_flags *f, int argc, char **argv) {
     return 1;
 }
 
-int slam_flags_defaults(slam_flags *f, int column) {
+int slam_flags_defaults(slam_flags *f, int right) {
     for (slam_flag *a = f->at; a < f->at + f->n; a++) {
         if (!a->name || a->text || !a->fallback) continue;
-        const char *bar = strstr(a->fallback, " | "), *from = column && bar ? bar + 3 : a->fallback;
+        const char *bar = strstr(a->fallback, " | "), *from = right && bar ? bar + 3 : a->fallback;
         char value[64];
-        snprintf(value, sizeof value, "%.*s", (int)(bar && !column ? (size_t)(bar - from) : strlen(from)), from);
+        snprintf(value, sizeof value, "%.*s", (int)(bar && !right ? (size_t)(bar - from) : strlen(from)), from);
         if (strcmp(value, "-") && !flag_set(a, value)) return 0;
     }
     return 1;

@@ -76,7 +76,7 @@ static const char *const recipe_slam[][2] = {
     {"clip", "0.5"},    {"weight-decay", "0"},      {"schedule", "cosine"}, {"rope-theta", "10000"}, {NULL, NULL},
 };
 
-/* {flag, default, help} instead of the common ones; a default "a | b" is a with DATA, b without (bundled corpus). */
+/* {flag, default, help} instead of the common ones; a default "x | y" is x with DATA, y without (bundled corpus). */
 static const char *const presets[][3] = {
     {"batch", "8 | 16", "rows per step"},
     {"lr", "1e-3 | 5e-3", NULL},
@@ -359,7 +359,7 @@ static int fit_steps(program *p) {
 
 /* ---- main ---- */
 
-/* Creates model, optimiser and loader, and restores the checkpoint if there is one. */
+/* Creates model and optimiser, and restores the checkpoint if there is one. */
 static int open_model(program *p) {
     slam_run *r = &p->run;
     const slam_options *o = &r->o;

@@ -532,7 +532,7 @@ static void test_algorithms(void) {
         matmul_forward(gpu, y, x, w, b, rows % 2 ? 1 : 2, N, rows % 2 ? N : 1 + rows % 7);
     const slam_products *known = gpu->products; // its next entry, one of those that are not measured
     const auto splits_of = [&](int K) {
-        const int at = known->measured + known->proposed % (SLAM_PRODUCTS - known->measured);
+        const int at = known->measured + known->unmeasured % (SLAM_PRODUCTS - known->measured);
         matmul_forward(gpu, y, x, w, NULL, 1, K, 1);
         return ((const cublasLtMatmulAlgo_t *)&known->list[at][1])->splits;
     };
@@ -663,7 +663,7 @@ static void test_large(void) {
     float *p = (float *)gpu->alloc(gpu, 1 << 20);
     slam_act *a = (slam_act *)p;
     int *i = (int *)p;
-    const slam_xent x = {N, V, V, 1, NULL};
+    const slam_xent x = xent(N, V, V, 1, NULL);
     const slam_adamw_params h = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, 3};
     const slam_conv c = {B, 1, T, 512, T / 2, 512, 2, 2, 1, 0, 1, SLAM_GELU, i, a, a};
     const size_t n = (size_t)1 << 32;

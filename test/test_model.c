@@ -571,7 +571,10 @@ static void test_configs(void) {
         {"\"model_type\": \"mistral\"", "sliding_window is 4096"},
         {"\"model_type\": \"mistral\", \"sliding_window\": 100", "sliding_window is 100"},
         {"\"model_type\": \"smollm3\", \"use_sliding_window\": true, \"sliding_window\": 9", "use_sliding_window"},
+        {"\"model_type\": \"smollm3\", \"use_sliding_window\": true, \"sliding_window\": 9, \"max_window_layers\": 9",
+         "use_sliding_window"},
         {"\"model_type\": \"smollm3\", \"no_rope_layers\": []", "no_rope_layers"},
+        {"\"is_causal\": false", "is_causal is 'false'"},
         {"\"model_type\": \"qwen3\", \"attention_bias\": true", "attention_bias"},
         {"\"rope_scaling\": 2", "rope_scaling is 2, expected an object"},
         {"\"rope_scaling\": [1]", "rope_scaling is an array"},
@@ -664,6 +667,12 @@ static void test_configs(void) {
                       c.tied == defaults[k].tied && c.eps == defaults[k].eps && c.rope_theta == defaults[k].rope_theta,
                   "%s: T %d, KVH %d, HS %d", families[k].type, c.T, c.KVH, c.HS);
             CHECK(c.no_rope == (k == SLAM_SMOLLM3 ? 0x88 : 0), "%s: layers without positions", families[k].type);
+            snprintf(text + strlen(text) - 1, 100,
+                     ", \"num_key_value_heads\": null, \"no_rope_layers\": [true, true, "
+                     "false, 1, 0, 1, 1, 1]}");
+            CHECK(slam_config_load(&c, check_file("config.json", text, strlen(text))), "%s", slam_error());
+            CHECK(c.KVH == 32, "%s: %d key/value heads, expected as many as heads", families[k].type, c.KVH);
+            CHECK(c.no_rope == (k == SLAM_SMOLLM3 ? 0x14 : 0), "%s: layers without positions", families[k].type);
         }
     if (TEST("config.json: SlamKit's, with its own vocabulary; files that are none")) {
         const char nested[] =
