@@ -8428,6 +8428,7 @@ UNFUSED static void hubert_load_positions(slam_hubert *h) {
     float *mean = network_read(n, norm, "running_mean", C, 1, 1), *var = network_read(n, norm, "running_var", C, 1, 1);
     for (size_t c = 0; var && c < C; c++) {
         const double scale = w[c] / sqrt((double)var[c] + 1e-5);
+        if (!isfinite(scale)) n->ok = set_error("%s: '%s.running_var' is %g < 0", n->file->file->path, norm, var[c]);
         w[c] = (float)scale;
         b[c] = (float)(b[c] - mean[c] * scale);
     }
