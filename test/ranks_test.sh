@@ -107,7 +107,7 @@ check 'one rank sees no data' ends 1 on 2 ./each $odd
 check 'one rank sees no data: said once' once 'rank 1: .*yours.bin'
 rm -r in.1
 mkdir wall && ln -s /dev/full wall/log.jsonl
-check 'a log that cannot be written' ends 1 on 2 "$train" $settings --resume --out wall
+check 'a log that cannot be written' ends 1 on 2 "$train" "$root/test/corpus/train.bin" $settings --resume --out wall
 check 'a log that cannot be written: said once' once '.*log.jsonl: cannot be written'
 
 # ---- preferences ----
