@@ -11098,10 +11098,16 @@ static int path_writable(const char *path) {
 }
 
 int slam_output_check(const char *path) {
+    struct stat s;
     if (string_ends(path, "/")) return folder_create(path) && path_writable(path);
     if (path_is_folder(path)) return set_error("%s: is a folder, expected a file", path);
     if (!path_is_direct(path)) return path_writable(path);
-    return access(path, W_OK) == 0 || set_error("%s: cannot be written: %s", path, strerror(errno));
+    const int device = stat(path, &s) == 0 && S_ISCHR(s.st_mode); // a write shows whether it is full
+    const int fd = device ? open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
+    const int ok = device ? fd >= 0 && (isatty(fd) || write(fd, "\n", 1) == 1) : access(path, W_OK) == 0;
+    if (!ok) set_error("%s: cannot be written: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
 }
 
 /* ---- prompts ---- */

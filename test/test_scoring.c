@@ -450,6 +450,7 @@ static void test_output_check(void) {
     CHECK(slam_output_check(path) && path_is_file(path), "%s", slam_error());
     CHECK(slam_output_check(check_path("new.json")) && !path_is_file(check_path("new.json")), "%s", slam_error());
     CHECK(slam_output_check("/dev/null"), "%s", slam_error());
+    if (path_exists("/dev/full")) check_fails(slam_output_check("/dev/full"), "/dev/full: cannot be written: No space");
 }
 
 /* ---- n-grams ---- */
